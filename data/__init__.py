@@ -1,0 +1,1 @@
+"""The log: schema, Parquet stream, sampling, negatives, vocabularies, counts, converters, the made log."""

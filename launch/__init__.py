@@ -1,0 +1,1 @@
+"""TorchX components. Imports no torch, so that `torchx run` answers at once."""

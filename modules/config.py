@@ -1,0 +1,93 @@
+"""Configuration of factorization, tables and towers. Free of torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALSConfig:
+    """Weighted least squares for implicit feedback (Hu, Koren, Volinsky 2008).
+
+    Minimises  sum_(u,i) c_ui (p_ui - x_u . y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
+    with p_ui = 1 and c_ui = unobserved_weight + confidence * value for an interaction, p_ui = 0 and
+    c_ui = unobserved_weight elsewhere; reg_u = regularization * (n_u + unobserved_weight * num_items) ** frequency_exponent
+    (Rendle et al. 2022), and likewise reg_i.
+    """
+
+    factors: int = 128
+    """Dimension of the vectors."""
+    sweeps: int = 15
+    """Sweeps; one solves all users and all items once."""
+    confidence: float = 8.0
+    """Weight that an interaction adds, for each unit of its value."""
+    unobserved_weight: float = 1.0
+    """Weight of the pairs without an interaction."""
+    regularization: float = 60.0
+    """L2 regularization."""
+    frequency_exponent: float = 0.0
+    """0: the same for every row; 1: in proportion to its weight in the loss."""
+    solver: Literal["auto", "cholesky", "cg", "block"] = "auto"
+    """How each row's normal equations are solved."""
+    tolerance: float = 0.0
+    """Stop when a sweep lowers the objective by less than this share; 0 runs all sweeps."""
+    seed: int = 0
+    """Seed of the initial vectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticConfig:
+    """Logistic matrix factorization: sigmoid(u.v + b_u + b_v + b), cross-entropy, sampled negatives (CADC's own)."""
+
+    factors: int = 64
+    """Dimension of the vectors, without the two places that the biases take when they are folded in."""
+    epochs: int = 20
+    """Passes over the log."""
+    learning_rate: float = 0.05
+    """Of row-wise Adagrad."""
+    weight_decay: float = 0.0
+    """L2 on the rows that a step touches."""
+    negatives: int = 4
+    """Sampled negatives for each positive."""
+    seed: int = 0
+    """Seed of the initial vectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Where the embedding tables come from and whether they are trained."""
+
+    strategy: Literal["random", "init-train", "init-freeze", "init-freeze-plus"] = "init-freeze"
+    """`random`: random and trained; `init-train`: factors, trained on; `init-freeze`: factors, frozen (CADC);
+    `init-freeze-plus`: frozen factors beside a small trainable table."""
+    dim: int = 64
+    """Dimension of the tables of `random`; the others take the factors' own."""
+    storage: Literal["fp32", "fp16", "int8"] = "fp32"
+    """How frozen rows are stored."""
+    plus_dim: int = 16
+    """Dimension of the trainable table beside the frozen one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """The networks between the tables and the dot product."""
+
+    kind: Literal["mlp", "residual"] = "residual"
+    """`residual`: out = e + MLP(e), last layer zero at the start, so that the start ranks as the factors do."""
+    hidden: tuple[int, ...] = (256,)
+    """Widths of the hidden layers."""
+    dim: int = 64
+    """Dimension of the output of `mlp`; `residual` keeps the table's."""
+    dropout: float = 0.0
+    """Dropout on the hidden layers."""
+    feature_dim: int = 8
+    """Dimension of the trainable table of each further categorical feature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTowerConfig:
+    """The two-tower network."""
+
+    tables: TablesConfig = field(default_factory=TablesConfig)
+    towers: TowersConfig = field(default_factory=TowersConfig)

@@ -1,0 +1,1 @@
+"""Stages, train loop, sharding plan, metrics, reports and the command line."""
