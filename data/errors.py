@@ -1,0 +1,5 @@
+"""The error that a user can cause."""
+
+
+class InputError(ValueError):
+    """Input or configuration that cannot be used. The message is one line that names the place and what was expected."""
