@@ -20,7 +20,7 @@ from torch import multiprocessing as mp
 def run_on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[Any]:
     """Call `fn(*args)` on each rank of a new gloo process group; return the results in order of rank.
 
-    fn must be a function at the top of a test module (it is pickled by name); inside it, `dist.get_rank()` and
+    fn must be a function at the top of a module (it is pickled by name); inside it, `dist.get_rank()` and
     the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE) are there. Arguments and
     results are pickled.
 
@@ -35,7 +35,7 @@ def run_on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float 
             while not context.join(timeout=1.0):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{fn.__name__} on {world} ranks took more than {timeout} s")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        except (mp.ProcessRaisedException, mp.ProcessExitedException):
             errors = [_load(path) for path in Path(folder).glob("error-*")]
             if not errors:
                 raise
