@@ -1,0 +1,39 @@
+# `make demo` and `make test` do everything on a fresh machine; `make help` lists the rest.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+BIN := $(VENV)/bin
+.PHONY: help install install-dev demo test lint format lock wheel clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+
+install:         ## make the virtual environment and install the pinned set (CUDA where a driver answers)
+	@scripts/install.sh $(VENV)
+
+install-dev:     ## the same, with what tests and lint need
+	@scripts/install.sh $(VENV) dev
+
+demo: install    ## the main job on a made log: table on the terminal, report page in runs/demo
+	$(BIN)/recpress compare cadc --config trainer/recipes/demo.toml
+
+test: install-dev lint  ## lint and tests
+	$(BIN)/python -m pytest
+
+lint: install-dev  ## ruff, types, import rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@scripts/source_tree.sh
+	MYPYPATH=build/src $(BIN)/mypy -p recpress
+	PYTHONPATH=build/src $(BIN)/lint-imports
+
+format: install-dev  ## let ruff write the format
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+lock: install    ## resolve requirements/*.in anew into the pinned lists
+	$(BIN)/python scripts/lock.py
+
+wheel: install   ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:           ## remove what was built; runs/ stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Install recpress and its pinned set into a virtual environment: scripts/install.sh [VENV] [EXTRA ...]
+#
+# VENV   default .venv; made when it is not there
+# EXTRA  further lists of requirements/, e.g. `dev` (tests, lint) or `bench` (peers of the benchmarks)
+#
+# The CUDA set is chosen where a driver answers, else the CPU set; RECPRESS_SET=cpu or cuda overrides.
+# pip takes torch from wherever it is configured to look (index, extra index, link folder).
+set -eu
+cd "$(dirname "$0")/.."
+venv=${1:-.venv}
+[ $# -gt 0 ] && shift
+
+set_name=${RECPRESS_SET:-}
+if [ -z "$set_name" ]; then
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then set_name=cuda; else set_name=cpu; fi
+fi
+case $set_name in cpu | cuda) ;; *) echo "install: RECPRESS_SET is '$set_name', expected cpu or cuda" >&2; exit 2 ;; esac
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "install: $("$python" --version) is too old, expected Python 3.11 or newer (set PYTHON)" >&2; exit 2; }
+
+lists="requirements/$set_name.txt requirements/torchrec-$set_name.txt"
+for extra in "$@"; do lists="$lists requirements/$extra.txt"; done
+# shellcheck disable=SC2086  # the list is words on purpose
+stamp=$(cat $lists pyproject.toml scripts/install.sh | cksum)
+if [ -f "$venv/.recpress-installed" ] && [ "$(cat "$venv/.recpress-installed")" = "$stamp $lists" ]; then exit 0; fi
+
+echo "install: the $set_name set into $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
+$pip install -r "requirements/$set_name.txt"
+$pip install --no-deps -r "requirements/torchrec-$set_name.txt"
+for extra in "$@"; do $pip install --no-deps -r "requirements/$extra.txt"; done
+$pip install --no-deps --no-build-isolation --editable .
+echo "$stamp $lists" >"$venv/.recpress-installed"
