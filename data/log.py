@@ -1,0 +1,238 @@
+"""A log of interactions: a folder of Parquet files with dense ids, written by us or by anyone.
+
+By convention a folder holds `train.parquet`, `train-*.parquet` or `train/*.parquet`, and may hold, named
+likewise, `val`, `test` (pairs that were held out) and `test_negatives` (columns `user_id`, `pos_item_id` and
+`negatives`, a list of items). A folder that `recpress synth` or `recpress ingest` wrote has further a
+`manifest.json`, `vocabulary/user.parquet` and `vocabulary/item.parquet` (columns `raw` and `count`; row k is
+dense id k), and may have side tables `users.parquet` and `items.parquet` (row k is dense id k). A single file
+or a glob is a log of train rows alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+from recpress.data import artifact
+from recpress.data.columns import Column
+from recpress.data.config import Schema
+from recpress.data.errors import InputError
+from recpress.data.files import expand, is_glob, list_folder, resolve
+from recpress.data.rows import Rows, first_line, iter_columns, num_ids, open_rows
+
+__all__ = ["Log", "Rows", "iter_columns", "open_log"]
+
+KIND = "log"
+PARTS = ("train", "val", "test", "test_negatives")
+NEGATIVES = Schema(user="user_id", item="pos_item_id")  # fixed names; the list is `negatives`
+Side = Literal["user", "item"]
+
+
+@dataclass(frozen=True)
+class Log:
+    """An opened log: footers are read, types and file sizes are checked, no row is read yet."""
+
+    path: str
+    schema: Schema
+    num_users: int
+    num_items: int
+    train: Rows
+    val: Rows | None
+    test: Rows | None
+    test_negatives: Rows | None
+    manifest: dict[str, Any] | None
+    """Of a log that was written by us."""
+    filesystem: pafs.FileSystem
+    root: str | None
+    """Folder of the log in `filesystem`; None for a single file or a glob."""
+
+    def num_ids(self, side: Side) -> int:
+        return self.num_users if side == "user" else self.num_items
+
+    def column(self, side: Side) -> str:
+        return self.schema.user if side == "user" else self.schema.item
+
+    def counts(self, side: Side) -> np.ndarray:
+        """How often each id occurs in train, (num_ids,) int64: from the vocabulary, else counted in a stream.
+
+        Of a log that extends another, the vocabulary counts the rows of both.
+        """
+        if (table := self.vocabulary(side)) is not None:
+            return table.column("count").combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+        counts = np.zeros(self.num_ids(side), dtype=np.int64)
+        column = self.column(side)
+        for data in iter_columns(self.train, [column]):
+            found = np.bincount(data[column])
+            counts[: len(found)] += found
+        return counts
+
+    def vocabulary(self, side: Side) -> pa.Table | None:
+        """Columns `raw` and `count`, row k is dense id k; None where the log came with dense ids."""
+        if self.manifest is None or side not in self.manifest.get("vocabularies", {}):
+            return None
+        return self._side_table(f"vocabulary/{side}.parquet", side)
+
+    def vocabulary_fingerprint(self, side: Side) -> str:
+        """Equal where dense ids mean the same: of the raw ids in order, else of the number of ids alone."""
+        if self.manifest is not None and side in (known := self.manifest.get("vocabularies", {})):
+            return str(known[side]["fingerprint"])
+        return hashlib.sha256(f"{side}: {self.num_ids(side)} dense ids".encode()).hexdigest()[:32]
+
+    def features(self, side: Side) -> pa.Table | None:
+        """Side table of the users or the items, row k is dense id k; None where there is none."""
+        if self.root is None:
+            return None
+        name = f"{side}s.parquet"
+        if name not in list_folder(self.filesystem, self.root):
+            return None
+        return self._side_table(name, side)
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Name, size, rows and fingerprint of each file of train, for manifests of what is made of it."""
+        return self.train.describe_files()
+
+    def _side_table(self, name: str, side: Side) -> pa.Table:
+        path = f"{self.root}/{name}"
+        try:
+            table = pq.read_table(path, filesystem=self.filesystem)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
+        if table.num_rows != self.num_ids(side):
+            raise InputError(
+                f"{path}: {table.num_rows} rows; expected one for each of {self.num_ids(side)} {side}s"
+            )
+        return table
+
+
+def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = True) -> Log:
+    """Opens a log: a folder, a Parquet file or a glob, local or as a URI of a filesystem that pyarrow knows.
+
+    Args:
+        schema: which columns mean what; by default what the log's manifest says, else `Schema()`.
+        pairs: refuse a log that has no user or no item column (an empty name in its schema).
+
+    Raises:
+        InputError: nothing there, no rows, a file that is truncated or no Parquet, a column that is missing
+            or of a wrong type, a null or negative id where the statistics show one, a file that is not the
+            manifest's.
+    """
+    filesystem, inner = resolve(path)
+    root, manifest = None, None
+    if is_glob(inner) or filesystem.get_file_info(inner).type == pafs.FileType.File:
+        parts = {"train": expand(filesystem, inner)}
+        if not parts["train"]:
+            raise InputError(f"{path}: no file matches")
+    elif filesystem.get_file_info(inner).type == pafs.FileType.Directory:
+        root = inner
+        found = list_folder(filesystem, inner)
+        parts = {part: _files_of(filesystem, found, part) for part in PARTS}
+        if artifact.MANIFEST in found:
+            manifest = artifact.read_manifest(inner, KIND, filesystem=filesystem)
+            _check_files(filesystem, inner, manifest)
+        if not parts["train"]:
+            raise InputError(
+                f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob"
+            )
+    else:
+        raise InputError(f"{path}: no such file or folder")
+    if schema is None:
+        schema = schema_from_manifest(manifest) if manifest else Schema()
+    if pairs and not (schema.user and schema.item):
+        raise InputError(
+            f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here"
+        )
+    opened = {part: _open_part(filesystem, part, files, schema) for part, files in parts.items() if files}
+    for part, rows in opened.items():
+        if rows.num_rows == 0:
+            raise InputError(f"{rows.files[0].path}: no rows in {part}; expected at least one")
+    users, items = _sizes(opened, schema, manifest)
+    features = {name: entry["num_ids"] for name, entry in (manifest or {}).get("features", {}).items()}
+    limits = features | {schema.user: users, schema.item: items}
+    held_out = {NEGATIVES.user: users, NEGATIVES.item: items, "negatives": items}
+    opened = {
+        part: _limited(rows, held_out if part == "test_negatives" else limits)
+        for part, rows in opened.items()
+    }
+    return Log(
+        path=str(path),
+        schema=schema,
+        num_users=users,
+        num_items=items,
+        train=opened["train"],
+        val=opened.get("val"),
+        test=opened.get("test"),
+        test_negatives=opened.get("test_negatives"),
+        manifest=manifest,
+        filesystem=filesystem,
+        root=root,
+    )
+
+
+def schema_from_manifest(manifest: dict[str, Any]) -> Schema:
+    fields = manifest["schema"]
+    lists = {name: tuple(fields[name]) for name in ("categorical", "floats")}
+    return Schema(**{**fields, **lists})
+
+
+def _files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
+    files = [
+        info.path
+        for name, info in found.items()
+        if info.type == pafs.FileType.File
+        and name.endswith(".parquet")
+        and (name == f"{part}.parquet" or name.startswith(f"{part}-"))
+    ]
+    if part in found and found[part].type == pafs.FileType.Directory:
+        below = list_folder(filesystem, found[part].path).values()
+        files += [info.path for info in below if info.path.endswith(".parquet")]
+    return sorted(files)
+
+
+def _check_files(filesystem: pafs.FileSystem, root: str, manifest: dict[str, Any]) -> None:
+    sizes = {file["name"]: file["size"] for file in manifest["files"]}
+    infos = filesystem.get_file_info([f"{root}/{name}" for name in sizes])
+    for (name, size), info in zip(sizes.items(), infos, strict=True):
+        if info.type != pafs.FileType.File:
+            raise InputError(f"{root}/{name}: missing; the manifest names it")
+        if info.size != size:
+            raise InputError(f"{root}/{name}: {info.size} bytes; the manifest says {size}")
+
+
+def _open_part(filesystem: pafs.FileSystem, part: str, files: list[str], schema: Schema) -> Rows:
+    if part == "test_negatives":
+        columns = [Column(NEGATIVES.user, "id"), Column(NEGATIVES.item, "id"), Column("negatives", "ids")]
+        return open_rows(filesystem, files, columns)
+    ids = [Column(name, "id") for name in (schema.user, schema.item) if name]
+    rest = [Column(schema.label, "label")] if schema.label else []
+    rest += [Column(schema.time, "time")] if schema.time else []
+    rest += [Column(name, "categorical") for name in schema.categorical]
+    rest += [Column(name, "float") for name in schema.floats]
+    if part == "train":
+        return open_rows(filesystem, files, ids + rest)
+    return open_rows(filesystem, files, ids, rest)  # held-out rows may lack what only training needs
+
+
+def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | None) -> tuple[int, int]:
+    if manifest is not None:
+        return manifest["num_users"], manifest["num_items"]
+    users, items = 0, 0
+    for part, rows in opened.items():
+        if part == "test_negatives":
+            users = max(users, num_ids(rows, NEGATIVES.user))
+            items = max(items, num_ids(rows, NEGATIVES.item), num_ids(rows, "negatives"))
+        else:
+            users = max(users, num_ids(rows, schema.user) if schema.user else 0)
+            items = max(items, num_ids(rows, schema.item) if schema.item else 0)
+    return users, items
+
+
+def _limited(rows: Rows, limits: dict[str, int]) -> Rows:
+    """The same rows with the number of ids of each column, where it is known."""
+    columns = {name: replace(column, limit=limits.get(name)) for name, column in rows.columns.items()}
+    return replace(rows, columns=columns)

@@ -1,0 +1,228 @@
+"""The rows of one part of a log: Parquet files, row groups, and the checked reading of single columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+from recpress.data import artifact
+from recpress.data.columns import Column, Jagged, check_type, decode, take
+from recpress.data.errors import InputError
+from recpress.data.sampling import membership
+
+if TYPE_CHECKING:
+    from recpress.data.config import SampleConfig
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """One Parquet file and its footer, which is read once."""
+
+    path: str
+    size: int
+    metadata: pq.FileMetaData
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Identity of a row group (file ordinal in sorted order, ordinal in the file) and its rows."""
+
+    file: int
+    group: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a log in their natural order. Row groups without rows are left out; ordinals are not changed by
+    it.
+
+    Safe to share between threads: each read opens its file for itself.
+    """
+
+    filesystem: pafs.FileSystem
+    files: tuple[RowFile, ...]
+    groups: tuple[RowGroup, ...]
+    columns: dict[str, Column]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(group.num_rows for group in self.groups)
+
+    def where(self, group: RowGroup) -> str:
+        """The place of a row group, as errors name it."""
+        return f"{self.files[group.file].path}, row group {group.group}"
+
+    def read_table(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+        """The given columns of one row group as they are, by the calling thread alone.
+
+        Raises InputError where the file is damaged.
+        """
+        file = self.files[group.file]
+        local = isinstance(self.filesystem, pafs.LocalFileSystem)
+        try:
+            with (
+                self.filesystem.open_input_file(file.path) as source,
+                pq.ParquetFile(source, metadata=file.metadata, pre_buffer=not local) as parquet,
+            ):
+                table = parquet.read_row_group(group.group, columns=list(columns), use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{self.where(group)}: cannot be read: {first_line(error)}") from error
+        if table.num_rows != group.num_rows:
+            raise InputError(f"{self.where(group)}: {table.num_rows} rows; the footer says {group.num_rows}")
+        return table
+
+    def read(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged]:
+        """The given columns of one row group, checked: ids int64, labels and floats float32, lists Jagged.
+
+        Raises InputError (see `columns.decode`) naming file, row group, column and row.
+        """
+        for name in columns:
+            if name not in self.columns:
+                known = ", ".join(self.columns)
+                raise InputError(
+                    f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}"
+                )
+        table = self.read_table(group, columns)
+        where = self.where(group)
+        return {name: decode(self.columns[name], table.column(name), where) for name in columns}
+
+    def describe_files(self) -> list[dict[str, str | int]]:
+        """Name, size, rows and fingerprint of each file, for manifests."""
+        return [
+            {
+                "name": file.path,
+                "size": file.size,
+                "rows": file.metadata.num_rows,
+                "fingerprint": artifact.fingerprint(file.path, self.filesystem),
+            }
+            for file in self.files
+        ]
+
+
+def iter_columns(
+    rows: Rows,
+    columns: Sequence[str],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    sample: SampleConfig | None = None,
+    complement: bool = False,
+) -> Iterator[dict[str, np.ndarray | Jagged]]:
+    """The given columns, a row group at a time, each row group to exactly one rank (the j-th to rank j mod
+    world).
+
+    For stages that need no shuffled order. One row group is read ahead by a thread of its own.
+
+    Args:
+        sample: only the rows that are in this sample; with `complement` only those that are not.
+
+    Raises:
+        InputError: see `Rows.read`.
+    """
+    mine = rows.groups[rank::world]
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
+        ahead = pool.submit(rows.read, mine[0], columns) if mine else None
+        for place, group in enumerate(mine):
+            assert ahead is not None
+            data = ahead.result()
+            ahead = pool.submit(rows.read, mine[place + 1], columns) if place + 1 < len(mine) else None
+            if sample is not None:
+                chosen = _chosen(sample, group, complement)
+                if chosen is not None:
+                    data = {name: take(column, chosen) for name, column in data.items()}
+            elif complement:
+                data = {name: take(column, np.empty(0, np.int64)) for name, column in data.items()}
+            yield data
+
+
+def _chosen(sample: SampleConfig, group: RowGroup, complement: bool) -> np.ndarray | None:
+    inside = membership(sample.seed, sample.rate, group.file, group.group, group.num_rows)
+    if not complement:
+        return inside if len(inside) < group.num_rows else None
+    outside = np.ones(group.num_rows, dtype=bool)
+    outside[inside] = False
+    return np.flatnonzero(outside)
+
+
+def open_rows(
+    filesystem: pafs.FileSystem,
+    paths: Sequence[str],
+    required: Sequence[Column],
+    optional: Sequence[Column] = (),
+) -> Rows:
+    """Reads the footers of the files, checks their columns and lists their row groups.
+
+    Args:
+        required: columns that every file must have.
+        optional: columns that may be read where the first file has them; then every file must.
+
+    Raises:
+        InputError: no file, a file that is truncated or no Parquet, a column that is missing or of a wrong
+            type.
+    """
+    if not paths:
+        raise InputError("no Parquet file")
+    with ThreadPoolExecutor(max_workers=min(16, len(paths))) as pool:
+        files = tuple(pool.map(lambda path: _open_file(filesystem, path), sorted(paths)))
+    first = files[0].metadata.schema.to_arrow_schema()
+    columns = [*required, *(column for column in optional if column.name in first.names)]
+    for file in files:
+        schema = file.metadata.schema.to_arrow_schema()
+        for column in columns:
+            check_type(column, schema, file.path)
+    groups = tuple(
+        RowGroup(ordinal, group, file.metadata.row_group(group).num_rows)
+        for ordinal, file in enumerate(files)
+        for group in range(file.metadata.num_row_groups)
+        if file.metadata.row_group(group).num_rows
+    )
+    return Rows(filesystem, files, groups, {column.name: column for column in columns})
+
+
+def _open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
+    try:
+        with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+            return RowFile(path, source.size(), parquet.metadata)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a whole Parquet file: {first_line(error)}") from error
+
+
+def num_ids(rows: Rows, column: str) -> int:
+    """The largest id of a column + 1, from the footers' statistics; row groups without any are read.
+
+    Raises InputError where the column holds a null or a negative id, naming the row.
+    """
+    places = [_leaf(file.metadata, column) for file in rows.files]
+    largest = -1
+    for group in rows.groups:
+        stats = rows.files[group.file].metadata.row_group(group.group).column(places[group.file]).statistics
+        known = stats is not None and stats.has_min_max and stats.has_null_count
+        if known and stats.min >= 0 and stats.null_count == 0:
+            largest = max(largest, stats.max)
+            continue
+        values = rows.read(group, [column])[column]  # a bad id is found and named here
+        flat = values.values if isinstance(values, Jagged) else values
+        if len(flat):
+            largest = max(largest, int(flat.max()))
+    return largest + 1
+
+
+def _leaf(metadata: pq.FileMetaData, column: str) -> int:
+    """Ordinal of the leaf that holds a column's values (a list's values lie below its name)."""
+    schema = metadata.schema
+    for place in range(len(schema)):
+        path = schema.column(place).path
+        if path == column or path.startswith(column + "."):
+            return place
+    raise AssertionError(column)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
