@@ -91,3 +91,11 @@ class TwoTowerConfig:
 
     tables: TablesConfig = field(default_factory=TablesConfig)
     towers: TowersConfig = field(default_factory=TowersConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the network minimises."""
+
+    kind: Literal["bce", "softmax"] = "bce"
+    """`bce`: binary cross-entropy, the paper's; `softmax`: sampled softmax over a positive and its negatives."""

@@ -1,0 +1,143 @@
+"""The command line: `recpress COMMAND [--config FILE.toml] [--key value ...]`.
+
+Imports no torch: the stage is imported after its configuration has been read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from recpress.data.errors import InputError
+
+
+class Command(NamedTuple):
+    """A subcommand: where its configuration and its stage function lie, both as `module:name`."""
+
+    config: str
+    stage: str
+    summary: str
+
+
+COMMANDS = {
+    "synth": Command(
+        "recpress.data.config:SynthConfig",
+        "recpress.trainer.logs:synth",
+        "write a made log with planted tastes",
+    ),
+    "ingest": Command(
+        "recpress.data.config:IngestConfig",
+        "recpress.trainer.logs:ingest",
+        "convert a public format or a table to a log",
+    ),
+    "split": Command(
+        "recpress.trainer.config:SplitConfig",
+        "recpress.trainer.logs:split",
+        "hold one row of each user out of a log",
+    ),
+    "factorize": Command(
+        "recpress.trainer.config:FactorizeConfig",
+        "recpress.trainer.factorize:factorize",
+        "factorize the interactions of a log",
+    ),
+    "train": Command(
+        "recpress.trainer.config:TrainConfig",
+        "recpress.trainer.train:train",
+        "train the two-tower network on a sample",
+    ),
+    "evaluate": Command(
+        "recpress.trainer.config:EvaluateConfig",
+        "recpress.trainer.evaluate:evaluate",
+        "rank held-out rows with a checkpoint or with factors",
+    ),
+    "compare cadc": Command(
+        "recpress.trainer.config:CompareCadcConfig",
+        "recpress.trainer.compare_cadc:compare_cadc",
+        "all strategies of the CADC paper in one run, with a report page",
+    ),
+}
+
+EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them from a file,
+and the command line overrides it. On several processes: `torchrun --nproc-per-node 2 -m recpress.trainer.cli COMMAND ...`
+or `torchx run`. RECPRESS_DEBUG=1 prints the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for an error that the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, rest = _command(arguments)
+        config = _config(name, rest)
+        stage = _load(COMMANDS[name].stage)
+        stage(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RECPRESS_DEBUG"):
+            traceback.print_exc()
+        rank = os.environ.get("RANK")
+        print(f"recpress{f' [rank {rank}]' if rank else ''}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("recpress: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    two_words = " ".join(arguments[:2])
+    if two_words in COMMANDS:
+        return two_words, arguments[2:]
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    width = max(map(len, COMMANDS)) + 2
+    listing = "\n".join(f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="recpress",
+        usage="recpress COMMAND [--config FILE.toml] [--key value ...]",
+        description="Smaller training for recommendation models on TorchRec.\n\ncommands:\n" + listing,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if words:
+        parser.error(f"unknown command '{' '.join(words[:2])}', expected one of: {', '.join(COMMANDS)}")
+    parser.parse_args(arguments or ["--help"])
+    raise SystemExit(0)
+
+
+def _config(name: str, rest: list[str]) -> object:
+    import tyro
+
+    from recpress.trainer import config_file
+
+    config = _load(COMMANDS[name].config)
+    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    known, rest = file_parser.parse_known_args(rest)
+    if known.config is not None:
+        rest = config_file.arguments(known.config, config, rest)
+    return tyro.cli(
+        config,
+        prog=f"recpress {name}",
+        description=f"{COMMANDS[name].summary.capitalize()}. Any option can also stand in a TOML file: --config FILE.",
+        args=rest,
+    )
+
+
+def _load(place: str):  # type: ignore[no-untyped-def]  # a dataclass or a function
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, InputError) or not isinstance(error, OSError):
+        return " ".join(str(error).split())
+    return f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

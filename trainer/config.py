@@ -1,0 +1,137 @@
+"""Configuration of the stages: one dataclass a subcommand. Free of torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
+from recpress.data.errors import InputError
+from recpress.modules.config import ALSConfig, LogisticConfig, LossConfig, TwoTowerConfig
+
+
+def at_least(name: str, value: float, limit: float) -> None:
+    """Raise InputError where `value` is below `limit` or no number."""
+    if math.isnan(value) or value < limit:
+        raise InputError(f"{name} is {value}, expected at least {limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
+
+    dense: Literal["adam", "adamw"] = "adamw"
+    """Optimizer of the towers."""
+    learning_rate: float = 1e-3
+    """Of the dense part."""
+    weight_decay: float = 0.0
+    """Decoupled with `adamw`, L2 with `adam`; dense part only."""
+    table_learning_rate: float = 0.05
+    """Of the fused row-wise Adagrad of the trainable tables."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to zero at the last step. Holds for both learning rates."""
+    warmup_steps: int = 0
+    """Steps over which both learning rates rise linearly from zero."""
+    clip_norm: float = 0.0
+    """Bound of the global gradient norm of the dense part; 0 clips nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How held-out rows are ranked."""
+
+    protocol: Literal["auto", "sampled", "full"] = "auto"
+    """`sampled`: against the given negatives; `full`: against all items, seen ones masked; `auto`: what the log has."""
+    k: tuple[int, ...] = (10,)
+    """Cut-offs of HR@K, NDCG@K and Recall@K."""
+    every: int = 0
+    """Epochs between evaluations while training; 0 evaluates at the end alone."""
+    metric: str = "NDCG@10"
+    """What early stopping and the best checkpoint go by."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one and keep the best weights; 0 runs all epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Hold one row of each user out of a log, e.g. to choose settings without a look at the test rows."""
+
+    log: str
+    """The log."""
+    out: str
+    """The log to write: train without the held-out rows, test with them and their negatives."""
+    schema: Schema = field(default_factory=Schema)
+    by: Literal["random", "last"] = "random"
+    """Which row of each user is held out; `last` needs a time column."""
+    negatives: int = 99
+    """Items that the user never touched, drawn for each held-out row."""
+    seed: int = 0
+    """Seed of both draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizeConfig:
+    """Factorize the full interaction matrix of a log."""
+
+    log: str
+    """The log: a folder, file or glob."""
+    out: str
+    """Folder of the factors; must not exist unless --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    method: Literal["als", "logistic"] = "als"
+    """`als`: weighted least squares; `logistic`: cross-entropy with sampled negatives."""
+    als: ALSConfig = field(default_factory=ALSConfig)
+    logistic: LogisticConfig = field(default_factory=LogisticConfig)
+    crossfit: SampleConfig | None = None
+    """Also factors that have not seen this sample of the rows, for a network that is trained on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the sweeps run."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train the two-tower network on a uniform random sample of a log."""
+
+    log: str
+    """The log: a folder, file or glob."""
+    out: str
+    """Folder of the checkpoint and the metrics; must not exist unless --overwrite."""
+    factors: str | None = None
+    """Folder of factors, for every strategy but `random`."""
+    schema: Schema = field(default_factory=Schema)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    model: TwoTowerConfig = field(default_factory=TwoTowerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    epochs: int = 8
+    """Passes over the sample."""
+    seed: int = 0
+    """Seed of the network's initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network is trained; the backend is gloo on CPU and nccl on CUDA."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars beside the JSON lines."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Rank the held-out rows of a log."""
+
+    log: str
+    """The log, with held-out rows."""
+    model: str
+    """A checkpoint of `recpress train`, or factors of `recpress factorize`."""
+    out: str | None = None
+    """JSON file for the metrics; they are printed in any case."""
+    schema: Schema = field(default_factory=Schema)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the scores are computed."""

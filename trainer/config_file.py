@@ -1,0 +1,102 @@
+"""A TOML file as command-line arguments of a config dataclass.
+
+The command line is the only parser of values: a file is checked for keys and types, then each key becomes the
+argument `--section.key value`, unless the command line names the same one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from recpress.data.errors import InputError
+
+
+def arguments(path: str, config: type, command_line: Sequence[str]) -> list[str]:
+    """`command_line` with the keys of the TOML file before it that it does not set itself.
+
+    Raises InputError naming the file, the key, and the nearest known key or the expected type.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+    given = {
+        argument.split("=")[0].replace("_", "-") for argument in command_line if argument.startswith("--")
+    }
+    from_file: list[str] = []
+    for key, value in _flatten(path, config, content, ""):
+        flag = "--" + key.replace("_", "-")
+        head, _, leaf = flag[2:].rpartition(".")
+        negated = f"--{head}.no-{leaf}" if head else f"--no-{leaf}"
+        if flag in given or negated in given:
+            continue
+        if isinstance(value, bool):
+            from_file.append(flag if value else negated)
+        elif isinstance(value, list):
+            from_file += [flag, *map(str, value)]
+        else:
+            from_file += [flag, str(value)]
+    return from_file + list(command_line)
+
+
+def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(config)
+    known = {field.name: hints[field.name] for field in fields(config)}
+    for raw, value in content.items():
+        name = raw.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"{path}: unknown key '{prefix}{raw}', nearest is '{prefix}{near[0]}'")
+        expected = known[name]
+        section = next((t for t in _alternatives(expected) if is_dataclass(t)), None)
+        if section is not None and isinstance(value, dict):
+            yield from _flatten(path, section, value, f"{prefix}{name}.")
+        elif not _fits(value, expected):
+            raise InputError(f"{path}: '{prefix}{raw}' is {value!r}, expected {_describe(expected)}")
+        else:
+            yield prefix + name, value
+
+
+def _alternatives(expected: Any) -> tuple[Any, ...]:
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        return typing.get_args(expected)
+    return (expected,)
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    for kind in _alternatives(expected):
+        origin = typing.get_origin(kind)
+        if origin is typing.Literal:
+            fits = value in typing.get_args(kind)
+        elif origin is tuple:
+            fits = isinstance(value, list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+        elif kind is float:
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        elif kind is int:
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            fits = isinstance(kind, type) and isinstance(value, kind)
+        if fits:
+            return True
+    return False
+
+
+def _describe(expected: Any) -> str:
+    if typing.get_origin(expected) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(expected)))
+    if typing.get_origin(expected) is tuple:
+        return f"a list of {_describe(typing.get_args(expected)[0])}"
+    if is_dataclass(expected):
+        return "a table"
+    return " or ".join(
+        getattr(kind, "__name__", str(kind)) for kind in _alternatives(expected) if kind is not type(None)
+    )
