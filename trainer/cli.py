@@ -62,9 +62,11 @@ COMMANDS = {
     ),
 }
 
-EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them from a file,
-and the command line overrides it. On several processes: `torchrun --nproc-per-node 2 -m recpress.trainer.cli COMMAND ...`
-or `torchx run`. RECPRESS_DEBUG=1 prints the traceback of an error."""
+EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them
+from a file, and the command line overrides it. On several processes:
+  torchrun --nproc-per-node 2 -m recpress.trainer.cli COMMAND ...
+  torchx run -s local_cwd launch/components.py:train -j 1x2 -- ...
+RECPRESS_DEBUG=1 prints the traceback of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +113,6 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _config(name: str, rest: list[str]) -> object:
     import tyro
-
     from recpress.trainer import config_file
 
     config = _load(COMMANDS[name].config)
@@ -123,7 +124,7 @@ def _config(name: str, rest: list[str]) -> object:
     return tyro.cli(
         config,
         prog=f"recpress {name}",
-        description=f"{COMMANDS[name].summary.capitalize()}. Any option can also stand in a TOML file: --config FILE.",
+        description=f"{COMMANDS[name].summary.capitalize()}. Options may stand in a TOML file: --config FILE.",
         args=rest,
     )
 

@@ -1,4 +1,4 @@
-"""Configuration of the stages: one dataclass a subcommand. Free of torch, so that `--help` answers at once."""
+"""Configuration of the stages: one dataclass a subcommand. Free of torch: `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class EvaluationConfig:
     """How held-out rows are ranked."""
 
     protocol: Literal["auto", "sampled", "full"] = "auto"
-    """`sampled`: against the given negatives; `full`: against all items, seen ones masked; `auto`: what the log has."""
+    """`sampled`: against the given negatives; `full`: against all items, seen ones masked;
+    `auto`: what the log has."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of HR@K, NDCG@K and Recall@K."""
     every: int = 0
@@ -83,8 +84,10 @@ class FactorizeConfig:
     """`als`: weighted least squares; `logistic`: cross-entropy with sampled negatives."""
     als: ALSConfig = field(default_factory=ALSConfig)
     logistic: LogisticConfig = field(default_factory=LogisticConfig)
-    crossfit: SampleConfig | None = None
-    """Also factors that have not seen this sample of the rows, for a network that is trained on it."""
+    crossfit_rate: float = 0.0
+    """Above 0: also make factors that have not seen this share of the rows, for a network trained on it."""
+    crossfit_seed: int = 0
+    """Seed of that sample; the same as the network's --sample.seed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the sweeps run."""
     overwrite: bool = False
