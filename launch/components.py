@@ -14,7 +14,7 @@ _ENV = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def _stage(
-    stage: str, args: tuple[str, ...], j: str, cpu: int, gpu: int, mem_mb: int, h: str | None, image: str
+    stage: str, args: tuple[str, ...], j: str, cpu: int, gpu: int, mem_mb: int, h: str, image: str
 ) -> specs.AppDef:
     return dist.ddp(
         *stage.split(),
@@ -26,7 +26,7 @@ def _stage(
         cpu=cpu,
         gpu=gpu,
         memMB=mem_mb,
-        h=h,
+        h=h or None,
         env=dict(_ENV),
     )
 
@@ -37,7 +37,7 @@ def factorize(
     cpu: int = 2,
     gpu: int = 0,
     mem_mb: int = 8192,
-    h: str | None = None,
+    h: str = "",
     image: str = torchx.IMAGE,
 ) -> specs.AppDef:
     """Factorize a log: `recpress factorize` on every process.
@@ -60,7 +60,7 @@ def train(
     cpu: int = 2,
     gpu: int = 0,
     mem_mb: int = 8192,
-    h: str | None = None,
+    h: str = "",
     image: str = torchx.IMAGE,
 ) -> specs.AppDef:
     """Train the two-tower network: `recpress train` on every process.
@@ -83,7 +83,7 @@ def evaluate(
     cpu: int = 2,
     gpu: int = 0,
     mem_mb: int = 8192,
-    h: str | None = None,
+    h: str = "",
     image: str = torchx.IMAGE,
 ) -> specs.AppDef:
     """Rank held-out rows: `recpress evaluate` on every process.

@@ -124,7 +124,7 @@ def _config(name: str, rest: list[str]) -> object:
     return tyro.cli(
         config,
         prog=f"recpress {name}",
-        description=f"{COMMANDS[name].summary.capitalize()}. Options may stand in a TOML file: --config FILE.",
+        description=f"{COMMANDS[name].summary.capitalize()}. Options may be in a TOML file: --config FILE.",
         args=rest,
     )
 
