@@ -1,9 +1,9 @@
 """Which rows of a log are in a sample: a pure function of the seed and a row's place in the log.
 
-Every row is in the sample with probability `rate`, independently of all others (Bernoulli sampling). Instead of one
-coin a row, the gaps between members are drawn: they follow the geometric distribution, P(gap = k) = rate (1 - rate)^k
-(Vitter 1984, "Faster methods for random sampling"), so that the work is proportional to the rows that are kept, and
-the number of rows in the sample is known without reading any data.
+Every row is in the sample with probability `rate`, independently of all others (Bernoulli sampling). Instead
+of one coin a row, the gaps between members are drawn: they follow the geometric distribution,
+P(gap = k) = rate (1 - rate)^k (skips: Vitter 1984, "Faster methods for random sampling"), so that the work
+is proportional to the rows that are kept, and the size of the sample is known without reading any data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import math
 
 import numpy as np
-
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 
@@ -20,10 +19,13 @@ from recpress.data.errors import InputError
 def philox(*place: int | str) -> np.random.Philox:
     """Counter-based bit generator (Salmon et al. 2011) whose key is a hash of `place`.
 
-    The same place gives the same stream on any machine and in any numpy (bit generators are stable by NEP 19),
-    and different places give unrelated streams.
+    The same place gives the same stream on any machine and in any numpy (bit generators are stable, NEP 19);
+    different places give unrelated streams.
     """
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=16).digest()
+    plain = tuple(
+        part if isinstance(part, str) else int(part) for part in place
+    )  # one repr for 3 and np.int64(3)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
 
 
@@ -37,8 +39,8 @@ def check_rate(rate: float) -> float:
 def membership(seed: int, rate: float, file_ordinal: int, row_group: int, num_rows: int) -> np.ndarray:
     """Rows of one row group that are in the sample.
 
-    Depends on nothing but the arguments; of two groups that differ in `num_rows` alone, the smaller has the members
-    of the larger that lie in it.
+    Depends on nothing but the arguments; of two groups that differ in `num_rows` alone, the smaller has those
+    members of the larger that lie in it.
 
     Returns: sorted int64 indices in [0, num_rows).
     Raises: InputError for a rate outside (0, 1].
