@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -11,9 +11,9 @@ class Schema:
     """Which columns of a log mean what. Columns that are not named are never read."""
 
     user: str = "user_id"
-    """Dense user id, integer, 0-based."""
+    """Dense user id, integer, 0-based. Empty: the log has none (Criteo), and no stage that needs pairs takes it."""
     item: str = "item_id"
-    """Dense item id, integer, 0-based."""
+    """Dense item id, integer, 0-based. Empty: the log has none."""
     label: str | None = None
     """Label, rating or count of the interaction."""
     time: str | None = None
@@ -44,6 +44,9 @@ class StreamConfig:
     """Shuffle files, row groups and rows; otherwise the order of the files."""
     buffer_rows: int = 1 << 20
     """Rows that are shuffled together; bounds the memory of the stream."""
+    lanes: int = 8
+    """Stretches of the shuffled log that each batch draws from evenly (see `recpress.data.order`). A multiple
+    of the number of ranks shares the decoding among them; a row group for each lane is in memory."""
     seed: int = 0
     """Seed of the order; the epoch is mixed in."""
     threads: int = 1
@@ -64,3 +67,49 @@ class NegativesConfig:
     """Draw again where a negative is one of the user's own positives (needs memory for the pairs of the log)."""
     seed: int = 0
     """Seed of the draws; mixed with the epoch and the place of the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How the rows of a log that we write are cut into files."""
+
+    rows_per_file: int = 1 << 24
+    """Rows of a file; a part of a log that has more becomes several files."""
+    row_group_rows: int = 1 << 18
+    """Rows of a row group: what one read takes, so also the unit of shuffling and of sharing out among ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """A made log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
+
+    users: int = 6000
+    """Number of users; each has at least one row."""
+    items: int = 3000
+    """Number of items."""
+    rows: int = 500_000
+    """Rows of train. No user meets an item twice, so this is at most a small part of users x items."""
+    tastes: int = 24
+    """Groups of items that go together: the rank of the structure that is to be learned."""
+    tastes_per_user: int = 8
+    """How many tastes a user has."""
+    taste_decay: float = 0.6
+    """Each further taste of a user has this share of the weight of the one before, in (0, 1]."""
+    user_skew: float = 0.8
+    """Exponent of the power law of the users' activity; 0 makes them equal."""
+    item_skew: float = 0.8
+    """Exponent of the power law of the items' popularity within their taste."""
+    taste_skew: float = 0.4
+    """Exponent of the power law of how many users prefer a taste."""
+    held_out_users: int = 10_000
+    """At most this many users have one further, later interaction that is not in train; 0 leaves out the part."""
+    negatives: int = 99
+    """Items drawn for each held-out interaction that the user never met."""
+    start_time: int = 1_700_000_000
+    """Time of the first row, in seconds since 1970."""
+    days: int = 90
+    """Time from the first row to the last."""
+    seed: int = 0
+    """Seed of everything. A row depends on it and on the sizes above, never on the layout."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Files and row groups."""

@@ -9,8 +9,8 @@
 Neither the rank, nor the number of ranks, nor where a run began is in 1 to 3: the rows of a step depend on
 the global batch size alone, and a position is two integers, epoch and step. Since a rank's rows of each batch
 come from its own lanes, ranks share the decoding: where the number of ranks divides that of the lanes, a row
-group is decoded by one rank, or by those between which a cut lies. Where there are more ranks than lanes (there
-are never more lanes than row groups), the ranks of a lane all decode it.
+group is decoded by one rank, or by those between which a cut lies. Where there are more ranks than lanes (and
+there are never more lanes than row groups), the ranks of a lane all decode it.
 
 Tail: the T = N mod G rows that remain make one last, smaller step with T // world rows on each rank, so that
 all ranks have equal batches and end together; the fewer than `world` rows that cannot be dealt out evenly are
