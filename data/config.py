@@ -11,7 +11,7 @@ class Schema:
     """Which columns of a log mean what. Columns that are not named are never read."""
 
     user: str = "user_id"
-    """Dense user id, integer, 0-based. Empty: the log has none (Criteo), and no stage that needs pairs takes it."""
+    """Dense user id, integer, 0-based. Empty: the log has none (Criteo); stages that need pairs refuse it."""
     item: str = "item_id"
     """Dense item id, integer, 0-based. Empty: the log has none."""
     label: str | None = None
@@ -26,7 +26,7 @@ class Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Uniform random sample of the rows. Membership depends on the seed and the row's place in the log alone."""
+    """Uniform random sample of the rows; membership is a function of seed and place in the log."""
 
     rate: float = 1.0
     """Share of the rows that are in the sample, in (0, 1]."""
@@ -58,13 +58,13 @@ class NegativesConfig:
     """Where the negative items of a positive row come from."""
 
     kind: Literal["uniform", "popularity", "in-batch"] = "uniform"
-    """`uniform` over all items; `popularity`: proportional to count ** power; `in-batch`: the other rows' items."""
+    """`uniform`: over all items; `popularity`: as count ** power; `in-batch`: the other rows' items."""
     count: int = 4
     """Negatives for each positive row (not used by `in-batch`)."""
     power: float = 0.75
     """Exponent of `popularity`."""
     reject_positives: bool = False
-    """Draw again where a negative is one of the user's own positives (needs memory for the pairs of the log)."""
+    """Draw again where a negative is one of the user's own positives (keeps the log's pairs in memory)."""
     seed: int = 0
     """Seed of the draws; mixed with the epoch and the place of the batch."""
 
@@ -76,12 +76,12 @@ class LayoutConfig:
     rows_per_file: int = 1 << 24
     """Rows of a file; a part of a log that has more becomes several files."""
     row_group_rows: int = 1 << 18
-    """Rows of a row group: what one read takes, so also the unit of shuffling and of sharing out among ranks."""
+    """Rows of a row group: what one read takes, and the unit that ranks share out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """A made log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
+    """A made log: planted tastes, power-law activity and popularity, a held-out interaction a user."""
 
     users: int = 6000
     """Number of users; each has at least one row."""
@@ -102,7 +102,7 @@ class SynthConfig:
     taste_skew: float = 0.4
     """Exponent of the power law of how many users prefer a taste."""
     held_out_users: int = 10_000
-    """At most this many users have one further, later interaction that is not in train; 0 leaves out the part."""
+    """At most this many users have one later interaction that is not in train; 0: no held-out part."""
     negatives: int = 99
     """Items drawn for each held-out interaction that the user never met."""
     start_time: int = 1_700_000_000
