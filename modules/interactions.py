@@ -1,0 +1,313 @@
+"""Interactions of all ranks, brought to the ranks that own their rows: CSR by user and CSR by item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from recpress.modules.factors import RowBlocks
+
+_BUFFER = 1 << 20  # pairs that are sorted into pieces together
+_ROUND_PIECES = 32  # rounds of the exchange; a round holds about this share of the pairs in working memory
+_MAX_ID = 2**31 - 1
+
+
+@dataclass
+class CSR:
+    """Rows `start`..`start + len(indptr) - 1` of a sparse matrix.
+
+    indptr: (rows + 1,) int64; indices: (nnz,) int32, global ids of the other side; values: (nnz,) float32, or None
+    where all are one.
+    """
+
+    start: int
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held here."""
+        return len(self.indptr) - 1
+
+
+class Exchange:
+    """All-to-all of numpy arrays over a process group; with a world of one, nothing moves."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group = group
+        live = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if live else 0
+        self.world = dist.get_world_size(group) if live else 1
+        self.device = device
+
+    def all_to_all(self, parts: list[np.ndarray]) -> list[np.ndarray]:
+        """parts[r] goes to rank r; returns what each rank sent here. One dimension or rows of one width."""
+        if self.world == 1:
+            return parts
+        sent = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=self.device)
+        counts = torch.empty_like(sent)
+        dist.all_to_all_single(counts, sent, group=self.group)
+        sizes = counts.tolist()
+        source = torch.from_numpy(np.concatenate(parts)).to(self.device)
+        target = source.new_empty((sum(sizes), *source.shape[1:]))
+        dist.all_to_all_single(target, source, sizes, [len(part) for part in parts], group=self.group)
+        return np.split(target.cpu().numpy(), np.cumsum(sizes)[:-1])
+
+    def rows(self, shard: torch.Tensor, ids: torch.Tensor, blocks: RowBlocks) -> torch.Tensor:
+        """Rows `ids` (n,), ascending, of a table whose blocks lie on the ranks: (n, d). `shard` is this rank's block."""
+        if self.world == 1:
+            return shard[ids]
+        bounds = torch.tensor([blocks.stop(rank) for rank in range(self.world)], device=ids.device)
+        ends = torch.searchsorted(ids.long(), bounds)
+        asked = torch.diff(ends, prepend=ends.new_zeros(1))
+        wanted = torch.empty_like(asked)
+        dist.all_to_all_single(wanted, asked, group=self.group)
+        asked_sizes, wanted_sizes = asked.tolist(), wanted.tolist()
+        places = ids.new_empty(sum(wanted_sizes))
+        dist.all_to_all_single(places, ids, wanted_sizes, asked_sizes, group=self.group)
+        answer = shard.index_select(0, places.long() - blocks.start(self.rank))
+        rows = shard.new_empty(len(ids), shard.shape[1])
+        dist.all_to_all_single(rows, answer, asked_sizes, wanted_sizes, group=self.group)
+        return rows
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """Largest value of all ranks."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return int(tensor)
+
+
+class InteractionBuilder:
+    """Collects (user, item, value) triples of any rows and hands every rank the CSR of its users and its items.
+
+    Memory: 8 bytes a pair while collecting (12 with values), which shrink to the two CSRs; working memory beside
+    them is bounded by about 1/32 of the pairs and one buffer of 2**20 pairs.
+    """
+
+    def __init__(self, num_users: int, num_items: int, exchange: Exchange) -> None:
+        for side, count in (("users", num_users), ("items", num_items)):
+            if not 0 < count <= _MAX_ID:
+                raise ValueError(f"number of {side}: expected 1 to {_MAX_ID}, got {count}")
+        self.num_users, self.num_items, self.exchange = num_users, num_items, exchange
+        self.user_blocks = RowBlocks(num_users, exchange.world)
+        self.item_blocks = RowBlocks(num_items, exchange.world)
+        # users of one rank are cut once more, so that a round brings each rank all pairs of a range of its users
+        self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._pending_rows = 0
+        self._pieces: list[list[tuple[np.ndarray, np.ndarray | None]]] = [
+            [] for _ in range(exchange.world * _ROUND_PIECES)
+        ]
+        self.rows = 0
+        self._valued = False
+
+    def add(self, users: np.ndarray, items: np.ndarray, values: np.ndarray | None = None) -> None:
+        """Take one chunk; raises ValueError that names the row of the first bad id or value."""
+        users, items = (
+            _ids(users, "user", self.num_users, self.rows),
+            _ids(items, "item", self.num_items, self.rows),
+        )
+        if len(users) != len(items) or (values is not None and len(values) != len(users)):
+            raise ValueError(
+                f"interactions: {len(users)} users, {len(items)} items and values differ in length"
+            )
+        if values is not None:
+            values = np.asarray(values, dtype=np.float32)
+            bad = ~(np.isfinite(values) & (values >= 0))
+            if bad.any():
+                row = int(np.argmax(bad))
+                raise ValueError(
+                    f"interaction {self.rows + row} (user {users[row]}, item {items[row]}): "
+                    f"value {values[row]}, expected a finite number >= 0"
+                )
+            if (values == 1).all():
+                values = None
+        self._valued |= values is not None
+        self.rows += len(users)
+        self._pending.append((users, items, values))
+        self._pending_rows += len(users)
+        if self._pending_rows >= _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Sort the pending pairs into the pieces of their user ranges."""
+        if not self._pending:
+            return
+        users, items = (_join([chunk[column] for chunk in self._pending]) for column in (0, 1))
+        values = None
+        if any(chunk[2] is not None for chunk in self._pending):
+            values = _join([_ones(len(u)) if v is None else v for u, _, v in self._pending])
+        self._pending, self._pending_rows = [], 0
+        for first in range(0, len(users), _BUFFER):
+            part = slice(first, first + _BUFFER)
+            owner, place = np.divmod(users[part], self.user_blocks.block)
+            piece = owner * _ROUND_PIECES + place // self._cut.block
+            if len(self._pieces) < 1 << 15:
+                piece = piece.astype(np.int16)  # numpy sorts these by radix
+            order = np.argsort(piece, kind="stable")
+            bounds = np.searchsorted(piece[order], np.arange(len(self._pieces) + 1))
+            keys = (users[part].astype(np.int64) << 32 | items[part])[order]
+            sorted_values = None if values is None else values[part][order]
+            for k in np.flatnonzero(np.diff(bounds)):
+                cut = slice(bounds[k], bounds[k + 1])
+                self._pieces[k].append(
+                    (keys[cut].copy(), None if sorted_values is None else sorted_values[cut].copy())
+                )
+
+    def build(self) -> tuple[CSR, CSR]:
+        """CSR of this rank's users and of its items. Collective; the builder is empty after it."""
+        self._flush()
+        self._valued = bool(self.exchange.max(int(self._valued)))
+        users = self._by_user()
+        return users, self._by_item(users)
+
+    def _by_user(self) -> CSR:
+        world, rank = self.exchange.world, self.exchange.rank
+        start, num_rows = self.user_blocks.start(rank), self.user_blocks.size(rank)
+        counts = np.zeros(num_rows, np.int64)
+        indices, values = _Growing(np.int32), _Growing(np.float32)
+        for k in range(_ROUND_PIECES):
+            keys_out, values_out = [], []
+            for owner in range(world):
+                pieces = self._pieces[owner * _ROUND_PIECES + k]
+                keys_out.append(np.concatenate([p[0] for p in pieces]) if pieces else np.empty(0, np.int64))
+                if self._valued:
+                    full = [_ones(len(p[0])) if p[1] is None else p[1] for p in pieces]
+                    values_out.append(np.concatenate(full) if full else np.empty(0, np.float32))
+                pieces.clear()
+            keys = _join(self.exchange.all_to_all(keys_out))
+            weights = _join(self.exchange.all_to_all(values_out)) if self._valued else None
+            keys, weights = _summed(keys, weights)
+            if weights is not None and not self._valued:  # first duplicates: what came before was all ones
+                self._valued = True
+                values.append(_ones(len(indices)))
+            counts += np.bincount((keys >> 32) - start, minlength=num_rows)
+            indices.append((keys & 0xFFFFFFFF).astype(np.int32))
+            if self._valued:
+                values.append(_ones(len(keys)) if weights is None else weights)
+        self._valued = bool(self.exchange.max(int(self._valued)))
+        if self._valued and len(values) < len(indices):  # another rank had the duplicates
+            values.append(_ones(len(indices) - len(values)))
+        return CSR(start, _offsets(counts), indices.array(), values.array() if self._valued else None)
+
+    def _by_item(self, users: CSR) -> CSR:
+        rank = self.exchange.rank
+        start, num_rows = self.item_blocks.start(rank), self.item_blocks.size(rank)
+        counts = np.zeros(num_rows, np.int64)
+        for keys, _ in self._to_items(users, with_values=False):
+            counts += np.bincount((keys >> 32) - start, minlength=num_rows)
+        indptr = _offsets(counts)
+        cursor = indptr[:-1].copy()
+        indices = np.empty(indptr[-1], np.int32)
+        values = np.empty(indptr[-1], np.float32) if self._valued else None
+        for keys, weights in self._to_items(users, with_values=self._valued):
+            if weights is None:
+                keys.sort()
+            else:
+                order = np.argsort(keys)
+                keys, weights = keys[order], weights[order]
+            rows = (keys >> 32) - start
+            here = np.bincount(rows, minlength=num_rows)
+            place = np.arange(len(rows)) + (cursor - _offsets(here)[:-1])[rows]
+            indices[place] = (keys & 0xFFFFFFFF).astype(np.int32)
+            if values is not None:
+                values[place] = weights
+            cursor += here
+        return CSR(start, indptr, indices, values)
+
+    def _to_items(self, users: CSR, with_values: bool):
+        """Rounds of (item << 32 | user) keys, and values, that reach the owners of the items."""
+        nnz = len(users.indices)
+        size = max(_BUFFER, nnz // _ROUND_PIECES)
+        for k in range(self.exchange.max(-(-nnz // size))):
+            part = slice(k * size, (k + 1) * size)
+            items = users.indices[part].astype(np.int64)
+            entry = np.arange(part.start, part.start + len(items))
+            row = np.searchsorted(users.indptr, entry, side="right") - 1 + users.start
+            keys = items << 32 | row
+            owner = items // self.item_blocks.block
+            order = np.argsort(owner, kind="stable") if self.exchange.world > 1 else slice(None)
+            bounds = np.bincount(owner, minlength=self.exchange.world).cumsum()[:-1]
+            received = _join(self.exchange.all_to_all(np.split(keys[order], bounds)))
+            weights = None
+            if with_values:
+                weights = _join(self.exchange.all_to_all(np.split(users.values[part][order], bounds)))
+            yield received, weights
+
+
+class _Growing:
+    """An array that is appended to; grows in place where the allocator can."""
+
+    def __init__(self, dtype: type) -> None:
+        self._array = np.empty(0, dtype)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, part: np.ndarray) -> None:
+        need = self._size + len(part)
+        if need > len(
+            self._array
+        ):  # untouched pages cost nothing; large blocks grow by remapping, without a copy
+            self._array.resize(max(need, len(self._array) * 5 // 4), refcheck=False)
+        self._array[self._size : need] = part
+        self._size = need
+
+    def array(self) -> np.ndarray:
+        """The array, cut to its size; the object is not used after it."""
+        self._array.resize(self._size, refcheck=False)
+        return self._array
+
+
+def _ids(ids: np.ndarray, side: str, count: int, first_row: int) -> np.ndarray:
+    """As int32, or ValueError that names the row of the first id that is no integer in [0, count)."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{side} ids: expected one dimension of integers, got {ids.ndim} of {ids.dtype}")
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= count):
+        row = int(np.argmax((ids < 0) | (ids >= count)))
+        raise ValueError(f"interaction {first_row + row}: {side} id {ids[row]}, expected 0 to {count - 1}")
+    return ids.astype(np.int32)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _ones(count: int) -> np.ndarray:
+    return np.ones(count, np.float32)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    indptr = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return indptr
+
+
+def _summed(keys: np.ndarray, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Sorted distinct keys with the sums of their values (None stands for ones, where no key comes twice)."""
+    if values is None:
+        keys.sort()
+    else:
+        order = np.argsort(keys, kind="stable")
+        keys, values = keys[order], values[order]
+    first = np.ones(len(keys), bool)
+    first[1:] = keys[1:] != keys[:-1]
+    if first.all():
+        return keys, values
+    starts = np.flatnonzero(first)
+    if values is None:
+        return keys[starts], np.diff(starts, append=len(keys)).astype(np.float32)
+    return keys[starts], np.add.reduceat(values, starts, dtype=np.float64).astype(np.float32)
