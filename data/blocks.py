@@ -115,18 +115,19 @@ class BlockReader:
 
     # ---- the consumer
 
-    def advance(self, step: int) -> None:
-        """Says that the blocks of a step are wanted now. Raises what a thread has raised."""
-        with self._changed:
-            self._raise_error()
-            self._step = step
-            self._changed.notify_all()
+    def check(self) -> None:
+        """Raises what a thread has raised."""
+        if self._error is not None:
+            raise self._error
 
-    def block(self, lane: int, block: int) -> Columns:
-        """The rows of a block; waits for it. Raises what a thread has raised."""
+    def block(self, lane: int, block: int, step: int) -> Columns:
+        """The rows of a block, which step `step` needs; waits for it. Raises what a thread has raised."""
         with self._changed:
+            self._step = step
+            if (lane, block) not in self._ready:
+                self._changed.notify_all()
             while (lane, block) not in self._ready:
-                self._raise_error()
+                self.check()
                 assert not self._closed
                 self._changed.wait()
             return self._ready[lane, block]
@@ -134,8 +135,6 @@ class BlockReader:
     def release(self, lane: int, block: int) -> None:
         """Forgets the blocks of a lane before this one, also those that are not read yet."""
         with self._changed:
-            if self._floor.get(lane) == block:
-                return
             self._floor[lane] = block
             for place in [place for place in self._ready if place[0] == lane and place[1] < block]:
                 self._drop(*place)
@@ -145,10 +144,6 @@ class BlockReader:
         low, high = self._order.block_bounds(lane, block)
         self._held -= high - low
         self._changed.notify_all()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
 
     # ---- the threads
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from recpress.data.sampling import philox
+from recpress.data.sampling import key
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class EpochOrder:
     shuffle: bool = True
     buffer_rows: int = 1 << 20
     max_lanes: int = 8
+
+    _known: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert min(self.global_batch, self.buffer_rows, self.max_lanes) > 0
@@ -142,18 +144,25 @@ class EpochOrder:
 
     def slices(self, step: int, rank: int, world: int) -> list[tuple[int, int, int]]:
         """The rank's rows of a step as (lane, first, end): positions in the lane, in the batch's order."""
-        rows = self.global_batch if step < self.full_steps else self._tail
+        tail = step >= self.full_steps
+        return [
+            (lane, step * share + low, step * share + high)
+            for lane, share, low, high in self._ranges(rank, world, tail)
+        ]
+
+    def _ranges(self, rank: int, world: int, tail: bool) -> list[tuple[int, int, int, int]]:
+        """Where a rank's rows of a batch come from: (lane, rows of it in a full batch, first, end)."""
+        if (rank, world, tail) in self._known:
+            return self._known[rank, world, tail]
+        rows, cuts = (self._tail, self._tail_cuts) if tail else (self.global_batch, self._full_cuts)
         first = rank * rows // world
         end = first + rows // world
-        cuts = self._full_cuts if step < self.full_steps else self._tail_cuts
         found = []
-        for lane in range(int(np.searchsorted(cuts, first, side="right")) - 1, self.lanes):
+        for lane in range(self.lanes):
             low, high = max(first, int(cuts[lane])), min(end, int(cuts[lane + 1]))
             if low < high:
-                base = step * int(self._share[lane]) - int(cuts[lane])
-                found.append((lane, base + low, base + high))
-            if cuts[lane + 1] >= end:
-                break
+                found.append((lane, int(self._share[lane]), low - int(cuts[lane]), high - int(cuts[lane])))
+        self._known[rank, world, tail] = found
         return found
 
     # ---- blocks
@@ -248,4 +257,4 @@ class EpochOrder:
         return np.concatenate(found)
 
     def _generator(self, *place: int | str) -> np.random.Generator:
-        return np.random.Generator(philox("order", self.seed, self.epoch, *place))
+        return np.random.Generator(np.random.SFC64(key("order", self.seed, self.epoch, *place)))

@@ -16,17 +16,17 @@ from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 
 
-def philox(*place: int | str) -> np.random.Philox:
-    """Counter-based bit generator (Salmon et al. 2011) whose key is a hash of `place`.
+def key(*place: int | str) -> int:
+    """128 bits that are a hash of `place`: different places give unrelated random numbers."""
+    # np.int64(3) and 3 are one place
+    plain = tuple(part if isinstance(part, str) else int(part) for part in place)
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "little")
 
-    The same place gives the same stream on any machine and in any numpy (bit generators are stable, NEP 19);
-    different places give unrelated streams.
-    """
-    plain = tuple(
-        part if isinstance(part, str) else int(part) for part in place
-    )  # one repr for 3 and np.int64(3)
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
-    return np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
+
+def philox(*place: int | str) -> np.random.Philox:
+    """Counter-based bit generator (Salmon et al. 2011) of a place. Bit generators are stable from one numpy to
+    the next (NEP 19), so that raw bits are the same on any machine."""
+    return np.random.Philox(key=key(*place))
 
 
 def check_rate(rate: float) -> float:
@@ -48,8 +48,8 @@ def membership(seed: int, rate: float, file_ordinal: int, row_group: int, num_ro
     rate = check_rate(rate)
     if rate == 1.0:
         return np.arange(num_rows, dtype=np.int64)
-    # Raw bits rather than Generator.geometric, whose algorithm may change from one numpy to the next.
-    bits = philox("sample", int(seed), int(file_ordinal), int(row_group))
+    # Raw bits rather than Generator.geometric, whose algorithm may change.
+    bits = philox("sample", seed, file_ordinal, row_group)
     parts: list[np.ndarray] = []
     last = -1  # the latest member
     while last < num_rows:

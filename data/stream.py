@@ -163,17 +163,20 @@ class InteractionStream:
             start=steps[0],
         )
         with reader:
+            held: dict[int, tuple[Columns, int, int]] = {}  # lane -> its block in hand and the block's bounds
             for step in steps:
-                reader.advance(step)
+                reader.check()
                 pieces = []
                 for lane, first, end in order.slices(step, self.rank, self.world):
-                    block, last = order.block_of(lane, first), order.block_of(lane, end - 1)
-                    reader.release(lane, block)
-                    for number in range(block, last + 1):
-                        low, high = order.block_bounds(lane, number)
-                        pieces.append(
-                            (reader.block(lane, number), max(first, low) - low, min(end, high) - low)
-                        )
+                    while first < end:
+                        if lane not in held or first >= held[lane][2]:
+                            number = order.block_of(lane, first)
+                            reader.release(lane, number)
+                            held[lane] = (reader.block(lane, number, step), *order.block_bounds(lane, number))
+                        columns, low, high = held[lane]
+                        stop = min(end, high)
+                        pieces.append((columns, first - low, stop - low))
+                        first = stop
                 yield self._batch(pieces, epoch, step)
 
     def _batch(self, pieces: list[tuple[Columns, int, int]], epoch: int, step: int) -> Interactions:
