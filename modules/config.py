@@ -86,16 +86,23 @@ class TowersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the towers are trained for."""
+
+    kind: Literal["bce", "softmax"] = "bce"
+    """`bce`: cross-entropy of each pair (CADC); `softmax`: sampled softmax with logQ correction."""
+    in_batch: bool = False
+    """`softmax`: the other rows' positives are candidates too."""
+    scale: float = 8.0
+    """Start of the learned factor between dot product and logit."""
+    bias: float = -4.0
+    """`bce`: start of the learned offset of the logit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoTowerConfig:
     """The two-tower network."""
 
     tables: TablesConfig = field(default_factory=TablesConfig)
     towers: TowersConfig = field(default_factory=TowersConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What the network minimises."""
-
-    kind: Literal["bce", "softmax"] = "bce"
-    """`bce`: binary cross-entropy, the paper's; `softmax`: sampled softmax over a positive and its negatives."""
+    loss: LossConfig = field(default_factory=LossConfig)

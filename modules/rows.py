@@ -1,0 +1,88 @@
+"""Reading a table of factors straight into the shards of embedding tables, a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+BLOCK_BYTES = 32 << 20
+"""Memory of one block while a shard is filled."""
+
+
+class RowSource(Protocol):
+    """A matrix that is read in blocks: a numpy array or memory map, a tensor, `factors.FactorTable`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Any) -> Any: ...
+
+
+def round_up(dim: int, multiple: int = 4) -> int:
+    """The embedding dimension that a table gets: fbgemm's kernels want a multiple of 4; the rest is zeros."""
+    return -(-dim // multiple) * multiple
+
+
+def check_source(source: RowSource, table: str, rows: int, dim: int) -> None:
+    """Raise ValueError where `source` does not fit a table of `rows` rows made for vectors of `dim` numbers."""
+    if len(source.shape) != 2:
+        raise ValueError(f"table {table!r}: source has shape {tuple(source.shape)}, expected ({rows}, {dim})")
+    if source.shape[0] != rows:
+        raise ValueError(f"table {table!r}: source has {source.shape[0]} rows, expected {rows}")
+    if source.shape[1] != dim and round_up(source.shape[1]) != dim:
+        raise ValueError(f"table {table!r}: source has dimension {source.shape[1]}, expected {dim}")
+
+
+def blocks(
+    source: RowSource, table: str, rows: tuple[int, int], columns: tuple[int, int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blocks (first row, float32 values (b, columns)) of a rectangle of `source`; columns past its last are 0.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    width = columns[1] - columns[0]
+    stop = min(columns[1], source.shape[1])
+    step = max(1, BLOCK_BYTES // (4 * max(width, 1)))
+    for first in range(rows[0], rows[1], step):
+        last = min(first + step, rows[1])
+        block = torch.zeros(last - first, width)
+        if stop > columns[0]:
+            read = source[first:last, columns[0] : stop]
+            read = read if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
+            block[:, : stop - columns[0]] = read
+        if not bool(torch.isfinite(block).all()):
+            row = first + int((~torch.isfinite(block)).any(1).nonzero()[0])
+            raise ValueError(f"table {table!r}: row {row} of the source holds NaN or infinity")
+        yield first, block
+
+
+def load_trainable(collection: nn.Module, table: str, source: RowSource) -> None:
+    """Copy `source` into a trainable table of an EmbeddingBagCollection, plain or sharded.
+
+    Each rank reads its own rows and columns alone.
+
+    Raises:
+        ValueError: shape or values do not fit.
+    """
+    weight = collection.state_dict()[f"embedding_bags.{table}.weight"]
+    check_source(source, table, weight.shape[0], weight.shape[1])
+    for (rows, columns), local in local_shards(weight):
+        for first, block in blocks(source, table, rows, columns):
+            start = first - rows[0]
+            local[start : start + block.shape[0]].copy_(block)
+
+
+def local_shards(weight: Any) -> list[tuple[tuple[tuple[int, int], tuple[int, int]], torch.Tensor]]:
+    """((row range, column range), tensor) of each shard that this rank holds of a ShardedTensor or plain tensor."""
+    if not hasattr(weight, "local_shards"):
+        return [(((0, weight.shape[0]), (0, weight.shape[1])), weight)]
+    found = []
+    for shard in weight.local_shards():
+        (row, column), (height, width) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        found.append((((row, row + height), (column, column + width)), shard.tensor.detach()))
+    return found

@@ -1,0 +1,230 @@
+"""The train loop: TorchRec's pipeline, evaluation at intervals, early stopping, logs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from recpress.data.errors import InputError
+from recpress.trainer.metrics_log import MetricsLog
+from recpress.trainer.model_state import Snapshot
+from recpress.trainer.optimizer import TrainOptimizer
+from recpress.trainer.progress import Progress
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+Evaluate = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How long to train and how often to look."""
+
+    epochs: int = 1
+    evaluate_every: int = 0
+    """Epochs between evaluations; 0: none while training."""
+    evaluate_steps: int = 0
+    """Steps between evaluations, besides; 0: none."""
+    evaluate_first: bool = False
+    """Evaluate before the first step: residual towers start with the factorization's ranking, which may be the best."""
+    metric: str = "NDCG@10"
+    """What is best, of the metrics that the evaluation returns; the larger the better."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    keep_best: bool = True
+    """End with the weights of the best evaluation."""
+    log_every: int = 50
+    """Steps between log lines; also between checks of the losses, each of which waits for the device."""
+
+
+@dataclass
+class FitResult:
+    """What a run did."""
+
+    steps: int = 0
+    rows: int = 0
+    """Positive rows that this rank trained on."""
+    train_seconds: float = 0.0
+    """Without evaluations."""
+    evaluate_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """Mean over the ranks, of every log interval."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """Each with its step, epoch and train_seconds."""
+    best: dict[str, float] | None = None
+
+    @property
+    def rows_per_second(self) -> float:
+        """Of this rank, evaluations left out."""
+        return self.rows / max(self.train_seconds, 1e-9)
+
+
+def fit(
+    model: DistributedModelParallel,
+    optimizer: TrainOptimizer,
+    batches: Callable[[int], Iterable[Any]],
+    config: FitConfig,
+    *,
+    device: torch.device,
+    evaluate: Evaluate | None = None,
+    log: MetricsLog | None = None,
+    show_progress: bool = True,
+    description: str = "train",
+) -> FitResult:
+    """Train `model`, whose forward gives (loss, detached loss), on `batches(epoch)` of each epoch.
+
+    Args:
+        batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`, `pin_memory`
+            and `record_stream`.
+        evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
+
+    Raises:
+        InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
+    """
+    run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description)
+    try:
+        run.all(batches)
+    finally:
+        run.progress.close()
+    return run.result
+
+
+class _Run:
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimizer: TrainOptimizer,
+        config: FitConfig,
+        device: torch.device,
+        evaluate: Evaluate | None,
+        log: MetricsLog | None,
+        show_progress: bool,
+        description: str,
+    ) -> None:
+        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.evaluate, self.log = evaluate, log
+        self.result = FitResult()
+        self.progress = Progress(optimizer.total_steps or None, description, show_progress)
+        self.pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
+        self.pending: list[torch.Tensor] = []
+        self.best: Snapshot | None = None
+        self.worse = 0
+        self.mark = time.monotonic()
+        self.marked_rows = 0
+        self.epoch = 0
+
+    def all(self, batches: Callable[[int], Iterable[Any]]) -> None:
+        if self.config.evaluate_first:
+            self.look()
+        stop = False
+        for self.epoch in range(1, self.config.epochs + 1):
+            stop = self.one_epoch(batches(self.epoch - 1))
+            if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
+                stop = self.look()
+            if stop:
+                break
+        if self.best is not None and self.config.keep_best:
+            self.best.restore(self.model)
+
+    def one_epoch(self, batches: Iterable[Any]) -> bool:
+        """Whether to stop early."""
+        self.model.train()
+        iterator = self.counted(batches)
+        self.mark, self.marked_rows = time.monotonic(), self.result.rows
+        stop = False
+        while not stop:
+            try:
+                loss = self.pipeline.progress(iterator)
+            except StopIteration:
+                break
+            self.pending.append(loss)
+            self.result.steps += 1
+            if self.result.steps % self.config.log_every == 0:
+                self.flush()
+            if self.config.evaluate_steps and self.result.steps % self.config.evaluate_steps == 0:
+                self.flush()
+                stop = self.look()
+        self.flush()
+        if stop:  # batches that the pipeline has taken already are dropped
+            self.pipeline.reset()
+        return stop
+
+    def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.result.rows += batch.label.shape[0]
+            yield batch
+
+    def flush(self) -> None:
+        """Read the losses since the last time: the one place where the host waits for the device."""
+        if not self.pending:
+            return
+        losses = torch.stack(self.pending).double()
+        steps = len(self.pending)
+        self.pending = []
+        finite = torch.isfinite(losses).cpu()
+        if not bool(finite.all()):
+            step = self.result.steps - steps + 1 + int((~finite).nonzero()[0])
+            value = float(losses[step - 1 - self.result.steps + steps])
+            raise InputError(
+                f"step {step} of epoch {self.epoch}: the loss is {value}, expected a finite number; "
+                "lower the learning rate, or look for NaN in labels, features and factors"
+            )
+        mean = losses.mean().reshape(1).cpu()
+        dist.all_reduce(mean)
+        loss = float(mean) / dist.get_world_size()
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        rows, self.marked_rows = self.result.rows - self.marked_rows, self.result.rows
+        self.result.train_seconds += seconds
+        self.result.losses.append(loss)
+        speed = rows * dist.get_world_size() / max(seconds, 1e-9)
+        rate = self.optimizer.learning_rate
+        self.progress.update(steps, loss=loss, learning_rate=rate, rows_per_second=speed)
+        if self.log:
+            self.log.write(
+                self.result.steps,
+                {"train/loss": loss, "train/learning_rate": rate, "train/rows_per_second": speed},
+            )
+
+    def look(self) -> bool:
+        """Evaluate, remember the best; whether patience is over."""
+        if self.evaluate is None:
+            return False
+        start = time.monotonic()
+        self.pipeline.detach()
+        self.model.eval()
+        metrics = dict(self.evaluate())
+        self.model.train()
+        self.pipeline.attach()
+        self.result.evaluate_seconds += time.monotonic() - start
+        self.mark += time.monotonic() - start
+        if self.config.metric not in metrics:
+            known = ", ".join(metrics)
+            raise InputError(f"metric {self.config.metric!r} is not among those of the evaluation: {known}")
+        found = {
+            **metrics,
+            "step": self.result.steps,
+            "epoch": self.epoch,
+            "train_seconds": self.result.train_seconds,
+        }
+        self.result.evaluations.append(found)
+        if self.log:
+            self.log.write(self.result.steps, {f"evaluate/{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.progress.say(f"epoch {self.epoch}, step {self.result.steps}: {shown}")
+        value = torch.tensor([metrics[self.config.metric]], dtype=torch.float64)
+        dist.broadcast(value, 0)  # the ranks must agree to the last bit on what is best
+        best = -math.inf if self.result.best is None else self.result.best[self.config.metric]
+        if float(value) > best:
+            self.result.best = {**found, self.config.metric: float(value)}
+            self.worse = 0
+            if self.config.keep_best:
+                self.best = Snapshot.take(self.model)
+            return False
+        self.worse += 1
+        return 0 < self.config.patience <= self.worse

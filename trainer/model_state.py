@@ -1,0 +1,169 @@
+"""The weights of a model, sharded or not: a copy in memory, and a folder that any number of ranks reads.
+
+The folder holds `dense.pt` (the replicated part), and for each table a folder of `.npy` files, one a shard, named by the
+rectangle that it covers, so that a rank reads just the rows it needs, whatever ranks wrote them. Nothing in it
+is unpickled: `dense.pt` is loaded with weights_only=True, arrays with allow_pickle=False. (torch.distributed.checkpoint
+would do the resharding too, but its `.metadata` file is a pickle that loading executes.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from recpress.data.errors import InputError
+from recpress.modules.frozen import FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
+from recpress.modules.rows import local_shards
+from torch import nn
+
+Rectangle = tuple[tuple[int, int], tuple[int, int]]
+"""(row range, column range), end-exclusive."""
+
+
+@dataclass
+class Snapshot:
+    """A copy of what training changes, on the device that it lies on; frozen tables are not in it."""
+
+    dense: dict[str, torch.Tensor]
+    shards: dict[str, list[torch.Tensor]]
+
+    @staticmethod
+    @torch.no_grad()
+    def take(model: nn.Module) -> Snapshot:
+        return Snapshot(
+            {name: tensor.detach().clone() for name, tensor in _dense(model)},
+            {name: [part.clone() for _, part in parts] for name, parts in _trainable(model)},
+        )
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        for name, tensor in _dense(model):
+            tensor.copy_(self.dense[name])
+        for name, parts in _trainable(model):
+            for (_, part), kept in zip(parts, self.shards[name], strict=True):
+                part.copy_(kept)
+
+
+def save_weights(model: nn.Module, folder: str | Path) -> None:
+    """Write all weights into `folder`, which exists and which all ranks see; every rank its shards. Collective."""
+    folder = Path(folder)
+    if dist.get_rank() == 0:
+        torch.save({name: tensor.detach().cpu() for name, tensor in _dense(model)}, folder / "dense.pt")
+    for name, parts in [*_trainable(model), *_frozen(model)]:
+        place = folder / "tables" / name
+        place.mkdir(parents=True, exist_ok=True)
+        for rectangle, part in parts:
+            if part.numel():
+                np.save(place / _file_name(rectangle), part.detach().cpu().numpy(), allow_pickle=False)
+    dist.barrier()
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Fill `model` from `save_weights`, on any number of ranks; every rank reads its own rectangles.
+
+    Raises:
+        InputError: a file or table is missing, damaged, or of another shape or type than the model's.
+    """
+    folder = Path(folder)
+    path = folder / "dense.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: not the weights of a model ({type(error).__name__}: {error})") from error
+    dense = dict(_dense(model))
+    if set(saved) != set(dense):
+        odd = sorted(set(saved) ^ set(dense))
+        raise InputError(
+            f"{path}: tensor {odd[0]!r} is not in both the file and the model; another configuration?"
+        )
+    for name, tensor in dense.items():
+        if tensor.shape != saved[name].shape:
+            raise InputError(
+                f"{path}: {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
+            )
+        tensor.copy_(saved[name])
+    for name, parts in [*_trainable(model), *_frozen(model)]:
+        files = _files(folder / "tables" / name)
+        for rectangle, part in parts:
+            _fill(part, rectangle, files, folder / "tables" / name)
+
+
+def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path]], place: Path) -> None:
+    filled = 0
+    for have, path in files:
+        rows, columns = (_overlap(a, b) for a, b in zip(want, have, strict=True))
+        if rows[0] >= rows[1] or columns[0] >= columns[1]:
+            continue
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path}: not a shard of a table ({error})") from error
+        shape = tuple(stop - start for start, stop in have)
+        if array.shape != shape or torch.from_numpy(np.empty(0, array.dtype)).dtype != part.dtype:
+            raise InputError(f"{path}: holds {array.dtype} {array.shape}, expected {part.dtype} {shape}")
+        (row, _), (column, _) = have
+        block = np.array(array[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column])
+        (row, _), (column, _) = want
+        part[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column] = torch.from_numpy(
+            block
+        )
+        filled += block.size
+    if filled != part.numel():
+        raise InputError(f"{place}: holds {filled} of the {part.numel()} values that are wanted of {want}")
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return max(a[0], b[0]), min(a[1], b[1])
+
+
+def _file_name(rectangle: Rectangle) -> str:
+    (r0, r1), (c0, c1) = rectangle
+    return f"rows-{r0}-{r1}-columns-{c0}-{c1}.npy"
+
+
+def _files(folder: Path) -> list[tuple[Rectangle, Path]]:
+    found = []
+    for path in sorted(folder.glob("*.npy")):
+        match = re.fullmatch(r"rows-(\d+)-(\d+)-columns-(\d+)-(\d+)\.npy", path.name)
+        if match:
+            r0, r1, c0, c1 = map(int, match.groups())
+            found.append((((r0, r1), (c0, c1)), path))
+    if not found:
+        raise InputError(f"{folder}: no shard of this table; was the model saved with another configuration?")
+    return found
+
+
+def _is_table(name: str, value: Any) -> bool:
+    return hasattr(value, "local_shards") or ".embedding_bags." in f".{name}"
+
+
+def _dense(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in model.state_dict().items():
+        if not _is_table(name, value):
+            yield name, value
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch.Tensor]]]]:
+    for name, value in model.state_dict().items():
+        if _is_table(name, value):
+            yield name, local_shards(value)
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch.Tensor]]]]:
+    for path, module in model.named_modules():
+        if isinstance(module, (FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection)):
+            short = ".".join(p for p in path.split(".") if p not in ("_dmp_wrapped_module", "module"))
+            for table in module.tables():
+                # 8-bit rows carry 8 more bytes; they are never cut by column, so the width is the array's own
+                parts = [
+                    ((s.rows, (0, t.shape[1]) if table.storage == "int8" else s.columns), t)
+                    for s, t in module.shards(table.name)
+                ]
+                yield f"{short}.{table.name}.frozen", parts

@@ -1,0 +1,77 @@
+"""One optimizer for the loop: Adam for the dense part, the tables' fused one, one schedule, clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+if TYPE_CHECKING:
+    from recpress.trainer.config import OptimizerConfig
+
+
+def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """What both learning rates are multiplied by at `step` (0-based) of `total_steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    done = min(max(done, 0.0), 1.0)
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class TrainOptimizer:
+    """`zero_grad` and `step` for TrainPipelineSparseDist.
+
+    The gradient norm is clipped over the dense part: it is replicated, so every rank computes the same norm without
+    asking the others, and the tables' gradients are applied inside the backward pass and never exist as a whole.
+    """
+
+    def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
+        self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.fused = model.fused_optimizer
+        self.parameters = [
+            p for _, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad
+        ]
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.dense]
+        self.dense = (
+            kind(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+            if self.parameters
+            else None
+        )
+        self._table_rates = [group["lr"] for group in self.fused.param_groups]
+        self._factor = 0.0
+        self._schedule()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the dense part, at the next step."""
+        return self.config.learning_rate * self._factor
+
+    def zero_grad(self) -> None:
+        if self.dense is not None:
+            self.dense.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        if self.dense is not None:
+            if self.config.clip_norm:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+            self.dense.step()
+        self.steps += 1
+        self._schedule()
+
+    def _schedule(self) -> None:
+        factor = schedule_factor(self.config, self.steps, self.total_steps)
+        if factor == self._factor:
+            return
+        self._factor = factor
+        if self.dense is not None:
+            for group in self.dense.param_groups:
+                group["lr"] = self.config.learning_rate * factor
+        for group, rate in zip(self.fused.param_groups, self._table_rates, strict=True):
+            group["lr"] = rate * factor
+        self.fused.zero_grad()  # hands the learning rates to the kernels, which hold no gradients

@@ -1,0 +1,126 @@
+"""Where the rows of each table live: TorchRec's planner on what this machine has, and DistributedModelParallel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from recpress.modules.frozen import (
+    FrozenEmbeddingBagCollection,
+    FrozenEmbeddingBagCollectionSharder,
+    Storage,
+)
+from torch import nn
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+
+SHARDING_TYPES = tuple(
+    t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE)
+)
+RESERVED = 0.3
+"""Share of the memory that the planner leaves to batches, activations, the dense part and its optimizer."""
+
+
+class TableSharder(EmbeddingBagCollectionSharder):
+    """Trainable tables with the optimizer fused into the backward pass; row-wise on CPU too."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SHARDING_TYPES)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return ["fused"]
+
+
+def sharders(
+    learning_rate: float = 0.01, *, eps: float = 1e-8, weight_decay: float = 0.0
+) -> list[ModuleSharder]:
+    """Row-wise Adagrad for trainable tables (the one that CPU and CUDA have in common), nothing for frozen ones."""
+    fused: dict[str, Any] = {
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "learning_rate": learning_rate,
+        "eps": eps,
+    }
+    if weight_decay:
+        fused["weight_decay"] = weight_decay
+    return [TableSharder(fused_params=fused), FrozenEmbeddingBagCollectionSharder()]
+
+
+def topology(device: torch.device, batch_size: int) -> Topology:
+    """The ranks that there are, with the memory that this machine has for each."""
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    caps: dict[str, int] = {"ddr_cap": memory}
+    if device.type == "cuda":
+        caps["hbm_cap"] = torch.cuda.get_device_properties(device).total_memory
+    return Topology(world, device.type, local_world_size=local, **caps)
+
+
+def plan(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    batch_size: int,
+    sharding_types: Mapping[str, str] | None = None,
+    table_sharders: list[ModuleSharder] | None = None,
+) -> ShardingPlan:
+    """The sharding plan that all ranks share; collective.
+
+    Args:
+        batch_size: rows of a batch on each rank, for the planner's estimates.
+        sharding_types: table name -> sharding type, where the planner must not choose.
+
+    Raises:
+        ValueError: a table does not fit in the memory there is.
+    """
+    constraints = {}
+    for module in model.modules():
+        tables: dict[str, Storage | None] = {}
+        if isinstance(module, FrozenEmbeddingBagCollection):
+            tables = {t.name: t.storage for t in module.tables()}
+        elif isinstance(module, EmbeddingBagCollection):
+            tables = {config.name: None for config in module.embedding_bag_configs()}
+        for name, storage in tables.items():
+            types = (
+                [(sharding_types or {}).get(name)] if name in (sharding_types or {}) else list(SHARDING_TYPES)
+            )
+            if storage == "int8":  # a row has one scale, so it stays in one piece
+                types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
+            constraints[name] = ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
+    planner = EmbeddingShardingPlanner(
+        topology=topology(device, batch_size),
+        batch_size=batch_size,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED),
+    )
+    return planner.collective_plan(model, table_sharders or sharders(), dist.group.WORLD)
+
+
+def shard(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    batch_size: int,
+    learning_rate: float = 0.01,
+    weight_decay: float = 0.0,
+    sharding_types: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> DistributedModelParallel:
+    """Shard the tables of `model` (on the device "meta") and replicate the rest.
+
+    Trainable tables are initialised here, by `seed` and rank.
+    """
+    table_sharders = sharders(learning_rate, weight_decay=weight_decay)
+    layout = plan(
+        model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders
+    )
+    torch.manual_seed(seed * 65_537 + dist.get_rank())
+    return DistributedModelParallel(model, device=device, plan=layout, sharders=table_sharders)

@@ -1,0 +1,50 @@
+"""Vectors of all users or all items, in row blocks over the ranks: what evaluation and export work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from recpress.modules.factors import RowBlocks
+from recpress.modules.two_tower import TwoTower
+from torchrec import KeyedJaggedTensor
+
+Inputs = Callable[[torch.Tensor], tuple[KeyedJaggedTensor, torch.Tensor | None]]
+"""Ids (n,) -> (features of these ids, stride n; their float features (n, F) or None)."""
+
+
+def tower_vectors(
+    model: TwoTower,
+    side: Literal["user", "item"],
+    *,
+    device: torch.device,
+    inputs: Inputs | None = None,
+    chunk: int = 65_536,
+) -> torch.Tensor:
+    """This rank's block (by `RowBlocks`) of the vectors of all ids of a side: (rows, d) float32 on the CPU. Collective.
+
+    Args:
+        model: the module inside DistributedModelParallel (`dmp.module`), out of the pipeline, in eval mode.
+        inputs: features of ids, where the model takes more than the ids.
+    """
+    spec = model.user if side == "user" else model.item
+    vectors = model.user_vectors if side == "user" else model.item_vectors
+    cut = RowBlocks(spec.rows, dist.get_world_size())
+    start, stop = cut.start(dist.get_rank()), cut.stop(dist.get_rank())
+    out = torch.empty(stop - start, (model.user_tower if side == "user" else model.item_tower).out_dim)
+    # Every rank makes as many calls as the largest block needs; ids past a block's end are looked up in vain.
+    for first in range(start, start + cut.block, chunk):
+        ids = torch.arange(first, min(first + chunk, start + cut.block), device=device).clamp_(
+            max=spec.rows - 1
+        )
+        features, floats = inputs(ids) if inputs else (id_features(spec.key, ids), None)
+        take = max(0, min(first + chunk, stop) - first)
+        out[first - start : first - start + take] = vectors(features, floats)[:take].float().cpu()
+    return out
+
+
+def id_features(key: str, ids: torch.Tensor) -> KeyedJaggedTensor:
+    """One id in each bag."""
+    return KeyedJaggedTensor.from_lengths_sync([key], ids, torch.ones_like(ids, dtype=torch.int32))
