@@ -128,7 +128,10 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
         return _integers(array, column.limit, where)
     if column.role == "time":
         if pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
-            return array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            times = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            if np.isnan(times).any():
+                raise InputError(f"{where}, row {int(np.argmax(np.isnan(times)))}: NaN; expected a time")
+            return times
         if pa.types.is_date(array.type):
             array = array.cast(pa.timestamp("s"))
         return array.cast(pa.int64()).to_numpy(zero_copy_only=False)

@@ -32,6 +32,7 @@ KIND = "log"
 PARTS = ("train", "val", "test", "test_negatives")
 NEGATIVES = Schema(user="user_id", item="pos_item_id")  # fixed names; the list is `negatives`
 Side = Literal["user", "item"]
+SIDES: tuple[Side, Side] = ("user", "item")
 
 
 @dataclass(frozen=True)

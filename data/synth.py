@@ -24,7 +24,7 @@ from recpress.data.config import Schema, SynthConfig
 from recpress.data.errors import InputError
 from recpress.data.log import KIND
 from recpress.data.negatives_table import draw_unseen, negatives_table
-from recpress.data.sampling import philox
+from recpress.data.seeds import generator
 from recpress.data.tastes import Permutation, Tastes, search
 from recpress.data.writer import LogWriter
 from tqdm import tqdm
@@ -73,7 +73,7 @@ class MadeLog:
         self._permutation = Permutation(config.rows, config.seed)
         # Held-out users have one item more than rows; the ordinal that train leaves out:
         users = np.flatnonzero(self.user_rows > 0)[: config.held_out_users]
-        draws = np.random.Generator(philox(config.seed, "left out")).random(len(users))
+        draws = generator(config.seed, "left out").random(len(users))
         self.held_out_users = users
         self._left_out = np.full(config.users, np.iinfo(np.int64).max)
         self._left_out[users] = (draws * (self.user_rows[users] + 1)).astype(np.int64)
@@ -94,7 +94,7 @@ class MadeLog:
     def held_out(self, chunk: int = 4096) -> Iterator[tuple[pa.Table, pa.Table]]:
         """The held-out pairs, and for each the items that the user never met."""
         later = self.config.start_time + self.config.days * 86400
-        rng = np.random.Generator(philox(self.config.seed, "negatives"))
+        rng = generator(self.config.seed, "negatives")
         for start in range(0, len(self.held_out_users), chunk):
             users = self.held_out_users[start : start + chunk]
             left_out = self._left_out[users]
@@ -109,7 +109,7 @@ class MadeLog:
 
     def user_features(self) -> pa.Table:
         """Side table of the users: an age band, a country that goes with the main taste for half of them."""
-        rng = np.random.Generator(philox(self.config.seed, "user features"))
+        rng = generator(self.config.seed, "user features")
         main, _ = self._tastes.of_users(np.arange(self.config.users))
         country = np.where(
             rng.random(self.config.users) < 0.5, main % 50, rng.integers(0, 50, self.config.users)
@@ -122,7 +122,7 @@ class MadeLog:
     def item_features(self) -> pa.Table:
         """Side table of the items: the taste as a category for four of five, a list of one to three genres, a
         price."""
-        rng = np.random.Generator(philox(self.config.seed, "item features"))
+        rng = generator(self.config.seed, "item features")
         items, tastes = self.config.items, self.config.tastes
         taste = self._tastes.of_items()
         category = np.where(rng.random(items) < 0.8, taste, rng.integers(0, tastes, items))
@@ -153,7 +153,7 @@ class MadeLog:
 def _activity(config: SynthConfig, most: int) -> np.ndarray:
     """Rows of each user, (users,) int64: a power law over users in random order, between `least` and
     `most`."""
-    rank = np.random.Generator(philox(config.seed, "users")).permutation(config.users)
+    rank = generator(config.seed, "users").permutation(config.users)
     weight = (rank + 1.0) ** -config.user_skew
     least = min(5, config.rows // config.users)
     rows = np.full(config.users, float(least))
@@ -189,5 +189,5 @@ def _check(config: SynthConfig) -> None:
         )
     if config.held_out_users and config.items - most - 1 < config.negatives:
         raise InputError(
-            f"synth: {config.negatives} negatives; expected at most {config.items - most - 1}, the unmet items"
+            f"synth: {config.negatives} negatives; at most {config.items - most - 1} items are unmet"
         )

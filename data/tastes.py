@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 from recpress.data.config import SynthConfig
-from recpress.data.sampling import philox
+from recpress.data.seeds import generator
 
 
 class Tastes:
@@ -18,7 +18,7 @@ class Tastes:
     def __init__(self, config: SynthConfig) -> None:
         self.config = config
         tastes, items = config.tastes, config.items
-        self._order = np.random.Generator(philox(config.seed, "items")).permutation(items)
+        self._order = generator(config.seed, "items").permutation(items)
         self._starts = (np.arange(tastes + 1) * items) // tastes
         sizes = np.diff(self._starts)
         taste = np.repeat(np.arange(tastes), sizes)
@@ -101,7 +101,7 @@ class Permutation:
         self._low = np.uint64(bits // 2)
         self._low_mask = np.uint64((1 << bits // 2) - 1)
         self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        self._keys = philox(seed, "permutation").random_raw(6) | np.uint64(1)
+        self._keys = generator(seed, "permutation").integers(0, 2**64, 6, dtype=np.uint64) | np.uint64(1)
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
         places = self._once(places)

@@ -1,0 +1,226 @@
+"""Leave one interaction a user out of train: a validation part to choose settings on, or a test part to
+report.
+
+The written log is a log of its own: its train lacks the left-out pairs, its `test` holds them, its
+`test_negatives` hold for each the items that the user never met in the train of the log that was split. Ids,
+vocabularies and side tables stay. Nothing is taken from that log's own held-out parts, so a setting chosen on
+the new log has not seen them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from recpress.data import artifact
+from recpress.data.config import LayoutConfig
+from recpress.data.errors import InputError
+from recpress.data.log import KIND, SIDES, Log, Side
+from recpress.data.negatives_table import negatives_table
+from recpress.data.rows import RowGroup
+from recpress.data.seeds import generator
+from recpress.data.writer import LogWriter
+from tqdm import tqdm
+
+
+def leave_one_out(
+    log: Log,
+    out: str | Path,
+    *,
+    by: Literal["random", "last"],
+    seed: int = 0,
+    negatives: int = 99,
+    max_users: int | None = None,
+    layout: LayoutConfig | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the log `out`, whose train is that of `log` without one pair a user, and whose test is those
+    pairs.
+
+    A user takes part who keeps at least one row and has at least `negatives` items that it did not meet.
+    Where the pair occurs in several rows, all of them leave train. Reads the log three times and, seldom,
+    more often; memory O(users + items + left-out users x negatives).
+
+    Args:
+        by: `random`, or `last`: the row with the largest time (of equal ones the last in the log).
+        negatives: items drawn uniformly, without replacement, that the user never met; 0 leaves the part out.
+        max_users: at most this many users take part, drawn at random.
+
+    Raises:
+        InputError: no time column for `last`, no user that can take part, what reading the log raises.
+    """
+    if by == "last" and log.schema.time is None:
+        raise InputError(f"{log.path}: the last interaction needs a time column; the schema names none")
+    if negatives < 0:
+        raise InputError(f"negatives is {negatives}; expected at least 0")
+    counts, chosen = _choose(log, by, seed)
+    held = _partake(log, counts, chosen, seed, negatives, max_users)
+    meta: dict[str, Any] = {}
+    with (
+        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        LogWriter(tmp, layout or LayoutConfig()) as writer,
+    ):
+        left = _write_rows(log, writer, held)
+        users = np.flatnonzero(held >= 0)
+        if negatives:
+            unmet = _draw_negatives(log, users, held[users], counts, negatives, seed)
+            kind = log.train.files[0].metadata.schema.to_arrow_schema().field(log.schema.item).type
+            writer.part("test_negatives").write(negatives_table(users, held[users], unmet, kind))
+        _copy_tables(log, writer, left)
+        old = log.manifest or {}
+        meta |= writer.manifest(
+            log.schema,
+            log.num_users,
+            log.num_items,
+            vocabularies=old.get("vocabularies", {}),
+            features=old.get("features", {}),
+            made_by="leave_one_out",
+            config={"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users},
+            inputs=log.inputs(),
+        )
+    return Path(out)
+
+
+def _scan(log: Log, columns: list[str], what: str) -> Iterator[tuple[RowGroup, dict[str, Any]]]:
+    bar = tqdm(log.train.groups, unit=" row groups", disable=None, desc=what)
+    for group in bar:
+        yield group, log.train.read(group, columns)
+
+
+def _choose(log: Log, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each user, (users,), and the item of the row of each user that may be left out, -1 where it has
+    none."""
+    counts = np.zeros(log.num_users, dtype=np.int64)
+    chosen = np.full(log.num_users, -1, dtype=np.int64)
+    best: np.ndarray | None = None
+    user, item, time = log.schema.user, log.schema.item, log.schema.time or ""
+    columns = [user, item, time] if by == "last" else [user, item]
+    for group, data in _scan(log, columns, "choosing rows"):
+        users = data[user]
+        if by == "last":
+            key = data[time]
+        else:  # the smallest of random numbers is a uniform choice, whatever the number of rows
+            key = -generator(seed, "leave one out", group.file, group.group).random(len(users))
+        if best is None:
+            lowest = np.iinfo(np.int64).min if key.dtype == np.int64 else -np.inf
+            best = np.full(log.num_users, lowest, dtype=key.dtype)
+        np.maximum.at(best, users, key)
+        hits = np.flatnonzero(key == best[users])
+        chosen[users[hits]] = data[item][hits]  # of several hits of one user numpy keeps the last
+        counts += np.bincount(users, minlength=log.num_users)
+    return counts, chosen
+
+
+def _partake(
+    log: Log, counts: np.ndarray, chosen: np.ndarray, seed: int, negatives: int, max_users: int | None
+) -> np.ndarray:
+    """The item that each user leaves out, (users,), -1 where it leaves out none."""
+    copies = np.zeros(log.num_users, dtype=np.int64)  # rows of the chosen pair
+    for _, data in _scan(log, [log.schema.user, log.schema.item], "counting copies"):
+        users, items = data[log.schema.user], data[log.schema.item]
+        copies += np.bincount(users[items == chosen[users]], minlength=log.num_users)
+    able = np.flatnonzero((counts > copies) & (log.num_items - counts >= negatives))
+    if not able.size:
+        raise InputError(
+            f"{log.path}: no user has two items and {negatives} of {log.num_items} items that it did not meet"
+        )
+    if max_users is not None and able.size > max_users:
+        if max_users < 1:
+            raise InputError(f"max_users is {max_users}; expected at least 1")
+        rng = generator(seed, "leave one out", "users")
+        able = np.sort(rng.choice(able, max_users, replace=False))
+    held = np.full(log.num_users, -1, dtype=np.int64)
+    held[able] = chosen[able]
+    return held
+
+
+def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.ndarray]:
+    """Train without the left-out pairs, in its order; one row of each left-out pair, by user, as test.
+
+    Returns how many rows of each user and of each item left train.
+    """
+    user, item, time = log.schema.user, log.schema.item, log.schema.time
+    names = list(log.train.columns)
+    left: dict[Side, np.ndarray] = {side: np.zeros(log.num_ids(side), dtype=np.int64) for side in SIDES}
+    tests = []
+    for group, data in _scan(log, [user, item], "writing"):
+        leaves = data[item] == held[data[user]]
+        table = log.train.read_table(group, names)
+        writer.part("train").write(table.filter(pa.array(~leaves)))
+        if leaves.any():
+            tests.append(table.filter(pa.array(leaves)))
+            for side in SIDES:
+                left[side] += np.bincount(data[log.column(side)][leaves], minlength=log.num_ids(side))
+    test = pa.concat_tables(tests)
+    # Of the copies of a pair the latest stands for it.
+    order = test.append_column("place in train", pa.array(np.arange(test.num_rows))).sort_by(
+        [(user, "ascending"), *([(time, "ascending")] if time else []), ("place in train", "ascending")]
+    )
+    users = order.column(user).to_numpy()
+    last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
+    writer.part("test").write(order.take(pa.array(last)).drop_columns("place in train"))
+    return left
+
+
+def _draw_negatives(
+    log: Log, users: np.ndarray, items: np.ndarray, counts: np.ndarray, count: int, seed: int
+) -> np.ndarray:
+    """(users, count) items that each user never met.
+
+    Candidates are drawn for all users at once and struck out while the log streams by; users that are left
+    with too few get more, which takes another pass.
+    """
+    rng = generator(seed, "leave one out", "negatives")
+    size = log.num_items
+    place = np.full(log.num_users, -1, dtype=np.int64)  # of a user among `users`
+    place[users] = np.arange(len(users))
+    seen = np.empty(0, dtype=np.int64)  # keys (place, item) that were candidates before, sorted
+    good: list[np.ndarray] = []
+    need = np.full(len(users), count)
+    while need.any():
+        wanted = np.ceil(need * (size / (size - counts[users]) * 1.1) + 3 * np.sqrt(need)).astype(np.int64)
+        keys = _candidates(rng, np.where(need > 0, wanted, 0), size, seen)
+        met = np.zeros(len(keys), dtype=bool)
+        for _, data in _scan(log, [log.schema.user, log.schema.item], "drawing negatives"):
+            owner = place[data[log.schema.user]]
+            pairs = (owner * size + data[log.schema.item])[owner >= 0]
+            found = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
+            met[found[keys[found] == pairs]] = True
+        seen = np.sort(np.concatenate((seen, keys)))
+        fresh = keys[~met]
+        # Keep as many as are missing, at random: the first would be the smallest ids.
+        owner = fresh // size
+        order = np.lexsort((rng.random(len(fresh)), owner))
+        rank = np.arange(len(fresh)) - np.searchsorted(owner, owner)
+        kept = fresh[order[rank < need[owner]]]
+        good.append(kept)
+        need = need - np.bincount(kept // size, minlength=len(users))
+    return np.sort(np.concatenate(good)).reshape(len(users), count) % size
+
+
+def _candidates(rng: np.random.Generator, wanted: np.ndarray, size: int, seen: np.ndarray) -> np.ndarray:
+    """Sorted keys (place, item), at most `wanted` a place, none of them in `seen`."""
+    owner = np.repeat(np.arange(len(wanted)), wanted)
+    keys = np.sort(owner * size + rng.integers(0, size, owner.size))
+    keys = keys[np.append(True, keys[1:] != keys[:-1])] if keys.size else keys
+    if not seen.size:
+        return keys
+    return keys[seen[np.minimum(np.searchsorted(seen, keys), len(seen) - 1)] != keys]
+
+
+def _copy_tables(log: Log, writer: LogWriter, left: dict[Side, np.ndarray]) -> None:
+    """Side tables as they are, and vocabularies, their counts without the rows that left train."""
+    for side in SIDES:
+        if (table := log.features(side)) is not None:
+            writer.table(f"{side}s.parquet", table)
+        if (table := log.vocabulary(side)) is not None:
+            counts = pa.array(log.counts(side) - left[side])
+            place = table.schema.get_field_index("count")
+            writer.table(f"vocabulary/{side}.parquet", table.set_column(place, "count", counts))
+    for entry in (log.manifest or {}).get("features", {}).values():
+        if name := entry.get("vocabulary"):
+            writer.table(name, pq.read_table(f"{log.root}/{name}", filesystem=log.filesystem))
