@@ -2,8 +2,8 @@
 
     python benchmarks/stream.py --rows 10000000 --rounds 5 --out benchmarks/results/stream.json
 
-The bare side decodes whole row groups by pyarrow in as many Python threads as the stream has, each with Arrow's
-own threads off, and does nothing with them. The stream side makes shuffled batches of torch tensors from them.
+The bare side decodes whole row groups by pyarrow in as many Python threads as the stream has, Arrow's own
+threads off, and does nothing with them. The stream side makes shuffled batches of torch tensors from them.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def key(*place: int | str) -> int:
 
 
 def philox(*place: int | str) -> np.random.Philox:
-    """Counter-based bit generator (Salmon et al. 2011) of a place. Bit generators are stable from one numpy to
-    the next (NEP 19), so that raw bits are the same on any machine."""
+    """Counter-based bit generator (Salmon et al. 2011) of a place. Bit generators are stable from one numpy
+    to the next (NEP 19): raw bits are the same on any machine."""
     return np.random.Philox(key=key(*place))
 
 

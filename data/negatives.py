@@ -1,0 +1,256 @@
+"""Negative items for the rows of a batch: uniform, by popularity, or the other rows of the batch.
+
+A draw is a pure function of (seed, epoch, place of the row in the epoch's global order, slot): the same on
+CPU and CUDA, for any number of ranks with the same global batch, and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from recpress.data.config import NegativesConfig
+from recpress.data.errors import InputError
+from recpress.data.rows import Rows, iter_columns
+from recpress.data.sampling import key
+
+_ATTEMPTS = 16
+"""Redraws of a negative that is one of the user's positives. For a user who has half of the items, one in
+2 ** 17 is kept; for one who has them all, all are."""
+
+
+class PositivePairs:
+    """The set of (user, item) pairs of a log, to look pairs up in. 8 bytes a pair, on each rank.
+
+    Args:
+        keys: sorted int64, user * num_items + item.
+    """
+
+    def __init__(self, keys: torch.Tensor, num_items: int) -> None:
+        self.keys, self.num_items = keys, num_items
+
+    @classmethod
+    def of_pairs(cls, users: np.ndarray, items: np.ndarray, num_items: int) -> PositivePairs:
+        """Of int64 arrays of pairs, in any order, with repetitions."""
+        return cls(torch.from_numpy(np.unique(_keys(users, items, num_items))), num_items)
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Rows], user: str, item: str, num_items: int) -> PositivePairs:
+        """Of parts of a log, read in a stream. `user` and `item` are the names of the columns."""
+        keys = [np.empty(0, dtype=np.int64)]
+        for rows in parts:
+            for data in iter_columns(rows, [user, item]):
+                users, items = data[user], data[item]
+                assert isinstance(users, np.ndarray)
+                assert isinstance(items, np.ndarray)
+                keys.append(_keys(users, items, num_items))
+        return cls(torch.from_numpy(np.unique(np.concatenate(keys))), num_items)
+
+    def to(self, device: torch.device | str) -> PositivePairs:
+        return PositivePairs(self.keys.to(device), self.num_items)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def contains(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Whether each pair is in the set; users and items broadcast. Bool, of the broadcast shape."""
+        pairs = users * self.num_items + items
+        if not len(self.keys):
+            return torch.zeros_like(pairs, dtype=torch.bool)
+        at = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
+        return self.keys[at] == pairs
+
+
+class Negatives:
+    """Draws `count` negatives for each row. Base of the distributions, which map uniform numbers to items.
+
+    Args:
+        reject: pairs that are not to be drawn as negatives. A negative that still is one of them after 16
+            redraws (a user who has nearly all items) is kept, and counted in `kept_positives`.
+    """
+
+    def __init__(
+        self, num_items: int, count: int, seed: int = 0, reject: PositivePairs | None = None
+    ) -> None:
+        if num_items < 1 or count < 0:
+            raise InputError(f"{count} negatives of {num_items} items; expected at least 0 of at least 1")
+        self.num_items, self.count, self.seed, self.reject = num_items, count, seed, reject
+        self.kept_positives = 0
+        """Negatives so far that are positives of their user, for want of others."""
+
+    def items(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Items of uniform numbers: float64 in [0, 1) -> int64 of the same shape."""
+        raise NotImplementedError
+
+    def log_q(self, items: torch.Tensor) -> torch.Tensor:
+        """Log of the probability that one draw gives the item. float32, shape of items."""
+        raise NotImplementedError
+
+    def draw(self, users: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
+        """Negatives of the rows at `position`, `position + 1`, … of an epoch's global order.
+
+        Args:
+            users: (B,) int64; the draws are made on their device.
+            position: `Interactions.position`.
+
+        Returns: (B, count) int64.
+        """
+        place = torch.arange(position, position + len(users), device=users.device).unsqueeze(1)
+        slot = torch.arange(self.count, device=users.device)
+        counter = place * self.count + slot  # (B, count)
+        items = self.items(self._uniform(counter, epoch, 0))
+        if self.reject is None or not items.numel():
+            return items
+        if self.reject.keys.device != users.device:
+            self.reject = self.reject.to(users.device)
+        owners = users.unsqueeze(1).expand_as(items).reshape(-1)
+        flat, counters = items.reshape(-1), counter.reshape(-1)
+        bad = self.reject.contains(owners, flat).nonzero().squeeze(1)
+        for attempt in range(1, _ATTEMPTS + 1):
+            if not len(bad):  # on CUDA this waits for the device
+                break
+            flat[bad] = self.items(self._uniform(counters[bad], epoch, attempt))
+            bad = bad[self.reject.contains(owners[bad], flat[bad])]
+        self.kept_positives += len(bad)
+        return flat.view_as(items)
+
+    def _uniform(self, counter: torch.Tensor, epoch: int, attempt: int) -> torch.Tensor:
+        """Float64 in [0, 1) with 53 random bits: a hash of the counters (splitmix64, Steele et al. 2014)."""
+        start, step = (_signed(key("negatives", self.seed, epoch, attempt) >> shift) for shift in (0, 64))
+        bits = counter * (step | 1) + start
+        bits = (bits ^ _shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+        bits = (bits ^ _shift(bits, 27)) * _signed(0x94D049BB133111EB)
+        return _shift(bits ^ _shift(bits, 31), 11).double() * 2.0**-53
+
+
+class UniformNegatives(Negatives):
+    """Every item is as likely."""
+
+    def items(self, uniform: torch.Tensor) -> torch.Tensor:
+        return (uniform * self.num_items).long().clamp_(max=self.num_items - 1)
+
+    def log_q(self, items: torch.Tensor) -> torch.Tensor:
+        return torch.full(items.shape, -float(np.log(self.num_items)), device=items.device)
+
+
+class PopularityNegatives(Negatives):
+    """An item is drawn in proportion to count ** power (Mikolov et al. 2013: 0.75).
+
+    An item without a count is never drawn; its `log_q` is that of an item with a count of 1, so that
+    corrections by it stay finite. Holds 12 bytes an item.
+
+    Args:
+        counts: (num_items,) occurrences of each item.
+    """
+
+    def __init__(
+        self,
+        counts: np.ndarray | torch.Tensor,
+        count: int,
+        power: float = 0.75,
+        seed: int = 0,
+        reject: PositivePairs | None = None,
+    ) -> None:
+        counts = torch.as_tensor(counts)
+        super().__init__(len(counts), count, seed, reject)
+        if not (counts >= 0).all() or not (counts > 0).any():
+            raise InputError("counts of the items: expected none below 0 and at least one above")
+        if not power >= 0:
+            raise InputError(f"negatives.power is {power}; expected a number from 0")
+        weights = torch.where(counts > 0, counts.double() ** power, 0.0)
+        total = weights.cumsum(0)
+        self._cumulative = total / total[-1]
+        # The last item that can be drawn closes the interval, whatever the rounding.
+        self._cumulative[int(weights.nonzero()[-1]) :] = 1.0
+        self._log_q = (torch.where(counts > 0, weights, 1.0).log() - total[-1].log()).float()
+
+    def items(self, uniform: torch.Tensor) -> torch.Tensor:
+        if self._cumulative.device != uniform.device:
+            self._cumulative = self._cumulative.to(uniform.device)
+        return torch.searchsorted(self._cumulative, uniform, right=True)
+
+    def log_q(self, items: torch.Tensor) -> torch.Tensor:
+        if self._log_q.device != items.device:
+            self._log_q = self._log_q.to(items.device)
+        return self._log_q[items]
+
+
+class InBatchNegatives(PopularityNegatives):
+    """The items of the other rows of the batch: no draws, and `log_q` of an item is its share of the rows."""
+
+    def __init__(self, counts: np.ndarray | torch.Tensor) -> None:
+        super().__init__(counts, count=0, power=1.0)
+
+
+def make_negatives(
+    config: NegativesConfig,
+    num_items: int,
+    counts: np.ndarray | torch.Tensor | None = None,
+    reject: PositivePairs | None = None,
+) -> Negatives:
+    """The negatives that a configuration asks for.
+
+    Args:
+        counts: occurrences of each item, which `popularity` and `in-batch` need.
+        reject: the pairs that `reject_positives` needs.
+    """
+    assert config.kind == "uniform" or counts is not None
+    if config.kind == "in-batch":
+        assert counts is not None
+        return InBatchNegatives(counts)
+    if config.count < 1:
+        raise InputError(f"negatives.count is {config.count}; expected at least 1")
+    assert (reject is not None) == config.reject_positives
+    if config.kind == "uniform":
+        return UniformNegatives(num_items, config.count, config.seed, reject)
+    assert counts is not None
+    return PopularityNegatives(counts, config.count, config.power, config.seed, reject)
+
+
+def in_batch_logits(
+    scores: torch.Tensor,
+    items: torch.Tensor,
+    log_q: torch.Tensor | None = None,
+    users: torch.Tensor | None = None,
+    positives: PositivePairs | None = None,
+) -> torch.Tensor:
+    """Logits of a softmax over the batch's items, corrected for how often an item is in a batch.
+
+    logits[i, j] = scores[i, j] - log q_j (Yi et al. 2019, "Sampling-bias-corrected neural modeling"), and -inf
+    where j is no negative of i: another row with the very item of row i (an accidental hit), or, where
+    `positives` are given, any item that the user of row i has. The row's own item, on the diagonal, stays: it
+    is the target of `cross_entropy(in_batch_logits(u @ v.T, items, log_q), torch.arange(B))`.
+
+    Args:
+        scores: (B, B), row i's user with row j's item.
+        items: (B,) int64.
+        log_q: (B,) log of the probability of each row's item, or None for no correction.
+        users: (B,) int64, for `positives`.
+
+    Returns: (B, B), differentiable in the scores.
+    """
+    hits = items.unsqueeze(1) == items.unsqueeze(0)
+    if positives is not None:
+        assert users is not None
+        hits |= positives.contains(users.unsqueeze(1), items.unsqueeze(0))
+    hits.fill_diagonal_(False)
+    logits = scores if log_q is None else scores - log_q
+    return logits.masked_fill(hits, float("-inf"))
+
+
+def _keys(users: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
+    if len(users) and int(users.max()) >= (2**63 - 1) // num_items:
+        raise InputError(f"pairs of {int(users.max()) + 1} users and {num_items} items do not fit in 63 bits")
+    return users * np.int64(num_items) + items
+
+
+def _signed(bits: int) -> int:
+    """The low 64 bits as an int64."""
+    bits &= 2**64 - 1
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift to the right of int64."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
