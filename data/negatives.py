@@ -217,7 +217,7 @@ def in_batch_logits(
 ) -> torch.Tensor:
     """Logits of a softmax over the batch's items, corrected for how often an item is in a batch.
 
-    logits[i, j] = scores[i, j] - log q_j (Yi et al. 2019, "Sampling-bias-corrected neural modeling"), and -inf
+    logits[i, j] = scores[i, j] - log q_j (Yi et al. 2019, Sampling-bias-corrected neural modeling), and -inf
     where j is no negative of i: another row with the very item of row i (an accidental hit), or, where
     `positives` are given, any item that the user of row i has. The row's own item, on the diagonal, stays: it
     is the target of `cross_entropy(in_batch_logits(u @ v.T, items, log_q), torch.arange(B))`.

@@ -18,15 +18,8 @@ from recpress.data.errors import InputError
 from recpress.data.order import EpochOrder
 from recpress.data.rows import Rows
 from recpress.data.sampling import selected_count
+from recpress.data.side_table import JaggedColumn
 from torch.utils.data import IterableDataset, get_worker_info
-
-
-@dataclass
-class JaggedColumn:
-    """A list column of a batch."""
-
-    values: torch.Tensor  # (sum of lengths,) int64
-    lengths: torch.Tensor  # (B,) int64
 
 
 @dataclass
