@@ -74,8 +74,8 @@ def test_sampled_known_answer():
 def test_full_known_answer():
     user, item = one_user_scores([0, 1, 2, 3, 4, 5, 6])
     heldout = ho.full_from_pairs(
-        # User 0 has seen 6 and 5 and holds out 4 and 1, of which nothing and {2, 3} are ahead. User 1 has
-        # seen nothing and holds out 5, behind 6. User 2 holds out only what it has seen. User 3 has only seen.
+        # User 0 has seen 6 and 5 and holds out 4 and 1, of which nothing and {2, 3} are ahead.
+        # User 1 has seen nothing and holds out 5, behind 6. User 2 holds out only what it has seen.
         pairs((1, 5), (0, 4), (0, 1), (2, 3), (1, 5)),
         pairs((0, 6), (0, 5), (2, 3), (3, 0), (0, 6)),
         num_users=4,
