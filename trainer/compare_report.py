@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -235,7 +236,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _look(result: CompareResult, method: MethodResult) -> dict[str, str]:
+def _look(result: CompareResult, method: MethodResult) -> dict[str, Any]:
     place = result.methods.index(method)
     return {"color": SERIES[place % len(SERIES)], "marker": _MARKERS[place % len(_MARKERS)]}
 

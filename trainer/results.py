@@ -161,8 +161,8 @@ def _method(fields: dict[str, Any]) -> MethodResult:
     for seed in fields.pop("seeds"):
         points = [{**point, "metrics": _with_nan(point["metrics"])} for point in seed.pop("curve")]
         curve = tuple(CurvePoint(**_with_nan(point)) for point in points)
-        parts = {name: _with_nan(seed.pop(name)) for name in ("metrics", "seconds")}
-        seeds.append(SeedResult(curve=curve, **parts, **seed))
+        metrics, seconds = _with_nan(seed.pop("metrics")), _with_nan(seed.pop("seconds"))
+        seeds.append(SeedResult(metrics=metrics, seconds=seconds, curve=curve, **seed))
     return MethodResult(seeds=tuple(seeds), **fields)
 
 
