@@ -1,9 +1,9 @@
 """Frozen embedding tables: a collection of their own, sharded by TorchRec, with nothing of training in it.
 
-`requires_grad_(False)` is ignored by TorchRec's fused tables, and a learning rate of 0 still pays for the backward
-pass and the optimizer state. Here the lookup and the exchange of its results run without autograd, there is no
-optimizer, and rows can be stored in 32, 16 or 8 bits. Tables are not part of the module's `state_dict`: they
-come from factors (`load`) and do not change.
+`requires_grad_(False)` is ignored by TorchRec's fused tables, and a learning rate of 0 still pays for the
+backward pass and the optimizer state. Here the lookup and the exchange of its results run without autograd,
+there is no optimizer, and rows can be stored in 32, 16 or 8 bits. Tables are not part of the module's
+`state_dict`: they come from factors (`load`) and do not change.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Shard:
 
 
 class FrozenKernel(nn.Module):
-    """Shards of tables with one storage, looked up together by fbgemm's table-batched kernel, without autograd."""
+    """Shards of tables with one storage, looked up together by fbgemm, without autograd."""
 
     def __init__(self, shards: list[Shard], storage: Storage, device: torch.device) -> None:
         super().__init__()
@@ -100,8 +100,8 @@ class FrozenKernel(nn.Module):
             pooling_mode=PoolingMode.SUM,
             device=device,
         )
-        # In a tuple, out of nn.Module's sight: DistributedDataParallel broadcasts every parameter that it finds,
-        # which would overwrite each rank's shard by that of rank 0.
+        # In a tuple, out of nn.Module's sight: DistributedDataParallel broadcasts every parameter that it
+        # finds, which would overwrite each rank's shard by that of rank 0.
         self._kernel = (kernel,)
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class FrozenKernel(nn.Module):
         return self._kernel[0](features.values().long(), features.offsets().long())
 
     def stored(self, index: int) -> torch.Tensor:
-        """The bits of a shard: (rows, width), or for int8 (rows, width + 8) with scale and offset at the end."""
+        """The bits of a shard: (rows, width); for int8 (rows, width + 8), scale and offset at the end."""
         shard = self.shards[index]
         return self._kernel[0].split_embedding_weights()[index].detach()[: shard.rows[1] - shard.rows[0]]
 
@@ -130,7 +130,7 @@ class FrozenKernel(nn.Module):
 
 
 def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tensor:
-    """float32 (b, d) -> what is stored. int8: x is off by at most (max - min) / 510 of its row, plus rounding.
+    """float32 (b, d) -> what is stored. int8: x is off by at most (max - min) / 510 of its row.
 
     Raises:
         ValueError: fp16 cannot hold a value.
@@ -143,7 +143,7 @@ def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tens
 
 
 class _Kernels:
-    """What the plain and the sharded collection share: loading and reading the tables that this rank holds."""
+    """What the plain and the sharded collection share: loading and reading the rows of this rank."""
 
     def kernels(self) -> Iterator[FrozenKernel]:
         raise NotImplementedError
@@ -163,7 +163,7 @@ class _Kernels:
             kernel.load(index, source)
 
     def shards(self, table: str) -> list[tuple[Shard, torch.Tensor]]:
-        """What this rank stores of a table, as `FrozenKernel.stored` gives it: views, so that they can be filled."""
+        """What this rank stores of a table, as `FrozenKernel.stored` gives it; views that can be filled."""
         return [(kernel.shards[index], kernel.stored(index)) for kernel, index in self._find(table)]
 
     def decoded(self, table: str) -> list[tuple[Shard, torch.Tensor]]:
@@ -181,8 +181,8 @@ class _Kernels:
 class FrozenEmbeddingBagCollection(_Kernels, nn.Module):
     """Frozen tables with sum pooling: KeyedJaggedTensor -> KeyedTensor, never with a gradient.
 
-    Used as it is, or sharded by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` in its sharders.
-    On the device "meta" it holds no rows and serves only to be sharded.
+    Used as it is, or sharded by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` in its
+    sharders. On the device "meta" it holds no rows and serves only to be sharded.
     """
 
     def __init__(self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu") -> None:
@@ -212,7 +212,7 @@ class FrozenEmbeddingBagCollection(_Kernels, nn.Module):
         yield from self._plain
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Keys of the result: the feature, or `feature@table` where several tables share it, as in TorchRec."""
+        """Keys of the result: `feature`, or `feature@table` where several tables share it, as in TorchRec."""
         assert self._plain, "on the device 'meta' this collection can only be sharded"
         keys = features.keys()
         values = [
@@ -263,7 +263,7 @@ class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
 
 
 class ShardedFrozenEmbeddingBagCollection(_Kernels, ShardedEmbeddingBagCollection):
-    """TorchRec's sharded collection with its exchanges of ids and vectors, and frozen lookups in the middle."""
+    """TorchRec's sharded collection, its exchanges of ids and vectors, with frozen lookups between."""
 
     def __init__(self, module: FrozenEmbeddingBagCollection, *args: Any, **kwargs: Any) -> None:
         self._specs = module.tables()
@@ -303,7 +303,7 @@ class ShardedFrozenEmbeddingBagCollection(_Kernels, ShardedEmbeddingBagCollectio
 
 
 class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards `FrozenEmbeddingBagCollection` row-wise, table-wise or column-wise (8-bit rows: never column-wise)."""
+    """Shards frozen tables row-wise, table-wise or, unless their rows are of 8 bits, column-wise."""
 
     def shard(
         self,

@@ -1,6 +1,6 @@
 """Losses on user and item vectors with sampled negatives.
 
-Layout of the items of a batch, everywhere: B positives, then the negatives of row 0, of row 1, ...: (B * (1 + N), d).
+Layout of the B * (1 + N) items of a batch: B positives, then the negatives of row 0, of row 1, ...
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class PairLogits(nn.Module):
-    """logit = scale * (u . v) + bias, both learned; the scale stays positive, so that it leaves the ranking alone."""
+    """logit = scale * (u . v) + bias, both learned; the scale stays positive: the ranking is u . v's."""
 
     def __init__(self, scale: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class SampledSoftmax(nn.Module):
 
     The softmax's denominator over all items is estimated by
         exp(s_pos) + sum over candidates j of exp(s_j) / (count * q_j)
-    with j the row's own N negatives and, with `in_batch`, the other rows' positives; `count` is how many candidates
-    there are and q_j the probability with which one draw gives j (Bengio, Senecal 2008; in-batch: Yi et al. 2019).
-    The positive is no draw and is not corrected; a candidate that is the row's positive item is left out, so that
-    the estimate of the denominator has no bias.
+    with j the row's own N negatives and, with `in_batch`, the other rows' positives; `count` is how many
+    candidates there are and q_j the probability with which one draw gives j (Bengio, Senecal 2008; in-batch:
+    Yi et al. 2019). The positive is no draw and is not corrected; a candidate that is the row's positive item
+    is left out, so that the estimate of the denominator has no bias.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -91,7 +91,8 @@ class SampledSoftmax(nn.Module):
         Args:
             users: (B, d). items: (B * (1 + N), d).
             label: (B,) weight of each row; the mean is over their sum.
-            log_q: (B * (1 + N),) log probability of one draw of the item, for a positive that of the in-batch draw.
+            log_q: (B * (1 + N),) log probability of one draw of the item, for a positive that of the in-batch
+                draw.
             item_ids: (B * (1 + N),).
         """
         rows = users.shape[0]

@@ -28,7 +28,7 @@ def round_up(dim: int, multiple: int = 4) -> int:
 
 
 def check_source(source: RowSource, table: str, rows: int, dim: int) -> None:
-    """Raise ValueError where `source` does not fit a table of `rows` rows made for vectors of `dim` numbers."""
+    """Raise ValueError where `source` does not fit a table of shape (rows, dim)."""
     if len(source.shape) != 2:
         raise ValueError(f"table {table!r}: source has shape {tuple(source.shape)}, expected ({rows}, {dim})")
     if source.shape[0] != rows:
@@ -40,7 +40,7 @@ def check_source(source: RowSource, table: str, rows: int, dim: int) -> None:
 def blocks(
     source: RowSource, table: str, rows: tuple[int, int], columns: tuple[int, int]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks (first row, float32 values (b, columns)) of a rectangle of `source`; columns past its last are 0.
+    """Blocks (first row, float32 values (b, columns)) of a rectangle of `source`, 0 past its last column.
 
     Raises:
         ValueError: a value is NaN or infinite.
@@ -78,7 +78,7 @@ def load_trainable(collection: nn.Module, table: str, source: RowSource) -> None
 
 
 def local_shards(weight: Any) -> list[tuple[tuple[tuple[int, int], tuple[int, int]], torch.Tensor]]:
-    """((row range, column range), tensor) of each shard that this rank holds of a ShardedTensor or plain tensor."""
+    """((row range, column range), tensor) of each shard that this rank holds."""
     if not hasattr(weight, "local_shards"):
         return [(((0, weight.shape[0]), (0, weight.shape[1])), weight)]
     found = []

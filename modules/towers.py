@@ -12,13 +12,13 @@ from torchrec import KeyedTensor
 from torchrec.distributed.types import LazyAwaitable
 
 Source = tuple[Literal["frozen", "tables"], str]
-"""Where a part of the input comes from: the frozen or the trainable collection's result, and its key there."""
+"""Where a part of the input comes from: which collection's result, and its key there."""
 
 
 class Tower(nn.Module):
     """MLP over the id's vector e and whatever else is known of the id; `residual` adds e to its output.
 
-    The residual tower's last layer is zero at the start: out = e, so the first ranking is the factorization's own.
+    The residual tower's last layer is zero at the start: out = e, and the ranking is the factorization's.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class Tower(nn.Module):
         vector = results[self.base[0]][self.base[1]]
         parts = [vector, *(results[where][key] for where, key in self.others)]
         if self.floats:
-            assert floats is not None and floats.shape[1] == self.floats
+            assert floats is not None
+            assert floats.shape[1] == self.floats
             parts.append(floats)
         output = self.mlp(torch.cat(parts, 1) if len(parts) > 1 else vector)
         return vector + output if self.residual else output

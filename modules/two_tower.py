@@ -1,4 +1,4 @@
-"""The two-tower network: tables, towers, and the loss of a batch, for training under DistributedModelParallel."""
+"""The two-tower network: tables, towers, and the loss of a batch."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class SideSpec:
 class TwoTower(nn.Module):
     """score(u, i) = user tower(u) . item tower(i).
 
-    Tables by `config.tables.strategy`: `random` and `init-train` train the id tables, `init-freeze` keeps them frozen
-    in a collection of their own, `init-freeze-plus` adds a small trainable table of the ids to the frozen one.
-    Factors are loaded by `load_factors`, after sharding. With tables_device="meta" the module is only to be sharded.
+    Tables by `config.tables.strategy`: `random` and `init-train` train the id tables, `init-freeze` keeps
+    them frozen in a collection of their own, `init-freeze-plus` adds a small trainable table of the ids to
+    the frozen one. Factors are loaded by `load_factors`, after sharding. With tables_device="meta" the module
+    is only to be sharded.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class TwoTower(nn.Module):
     ) -> None:
         """
         Raises:
-            ValueError: a strategy without factors to start from; vectors of users and items that differ in length.
+            ValueError: a strategy without factors to start from; vectors of users and items that differ in
+                length.
         """
         super().__init__()
         self.config, self.user, self.item = config, user, item
@@ -60,8 +62,8 @@ class TwoTower(nn.Module):
         self.item_frozen, self.item_tables, self.item_tower = _side("item", config, item, device)
         if self.user_tower.out_dim != self.item_tower.out_dim:
             raise ValueError(
-                f"user vectors have length {self.user_tower.out_dim}, item vectors {self.item_tower.out_dim}; "
-                "expected the same"
+                f"user vectors have length {self.user_tower.out_dim}, expected that of item vectors, "
+                f"{self.item_tower.out_dim}"
             )
         self.loss = make_loss(config.loss)
         self.item_ids = _Ids(item.key)
@@ -70,9 +72,9 @@ class TwoTower(nn.Module):
         """(loss to differentiate, the same detached); what TrainPipelineSparseDist expects.
 
         Args:
-            batch: `user_features` KeyedJaggedTensor of stride B, `item_features` of stride B * (1 + N) (layout in
-                `losses`), `label` (B,), `log_q` (B * (1 + N),), and where there are float features `user_floats`
-                (B, F) and `item_floats` (B * (1 + N), F).
+            batch: `user_features` KeyedJaggedTensor of stride B, `item_features` of stride B * (1 + N)
+                (layout in `losses`), `label` (B,), `log_q` (B * (1 + N),), and where there are float features
+                `user_floats` (B, F) and `item_floats` (B * (1 + N), F).
         """
         users = self.user_tower(
             self.user_frozen(batch.user_features) if self.user_frozen is not None else None,

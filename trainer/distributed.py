@@ -1,7 +1,8 @@
-"""The process group of a run: one process without a launcher, or the ranks of torchrun; and errors on all of them.
+"""The process group of a run: one process without a launcher, or the ranks of torchrun; errors on all.
 
-A rank that fails leaves its message in the store that the group was made with. Every other rank watches for it: it
-ends with "rank k failed: <message>" when its collective breaks, and by itself where the collective would hang.
+A rank that fails leaves its message in the store that the group was made with. Every other rank watches for
+it: it ends with "rank k failed: <message>" when its collective breaks, and by itself where the collective
+    would hang.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from recpress.data.errors import InputError
 _ERROR, _SEEN = "recpress/error", "recpress/error-seen"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 8.0
-"""How long a rank whose collective hangs lives after another rank's failure, and a failed one waits to be heard."""
+"""How long a rank that hangs lives after another's failure, and how long a failed one waits to be heard."""
 
 
 class RankFailed(RuntimeError):
@@ -86,24 +87,23 @@ class _Watch:
         self.ranks = ranks
         store = dist.distributed_c10d._get_default_store()
         self._store = store.clone()  # a connection of its own: the group's may be blocked in a wait
+        self._told: str | None = None  # what another rank told
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch-other-ranks", daemon=True)
         self._thread.start()
 
     def failed(self, error: Exception) -> None:
         """Called with what the block raised: tell the others, or raise what another rank told."""
-        message = f"{self.ranks.rank}\n{type(error).__name__}\n{_line(error)}"
-        first = self._store.compare_set(_ERROR, "", message).decode()
-        rank, kind, text = first.split("\n", 2)
-        if int(rank) != self.ranks.rank:
-            self._heard()
-            raise RankFailed(
-                f"rank {rank} failed: {text if kind == 'InputError' else f'{kind}: {text}'}"
-            ) from error
-        self._stop.set()
-        deadline = (
-            time.monotonic() + GRACE_SECONDS
-        )  # the store may live in this process: wait until all have read
+        if self._told is None:
+            message = f"{self.ranks.rank}\n{type(error).__name__}\n{_line(error)}"
+            first = self._store.compare_set(_ERROR, "", message).decode()
+            if first != message:
+                self._hear(first)
+        if self._told is not None:
+            raise RankFailed(self._told) from error
+        # The store may live in this process: stay until all have read it.
+        deadline = time.monotonic() + GRACE_SECONDS
         while self._store.add(_SEEN, 0) < self.ranks.world - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -111,26 +111,28 @@ class _Watch:
         self._stop.set()
         self._thread.join(timeout=2 * POLL_SECONDS)
 
-    def _heard(self) -> None:
-        if not self._stop.is_set():
-            self._stop.set()
-            self._store.add(_SEEN, 1)
+    def _hear(self, message: str) -> None:
+        with self._lock:
+            if self._told is None:
+                rank, kind, text = message.split("\n", 2)
+                self._told = f"rank {rank} failed: {text if kind == 'InputError' else f'{kind}: {text}'}"
+                self._store.add(_SEEN, 1)
 
     def _run(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             try:
                 if not self._store.check([_ERROR]):
                     continue
-                rank, _, text = self._store.get(_ERROR).decode().split("\n", 2)
-            except Exception:  # the store is gone: the launcher or rank 0 has ended, and so will this rank
+                message = self._store.get(_ERROR).decode()
+                if message.startswith(f"{self.ranks.rank}\n"):
+                    return
+                self._hear(message)
+            except Exception:  # the store is gone with the launcher or rank 0; the collectives will say so
                 return
-            if int(rank) == self.ranks.rank:
-                return
-            self._store.add(_SEEN, 1)
             # The main thread's collective breaks when that rank ends, and it raises RankFailed. If it hangs
-            # (NCCL, or a rank in a different collective), this thread ends the process.
+            # (NCCL, or a rank in another collective), this thread ends the process.
             if not self._stop.wait(GRACE_SECONDS):
-                print(f"rank {rank} failed: {text}", file=sys.stderr, flush=True)
+                print(self._told, file=sys.stderr, flush=True)
                 os._exit(1)
             return
 
@@ -141,7 +143,7 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """A block in which each rank may raise InputError or ValueError alone, and after which all raise the same one.
+    """A block in which each rank may raise InputError or ValueError alone; after it all raise the same.
 
     For set-up phases without collectives inside: files, columns, shapes. Collective at its end.
 

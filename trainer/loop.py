@@ -31,7 +31,7 @@ class FitConfig:
     evaluate_steps: int = 0
     """Steps between evaluations, besides; 0: none."""
     evaluate_first: bool = False
-    """Evaluate before the first step: residual towers start with the factorization's ranking, which may be the best."""
+    """Evaluate before the first step: residual towers start with the factorization's own ranking."""
     metric: str = "NDCG@10"
     """What is best, of the metrics that the evaluation returns; the larger the better."""
     patience: int = 0
@@ -79,8 +79,8 @@ def fit(
     """Train `model`, whose forward gives (loss, detached loss), on `batches(epoch)` of each epoch.
 
     Args:
-        batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`, `pin_memory`
-            and `record_stream`.
+        batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`,
+            `pin_memory` and `record_stream`.
         evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
 
     Raises:
@@ -121,8 +121,8 @@ class _Run:
     def all(self, batches: Callable[[int], Iterable[Any]]) -> None:
         if self.config.evaluate_first:
             self.look()
-        stop = False
-        for self.epoch in range(1, self.config.epochs + 1):
+        for epoch in range(1, self.config.epochs + 1):
+            self.epoch = epoch
             stop = self.one_epoch(batches(self.epoch - 1))
             if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
                 stop = self.look()

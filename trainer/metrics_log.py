@@ -16,31 +16,32 @@ class MetricsLog:
     On other ranks than 0, and with folder None, nothing is written.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, *, tensorboard: bool = True) -> None:
         self._file = self._board = None
         self._start = time.monotonic()
         if folder is None or dist.get_rank() != 0:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115: closed by close
-        self._board = SummaryWriter(str(folder))
+        self._file = open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(folder))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append scalars of a step."""
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **scalars}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in scalars.items():
+        for name, value in scalars.items() if self._board else ():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
+        for writer in (self._file, self._board):
+            if writer is not None:
+                writer.close()
 
     def __enter__(self) -> MetricsLog:
         return self

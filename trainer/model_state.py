@@ -1,9 +1,10 @@
 """The weights of a model, sharded or not: a copy in memory, and a folder that any number of ranks reads.
 
-The folder holds `dense.pt` (the replicated part), and for each table a folder of `.npy` files, one a shard, named by the
-rectangle that it covers, so that a rank reads just the rows it needs, whatever ranks wrote them. Nothing in it
-is unpickled: `dense.pt` is loaded with weights_only=True, arrays with allow_pickle=False. (torch.distributed.checkpoint
-would do the resharding too, but its `.metadata` file is a pickle that loading executes.)
+The folder holds `dense.pt` (the replicated part), and for each table a folder of `.npy` files, one a shard,
+named by the rectangle that it covers, so that a rank reads just the rows it needs, whatever ranks wrote them.
+Nothing in it is unpickled: `dense.pt` is loaded with weights_only=True, arrays with allow_pickle=False.
+(torch.distributed.checkpoint would do the resharding too, but its `.metadata` file is a pickle that loading
+executes.)
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Snapshot:
 
 
 def save_weights(model: nn.Module, folder: str | Path) -> None:
-    """Write all weights into `folder`, which exists and which all ranks see; every rank its shards. Collective."""
+    """Write all weights into `folder`, which exists and which all ranks see. Collective."""
     folder = Path(folder)
     if dist.get_rank() == 0:
         torch.save({name: tensor.detach().cpu() for name, tensor in _dense(model)}, folder / "dense.pt")

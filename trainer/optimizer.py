@@ -27,8 +27,9 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
 class TrainOptimizer:
     """`zero_grad` and `step` for TrainPipelineSparseDist.
 
-    The gradient norm is clipped over the dense part: it is replicated, so every rank computes the same norm without
-    asking the others, and the tables' gradients are applied inside the backward pass and never exist as a whole.
+    The gradient norm is clipped over the dense part: it is replicated, so every rank computes the same norm
+    without asking the others, and the tables' gradients are applied inside the backward pass and never exist
+    as a whole.
     """
 
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Steps done, with loss, learning rate and rows/s; silent on other ranks than 0 and where `show` is False."""
+    """Steps done, with loss, learning rate and rows/s; silent on other ranks than 0, or without `show`."""
 
     def __init__(self, total: int | None, description: str, show: bool = True) -> None:
         hide = not show or dist.get_rank() != 0

@@ -1,4 +1,4 @@
-"""Where the rows of each table live: TorchRec's planner on what this machine has, and DistributedModelParallel."""
+"""Where the rows of each table live: TorchRec's planner and DistributedModelParallel."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
 def sharders(
     learning_rate: float = 0.01, *, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> list[ModuleSharder]:
-    """Row-wise Adagrad for trainable tables (the one that CPU and CUDA have in common), nothing for frozen ones."""
+    """Row-wise Adagrad for trainable tables (which CPU and CUDA have in common), nothing for frozen ones."""
     fused: dict[str, Any] = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": learning_rate,

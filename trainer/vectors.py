@@ -23,7 +23,7 @@ def tower_vectors(
     inputs: Inputs | None = None,
     chunk: int = 65_536,
 ) -> torch.Tensor:
-    """This rank's block (by `RowBlocks`) of the vectors of all ids of a side: (rows, d) float32 on the CPU. Collective.
+    """This rank's block of the vectors of all ids of a side: (rows, d) float32, on the CPU. Collective.
 
     Args:
         model: the module inside DistributedModelParallel (`dmp.module`), out of the pipeline, in eval mode.
