@@ -113,3 +113,45 @@ class SynthConfig:
     """Seed of everything. A row depends on it and on the sizes above, never on the layout."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """How files of another format become a log."""
+
+    input: str
+    """Folder, file or glob, local or a URI; of the NCF format also the start of its names (`dir/ml-1m`)."""
+    format: Literal["auto", "movielens", "ncf", "lightgcn", "criteo", "csv", "tsv", "parquet"] = "auto"
+    """`auto` goes by the names of the files, and by the number of tabs for Criteo."""
+    user: str = "user_id"
+    """Column of the user (csv, tsv, parquet). Empty: there is none."""
+    item: str = "item_id"
+    """Column of the item. Empty: there is none."""
+    label: str | None = None
+    """Column of the label, rating or count (csv, tsv, parquet)."""
+    time: str | None = None
+    """Column of the time (csv, tsv, parquet): numbers, or dates (kept as milliseconds since 1970)."""
+    categorical: tuple[str, ...] = ()
+    """Further categorical columns (csv, tsv, parquet: also lists). Missing is a value of its own."""
+    floats: tuple[str, ...] = ()
+    """Further float columns (csv, tsv, parquet). A missing value is NaN."""
+    split_column: str | None = None
+    """Column that says `train`, `val` or `test` of each row (csv, tsv, parquet)."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a csv or tsv that has no header line."""
+    id_type: Literal["auto", "int", "string"] = "auto"
+    """Type of the raw ids of csv and tsv; `auto` goes by the beginning of the first file."""
+    extend: str | None = None
+    """A log that was ingested before: its ids keep their numbers, new ones follow, counts add up."""
+    holdout: Literal["none", "last", "random"] = "none"
+    """Leave one interaction a user out of train as the test part: the last by time, or a random one."""
+    negatives: int = 99
+    """Items drawn for each interaction that `holdout` leaves out."""
+    seed: int = 0
+    """Seed of `holdout`."""
+    allow_empty_users: bool = False
+    """Skip users without items in LightGCN files, which is an error otherwise."""
+    memory_gib: float = 8.0
+    """What one vocabulary may take: about 200 M integer ids, or 100 M strings of 10 characters."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Files and row groups."""

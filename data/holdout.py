@@ -37,6 +37,7 @@ def leave_one_out(
     max_users: int | None = None,
     layout: LayoutConfig | None = None,
     overwrite: bool = False,
+    more: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the log `out`, whose train is that of `log` without one pair a user, and whose test is those
     pairs.
@@ -49,6 +50,7 @@ def leave_one_out(
         by: `random`, or `last`: the row with the largest time (of equal ones the last in the log).
         negatives: items drawn uniformly, without replacement, that the user never met; 0 leaves the part out.
         max_users: at most this many users take part, drawn at random.
+        more: keys of the manifest that take the place of what it would say of itself.
 
     Raises:
         InputError: no time column for `last`, no user that can take part, what reading the log raises.
@@ -59,6 +61,8 @@ def leave_one_out(
         raise InputError(f"negatives is {negatives}; expected at least 0")
     counts, chosen = _choose(log, by, seed)
     held = _partake(log, counts, chosen, seed, negatives, max_users)
+    asked = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
+    own = {"made_by": "leave_one_out", "config": asked}
     meta: dict[str, Any] = {}
     with (
         artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
@@ -78,9 +82,7 @@ def leave_one_out(
             log.num_items,
             vocabularies=old.get("vocabularies", {}),
             features=old.get("features", {}),
-            made_by="leave_one_out",
-            config={"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users},
-            inputs=log.inputs(),
+            **(more or own | {"inputs": log.inputs()}),
         )
     return Path(out)
 
