@@ -84,12 +84,75 @@ class Factors:
             path = Path(folder) / shard_name(side, self.rank, self.world)
             part = path.with_name(path.name + ".part")
             with open(part, "wb") as file:
-                np.save(
-                    file, shard.detach().to("cpu", torch.float32).contiguous().numpy(), allow_pickle=False
-                )
+                np.save(file, shard.detach().to("cpu", torch.float32).contiguous().numpy(), allow_pickle=False)
             part.rename(path)
 
 
 def shard_name(side: str, rank: int, world: int) -> str:
     """File name of one shard."""
     return f"{side}-{rank:05d}-of-{world:05d}.npy"
+
+
+class FactorTable:
+    """A saved side of `Factors`, read by memory map, whatever number of ranks wrote it and reads it.
+
+    `table[first:last]` and `table[first:last, left:right]` are blocks, `table[ids]` the rows of an integer array;
+    each is a new float32 array, and nothing else is read.
+    """
+
+    def __init__(self, folder: str | Path, side: Side) -> None:
+        """
+        Raises:
+            ValueError: a shard is missing, truncated, or no matrix of the others' width.
+        """
+        self.folder, self.side = Path(folder), side
+        self._shards = self._open()
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self.shape = (int(self._starts[-1]), int(self._shards[0].shape[1]))
+
+    def __getitem__(self, index: slice | np.ndarray | tuple[slice, slice]) -> np.ndarray:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        if not isinstance(rows, slice):
+            return self._gather(np.asarray(rows))
+        first, last, step = rows.indices(self.shape[0])
+        assert step == 1, "blocks are contiguous"
+        parts = [
+            shard[max(first - start, 0) : max(last - start, 0), columns]
+            for shard, start in zip(self._shards, self._starts, strict=False)
+            if start < last and first < start + len(shard)
+        ]
+        width = len(range(*columns.indices(self.shape[1])))
+        return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
+
+    def _gather(self, ids: np.ndarray) -> np.ndarray:
+        out = np.empty((len(ids), self.shape[1]), np.float32)
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        for k, shard in enumerate(self._shards):
+            mine = np.flatnonzero(owner == k)
+            out[mine] = shard[ids[mine] - self._starts[k]]
+        return out
+
+    def _open(self) -> list[np.ndarray]:
+        found = {}
+        for path in self.folder.glob(f"{self.side}-*-of-*.npy"):
+            if match := re.fullmatch(rf"{self.side}-(\d{{5}})-of-(\d{{5}})\.npy", path.name):
+                found[int(match[1]), int(match[2])] = path
+        worlds = {world for _, world in found}
+        if len(worlds) != 1:
+            what = f"shards of {sorted(worlds)} ranks" if worlds else f"no {self.side}-*-of-*.npy"
+            raise ValueError(f"{self.folder}: {what}, expected the {self.side} factors of one factorization")
+        (world,) = worlds
+        shards: list[np.ndarray] = []
+        for rank in range(world):
+            path = self.folder / shard_name(self.side, rank, world)
+            if not path.exists():
+                raise ValueError(f"{path}: missing, expected {world} shards of {self.side} factors")
+            try:
+                shard = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                raise ValueError(f"{path}: not a whole shard of factors ({error})") from error
+            if shard.ndim != 2 or shard.dtype != np.float32 or (shards and shard.shape[1] != shards[0].shape[1]):
+                width = shards[0].shape[1] if shards else "one width"
+                raise ValueError(f"{path}: holds {shard.dtype} {shard.shape}, expected float32 rows of {width}")
+            shards.append(shard)
+        return shards

@@ -26,12 +26,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "synth": Command(
-        "recpress.data.config:SynthConfig",
+        "recpress.trainer.config:SynthCommand",
         "recpress.trainer.logs:synth",
         "write a made log with planted tastes",
     ),
     "ingest": Command(
-        "recpress.data.config:IngestConfig",
+        "recpress.trainer.config:IngestCommand",
         "recpress.trainer.logs:ingest",
         "convert a public format or a table to a log",
     ),

@@ -6,15 +6,20 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
+from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, LogisticConfig, LossConfig, TwoTowerConfig
+from recpress.modules.config import ALSConfig, LogisticConfig, TwoTowerConfig
 
 
 def at_least(name: str, value: float, limit: float) -> None:
     """Raise InputError where `value` is below `limit` or no number."""
     if math.isnan(value) or value < limit:
         raise InputError(f"{name} is {value}, expected at least {limit}")
+
+
+def chosen_schema(schema: Schema) -> Schema | None:
+    """None where nothing was chosen: then a log that was written by us says itself what its columns mean."""
+    return None if schema == Schema() else schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,10 @@ class FactorizeConfig:
     """Above 0: also make factors that have not seen this share of the rows, for a network trained on it."""
     crossfit_seed: int = 0
     """Seed of that sample; the same as the network's --sample.seed."""
+    crossfit_sweeps: int = 4
+    """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
+    use_label: bool = False
+    """Let the label scale the confidence of a row; otherwise every row counts one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the sweeps run."""
     overwrite: bool = False
@@ -95,25 +104,39 @@ class FactorizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class NetworkConfig:
+    """The network and how it is trained, whatever the log and the tables."""
+
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    model: TwoTowerConfig = field(default_factory=TwoTowerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    user_features: tuple[str, ...] = ()
+    """Columns of `users.parquet` that join the user tower."""
+    item_features: tuple[str, ...] = ()
+    """Columns of `items.parquet` that join the item tower."""
+    use_label: bool = False
+    """Train on the label, a number in [0, 1]; otherwise every row is a positive."""
+    epochs: int = 8
+    """Passes over the rows, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(NetworkConfig):
     """Train the two-tower network on a uniform random sample of a log."""
 
     log: str
     """The log: a folder, file or glob."""
     out: str
-    """Folder of the checkpoint and the metrics; must not exist unless --overwrite."""
+    """Folder of the model and the metrics; must not exist unless --overwrite."""
     factors: str | None = None
     """Folder of factors, for every strategy but `random`."""
+    crossfit: Literal["auto", "yes", "no"] = "auto"
+    """Train on the factors that have not seen the sample, then put those of all rows in their place; `auto`: where
+    the tables are frozen and there are such factors for this very sample."""
     schema: Schema = field(default_factory=Schema)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    negatives: NegativesConfig = field(default_factory=NegativesConfig)
-    model: TwoTowerConfig = field(default_factory=TwoTowerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    epochs: int = 8
-    """Passes over the sample."""
     seed: int = 0
     """Seed of the network's initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -138,3 +161,13 @@ class EvaluateConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the scores are computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthCommand(SynthConfig):
+    """A made log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
+
+    out: str
+    """Folder of the log; must not exist unless --overwrite."""
+    overwrite: bool = False
+    """Replace an existing --out."""

@@ -1,0 +1,87 @@
+"""`recpress evaluate`: a checkpoint or factors, and held-out rows -> ranking metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from recpress.data import artifact
+from recpress.data.errors import InputError
+from recpress.data.log import Log, open_log
+from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
+from recpress.trainer.config import EvaluateConfig, EvaluationConfig, chosen_schema
+from recpress.trainer.distributed import agreed, process_group
+from recpress.trainer.evaluation import VectorFn, evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Rank the held-out rows of a log; the same metrics on any number of ranks.
+
+    Raises:
+        InputError: the log has no held-out rows, or the model is of another vocabulary. On every rank.
+    """
+    with process_group(config.device) as ranks:
+        with agreed():
+            log = open_log(config.log, chosen_schema(config.schema))
+            kind = kind_of(config.model)
+        heldout = load_heldout(log, config.evaluation)
+        if kind == FACTORS:
+            with agreed():
+                factors = open_factors(config.model, log)
+                user, item = (vectors_from_factors(factors.table(side)) for side in ("user", "item"))
+        else:
+            from recpress.trainer.two_tower import load_model  # imports torchrec, which factors do not need
+
+            model = load_model(config.model, log, ranks)
+            user, item = model.vectors("user"), model.vectors("item")
+        metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
+        if ranks.rank == 0:
+            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            if config.out is not None:
+                _write(Path(config.out), metrics)
+    return metrics
+
+
+def kind_of(path: str) -> str:
+    """`factors` or `model`: what the artifact at `path` is. Raises InputError where it is neither."""
+    for kind in (FACTORS, MODEL):
+        try:
+            artifact.read_manifest(path, kind)
+            return kind
+        except InputError as error:
+            problem = error
+    raise InputError(f"{path}: expected factors of `recpress factorize` or a model of `recpress train`") from problem
+
+
+def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHeldout:
+    """The held-out rows that the protocol wants; `auto` prefers given negatives. Collective.
+
+    Raises:
+        InputError: the log has no such rows. On every rank.
+    """
+    if config.protocol == "sampled" or (config.protocol == "auto" and log.test_negatives is not None):
+        return sampled_from_log(log)
+    masked = ("train",) if log.val is None else ("train", "val")
+    return full_from_log(log, masked=masked)
+
+
+def rank_heldout(
+    heldout: SampledHeldout | FullHeldout,
+    user: VectorFn,
+    item: VectorFn,
+    config: EvaluationConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """Metrics of the vectors on held-out rows. Collective; the same on every rank."""
+    run = evaluate_sampled if isinstance(heldout, SampledHeldout) else evaluate_full
+    return run(heldout, user, item, config.k, device=device)  # type: ignore[operator]
+
+
+def _write(path: Path, metrics: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)

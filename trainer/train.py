@@ -1,0 +1,199 @@
+"""`recpress train`: log and factors -> a two-tower network, trained on a sample of the rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recpress.data.batch import Batch
+from recpress.data.errors import InputError
+from recpress.data.log import Log, open_log
+from recpress.data.negatives import PositivePairs, make_negatives
+from recpress.data.stream import InteractionStream
+from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
+from recpress.trainer.config import TrainConfig, chosen_schema
+from recpress.trainer.distributed import Ranks, agreed, process_group
+from recpress.trainer.evaluate import load_heldout, rank_heldout
+from recpress.trainer.loop import FitConfig, FitResult, fit
+from recpress.trainer.metrics_log import MetricsLog
+from recpress.trainer.model_state import save_weights
+from recpress.trainer.optimizer import TrainOptimizer
+from recpress.trainer.two_tower import WEIGHTS, Features, ShardedTwoTower, build, describe_model
+
+
+@dataclass
+class TrainResult:
+    """What a training run did."""
+
+    fit: FitResult
+    metrics: dict[str, float]
+    """Of the held-out rows, at the end; empty where the log has none."""
+    rows: int
+    """Rows of the sample, on all ranks."""
+    setup_seconds: float
+    """Opening, planning, sharding, loading factors."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train on `config.sample` of the log and write the model to `config.out`.
+
+    Raises:
+        InputError: log, factors or settings cannot be used; a loss is not finite; `out` exists. On every rank, and
+            nothing is written.
+    """
+    with process_group(config.device) as ranks:
+        begin = time.monotonic()
+        with agreed():
+            log = open_log(config.log, chosen_schema(config.schema))
+            factors = _factors(config, log)
+            crossfit = _crossfit(config, factors)
+            features = Features.of(log, config.user_features, config.item_features)
+            stream = _stream(config, log, ranks)
+            model_config = describe_model(
+                config.model, factors.dim if factors else None, config.user_features, config.item_features
+            )
+        meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
+        with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
+            model = _model(config, log, features, factors, ranks)
+            heldout = load_heldout(log, config.evaluation) if _has_heldout(config, log) else None
+
+            def put(of_sample: bool) -> None:
+                """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
+                if factors is not None:
+                    with agreed():
+                        model.load_factors(*(factors.table(side, crossfit=of_sample) for side in ("user", "item")))
+
+            def evaluate() -> dict[str, float]:
+                if crossfit:
+                    put(False)
+                model.dmp.eval()
+                metrics = rank_heldout(
+                    heldout, model.vectors("user"), model.vectors("item"), config.evaluation, ranks.device
+                )
+                if crossfit:
+                    put(True)
+                return metrics
+
+            put(crossfit)
+            setup_seconds = time.monotonic() - begin
+            if ranks.rank == 0:
+                print(f"metrics while it runs: tensorboard --logdir {tmp}", flush=True)
+            with MetricsLog(tmp, tensorboard=config.tensorboard) as metrics_log:
+                fitted = fit(
+                    model.dmp,
+                    TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
+                    lambda epoch: _batches(stream, model, epoch),
+                    _fit_config(config),
+                    device=ranks.device,
+                    evaluate=evaluate if heldout is not None else None,
+                    log=metrics_log,
+                )
+            if crossfit:
+                put(False)
+                crossfit = False
+            metrics = evaluate() if heldout is not None else {}
+            (tmp / WEIGHTS).mkdir(exist_ok=True)
+            save_weights(model.dmp, tmp / WEIGHTS)
+            meta |= {
+                "rows": stream.num_rows,
+                "steps": fitted.steps,
+                "best": fitted.best,
+                "metrics": metrics,
+                "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
+            }
+        if ranks.rank == 0:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
+    return TrainResult(fitted, metrics, stream.num_rows, setup_seconds)
+
+
+def _factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
+    if config.model.tables.strategy == "random":
+        if config.factors is not None:
+            raise InputError("factors: given, but model.tables.strategy is 'random', which takes none")
+        return None
+    if config.factors is None:
+        raise InputError(f"factors: missing; model.tables.strategy '{config.model.tables.strategy}' starts from them")
+    return open_factors(config.factors, log)
+
+
+def _crossfit(config: TrainConfig, factors: FactorsArtifact | None) -> bool:
+    """Whether to train on factors that have not seen the sample."""
+    if config.crossfit == "no" or factors is None:
+        return False
+    frozen = config.model.tables.strategy.startswith("init-freeze")
+    fits = factors.crossfit == config.sample
+    if config.crossfit == "yes" and not (frozen and fits):
+        want = f"factors made without this very sample ({config.sample})" if frozen else "frozen tables"
+        raise InputError(f"crossfit: expected {want}; {factors.path} was made without {factors.crossfit}")
+    return frozen and fits
+
+
+def _stream(config: TrainConfig, log: Log, ranks: Ranks) -> InteractionStream:
+    columns = [log.schema.user, log.schema.item]
+    if config.use_label:
+        if not log.schema.label:
+            raise InputError("use_label: expected schema.label, a column of labels in [0, 1]")
+        columns.append(log.schema.label)
+    return InteractionStream(
+        log.train,
+        log.schema,
+        config.stream,
+        sample=config.sample,
+        rank=ranks.rank,
+        world=ranks.world,
+        columns=columns,
+    )
+
+
+def _model(
+    config: TrainConfig, log: Log, features: Features, factors: FactorsArtifact | None, ranks: Ranks
+) -> ShardedTwoTower:
+    loss, kind = config.model.loss, config.negatives.kind
+    with agreed():
+        if kind == "in-batch" and not (loss.kind == "softmax" and loss.in_batch):
+            raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
+        counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
+        reject = None
+        if config.negatives.reject_positives and kind != "in-batch":
+            reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
+        negatives = make_negatives(config.negatives, log.num_items, counts, reject)
+    return build(
+        config.model,
+        log,
+        features,
+        ranks,
+        dim=factors.dim if factors else None,
+        negatives=negatives,
+        item_counts=counts,
+        batch_size=config.stream.batch_size,
+        table_learning_rate=config.optimizer.table_learning_rate,
+        seed=config.seed,
+    )
+
+
+def _batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int) -> Iterator[Batch]:
+    stream.set_epoch(epoch)
+    return map(model.builder, stream)
+
+
+def _has_heldout(config: TrainConfig, log: Log) -> bool:
+    if log.test is None and log.test_negatives is None:
+        if config.evaluation.every:
+            raise InputError(f"{log.path}: no held-out rows; evaluation.every needs them")
+        return False
+    return True
+
+
+def _fit_config(config: TrainConfig) -> FitConfig:
+    look = config.evaluation
+    return FitConfig(
+        epochs=config.epochs,
+        evaluate_every=look.every,
+        evaluate_first=look.every > 0,
+        metric=look.metric,
+        patience=look.patience,
+        keep_best=look.every > 0,
+    )

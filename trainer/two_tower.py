@@ -1,0 +1,167 @@
+"""The two-tower network of a log: features, tables, sharded model; trained by `train`, ranked by `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from recpress.data import artifact
+from recpress.data.batch import ITEM, USER, BatchBuilder
+from recpress.data.errors import InputError
+from recpress.data.log import Log
+from recpress.data.negatives import Negatives, UniformNegatives
+from recpress.data.side_table import SideTable
+from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.rows import RowSource
+from recpress.modules.two_tower import SideSpec, TwoTower
+from recpress.trainer.artifacts import MODEL, check_vocabulary
+from recpress.trainer.distributed import Ranks, agreed
+from recpress.trainer.evaluation import VectorFn
+from recpress.trainer.model_state import load_weights
+from recpress.trainer.sharding import shard
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+WEIGHTS = "weights"
+Side = Literal["user", "item"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Side tables that join the towers, each held whole by every rank."""
+
+    user: SideTable | None
+    item: SideTable | None
+
+    @classmethod
+    def of(cls, log: Log, user: Sequence[str], item: Sequence[str]) -> Features:
+        """The named columns of `users.parquet` and `items.parquet`; raises InputError where one is missing."""
+        return cls(_side_table(log, "user", user), _side_table(log, "item", item))
+
+
+@dataclass
+class ShardedTwoTower:
+    """A two-tower network under DistributedModelParallel, with what turns ids into its input."""
+
+    dmp: DistributedModelParallel
+    builder: BatchBuilder
+
+    @property
+    def module(self) -> TwoTower:
+        module = self.dmp.module
+        return module.module if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
+
+    def vectors(self, side: Side) -> VectorFn:
+        """Ids -> vectors in eval mode. Collective: every rank calls it equally often."""
+        features = self.builder.users if side == "user" else self.builder.items
+        lookup = self.module.user_vectors if side == "user" else self.module.item_vectors
+
+        def vectors(ids: torch.Tensor) -> torch.Tensor:
+            return lookup(*features(ids)).float()
+
+        return vectors
+
+    def load_factors(self, user: RowSource, item: RowSource) -> None:
+        """Fill the id tables, each rank its own shards."""
+        self.module.load_factors(user, item)
+
+
+def build(
+    config: TwoTowerConfig,
+    log: Log,
+    features: Features,
+    ranks: Ranks,
+    *,
+    dim: int | None,
+    negatives: Negatives,
+    item_counts: Any = None,
+    batch_size: int,
+    table_learning_rate: float,
+    seed: int,
+) -> ShardedTwoTower:
+    """A network with random weights, sharded by TorchRec's planner. Collective.
+
+    Args:
+        dim: of the factors; None for `random`.
+        batch_size: rows of a batch on each rank, for the planner.
+
+    Raises:
+        InputError: a strategy that needs factors without them; tables that do not fit into memory.
+    """
+    torch.manual_seed(seed)
+    with agreed():
+        module = TwoTower(
+            config,
+            _spec(USER, log.num_users, dim, features.user),
+            _spec(ITEM, log.num_items, dim, features.item),
+            tables_device="meta",
+        )
+    dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
+    builder = BatchBuilder(
+        negatives, item_counts=item_counts, user_table=features.user, item_table=features.item, device=ranks.device
+    )
+    return ShardedTwoTower(dmp, builder)
+
+
+def describe_model(config: TwoTowerConfig, dim: int | None, user: Sequence[str], item: Sequence[str]) -> dict[str, Any]:
+    """What a manifest says of a model, enough for `load_model` to build it again."""
+    return {"two_tower": asdict(config), "dim": dim, "user_features": list(user), "item_features": list(item)}
+
+
+def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
+    """The model that `recpress train` wrote to `path`, on these ranks, in eval mode. Collective.
+
+    Raises:
+        InputError: no such model, another vocabulary, a damaged file. On every rank.
+    """
+    with agreed():
+        manifest = artifact.read_manifest(path, MODEL)
+        check_vocabulary(path, manifest, log)
+        try:
+            model = manifest["model"]
+            parts = dict(model["two_tower"])
+            parts["towers"]["hidden"] = tuple(parts["towers"]["hidden"])
+            config = TwoTowerConfig(
+                tables=TablesConfig(**parts["tables"]),
+                towers=TowersConfig(**parts["towers"]),
+                loss=LossConfig(**parts["loss"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
+        features = Features.of(log, model["user_features"], model["item_features"])
+    sharded = build(
+        config,
+        log,
+        features,
+        ranks,
+        dim=model["dim"],
+        negatives=UniformNegatives(log.num_items, 1),
+        batch_size=1024,
+        table_learning_rate=0.0,
+        seed=0,
+    )
+    with agreed():
+        load_weights(sharded.dmp, Path(path) / WEIGHTS)
+    sharded.dmp.eval()
+    return sharded
+
+
+def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
+    if not names:
+        return None
+    table = log.features(side)
+    where = f"{log.path}/{side}s.parquet"
+    if table is None:
+        raise InputError(f"{where}: missing; expected it for the {side} features {', '.join(names)}")
+    floats = set(SideTable.from_arrow(table, categorical=(), where=where).float_names)
+    return SideTable.from_arrow(
+        table, [name for name in names if name not in floats], [name for name in names if name in floats], where
+    )
+
+
+def _spec(key: str, rows: int, dim: int | None, table: SideTable | None) -> SideSpec:
+    if table is None:
+        return SideSpec(key=key, rows=rows, dim=dim)
+    return SideSpec(key=key, rows=rows, dim=dim, categorical=table.num_values(), floats=len(table.float_names))
