@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -89,19 +90,23 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def check_ids(ids: np.ndarray, limit: int | None, where: str) -> None:
+def check_ids(
+    ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[int], int] | None = None
+) -> None:
     """Raises InputError, naming the first such row, where an id is negative or not below `limit`.
 
-    Two passes over the array (about 1 ns an id); `where` is file, row group and column.
+    Two passes over the array (about 1 ns an id); `where` is file, row group and column. `row_of` tells the
+    row of a place in the array, where they differ.
     """
     if ids.size == 0:
         return
     if int(ids.min()) < 0:
-        row = int(np.argmax(ids < 0))
-        raise InputError(f"{where}, row {row}: id {ids[row]}; expected ids from 0")
-    if limit is not None and int(ids.max()) >= limit:
-        row = int(np.argmax(ids >= limit))
-        raise InputError(f"{where}, row {row}: id {ids[row]} is outside the vocabulary of {limit} ids")
+        place, fault = int(np.argmax(ids < 0)), "; expected ids from 0"
+    elif limit is not None and int(ids.max()) >= limit:
+        place, fault = int(np.argmax(ids >= limit)), f" is outside the vocabulary of {limit} ids"
+    else:
+        return
+    raise InputError(f"{where}, row {row_of(place) if row_of else place}: id {ids[place]}{fault}")
 
 
 def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Jagged:
@@ -157,13 +162,7 @@ def _decode_lists(column: Column, array: pa.Array, where: str) -> Jagged:
         row = row_of(int(np.argmax(pc.is_null(flat).to_numpy(zero_copy_only=False))))
         raise InputError(f"{where}, row {row}: a null in the list; expected integers")
     values = flat.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    try:
-        check_ids(values, column.limit, where)
-    except InputError:
-        bad = values < 0 if values.min() < 0 else values >= (column.limit or 0)
-        place = int(np.argmax(bad))
-        check_ids(values[place : place + 1], column.limit, f"{where}, list of row {row_of(place)}")
-        raise
+    check_ids(values, column.limit, where, row_of)
     return Jagged(values, offsets)
 
 
