@@ -6,60 +6,16 @@ CPU and CUDA, for any number of ranks with the same global batch, and after a re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from recpress.data.config import NegativesConfig
 from recpress.data.errors import InputError
-from recpress.data.rows import Rows, iter_columns
+from recpress.data.pairs import PositivePairs, mix, shift, signed
 from recpress.data.sampling import key
 
 _ATTEMPTS = 16
 """Redraws of a negative that is one of the user's positives. For a user who has half of the items, one in
 2 ** 17 is kept; for one who has them all, all are."""
-
-
-class PositivePairs:
-    """The set of (user, item) pairs of a log, to look pairs up in. 8 bytes a pair, on each rank.
-
-    Args:
-        keys: sorted int64, user * num_items + item.
-    """
-
-    def __init__(self, keys: torch.Tensor, num_items: int) -> None:
-        self.keys, self.num_items = keys, num_items
-
-    @classmethod
-    def of_pairs(cls, users: np.ndarray, items: np.ndarray, num_items: int) -> PositivePairs:
-        """Of int64 arrays of pairs, in any order, with repetitions."""
-        return cls(torch.from_numpy(np.unique(_keys(users, items, num_items))), num_items)
-
-    @classmethod
-    def of_rows(cls, parts: Sequence[Rows], user: str, item: str, num_items: int) -> PositivePairs:
-        """Of parts of a log, read in a stream. `user` and `item` are the names of the columns."""
-        keys = [np.empty(0, dtype=np.int64)]
-        for rows in parts:
-            for data in iter_columns(rows, [user, item]):
-                users, items = data[user], data[item]
-                assert isinstance(users, np.ndarray)
-                assert isinstance(items, np.ndarray)
-                keys.append(_keys(users, items, num_items))
-        return cls(torch.from_numpy(np.unique(np.concatenate(keys))), num_items)
-
-    def to(self, device: torch.device | str) -> PositivePairs:
-        return PositivePairs(self.keys.to(device), self.num_items)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def contains(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Whether each pair is in the set; users and items broadcast. Bool, of the broadcast shape."""
-        pairs = users * self.num_items + items
-        if not len(self.keys):
-            return torch.zeros_like(pairs, dtype=torch.bool)
-        at = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
-        return self.keys[at] == pairs
 
 
 class Negatives:
@@ -117,11 +73,8 @@ class Negatives:
 
     def _uniform(self, counter: torch.Tensor, epoch: int, attempt: int) -> torch.Tensor:
         """Float64 in [0, 1) with 53 random bits: a hash of the counters (splitmix64, Steele et al. 2014)."""
-        start, step = (_signed(key("negatives", self.seed, epoch, attempt) >> shift) for shift in (0, 64))
-        bits = counter * (step | 1) + start
-        bits = (bits ^ _shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
-        bits = (bits ^ _shift(bits, 27)) * _signed(0x94D049BB133111EB)
-        return _shift(bits ^ _shift(bits, 31), 11).double() * 2.0**-53
+        start, step = (signed(key("negatives", self.seed, epoch, attempt) >> shift) for shift in (0, 64))
+        return shift(mix(counter * (step | 1) + start), 11).double() * 2.0**-53
 
 
 class UniformNegatives(Negatives):
@@ -159,21 +112,55 @@ class PopularityNegatives(Negatives):
         if not power >= 0:
             raise InputError(f"negatives.power is {power}; expected a number from 0")
         weights = torch.where(counts > 0, counts.double() ** power, 0.0)
-        total = weights.cumsum(0)
-        self._cumulative = total / total[-1]
-        # The last item that can be drawn closes the interval, whatever the rounding.
-        self._cumulative[int(weights.nonzero()[-1]) :] = 1.0
-        self._log_q = (torch.where(counts > 0, weights, 1.0).log() - total[-1].log()).float()
+        prob, alias = alias_table(weights.numpy())
+        self._prob, self._alias = torch.from_numpy(prob), torch.from_numpy(alias)
+        self._log_q = (torch.where(counts > 0, weights, 1.0).log() - weights.sum().log()).float()
 
     def items(self, uniform: torch.Tensor) -> torch.Tensor:
-        if self._cumulative.device != uniform.device:
-            self._cumulative = self._cumulative.to(uniform.device)
-        return torch.searchsorted(self._cumulative, uniform, right=True)
+        self._move(uniform.device)
+        scaled = uniform * self.num_items
+        column = scaled.long().clamp_(max=self.num_items - 1)
+        return torch.where(scaled - column < self._prob[column], column, self._alias[column].long())
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:
-        if self._log_q.device != items.device:
-            self._log_q = self._log_q.to(items.device)
+        self._move(items.device)
         return self._log_q[items]
+
+    def _move(self, device: torch.device) -> None:
+        if self._log_q.device != device:
+            self._prob, self._alias = self._prob.to(device), self._alias.to(device)
+            self._log_q = self._log_q.to(device)
+
+
+def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tables to draw in proportion to weights in constant time (Walker 1977): draw a column k uniformly and
+    x in [0, 1); the item is k if x < prob[k], else alias[k].
+
+    Made without a loop. With p scaled to a mean of 1, light items lack 1 - p and heavy ones exceed by p - 1.
+    In a sweep each heavy item fills the light ones in turn, until what they lack, D (summed), passes the excess
+    of the heavy ones so far, S (summed); it then lacks D - S, which the next heavy one fills (the sweep of
+    Hübschle-Schneider and Sanders 2019, "Parallel weighted random sampling", read as prefix sums).
+
+    Args:
+        weights: (n,) float64, none negative, at least one positive.
+
+    Returns: prob (n,) float32, alias (n,) int32 or int64.
+    """
+    scaled = weights * (len(weights) / weights.sum())
+    heavy, light = np.flatnonzero(scaled >= 1), np.flatnonzero(scaled < 1)
+    prob, alias = scaled.astype(np.float32), np.arange(len(weights))
+    if not len(heavy):  # all are 1 but for rounding
+        return np.ones_like(prob), alias.astype(np.int32)
+    lacking, excess = np.cumsum(1 - scaled[light]), np.cumsum(scaled[heavy] - 1)
+    before = np.concatenate(([0.0], lacking[:-1])) if len(light) else lacking
+    alias[light] = heavy[np.searchsorted(excess, before).clip(max=len(heavy) - 1)]
+    alias[heavy] = np.concatenate((heavy[1:], heavy[-1:]))
+    passing = np.searchsorted(lacking, excess, side="right")
+    passed = passing < len(lacking)
+    prob[heavy] = 1.0
+    prob[heavy[passed]] = 1 - (lacking[passing[passed]] - excess[passed])
+    prob[heavy[-1]] = 1.0
+    return prob.clip(0.0, 1.0), alias.astype(np.int32 if len(weights) < 2**31 else np.int64)
 
 
 class InBatchNegatives(PopularityNegatives):
@@ -237,20 +224,3 @@ def in_batch_logits(
     hits.fill_diagonal_(False)
     logits = scores if log_q is None else scores - log_q
     return logits.masked_fill(hits, float("-inf"))
-
-
-def _keys(users: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
-    if len(users) and int(users.max()) >= (2**63 - 1) // num_items:
-        raise InputError(f"pairs of {int(users.max()) + 1} users and {num_items} items do not fit in 63 bits")
-    return users * np.int64(num_items) + items
-
-
-def _signed(bits: int) -> int:
-    """The low 64 bits as an int64."""
-    bits &= 2**64 - 1
-    return bits - 2**64 if bits >= 2**63 else bits
-
-
-def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical shift to the right of int64."""
-    return (bits >> by) & (2 ** (64 - by) - 1)

@@ -178,7 +178,7 @@ class InteractionStream:
         def column(name: str | None) -> torch.Tensor | None:
             if not name or name not in self.columns:
                 return None
-            return torch.from_numpy(_join([data[name][first:end] for data, first, end in pieces]))
+            return torch.from_numpy(_join([_dense(data, name)[first:end] for data, first, end in pieces]))
 
         categorical: dict[str, torch.Tensor | JaggedColumn] = {}
         for name in schema.categorical:
@@ -200,6 +200,12 @@ class InteractionStream:
             position=self.order.first_position(step, self.rank, self.world),
             size=sum(end - first for _, first, end in pieces),
         )
+
+
+def _dense(data: Columns, name: str) -> np.ndarray:
+    column = data[name]
+    assert isinstance(column, np.ndarray)
+    return column
 
 
 def _join(pieces: list[np.ndarray]) -> np.ndarray:

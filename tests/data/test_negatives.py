@@ -15,6 +15,7 @@ from recpress.data.negatives import (
     PopularityNegatives,
     PositivePairs,
     UniformNegatives,
+    alias_table,
     in_batch_logits,
     make_negatives,
 )
@@ -45,6 +46,34 @@ def test_distributions(seed):
             negatives.log_q(seen).exp().numpy(), (weights / weights.sum())[seen], rtol=1e-6
         )
         assert torch.isfinite(negatives.log_q(torch.arange(6))).all()
+
+
+@given(
+    st.lists(
+        st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 5).map(float)), min_size=1, max_size=40
+    )
+)
+def test_alias_table_has_the_weights(weights):
+    """What an item gets from its own column and as others' alias is its share; none where it has none."""
+    weights = np.array(weights)
+    if not weights.any():
+        return
+    prob, alias = alias_table(weights)
+    assert ((prob >= 0) & (prob <= 1)).all()
+    got = prob.astype(np.float64)
+    np.add.at(got, alias, 1 - prob.astype(np.float64))
+    np.testing.assert_allclose(got / len(weights), weights / weights.sum(), rtol=1e-4, atol=2e-7)
+    assert not got[weights == 0].any()
+
+
+def test_alias_table_of_a_power_law():
+    weights = np.arange(1, 100_001) ** -1.0
+    weights[::3] = 0
+    prob, alias = alias_table(weights)
+    got = prob.astype(np.float64)
+    np.add.at(got, alias, 1 - prob.astype(np.float64))
+    np.testing.assert_allclose(got / len(weights), weights / weights.sum(), rtol=1e-4, atol=1e-11)
+    assert not got[::3].any()
 
 
 def test_slots_rows_epochs_and_seeds_are_independent():
@@ -144,6 +173,16 @@ def test_pairs_of_a_log(tmp_path):
     ]
     empty = PositivePairs.of_rows([], "user_id", "item_id", 3)
     assert not empty.contains(torch.tensor([0]), torch.tensor([0])).any()
+
+
+@given(st.integers(0, 400), st.integers(1, 40), st.integers(0, 99))
+def test_pairs_are_found_exactly(size, items, seed):
+    rng = np.random.default_rng(seed)
+    users, owned = rng.integers(0, 30, size), rng.integers(0, items, size)
+    pairs = PositivePairs.of_pairs(users, owned, items)
+    expected = torch.zeros(40, items, dtype=torch.bool)
+    expected[users, owned] = True
+    assert torch.equal(pairs.contains(torch.arange(40).unsqueeze(1), torch.arange(items)), expected)
 
 
 def test_pairs_that_do_not_fit_are_refused():
