@@ -23,20 +23,22 @@ Columns = dict[str, np.ndarray | Jagged]
 
 @dataclass
 class _Block:
-    """A block that is being filled. `places[k]` is where row k of its stretch of the line goes."""
+    """A block that is being filled. `places[k]` is where row k of its stretch of the line goes; None: k."""
 
-    places: np.ndarray
+    places: np.ndarray | None
     missing: int
     dense: dict[str, np.ndarray] = field(default_factory=dict)
     lists: dict[str, list[tuple[np.ndarray, Jagged]]] = field(default_factory=dict)
 
     def fill(self, part: Part, columns: Columns) -> None:
         """Writes the rows of a part. Parts of several threads are for different places."""
-        places = self.places[part.offset : part.offset + part.count]
+        stretch = slice(part.offset, part.offset + part.count)
+        places = stretch if self.places is None else self.places[stretch]
         for name, column in columns.items():
             if isinstance(column, Jagged):
-                rows = np.arange(part.first, part.first + part.count)
-                self.lists[name].append((places, column.take(rows)))
+                offsets = column.offsets[part.first : part.first + part.count + 1]
+                piece = Jagged(column.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+                self.lists[name].append((np.arange(stretch.start, stretch.stop), piece))
             else:
                 self.dense[name][places] = column[part.first : part.first + part.count]
 
@@ -44,9 +46,9 @@ class _Block:
         """The rows in their final order."""
         done: Columns = dict(self.dense)
         for name, parts in self.lists.items():
-            places = np.concatenate([place for place, _ in parts])
-            order = np.empty_like(places)
-            order[places] = np.arange(len(places))
+            rows = np.concatenate([place for place, _ in parts])
+            order = np.empty_like(rows)
+            order[rows if self.places is None else self.places[rows]] = np.arange(len(rows))
             lengths = np.concatenate([jagged.lengths for _, jagged in parts])
             values = np.concatenate([jagged.values for _, jagged in parts])
             done[name] = Jagged(values, np.concatenate(([0], np.cumsum(lengths)))).take(order)
@@ -201,11 +203,12 @@ class BlockReader:
                     self._changed.notify_all()
 
     def _new_block(self, part: Part, columns: Columns) -> _Block:
-        places = self._order.permutation(part.lane, part.block)
-        block = _Block(places, len(places))
+        low, high = self._order.block_bounds(part.lane, part.block)
+        places = self._order.permutation(part.lane, part.block) if self._order.shuffle else None
+        block = _Block(places, high - low)
         for name, column in columns.items():
             if isinstance(column, Jagged):
                 block.lists[name] = []
             else:
-                block.dense[name] = np.empty(len(places), dtype=column.dtype)
+                block.dense[name] = np.empty(high - low, dtype=column.dtype)
         return block

@@ -137,9 +137,9 @@ def alias_table(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x in [0, 1); the item is k if x < prob[k], else alias[k].
 
     Made without a loop. With p scaled to a mean of 1, light items lack 1 - p and heavy ones exceed by p - 1.
-    In a sweep each heavy item fills the light ones in turn, until what they lack, D (summed), passes the excess
-    of the heavy ones so far, S (summed); it then lacks D - S, which the next heavy one fills (the sweep of
-    Hübschle-Schneider and Sanders 2019, "Parallel weighted random sampling", read as prefix sums).
+    In a sweep each heavy item fills the light ones in turn, until what they lack, D (summed), passes the
+    excess of the heavy ones so far, S (summed); it then lacks D - S, which the next heavy one fills (the
+    sweep of Hübschle-Schneider, Sanders 2019, "Parallel weighted random sampling", read as prefix sums).
 
     Args:
         weights: (n,) float64, none negative, at least one positive.

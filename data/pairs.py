@@ -27,7 +27,7 @@ class PositivePairs:
         return cls(torch.from_numpy(np.unique(_keys(users, items, num_items))), num_items)
 
     @classmethod
-    def of_rows(cls, parts: Sequence[Rows], user: str, item: str, num_items: int) -> PositivePairs:
+    def of(cls, parts: Sequence[Rows], user: str, item: str, num_items: int) -> PositivePairs:
         """Of parts of a log, read in a stream. `user` and `item` are the names of the columns."""
         keys = [np.empty(0, dtype=np.int64)]
         for rows in parts:

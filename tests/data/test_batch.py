@@ -123,7 +123,7 @@ def test_in_batch_has_positives_alone(log):
 
 
 def test_rejection_reaches_the_batch(log):
-    pairs = PositivePairs.of_rows([log.train], "user_id", "item_id", ITEMS)
+    pairs = PositivePairs.of([log.train], "user_id", "item_id", ITEMS)
     build = BatchBuilder(UniformNegatives(ITEMS, 4, reject=pairs))
     for rows in rows_of(log):
         items = build(rows).item_features["item"].values()[rows.size :].view(rows.size, 4)
@@ -183,7 +183,7 @@ def test_a_pipeline_trains_on_it(log, tables, device):
     torch.manual_seed(0)
     model = Model().to(device)
     pipeline = TrainPipelineBase(model, torch.optim.Adam(model.parameters(), 0.05), torch.device(device))
-    pairs = PositivePairs.of_rows([log.train], "user_id", "item_id", ITEMS)
+    pairs = PositivePairs.of([log.train], "user_id", "item_id", ITEMS)
     negatives = UniformNegatives(ITEMS, 2, reject=pairs)
     build = BatchBuilder(negatives, user_table=tables[0], item_table=tables[1])
     stream, losses = rows_of(log), []

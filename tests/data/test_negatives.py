@@ -163,7 +163,7 @@ def test_pairs_of_a_log(tmp_path):
     table = pa.table({"user_id": [3, 0, 3, 3], "item_id": [1, 2, 1, 0]})
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=2)
     log = open_log(tmp_path)
-    pairs = PositivePairs.of_rows([log.train], "user_id", "item_id", log.num_items)
+    pairs = PositivePairs.of([log.train], "user_id", "item_id", log.num_items)
     assert pairs.keys.tolist() == [2, 9, 10]
     assert pairs.contains(torch.tensor([0, 3, 2, 9**9]), torch.tensor([2, 2, 1, 1])).tolist() == [
         True,
@@ -171,7 +171,7 @@ def test_pairs_of_a_log(tmp_path):
         False,
         False,
     ]
-    empty = PositivePairs.of_rows([], "user_id", "item_id", 3)
+    empty = PositivePairs.of([], "user_id", "item_id", 3)
     assert not empty.contains(torch.tensor([0]), torch.tensor([0])).any()
 
 
