@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Input or configuration that cannot be used. The message is one line that names the place and what was expected."""
+    """Input or configuration that cannot be used; one line that names the place and what was expected."""

@@ -1,5 +1,6 @@
 """Opening logs and reading their columns; every bad input is an error that names its place."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recpress.data.columns import Jagged, check_ids
-from recpress.data.config import SampleConfig, Schema
+from recpress.data.config import LayoutConfig, SampleConfig, Schema, SynthConfig
 from recpress.data.errors import InputError
 from recpress.data.log import iter_columns, open_log
 from recpress.data.sampling import membership
+from recpress.data.synth import synth
 
 DATA = Path(os.environ.get("RECPRESS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 FULL = Schema(label="label", time="time", categorical=("kind", "tags"), floats=("price",))
@@ -278,3 +280,65 @@ def test_real_log():
     assert log.counts("item").sum() == 994169
     lists = next(iter_columns(log.test_negatives, ["negatives"]))["negatives"]
     assert set(lists.lengths.tolist()) == {99}
+
+
+@pytest.fixture
+def made(tmp_path):
+    sizes = {"users": 60, "items": 120, "rows": 900, "tastes": 4, "negatives": 9}
+    return synth(SynthConfig(**sizes, layout=LayoutConfig(row_group_rows=200)), tmp_path / "made")
+
+
+def change_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_id_outside_the_vocabulary(made):
+    items = open_log(made).num_items
+    change_manifest(made, num_items=items - 40)
+    log = open_log(made)
+    for rows, column in ((log.train, "item_id"), (log.test, "item_id"), (log.test_negatives, "negatives")):
+        with pytest.raises(
+            InputError, match=r"row group \d, column '\w+', row \d+: id \d+ is outside the vocabulary of 80"
+        ):
+            list(iter_columns(rows, [column]))
+
+
+def test_file_that_is_not_the_manifests(made):
+    path = made / "test" / "part-00000.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b" ")
+    with pytest.raises(
+        InputError, match=rf"part-00000\.parquet: {len(whole) + 1} bytes; the manifest says {len(whole)}"
+    ):
+        open_log(made)
+    path.unlink()
+    with pytest.raises(InputError, match=r"part-00000\.parquet: missing; the manifest names it"):
+        open_log(made)
+
+
+def test_artifact_of_another_kind_is_no_log(made):
+    change_manifest(made, kind="factors")
+    with pytest.raises(InputError, match="of kind 'factors'; expected kind 'log'"):
+        open_log(made)
+
+
+def test_side_table_of_other_ids(made):
+    log = open_log(made)
+    assert log.features("user").num_rows == 60
+    change_manifest(made, num_users=61)
+    with pytest.raises(InputError, match=r"users\.parquet: 60 rows; expected one for each of 61 users"):
+        open_log(made).features("user")
+
+
+def test_schema_of_the_manifest_can_be_replaced(made):
+    assert open_log(made).schema == Schema(time="time")
+    assert list(open_log(made, Schema()).train.columns) == ["user_id", "item_id"]
+
+
+def test_fingerprints_tell_vocabularies_apart(made, tmp_path):
+    write(tmp_path / "plain", "train.parquet", table())
+    plain, log = open_log(tmp_path / "plain"), open_log(made)
+    prints = {log.vocabulary_fingerprint("user"), log.vocabulary_fingerprint("item")}
+    assert len(prints | {plain.vocabulary_fingerprint("user"), plain.vocabulary_fingerprint("item")}) == 4
+    assert plain.inputs()[0]["rows"] == 10
