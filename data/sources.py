@@ -1,7 +1,7 @@
 """Readers of other formats: each yields raw rows in pieces, in bounded memory, with the place they come from.
 
 Columns of the pieces have the log's own names (`user_id`, `item_id`, `label`, `time`, and further ones as
-they are called); ids are still raw.
+they are called); ids are still raw. Rows count from 0, a header line aside, in errors too.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from recpress.data.tastes import Permutation, Tastes, search
 from recpress.data.writer import LogWriter
 from tqdm import tqdm
 
-CHUNK = 1 << 16  # rows made at once: their arrays stay in the cache
+CHUNK = 1 << 14  # rows made at once: their arrays stay in the cache
 
 
 def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> Path:
