@@ -1,7 +1,7 @@
-"""Solvers of one chunk of rows' normal equations, in torch, on CPU and CUDA.
+"""Solvers of the normal equations of a chunk of rows, in torch, on CPU and CUDA.
 
-A row x with the other side's vectors y_j of its interactions j, weights w_j >= 0 added by them, and the weight w_0
-of every pair, has the normal equations (Hu, Koren, Volinsky 2008, equation 4)
+A row x with the other side's vectors y_j of its interactions j, the weights w_j >= 0 that they add, and the
+weight w_0 of every pair, has the normal equations (Hu, Koren, Volinsky 2008, equation 4)
 
     (w_0 Y'Y + sum_j w_j y_j y_j' + reg I) x = sum_j (w_0 + w_j) y_j .
 """
@@ -14,15 +14,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+with warnings.catch_warnings():  # torch says once a process that its CSR tensors are in beta; here, unheard
+    warnings.simplefilter("ignore")
+    torch.eye(1).to_sparse_csr()
+
+_TINY = 1e-30
+_PADDED = 1 << 14  # padded interactions of one batch of explicit matrices: some 8 MB of rows at 128 factors
 
 
 @dataclass
 class Chunk:
     """Rows of a CSR whose indices are places in `table`.
 
-    indptr: (B + 1,) int32, indices: (nnz,) int32, weights: (nnz,) float32 or a float where all are the same,
-    table: (M, d), reg: (B,) float32, start: (B, d), the rows' previous vectors.
+    indptr: (B + 1,) int32; indices: (nnz,) int32; weights: (nnz,) float32, or a float where all are the same;
+    table: (M, d); reg: (B,) float32; start: (B, d), the rows' previous vectors, zero where a row is empty.
     """
 
     indptr: torch.Tensor
@@ -32,26 +37,37 @@ class Chunk:
     reg: torch.Tensor
     start: torch.Tensor
 
-    def gather_sum(self, weights: torch.Tensor) -> torch.Tensor:
-        """sum_j weights_j y_j of each row: (nnz,) -> (B, d). embedding_bag is torch's fastest SpMM on CPU."""
+    @property
+    def degree(self) -> torch.Tensor:
+        """Interactions of each row, (B,)."""
+        return self.indptr[1:] - self.indptr[:-1]
+
+    def per_interaction(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (B, ...) repeated for each interaction of the row: (nnz, ...)."""
+        return torch.repeat_interleave(rows, self.degree, dim=0, output_size=len(self.indices))
+
+    def row_sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Sum over each row's interactions: (nnz,) -> (B,)."""
+        return torch.segment_reduce(numbers, "sum", offsets=self.indptr.long(), initial=0)
+
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
+        """sum_j weights_j y_j of each row: (nnz,) -> (B, d).
+
+        embedding_bag, because it is by far torch's fastest product of a sparse and a dense matrix on CPU.
+        """
         return F.embedding_bag(
-            self.indices,
-            self.table,
-            self.indptr,
-            mode="sum",
-            per_sample_weights=weights,
-            include_last_offset=True,
-        )
+            self.indices, self.table, self.indptr,
+            mode="sum", per_sample_weights=weights, include_last_offset=True,
+        )  # fmt: skip
 
     def dots(self, rows: torch.Tensor) -> torch.Tensor:
         """rows_b . y_j for each interaction j of each row b: (B, d) -> (nnz,)."""
+        if rows.is_cuda:
+            return (self.per_interaction(rows) * self.table[self.indices.long()]).sum(1)
         pattern = torch.sparse_csr_tensor(
-            self.indptr,
-            self.indices,
-            rows.new_zeros(len(self.indices)),
-            (len(rows), len(self.table)),
+            self.indptr, self.indices, rows.new_zeros(len(self.indices)), (len(rows), len(self.table)),
             check_invariants=False,
-        )
+        )  # fmt: skip
         torch.sparse.sampled_addmm(pattern, rows, self.table.t(), beta=0.0, out=pattern)
         return pattern.values()
 
@@ -60,8 +76,7 @@ class Chunk:
 class Shared:
     """What all rows of a half-sweep share.
 
-    gramian: (d, d), w_0 Y'Y; unobserved_weight: w_0; basis (d, d) and scale (d,): with n_b the degree of row b,
-    basis diag(1 / (1 + n_b scale)) basis' approximates the inverse of its matrix (see `preconditioner`).
+    gramian: (d, d), w_0 Y'Y; unobserved_weight: w_0; basis (d, d) and scale (d,) of `preconditioner`.
     """
 
     gramian: torch.Tensor
@@ -73,21 +88,23 @@ class Shared:
 def preconditioner(
     gramian: torch.Tensor, popular: torch.Tensor, reg: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Basis and scale of an inverse that all rows share, each by its degree.
+    """Basis (d, d) and scale (d,): basis diag(1 / (1 + n scale)) basis' nearly inverts the matrix of a row.
 
     A row of n interactions is expected to have the matrix P + n Q with P = w_0 Y'Y + reg[0] I and
-    Q = popular + reg[1] I, where popular (d, d) is the mean of w y y' over all interactions of the log, and
-    reg[0] + n reg[1] is its regularization. One generalized eigenproblem P, Q gives the inverses for all n.
+    Q = popular + reg[1] I. Here `gramian` is w_0 Y'Y, `popular` (d, d) the mean of w y y' over the interactions
+    of the whole log, and reg[0] + n reg[1] about the row's regularization. One generalized eigenproblem of
+    P and Q inverts it for every n.
     """
+    # float64 and on the CPU: some milliseconds, once a half-sweep
     eye = torch.eye(len(gramian), dtype=torch.float64)
-    # float64 on the CPU: a few milliseconds, once a half-sweep
     p = gramian.to("cpu", torch.float64) + reg[0] * eye
     q = popular.to("cpu", torch.float64) + reg[1] * eye
+    p += (1e-7 * (p.trace() + q.trace()) / len(eye) + _TINY) * eye  # w_0 and the regularization may be zero
     lower = torch.linalg.cholesky(p)
     half = torch.linalg.solve_triangular(lower, q, upper=False)
     scale, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, half.T, upper=False))
     basis = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
-    return basis.to(gramian), scale.clamp_(min=0).to(gramian)
+    return basis.to(gramian.device, torch.float32), scale.clamp_(min=0).to(gramian.device, torch.float32)
 
 
 def solve_cg(chunk: Chunk, shared: Shared, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,26 +112,102 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int) -> tuple[torch.Tensor, to
 
     Returns the rows (B, d) and their predictions x_b . y_j (nnz,), which the objective needs.
     """
-    x, w, w0 = chunk.start, chunk.weights, shared.unobserved_weight
-    reg = chunk.reg[:, None]
-    degree = (chunk.indptr[1:] - chunk.indptr[:-1]).to(x.dtype)
-    shrink = 1 / (1 + degree[:, None] * shared.scale)  # (B, d)
+    w, w0, reg = chunk.weights, shared.unobserved_weight, chunk.reg[:, None]
+    shrink = 1 / (1 + chunk.degree[:, None] * shared.scale)  # (B, d)
+    x = chunk.start.clone()
     scores = chunk.dots(x)
-    residual = chunk.gather_sum((1 - scores).mul_(w).add_(w0))
+    residual = chunk.weighted_sum((1 - scores).mul_(w).add_(w0))
     residual.addmm_(x, shared.gramian, alpha=-1).addcmul_(reg, x, value=-1)
-    x = x.clone()
-    direction = torch.zeros_like(x)
-    rho = None
+    direction, rho = torch.zeros_like(x), None
     for step in range(steps):
         z = ((residual @ shared.basis) * shrink) @ shared.basis.T
         rho_old, rho = rho, (residual * z).sum(1, keepdim=True)
-        direction = z if rho_old is None else z.addcmul_(direction, rho / rho_old.clamp_min(1e-30))
+        direction = z if rho_old is None else z.addcmul_(direction, rho / rho_old.clamp_min(_TINY))
         along = chunk.dots(direction)
-        image = chunk.gather_sum(along * w).addmm_(direction, shared.gramian).addcmul_(reg, direction)
-        length = rho / (direction * image).sum(1, keepdim=True).clamp_min(1e-30)
+        image = (direction @ shared.gramian).addcmul_(reg, direction)
+        if step + 1 < steps:
+            image += chunk.weighted_sum(along * w)
+            curvature = (direction * image).sum(1)
+        else:  # no residual is needed any more: the interactions' part of p'Ap needs no pass over their vectors
+            curvature = (direction * image).sum(1) + chunk.row_sum(along.square() * w)
+        length = rho / curvature.clamp_min_(_TINY)[:, None]
         x.addcmul_(length, direction)
-        counts = chunk.indptr[1:] - chunk.indptr[:-1]
-        scores.addcmul_(along, torch.repeat_interleave(length[:, 0], counts, output_size=len(along)))
+        scores.addcmul_(along, chunk.per_interaction(length[:, 0]))
         if step + 1 < steps:
             residual.addcmul_(length, image, value=-1)
     return x, scores
+
+
+def solve_cholesky(chunk: Chunk, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact: explicit matrices of rows of similar degree, padded, and their Cholesky factors. As `solve_cg`.
+
+    Raises ValueError with the place of a row in the chunk whose matrix is not positive definite in float32.
+    """
+    x = torch.zeros_like(chunk.start)
+    degree, order = torch.sort(chunk.degree)
+    widths = degree.tolist()
+    first = int((degree == 0).sum())  # empty rows stay zero
+    while first < len(widths):
+        last = first + 1
+        while last < len(widths) and (last + 1 - first) * widths[last] <= _PADDED:
+            last += 1
+        rows, width = order[first:last], widths[last - 1]
+        place = torch.arange(width, device=x.device)
+        real = place < degree[first:last, None]  # (b, width)
+        place = (chunk.indptr[:-1][rows, None] + place).clamp_(max=len(chunk.indices) - 1).long()
+        weights = chunk.weights[place] if isinstance(chunk.weights, torch.Tensor) else chunk.weights
+        weights = weights * real
+        others = chunk.table[chunk.indices[place].long()]  # (b, width, d)
+        target = ((weights + shared.unobserved_weight) * real)[:, None] @ others  # (b, 1, d)
+        matrix = torch.baddbmm(shared.gramian, (others * weights[..., None]).transpose(1, 2), others)
+        matrix.diagonal(dim1=1, dim2=2).add_(chunk.reg[rows, None])
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if bool(info.any()):
+            raise SingularRow(int(rows[info.argmax()]))
+        x[rows] = torch.cholesky_solve(target.transpose(1, 2), lower)[..., 0]
+        first = last
+    return x, chunk.dots(x)
+
+
+class SingularRow(ValueError):
+    """A row's normal equations are not positive definite in float32; `args[0]` is its place in the chunk."""
+
+
+class HeavyRow:
+    """Normal equations of one row of too many interactions for a chunk: exact, a piece at a time, in
+    float64.
+    """
+
+    def __init__(self, shared: Shared, reg: float) -> None:
+        self.shared = shared
+        self.common = shared.gramian.double()
+        self.common.diagonal().add_(reg)
+        self.matrix = self.common.clone()
+        self.target = self.common.new_zeros(len(self.common))
+        self.total = 0.0
+
+    def add(self, piece: Chunk) -> None:
+        """Add some of the row's interactions: a chunk of one row."""
+        for first in range(0, len(piece.indices), 8192):  # float32 within a block, float64 between them
+            part = piece.table[piece.indices[first : first + 8192].long()]
+            w = piece.weights
+            w = w[first : first + 8192] if isinstance(w, torch.Tensor) else part.new_full((len(part),), w)
+            self.matrix += (part * w[:, None]).T @ part
+            w = w + self.shared.unobserved_weight
+            self.target += w @ part
+            self.total += float(w.sum(dtype=torch.float64))
+
+    def solve(self) -> tuple[torch.Tensor, float]:
+        """The row (d,), and its loss as `loss_of` counts it."""
+        lower, info = torch.linalg.cholesky_ex(self.matrix)
+        if int(info):
+            raise SingularRow(0)
+        x = torch.cholesky_solve(self.target[:, None], lower)[:, 0]
+        # sum w (1 - s)^2 + w_0 (1 - 2 s) = sum (w + w_0) - 2 x.b + x'(sum w y y')x, where A x = b
+        return x.float(), self.total - float(x @ self.target) - float(x @ self.common @ x)
+
+
+def loss_of(scores: torch.Tensor, weights: torch.Tensor | float, w0: float) -> float:
+    """Loss of the interactions less what sum_all w_0 s^2 counts of them: sum w (1 - s)^2 + w_0 (1 - 2 s)."""
+    error = (1 - scores).square_().mul_(weights).add_(scores, alpha=-2 * w0)
+    return float(error.sum(dtype=torch.float64)) + w0 * len(scores)

@@ -12,8 +12,8 @@ class ALSConfig:
 
     Minimises  sum_(u,i) c_ui (p_ui - x_u . y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
     with p_ui = 1 and c_ui = unobserved_weight + confidence * value for an interaction, p_ui = 0 and
-    c_ui = unobserved_weight elsewhere; reg_u = regularization * (n_u + unobserved_weight * num_items) ** frequency_exponent
-    (Rendle et al. 2022), and likewise reg_i.
+    c_ui = unobserved_weight elsewhere; reg_u = regularization * (n_u + unobserved_weight * num_items) **
+    frequency_exponent (Rendle et al. 2022), and likewise reg_i.
     """
 
     factors: int = 128
@@ -28,8 +28,9 @@ class ALSConfig:
     """L2 regularization."""
     frequency_exponent: float = 0.0
     """0: the same for every row; 1: in proportion to its weight in the loss."""
-    solver: Literal["auto", "cholesky", "cg", "block"] = "auto"
-    """How each row's normal equations are solved."""
+    solver: Literal["auto", "cg", "cholesky"] = "auto"
+    """How each row's normal equations are solved. `cholesky`: exactly. `cg`: three steps of preconditioned conjugate
+    gradients from the last sweep's vector. `auto`: two such steps in the first two sweeps and one in the others."""
     tolerance: float = 0.0
     """Stop when a sweep lowers the objective by less than this share; 0 runs all sweeps."""
     seed: int = 0
@@ -38,7 +39,8 @@ class ALSConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticConfig:
-    """Logistic matrix factorization: sigmoid(u.v + b_u + b_v + b), cross-entropy, sampled negatives (CADC's own)."""
+    """Logistic matrix factorization: sigmoid(u.v + b_u + b_v + b), cross-entropy, sampled negatives (CADC's
+    own)."""
 
     factors: int = 64
     """Dimension of the vectors, without the two places that the biases take when they are folded in."""
@@ -74,13 +76,17 @@ class TowersConfig:
     """The networks between the tables and the dot product."""
 
     kind: Literal["mlp", "residual"] = "residual"
-    """`residual`: out = e + MLP(e), last layer zero at the start, so that the start ranks as the factors do."""
+    """`mlp`: out = MLP(e); `residual`: out = e exp(gate) + MLP(e), which starts with the factors' own
+    ranking."""
     hidden: tuple[int, ...] = (256,)
     """Widths of the hidden layers."""
     dim: int = 64
     """Dimension of the output of `mlp`; `residual` keeps the table's."""
     dropout: float = 0.0
-    """Dropout on the hidden layers."""
+    """Dropout on the hidden layers; `residual` has half of it on its input too."""
+    penalty: float = 0.0
+    """`residual`: weight in the loss of the mean square of what the MLP adds, in units of the table's
+    spread."""
     feature_dim: int = 8
     """Dimension of the trainable table of each further categorical feature."""
 
@@ -93,6 +99,9 @@ class LossConfig:
     """`bce`: cross-entropy of each pair (CADC); `softmax`: sampled softmax with logQ correction."""
     in_batch: bool = False
     """`softmax`: the other rows' positives are candidates too."""
+    candidates: int = 0
+    """`softmax`: size of the choice that the loss stands for, e.g. 100 for a test with 99 negatives; 0: all
+    items."""
     scale: float = 8.0
     """Start of the learned factor between dot product and logit."""
     bias: float = -4.0

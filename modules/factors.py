@@ -1,7 +1,8 @@
-"""User and item vectors of a factorization: sharded over ranks, saved as one `.npy` file a shard, read by mmap."""
+"""User and item vectors of a factorization: sharded over ranks, one `.npy` file a shard, read by mmap."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 
 Side = Literal["user", "item"]
+Table = Literal["user", "item", "user_count", "item_count"]
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """Rows 0..num_rows-1 in contiguous blocks of ceil(num_rows / world), as TorchRec's row-wise sharding cuts them."""
+    """Rows 0..num_rows-1 in contiguous blocks of ceil(num_rows / world), as row-wise sharding cuts them."""
 
     num_rows: int
     world: int = 1
@@ -41,7 +43,7 @@ class RowBlocks:
 class Factors:
     """Vectors of the rows that this rank owns; the score of a pair is the dot product of its two vectors.
 
-    users: (rows of this rank's user block, dim) float32, items: likewise. Both by `RowBlocks` over `world` ranks.
+    users: (rows of this rank's user block, dim) float32; items: likewise. Both are cut by `RowBlocks`.
     """
 
     users: torch.Tensor
@@ -50,14 +52,17 @@ class Factors:
     num_items: int
     rank: int = 0
     world: int = 1
+    user_counts: torch.Tensor | None = None
+    """Distinct items of each user of this rank, (rows,) float32, or None where nobody counted."""
+    item_counts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for side, shard, rows in (("user", self.users, self.num_users), ("item", self.items, self.num_items)):
             want = RowBlocks(rows, self.world).size(self.rank)
             if shard.ndim != 2 or shard.shape[0] != want or shard.shape[1] != self.dim:
                 raise ValueError(
-                    f"{side} factors of rank {self.rank} of {self.world}: expected {want} rows of {self.dim}, "
-                    f"got {tuple(shard.shape)}"
+                    f"{side} factors of rank {self.rank} of {self.world}: expected {want} rows of "
+                    f"{self.dim}, got {tuple(shard.shape)}"
                 )
 
     @property
@@ -76,15 +81,22 @@ class Factors:
         return RowBlocks(self.num_items, self.world).start(self.rank)
 
     def save(self, folder: str | Path) -> None:
-        """Write this rank's two shards, `user-00000-of-00002.npy` and `item-…`, into `folder`, which exists.
+        """Write this rank's shards, `user-00000-of-00002.npy` and `item-…`, into `folder`, which exists.
 
-        Every rank calls it; the folder is whole when all have returned.
+        Counts go to `user_count-…` and `item_count-…`, one column. The folder is whole when all ranks have
+        returned.
         """
-        for side, shard in (("user", self.users), ("item", self.items)):
+        shards = {"user": self.users, "item": self.items}
+        for side, counts in (("user", self.user_counts), ("item", self.item_counts)):
+            if counts is not None:
+                shards[f"{side}_count"] = counts[:, None]
+        for side, shard in shards.items():
             path = Path(folder) / shard_name(side, self.rank, self.world)
             part = path.with_name(path.name + ".part")
             with open(part, "wb") as file:
-                np.save(file, shard.detach().to("cpu", torch.float32).contiguous().numpy(), allow_pickle=False)
+                np.save(
+                    file, shard.detach().to("cpu", torch.float32).contiguous().numpy(), allow_pickle=False
+                )
             part.rename(path)
 
 
@@ -96,11 +108,11 @@ def shard_name(side: str, rank: int, world: int) -> str:
 class FactorTable:
     """A saved side of `Factors`, read by memory map, whatever number of ranks wrote it and reads it.
 
-    `table[first:last]` and `table[first:last, left:right]` are blocks, `table[ids]` the rows of an integer array;
-    each is a new float32 array, and nothing else is read.
+    `table[first:last]` and `table[first:last, left:right]` are blocks, `table[ids]` the rows of an integer
+    array; each is a new float32 array, and nothing else is read.
     """
 
-    def __init__(self, folder: str | Path, side: Side) -> None:
+    def __init__(self, folder: str | Path, side: Table) -> None:
         """
         Raises:
             ValueError: a shard is missing, truncated, or no matrix of the others' width.
@@ -125,6 +137,9 @@ class FactorTable:
         return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
     def _gather(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.shape[0]):
+            bad = ids[(ids < 0) | (ids >= self.shape[0])][0]
+            raise ValueError(f"{self.folder}: {self.side} id {bad}, expected 0 to {self.shape[0] - 1}")
         out = np.empty((len(ids), self.shape[1]), np.float32)
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         for k, shard in enumerate(self._shards):
@@ -151,8 +166,22 @@ class FactorTable:
                 shard = np.load(path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
                 raise ValueError(f"{path}: not a whole shard of factors ({error})") from error
-            if shard.ndim != 2 or shard.dtype != np.float32 or (shards and shard.shape[1] != shards[0].shape[1]):
+            if (
+                shard.ndim != 2
+                or shard.dtype != np.float32
+                or (shards and shard.shape[1] != shards[0].shape[1])
+            ):
                 width = shards[0].shape[1] if shards else "one width"
-                raise ValueError(f"{path}: holds {shard.dtype} {shard.shape}, expected float32 rows of {width}")
+                raise ValueError(
+                    f"{path}: holds {shard.dtype} {shard.shape}, expected float32 rows of {width}"
+                )
             shards.append(shard)
+        blocks = RowBlocks(sum(len(shard) for shard in shards), world)
+        for rank, shard in enumerate(shards):
+            if len(shard) != blocks.size(rank):
+                path = self.folder / shard_name(self.side, rank, world)
+                raise ValueError(
+                    f"{path}: {len(shard)} rows, expected {blocks.size(rank)}: "
+                    f"rank {rank}'s share of the {blocks.num_rows} rows of all shards"
+                )
         return shards

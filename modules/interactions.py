@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.distributed as dist
+from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
 
 _BUFFER = 1 << 20  # pairs that are sorted into pieces together
@@ -18,8 +18,8 @@ _MAX_ID = 2**31 - 1
 class CSR:
     """Rows `start`..`start + len(indptr) - 1` of a sparse matrix.
 
-    indptr: (rows + 1,) int64; indices: (nnz,) int32, global ids of the other side; values: (nnz,) float32, or None
-    where all are one.
+    indptr: (rows + 1,) int64; indices: (nnz,) int32, global ids of the other side; values: (nnz,) float32,
+    or None where all are one.
     """
 
     start: int
@@ -33,66 +33,11 @@ class CSR:
         return len(self.indptr) - 1
 
 
-class Exchange:
-    """All-to-all of numpy arrays over a process group; with a world of one, nothing moves."""
-
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.group = group
-        live = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if live else 0
-        self.world = dist.get_world_size(group) if live else 1
-        self.device = device
-
-    def all_to_all(self, parts: list[np.ndarray]) -> list[np.ndarray]:
-        """parts[r] goes to rank r; returns what each rank sent here. One dimension or rows of one width."""
-        if self.world == 1:
-            return parts
-        sent = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=self.device)
-        counts = torch.empty_like(sent)
-        dist.all_to_all_single(counts, sent, group=self.group)
-        sizes = counts.tolist()
-        source = torch.from_numpy(np.concatenate(parts)).to(self.device)
-        target = source.new_empty((sum(sizes), *source.shape[1:]))
-        dist.all_to_all_single(target, source, sizes, [len(part) for part in parts], group=self.group)
-        return np.split(target.cpu().numpy(), np.cumsum(sizes)[:-1])
-
-    def rows(self, shard: torch.Tensor, ids: torch.Tensor, blocks: RowBlocks) -> torch.Tensor:
-        """Rows `ids` (n,), ascending, of a table whose blocks lie on the ranks: (n, d). `shard` is this rank's block."""
-        if self.world == 1:
-            return shard[ids]
-        bounds = torch.tensor([blocks.stop(rank) for rank in range(self.world)], device=ids.device)
-        ends = torch.searchsorted(ids.long(), bounds)
-        asked = torch.diff(ends, prepend=ends.new_zeros(1))
-        wanted = torch.empty_like(asked)
-        dist.all_to_all_single(wanted, asked, group=self.group)
-        asked_sizes, wanted_sizes = asked.tolist(), wanted.tolist()
-        places = ids.new_empty(sum(wanted_sizes))
-        dist.all_to_all_single(places, ids, wanted_sizes, asked_sizes, group=self.group)
-        answer = shard.index_select(0, places.long() - blocks.start(self.rank))
-        rows = shard.new_empty(len(ids), shard.shape[1])
-        dist.all_to_all_single(rows, answer, asked_sizes, wanted_sizes, group=self.group)
-        return rows
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def max(self, value: int) -> int:
-        """Largest value of all ranks."""
-        if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return int(tensor)
-
-
 class InteractionBuilder:
-    """Collects (user, item, value) triples of any rows and hands every rank the CSR of its users and its items.
+    """Collects (user, item, value) triples of any rows; hands every rank CSRs of its users and of its items.
 
-    Memory: 8 bytes a pair while collecting (12 with values), which shrink to the two CSRs; working memory beside
-    them is bounded by about 1/32 of the pairs and one buffer of 2**20 pairs.
+    Memory: 8 bytes a pair while collecting (12 with values), which shrink to the two CSRs; working memory
+    beside them is bounded by about 1/32 of the pairs and one buffer of 2**20 pairs.
     """
 
     def __init__(self, num_users: int, num_items: int, exchange: Exchange) -> None:
@@ -102,8 +47,8 @@ class InteractionBuilder:
         self.num_users, self.num_items, self.exchange = num_users, num_items, exchange
         self.user_blocks = RowBlocks(num_users, exchange.world)
         self.item_blocks = RowBlocks(num_items, exchange.world)
-        # users of one rank are cut once more, so that a round brings each rank all pairs of a range of its users
-        self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
+        # users of one rank are cut once more, so that a round brings each rank all pairs of a range of its
+        # users self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._pending_rows = 0
         self._pieces: list[list[tuple[np.ndarray, np.ndarray | None]]] = [
@@ -176,6 +121,7 @@ class InteractionBuilder:
         world, rank = self.exchange.world, self.exchange.rank
         start, num_rows = self.user_blocks.start(rank), self.user_blocks.size(rank)
         counts = np.zeros(num_rows, np.int64)
+        valued = self._valued  # on this rank, so far
         indices, values = _Growing(np.int32), _Growing(np.float32)
         for k in range(_ROUND_PIECES):
             keys_out, values_out = [], []
@@ -186,17 +132,17 @@ class InteractionBuilder:
                     full = [_ones(len(p[0])) if p[1] is None else p[1] for p in pieces]
                     values_out.append(np.concatenate(full) if full else np.empty(0, np.float32))
                 pieces.clear()
-            keys = _join(self.exchange.all_to_all(keys_out))
-            weights = _join(self.exchange.all_to_all(values_out)) if self._valued else None
+            keys = self.exchange.all_to_all(keys_out)
+            weights = self.exchange.all_to_all(values_out) if self._valued else None
             keys, weights = _summed(keys, weights)
-            if weights is not None and not self._valued:  # first duplicates: what came before was all ones
-                self._valued = True
+            if weights is not None and not valued:  # first duplicates: what came before was all ones
+                valued = True
                 values.append(_ones(len(indices)))
             counts += np.bincount((keys >> 32) - start, minlength=num_rows)
             indices.append((keys & 0xFFFFFFFF).astype(np.int32))
-            if self._valued:
+            if valued:
                 values.append(_ones(len(keys)) if weights is None else weights)
-        self._valued = bool(self.exchange.max(int(self._valued)))
+        self._valued = bool(self.exchange.max(int(valued)))
         if self._valued and len(values) < len(indices):  # another rank had the duplicates
             values.append(_ones(len(indices) - len(values)))
         return CSR(start, _offsets(counts), indices.array(), values.array() if self._valued else None)
@@ -226,7 +172,7 @@ class InteractionBuilder:
             cursor += here
         return CSR(start, indptr, indices, values)
 
-    def _to_items(self, users: CSR, with_values: bool):
+    def _to_items(self, users: CSR, with_values: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Rounds of (item << 32 | user) keys, and values, that reach the owners of the items."""
         nnz = len(users.indices)
         size = max(_BUFFER, nnz // _ROUND_PIECES)
@@ -239,10 +185,10 @@ class InteractionBuilder:
             owner = items // self.item_blocks.block
             order = np.argsort(owner, kind="stable") if self.exchange.world > 1 else slice(None)
             bounds = np.bincount(owner, minlength=self.exchange.world).cumsum()[:-1]
-            received = _join(self.exchange.all_to_all(np.split(keys[order], bounds)))
+            received = self.exchange.all_to_all(np.split(keys[order], bounds))
             weights = None
             if with_values:
-                weights = _join(self.exchange.all_to_all(np.split(users.values[part][order], bounds)))
+                weights = self.exchange.all_to_all(np.split(users.values[part][order], bounds))
             yield received, weights
 
 

@@ -1,0 +1,231 @@
+"""One side's half of a sweep: fetch the other side's rows for a chunk, solve it, count the loss."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from recpress.modules.als_solvers import (
+    Chunk,
+    HeavyRow,
+    Shared,
+    SingularRow,
+    loss_of,
+    preconditioner,
+    solve_cg,
+    solve_cholesky,
+)
+from recpress.modules.config import ALSConfig
+from recpress.modules.exchange import Exchange
+from recpress.modules.factors import RowBlocks
+from recpress.modules.interactions import CSR
+
+
+class Workers:
+    """Threads that each run torch on one core: chunks are small, and a core a chunk beats all cores on each.
+
+    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. On CUDA work runs inline.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self._pool = None
+        if self.count > 1:
+            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+            for done in [self._pool.submit(torch.get_num_threads) for _ in range(self.count)]:
+                done.result()
+            torch.set_num_threads(self.count)  # the workers' setting is also the default of threads to come
+
+    def map(self, work: Callable[..., Any], calls: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results in the order of the calls; at most two calls a worker are held at a time."""
+        if self._pool is None:
+            yield from (work(*call) for call in calls)
+            return
+        waiting: deque[Future[Any]] = deque()
+        for call in calls:
+            waiting.append(self._pool.submit(work, *call))
+            if len(waiting) > self.count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sums over one side's rows of all ranks: gramian = sum y y' and popular = mean of w y y' over all
+    interactions, (d, d) float64; penalty = sum reg |y|^2 over this rank's rows only.
+    """
+
+    gramian: torch.Tensor
+    popular: torch.Tensor
+    penalty: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Size of a chunk, which bounds the working memory: its interactions and its rows."""
+
+    interactions: int
+    rows: int
+
+
+class Side:
+    """One side's rows of this rank, with what their half-sweeps need. Its public methods are collective."""
+
+    def __init__(
+        self,
+        name: str,
+        csr: CSR,
+        num_rows: int,
+        num_others: int,
+        config: ALSConfig,
+        exchange: Exchange,
+        workers: Workers,
+        limits: Limits,
+    ) -> None:
+        self.name, self.csr, self.config, self.exchange, self.workers = name, csr, config, exchange, workers
+        self.device = exchange.device
+        self.other_blocks = RowBlocks(num_others, exchange.world)
+        degree = np.diff(csr.indptr)
+        self.degree = torch.from_numpy(degree).to(self.device, torch.float32)
+        if csr.values is None:
+            self.weight = self.degree * config.confidence
+        else:
+            sums = np.add.reduceat(np.append(csr.values, np.float32(0)), csr.indptr[:-1], dtype=np.float64)
+            sums = np.where(degree > 0, sums, 0) * config.confidence
+            self.weight = torch.from_numpy(sums).to(self.device, torch.float32)
+        self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
+        base = config.unobserved_weight * num_others
+        self.reg = config.regularization * (self.degree + base) ** config.frequency_exponent
+        # the line through the regularization of no interactions and of twice the mean number
+        far = max(2 * self.nnz / num_rows, 1.0)
+        near_reg, far_reg = (
+            config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far)
+        )
+        self.reg_line = (near_reg, (far_reg - near_reg) / far)
+        self.pieces = list(_pieces(csr.indptr, limits))
+        self.rounds = exchange.max(len(self.pieces))
+
+    def summary(self, rows: torch.Tensor) -> Summary:
+        """Of this side's rows (local, d)."""
+        plain, weighted = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
+        penalty = 0.0
+        # float32 within a block, float64 between them
+        blocks = ((rows, first, first + 4096) for first in range(0, len(rows), 4096))
+        for plain_block, weighted_block, penalty_block in self.workers.map(self._summary_block, blocks):
+            plain += plain_block
+            weighted += weighted_block
+            penalty += penalty_block
+        both = self.exchange.sum(torch.stack((plain, weighted)))
+        return Summary(both[0], both[1] / max(self.nnz, 1), penalty)
+
+    def _summary_block(
+        self, rows: torch.Tensor, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        part, reg = rows[first:last], self.reg[first:last]
+        weighted = part.T @ (part * self.weight[first:last, None])
+        penalty = (part.square().sum(1) * reg).sum(dtype=torch.float64)
+        return part.T @ part, weighted, float(penalty)
+
+    def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, steps: int | None) -> float:
+        """Solve all `rows` (local, d) in place, from `others`, the other side's, and their `summary`.
+
+        steps: of conjugate gradients, or None for exact. Returns `loss_of` this rank's interactions.
+        """
+        w0 = self.config.unobserved_weight
+        gramian = w0 * summary.gramian
+        if not bool(torch.isfinite(summary.gramian).all()):
+            raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite")
+        basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
+        shared = Shared(gramian.float(), w0, basis, scale)
+        total, singular = 0.0, None
+        for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, steps)):
+            total += loss
+            singular = row if singular is None else singular
+        # told to all ranks once all chunks are through, so that none waits for one that gave up
+        worst = self.exchange.max(-1 if singular is None else singular)
+        if worst >= 0:
+            raise ValueError(
+                f"als: the normal equations of {self.name} {worst} are not positive definite in float32: "
+                "expected a larger regularization, or solver = 'cg'"
+            )
+        return total
+
+    def _chunks(
+        self, rows: torch.Tensor, others: torch.Tensor, shared: Shared, steps: int | None
+    ) -> Iterator[tuple[Any, ...]]:
+        """Arguments of `_solve_chunk`, one a round; rows in pieces are summed here."""
+        heavy = HeavyRow(shared, 0.0)
+        for k in range(self.rounds):  # the same on all ranks, for the rows are fetched from all
+            first, last, start, stop = self.pieces[k] if k < len(self.pieces) else (0, 0, 0, 0)
+            chunk = self._chunk(first, last, start, stop, rows, others)
+            whole = start == int(self.csr.indptr[first]) and stop == int(self.csr.indptr[last])
+            if whole and first < last:
+                yield first, rows, chunk, shared, steps
+            elif first < last:
+                if start == int(self.csr.indptr[first]):
+                    heavy = HeavyRow(shared, float(self.reg[first]))
+                heavy.add(chunk)
+                if stop == int(self.csr.indptr[last]):
+                    yield first, rows, heavy, shared, steps
+
+    def _solve_chunk(
+        self, first: int, rows: torch.Tensor, chunk: Chunk | HeavyRow, shared: Shared, steps: int | None
+    ) -> tuple[float, int | None]:
+        """Loss of the chunk, and the global row that could not be solved, if any."""
+        try:
+            if isinstance(chunk, HeavyRow):
+                rows[first], loss = chunk.solve()
+                return loss, None
+            solved, scores = (
+                solve_cholesky(chunk, shared) if steps is None else solve_cg(chunk, shared, steps)
+            )
+        except SingularRow as error:
+            return 0.0, self.csr.start + first + error.args[0]
+        rows[first : first + len(solved)] = solved
+        return loss_of(scores, chunk.weights, shared.unobserved_weight), None
+
+    def _chunk(
+        self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor
+    ) -> Chunk:
+        """Rows first..last-1 with interactions start..stop-1 and the other side's rows that these touch."""
+        indptr = np.clip(self.csr.indptr[first : last + 1], start, stop) - start
+        indices = torch.from_numpy(self.csr.indices[start:stop]).to(self.device)
+        weights: torch.Tensor | float = self.config.confidence
+        if self.csr.values is not None:
+            weights = torch.from_numpy(self.csr.values[start:stop]).to(self.device) * self.config.confidence
+        if self.exchange.world > 1:
+            ids, indices = torch.unique(indices, return_inverse=True)
+            others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
+        begin = rows[first:last] * (self.degree[first:last, None] > 0)
+        offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)
+        return Chunk(offsets, indices, weights, others, self.reg[first:last], begin)
+
+
+def _pieces(indptr: np.ndarray, limits: Limits) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, last row, first interaction, last interaction) of chunks within the limits, in order.
+
+    A row of more interactions than the limit comes in several pieces of its own.
+    """
+    first, num_rows = 0, len(indptr) - 1
+    while first < num_rows:
+        start = int(indptr[first])
+        last = int(np.searchsorted(indptr, start + limits.interactions, side="right")) - 1
+        if last > first:
+            last = min(last, first + limits.rows, num_rows)
+            yield first, last, start, int(indptr[last])
+            first = last
+        else:
+            for at in range(start, int(indptr[first + 1]), limits.interactions):
+                yield first, first + 1, at, min(at + limits.interactions, int(indptr[first + 1]))
+            first += 1
