@@ -77,9 +77,9 @@ class ALS:
         factors = self._begin(start)
         by_user, by_item = self.builder.build()
         workers = Workers(exchange.device)
-        shape, common = (self.num_users, self.num_items), (self.config, exchange, workers, self.limits)
-        users = Side("user", by_user, *shape, *common)
-        items = Side("item", by_item, *shape[::-1], *common)
+        common = (self.config, exchange, workers, self.limits)
+        users = Side("user", by_user, self.num_users, self.num_items, *common)
+        items = Side("item", by_item, self.num_items, self.num_users, *common)
         if users.nnz == 0:
             raise ValueError("als: no interactions were added, expected at least one")
         try:
@@ -97,8 +97,8 @@ class ALS:
         want = (self.num_users, self.num_items, self.config.factors, rank, world)
         if has != want:
             raise ValueError(f"start factors: (users, items, dim, rank, world) is {has}, expected {want}")
-        shards = (x.to(device, torch.float32, copy=True) for x in (start.users, start.items))
-        return Factors(*shards, self.num_users, self.num_items, rank, world)
+        users, items = (x.to(device, torch.float32, copy=True) for x in (start.users, start.items))
+        return Factors(users, items, self.num_users, self.num_items, rank, world)
 
     def _sweeps(
         self,
@@ -159,7 +159,7 @@ def check(config: ALSConfig) -> None:
 
 
 def initial_rows(seed: int, side: int, first: int, last: int, dim: int) -> np.ndarray:
-    """Rows first..last-1 of a side's initial vectors: (last - first, dim) float32, uniform, std 0.1 / sqrt(dim).
+    """Rows first..last-1 of a side's initial vectors: float32 (rows, dim), uniform, std 0.1 / sqrt(dim).
 
     A pure function of (seed, side, row), so that every world size starts alike: a Philox step is 8 float32.
     """

@@ -91,9 +91,9 @@ def preconditioner(
     """Basis (d, d) and scale (d,): basis diag(1 / (1 + n scale)) basis' nearly inverts the matrix of a row.
 
     A row of n interactions is expected to have the matrix P + n Q with P = w_0 Y'Y + reg[0] I and
-    Q = popular + reg[1] I. Here `gramian` is w_0 Y'Y, `popular` (d, d) the mean of w y y' over the interactions
-    of the whole log, and reg[0] + n reg[1] about the row's regularization. One generalized eigenproblem of
-    P and Q inverts it for every n.
+    Q = popular + reg[1] I. Here `gramian` is w_0 Y'Y, `popular` (d, d) the mean of w y y' over the
+    interactions of the whole log, and reg[0] + n reg[1] about the row's regularization. One generalized
+    eigenproblem of P and Q inverts it for every n.
     """
     # float64 and on the CPU: some milliseconds, once a half-sweep
     eye = torch.eye(len(gramian), dtype=torch.float64)
@@ -128,7 +128,7 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int) -> tuple[torch.Tensor, to
         if step + 1 < steps:
             image += chunk.weighted_sum(along * w)
             curvature = (direction * image).sum(1)
-        else:  # no residual is needed any more: the interactions' part of p'Ap needs no pass over their vectors
+        else:  # no residual is needed any more, and p'Ap needs no pass over the interactions' vectors
             curvature = (direction * image).sum(1) + chunk.row_sum(along.square() * w)
         length = rho / curvature.clamp_min_(_TINY)[:, None]
         x.addcmul_(length, direction)

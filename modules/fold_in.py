@@ -28,8 +28,8 @@ def fold_in(
     """Exact vectors (rows, dim) of new rows, given as CSR over the other side.
 
     New users over the items' vectors, or new items over the users'; config is that of the fit.
-    others: the other side's vectors (num_others, dim), on the device to work on. With `sharded` it is this rank's
-    block of `num_others` rows (as in `Factors`), and all ranks call, each with rows of its own.
+    others: the other side's vectors (num_others, dim), on the device to work on. With `sharded` it is this
+    rank's block of `num_others` rows (as in `Factors`), and all ranks call, each with rows of its own.
     indptr (rows + 1,), indices (nnz,), values (nnz,) or None for ones. A negative index is an unknown id and
     left out; a row without known ids is the zero vector. gramian: others' others (dim, dim), if at hand.
     Raises ValueError for an index or value out of range, and where a row's equations cannot be solved.

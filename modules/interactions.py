@@ -47,8 +47,8 @@ class InteractionBuilder:
         self.num_users, self.num_items, self.exchange = num_users, num_items, exchange
         self.user_blocks = RowBlocks(num_users, exchange.world)
         self.item_blocks = RowBlocks(num_items, exchange.world)
-        # users of one rank are cut once more, so that a round brings each rank all pairs of a range of its
-        # users self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
+        # the users of a rank are cut once more, so that a round brings it all pairs of a range of them
+        self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._pending_rows = 0
         self._pieces: list[list[tuple[np.ndarray, np.ndarray | None]]] = [
@@ -89,7 +89,8 @@ class InteractionBuilder:
         """Sort the pending pairs into the pieces of their user ranges."""
         if not self._pending:
             return
-        users, items = (_join([chunk[column] for chunk in self._pending]) for column in (0, 1))
+        users = _join([chunk[0] for chunk in self._pending])
+        items = _join([chunk[1] for chunk in self._pending])
         values = None
         if any(chunk[2] is not None for chunk in self._pending):
             values = _join([_ones(len(u)) if v is None else v for u, _, v in self._pending])
@@ -187,7 +188,7 @@ class InteractionBuilder:
             bounds = np.bincount(owner, minlength=self.exchange.world).cumsum()[:-1]
             received = self.exchange.all_to_all(np.split(keys[order], bounds))
             weights = None
-            if with_values:
+            if with_values and users.values is not None:
                 weights = self.exchange.all_to_all(np.split(users.values[part][order], bounds))
             yield received, weights
 
@@ -196,7 +197,7 @@ class _Growing:
     """An array that is appended to; grows in place where the allocator can."""
 
     def __init__(self, dtype: type) -> None:
-        self._array = np.empty(0, dtype)
+        self._array: np.ndarray = np.empty(0, dtype)
         self._size = 0
 
     def __len__(self) -> int:

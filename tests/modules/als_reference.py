@@ -1,6 +1,4 @@
-"""The factorization in dense float64 numpy, straight from the formulas: what the engine is checked
-against.
-"""
+"""The factorization in dense float64 numpy, straight from the formulas."""
 
 from __future__ import annotations
 
