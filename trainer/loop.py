@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,9 @@ class _Run:
         self.progress = Progress(optimizer.total_steps or None, description, show_progress)
         self.pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
         self.pending: list[torch.Tensor] = []
+        self.taken: deque[int] = (
+            deque()
+        )  # rows of the batches that the pipeline has taken and not yet trained on
         self.best: Snapshot | None = None
         self.worse = 0
         self.mark = time.monotonic()
@@ -128,6 +132,7 @@ class _Run:
                 stop = self.look()
             if stop:
                 break
+        self.pipeline.detach()  # the model is used without a pipeline from here on
         if self.best is not None and self.config.keep_best:
             self.best.restore(self.model)
 
@@ -143,6 +148,7 @@ class _Run:
             except StopIteration:
                 break
             self.pending.append(loss)
+            self.result.rows += self.taken.popleft()
             self.result.steps += 1
             if self.result.steps % self.config.log_every == 0:
                 self.flush()
@@ -152,11 +158,12 @@ class _Run:
         self.flush()
         if stop:  # batches that the pipeline has taken already are dropped
             self.pipeline.reset()
+            self.taken.clear()
         return stop
 
     def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
-            self.result.rows += batch.label.shape[0]
+            self.taken.append(batch.label.shape[0])
             yield batch
 
     def flush(self) -> None:

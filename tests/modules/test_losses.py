@@ -29,7 +29,7 @@ def negatives_of(row):
 
 def test_binary_cross_entropy_is_the_mean_over_all_pairs(batch):
     users, table, ids, label, log_q = batch
-    loss = make_loss(LossConfig(kind="bce", scale=2.0, bias=-0.5))
+    loss = make_loss(LossConfig(kind="bce", scale=2.0, bias=-0.5), ITEMS)
     total = 0.0
     for row in range(ROWS):
         for place, target in [(row, float(label[row])), *((n, 0.0) for n in negatives_of(row))]:
@@ -42,7 +42,7 @@ def test_binary_cross_entropy_is_the_mean_over_all_pairs(batch):
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_sampled_softmax_is_what_its_formula_says(batch, in_batch):
     users, table, ids, label, log_q = batch
-    loss = make_loss(LossConfig(kind="softmax", scale=1.5, in_batch=in_batch))
+    loss = make_loss(LossConfig(kind="softmax", scale=1.5, in_batch=in_batch), ITEMS)
     count = NEGATIVES + (ROWS - 1 if in_batch else 0)
     total = 0.0
     for row in range(ROWS):
@@ -69,7 +69,7 @@ def test_sampled_softmax_with_many_candidates_is_the_full_softmax(in_batch):
     ids[0] = 5
     label = torch.zeros(rows)
     label[0] = 1.0
-    loss = make_loss(LossConfig(kind="softmax", scale=1.0, in_batch=in_batch))
+    loss = make_loss(LossConfig(kind="softmax", scale=1.0, in_batch=in_batch), ITEMS)
     found = loss(user.expand(rows, 3), table[ids], label, q.log()[ids], ids)
     full = -torch.log_softmax(user @ table.T, 1)[0, 5]
     assert found.item() == pytest.approx(float(full), abs=0.03)
@@ -79,7 +79,7 @@ def test_sampled_softmax_with_many_candidates_is_the_full_softmax(in_batch):
 
 def test_scale_stays_positive_and_learns(batch):
     users, table, ids, label, log_q = batch
-    loss = make_loss(LossConfig(kind="bce", scale=2.0))
+    loss = make_loss(LossConfig(kind="bce", scale=2.0), ITEMS)
     loss(users, table[ids], label, log_q, ids).backward()
     assert loss.logits.log_scale.grad is not None
     assert loss.logits.bias.grad is not None
