@@ -29,7 +29,9 @@ from recpress.modules.interactions import CSR
 class Workers:
     """Threads that each run torch on one core: chunks are small, and a core a chunk beats all cores on each.
 
-    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. On CUDA work runs inline.
+    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. While they live, the calling
+    thread uses one too: a second set of threads would spin at its barriers and take the cores from the workers.
+    On CUDA work runs inline.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +41,7 @@ class Workers:
             self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
             for done in [self._pool.submit(torch.get_num_threads) for _ in range(self.count)]:
                 done.result()
-            torch.set_num_threads(self.count)  # the workers' setting is also the default of threads to come
+            torch.set_num_threads(1)
 
     def map(self, work: Callable[..., Any], calls: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Results in the order of the calls; at most two calls a worker are held at a time."""
@@ -58,6 +60,7 @@ class Workers:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.count)
 
 
 @dataclass(frozen=True)
@@ -207,9 +210,8 @@ class Side:
         if self.exchange.world > 1:
             ids, indices = torch.unique(indices, return_inverse=True)
             others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
-        begin = rows[first:last] * (self.degree[first:last, None] > 0)
         offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)
-        return Chunk(offsets, indices, weights, others, self.reg[first:last], begin)
+        return Chunk(offsets, indices, weights, others, self.reg[first:last], rows[first:last])
 
 
 def _pieces(indptr: np.ndarray, limits: Limits) -> Iterator[tuple[int, int, int, int]]:

@@ -27,7 +27,7 @@ class Chunk:
     """Rows of a CSR whose indices are places in `table`.
 
     indptr: (B + 1,) int32; indices: (nnz,) int32; weights: (nnz,) float32, or a float where all are the same;
-    table: (M, d); reg: (B,) float32; start: (B, d), the rows' previous vectors, zero where a row is empty.
+    table: (M, d); reg: (B,) float32; start: (B, d), the rows' previous vectors.
     """
 
     indptr: torch.Tensor
@@ -114,7 +114,7 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int) -> tuple[torch.Tensor, to
     """
     w, w0, reg = chunk.weights, shared.unobserved_weight, chunk.reg[:, None]
     shrink = 1 / (1 + chunk.degree[:, None] * shared.scale)  # (B, d)
-    x = chunk.start.clone()
+    x = chunk.start * (chunk.degree > 0)[:, None]  # an empty row is zero, exactly
     scores = chunk.dots(x)
     residual = chunk.weighted_sum((1 - scores).mul_(w).add_(w0))
     residual.addmm_(x, shared.gramian, alpha=-1).addcmul_(reg, x, value=-1)
