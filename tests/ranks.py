@@ -28,6 +28,8 @@ def run_on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float 
         Exception: what the first failing rank raised, its traceback as a note; the other ranks are killed.
         TimeoutError: when the ranks do not end within `timeout` seconds; they are killed.
     """
+    if world == 1:
+        return [_alone(fn, args, timeout)]
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         context = mp.spawn(_entry, (world, folder, fn, args, timeout), nprocs=world, join=False)
         deadline = time.monotonic() + timeout
@@ -48,6 +50,27 @@ def run_on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float 
                     process.kill()
                 process.join()
         return [_load(Path(folder) / f"result-{rank}") for rank in range(world)]
+
+
+def _alone(fn: Callable[..., Any], args: tuple, timeout: float) -> Any:
+    """One rank needs no process of its own, and importing TorchRec costs one seconds."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in variables}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.environ |= variables
+    dist.init_process_group(
+        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        return fn(*args)
+    finally:
+        dist.destroy_process_group()
+        torch.set_num_threads(threads)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _entry(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float) -> None:

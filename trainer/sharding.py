@@ -39,17 +39,13 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return ["fused"]
 
 
-def sharders(
-    learning_rate: float = 0.01, *, eps: float = 1e-8, weight_decay: float = 0.0
-) -> list[ModuleSharder]:
+def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8) -> list[ModuleSharder]:
     """Row-wise Adagrad for trainable tables (which CPU and CUDA have in common), nothing for frozen ones."""
     fused: dict[str, Any] = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": learning_rate,
         "eps": eps,
     }
-    if weight_decay:
-        fused["weight_decay"] = weight_decay
     return [TableSharder(fused_params=fused), FrozenEmbeddingBagCollectionSharder()]
 
 
@@ -110,7 +106,6 @@ def shard(
     *,
     batch_size: int,
     learning_rate: float = 0.01,
-    weight_decay: float = 0.0,
     sharding_types: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> DistributedModelParallel:
@@ -118,7 +113,7 @@ def shard(
 
     Trainable tables are initialised here, by `seed` and rank.
     """
-    table_sharders = sharders(learning_rate, weight_decay=weight_decay)
+    table_sharders = sharders(learning_rate)
     layout = plan(
         model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders
     )

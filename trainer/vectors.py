@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from recpress.modules.factors import RowBlocks
+from recpress.modules.logistic import LogisticMF
 from recpress.modules.two_tower import TwoTower
 from torchrec import KeyedJaggedTensor
 
@@ -16,7 +17,7 @@ Inputs = Callable[[torch.Tensor], tuple[KeyedJaggedTensor, torch.Tensor | None]]
 
 
 def tower_vectors(
-    model: TwoTower,
+    model: TwoTower | LogisticMF,
     side: Literal["user", "item"],
     *,
     device: torch.device,
@@ -33,7 +34,7 @@ def tower_vectors(
     vectors = model.user_vectors if side == "user" else model.item_vectors
     cut = RowBlocks(spec.rows, dist.get_world_size())
     start, stop = cut.start(dist.get_rank()), cut.stop(dist.get_rank())
-    out = torch.empty(stop - start, (model.user_tower if side == "user" else model.item_tower).out_dim)
+    parts = []
     # Every rank makes as many calls as the largest block needs; ids past a block's end are looked up in vain.
     for first in range(start, start + cut.block, chunk):
         ids = torch.arange(first, min(first + chunk, start + cut.block), device=device).clamp_(
@@ -41,8 +42,8 @@ def tower_vectors(
         )
         features, floats = inputs(ids) if inputs else (id_features(spec.key, ids), None)
         take = max(0, min(first + chunk, stop) - first)
-        out[first - start : first - start + take] = vectors(features, floats)[:take].float().cpu()
-    return out
+        parts.append(vectors(features, floats)[:take].float().cpu())
+    return torch.cat(parts)
 
 
 def id_features(key: str, ids: torch.Tensor) -> KeyedJaggedTensor:
