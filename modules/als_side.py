@@ -10,28 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from recpress.modules.als_solvers import (
-    Chunk,
-    HeavyRow,
-    Shared,
-    SingularRow,
-    loss_of,
-    preconditioner,
-    solve_cg,
-    solve_cholesky,
-)
+from recpress.modules.als_solvers import Chunk, HeavyRow, Shared, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
 from recpress.modules.interactions import CSR
 
+Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
+"""Rows (B, d) of a chunk, and their predictions (nnz,): `als_solvers.solve_cg` or `solve_cholesky`."""
+
 
 class Workers:
     """Threads that each run torch on one core: chunks are small, and a core a chunk beats all cores on each.
 
-    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. While they live, the calling
-    thread uses one too: a second set of threads would spin at its barriers and take the cores from the workers.
-    On CUDA work runs inline.
+    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. While they live, the
+    calling thread uses one too: more would spin at their barriers and take the cores from the workers. On
+    CUDA work runs inline.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,10 +70,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Limits:
-    """Size of a chunk, which bounds the working memory: its interactions and its rows."""
+    """Size of a chunk, which bounds the working memory, and which rows are too heavy for one.
+
+    interactions, rows: most of a chunk. heavy, at most `interactions`: a row of more is summed in pieces and
+    solved exactly; the same on every world size, so that all solve alike.
+    """
 
     interactions: int
     rows: int
+    heavy: int = 1 << 15
 
 
 class Side:
@@ -140,10 +139,10 @@ class Side:
         penalty = (part.square().sum(1) * reg).sum(dtype=torch.float64)
         return part.T @ part, weighted, float(penalty)
 
-    def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, steps: int | None) -> float:
+    def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, solver: Solver) -> float:
         """Solve all `rows` (local, d) in place, from `others`, the other side's, and their `summary`.
 
-        steps: of conjugate gradients, or None for exact. Returns `loss_of` this rank's interactions.
+        Returns `loss_of` this rank's interactions.
         """
         w0 = self.config.unobserved_weight
         gramian = w0 * summary.gramian
@@ -152,7 +151,7 @@ class Side:
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
         shared = Shared(gramian.float(), w0, basis, scale)
         total, singular = 0.0, None
-        for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, steps)):
+        for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, solver)):
             total += loss
             singular = row if singular is None else singular
         # told to all ranks once all chunks are through, so that none waits for one that gave up
@@ -165,7 +164,7 @@ class Side:
         return total
 
     def _chunks(
-        self, rows: torch.Tensor, others: torch.Tensor, shared: Shared, steps: int | None
+        self, rows: torch.Tensor, others: torch.Tensor, shared: Shared, solver: Solver
     ) -> Iterator[tuple[Any, ...]]:
         """Arguments of `_solve_chunk`, one a round; rows in pieces are summed here."""
         heavy = HeavyRow(shared, 0.0)
@@ -174,25 +173,23 @@ class Side:
             chunk = self._chunk(first, last, start, stop, rows, others)
             whole = start == int(self.csr.indptr[first]) and stop == int(self.csr.indptr[last])
             if whole and first < last:
-                yield first, rows, chunk, shared, steps
+                yield first, rows, chunk, shared, solver
             elif first < last:
                 if start == int(self.csr.indptr[first]):
                     heavy = HeavyRow(shared, float(self.reg[first]))
                 heavy.add(chunk)
                 if stop == int(self.csr.indptr[last]):
-                    yield first, rows, heavy, shared, steps
+                    yield first, rows, heavy, shared, solver
 
     def _solve_chunk(
-        self, first: int, rows: torch.Tensor, chunk: Chunk | HeavyRow, shared: Shared, steps: int | None
+        self, first: int, rows: torch.Tensor, chunk: Chunk | HeavyRow, shared: Shared, solver: Solver
     ) -> tuple[float, int | None]:
         """Loss of the chunk, and the global row that could not be solved, if any."""
         try:
             if isinstance(chunk, HeavyRow):
                 rows[first], loss = chunk.solve()
                 return loss, None
-            solved, scores = (
-                solve_cholesky(chunk, shared) if steps is None else solve_cg(chunk, shared, steps)
-            )
+            solved, scores = solver(chunk, shared)
         except SingularRow as error:
             return 0.0, self.csr.start + first + error.args[0]
         rows[first : first + len(solved)] = solved
@@ -217,17 +214,19 @@ class Side:
 def _pieces(indptr: np.ndarray, limits: Limits) -> Iterator[tuple[int, int, int, int]]:
     """(first row, last row, first interaction, last interaction) of chunks within the limits, in order.
 
-    A row of more interactions than the limit comes in several pieces of its own.
+    A heavy row comes alone, in as many pieces as it needs.
     """
+    assert limits.heavy <= limits.interactions
     first, num_rows = 0, len(indptr) - 1
-    while first < num_rows:
-        start = int(indptr[first])
-        last = int(np.searchsorted(indptr, start + limits.interactions, side="right")) - 1
-        if last > first:
-            last = min(last, first + limits.rows, num_rows)
+    for heavy in (*np.flatnonzero(np.diff(indptr) > limits.heavy).tolist(), num_rows):
+        while first < heavy:
+            start = int(indptr[first])
+            last = int(np.searchsorted(indptr, start + limits.interactions, side="right")) - 1
+            last = min(last, first + limits.rows, heavy)
             yield first, last, start, int(indptr[last])
             first = last
-        else:
-            for at in range(start, int(indptr[first + 1]), limits.interactions):
-                yield first, first + 1, at, min(at + limits.interactions, int(indptr[first + 1]))
-            first += 1
+        if heavy < num_rows:
+            start, stop = int(indptr[heavy]), int(indptr[heavy + 1])
+            for at in range(start, stop, limits.interactions):
+                yield heavy, heavy + 1, at, min(at + limits.interactions, stop)
+            first = heavy + 1

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from recpress.modules.als import FAR, check
 from recpress.modules.als_side import Limits, Side, Summary, Workers
+from recpress.modules.als_solvers import solve_cholesky
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
 from recpress.modules.interactions import CSR
@@ -50,7 +51,9 @@ def fold_in(
             for part in others.split(4096):
                 gramian += part.T @ part
             exchange.sum(gramian)
-        side.solve(rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), None)
+        side.solve(
+            rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky
+        )
     finally:
         workers.close()
     return rows

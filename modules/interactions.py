@@ -9,7 +9,7 @@ import numpy as np
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
 
-_BUFFER = 1 << 20  # pairs that are sorted into pieces together
+_BUFFER = 1 << 18  # pairs that are sorted into pieces together
 _ROUND_PIECES = 32  # rounds of the exchange; a round holds about this share of the pairs in working memory
 _MAX_ID = 2**31 - 1
 
@@ -37,7 +37,7 @@ class InteractionBuilder:
     """Collects (user, item, value) triples of any rows; hands every rank CSRs of its users and of its items.
 
     Memory: 8 bytes a pair while collecting (12 with values), which shrink to the two CSRs; working memory
-    beside them is bounded by about 1/32 of the pairs and one buffer of 2**20 pairs.
+    beside them is bounded by about 1/32 of the pairs and one buffer of 2**18 pairs.
     """
 
     def __init__(self, num_users: int, num_items: int, exchange: Exchange) -> None:

@@ -90,7 +90,7 @@ def on_rank(others):
     blocks = RowBlocks(ITEMS, world)
     shard = others[blocks.start(rank) : blocks.stop(rank)]
     part = (indptr[first : last + 1] - indptr[first], indices[cut], values[cut])
-    return fold_in(CONFIG, shard, *part, num_others=ITEMS, sharded=True, limits=Limits(20, 4))
+    return fold_in(CONFIG, shard, *part, num_others=ITEMS, sharded=True, limits=Limits(20, 4, 6))
 
 
 def test_sharded_items():
