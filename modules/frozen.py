@@ -40,8 +40,12 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 Storage = Literal["fp32", "fp16", "int8"]
 _SPARSE = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8}
-_DATA = {"fp32": DataType.FP32, "fp16": DataType.FP16, "int8": DataType.INT8}
-_STORAGE = {data: storage for storage, data in _DATA.items()}
+_STORAGE: dict[DataType, Storage] = {
+    DataType.FP32: "fp32",
+    DataType.FP16: "fp16",
+    DataType.INT8: "int8",
+}
+_DATA = {storage: data for data, storage in _STORAGE.items()}
 _DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.uint8}
 
 

@@ -86,3 +86,27 @@ def test_scale_stays_positive_and_learns(batch):
     with torch.no_grad():
         loss.logits.log_scale.sub_(100.0)
     assert (loss.logits(torch.tensor(1.0)) - loss.logits(torch.tensor(0.0))).item() >= 0
+
+
+@pytest.mark.parametrize("kind", ["bce", "softmax"])
+def test_shared_negatives_leave_out_the_positives_of_each_user(kind):
+    generator = torch.Generator().manual_seed(4)
+    users, table = torch.randn(3, DIM, generator=generator), torch.randn(ITEMS, DIM, generator=generator)
+    ids = torch.tensor([0, 1, 2, 5, 6, 0, 7])  # three positives, four shared negatives
+    excluded = torch.tensor([[True, False, False, False], [False] * 4, [False, False, True, False]])
+    label, log_q = torch.ones(3), torch.full((7,), -math.log(ITEMS))
+    # a choice among 3: the positive and two of the 11 items
+    loss = make_loss(
+        LossConfig(kind=kind, scale=1.0, bias=0.0, candidates=3 if kind == "softmax" else 0), ITEMS
+    )
+    found = loss(users, table[ids], label, log_q, ids, excluded)
+    logits = (users @ table[ids].T).tolist()
+    entropies, softmaxes, pairs = 0.0, 0.0, 3
+    for row in range(3):
+        own = logits[row][row]
+        kept = [logits[row][3 + j] for j in range(4) if not excluded[row, j]]
+        pairs += len(kept)
+        entropies += math.log1p(math.exp(-own)) + sum(math.log1p(math.exp(x)) for x in kept)
+        others = [logits[row][3 + j] for j in range(4) if not excluded[row, j] and ids[3 + j] != ids[row]]
+        softmaxes += math.log(math.exp(own) + 2 / 4 * sum(map(math.exp, others))) - own
+    assert found.item() == pytest.approx(entropies / pairs if kind == "bce" else softmaxes / 3, rel=1e-5)
