@@ -20,10 +20,10 @@ USER, ITEM = "user", "item"
 
 @dataclass
 class Batch(Pipelineable):
-    """B rows, each with its positive item and N negatives.
+    """B rows, each with its positive item and N negatives of its own, or N that all rows share.
 
-    Items lie as B positives, then the N negatives of row 0, of row 1, …: `x[:B]` are the positives,
-    `x[B:].view(B, N, …)` the negatives.
+    Items lie as B positives, then the negatives: those of row 0, of row 1, …, or the N shared ones. So `x[:B]` are
+    the positives, and `x[B:].view(B, N, …)` or `x[B:]` the negatives.
     """
 
     user_features: KeyedJaggedTensor
@@ -35,6 +35,8 @@ class Batch(Pipelineable):
     log_q: torch.Tensor
     """Log of the probability with which each item comes up: of a negative, in one draw; of a positive, as the
     item of a row where the counts of the items are known, else in one draw. (B * (1 + N),) float32"""
+    excluded: torch.Tensor | None = None
+    """Of shared negatives: which are positives of which row's user, and so no negatives of it. (B, N) bool"""
     user_floats: torch.Tensor | None = None  # (B, F)
     item_floats: torch.Tensor | None = None  # (B * (1 + N), F)
 
@@ -44,6 +46,7 @@ class Batch(Pipelineable):
             self.item_features.to(device, non_blocking),
             self.label.to(device, non_blocking=non_blocking),
             self.log_q.to(device, non_blocking=non_blocking),
+            _maybe(self.excluded, lambda mask: mask.to(device, non_blocking=non_blocking)),
             _maybe(self.user_floats, lambda floats: floats.to(device, non_blocking=non_blocking)),
             _maybe(self.item_floats, lambda floats: floats.to(device, non_blocking=non_blocking)),
         )
@@ -54,6 +57,7 @@ class Batch(Pipelineable):
             self.item_features.pin_memory(),
             self.label.pin_memory(),
             self.log_q.pin_memory(),
+            _maybe(self.excluded, torch.Tensor.pin_memory),
             _maybe(self.user_floats, torch.Tensor.pin_memory),
             _maybe(self.item_floats, torch.Tensor.pin_memory),
         )
@@ -61,9 +65,9 @@ class Batch(Pipelineable):
     def record_stream(self, stream: torch.Stream) -> None:
         for part in (self.user_features, self.item_features, self.label, self.log_q):
             part.record_stream(stream)
-        for floats in (self.user_floats, self.item_floats):
-            if floats is not None:
-                floats.record_stream(stream)
+        for part in (self.excluded, self.user_floats, self.item_floats):
+            if part is not None:
+                part.record_stream(stream)
 
 
 class BatchBuilder:
@@ -74,7 +78,8 @@ class BatchBuilder:
     float becomes 0.
 
     Args:
-        negatives: which negatives; `count` of each row.
+        negatives: which negatives; `count` of each row, or of the batch.
+        shared: whether all rows of a batch have the same.
         item_counts: occurrences of each item, for the `log_q` of positives.
         device: where batches are made. Ids move there first, negatives and features are made there.
     """
@@ -83,12 +88,13 @@ class BatchBuilder:
         self,
         negatives: Negatives,
         *,
+        shared: bool = False,
         item_counts: np.ndarray | torch.Tensor | None = None,
         user_table: SideTable | None = None,
         item_table: SideTable | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.negatives, self.device = negatives, torch.device(device)
+        self.negatives, self.device, self._shared = negatives, torch.device(device), shared
         self._popularity = None if item_counts is None else InBatchNegatives(item_counts)
         self._user_table = None if user_table is None else user_table.to(self.device)
         self._item_table = None if item_table is None else item_table.to(self.device)
@@ -98,16 +104,21 @@ class BatchBuilder:
         assert rows.user is not None
         assert rows.item is not None
         users, positives = self._move(rows.user), self._move(rows.item)
-        negatives = self.negatives.draw(users, rows.epoch, rows.position)  # (B, N)
+        excluded = None
+        if self._shared:
+            negatives, excluded = self.negatives.draw_shared(users, rows.epoch, rows.position)  # (N,), (B, N)
+        else:
+            negatives = self.negatives.draw(users, rows.epoch, rows.position).flatten()  # (B * N,)
         label = torch.ones(rows.size, device=self.device) if rows.label is None else self._move(rows.label)
         of_positives = (self._popularity or self.negatives).log_q(positives)
         user_features, user_floats = self.users(users, rows)
-        item_features, item_floats = self.items(torch.cat([positives, negatives.flatten()]))
+        item_features, item_floats = self.items(torch.cat([positives, negatives]))
         return Batch(
             user_features,
             item_features,
             label,
-            torch.cat([of_positives, self.negatives.log_q(negatives.flatten())]),
+            torch.cat([of_positives, self.negatives.log_q(negatives)]),
+            excluded,
             user_floats,
             item_floats,
         )

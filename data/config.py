@@ -61,6 +61,8 @@ class NegativesConfig:
     """`uniform`: over all items; `popularity`: as count ** power; `in-batch`: the other rows' items."""
     count: int = 4
     """Negatives for each positive row (not used by `in-batch`)."""
+    shared: bool = False
+    """One set of `count` negatives for all rows of a batch: many more pairs for the same lookups."""
     power: float = 0.75
     """Exponent of `popularity`."""
     reject_positives: bool = False

@@ -71,6 +71,20 @@ class Negatives:
         self.kept_positives += len(bad)
         return flat.view_as(items)
 
+    def draw_shared(self, users: torch.Tensor, epoch: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negatives that the rows at `position`, `position + 1`, … share. They depend on the place of the first row,
+        so another number of ranks draws others.
+
+        Returns: items (count,) int64, and which of them are no negatives of which row: bool (B, count).
+        """
+        counter = position * self.count + torch.arange(self.count, device=users.device)
+        items = self.items(self._uniform(counter, epoch, 0))
+        if self.reject is None:
+            return items, torch.zeros(len(users), self.count, dtype=torch.bool, device=users.device)
+        if self.reject.keys.device != users.device:
+            self.reject = self.reject.to(users.device)
+        return items, self.reject.among(users, items)
+
     def _uniform(self, counter: torch.Tensor, epoch: int, attempt: int) -> torch.Tensor:
         """Float64 in [0, 1) with 53 random bits: a hash of the counters (splitmix64, Steele et al. 2014)."""
         start, step = (signed(key("negatives", self.seed, epoch, attempt) >> shift) for shift in (0, 64))

@@ -56,6 +56,25 @@ class PositivePairs:
         maybe[found] = self._search(pairs[found])
         return maybe
 
+    def among(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Whether each user has each item: users (B,), items (N,) -> bool (B, N).
+
+        Goes over the users' own items, not over all B * N pairs.
+        """
+        distinct, column = torch.unique(items, return_inverse=True)
+        slot = torch.full((self.num_items,), -1, dtype=torch.int64, device=items.device)
+        slot[distinct] = torch.arange(len(distinct), device=items.device)
+        starts = torch.searchsorted(self.keys, users * self.num_items)
+        lengths = torch.searchsorted(self.keys, (users + 1) * self.num_items) - starts
+        row = torch.repeat_interleave(torch.arange(len(users), device=users.device), lengths)
+        first = lengths.cumsum(0) - lengths
+        place = torch.arange(len(row), device=users.device) + (starts - first)[row]
+        found = slot[self.keys[place] - users[row] * self.num_items]
+        has = torch.zeros(len(users), len(distinct), dtype=torch.bool, device=users.device)
+        known = found >= 0
+        has[row[known], found[known]] = True
+        return has[:, column]
+
     def _search(self, pairs: torch.Tensor) -> torch.Tensor:
         at = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
         return self.keys[at] == pairs

@@ -1,6 +1,6 @@
 """TorchX components: a stage of recpress on one or many nodes.
 
-    torchx run -s local_cwd launch/components.py:train -j 1x2 -- --log LOG --out OUT
+    torchx run -s local_cwd launch/components.py:train -j 1x2 -- --data LOG --out OUT
 
 The arguments after `--` are those of `recpress train`; `recpress train --help` lists them.
 """

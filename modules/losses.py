@@ -1,6 +1,8 @@
 """Losses on user and item vectors with sampled negatives.
 
-Layout of the B * (1 + N) items of a batch: B positives, then the negatives of row 0, of row 1, ...
+Layout of the items of a batch: B positives, then the negatives. Either each row has N of its own, B * N in
+all, those of row 0 first; or all rows share N, and `excluded` (B, N) says which of them are no negatives of
+which row.
 """
 
 from __future__ import annotations
@@ -25,14 +27,24 @@ class PairLogits(nn.Module):
         return self.log_scale.exp() * dots + self.bias
 
 
-def split_items(users: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positives (B, d) and negatives (B, N, d) of items (B * (1 + N), d)."""
+def pair_scores(
+    users: torch.Tensor, items: torch.Tensor, shared: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dot products with the positive (B,) and with each negative (B, N), and the vectors of the positives (B,
+    d)."""
     rows = users.shape[0]
-    return items[:rows], items[rows:].view(rows, items.shape[0] // max(rows, 1) - 1, items.shape[1])
+    positives, negatives = items.split([rows, items.shape[0] - rows])  # one copy backward; slices are four
+    if shared:
+        of_negatives = users @ negatives.T
+    else:
+        own = negatives.view(rows, items.shape[0] // max(rows, 1) - 1, items.shape[1])
+        of_negatives = (users[:, None] * own).sum(2)
+    return (users * positives).sum(1), of_negatives, positives
 
 
 class BinaryCrossEntropy(nn.Module):
-    """Mean over all B * (1 + N) pairs of the cross-entropy of sigmoid(logit): the label, and 0 for negatives.
+    """Mean over all pairs of the cross-entropy of sigmoid(logit): against the label, and against 0 for
+    negatives.
 
     The setting of CADC (Entezari Zarch et al. 2024): each sampled negative is an example of its own.
     """
@@ -48,19 +60,24 @@ class BinaryCrossEntropy(nn.Module):
         label: torch.Tensor,
         log_q: torch.Tensor,
         item_ids: torch.Tensor,
+        excluded: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            users: (B, d). items: (B * (1 + N), d).
+            users: (B, d). items: (B + negatives, d).
             label: (B,) in [0, 1], of the positives.
-            log_q, item_ids: (B * (1 + N),), not used here.
+            log_q, item_ids: not used here.
+            excluded: (B, N) where the negatives are shared.
         """
-        positive, negative = split_items(users, items)
-        for_positive = self.logits((users * positive).sum(1))
-        for_negative = self.logits(torch.einsum("bd,bnd->bn", users, negative))
+        positive, negative, _ = pair_scores(users, items, excluded is not None)
+        for_positive, losses = self.logits(positive), F.softplus(self.logits(negative))
+        pairs = positive.numel() + negative.numel()
+        if excluded is not None:
+            losses = losses.masked_fill(excluded, 0.0)
+            pairs = pairs - excluded.sum()
         # softplus(x) - y x is the cross-entropy of sigmoid(x) against y
-        total = (F.softplus(for_positive) - label * for_positive).sum() + F.softplus(for_negative).sum()
-        return total / max(1, items.shape[0])
+        total = (F.softplus(for_positive) - label * for_positive).sum() + losses.sum()
+        return total / max(1, pairs)
 
 
 class SampledSoftmax(nn.Module):
@@ -68,15 +85,17 @@ class SampledSoftmax(nn.Module):
 
     The softmax's denominator over all items is estimated by
         exp(s_pos) + sum over candidates j of exp(s_j) / (count * q_j)
-    with j the row's own N negatives and, with `in_batch`, the other rows' positives; `count` is how many
-    candidates there are and q_j the probability with which one draw gives j (Bengio, Senecal 2008; in-batch:
-    Yi et al. 2019). The positive is no draw and is not corrected; a candidate that is the row's positive item
-    is left out, so that the estimate of the denominator has no bias.
+    with j the row's negatives and, with `in_batch`, the other rows' positives; `count` is how many draws
+    there are and q_j the probability with which one draw gives j (Bengio, Senecal 2008; in-batch: Yi et al.
+    2019). The positive is no draw and is not corrected; a candidate that is the row's positive item, or
+    `excluded`, is left out, so that the estimate has no bias. With `config.candidates` the sum over the
+    negatives is scaled down to that of a choice among so many items.
     """
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, num_items: int) -> None:
         super().__init__()
         self.in_batch = config.in_batch
+        self.offset = math.log((config.candidates - 1) / num_items) if config.candidates > 1 else 0.0
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
 
     def forward(
@@ -86,33 +105,36 @@ class SampledSoftmax(nn.Module):
         label: torch.Tensor,
         log_q: torch.Tensor,
         item_ids: torch.Tensor,
+        excluded: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            users: (B, d). items: (B * (1 + N), d).
+            users: (B, d). items: (B + negatives, d).
             label: (B,) weight of each row; the mean is over their sum.
-            log_q: (B * (1 + N),) log probability of one draw of the item, for a positive that of the in-batch
-                draw.
-            item_ids: (B * (1 + N),).
+            log_q: (items,) log probability of one draw of the item, for a positive that of the in-batch draw.
+            item_ids: (items,).
+            excluded: (B, N) where the negatives are shared.
         """
         rows = users.shape[0]
-        positive, negative = split_items(users, items)
-        scale = self.log_scale.exp()
-        target = item_ids[:rows, None]
-        for_positive = scale * (users * positive).sum(1, keepdim=True)
-        scores = [scale * torch.einsum("bd,bnd->bn", users, negative) - log_q[rows:].view(rows, -1)]
-        taken = [item_ids[rows:].view(rows, -1) == target]
+        positive, negative, of_positives = pair_scores(users, items, excluded is not None)
+        scale, target = self.log_scale.exp(), item_ids[:rows, None]
+        per_row = (1, -1) if excluded is not None else (rows, -1)
+        scores = [scale * negative - log_q[rows:].view(per_row)]
+        taken = [item_ids[rows:].view(per_row) == target]
+        if excluded is not None:
+            taken[0] = taken[0] | excluded
         count = negative.shape[1]
         if self.in_batch:
-            scores.append(scale * users @ positive.T - log_q[None, :rows])
+            scores.append(scale * users @ of_positives.T - log_q[None, :rows])
             taken.append(item_ids[None, :rows] == target)  # its own row among them
             count += rows - 1
-        candidates = torch.cat(scores, 1) - math.log(max(count, 1))
+        candidates = torch.cat(scores, 1) + (self.offset - math.log(max(count, 1)))
         candidates = candidates.masked_fill(torch.cat(taken, 1), -torch.inf)
-        losses = torch.logsumexp(torch.cat([for_positive, candidates], 1), 1) - for_positive[:, 0]
+        for_positive = scale * positive
+        losses = torch.logsumexp(torch.cat([for_positive[:, None], candidates], 1), 1) - for_positive
         return (losses * label).sum() / label.sum().clamp(min=1e-12)
 
 
-def make_loss(config: LossConfig) -> nn.Module:
+def make_loss(config: LossConfig, num_items: int) -> nn.Module:
     """The loss that the configuration names."""
-    return {"bce": BinaryCrossEntropy, "softmax": SampledSoftmax}[config.kind](config)
+    return BinaryCrossEntropy(config) if config.kind == "bce" else SampledSoftmax(config, num_items)

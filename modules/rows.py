@@ -61,6 +61,42 @@ def blocks(
         yield first, block
 
 
+def sample_rows(source: RowSource, limit: int = 1 << 16) -> torch.Tensor:
+    """Up to `limit` rows, in 64 blocks spread evenly over the matrix, float32: the same on every rank."""
+    rows, pieces = source.shape[0], 64
+    step, size = max(1, rows // pieces), max(1, limit // pieces)
+    parts = []
+    for first in range(0, rows, step):
+        read = source[first : min(first + min(step, size), rows)]
+        parts.append(read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read,
+        np.float32)))
+    return torch.cat(parts)
+
+
+class LogCounts:
+    """log(1 + count / share) of a table of counts (n, 1), standardised: a RowSource for
+    `TwoTower.load_counts`.
+
+    Args:
+        share: part of the rows that were counted, so that counts of a part compare with those of all.
+        like: standardise by the mean and spread of these, those of all rows.
+    """
+
+    def __init__(self, counts: RowSource, *, share: float = 1.0, like: LogCounts | None = None) -> None:
+        self._counts, self._share = counts, share
+        self.shape = (counts.shape[0], 1)
+        if like is not None:
+            self.mean, self.spread = like.mean, like.spread
+        else:
+            logs = torch.log1p(sample_rows(counts) / share)
+            self.mean = float(logs.mean())
+            self.spread = float(logs.std(correction=0).clamp_min(1e-6))
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        counts = torch.as_tensor(np.array(self._counts[index], np.float32))
+        return (torch.log1p(counts / self._share) - self.mean) / self.spread
+
+
 def load_trainable(collection: nn.Module, table: str, source: RowSource) -> None:
     """Copy `source` into a trainable table of an EmbeddingBagCollection, plain or sharded.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from recpress.modules.config import TwoTowerConfig
 from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable
 from recpress.modules.losses import make_loss
 from recpress.modules.rows import RowSource, load_trainable, round_up
-from recpress.modules.towers import Source, Tower
+from recpress.modules.towers import ResidualTower, Source, Tower, TowerInput, make_tower
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
@@ -26,8 +26,8 @@ class SideSpec:
     """Number of ids."""
     dim: int | None = None
     """Dimension of the factors; None where there are none (`random`)."""
-    extra: int = 0
-    """Dimension of a second frozen vector of the id, e.g. its log count: input to the tower alone."""
+    counted: bool = False
+    """Whether the tower is given the id's log count: a frozen table of its own (see `load_counts`)."""
     categorical: Mapping[str, int] = field(default_factory=dict)
     """Further categorical features: key -> number of values."""
     floats: int = 0
@@ -65,28 +65,31 @@ class TwoTower(nn.Module):
                 f"user vectors have length {self.user_tower.out_dim}, expected that of item vectors, "
                 f"{self.item_tower.out_dim}"
             )
-        self.loss = make_loss(config.loss)
+        self.loss = make_loss(config.loss, item.rows)
         self.item_ids = _Ids(item.key)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss to differentiate, the same detached); what TrainPipelineSparseDist expects.
 
         Args:
-            batch: `user_features` KeyedJaggedTensor of stride B, `item_features` of stride B * (1 + N)
-                (layout in `losses`), `label` (B,), `log_q` (B * (1 + N),), and where there are float features
-                `user_floats` (B, F) and `item_floats` (B * (1 + N), F).
+            batch: `user_features` KeyedJaggedTensor of stride B, `item_features` (layout in `losses`),
+                `label` (B,), `log_q` (items,), `excluded` (B, N) or None, and where there are float features
+                `user_floats` (B, F) and `item_floats` (items, F).
         """
-        users = self.user_tower(
+        users, user_penalty = self.user_tower(
             self.user_frozen(batch.user_features) if self.user_frozen is not None else None,
             self.user_tables(batch.user_features) if self.user_tables is not None else None,
             batch.user_floats if self.user.floats else None,
         )
-        items = self.item_tower(
+        items, item_penalty = self.item_tower(
             self.item_frozen(batch.item_features) if self.item_frozen is not None else None,
             self.item_tables(batch.item_features) if self.item_tables is not None else None,
             batch.item_floats if self.item.floats else None,
         )
-        loss = self.loss(users, items, batch.label, batch.log_q, self.item_ids(batch.item_features))
+        ids = self.item_ids(batch.item_features)
+        loss = self.loss(users, items, batch.label, batch.log_q, ids, batch.excluded)
+        if self.config.towers.kind == "residual" and self.config.towers.penalty:
+            loss = loss + self.config.towers.penalty * (user_penalty + item_penalty)
         return loss, loss.detach()
 
     @torch.no_grad()
@@ -94,14 +97,14 @@ class TwoTower(nn.Module):
         """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
         frozen = self.user_frozen(features) if self.user_frozen is not None else None
         tables = self.user_tables(features) if self.user_tables is not None else None
-        return self.user_tower(frozen, tables, floats)
+        return self.user_tower(frozen, tables, floats)[0]
 
     @torch.no_grad()
     def item_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
         frozen = self.item_frozen(features) if self.item_frozen is not None else None
         tables = self.item_tables(features) if self.item_tables is not None else None
-        return self.item_tower(frozen, tables, floats)
+        return self.item_tower(frozen, tables, floats)[0]
 
     def load_factors(self, user: RowSource, item: RowSource) -> None:
         """Fill the id tables, each rank its own shards; call it after sharding, and again to swap factors.
@@ -118,13 +121,15 @@ class TwoTower(nn.Module):
                 load_trainable(tables, side, source)
             else:
                 frozen.load(side, source)
+        self.user_tower.fit_scale(user)
+        self.item_tower.fit_scale(item)
 
-    def load_extra(self, user: RowSource | None = None, item: RowSource | None = None) -> None:
-        """Fill the second frozen vectors (`SideSpec.extra`)."""
-        if user is not None:
-            self.user_frozen.load("user_extra", user)
-        if item is not None:
-            self.item_frozen.load("item_extra", item)
+    def load_counts(self, user: RowSource, item: RowSource) -> None:
+        """Fill the tables of log counts, (rows, 1) each, standardised (`rows.LogCounts`); after sharding."""
+        if self.user.counted:
+            self.user_frozen.load("user_count", user)
+        if self.item.counted:
+            self.item_frozen.load("item_count", item)
 
 
 class _Ids(nn.Module):
@@ -139,8 +144,8 @@ class _Ids(nn.Module):
 
 
 def _side(
-    name: str, config: TwoTowerConfig, spec: SideSpec, device: torch.device
-) -> tuple[FrozenEmbeddingBagCollection | None, EmbeddingBagCollection | None, Tower]:
+    name: Literal["user", "item"], config: TwoTowerConfig, spec: SideSpec, device: torch.device
+) -> tuple[FrozenEmbeddingBagCollection | None, EmbeddingBagCollection | None, Tower | ResidualTower]:
     strategy = config.tables.strategy
     if strategy != "random" and spec.dim is None:
         raise ValueError(f"strategy {strategy!r} starts from factors, and none are given for {name}s")
@@ -155,16 +160,16 @@ def _side(
                 name=name, rows=spec.rows, dim=dim, features=(spec.key,), storage=config.tables.storage
             )
         )
-        base = ("frozen", f"{spec.key}@{name}" if spec.extra else spec.key)
+        base = ("frozen", f"{spec.key}@{name}" if spec.counted else spec.key)
     else:
         dim = round_up(config.tables.dim if strategy == "random" else spec.dim or 0)
         trained.append(_table(name, spec.rows, dim, spec.key))
         base = ("tables", spec.key)
-    if spec.extra:
-        extra = f"{name}_extra"
-        width = round_up(spec.extra)
-        frozen.append(FrozenTable(name=extra, rows=spec.rows, dim=width, features=(spec.key,)))
-        others.append((("frozen", f"{spec.key}@{extra}" if len(frozen) > 1 else spec.key), width))
+    count: Source | None = None
+    if spec.counted:
+        table = f"{name}_count"
+        frozen.append(FrozenTable(name=table, rows=spec.rows, dim=round_up(1), features=(spec.key,)))
+        count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 else spec.key)
     if strategy == "init-freeze-plus":
         width = round_up(config.tables.plus_dim)
         trained.append(_table(f"{name}_plus", spec.rows, width, spec.key))
@@ -173,7 +178,8 @@ def _side(
         width = round_up(config.towers.feature_dim)
         trained.append(_table(f"{name}_{key}", values, width, key))
         others.append((("tables", key), width))
-    tower = Tower(config.towers, base=base, dim=dim, others=others, floats=spec.floats)
+    given = TowerInput(base=base, dim=dim, count=count, others=others, floats=spec.floats)
+    tower = make_tower(config.towers, given, name)
     return (
         FrozenEmbeddingBagCollection(frozen, device=device) if frozen else None,
         EmbeddingBagCollection(tables=trained, device=device) if trained else None,

@@ -99,6 +99,11 @@ class FactorsArtifact:
         """(n, dim) float32, read by memory map."""
         return FactorTable(Path(self.path) / CROSSFIT if crossfit else Path(self.path), side)
 
+    def counts(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
+        """(n, 1) float32, distinct pairs of each id, read by memory map."""
+        folder = Path(self.path) / CROSSFIT if crossfit else Path(self.path)
+        return FactorTable(folder, "user_count" if side == "user" else "item_count")
+
 
 def open_factors(path: str, log: Log) -> FactorsArtifact:
     """Raises InputError where there are none at `path`, or they belong to another vocabulary."""

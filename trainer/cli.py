@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from recpress.data.errors import InputError
+from recpress.trainer.errors import RankFailed
 
 
 class Command(NamedTuple):
@@ -70,14 +71,14 @@ RECPRESS_DEBUG=1 prints the traceback of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for an error that the user can mend."""
+    """Run one command; returns the exit status: 0, 2 for an error that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         name, rest = _command(arguments)
         config = _config(name, rest)
         stage = _load(COMMANDS[name].stage)
         stage(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankFailed) as error:
         if os.environ.get("RECPRESS_DEBUG"):
             traceback.print_exc()
         rank = os.environ.get("RANK")

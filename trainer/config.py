@@ -6,9 +6,23 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig, SynthConfig
+from recpress.data.config import (
+    IngestConfig,
+    NegativesConfig,
+    SampleConfig,
+    Schema,
+    StreamConfig,
+    SynthConfig,
+)
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, LogisticConfig, TwoTowerConfig
+from recpress.modules.config import (
+    ALSConfig,
+    LogisticConfig,
+    LossConfig,
+    TablesConfig,
+    TowersConfig,
+    TwoTowerConfig,
+)
 
 
 def at_least(name: str, value: float, limit: float) -> None:
@@ -63,7 +77,7 @@ class EvaluationConfig:
 class SplitConfig:
     """Hold one row of each user out of a log, e.g. to choose settings without a look at the test rows."""
 
-    log: str
+    data: str
     """The log."""
     out: str
     """The log to write: train without the held-out rows, test with them and their negatives."""
@@ -80,7 +94,7 @@ class SplitConfig:
 class FactorizeConfig:
     """Factorize the full interaction matrix of a log."""
 
-    log: str
+    data: str
     """The log: a folder, file or glob."""
     out: str
     """Folder of the factors; must not exist unless --overwrite."""
@@ -93,7 +107,7 @@ class FactorizeConfig:
     """Above 0: also make factors that have not seen this share of the rows, for a network trained on it."""
     crossfit_seed: int = 0
     """Seed of that sample; the same as the network's --sample.seed."""
-    crossfit_sweeps: int = 4
+    crossfit_sweeps: int = 1
     """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
     use_label: bool = False
     """Let the label scale the confidence of a row; otherwise every row counts one."""
@@ -125,7 +139,7 @@ class NetworkConfig:
 class TrainConfig(NetworkConfig):
     """Train the two-tower network on a uniform random sample of a log."""
 
-    log: str
+    data: str
     """The log: a folder, file or glob."""
     out: str
     """Folder of the model and the metrics; must not exist unless --overwrite."""
@@ -137,6 +151,8 @@ class TrainConfig(NetworkConfig):
     schema: Schema = field(default_factory=Schema)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stop_after: int = 0
+    """Stop after so many epochs of a schedule that is made for all of them; 0 stops at the last."""
     seed: int = 0
     """Seed of the network's initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -151,7 +167,7 @@ class TrainConfig(NetworkConfig):
 class EvaluateConfig:
     """Rank the held-out rows of a log."""
 
-    log: str
+    data: str
     """The log, with held-out rows."""
     model: str
     """A checkpoint of `recpress train`, or factors of `recpress factorize`."""
@@ -169,5 +185,89 @@ class SynthCommand(SynthConfig):
 
     out: str
     """Folder of the log; must not exist unless --overwrite."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestCommand(IngestConfig):
+    """How files of another format become a log."""
+
+    out: str
+    """Folder of the log; must not exist unless --overwrite."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+def _network(tables: TablesConfig, towers: TowersConfig, optimizer: OptimizerConfig, epochs: int) -> NetworkConfig:
+    return NetworkConfig(
+        stream=StreamConfig(batch_size=2048),
+        negatives=NegativesConfig(count=512, shared=True, reject_positives=True),
+        model=TwoTowerConfig(
+            tables=tables, towers=towers, loss=LossConfig(kind="softmax", scale=8.0, candidates=100)
+        ),
+        optimizer=optimizer,
+        epochs=epochs,
+    )
+
+
+def _frozen_network() -> NetworkConfig:
+    """On factors: towers that start with the factors' own scores and can learn little."""
+    return _network(
+        TablesConfig(strategy="init-freeze"),
+        TowersConfig(kind="residual", hidden=(256,), dropout=0.7, penalty=0.1),
+        OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20),
+        epochs=3,
+    )
+
+
+def _random_network() -> NetworkConfig:
+    """On random tables: wide enough to learn the tables' meaning, stopped where it no longer gets better."""
+    return _network(
+        TablesConfig(strategy="random", dim=64),
+        TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
+        OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
+        epochs=40,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCadcConfig:
+    """The strategies of the CADC paper side by side, over several seeds, with a report page."""
+
+    data: str | None = None
+    """The log, with held-out rows; without one a made log is written and used."""
+    out: str = "runs/compare-cadc"
+    """Folder of the report, the results as JSON, and all factors and models; must not exist unless --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed has its own sample, factorization and networks."""
+    rate: float = 0.1
+    """Share of the rows that the networks are trained on."""
+    als: ALSConfig = field(
+        default_factory=lambda: ALSConfig(
+            factors=192,
+            sweeps=12,
+            confidence=1.0,
+            unobserved_weight=0.15,
+            regularization=0.0105,
+            frequency_exponent=1.0,
+        )
+    )
+    """The defaults were chosen on a validation part of MovieLens-1M (benchmarks/README.md)."""
+    crossfit_sweeps: int = 1
+    """Sweeps without the sample that make the factors to train on."""
+    frozen: NetworkConfig = field(default_factory=_frozen_network)
+    random: NetworkConfig = field(default_factory=_random_network)
+    tuned: NetworkConfig = field(default_factory=_frozen_network)
+    """The network on factors that are trained on."""
+    choose: bool = True
+    """Choose each network's number of epochs, up to --*.epochs, on one row a user that is held out of train."""
+    patience: int = 3
+    """Epochs without a better one after which the choice is made."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything runs."""
     overwrite: bool = False
     """Replace an existing --out."""

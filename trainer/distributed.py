@@ -15,19 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
+from recpress.trainer.errors import RankFailed
 
 _ERROR, _SEEN = "recpress/error", "recpress/error-seen"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 8.0
 """How long a rank that hangs lives after another's failure, and how long a failed one waits to be heard."""
-
-
-class RankFailed(RuntimeError):
-    """Another rank failed; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Ranks:
 def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be the only rank; leave them at the end.
 
+    Inside another such block (a stage that runs stages) it is that block's group.
+
     Args:
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
         timeout_seconds: how long a collective may take.
@@ -56,6 +56,9 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        return
     if use_cuda:
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -85,7 +88,7 @@ class _Watch:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         self._store = store.clone()  # a connection of its own: the group's may be blocked in a wait
         self._told: str | None = None  # what another rank told
         self._lock = threading.Lock()

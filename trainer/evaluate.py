@@ -25,7 +25,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """
     with process_group(config.device) as ranks:
         with agreed():
-            log = open_log(config.log, chosen_schema(config.schema))
+            log = open_log(config.data, chosen_schema(config.schema))
             kind = kind_of(config.model)
         heldout = load_heldout(log, config.evaluation)
         if kind == FACTORS:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from recpress.data.columns import Jagged
 from recpress.data.errors import InputError
 from recpress.modules import ranking_metrics
-from recpress.modules.factors import RowBlocks
+from recpress.modules.factors import FactorTable, RowBlocks
 from recpress.trainer.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
 from recpress.trainer.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
 from torch import Tensor
@@ -120,12 +120,11 @@ def evaluate_full(
     return ranker.run(arrays_of, ahead, competitors, ks)
 
 
-def vectors_from_factors(factors: np.ndarray | Tensor) -> VectorFn:
-    """Rows of a whole table, (n, D), which may be a memory-mapped array."""
-    if isinstance(factors, np.ndarray):
-        table = factors
-        return lambda ids: torch.from_numpy(np.asarray(table[ids.cpu().numpy()])).to(ids.device)
-    return lambda ids: factors[ids.to(factors.device)]
+def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn:
+    """Rows of a whole table, (n, D), which may lie on disk."""
+    if isinstance(factors, Tensor):
+        return lambda ids: factors[ids.to(factors.device)]
+    return lambda ids: torch.from_numpy(np.asarray(factors[ids.cpu().numpy()])).to(ids.device)
 
 
 def vectors_from_shard(block: Tensor, num_rows: int) -> VectorFn:

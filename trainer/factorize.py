@@ -26,8 +26,8 @@ class FactorizeResult:
     seconds: float
     """Reading the log and all sweeps, without cross-fitting and saving."""
     crossfit_seconds: float
-    objective: list[float] = field(default_factory=list)
-    """After each sweep; of `logistic`, the mean loss of each epoch."""
+    sweeps: list[tuple[float, float]] = field(default_factory=list)
+    """Objective after each sweep (of `logistic`, mean loss of each epoch), and seconds since the first began."""
 
 
 def factorize(config: FactorizeConfig) -> FactorizeResult:
@@ -38,7 +38,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
     """
     with process_group(config.device) as ranks:
         with agreed():
-            log = open_log(config.log, chosen_schema(config.schema))
+            log = open_log(config.data, chosen_schema(config.schema))
             if config.use_label and not log.schema.label:
                 raise InputError(
                     "--use-label: expected --schema.label, the column that scales the confidence"
@@ -55,8 +55,8 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         }
         with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite) as tmp:
             begin = time.monotonic()
-            factors, objective = _fit(config, log, ranks)
-            result = FactorizeResult(time.monotonic() - begin, 0.0, objective)
+            factors, sweeps = _fit(config, log, ranks)
+            result = FactorizeResult(time.monotonic() - begin, 0.0, sweeps)
             factors.save(tmp)
             if crossfit is not None:
                 begin = time.monotonic()
@@ -83,20 +83,21 @@ def _fit(
     *,
     without: SampleConfig | None = None,
     start: Factors | None = None,
-) -> tuple[Factors, list[float]]:
+) -> tuple[Factors, list[tuple[float, float]]]:
     als = config.als if start is None else replace(config.als, sweeps=config.crossfit_sweeps)
     model = ALS(als, log.num_users, log.num_items, device=ranks.device)
     with agreed():
         for users, items, values in _read(config, log, ranks, without):
             model.add(users, items, values)
-    objective: list[float] = []
+    sweeps: list[tuple[float, float]] = []
+    began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
     with tqdm(
         total=als.sweeps, desc=description, unit="sweep", disable=None if ranks.rank == 0 else True
     ) as bar:
 
         def on_sweep(report: SweepReport) -> None:
-            objective.append(report.objective)
+            sweeps.append((report.objective, time.monotonic() - began))
             bar.update()
             bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
             if ranks.rank == 0:
@@ -105,7 +106,7 @@ def _fit(
                     f"{report.seconds:.2f} s, {report.eta:.0f} s left"
                 )
 
-        return model.fit(on_sweep, start), objective
+        return model.fit(on_sweep, start), sweeps
 
 
 def _read(

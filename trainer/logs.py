@@ -7,9 +7,8 @@ from pathlib import Path
 from recpress.data import holdout as data_holdout
 from recpress.data import ingest as data_ingest
 from recpress.data import synth as data_synth
-from recpress.data.config import IngestConfig
 from recpress.data.log import open_log
-from recpress.trainer.config import SplitConfig, SynthCommand, chosen_schema
+from recpress.trainer.config import IngestCommand, SplitConfig, SynthCommand, chosen_schema
 
 
 def synth(config: SynthCommand) -> Path:
@@ -17,14 +16,14 @@ def synth(config: SynthCommand) -> Path:
     return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
 
 
-def ingest(config: IngestConfig) -> Path:
+def ingest(config: IngestCommand) -> Path:
     """Convert a public format or a table to a log and say what it holds."""
-    return _describe(data_ingest.ingest(config, config.out))
+    return _describe(data_ingest.ingest(config, config.out, overwrite=config.overwrite))
 
 
 def split(config: SplitConfig) -> Path:
     """Write a log that holds one row of each user out and say what it holds."""
-    log = open_log(config.log, chosen_schema(config.schema))
+    log = open_log(config.data, chosen_schema(config.schema))
     return _describe(
         data_holdout.leave_one_out(
             log, config.out, by=config.by, seed=config.seed, negatives=config.negatives

@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> TrainResult:
     with process_group(config.device) as ranks:
         begin = time.monotonic()
         with agreed():
-            log = open_log(config.log, chosen_schema(config.schema))
+            log = open_log(config.data, chosen_schema(config.schema))
             factors = _factors(config, log)
             crossfit = _crossfit(config, factors)
             features = Features.of(log, config.user_features, config.item_features)
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
                 """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
                 if factors is not None:
                     with agreed():
-                        model.load_factors(*(factors.table(side, crossfit=of_sample) for side in ("user", "item")))
+                        model.load_factors(factors, crossfit=of_sample)
 
             def evaluate() -> dict[str, float]:
                 if crossfit:
@@ -167,6 +167,7 @@ def _model(
         ranks,
         dim=factors.dim if factors else None,
         negatives=negatives,
+        shared_negatives=config.negatives.shared,
         item_counts=counts,
         batch_size=config.stream.batch_size,
         table_learning_rate=config.optimizer.table_learning_rate,
@@ -190,7 +191,7 @@ def _has_heldout(config: TrainConfig, log: Log) -> bool:
 def _fit_config(config: TrainConfig) -> FitConfig:
     look = config.evaluation
     return FitConfig(
-        epochs=config.epochs,
+        epochs=min(config.stop_after or config.epochs, config.epochs),
         evaluate_every=look.every,
         evaluate_first=look.every > 0,
         metric=look.metric,

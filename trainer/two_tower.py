@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,9 @@ from recpress.data.log import Log
 from recpress.data.negatives import Negatives, UniformNegatives
 from recpress.data.side_table import SideTable
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.rows import RowSource
+from recpress.modules.rows import LogCounts
 from recpress.modules.two_tower import SideSpec, TwoTower
-from recpress.trainer.artifacts import MODEL, check_vocabulary
+from recpress.trainer.artifacts import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.distributed import Ranks, agreed
 from recpress.trainer.evaluation import VectorFn
 from recpress.trainer.model_state import load_weights
@@ -26,6 +26,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 WEIGHTS = "weights"
 Side = Literal["user", "item"]
+SIDES: tuple[Side, Side] = ("user", "item")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,26 @@ class ShardedTwoTower:
 
         return vectors
 
-    def load_factors(self, user: RowSource, item: RowSource) -> None:
-        """Fill the id tables, each rank its own shards."""
-        self.module.load_factors(user, item)
+    def load_factors(self, factors: FactorsArtifact, *, crossfit: bool = False) -> None:
+        """Fill the tables of ids and of log counts, each rank its own shards.
+
+        Args:
+            crossfit: from the factors that have not seen a sample; their counts are scaled to those of all rows.
+
+        Raises:
+            ValueError: a shard is missing or damaged; shapes that do not fit.
+        """
+        self.module.load_factors(*(factors.table(side, crossfit=crossfit) for side in SIDES))
+        if not self.module.user.counted:
+            return
+        counts = [LogCounts(factors.counts(side)) for side in SIDES]
+        if crossfit and factors.crossfit is not None:
+            share = 1.0 - factors.crossfit.rate
+            counts = [
+                LogCounts(factors.counts(side, crossfit=True), share=share, like=like)
+                for side, like in zip(SIDES, counts, strict=True)
+            ]
+        self.module.load_counts(*counts)
 
 
 def build(
@@ -76,6 +94,7 @@ def build(
     *,
     dim: int | None,
     negatives: Negatives,
+    shared_negatives: bool = False,
     item_counts: Any = None,
     batch_size: int,
     table_learning_rate: float,
@@ -91,16 +110,22 @@ def build(
         InputError: a strategy that needs factors without them; tables that do not fit into memory.
     """
     torch.manual_seed(seed)
+    counted = dim is not None and config.towers.kind == "residual"
     with agreed():
         module = TwoTower(
             config,
-            _spec(USER, log.num_users, dim, features.user),
-            _spec(ITEM, log.num_items, dim, features.item),
+            _spec(USER, log.num_users, dim, features.user, counted),
+            _spec(ITEM, log.num_items, dim, features.item, counted),
             tables_device="meta",
         )
     dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
     builder = BatchBuilder(
-        negatives, item_counts=item_counts, user_table=features.user, item_table=features.item, device=ranks.device
+        negatives,
+        shared=shared_negatives,
+        item_counts=item_counts,
+        user_table=features.user,
+        item_table=features.item,
+        device=ranks.device,
     )
     return ShardedTwoTower(dmp, builder)
 
@@ -161,7 +186,6 @@ def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
     )
 
 
-def _spec(key: str, rows: int, dim: int | None, table: SideTable | None) -> SideSpec:
-    if table is None:
-        return SideSpec(key=key, rows=rows, dim=dim)
-    return SideSpec(key=key, rows=rows, dim=dim, categorical=table.num_values(), floats=len(table.float_names))
+def _spec(key: str, rows: int, dim: int | None, table: SideTable | None, counted: bool) -> SideSpec:
+    spec = SideSpec(key=key, rows=rows, dim=dim, counted=counted)
+    return spec if table is None else replace(spec, categorical=table.num_values(), floats=len(table.float_names))

@@ -1,0 +1,36 @@
+"""The TorchX components, as `torchx run` reads them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchx(*arguments):
+    command = [str(Path(sys.executable).parent / "torchx")]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("stage", ["factorize", "train", "evaluate"])
+def test_a_component_runs_its_stage_on_every_process(stage):
+    done = torchx(
+        "run", "-s", "local_cwd", "--dryrun", f"launch/components.py:{stage}", "-j", "2x3", "--", "--data", "a"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--nnodes 2 --nproc_per_node 3" in done.stdout.replace("'\n", "").replace("'", "")
+    assert f"recpress.trainer.cli {stage} --data a" in " ".join(done.stdout.replace("'", " ").split())
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in done.stdout
+
+
+def test_a_wrong_argument_is_an_error_that_names_it():
+    done = torchx("run", "-s", "local_cwd", "--dryrun", "launch/components.py:train", "--cores", "3")
+    assert done.returncode != 0
+    assert "--cores" in done.stderr + done.stdout
+
+
+def test_components_import_no_torch():
+    program = "import sys; sys.path.insert(0, 'launch'); import components; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,221 @@
+"""The main job, stage by stage, on a small made log: on one rank, on two, and on bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
+from recpress.data.errors import InputError
+from recpress.data.synth import synth
+from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.factors import FactorTable
+from recpress.trainer.config import EvaluateConfig, EvaluationConfig, FactorizeConfig, TrainConfig
+from recpress.trainer.evaluate import evaluate
+from recpress.trainer.factorize import factorize
+from recpress.trainer.train import train
+
+from tests.ranks import run_on_ranks
+
+ALS = ALSConfig(factors=16, sweeps=8, confidence=4.0, regularization=20.0)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """800 users x 600 items, 24,000 rows with planted tastes."""
+    made = SynthConfig(users=800, items=600, rows=24_000, tastes=8, tastes_per_user=4)
+    return str(synth(made, tmp_path_factory.mktemp("log") / "log"))
+
+
+@pytest.fixture(scope="module")
+def factors(log, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("factors") / "factors")
+    factorize(FactorizeConfig(data=log, out=out, als=ALS, crossfit_rate=0.2, crossfit_seed=3))
+    return out
+
+
+def network(log, out, factors=None, **changes):
+    settings = {
+        "stream": StreamConfig(batch_size=256),
+        "negatives": NegativesConfig(count=64, shared=True, reject_positives=True),
+        "model": TwoTowerConfig(
+            tables=TablesConfig(strategy="init-freeze" if factors else "random", dim=16),
+            towers=TowersConfig(kind="residual" if factors else "mlp", hidden=(32,), dim=16),
+            loss=LossConfig(kind="softmax"),
+        ),
+        "sample": SampleConfig(rate=0.2, seed=3),
+        "epochs": 2,
+        "tensorboard": False,
+    }
+    return TrainConfig(data=log, out=str(out), factors=factors, **{**settings, **changes})
+
+
+def test_factorization_beats_popularity_by_a_wide_margin(log, factors):
+    metrics = evaluate(EvaluateConfig(data=log, model=factors))
+    assert metrics["HR@10"] > 0.55  # popularity: 0.41
+
+
+def test_the_full_protocol_ranks_all_items(log, factors, tmp_path):
+    out = tmp_path / "metrics.json"
+    look = EvaluationConfig(protocol="full", k=(5, 10))
+    metrics = evaluate(EvaluateConfig(data=log, model=factors, evaluation=look, out=str(out)))
+    assert json.loads(out.read_text()) == metrics
+    assert 0 < metrics["Recall@5"] < metrics["Recall@10"] < 1
+
+
+def test_frozen_tables_are_the_factors_of_all_rows_bit_for_bit_after_training(log, factors, tmp_path):
+    train(network(log, tmp_path / "cadc", factors))
+    for side in ("user", "item"):
+        files = sorted((tmp_path / "cadc" / "weights" / "tables").glob(f"*{side}_frozen*{side}.frozen/*.npy"))
+        saved = np.concatenate([np.load(path) for path in files])
+        np.testing.assert_array_equal(saved[:, :16], FactorTable(factors, side)[:])
+
+
+def test_a_model_evaluates_as_it_did_at_the_end_of_training(log, factors, tmp_path):
+    for strategy in ("random", "init-train", "init-freeze", "init-freeze-plus"):
+        start = None if strategy == "random" else factors
+        config = network(log, tmp_path / strategy, start)
+        config = replace(config, model=replace(config.model, tables=TablesConfig(strategy=strategy, dim=16)))
+        result = train(config)
+        assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / strategy))) == result.metrics
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8"])
+def test_frozen_rows_may_be_stored_in_fewer_bits(log, factors, storage, tmp_path):
+    config = network(log, tmp_path / storage, factors)
+    tables = TablesConfig(strategy="init-freeze", storage=storage)
+    result = train(replace(config, model=replace(config.model, tables=tables)))
+    full = train(network(log, tmp_path / "fp32", factors))
+    assert abs(result.metrics["HR@10"] - full.metrics["HR@10"]) < 0.03
+    assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / storage))) == result.metrics
+
+
+def test_the_same_seed_gives_the_same_weights(log, factors, tmp_path):
+    for name in ("a", "b"):
+        train(network(log, tmp_path / name, factors))
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a" / "weights").rglob("*") if p.is_file())
+    assert files
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_side_features_join_the_towers(log, factors, tmp_path):
+    features = {"item_features": ("genres", "price"), "user_features": ("country",)}
+    config = network(log, tmp_path / "features", factors, **features)
+    result = train(config)
+    assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "features"))) == result.metrics
+
+
+def _both(log, factors, out):
+    factorize(FactorizeConfig(data=log, out=f"{out}/factors", als=ALS, crossfit_rate=0.2, crossfit_seed=3))
+    train(network(log, f"{out}/model", f"{out}/factors"))
+    return evaluate(EvaluateConfig(data=log, model=f"{out}/model"))
+
+
+def test_two_ranks_factorize_train_and_evaluate_as_one(log, factors, tmp_path):
+    of_ranks = run_on_ranks(_both, 2, log, factors, str(tmp_path))
+    assert of_ranks[0] == of_ranks[1]
+    # the checkpoint of two ranks, ranked by one: the same to the last bit
+    assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model"))) == of_ranks[0]
+    for side in ("user", "item"):
+        table = FactorTable(tmp_path / "factors", side)[:]
+        np.testing.assert_allclose(table, FactorTable(factors, side)[:], atol=1e-4)
+
+
+def write(folder, name, **columns):
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / f"{name}.parquet")
+
+
+def plain_log(folder, users=(0, 0, 1, 1), items=(0, 1, 1, 2)):
+    write(folder, "train", user_id=list(users), item_id=list(items))
+    write(folder, "test", user_id=[0, 1], item_id=[2, 0])
+    return str(folder)
+
+
+def test_factors_of_another_vocabulary_are_refused(factors, tmp_path):
+    other = plain_log(tmp_path / "other")
+    with pytest.raises(InputError, match=r"made for 800 users .*, but .*other has 2"):
+        train(network(other, tmp_path / "model", factors))
+    with pytest.raises(InputError, match="made for 800 users"):
+        evaluate(EvaluateConfig(data=other, model=factors))
+    assert not (tmp_path / "model").exists()
+
+
+def test_factors_of_the_same_sizes_but_other_ids_are_refused(log, factors, tmp_path):
+    manifest = json.loads((Path(factors) / "manifest.json").read_text())
+    assert manifest["log"]["vocabularies"]["user"]
+    copy = tmp_path / "factors"
+    copy.mkdir()
+    for path in Path(factors).iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    manifest["log"]["vocabularies"]["user"] = "another"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="another user vocabulary"):
+        evaluate(EvaluateConfig(data=log, model=str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factors": None}, "factors: missing"),
+        ({"sample": SampleConfig(rate=0.2, seed=4), "crossfit": "yes"}, "crossfit: expected factors made without"),
+        ({"negatives": NegativesConfig(kind="in-batch")}, "negatives.kind is 'in-batch'"),
+        ({"use_label": True}, "use_label: expected schema.label"),
+        ({"item_features": ("colour",)}, "colour"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_error(log, factors, tmp_path, changes, message):
+    config = network(log, tmp_path / "model", factors)
+    with pytest.raises(ValueError, match=message) as error:
+        train(replace(config, **changes))
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, float("nan")])
+def test_a_sample_rate_outside_0_to_1_is_refused(log, tmp_path, rate):
+    with pytest.raises(InputError, match="rate"):
+        train(network(log, tmp_path / "model", sample=SampleConfig(rate=rate)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_existing_result_is_not_overwritten_unless_asked(log, factors):
+    with pytest.raises(InputError, match="exists already"):
+        factorize(FactorizeConfig(data=log, out=factors, als=ALS))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "null", "negative", "missing column"])
+def test_bad_data_on_one_rank_ends_all_ranks_with_the_place(tmp_path, damage):
+    """Two files: the second is bad, so one rank alone meets it."""
+    folder = tmp_path / "log"
+    users, items = [0, 1] * 50, [0, 1, 2, 0] * 25
+    write(folder / "train", "a", user_id=users, item_id=items)
+    bad = {"null": [None, *users[1:]], "negative": [-1, *users[1:]]}.get(damage, users)
+    if damage == "missing column":
+        write(folder / "train", "b", user=users, item_id=items)
+    else:
+        pq.write_table(
+            pa.table({"user_id": bad, "item_id": items}), folder / "train" / "b.parquet", write_statistics=False
+        )
+    if damage == "truncated":
+        path = folder / "train" / "b.parquet"
+        path.write_bytes(path.read_bytes()[:-20])
+    write(folder, "test", user_id=[0, 1], item_id=[1, 2])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["recpress.trainer.cli", "factorize", "--data", str(folder), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode != 0
+    assert "b.parquet" in done.stderr
+    assert "recpress [rank 0]: error:" in done.stderr
+    assert "recpress [rank 1]: error:" in done.stderr
+    assert list(tmp_path.iterdir()) == [folder]
