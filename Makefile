@@ -14,7 +14,7 @@ install-dev:     ## the same, with what tests and lint need
 	@scripts/install.sh $(VENV) dev
 
 demo: install    ## the main job on a made log: table on the terminal, report page in runs/demo
-	$(BIN)/recpress compare cadc --config trainer/recipes/demo.toml
+	$(BIN)/recpress compare cadc --config benchmarks/recipes/demo.toml
 
 test: install-dev lint  ## lint and tests
 	$(BIN)/python -m pytest

@@ -187,13 +187,9 @@ def line(row: dict) -> tuple:
 
 def main() -> None:
     """Measure all, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PARQUET", help="logs to measure on")
-    parser.add_argument(
-        "--made", nargs=3, type=int, metavar=("USERS", "ITEMS", "ROWS"), help="a random log instead"
-    )
+    parser.add_argument("--made", nargs=3, type=int, metavar=("USERS", "ITEMS", "ROWS"), help="a random log instead")
     parser.add_argument("--factors", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--sweeps", type=int, default=15)
     parser.add_argument("--runs", type=int, default=3)
@@ -215,9 +211,7 @@ def main() -> None:
             rows.append(compare(name, source, args, factors))
             print(" | ".join(map(str, line(rows[-1]))), flush=True)
     if args.json:
-        settings = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-        }
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         args.json.write_text(
             json.dumps(
                 {"settings": settings | {"data": [d.split("=")[0] for d in args.data]}, "rows": rows},

@@ -58,16 +58,12 @@ def decode(log: Log, columns: list[str], threads: int) -> float:
 def stream(log: Log, config: StreamConfig, sample: SampleConfig | None, epoch: int) -> tuple[float, int]:
     """Seconds of one epoch, and its rows."""
     began = time.perf_counter()
-    rows = sum(
-        batch.size for batch in InteractionStream(log.train, log.schema, config, sample=sample, epoch=epoch)
-    )
+    rows = sum(batch.size for batch in InteractionStream(log.train, log.schema, config, sample=sample, epoch=epoch))
     return time.perf_counter() - began, rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", help="a log to read; by default a narrow one is made")
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--group", type=int, default=1_000_000, help="rows of a row group of the made log")

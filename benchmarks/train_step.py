@@ -119,9 +119,7 @@ class Subject:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=200_000)
     parser.add_argument("--items", type=int, default=50_000)
     parser.add_argument("--dim", type=int, default=128)
@@ -139,9 +137,7 @@ def main() -> None:
     with process_group(args.device) as ranks:
         batches = [made_batch(args, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
         subjects = {strategy: Subject(strategy, args, ranks.device) for strategy in STRATEGIES}
-        runs: dict[str, list[tuple[float, float]]] = {
-            f"{s}/{loop}": [] for s in STRATEGIES for loop in ("bare", "fit")
-        }
+        runs: dict[str, list[tuple[float, float]]] = {f"{s}/{loop}": [] for s in STRATEGIES for loop in ("bare", "fit")}
         for run in range(args.runs + 1):  # the first one warms up
             for name, found in runs.items():
                 strategy, loop = name.split("/")
@@ -173,8 +169,7 @@ def summary(speeds: dict[str, list[float]]) -> dict[str, dict[str, object]]:
         "spread": {name: [round(min(f)), round(max(f))] for name, f in speeds.items()},
         "ratio_fit_to_bare": {s: ratio(speeds[f"{s}/fit"], speeds[f"{s}/bare"]) for s in STRATEGIES},
         "ratio_freeze_to_train": {
-            loop: ratio(speeds[f"init-freeze/{loop}"], speeds[f"init-train/{loop}"])
-            for loop in ("bare", "fit")
+            loop: ratio(speeds[f"init-freeze/{loop}"], speeds[f"init-train/{loop}"]) for loop in ("bare", "fit")
         },
     }
 

@@ -121,9 +121,7 @@ def writing(
         abort(tmp)
 
 
-def read_manifest(
-    path: str | Path, kind: str, *, filesystem: pafs.FileSystem | None = None
-) -> dict[str, Any]:
+def read_manifest(path: str | Path, kind: str, *, filesystem: pafs.FileSystem | None = None) -> dict[str, Any]:
     """The manifest of the artifact at `path`.
 
     Raises InputError where there is none, it cannot be read, or it is of another kind or version.

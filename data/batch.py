@@ -155,9 +155,7 @@ class BatchBuilder:
             return features, None
         found, floats = table.gather(ids)
         if key in found:
-            raise InputError(
-                f"a feature of the {key}s is called '{key}', which is the key of their id; rename it"
-            )
+            raise InputError(f"a feature of the {key}s is called '{key}', which is the key of their id; rename it")
         return features | found, floats
 
     def _keyed(self, features: Mapping[str, torch.Tensor | JaggedColumn], stride: int) -> KeyedJaggedTensor:

@@ -90,8 +90,7 @@ class BlockReader:
         largest = max((int(order.counts[visit.group]) for visit in visits), default=0)
         self._limit = order.buffer_rows + len(lanes) * largest
         self._threads = [
-            threading.Thread(target=self._run, name=f"recpress-stream-{k}", daemon=True)
-            for k in range(threads)
+            threading.Thread(target=self._run, name=f"recpress-stream-{k}", daemon=True) for k in range(threads)
         ]
 
     def __enter__(self) -> BlockReader:
@@ -185,9 +184,7 @@ class BlockReader:
             with self._changed:
                 if self._closed:
                     return
-                block = self._filling.get(place) or self._filling.setdefault(
-                    place, self._new_block(part, columns)
-                )
+                block = self._filling.get(place) or self._filling.setdefault(place, self._new_block(part, columns))
             block.fill(part, columns)
             with self._changed:
                 block.missing -= part.count

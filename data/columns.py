@@ -60,9 +60,7 @@ def check_type(column: Column, schema: pa.Schema, where: str) -> None:
     found = schema.get_field_index(column.name)
     if found < 0:
         names = ", ".join(schema.names)
-        raise InputError(
-            f"{where}: no column '{column.name}'; expected {_EXPECTED[column.role]}, found {names}"
-        )
+        raise InputError(f"{where}: no column '{column.name}'; expected {_EXPECTED[column.role]}, found {names}")
     kind = schema.field(found).type
     if not _fits(column.role, kind):
         raise InputError(f"{where}, column '{column.name}': type {kind}; expected {_EXPECTED[column.role]}")
@@ -90,9 +88,7 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def check_ids(
-    ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[int], int] | None = None
-) -> None:
+def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[int], int] | None = None) -> None:
     """Raises InputError, naming the first such row, where an id is negative or not below `limit`.
 
     Two passes over the array (about 1 ns an id); `where` is file, row group and column. `row_of` tells the

@@ -95,9 +95,7 @@ class Encoder:
                 return pa.ListArray.from_arrays(_offsets(lists), pa.array(values))
             return pa.array(vocabulary.encode(_text(column), count=count, where=where))
         except pa.ArrowException as error:
-            raise InputError(
-                f"{where}: type {column.type}; expected strings, integers or lists of them"
-            ) from error
+            raise InputError(f"{where}: type {column.type}; expected strings, integers or lists of them") from error
 
     def write_side_tables(self, source: Source, writer: LogWriter) -> None:
         """`users.parquet` and `items.parquet`, a row for each dense id; an id without features has missing
@@ -120,9 +118,7 @@ class Encoder:
                 rows.append(table)
             if rows[0].column_names != rows[-1].column_names:
                 have, had = ", ".join(rows[-1].column_names), ", ".join(rows[0].column_names)
-                raise InputError(
-                    f"side table of {side}s has columns {have}; those of the log to extend are {had}"
-                )
+                raise InputError(f"side table of {side}s has columns {have}; those of the log to extend are {had}")
             table = pa.concat_tables([part.cast(rows[-1].schema) for part in rows])
             missing = self._side_columns(_missing(table)).cast(table.schema)
             place = np.where(place < 0, table.num_rows, place)

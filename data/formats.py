@@ -66,9 +66,7 @@ def movielens(config: IngestConfig, filesystem: pafs.FileSystem, folder: str) ->
         else:
             columns = {"movieId": "raw", "title": "title", "genres": "genres"}
             types = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
-            rows = read_text(
-                filesystem, names["movies.csv"].path, delimiter=",", columns=columns, types=types
-            )
+            rows = read_text(filesystem, names["movies.csv"].path, delimiter=",", columns=columns, types=types)
             table = pa.concat_tables([part for _, part in rows])
         year = pc.extract_regex(table.column("title"), r"\((?P<year>\d{4})\)\s*$")
         year = pc.struct_field(year, "year").cast(pa.float32())
@@ -116,10 +114,7 @@ def ncf(config: IngestConfig, filesystem: pafs.FileSystem, start: str) -> Source
                 yield Piece(part, path, first, table)
 
     def negatives() -> Iterator[Piece]:
-        tests = [
-            table
-            for _, table in read_text(filesystem, test, delimiter="\t", names=_EVENT, types=_EVENT_TYPES)
-        ]
+        tests = [table for _, table in read_text(filesystem, test, delimiter="\t", names=_EVENT, types=_EVENT_TYPES)]
         expected = pa.concat_tables(tests).select(["user_id", "item_id"])
         for first, lines in _lines(filesystem, negative):
             pairs = pc.extract_regex(lines, r"^\((?P<user>\d+),\s*(?P<item>\d+)\)\t(?P<rest>[0-9\t]+)\s*$")
@@ -128,20 +123,14 @@ def ncf(config: IngestConfig, filesystem: pafs.FileSystem, start: str) -> Source
                 raise InputError(f"{negative}, row {row}: expected (user,item) and items, separated by tabs")
             users, items = (pc.struct_field(pairs, name).cast(pa.int64()) for name in ("user", "item"))
             lists = pc.split_pattern(pc.utf8_trim(pc.struct_field(pairs, "rest"), "\t"), "\t")
-            table = pa.table(
-                {"user_id": users, "item_id": items, "negatives": lists.cast(pa.list_(pa.int64()))}
-            )
+            table = pa.table({"user_id": users, "item_id": items, "negatives": lists.cast(pa.list_(pa.int64()))})
             piece = expected.slice(first, len(lines))
             for name in ("user_id", "item_id"):
                 if piece.column(name).combine_chunks() != table.column(name).combine_chunks():
-                    raise InputError(
-                        f"{negative}, rows {first} and on: {name} is not that of {test} in every row"
-                    )
+                    raise InputError(f"{negative}, rows {first} and on: {name} is not that of {test} in every row")
             yield Piece("test_negatives", negative, first, table)
 
-    has = {
-        path: filesystem.get_file_info(path).type == pafs.FileType.File for path in (train, test, negative)
-    }
+    has = {path: filesystem.get_file_info(path).type == pafs.FileType.File for path in (train, test, negative)}
     for path in (train, test):
         if not has[path]:
             raise InputError(f"{path}: no such file; the NCF format needs it")
@@ -170,9 +159,7 @@ def lightgcn(config: IngestConfig, filesystem: pafs.FileSystem, folder: str) -> 
 
 def _lines(filesystem: pafs.FileSystem, path: str) -> Iterator[tuple[int, pa.Array]]:
     """Lines of a text file, as (ordinal of the first, strings)."""
-    rows = read_text(
-        filesystem, path, delimiter="\x01", names=["line"], types={"line": pa.string()}, quoted=False
-    )
+    rows = read_text(filesystem, path, delimiter="\x01", names=["line"], types={"line": pa.string()}, quoted=False)
     for first, table in rows:
         yield first, table.column("line").combine_chunks()
 
@@ -190,9 +177,7 @@ def _adjacency(lines: pa.Array, path: str, first: int, allow_empty: bool) -> pa.
         raise InputError(f"{path}, row {first + owner[place]}: {flat[place].as_py()!r}; expected ids >= 0")
     if not allow_empty and (lengths[~blank] < 2).any():
         row = int(np.argmax((lengths < 2) & ~blank))
-        raise InputError(
-            f"{path}, row {first + row}: a user without items; `allow_empty_users` skips such users"
-        )
+        raise InputError(f"{path}, row {first + row}: a user without items; `allow_empty_users` skips such users")
     values = pc.if_else(pa.array(blank[owner]), "0", flat).cast(pa.int64()).to_numpy()
     starts = np.cumsum(lengths) - lengths
     is_item = np.ones(len(values), dtype=bool)
@@ -213,9 +198,7 @@ def criteo(config: IngestConfig, filesystem: pafs.FileSystem, files: list[str]) 
 
     def pieces() -> Iterator[Piece]:
         for path in files:
-            for first, table in read_text(
-                filesystem, path, delimiter="\t", names=names, types=types, quoted=False
-            ):
+            for first, table in read_text(filesystem, path, delimiter="\t", names=names, types=types, quoted=False):
                 yield from by_part(table, path, first)
 
     schema = Schema(user="", item="", label="label", categorical=tuple(CATEGORIES), floats=tuple(INTS))

@@ -85,9 +85,7 @@ def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> Path:
             made_by="ingest",
             source=source.format,
             config=asdict(config),
-            inputs=[
-                {"name": path, "fingerprint": artifact.fingerprint(path, filesystem)} for path in source.files
-            ],
+            inputs=[{"name": path, "fingerprint": artifact.fingerprint(path, filesystem)} for path in source.files],
         )
     return Path(out)
 
@@ -104,9 +102,7 @@ def open_source(config: IngestConfig) -> Source:
     text = {"csv": (".csv", ","), "tsv": (".tsv", "\t")}
     if found in text:
         suffix, delimiter = text[found]
-        return sources.delimited(
-            config, filesystem, sources.find_files(config, filesystem, path, [suffix]), delimiter
-        )
+        return sources.delimited(config, filesystem, sources.find_files(config, filesystem, path, [suffix]), delimiter)
     readers: dict[str, Callable[[], Source]] = {
         "movielens": lambda: formats.movielens(config, filesystem, folder),
         "ncf": lambda: formats.ncf(config, filesystem, _ncf_start(config, filesystem, path)),

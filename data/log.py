@@ -105,9 +105,7 @@ class Log:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
         if table.num_rows != self.num_ids(side):
-            raise InputError(
-                f"{path}: {table.num_rows} rows; expected one for each of {self.num_ids(side)} {side}s"
-            )
+            raise InputError(f"{path}: {table.num_rows} rows; expected one for each of {self.num_ids(side)} {side}s")
         return table
 
 
@@ -137,17 +135,13 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
             manifest = artifact.read_manifest(inner, KIND, filesystem=filesystem)
             _check_files(filesystem, inner, manifest)
         if not parts["train"]:
-            raise InputError(
-                f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob"
-            )
+            raise InputError(f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob")
     else:
         raise InputError(f"{path}: no such file or folder")
     if schema is None:
         schema = schema_from_manifest(manifest) if manifest else Schema()
     if pairs and not (schema.user and schema.item):
-        raise InputError(
-            f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here"
-        )
+        raise InputError(f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here")
     opened = {part: _open_part(filesystem, part, files, schema) for part, files in parts.items() if files}
     for part, rows in opened.items():
         if rows.num_rows == 0:
@@ -156,10 +150,7 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
     features = {name: entry["num_ids"] for name, entry in (manifest or {}).get("features", {}).items()}
     limits = features | {schema.user: users, schema.item: items}
     held_out = {NEGATIVES.user: users, NEGATIVES.item: items, "negatives": items}
-    opened = {
-        part: _limited(rows, held_out if part == "test_negatives" else limits)
-        for part, rows in opened.items()
-    }
+    opened = {part: _limited(rows, held_out if part == "test_negatives" else limits) for part, rows in opened.items()}
     return Log(
         path=str(path),
         schema=schema,

@@ -26,9 +26,7 @@ class Negatives:
             redraws (a user who has nearly all items) is kept, and counted in `kept_positives`.
     """
 
-    def __init__(
-        self, num_items: int, count: int, seed: int = 0, reject: PositivePairs | None = None
-    ) -> None:
+    def __init__(self, num_items: int, count: int, seed: int = 0, reject: PositivePairs | None = None) -> None:
         if num_items < 1 or count < 0:
             raise InputError(f"{count} negatives of {num_items} items; expected at least 0 of at least 1")
         self.num_items, self.count, self.seed, self.reject = num_items, count, seed, reject

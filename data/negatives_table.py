@@ -42,9 +42,7 @@ def _distinct(keys: np.ndarray) -> np.ndarray:
     return keys[np.concatenate(([True], keys[1:] != keys[:-1]))] if keys.size else keys
 
 
-def negatives_table(
-    users: np.ndarray, items: np.ndarray, negatives: np.ndarray, kind: pa.DataType
-) -> pa.Table:
+def negatives_table(users: np.ndarray, items: np.ndarray, negatives: np.ndarray, kind: pa.DataType) -> pa.Table:
     """`user_id`, `pos_item_id`, `negatives` as the convention of logs names them; `negatives` is (rows,
     count)."""
     offsets = np.arange(len(users) + 1) * negatives.shape[1]

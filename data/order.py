@@ -209,10 +209,7 @@ class EpochOrder:
     def visits(self, rank: int, world: int, start: int = 0) -> list[Visit]:
         """The row groups that a rank decodes from step `start` on, each once, in the order of need."""
         visits: dict[int, Visit] = {}
-        parts = (
-            (self._needed_at(lane, block, start), lane, block)
-            for lane, block in self._blocks(rank, world, start)
-        )
+        parts = ((self._needed_at(lane, block, start), lane, block) for lane, block in self._blocks(rank, world, start))
         for step, lane, block in sorted(parts):
             low, high = self._block_line(lane, block)
             at = int(np.searchsorted(self._starts, low, side="right")) - 1

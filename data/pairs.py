@@ -24,7 +24,7 @@ class PositivePairs:
     @classmethod
     def of_pairs(cls, users: np.ndarray, items: np.ndarray, num_items: int) -> PositivePairs:
         """Of int64 arrays of pairs, in any order, with repetitions."""
-        return cls(torch.from_numpy(np.unique(_keys(users, items, num_items))), num_items)
+        return cls(torch.from_numpy(_distinct(_keys(users, items, num_items))), num_items)
 
     @classmethod
     def of(cls, parts: Sequence[Rows], user: str, item: str, num_items: int) -> PositivePairs:
@@ -36,7 +36,7 @@ class PositivePairs:
                 assert isinstance(users, np.ndarray)
                 assert isinstance(items, np.ndarray)
                 keys.append(_keys(users, items, num_items))
-        return cls(torch.from_numpy(np.unique(np.concatenate(keys))), num_items)
+        return cls(torch.from_numpy(_distinct(np.concatenate(keys))), num_items)
 
     def to(self, device: torch.device | str) -> PositivePairs:
         return PositivePairs(self.keys.to(device), self.num_items)
@@ -62,18 +62,19 @@ class PositivePairs:
         Goes over the users' own items, not over all B * N pairs.
         """
         distinct, column = torch.unique(items, return_inverse=True)
-        slot = torch.full((self.num_items,), -1, dtype=torch.int64, device=items.device)
-        slot[distinct] = torch.arange(len(distinct), device=items.device)
-        starts = torch.searchsorted(self.keys, users * self.num_items)
-        lengths = torch.searchsorted(self.keys, (users + 1) * self.num_items) - starts
-        row = torch.repeat_interleave(torch.arange(len(users), device=users.device), lengths)
+        slot = torch.full((self.num_items,), -1, dtype=torch.int32, device=items.device)
+        slot[distinct] = torch.arange(len(distinct), dtype=torch.int32, device=items.device)
+        base = users * self.num_items
+        starts = torch.searchsorted(self.keys, base)
+        lengths = torch.searchsorted(self.keys, base + self.num_items) - starts
         first = lengths.cumsum(0) - lengths
-        place = torch.arange(len(row), device=users.device) + (starts - first)[row]
-        found = slot[self.keys[place] - users[row] * self.num_items]
-        has = torch.zeros(len(users), len(distinct), dtype=torch.bool, device=users.device)
-        known = found >= 0
-        has[row[known], found[known]] = True
-        return has[:, column]
+        row = torch.repeat_interleave(lengths)
+        place = torch.arange(len(row), device=users.device).add_((starts - first)[row])
+        found = slot[self.keys[place].sub_(base[row])]
+        known = (found >= 0).nonzero().squeeze(1)  # on CUDA this waits for the device
+        has = torch.zeros(len(users) * len(distinct), dtype=torch.bool, device=users.device)
+        has[row[known] * len(distinct) + found[known]] = True
+        return has.view(len(users), len(distinct))[:, column]
 
     def _search(self, pairs: torch.Tensor) -> torch.Tensor:
         at = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)
@@ -103,6 +104,14 @@ def _keys(users: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
     if len(users) and int(users.max()) >= (2**63 - 1) // num_items:
         raise InputError(f"pairs of {int(users.max()) + 1} users and {num_items} items do not fit in 63 bits")
     return users * np.int64(num_items) + items
+
+
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    """Sorted, without repetitions. np.unique of numpy 2.4 hashes integers, which is many times slower."""
+    keys.sort()
+    first = np.ones(len(keys), dtype=bool)
+    first[1:] = keys[1:] != keys[:-1]
+    return keys[first]
 
 
 def mix(bits: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,7 @@ class Rows:
         for name in columns:
             if name not in self.columns:
                 known = ", ".join(self.columns)
-                raise InputError(
-                    f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}"
-                )
+                raise InputError(f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}")
         table = self.read_table(group, columns)
         where = self.where(group)
         return {name: decode(self.columns[name], table.column(name), where) for name in columns}

@@ -80,9 +80,7 @@ def read_text(
         "parse_options": pacsv.ParseOptions(
             delimiter=delimiter, quote_char='"' if quoted else False, ignore_empty_lines=quoted
         ),
-        "convert_options": pacsv.ConvertOptions(
-            include_columns=list(columns) if columns else None, column_types=types
-        ),
+        "convert_options": pacsv.ConvertOptions(include_columns=list(columns) if columns else None, column_types=types),
     }
     if columns:
         found = text_schema(filesystem, path, delimiter, names).names
@@ -212,9 +210,7 @@ def by_part(table: pa.Table, path: str, first: int) -> Iterator[Piece]:
     known = pc.is_in(split, value_set=pa.array(list(PARTS), split.type))
     if not pc.all(known).as_py():
         row = pc.index(known, False).as_py()
-        raise InputError(
-            f"{path}, row {first + row}: split {split[row].as_py()!r}; expected train, val or test"
-        )
+        raise InputError(f"{path}, row {first + row}: split {split[row].as_py()!r}; expected train, val or test")
     rest = table.drop_columns("split")
     for part in ("train", "val", "test"):
         names = [name for name, target in PARTS.items() if target == part]
@@ -240,9 +236,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def find_files(
-    config: IngestConfig, filesystem: pafs.FileSystem, path: str, suffixes: Sequence[str]
-) -> list[str]:
+def find_files(config: IngestConfig, filesystem: pafs.FileSystem, path: str, suffixes: Sequence[str]) -> list[str]:
     """The file, the files that match, or those of a folder that have one of the suffixes (also
     compressed)."""
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
@@ -250,16 +244,10 @@ def find_files(
             info.path
             for name, info in list_folder(filesystem, path).items()
             if info.type == pafs.FileType.File
-            and any(
-                name.endswith(suffix + packed)
-                for suffix in suffixes
-                for packed in ("", ".gz", ".bz2", ".zst")
-            )
+            and any(name.endswith(suffix + packed) for suffix in suffixes for packed in ("", ".gz", ".bz2", ".zst"))
         ]
     else:
         found = expand(filesystem, path)
     if not found:
-        raise InputError(
-            f"{config.input}: no file; expected {' or '.join('*' + suffix for suffix in suffixes)}"
-        )
+        raise InputError(f"{config.input}: no file; expected {' or '.join('*' + suffix for suffix in suffixes)}")
     return found

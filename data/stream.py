@@ -90,21 +90,14 @@ class InteractionStream:
         self.columns = [name for name in named if name in rows.columns] if columns is None else list(columns)
         for name in self.columns:
             if name not in rows.columns:
-                raise InputError(
-                    f"{rows.files[0].path}: no column '{name}'; expected {', '.join(rows.columns)}"
-                )
+                raise InputError(f"{rows.files[0].path}: no column '{name}'; expected {', '.join(rows.columns)}")
         self._counts = np.array(
-            [
-                selected_count(sample, complement, group.file, group.group, group.num_rows)
-                for group in rows.groups
-            ],
+            [selected_count(sample, complement, group.file, group.group, group.num_rows) for group in rows.groups],
             dtype=np.int64,
         )
         if self.num_rows < world:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
-            raise InputError(
-                f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank"
-            )
+            raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
         self.set_epoch(epoch, start_step)
 
     @property
@@ -129,9 +122,7 @@ class InteractionStream:
             config.lanes,
         )
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise InputError(
-                f"step {start_step} of epoch {epoch}: the epoch has {self.steps_per_epoch} steps"
-            )
+            raise InputError(f"step {start_step} of epoch {epoch}: the epoch has {self.steps_per_epoch} steps")
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:

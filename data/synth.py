@@ -53,9 +53,7 @@ def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> P
             writer.part("test_negatives").write(negatives)
         writer.table("users.parquet", made.user_features())
         writer.table("items.parquet", made.item_features())
-        meta |= writer.manifest(
-            Schema(time="time"), config.users, config.items, made_by="synth", config=asdict(config)
-        )
+        meta |= writer.manifest(Schema(time="time"), config.users, config.items, made_by="synth", config=asdict(config))
     return Path(out)
 
 
@@ -66,9 +64,7 @@ class MadeLog:
         _check(config)
         self.config = config
         self._tastes = Tastes(config)
-        self.user_rows = _activity(
-            config, self._tastes.most_rows
-        )  # (users,) int64, rows of each user in train
+        self.user_rows = _activity(config, self._tastes.most_rows)  # (users,) int64, rows of each user in train
         self._ends = np.cumsum(self.user_rows)
         self._permutation = Permutation(config.rows, config.seed)
         # Held-out users have one item more than rows; the ordinal that train leaves out:
@@ -111,13 +107,9 @@ class MadeLog:
         """Side table of the users: an age band, a country that goes with the main taste for half of them."""
         rng = generator(self.config.seed, "user features")
         main, _ = self._tastes.of_users(np.arange(self.config.users))
-        country = np.where(
-            rng.random(self.config.users) < 0.5, main % 50, rng.integers(0, 50, self.config.users)
-        )
+        country = np.where(rng.random(self.config.users) < 0.5, main % 50, rng.integers(0, 50, self.config.users))
         age = np.clip(rng.normal(3 + main % 3 - 1, 1.2), 0, 6)
-        return pa.table(
-            {"age": pa.array(age, pa.int32(), safe=False), "country": pa.array(country, pa.int32())}
-        )
+        return pa.table({"age": pa.array(age, pa.int32(), safe=False), "country": pa.array(country, pa.int32())})
 
     def item_features(self) -> pa.Table:
         """Side table of the items: the taste as a category for four of five, a list of one to three genres, a
@@ -134,9 +126,7 @@ class MadeLog:
         return pa.table(
             {
                 "category": pa.array(category, pa.int32()),
-                "genres": pa.ListArray.from_arrays(
-                    pa.array(offsets, pa.int32()), pa.array(genres, pa.int32())
-                ),
+                "genres": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(genres, pa.int32())),
                 "price": pa.array(price, pa.float32()),
             }
         )
@@ -178,9 +168,7 @@ def _check(config: SynthConfig) -> None:
     if not 0 < config.taste_decay <= 1:
         raise InputError(f"synth: taste_decay is {config.taste_decay}; expected a number in (0, 1]")
     if config.items < 6 * config.tastes:
-        raise InputError(
-            f"synth: {config.items} items for {config.tastes} tastes; expected at least 6 a taste"
-        )
+        raise InputError(f"synth: {config.items} items for {config.tastes} tastes; expected at least 6 a taste")
     most = (config.items // config.tastes) * min(config.tastes_per_user, config.tastes) // 3 - 1
     if config.rows > config.users * most or config.rows < config.users:
         raise InputError(
@@ -188,6 +176,4 @@ def _check(config: SynthConfig) -> None:
             f"item twice, and each at most a third of its tastes' items ({most})"
         )
     if config.held_out_users and config.items - most - 1 < config.negatives:
-        raise InputError(
-            f"synth: {config.negatives} negatives; at most {config.items - most - 1} items are unmet"
-        )
+        raise InputError(f"synth: {config.negatives} negatives; at most {config.items - most - 1} items are unmet")

@@ -26,9 +26,7 @@ class Tastes:
         weight = (rank + 1.0) ** -config.item_skew
         share = weight / np.add.reduceat(weight, self._starts[:-1])[taste]
         total = np.cumsum(share)
-        before = (
-            total - share - (total[self._starts[:-1]] - share[self._starts[:-1]])[taste]
-        )  # C_h, in the taste
+        before = total - share - (total[self._starts[:-1]] - share[self._starts[:-1]])[taste]  # C_h, in the taste
         self._before = np.clip(before, 0.0, 1.0)
         self._ends = taste + np.clip(before + share, 0.0, 1.0)  # ascending over all tastes
         # A draw of m items takes the h most popular for certain and the others in proportion to their share,

@@ -165,9 +165,7 @@ class Vocabulary:
             self._room(fresh)
             self._raw.append(fresh)
             self._size += new.size
-            self._confirm = (
-                np.concatenate((self._confirm, confirm[new])) if self.kind == "string" else confirm
-            )
+            self._confirm = np.concatenate((self._confirm, confirm[new])) if self.kind == "string" else confirm
             self._add_run(keys[new], ids[new])
         return ids
 
@@ -231,11 +229,7 @@ def _characters(strings: pa.Array) -> bytes:
     """The bytes of a large_string array, one string after the other."""
     offsets = np.frombuffer(strings.buffers()[1], dtype=np.int64)[strings.offset :][: len(strings) + 1]
     data = strings.buffers()[2]
-    return (
-        data.slice(offsets[0], offsets[-1] - offsets[0]).to_pybytes()
-        if data is not None and len(strings)
-        else b""
-    )
+    return data.slice(offsets[0], offsets[-1] - offsets[0]).to_pybytes() if data is not None and len(strings) else b""
 
 
 def _hash(strings: pa.Array, tables: np.ndarray) -> np.ndarray:

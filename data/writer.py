@@ -128,9 +128,7 @@ class PartWriter:
             schema,
             compression="zstd",
             use_dictionary=[
-                field.name
-                for field in schema
-                if field.name not in delta and not pa.types.is_nested(field.type)
+                field.name for field in schema if field.name not in delta and not pa.types.is_nested(field.type)
             ],
             column_encoding=delta or None,
         )

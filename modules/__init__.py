@@ -1,1 +1,1 @@
-"""Factorization, frozen tables and the two-tower network: plain functions and `nn.Module`s, usable without our trainer."""
+"""Factorization, frozen tables and the two-tower network: functions and `nn.Module`s that need no trainer."""

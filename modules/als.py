@@ -123,9 +123,7 @@ class ALS:
             pairs = config.unobserved_weight * float((user_sums.gramian * item_sums.gramian).sum())
             objective = float(self.exchange.sum(total)) + pairs
             if not math.isfinite(objective):
-                raise ValueError(
-                    f"als: the objective is {objective} after sweep {sweep}, expected a finite number"
-                )
+                raise ValueError(f"als: the objective is {objective} after sweep {sweep}, expected a finite number")
             now = time.perf_counter()
             left = (now - began) / sweep * (config.sweeps - sweep)
             report = SweepReport(sweep, config.sweeps, objective, now - at, left)

@@ -111,9 +111,7 @@ class Side:
         self.reg = config.regularization * (self.degree + base) ** config.frequency_exponent
         # the line through the regularization of no interactions and of twice the mean number
         far = max(2 * self.nnz / num_rows, 1.0)
-        near_reg, far_reg = (
-            config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far)
-        )
+        near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
         self.reg_line = (near_reg, (far_reg - near_reg) / far)
         self.pieces = list(_pieces(csr.indptr, limits))
         self.rounds = exchange.max(len(self.pieces))
@@ -131,9 +129,7 @@ class Side:
         both = self.exchange.sum(torch.stack((plain, weighted)))
         return Summary(both[0], both[1] / max(self.nnz, 1), penalty)
 
-    def _summary_block(
-        self, rows: torch.Tensor, first: int, last: int
-    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _summary_block(self, rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         part, reg = rows[first:last], self.reg[first:last]
         weighted = part.T @ (part * self.weight[first:last, None])
         penalty = (part.square().sum(1) * reg).sum(dtype=torch.float64)
@@ -195,9 +191,7 @@ class Side:
         rows[first : first + len(solved)] = solved
         return loss_of(scores, chunk.weights, shared.unobserved_weight), None
 
-    def _chunk(
-        self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor
-    ) -> Chunk:
+    def _chunk(self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor) -> Chunk:
         """Rows first..last-1 with interactions start..stop-1 and the other side's rows that these touch."""
         indptr = np.clip(self.csr.indptr[first : last + 1], start, stop) - start
         indices = torch.from_numpy(self.csr.indices[start:stop]).to(self.device)

@@ -107,9 +107,7 @@ def preconditioner(
     return basis.to(gramian.device, torch.float32), scale.clamp_(min=0).to(gramian.device, torch.float32)
 
 
-def solve_cg(
-    chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def solve_cg(chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """`steps` steps of preconditioned conjugate gradients from `chunk.start`.
 
     relaxation: length of a single step in units of the best one. Below 2 the objective still falls; between 1

@@ -84,7 +84,7 @@ class TowersConfig:
     dim: int = 64
     """Dimension of the output of `mlp`; `residual` keeps the table's."""
     dropout: float = 0.0
-    """Dropout on the hidden layers; `residual` has half of it on its input too."""
+    """Dropout on the hidden layers."""
     penalty: float = 0.0
     """`residual`: weight in the loss of the mean square of what the MLP adds, in units of the table's
     spread."""

@@ -94,9 +94,7 @@ class Factors:
             path = Path(folder) / shard_name(side, self.rank, self.world)
             part = path.with_name(path.name + ".part")
             with open(part, "wb") as file:
-                np.save(
-                    file, shard.detach().to("cpu", torch.float32).contiguous().numpy(), allow_pickle=False
-                )
+                np.save(file, shard.detach().to("cpu", torch.float32).contiguous().numpy(), allow_pickle=False)
             part.rename(path)
 
 
@@ -166,15 +164,9 @@ class FactorTable:
                 shard = np.load(path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
                 raise ValueError(f"{path}: not a whole shard of factors ({error})") from error
-            if (
-                shard.ndim != 2
-                or shard.dtype != np.float32
-                or (shards and shard.shape[1] != shards[0].shape[1])
-            ):
+            if shard.ndim != 2 or shard.dtype != np.float32 or (shards and shard.shape[1] != shards[0].shape[1]):
                 width = shards[0].shape[1] if shards else "one width"
-                raise ValueError(
-                    f"{path}: holds {shard.dtype} {shard.shape}, expected float32 rows of {width}"
-                )
+                raise ValueError(f"{path}: holds {shard.dtype} {shard.shape}, expected float32 rows of {width}")
             shards.append(shard)
         blocks = RowBlocks(sum(len(shard) for shard in shards), world)
         for rank, shard in enumerate(shards):

@@ -51,9 +51,7 @@ def fold_in(
             for part in others.split(4096):
                 gramian += part.T @ part
             exchange.sum(gramian)
-        side.solve(
-            rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky
-        )
+        side.solve(rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky)
     finally:
         workers.close()
     return rows

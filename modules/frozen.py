@@ -92,10 +92,7 @@ class FrozenKernel(nn.Module):
         place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
         compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
         kernel = SplitTableBatchedEmbeddingBagsCodegen(
-            [
-                (max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], place, compute)
-                for s in self.shards
-            ],
+            [(max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], place, compute) for s in self.shards],
             feature_table_map=[index for index, s in enumerate(self.shards) for _ in range(s.features)],
             optimizer=EmbOptimType.EXACT_SGD,  # the one without a state
             learning_rate=0.0,

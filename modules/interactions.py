@@ -64,9 +64,7 @@ class InteractionBuilder:
             _ids(items, "item", self.num_items, self.rows),
         )
         if len(users) != len(items) or (values is not None and len(values) != len(users)):
-            raise ValueError(
-                f"interactions: {len(users)} users, {len(items)} items and values differ in length"
-            )
+            raise ValueError(f"interactions: {len(users)} users, {len(items)} items and values differ in length")
         if values is not None:
             values = np.asarray(values, dtype=np.float32)
             bad = ~(np.isfinite(values) & (values >= 0))
@@ -107,9 +105,7 @@ class InteractionBuilder:
             sorted_values = None if values is None else values[part][order]
             for k in np.flatnonzero(np.diff(bounds)):
                 cut = slice(bounds[k], bounds[k + 1])
-                self._pieces[k].append(
-                    (keys[cut].copy(), None if sorted_values is None else sorted_values[cut].copy())
-                )
+                self._pieces[k].append((keys[cut].copy(), None if sorted_values is None else sorted_values[cut].copy()))
 
     def build(self) -> tuple[CSR, CSR]:
         """CSR of this rank's users and of its items. Collective; the builder is empty after it."""
@@ -205,9 +201,7 @@ class _Growing:
 
     def append(self, part: np.ndarray) -> None:
         need = self._size + len(part)
-        if need > len(
-            self._array
-        ):  # untouched pages cost nothing; large blocks grow by remapping, without a copy
+        if need > len(self._array):  # untouched pages cost nothing; large blocks grow by remapping, without a copy
             self._array.resize(max(need, len(self._array) * 5 // 4), refcheck=False)
         self._array[self._size : need] = part
         self._size = need

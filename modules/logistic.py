@@ -45,9 +45,7 @@ class LogisticMF(nn.Module):
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss to differentiate, the cross-entropy in it, detached) of a batch as `losses` lays it out, each
         row with negatives of its own."""
-        loss = self.head(
-            self.user_tables(batch.user_features), self.item_tables(batch.item_features), batch.label
-        )
+        loss = self.head(self.user_tables(batch.user_features), self.item_tables(batch.item_features), batch.label)
         return loss[0], loss[1]
 
     @torch.no_grad()

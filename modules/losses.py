@@ -71,13 +71,13 @@ class BinaryCrossEntropy(nn.Module):
         """
         positive, negative, _ = pair_scores(users, items, excluded is not None)
         for_positive, losses = self.logits(positive), F.softplus(self.logits(negative))
-        pairs = positive.numel() + negative.numel()
+        pairs: int | torch.Tensor = positive.numel() + negative.numel()
         if excluded is not None:
             losses = losses.masked_fill(excluded, 0.0)
             pairs = pairs - excluded.sum()
         # softplus(x) - y x is the cross-entropy of sigmoid(x) against y
         total = (F.softplus(for_positive) - label * for_positive).sum() + losses.sum()
-        return total / max(1, pairs)
+        return total / pairs
 
 
 class SampledSoftmax(nn.Module):

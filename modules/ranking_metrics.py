@@ -130,9 +130,7 @@ def pointwise_auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def _sum(values: Tensor, rows: Tensor, num_users: int) -> Tensor:
-    return torch.zeros(num_users, dtype=torch.float64, device=rows.device).index_add_(
-        0, rows, values.double()
-    )
+    return torch.zeros(num_users, dtype=torch.float64, device=rows.device).index_add_(0, rows, values.double())
 
 
 def _hits(positions: Tensor, rows: Tensor, num_users: int, k: int) -> tuple[Tensor, Tensor]:

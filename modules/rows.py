@@ -68,8 +68,7 @@ def sample_rows(source: RowSource, limit: int = 1 << 16) -> torch.Tensor:
     parts = []
     for first in range(0, rows, step):
         read = source[first : min(first + min(step, size), rows)]
-        parts.append(read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read,
-        np.float32)))
+        parts.append(read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32)))
     return torch.cat(parts)
 
 
@@ -85,6 +84,8 @@ class LogCounts:
     def __init__(self, counts: RowSource, *, share: float = 1.0, like: LogCounts | None = None) -> None:
         self._counts, self._share = counts, share
         self.shape = (counts.shape[0], 1)
+        self.mean: float
+        self.spread: float
         if like is not None:
             self.mean, self.spread = like.mean, like.spread
         else:

@@ -98,7 +98,7 @@ class ResidualTower(nn.Module):
     def __init__(self, config: TowersConfig, given: TowerInput, *, start: float) -> None:
         super().__init__()
         self.given, self.start, self.out_dim = given, start, given.dim + 1
-        layers: list[nn.Module] = [nn.Dropout(config.dropout / 2)]
+        layers: list[nn.Module] = []
         width = given.width + 1
         for hidden in config.hidden:
             layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
@@ -135,9 +135,7 @@ class ResidualTower(nn.Module):
         return torch.cat([moved, place + self.start], 1), delta.square().mean()
 
 
-def make_tower(
-    config: TowersConfig, given: TowerInput, side: Literal["user", "item"]
-) -> Tower | ResidualTower:
+def make_tower(config: TowersConfig, given: TowerInput, side: Literal["user", "item"]) -> Tower | ResidualTower:
     """The tower that the configuration names."""
     if config.kind == "mlp":
         return Tower(config, given)

@@ -118,18 +118,23 @@ class TwoTower(nn.Module):
             ("item", item, self.item_frozen, self.item_tables),
         ):
             if self.config.tables.strategy == "init-train":
+                assert tables is not None
                 load_trainable(tables, side, source)
             else:
+                assert frozen is not None
                 frozen.load(side, source)
         self.user_tower.fit_scale(user)
         self.item_tower.fit_scale(item)
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
         """Fill the tables of log counts, (rows, 1) each, standardised (`rows.LogCounts`); after sharding."""
-        if self.user.counted:
-            self.user_frozen.load("user_count", user)
-        if self.item.counted:
-            self.item_frozen.load("item_count", item)
+        for spec, name, source, frozen in (
+            (self.user, "user_count", user, self.user_frozen),
+            (self.item, "item_count", item, self.item_frozen),
+        ):
+            if spec.counted:
+                assert frozen is not None
+                frozen.load(name, source)
 
 
 class _Ids(nn.Module):
@@ -156,9 +161,7 @@ def _side(
     if strategy in ("init-freeze", "init-freeze-plus"):
         dim = round_up(spec.dim or 0)
         frozen.append(
-            FrozenTable(
-                name=name, rows=spec.rows, dim=dim, features=(spec.key,), storage=config.tables.storage
-            )
+            FrozenTable(name=name, rows=spec.rows, dim=dim, features=(spec.key,), storage=config.tables.storage)
         )
         base = ("frozen", f"{spec.key}@{name}" if spec.counted else spec.key)
     else:

@@ -16,7 +16,17 @@ PUBLIC = {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_CONFIG_FILE": os
 
 def resolve(inputs: list[str], env: dict[str, str]) -> dict[str, str]:
     """Names and versions that pip would install for these requirement files, without installing."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        "-",
+    ]
     for name in inputs:
         command += ["-r" if name.endswith(".in") else "-c", str(FOLDER / name)]
     report = subprocess.run(command, env={**os.environ, **env}, check=True, capture_output=True, text=True).stdout

@@ -59,9 +59,7 @@ def _alone(fn: Callable[..., Any], args: tuple, timeout: float) -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ |= variables
-    dist.init_process_group(
-        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout))
     try:
         return fn(*args)
     finally:

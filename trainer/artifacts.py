@@ -67,9 +67,7 @@ def check_vocabulary(path: str, manifest: dict[str, Any], log: Log) -> None:
     for side, here in (("user", log.num_users), ("item", log.num_items)):
         there = made_for[f"num_{side}s"]
         if there != here:
-            raise InputError(
-                f"{path}: made for {there} {side}s ({made_for['path']}), but {log.path} has {here}"
-            )
+            raise InputError(f"{path}: made for {there} {side}s ({made_for['path']}), but {log.path} has {here}")
         if made_for["vocabularies"][side] != log.vocabulary_fingerprint(side):  # type: ignore[arg-type]
             raise InputError(
                 f"{path}: made for another {side} vocabulary than that of {log.path}: "

@@ -149,9 +149,7 @@ class _Comparison:
                 if strategy.crossfit:
                     seconds = {"factorize": made.seconds, "cross-fit": made.crossfit_seconds} | seconds
                 curve = self.curves.get(strategy.key, ()) if seed == self.config.seeds[0] else ()
-                runs[strategy.key].append(
-                    SeedResult(seed=seed, metrics=trained.metrics, seconds=seconds, curve=curve)
-                )
+                runs[strategy.key].append(SeedResult(seed=seed, metrics=trained.metrics, seconds=seconds, curve=curve))
                 rows[strategy.key] = trained.rows
         assert first is not None
         methods = [self._popularity(), self._factors_alone(alone)]
@@ -209,9 +207,7 @@ class _Comparison:
     ) -> TrainResult:
         network = self._network(strategy)
         settings = {name: getattr(network, name) for name in network.__dataclass_fields__}
-        settings["model"] = replace(
-            network.model, tables=replace(network.model.tables, strategy=strategy.tables)
-        )
+        settings["model"] = replace(network.model, tables=replace(network.model.tables, strategy=strategy.tables))
         settings["stream"] = replace(network.stream, seed=seed)
         settings["negatives"] = replace(network.negatives, seed=seed)
         evaluation = replace(

@@ -54,18 +54,14 @@ def compare_sections(result: CompareResult) -> list[Section]:
         for plot in (_quality_against_time(result), _training_curves(result), _objective(result))
         if plot is not None
     ]
-    facts = [
-        (word, f"{value:,}" if isinstance(value, int) else str(value)) for word, value in result.data.items()
-    ]
+    facts = [(word, f"{value:,}" if isinstance(value, int) else str(value)) for word, value in result.data.items()]
     again: list[Code | Facts] = []
     if result.command:
         again.append(Code(result.command))
     if result.versions:
         again.append(Facts([("Versions", ", ".join(f"{n} {v}" for n, v in result.versions.items()))]))
     if result.config:
-        again.append(
-            Code(json.dumps(result.config, indent=2, default=str, ensure_ascii=False), "Configuration")
-        )
+        again.append(Code(json.dumps(result.config, indent=2, default=str, ensure_ascii=False), "Configuration"))
     sections = [
         Section("", [Paragraph(_summary(result)), _tiles(result), *map(Paragraph, result.notes)]),
         Section("Results", [_table(result)]),
@@ -106,9 +102,7 @@ def _tiles(result: CompareResult) -> Tiles:
 
 def _table(result: CompareResult) -> Table:
     best = {
-        metric: max(
-            (m.mean(metric) for m in result.methods if not math.isnan(m.mean(metric))), default=math.nan
-        )
+        metric: max((m.mean(metric) for m in result.methods if not math.isnan(m.mean(metric))), default=math.nan)
         for metric in result.metrics
     }
     rows = []
@@ -119,9 +113,7 @@ def _table(result: CompareResult) -> Table:
         ]
         time = Cell(format_seconds(method.seconds), note=format_parts(method.parts))
         speedup = Cell(format_speedup(result.speedup(method)))
-        rows.append(
-            [Cell(method.name), *metrics, Cell(format_rows(method, result.total_rows)), time, speedup]
-        )
+        rows.append([Cell(method.name), *metrics, Cell(format_rows(method, result.total_rows)), time, speedup])
     seeds = max(len(method.seeds) for method in result.methods)
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else "One seed. "
     return Table(
@@ -159,9 +151,7 @@ def _quality_against_time(result: CompareResult) -> Plot | None:
             )
         for method in result.methods:
             if method not in timed and not math.isnan(method.mean(metric)):
-                axes.axhline(
-                    method.mean(metric), color=MUTED, linewidth=1.2, linestyle="--", label=method.name
-                )
+                axes.axhline(method.mean(metric), color=MUTED, linewidth=1.2, linestyle="--", label=method.name)
         _log_seconds(axes)
         axes.margins(x=0.08, y=0.1)
         _legend(figure, axes)
@@ -216,9 +206,7 @@ def _objective(result: CompareResult) -> Plot | None:
     with rc_context(PLOT_STYLE):
         figure, axes = _axes("Sweep", result.objective_name)
         look = _look(result, result.method(result.factorization))
-        axes.plot(
-            [point.sweep for point in points], [point.objective for point in points], markersize=5, **look
-        )
+        axes.plot([point.sweep for point in points], [point.objective for point in points], markersize=5, **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=False)
         return Plot(

@@ -203,9 +203,7 @@ def _network(tables: TablesConfig, towers: TowersConfig, optimizer: OptimizerCon
     return NetworkConfig(
         stream=StreamConfig(batch_size=2048),
         negatives=NegativesConfig(count=512, shared=True, reject_positives=True),
-        model=TwoTowerConfig(
-            tables=tables, towers=towers, loss=LossConfig(kind="softmax", scale=8.0, candidates=100)
-        ),
+        model=TwoTowerConfig(tables=tables, towers=towers, loss=LossConfig(kind="softmax", scale=8.0, candidates=100)),
         optimizer=optimizer,
         epochs=epochs,
     )

@@ -29,9 +29,7 @@ def arguments(path: str, config: type, command_line: Sequence[str]) -> list[str]
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from None
-    given = {
-        argument.split("=")[0].replace("_", "-") for argument in command_line if argument.startswith("--")
-    }
+    given = {argument.split("=")[0].replace("_", "-") for argument in command_line if argument.startswith("--")}
     from_file: list[str] = []
     for key, value in _flatten(path, config, content, ""):
         flag = "--" + key.replace("_", "-")
@@ -57,7 +55,7 @@ def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> I
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: unknown key '{prefix}{raw}', nearest is '{prefix}{near[0]}'")
         expected = known[name]
-        section = next((t for t in _alternatives(expected) if is_dataclass(t)), None)
+        section = next((t for t in _alternatives(expected) if isinstance(t, type) and is_dataclass(t)), None)
         if section is not None and isinstance(value, dict):
             yield from _flatten(path, section, value, f"{prefix}{name}.")
         elif not _fits(value, expected):

@@ -7,10 +7,12 @@ it: it ends with "rank k failed: <message>" when its collective breaks, and by i
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +58,7 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    _quiet_libraries()
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), place)
         return
@@ -81,6 +84,13 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
         if watch:
             watch.stop()
         dist.destroy_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Leave out what TorchRec and torch say on every start about their own code, which no user can act on."""
+    for name in ("torchrec.distributed.planner.types", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
 
 
 class _Watch:

@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             user, item = model.vectors("user"), model.vectors("item")
         metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
         if ranks.rank == 0:
-            print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            print(f"{config.model}: {show(metrics)}")
             if config.out is not None:
                 _write(Path(config.out), metrics)
     return metrics
@@ -76,8 +76,16 @@ def rank_heldout(
     device: torch.device,
 ) -> dict[str, float]:
     """Metrics of the vectors on held-out rows. Collective; the same on every rank."""
-    run = evaluate_sampled if isinstance(heldout, SampledHeldout) else evaluate_full
-    return run(heldout, user, item, config.k, device=device)  # type: ignore[operator]
+    if isinstance(heldout, SampledHeldout):
+        return evaluate_sampled(heldout, user, item, config.k, device=device)
+    return evaluate_full(heldout, user, item, config.k, device=device)
+
+
+def show(metrics: dict[str, float]) -> str:
+    """The metrics in one line, then how many cases they are of and what was left out."""
+    counts = {name: int(value) for name, value in metrics.items() if name.islower() and (value or name == "cases")}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
+    return shown + "".join(f", {value:,} {name.replace('_', ' ')}" for name, value in counts.items())
 
 
 def _write(path: Path, metrics: dict[str, float]) -> None:

@@ -190,9 +190,7 @@ class _Ranker:
             targets = [heldout.targets.lengths[start:stop], _values(heldout.targets, start, stop)]
             known = all_gather_arrays([heldout.users[start:stop], *targets, *arrays_of(start, stop)])
             self._check_users(vectors, [arrays[0] for arrays in known])
-            scores = all_reduce(
-                torch.cat([self._target_scores(v, a) for v, a in zip(vectors, known, strict=True)])
-            )
+            scores = all_reduce(torch.cat([self._target_scores(v, a) for v, a in zip(vectors, known, strict=True)]))
             sizes = [len(arrays[2]) for arrays in known]
             per_rank = scores.split(sizes)
             counts = all_reduce(
@@ -314,9 +312,7 @@ class _ItemShard:
             return torch.zeros(0, dtype=torch.int64, device=vectors.device)
         device, size = vectors.device, len(vectors)
         lengths = np.bincount(target_rows, minlength=size)
-        order = np.argsort(
-            -lengths, kind="stable"
-        )  # rows with many targets first: target j compares a prefix of them
+        order = np.argsort(-lengths, kind="stable")  # rows with many targets first: target j compares a prefix of them
         place_of_row = np.argsort(order)
         column = np.arange(len(target_rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         cells = torch.from_numpy(np.stack([place_of_row[target_rows], column])).to(device)
@@ -336,9 +332,7 @@ class _ItemShard:
             rows, items = torch.from_numpy(hidden[:, low:high]).to(device)
             scores[rows, items - first] = -torch.inf
             for j, stop in enumerate(prefix):
-                ahead = (scores[:stop] >= thresholds[j, :stop]).view(
-                    torch.uint8
-                )  # bytes add up faster than bools
+                ahead = (scores[:stop] >= thresholds[j, :stop]).view(torch.uint8)  # bytes add up faster than bools
                 counts[j, :stop] += ahead.sum(dim=1, dtype=torch.int32)
         return counts[cells[1], cells[0]]
 

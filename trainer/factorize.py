@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
-from recpress.data.log import Log, iter_columns, open_log
+from recpress.data.log import SIDES, Log, iter_columns, open_log
 from recpress.modules.als import ALS, SweepReport
-from recpress.modules.factors import Factors
+from recpress.modules.factors import Factors, RowBlocks
 from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import FactorizeConfig, chosen_schema
 from recpress.trainer.distributed import Ranks, agreed, process_group
@@ -40,14 +42,11 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         with agreed():
             log = open_log(config.data, chosen_schema(config.schema))
             if config.use_label and not log.schema.label:
-                raise InputError(
-                    "--use-label: expected --schema.label, the column that scales the confidence"
-                )
-        crossfit = (
-            SampleConfig(rate=config.crossfit_rate, seed=config.crossfit_seed)
-            if config.crossfit_rate
-            else None
-        )
+                raise InputError("use_label: expected schema.label, the column that scales the confidence")
+            if config.method == "logistic" and (config.crossfit_rate or config.use_label):
+                given = "crossfit_rate" if config.crossfit_rate else "use_label"
+                raise InputError(f"{given}: expected method 'als'; 'logistic' has no such thing")
+        crossfit = SampleConfig(rate=config.crossfit_rate, seed=config.crossfit_seed) if config.crossfit_rate else None
         meta: dict[str, Any] = {
             "log": describe_log(log),
             "config": asdict(config),
@@ -70,8 +69,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
     if ranks.rank == 0:
         print(
             f"{config.out}: {log.num_users:,} users and {log.num_items:,} items x {factors.dim} "
-            f"in {result.seconds:.1f} s"
-            + (f" + {result.crossfit_seconds:.1f} s cross-fitted" if crossfit else "")
+            f"in {result.seconds:.1f} s" + (f" + {result.crossfit_seconds:.1f} s cross-fitted" if crossfit else "")
         )
     return result
 
@@ -84,6 +82,8 @@ def _fit(
     without: SampleConfig | None = None,
     start: Factors | None = None,
 ) -> tuple[Factors, list[tuple[float, float]]]:
+    if config.method == "logistic":
+        return _fit_logistic(config, log, ranks)
     als = config.als if start is None else replace(config.als, sweeps=config.crossfit_sweeps)
     model = ALS(als, log.num_users, log.num_items, device=ranks.device)
     with agreed():
@@ -92,9 +92,7 @@ def _fit(
     sweeps: list[tuple[float, float]] = []
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
-    with tqdm(
-        total=als.sweeps, desc=description, unit="sweep", disable=None if ranks.rank == 0 else True
-    ) as bar:
+    with tqdm(total=als.sweeps, desc=description, unit="sweep", disable=None if ranks.rank == 0 else True) as bar:
 
         def on_sweep(report: SweepReport) -> None:
             sweeps.append((report.objective, time.monotonic() - began))
@@ -119,4 +117,32 @@ def _read(
         log.train, columns, rank=ranks.rank, world=ranks.world, sample=without, complement=without is not None
     )
     for data in chunks:
-        yield data[schema.user], data[schema.item], data[schema.label] if config.use_label else None
+        yield data[schema.user], data[schema.item], data[columns[2]] if config.use_label else None
+
+
+def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Factors, list[tuple[float, float]]]:
+    from recpress.trainer.logistic import factorize_logistic  # imports torchrec, which als does not need
+
+    began = time.monotonic()
+    factors, losses = factorize_logistic(config.logistic, log, ranks)
+    seconds = (time.monotonic() - began) / max(1, len(losses))
+    if ranks.rank == 0:
+        for epoch, loss in enumerate(losses, 1):
+            print(f"epoch {epoch} of {len(losses)}: mean cross-entropy {loss:.6g}")
+    factors.user_counts, factors.item_counts = _counts(log, ranks)
+    return factors, [(loss, seconds * epoch) for epoch, loss in enumerate(losses, 1)]
+
+
+def _counts(log: Log, ranks: Ranks) -> list[torch.Tensor]:
+    """Rows of each user and of each item of this rank, float32; while it counts, a rank holds 8 bytes an id."""
+    found = []
+    for side in SIDES:
+        counts = torch.zeros(log.num_ids(side), dtype=torch.int64)
+        with agreed():
+            for data in iter_columns(log.train, [log.column(side)], rank=ranks.rank, world=ranks.world):
+                here = torch.from_numpy(np.bincount(data[log.column(side)]))
+                counts[: len(here)] += here
+        dist.all_reduce(counts)
+        block = RowBlocks(log.num_ids(side), ranks.world)
+        found.append(counts[block.start(ranks.rank) : block.stop(ranks.rank)].float())
+    return found

@@ -72,9 +72,7 @@ def sampled_from_log(log: Log, chunk: int = CHUNK) -> SampledHeldout:
             rank.
     """
     if log.test_negatives is None:
-        raise InputError(
-            f"{log.path}: no test_negatives.parquet; expected one for ranking among given negatives"
-        )
+        raise InputError(f"{log.path}: no test_negatives.parquet; expected one for ranking among given negatives")
     users: list[np.ndarray] = []
     items: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
@@ -116,9 +114,7 @@ def full_from_log(
         seen = [read_pairs(log, others) for name in masked if (others := getattr(log, name)) is not None]
     users = _concat([pairs[0] for pairs in seen], np.int64)
     items = _concat([pairs[1] for pairs in seen], np.int32)
-    return full_from_pairs(
-        heldout, (users, items), num_users=log.num_users, num_items=log.num_items, chunk=chunk
-    )
+    return full_from_pairs(heldout, (users, items), num_users=log.num_users, num_items=log.num_items, chunk=chunk)
 
 
 def read_pairs(log: Log, rows: Rows) -> Pairs:
@@ -162,9 +158,7 @@ def sampled_from_arrays(
         lengths = np.bincount(case[kept], minlength=len(users))
         if len(empty := np.flatnonzero(lengths == 0)):
             user = users[empty[0]]
-            raise InputError(
-                f"held-out user {user}: no negatives besides the held-out item; expected at least one"
-            )
+            raise InputError(f"held-out user {user}: no negatives besides the held-out item; expected at least one")
     values = negatives.values[kept].astype(np.int32)
     users, items, values, lengths = _send(users, items, values, lengths, _user_owner(users, num_users))
     order = np.lexsort((items, users))
@@ -189,9 +183,7 @@ def sampled_from_arrays(
     )
 
 
-def full_from_pairs(
-    heldout: Pairs, seen: Pairs, *, num_users: int, num_items: int, chunk: int = CHUNK
-) -> FullHeldout:
+def full_from_pairs(heldout: Pairs, seen: Pairs, *, num_users: int, num_items: int, chunk: int = CHUNK) -> FullHeldout:
     """Cases from pairs, of which each rank gives its own part (world size 1: all). Collective.
 
     A pair that is held out twice counts once; one that was seen too is dropped, for it is masked. Users that
@@ -210,9 +202,7 @@ def full_from_pairs(
             _check_ids(users, num_users, f"{kind} user")
             _check_ids(items, num_items, f"{kind} item")
     given = _total(len(heldout[0]))
-    keys, seen_keys = (
-        _distinct(pairs, num_users, num_items) for pairs in (heldout, seen)
-    )  # of this rank's users
+    keys, seen_keys = (_distinct(pairs, num_users, num_items) for pairs in (heldout, seen))  # of this rank's users
     distinct = _total(len(keys))
     keys = keys[~np.isin(keys, seen_keys, assume_unique=True)]
     users = np.unique(keys // num_items)

@@ -65,13 +65,9 @@ def factorize_logistic(
         SideSpec(key=ITEM, rows=log.num_items),
         tables_device="meta",
     )
-    dmp = shard(
-        model, ranks.device, batch_size=batch_size, learning_rate=config.learning_rate, seed=config.seed
-    )
+    dmp = shard(model, ranks.device, batch_size=batch_size, learning_rate=config.learning_rate, seed=config.seed)
     steps = stream.steps_per_epoch
-    optimizer = TrainOptimizer(
-        dmp, OptimizerConfig(dense="adam", learning_rate=BIAS_RATE), steps * config.epochs
-    )
+    optimizer = TrainOptimizer(dmp, OptimizerConfig(dense="adam", learning_rate=BIAS_RATE), steps * config.epochs)
 
     def batches(epoch: int) -> Iterator[Batch]:
         stream.set_epoch(epoch)

@@ -25,9 +25,7 @@ def split(config: SplitConfig) -> Path:
     """Write a log that holds one row of each user out and say what it holds."""
     log = open_log(config.data, chosen_schema(config.schema))
     return _describe(
-        data_holdout.leave_one_out(
-            log, config.out, by=config.by, seed=config.seed, negatives=config.negatives
-        )
+        data_holdout.leave_one_out(log, config.out, by=config.by, seed=config.seed, negatives=config.negatives)
     )
 
 

@@ -113,9 +113,7 @@ class _Run:
         self.progress = Progress(optimizer.total_steps or None, description, show_progress)
         self.pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
         self.pending: list[torch.Tensor] = []
-        self.taken: deque[int] = (
-            deque()
-        )  # rows of the batches that the pipeline has taken and not yet trained on
+        self.taken: deque[int] = deque()  # rows of the batches that the pipeline has taken and not yet trained on
         self.best: Snapshot | None = None
         self.worse = 0
         self.mark = time.monotonic()
@@ -222,7 +220,7 @@ class _Run:
         self.result.evaluations.append(found)
         if self.log:
             self.log.write(self.result.steps, {f"evaluate/{name}": value for name, value in metrics.items()})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
         self.progress.say(f"epoch {self.epoch}, step {self.result.steps}: {shown}")
         value = torch.tensor([metrics[self.config.metric]], dtype=torch.float64)
         dist.broadcast(value, 0)  # the ranks must agree to the last bit on what is best

@@ -35,8 +35,9 @@ class MetricsLog:
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **scalars}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in scalars.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         for writer in (self._file, self._board):

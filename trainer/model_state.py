@@ -81,14 +81,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     dense = dict(_dense(model))
     if set(saved) != set(dense):
         odd = sorted(set(saved) ^ set(dense))
-        raise InputError(
-            f"{path}: tensor {odd[0]!r} is not in both the file and the model; another configuration?"
-        )
+        raise InputError(f"{path}: tensor {odd[0]!r} is not in both the file and the model; another configuration?")
     for name, tensor in dense.items():
         if tensor.shape != saved[name].shape:
-            raise InputError(
-                f"{path}: {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
-            )
+            raise InputError(f"{path}: {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
         tensor.copy_(saved[name])
     for name, parts in [*_trainable(model), *_frozen(model)]:
         files = _files(folder / "tables" / name)
@@ -112,9 +108,7 @@ def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path
         (row, _), (column, _) = have
         block = np.array(array[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column])
         (row, _), (column, _) = want
-        part[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column] = torch.from_numpy(
-            block
-        )
+        part[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column] = torch.from_numpy(block)
         filled += block.size
     if filled != part.numel():
         raise InputError(f"{place}: holds {filled} of the {part.numel()} values that are wanted of {want}")

@@ -35,9 +35,7 @@ class TrainOptimizer:
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.fused = model.fused_optimizer
-        self.parameters = [
-            p for _, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad
-        ]
+        self.parameters = [p for _, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.dense]
         self.dense = (
             kind(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)

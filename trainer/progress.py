@@ -13,9 +13,7 @@ class Progress:
 
     def __init__(self, total: int | None, description: str, show: bool = True) -> None:
         hide = not show or dist.get_rank() != 0
-        self._bar = tqdm(
-            total=total, desc=description, unit="step", disable=hide, file=sys.stderr, dynamic_ncols=True
-        )
+        self._bar = tqdm(total=total, desc=description, unit="step", disable=hide, file=sys.stderr, dynamic_ncols=True)
 
     def update(self, steps: int, *, loss: float, learning_rate: float, rows_per_second: float) -> None:
         """Advance by `steps`."""

@@ -215,11 +215,7 @@ def format_seconds(seconds: float) -> str:
 
 def format_parts(parts: dict[str, float]) -> str:
     """`factorize 6.0 s + train 2.1 s`; nothing for a single part."""
-    return (
-        " + ".join(f"{name} {format_seconds(value)}" for name, value in parts.items())
-        if len(parts) > 1
-        else ""
-    )
+    return " + ".join(f"{name} {format_seconds(value)}" for name, value in parts.items()) if len(parts) > 1 else ""
 
 
 def format_rows(method: MethodResult, total: int) -> str:
@@ -246,6 +242,4 @@ def format_table(result: CompareResult) -> str:
         for method in result.methods
     ]
     align = ("left", *("left" for _ in result.metrics), "right", "right", "right", "left")
-    return tabulate(
-        rows, header, tablefmt="simple", colalign=align, disable_numparse=True, preserve_whitespace=True
-    )
+    return tabulate(rows, header, tablefmt="simple", colalign=align, disable_numparse=True, preserve_whitespace=True)

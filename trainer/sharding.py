@@ -22,9 +22,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
-SHARDING_TYPES = tuple(
-    t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE)
-)
+SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 RESERVED = 0.3
 """Share of the memory that the planner leaves to batches, activations, the dense part and its optimizer."""
 
@@ -85,9 +83,7 @@ def plan(
         elif isinstance(module, EmbeddingBagCollection):
             tables = {config.name: None for config in module.embedding_bag_configs()}
         for name, storage in tables.items():
-            types = (
-                [(sharding_types or {}).get(name)] if name in (sharding_types or {}) else list(SHARDING_TYPES)
-            )
+            types = [(sharding_types or {}).get(name)] if name in (sharding_types or {}) else list(SHARDING_TYPES)
             if storage == "int8":  # a row has one scale, so it stays in one piece
                 types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
             constraints[name] = ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
@@ -114,8 +110,6 @@ def shard(
     Trainable tables are initialised here, by `seed` and rank.
     """
     table_sharders = sharders(learning_rate)
-    layout = plan(
-        model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders
-    )
+    layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     torch.manual_seed(seed * 65_537 + dist.get_rank())
     return DistributedModelParallel(model, device=device, plan=layout, sharders=table_sharders)

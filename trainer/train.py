@@ -15,7 +15,7 @@ from recpress.data.stream import InteractionStream
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed import Ranks, agreed, process_group
-from recpress.trainer.evaluate import load_heldout, rank_heldout
+from recpress.trainer.evaluate import load_heldout, rank_heldout, show
 from recpress.trainer.loop import FitConfig, FitResult, fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
@@ -69,6 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
                 if crossfit:
                     put(False)
                 model.dmp.eval()
+                assert heldout is not None
                 metrics = rank_heldout(
                     heldout, model.vectors("user"), model.vectors("item"), config.evaluation, ranks.device
                 )
@@ -104,7 +105,7 @@ def train(config: TrainConfig) -> TrainResult:
                 "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
             }
         if ranks.rank == 0:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            shown = show(metrics)
             print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
     return TrainResult(fitted, metrics, stream.num_rows, setup_seconds)
 

@@ -37,9 +37,7 @@ def tower_vectors(
     parts = []
     # Every rank makes as many calls as the largest block needs; ids past a block's end are looked up in vain.
     for first in range(start, start + cut.block, chunk):
-        ids = torch.arange(first, min(first + chunk, start + cut.block), device=device).clamp_(
-            max=spec.rows - 1
-        )
+        ids = torch.arange(first, min(first + chunk, start + cut.block), device=device).clamp_(max=spec.rows - 1)
         features, floats = inputs(ids) if inputs else (id_features(spec.key, ids), None)
         take = max(0, min(first + chunk, stop) - first)
         parts.append(vectors(features, floats)[:take].float().cpu())

@@ -104,9 +104,7 @@ def test_at_most_so_many_users(tmp_path):
 def test_negatives_are_uniform_over_unmet_items(tmp_path):
     log = make_log(tmp_path / "log", np.repeat(np.arange(3000), 3), np.tile([0, 1, 39], 3000), 4000)
     new = open_log(leave_one_out(log, tmp_path / "new", by="random", negatives=10))
-    counts = np.bincount(
-        next(iter_columns(new.test_negatives, ["negatives"]))["negatives"].values, minlength=40
-    )
+    counts = np.bincount(next(iter_columns(new.test_negatives, ["negatives"]))["negatives"].values, minlength=40)
     assert counts[[0, 1, 39]].tolist() == [0, 0, 0]
     expected = 3000 * 10 / 37
     assert (np.abs(counts[2:39] - expected) < 5 * np.sqrt(expected)).all()

@@ -44,9 +44,7 @@ def write(folder, name, data, **options):
 
 
 def negatives(user=(0, 1), item=(2, 3), lists=((0, 1), (4, 6))):
-    return pa.table(
-        {"user_id": list(user), "pos_item_id": list(item), "negatives": pa.array([list(x) for x in lists])}
-    )
+    return pa.table({"user_id": list(user), "pos_item_id": list(item), "negatives": pa.array([list(x) for x in lists])})
 
 
 def test_plain_folder(tmp_path):
@@ -121,8 +119,7 @@ def test_each_row_group_to_one_rank(tmp_path, world):
     write(tmp_path, "train.parquet", table(50, row=pa.array(np.arange(50))), row_group_size=7)
     log = open_log(tmp_path, Schema(floats=("row",)))
     ranks = [
-        [part["row"] for part in iter_columns(log.train, ["row"], rank=rank, world=world)]
-        for rank in range(world)
+        [part["row"] for part in iter_columns(log.train, ["row"], rank=rank, world=world)] for rank in range(world)
     ]
     rows = np.concatenate([part for parts in ranks for part in parts])
     assert sorted(rows.tolist()) == list(range(50))
@@ -136,9 +133,7 @@ def test_sample_and_complement(tmp_path):
     outside = list(iter_columns(log.train, ["row"], sample=sample, complement=True))
     rows = np.concatenate([part["row"] for part in inside]).astype(int)
     assert rows[: len(inside[0]["row"])].tolist() == membership(7, 0.3, 0, 0, 300).tolist()
-    assert sorted([*rows, *np.concatenate([part["row"] for part in outside]).astype(int)]) == list(
-        range(1000)
-    )
+    assert sorted([*rows, *np.concatenate([part["row"] for part in outside]).astype(int)]) == list(range(1000))
     lengths = np.concatenate([part["tags"].lengths for part in inside])
     assert lengths.tolist() == (rows % 3).tolist()
 
@@ -150,9 +145,7 @@ def test_jagged_take():
     assert taken.offsets.tolist() == [0, 4, 6, 6, 8]
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"), [([0, 3, -1, 5], "row 2: id -1"), ([0, 3, 5], "row 2: id 5 is outside")]
-)
+@pytest.mark.parametrize(("ids", "message"), [([0, 3, -1, 5], "row 2: id -1"), ([0, 3, 5], "row 2: id 5 is outside")])
 def test_check_ids(ids, message):
     check_ids(np.array([0, 4]), 5, "here")
     with pytest.raises(InputError, match=f"here, {message}"):
@@ -251,9 +244,7 @@ def test_bad_places(tmp_path):
 def test_bad_held_out_part(tmp_path, lists, message):
     write(tmp_path, "train.parquet", table())
     write(tmp_path, "test_negatives.parquet", negatives(lists=lists))
-    with pytest.raises(
-        InputError, match=rf"test_negatives\.parquet, row group 0, column 'negatives', {message}"
-    ):
+    with pytest.raises(InputError, match=rf"test_negatives\.parquet, row group 0, column 'negatives', {message}"):
         list(iter_columns(open_log(tmp_path).test_negatives, ["negatives"]))
 
 
@@ -270,9 +261,7 @@ def test_column_outside_the_schema(tmp_path):
         next(iter_columns(open_log(tmp_path).train, ["label"]))
 
 
-@pytest.mark.skipif(
-    not (DATA / "ml-1m-ncf").is_dir(), reason="needs the real data (../shared/data or RECPRESS_DATA)"
-)
+@pytest.mark.skipif(not (DATA / "ml-1m-ncf").is_dir(), reason="needs the real data (../shared/data or RECPRESS_DATA)")
 def test_real_log():
     log = open_log(DATA / "ml-1m-ncf")
     assert (log.num_users, log.num_items, log.train.num_rows) == (6040, 3706, 994169)

@@ -42,17 +42,11 @@ def test_distributions(seed):
         negatives = PopularityNegatives(COUNTS, 8, power, seed)
         assert abs(chi_square(negatives.draw(users, 0, 0), weights / weights.sum())) < 5
         seen = torch.tensor([0, 2, 3, 4])
-        np.testing.assert_allclose(
-            negatives.log_q(seen).exp().numpy(), (weights / weights.sum())[seen], rtol=1e-6
-        )
+        np.testing.assert_allclose(negatives.log_q(seen).exp().numpy(), (weights / weights.sum())[seen], rtol=1e-6)
         assert torch.isfinite(negatives.log_q(torch.arange(6))).all()
 
 
-@given(
-    st.lists(
-        st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 5).map(float)), min_size=1, max_size=40
-    )
-)
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 5).map(float)), min_size=1, max_size=40))
 def test_alias_table_has_the_weights(weights):
     """What an item gets from its own column and as others' alias is its share; none where it has none."""
     weights = np.array(weights)

@@ -22,9 +22,7 @@ def everything(counts: list[int]) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("counts", LOGS, ids=str)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_row_once_or_dropped_by_the_rule(counts, world):
-    for batch, buffer, lanes, shuffle in itertools.product(
-        [1, 3, 8], [1, 10, 1000], [1, 3, 8], [True, False]
-    ):
+    for batch, buffer, lanes, shuffle in itertools.product([1, 3, 8], [1, 10, 1000], [1, 3, 8], [True, False]):
         order = EpochOrder(
             np.array(counts), world * batch, seed=3, shuffle=shuffle, buffer_rows=buffer, max_lanes=lanes
         )
@@ -50,9 +48,7 @@ def test_every_row_once_or_dropped_by_the_rule(counts, world):
     st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_rows_of_a_step_depend_on_the_global_batch_alone(
-    counts, global_batch, buffer, lanes, shuffle, seed, number
-):
+def test_rows_of_a_step_depend_on_the_global_batch_alone(counts, global_batch, buffer, lanes, shuffle, seed, number):
     order = EpochOrder(np.array(counts), global_batch, seed, number, shuffle, buffer, lanes)
     alone = epoch(order, 1)
     for world in (2, 4):

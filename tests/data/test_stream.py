@@ -82,9 +82,7 @@ def test_columns_stay_together(log):
     seen = 0
     for batch in stream(log, config, columns=columns):
         u = batch.user
-        assert (
-            u.dtype == batch.item.dtype == batch.time.dtype == batch.categorical["kind"].dtype == torch.int64
-        )
+        assert u.dtype == batch.item.dtype == batch.time.dtype == batch.categorical["kind"].dtype == torch.int64
         assert batch.label.dtype == batch.floats.dtype == torch.float32
         assert torch.equal(batch.item, u * 7 % 101)
         assert torch.equal(batch.label, u / 2)
@@ -120,9 +118,7 @@ def test_only_the_columns_that_are_asked_for(log):
 def test_exactly_once_or_dropped_by_the_rule(log, world, rate, shuffle):
     threaded = [(1, 1), (4, 3)]
     for batch_size, buffer, (lanes, threads) in itertools.product([7, 64], [5, 1000], threaded):
-        config = StreamConfig(
-            batch_size=batch_size, buffer_rows=buffer, lanes=lanes, shuffle=shuffle, threads=threads
-        )
+        config = StreamConfig(batch_size=batch_size, buffer_rows=buffer, lanes=lanes, shuffle=shuffle, threads=threads)
         sample = None if rate is None else SampleConfig(rate=rate, seed=4)
         expected = set(range(249)) if sample is None else members(log, sample)
         found, lengths = [], set()
@@ -149,26 +145,20 @@ def test_exactly_once_or_dropped_by_the_rule(log, world, rate, shuffle):
     st.booleans(),
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_stream_is_the_order_row_by_row(
-    tmp_path_factory, files, world, batch_size, buffer, lanes, seed, rate, shuffle
-):
+def test_stream_is_the_order_row_by_row(tmp_path_factory, files, world, batch_size, buffer, lanes, seed, rate, shuffle):
     """The threads give what the definition of the order says, for any log."""
     if sum(map(sum, files)) == 0:
         return
     log = make_log(tmp_path_factory.mktemp("log"), files)
     sample = SampleConfig(rate=rate, seed=seed)
-    config = StreamConfig(
-        batch_size=batch_size, buffer_rows=buffer, lanes=lanes, seed=seed, shuffle=shuffle, threads=2
-    )
+    config = StreamConfig(batch_size=batch_size, buffer_rows=buffer, lanes=lanes, seed=seed, shuffle=shuffle, threads=2)
     expected = members(log, sample)
     if len(expected) < world:
         with pytest.raises(InputError, match="expected at least"):
             stream(log, config, sample=sample, world=world)
         return
     starts = np.cumsum([0] + [group.num_rows for group in log.train.groups])
-    inside = [
-        [u for u in range(starts[g], starts[g + 1]) if u in expected] for g in range(len(log.train.groups))
-    ]
+    inside = [[u for u in range(starts[g], starts[g + 1]) if u in expected] for g in range(len(log.train.groups))]
     for rank in range(world):
         part = stream(log, config, sample=sample, rank=rank, world=world, epoch=seed)
         for step, batch in enumerate(users(part)):
@@ -235,9 +225,7 @@ def test_sample_does_not_depend_on_the_reader(log):
 
 def test_a_tenth_of_the_rows(tmp_path):
     user = np.arange(200_000)
-    pq.write_table(
-        pa.table({"user_id": user, "item_id": user % 50}), tmp_path / "train.parquet", row_group_size=9000
-    )
+    pq.write_table(pa.table({"user_id": user, "item_id": user % 50}), tmp_path / "train.parquet", row_group_size=9000)
     log = open_log(tmp_path)
     part = InteractionStream(log.train, log.schema, StreamConfig(), sample=SampleConfig(rate=0.1))
     found = torch.cat([batch.user for batch in part])

@@ -112,9 +112,7 @@ def test_no_pair_twice_for_any_sizes(users, tastes, per_taste, per_user, user_sk
     assert made.user_rows.sum() == config.rows
     assert np.array_equal(np.bincount(rows.column("user_id").to_numpy(), minlength=users), made.user_rows)
     for test, _ in made.held_out():
-        pairs = np.append(
-            pairs, test.column("user_id").to_numpy() * items + test.column("item_id").to_numpy()
-        )
+        pairs = np.append(pairs, test.column("user_id").to_numpy() * items + test.column("item_id").to_numpy())
     assert len(np.unique(pairs)) == len(pairs)
 
 

@@ -12,18 +12,14 @@ from recpress.data.errors import InputError
 from recpress.data.vocabulary import Vocabulary
 
 INTS = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 20), max_size=30), max_size=12)
-TEXT = st.lists(
-    st.lists(st.text(max_size=5) | st.text("ab", min_size=60, max_size=140), max_size=20), max_size=12
-)
+TEXT = st.lists(st.lists(st.text(max_size=5) | st.text("ab", min_size=60, max_size=140), max_size=20), max_size=12)
 
 
 def first_appearance(batches):
     return list(dict.fromkeys(value for batch in batches for value in batch))
 
 
-@pytest.mark.parametrize(
-    ("kind", "arrow", "values"), [("int", pa.int64(), INTS), ("string", pa.string(), TEXT)]
-)
+@pytest.mark.parametrize(("kind", "arrow", "values"), [("int", pa.int64(), INTS), ("string", pa.string(), TEXT)])
 def test_numbers_by_first_appearance_and_counts(kind, arrow, values):
     @settings(max_examples=80, deadline=None)
     @given(values, st.integers(0, 12))

@@ -16,10 +16,7 @@ def dense(users, items, values, shape):
 
 def regularization(config: ALSConfig, seen):
     """reg of each row of `seen`."""
-    return (
-        config.regularization
-        * (seen.sum(1) + config.unobserved_weight * seen.shape[1]) ** config.frequency_exponent
-    )
+    return config.regularization * (seen.sum(1) + config.unobserved_weight * seen.shape[1]) ** config.frequency_exponent
 
 
 def objective(config: ALSConfig, x, y, matrix, seen):

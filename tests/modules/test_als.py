@@ -61,8 +61,7 @@ def run(config: ALSConfig, triples, limits=None, start=None, chunks: int = 1, on
 
 def initial(config: ALSConfig) -> tuple[np.ndarray, np.ndarray]:
     return tuple(
-        initial_rows(config.seed, side, 0, n, config.factors).astype(float)
-        for side, n in ((0, USERS), (1, ITEMS))
+        initial_rows(config.seed, side, 0, n, config.factors).astype(float) for side, n in ((0, USERS), (1, ITEMS))
     )
 
 
@@ -157,9 +156,7 @@ def test_any_log(seed, num_users, num_items, factors, rows, valued):
     rng = np.random.default_rng(seed)
     users, items = rng.integers(0, num_users, rows + 1), rng.integers(0, num_items, rows + 1)
     values = rng.random(rows + 1).astype(np.float32) if valued else None
-    config = ALSConfig(
-        factors=factors, sweeps=1, confidence=2.0, regularization=0.5, solver="cholesky", seed=seed
-    )
+    config = ALSConfig(factors=factors, sweeps=1, confidence=2.0, regularization=0.5, solver="cholesky", seed=seed)
     als = ALS(config, num_users, num_items)
     als.add(torch.from_numpy(users), items, values)
     found = als.fit()
@@ -199,18 +196,11 @@ def test_warm_start_goes_on():
 
 def test_initial_vectors_depend_on_seed_side_and_row_alone():
     whole = initial_rows(3, 1, 0, 40, 6)
-    np.testing.assert_array_equal(
-        np.concatenate([initial_rows(3, 1, a, a + 8, 6) for a in range(0, 40, 8)]), whole
-    )
-    assert (
-        len(np.unique(np.concatenate((whole, initial_rows(3, 0, 0, 40, 6), initial_rows(4, 1, 0, 40, 6)))))
-        == 720
-    )
+    np.testing.assert_array_equal(np.concatenate([initial_rows(3, 1, a, a + 8, 6) for a in range(0, 40, 8)]), whole)
+    assert len(np.unique(np.concatenate((whole, initial_rows(3, 0, 0, 40, 6), initial_rows(4, 1, 0, 40, 6))))) == 720
     assert whole.std() == pytest.approx(0.1 / 6**0.5, rel=0.1)
     shards = [initial_factors(CONFIGS["hu"], USERS, ITEMS, r, 3, torch.device("cpu")).items for r in range(3)]
-    assert torch.equal(
-        torch.cat(shards), initial_factors(CONFIGS["hu"], USERS, ITEMS, 0, 1, torch.device("cpu")).items
-    )
+    assert torch.equal(torch.cat(shards), initial_factors(CONFIGS["hu"], USERS, ITEMS, 0, 1, torch.device("cpu")).items)
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,7 @@ def on_rank(folder: str, layout: str):
     return found, ""
 
 
-@pytest.mark.parametrize(
-    ("world", "layout"), [(2, "row"), (2, "column"), (2, "table"), (1, "row"), (3, "row")]
-)
+@pytest.mark.parametrize(("world", "layout"), [(2, "row"), (2, "column"), (2, "table"), (1, "row"), (3, "row")])
 def test_loaded_into_sharded_tables(tmp_path, world, layout):
     """Written by 2 ranks, read by 1, 2 and 3."""
     write(tmp_path, 2)

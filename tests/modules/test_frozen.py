@@ -83,9 +83,7 @@ def sharded(layout):
     for storage in ("fp32", "fp16", "int8"):
         if storage == "int8" and layout == "column_wise":
             continue
-        model = shard(
-            OverTables(storage, "meta"), CPU, batch_size=4, sharding_types={"a": layout, "b": layout}
-        )
+        model = shard(OverTables(storage, "meta"), CPU, batch_size=4, sharding_types={"a": layout, "b": layout})
         load(model.module.frozen)
         check(model.module.frozen(features()), storage)
         before = [t.clone() for name in ("a", "b") for _, t in model.module.frozen.shards(name)]
@@ -116,9 +114,7 @@ def test_sharded(world, layout):
 @settings(max_examples=50, deadline=None)
 @given(arrays(np.float32, (3, 8), elements=st.floats(-1000, 1000, width=32)))
 def test_int8_is_off_by_half_a_step_of_the_row(values):
-    collection = FrozenEmbeddingBagCollection(
-        [FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int8")]
-    )
+    collection = FrozenEmbeddingBagCollection([FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int8")])
     collection.load("a", values)
     ((_, decoded),) = collection.decoded("a")
     span = values.max(1, keepdims=True) - values.min(1, keepdims=True)

@@ -96,9 +96,7 @@ def test_shared_negatives_leave_out_the_positives_of_each_user(kind):
     excluded = torch.tensor([[True, False, False, False], [False] * 4, [False, False, True, False]])
     label, log_q = torch.ones(3), torch.full((7,), -math.log(ITEMS))
     # a choice among 3: the positive and two of the 11 items
-    loss = make_loss(
-        LossConfig(kind=kind, scale=1.0, bias=0.0, candidates=3 if kind == "softmax" else 0), ITEMS
-    )
+    loss = make_loss(LossConfig(kind=kind, scale=1.0, bias=0.0, candidates=3 if kind == "softmax" else 0), ITEMS)
     found = loss(users, table[ids], label, log_q, ids, excluded)
     logits = (users @ table[ids].T).tolist()
     entropies, softmaxes, pairs = 0.0, 0.0, 3

@@ -25,9 +25,7 @@ def test_count_ahead_refuses_nan_but_not_where_masked():
 
 def test_positions_of_several_heldout_items_differ():
     # User 0: scores 3, 5, 3 with 1, 0, 1 competitors ahead -> 5 is first, the two 3s are third and fourth.
-    positions = rm.positions_in_ranking(
-        tensor([3.0, 7.0, 5.0, 3.0]), tensor([1, 4, 0, 1]), rows=tensor([0, 1, 0, 0])
-    )
+    positions = rm.positions_in_ranking(tensor([3.0, 7.0, 5.0, 3.0]), tensor([1, 4, 0, 1]), rows=tensor([0, 1, 0, 0]))
     assert sorted(positions[[0, 3]].tolist()) == [3, 4]
     assert positions[2] == 1
     assert positions[1] == 5
@@ -68,8 +66,7 @@ def rankings(draw):
     items = draw(st.integers(2, 12))
     scores = torch.stack([torch.tensor(draw(st.permutations(range(items)))) for _ in range(users)]).float()
     relevant = [
-        draw(st.lists(st.integers(0, items - 1), min_size=1, max_size=items - 1, unique=True))
-        for _ in range(users)
+        draw(st.lists(st.integers(0, items - 1), min_size=1, max_size=items - 1, unique=True)) for _ in range(users)
     ]
     return scores, relevant
 

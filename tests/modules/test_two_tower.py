@@ -34,9 +34,7 @@ def build(strategy="init-freeze", kind="residual", counted=False, storage="fp32"
 
 def keyed(**ids):
     lengths = torch.ones(sum(len(v) for v in ids.values()), dtype=torch.int32)
-    return KeyedJaggedTensor(
-        list(ids), torch.cat([torch.as_tensor(v) for v in ids.values()]), lengths=lengths
-    )
+    return KeyedJaggedTensor(list(ids), torch.cat([torch.as_tensor(v) for v in ids.values()]), lengths=lengths)
 
 
 def scores(model, **floats):
@@ -96,9 +94,7 @@ def test_a_few_steps_lower_the_loss_and_move_what_should_move(strategy, kind):
         optimizer.step()
         losses.append(float(shown))
     assert losses[-1] < losses[0]
-    assert all(
-        not torch.equal(p, before[name]) for name, p in model.named_parameters() if "gate.0" not in name
-    )
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if "gate.0" not in name)
     if "freeze" in strategy:
         ((_, stored),) = model.user_frozen.decoded("user")
         assert torch.equal(stored[:, :DIM], torch.from_numpy(factors()[0]))

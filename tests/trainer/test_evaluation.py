@@ -29,9 +29,7 @@ DATA = Path(os.environ.get("RECPRESS_DATA", Path(__file__).parents[2] / ".." / "
 
 def one_user_scores(scores):
     """A user vector (1,) and item vectors whose scores for it are the given ones."""
-    return vectors_from_factors(np.ones((9, 1))), vectors_from_factors(
-        np.array(scores, dtype=np.float32)[:, None]
-    )
+    return vectors_from_factors(np.ones((9, 1))), vectors_from_factors(np.array(scores, dtype=np.float32)[:, None])
 
 
 def pairs(*values):
@@ -174,9 +172,7 @@ def test_sampled_agrees_with_counting_in_any_order(seed, chunk, item_chunk):
     negatives = rng.integers(0, 53, (30, 12))
     negatives[:, 0] = (what + 1) % 53
     scores = users @ items.T
-    ahead = (
-        (scores[who[:, None], negatives] >= scores[who, what][:, None]) & (negatives != what[:, None])
-    ).sum(1)
+    ahead = ((scores[who[:, None], negatives] >= scores[who, what][:, None]) & (negatives != what[:, None])).sum(1)
     order = rng.permutation(30)
     prepared = ho.sampled_from_arrays(
         who[order], what[order], negatives[order], num_users=37, num_items=53, chunk=chunk
@@ -203,9 +199,7 @@ def evaluate_on_this_rank(folder):
         lookups.append(vectors_from_shard(block, len(table)))
     user_vectors, item_vectors = ((lambda ids, look=look: tower(look(ids))) for look in lookups)
     full = evaluate_full(ho.full_from_log(log, chunk=4), user_vectors, item_vectors, (1, 5), item_chunk=8)
-    sampled = evaluate_sampled(
-        ho.sampled_from_log(log, chunk=4), user_vectors, item_vectors, (1, 5), item_chunk=8
-    )
+    sampled = evaluate_sampled(ho.sampled_from_log(log, chunk=4), user_vectors, item_vectors, (1, 5), item_chunk=8)
     return full, sampled
 
 

@@ -35,9 +35,7 @@ def test_users_score_their_own_group_higher(world, tmp_path):
     users = rng.integers(0, USERS, 3000)
     items = rng.integers(0, ITEMS // GROUPS, 3000) * GROUPS + users % GROUPS
     users[-1], items[-1] = USERS - 1, ITEMS - 1  # so that the log shows how many there are
-    pq.write_table(
-        pa.table({"user_id": users, "item_id": items}), tmp_path / "train.parquet", row_group_size=500
-    )
+    pq.write_table(pa.table({"user_id": users, "item_id": items}), tmp_path / "train.parquet", row_group_size=500)
     per_rank = run_on_ranks(factorized, world, str(tmp_path))
     for case in range(2):
         u = torch.cat([rank[case][0] for rank in per_rank])

@@ -70,13 +70,9 @@ def evaluates(folder):
         value = [0.1, 0.2, 0.3, 0.2, 0.1, 0.0, 0.0][len(calls) - 1] + dist.get_rank()
         return {"NDCG@10": value}
 
-    settings = FitConfig(
-        epochs=5, evaluate_every=1, evaluate_steps=4, evaluate_first=True, patience=2, log_every=2
-    )
+    settings = FitConfig(epochs=5, evaluate_every=1, evaluate_steps=4, evaluate_first=True, patience=2, log_every=2)
     with MetricsLog(folder) as log:
-        result = fit(
-            dmp, optimizer, batches, settings, device=CPU, evaluate=evaluate, log=log, show_progress=False
-        )
+        result = fit(dmp, optimizer, batches, settings, device=CPU, evaluate=evaluate, log=log, show_progress=False)
     assert seen[0] == start
     assert digest(dmp) == seen[2] != seen[4]
     # at the start, after step 4, at the end of epoch 1 (6), after step 8 and at the end of epoch 2 (12)

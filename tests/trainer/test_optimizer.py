@@ -28,21 +28,13 @@ def steps_of(strategy, **settings):
     found = []
     for batch in batches(0, steps=3):
         table = [
-            s.tensor.clone()
-            for v in dmp.state_dict().values()
-            if hasattr(v, "local_shards")
-            for s in v.local_shards()
+            s.tensor.clone() for v in dmp.state_dict().values() if hasattr(v, "local_shards") for s in v.local_shards()
         ]
         dense = [p.detach().clone() for p in optimizer.parameters]
         optimizer.zero_grad()
         dmp(batch)[0].backward()
         optimizer.step()
-        now = [
-            s.tensor
-            for v in dmp.state_dict().values()
-            if hasattr(v, "local_shards")
-            for s in v.local_shards()
-        ]
+        now = [s.tensor for v in dmp.state_dict().values() if hasattr(v, "local_shards") for s in v.local_shards()]
         moved = [
             max((float((a - b.detach()).abs().max()) for a, b in zip(x, y, strict=True)), default=0.0)
             for x, y in ((table, now), (dense, optimizer.parameters))
