@@ -61,6 +61,7 @@ class PositivePairs:
 
         Goes over the users' own items, not over all B * N pairs.
         """
+        users, row = torch.unique(users, return_inverse=True)  # active users have many rows of a batch
         distinct, column = torch.unique(items, return_inverse=True)
         slot = torch.full((self.num_items,), -1, dtype=torch.int32, device=items.device)
         slot[distinct] = torch.arange(len(distinct), dtype=torch.int32, device=items.device)
@@ -68,13 +69,13 @@ class PositivePairs:
         starts = torch.searchsorted(self.keys, base)
         lengths = torch.searchsorted(self.keys, base + self.num_items) - starts
         first = lengths.cumsum(0) - lengths
-        row = torch.repeat_interleave(lengths)
-        place = torch.arange(len(row), device=users.device).add_((starts - first)[row])
-        found = slot[self.keys[place].sub_(base[row])]
+        owner = torch.repeat_interleave(lengths)
+        place = torch.arange(len(owner), device=users.device).add_((starts - first)[owner])
+        found = slot[self.keys[place].sub_(base[owner])]
         known = (found >= 0).nonzero().squeeze(1)  # on CUDA this waits for the device
         has = torch.zeros(len(users) * len(distinct), dtype=torch.bool, device=users.device)
-        has[row[known] * len(distinct) + found[known]] = True
-        return has.view(len(users), len(distinct))[:, column]
+        has[owner[known] * len(distinct) + found[known]] = True
+        return has.view(len(users), len(distinct)).index_select(1, column).index_select(0, row)
 
     def _search(self, pairs: torch.Tensor) -> torch.Tensor:
         at = torch.searchsorted(self.keys, pairs).clamp_(max=len(self.keys) - 1)

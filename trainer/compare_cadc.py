@@ -23,7 +23,7 @@ from recpress.trainer.artifacts import shared_artifact
 from recpress.trainer.compare_report import write_compare_report
 from recpress.trainer.config import CompareCadcConfig, EvaluateConfig, FactorizeConfig, TrainConfig, chosen_schema
 from recpress.trainer.distributed import agreed, process_group
-from recpress.trainer.evaluate import evaluate, load_heldout, rank_heldout
+from recpress.trainer.evaluate import evaluate, load_heldout, rank_heldout, show
 from recpress.trainer.evaluation import vectors_from_factors
 from recpress.trainer.factorize import FactorizeResult, factorize
 from recpress.trainer.results import (
@@ -130,15 +130,17 @@ class _Comparison:
         for seed in self.config.seeds:
             made = self._factorize(self.path, f"seed-{seed}", seed)
             first = first or made
-            metrics = evaluate(
-                EvaluateConfig(
-                    data=self.path,
-                    model=str(self.folder / f"seed-{seed}" / "factors"),
-                    schema=self.config.schema,
-                    evaluation=self.config.evaluation,
-                    device=self.config.device,
+            with _quiet(True):
+                metrics = evaluate(
+                    EvaluateConfig(
+                        data=self.path,
+                        model=str(self.folder / f"seed-{seed}" / "factors"),
+                        schema=self.config.schema,
+                        evaluation=self.config.evaluation,
+                        device=self.config.device,
+                    )
                 )
-            )
+            _say(f"  {show(metrics)}")
             alone.append(SeedResult(seed=seed, metrics=metrics, seconds={"factorize": made.seconds}))
             for strategy in STRATEGIES:
                 _say(f"seed {seed}: {self._name(strategy)}")
@@ -189,18 +191,21 @@ class _Comparison:
 
     def _factorize(self, log: str, part: str, seed: int) -> FactorizeResult:
         _say(f"{part}: factorize")
-        return factorize(
-            FactorizeConfig(
-                data=log,
-                out=str(self.folder / part / "factors"),
-                schema=self.config.schema,
-                als=replace(self.config.als, seed=seed),
-                crossfit_rate=self.config.rate,
-                crossfit_seed=seed,
-                crossfit_sweeps=self.config.crossfit_sweeps,
-                device=self.config.device,
+        with _quiet(True):
+            made = factorize(
+                FactorizeConfig(
+                    data=log,
+                    out=str(self.folder / part / "factors"),
+                    schema=self.config.schema,
+                    als=replace(self.config.als, seed=seed),
+                    crossfit_rate=self.config.rate,
+                    crossfit_seed=seed,
+                    crossfit_sweeps=self.config.crossfit_sweeps,
+                    device=self.config.device,
+                )
             )
-        )
+        _say(f"  {made.seconds:.1f} s, objective {made.sweeps[-1][0]:.6g}; cross-fitted {made.crossfit_seconds:.1f} s")
+        return made
 
     def _train(
         self, log: str, part: str, strategy: Strategy, seed: int, *, stop_after: int = 0, look: bool = False
@@ -213,20 +218,24 @@ class _Comparison:
         evaluation = replace(
             self.config.evaluation, every=1 if look else 0, patience=self.config.patience if look else 0
         )
-        return train(
-            TrainConfig(
-                **settings,
-                data=log,
-                out=str(self.folder / part / strategy.key),
-                factors=str(self.folder / part / "factors") if strategy.factors else None,
-                schema=self.config.schema,
-                sample=SampleConfig(rate=self.config.rate if strategy.sampled else 1.0, seed=seed),
-                evaluation=evaluation,
-                seed=seed,
-                stop_after=stop_after,
-                device=self.config.device,
+        with _quiet(True):
+            trained = train(
+                TrainConfig(
+                    **settings,
+                    data=log,
+                    out=str(self.folder / part / strategy.key),
+                    factors=str(self.folder / part / "factors") if strategy.factors else None,
+                    schema=self.config.schema,
+                    sample=SampleConfig(rate=self.config.rate if strategy.sampled else 1.0, seed=seed),
+                    evaluation=evaluation,
+                    seed=seed,
+                    tensorboard=False,
+                    stop_after=stop_after,
+                    device=self.config.device,
+                )
             )
-        )
+        _say(f"  {trained.fit.train_seconds:.1f} s, {show(trained.metrics)}")
+        return trained
 
     def _network(self, strategy: Strategy) -> Any:
         return getattr(self.config, strategy.network)
@@ -321,7 +330,7 @@ def _versions() -> dict[str, str]:
 
 def _say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(f"\n== {text}", flush=True)
+        print(text, flush=True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from recpress.data.config import (
@@ -199,9 +199,11 @@ class IngestCommand(IngestConfig):
     """Replace an existing --out."""
 
 
-def _network(tables: TablesConfig, towers: TowersConfig, optimizer: OptimizerConfig, epochs: int) -> NetworkConfig:
+def _network(
+    tables: TablesConfig, towers: TowersConfig, optimizer: OptimizerConfig, epochs: int, batch_size: int = 2048
+) -> NetworkConfig:
     return NetworkConfig(
-        stream=StreamConfig(batch_size=2048),
+        stream=StreamConfig(batch_size=batch_size),
         negatives=NegativesConfig(count=512, shared=True, reject_positives=True),
         model=TwoTowerConfig(tables=tables, towers=towers, loss=LossConfig(kind="softmax", scale=8.0, candidates=100)),
         optimizer=optimizer,
@@ -226,6 +228,17 @@ def _random_network() -> NetworkConfig:
         TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
         OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
         epochs=40,
+        batch_size=4096,
+    )
+
+
+def _tuned_network() -> NetworkConfig:
+    """On factors that are trained on: as on frozen ones, the tables by small steps."""
+    frozen = _frozen_network()
+    return replace(
+        frozen,
+        model=replace(frozen.model, tables=TablesConfig(strategy="init-train")),
+        optimizer=replace(frozen.optimizer, table_learning_rate=0.01),
     )
 
 
@@ -258,7 +271,7 @@ class CompareCadcConfig:
     """Sweeps without the sample that make the factors to train on."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     random: NetworkConfig = field(default_factory=_random_network)
-    tuned: NetworkConfig = field(default_factory=_frozen_network)
+    tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
     choose: bool = True
     """Choose each network's number of epochs, up to --*.epochs, on one row a user that is held out of train."""

@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
 
             put(crossfit)
             setup_seconds = time.monotonic() - begin
-            if ranks.rank == 0:
+            if ranks.rank == 0 and config.tensorboard:
                 print(f"metrics while it runs: tensorboard --logdir {tmp}", flush=True)
             with MetricsLog(tmp, tensorboard=config.tensorboard) as metrics_log:
                 fitted = fit(
