@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recpress.data.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
@@ -32,6 +34,10 @@ class SampleConfig:
     """Share of the rows that are in the sample, in (0, 1]."""
     seed: int = 0
     """Seed of the membership."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise InputError(f"sample.rate is {self.rate}, expected a number in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,13 @@ class NegativesConfig:
     """Draw again where a negative is one of the user's own positives (keeps the log's pairs in memory)."""
     seed: int = 0
     """Seed of the draws; mixed with the epoch and the place of the batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("shared", "reject_positives"):
+            if self.kind == "in-batch" and getattr(self, name):
+                raise InputError(
+                    f"negatives.{name}: expected kind 'uniform' or 'popularity', which draw; not 'in-batch'"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,34 +205,3 @@ def make_negatives(
         return UniformNegatives(num_items, config.count, config.seed, reject)
     assert counts is not None
     return PopularityNegatives(counts, config.count, config.power, config.seed, reject)
-
-
-def in_batch_logits(
-    scores: torch.Tensor,
-    items: torch.Tensor,
-    log_q: torch.Tensor | None = None,
-    users: torch.Tensor | None = None,
-    positives: PositivePairs | None = None,
-) -> torch.Tensor:
-    """Logits of a softmax over the batch's items, corrected for how often an item is in a batch.
-
-    logits[i, j] = scores[i, j] - log q_j (Yi et al. 2019, Sampling-bias-corrected neural modeling), and -inf
-    where j is no negative of i: another row with the very item of row i (an accidental hit), or, where
-    `positives` are given, any item that the user of row i has. The row's own item, on the diagonal, stays: it
-    is the target of `cross_entropy(in_batch_logits(u @ v.T, items, log_q), torch.arange(B))`.
-
-    Args:
-        scores: (B, B), row i's user with row j's item.
-        items: (B,) int64.
-        log_q: (B,) log of the probability of each row's item, or None for no correction.
-        users: (B,) int64, for `positives`.
-
-    Returns: (B, B), differentiable in the scores.
-    """
-    hits = items.unsqueeze(1) == items.unsqueeze(0)
-    if positives is not None:
-        assert users is not None
-        hits |= positives.contains(users.unsqueeze(1), items.unsqueeze(0))
-    hits.fill_diagonal_(False)
-    logits = scores if log_q is None else scores - log_q
-    return logits.masked_fill(hits, float("-inf"))

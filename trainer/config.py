@@ -25,10 +25,11 @@ from recpress.modules.config import (
 )
 
 
-def at_least(name: str, value: float, limit: float) -> None:
-    """Raise InputError where `value` is below `limit` or no number."""
-    if math.isnan(value) or value < limit:
-        raise InputError(f"{name} is {value}, expected at least {limit}")
+def at_least(limit: float, **values: float) -> None:
+    """Raise InputError where a value is below `limit` or no number."""
+    for name, value in values.items():
+        if math.isnan(value) or value < limit:
+            raise InputError(f"{name} is {value}, expected at least {limit}")
 
 
 def chosen_schema(schema: Schema) -> Schema | None:
@@ -55,6 +56,10 @@ class OptimizerConfig:
     clip_norm: float = 0.0
     """Bound of the global gradient norm of the dense part; 0 clips nothing."""
 
+    def __post_init__(self) -> None:
+        at_least(0, learning_rate=self.learning_rate, table_learning_rate=self.table_learning_rate)
+        at_least(0, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip_norm=self.clip_norm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -71,6 +76,15 @@ class EvaluationConfig:
     """What early stopping and the best checkpoint go by."""
     patience: int = 0
     """Stop after so many evaluations without a better one and keep the best weights; 0 runs all epochs."""
+
+    def __post_init__(self) -> None:
+        at_least(0, every=self.every, patience=self.patience)
+        if not self.k:
+            raise InputError("evaluation.k: expected at least one cut-off")
+        for k in self.k:
+            at_least(1, k=k)
+        if self.patience and not self.every:
+            raise InputError("evaluation.patience: expected evaluation.every, the epochs between evaluations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +123,18 @@ class FactorizeConfig:
     """Seed of that sample; the same as the network's --sample.seed."""
     crossfit_sweeps: int = 1
     """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
+
     use_label: bool = False
     """Let the label scale the confidence of a row; otherwise every row counts one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the sweeps run."""
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crossfit_rate < 1:
+            raise InputError(f"crossfit_rate is {self.crossfit_rate}, expected a number in [0, 1)")
+        at_least(1, crossfit_sweeps=self.crossfit_sweeps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +153,9 @@ class NetworkConfig:
     """Train on the label, a number in [0, 1]; otherwise every row is a positive."""
     epochs: int = 8
     """Passes over the rows, at most."""
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ def _model(
             raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
         counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
         reject = None
-        if config.negatives.reject_positives and kind != "in-batch":
+        if config.negatives.reject_positives:
             reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(

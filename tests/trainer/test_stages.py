@@ -180,11 +180,22 @@ def test_settings_that_do_not_go_together_are_one_error(log, factors, tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, float("nan")])
-def test_a_sample_rate_outside_0_to_1_is_refused(log, tmp_path, rate):
-    with pytest.raises(InputError, match="rate"):
-        train(network(log, tmp_path / "model", sample=SampleConfig(rate=rate)))
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SampleConfig(rate=0.0), "sample.rate is 0.0"),
+        (lambda: SampleConfig(rate=1.5), "sample.rate is 1.5"),
+        (lambda: SampleConfig(rate=float("nan")), "sample.rate is nan"),
+        (lambda: NegativesConfig(kind="in-batch", shared=True), "negatives.shared"),
+        (lambda: EvaluationConfig(patience=2), "evaluation.patience"),
+        (lambda: EvaluationConfig(k=(0,)), "k is 0"),
+        (lambda: FactorizeConfig(data="a", out="b", crossfit_rate=1.0), "crossfit_rate is 1.0"),
+        (lambda: TrainConfig(data="a", out="b", epochs=0), "epochs is 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_anything_is_read(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_an_existing_result_is_not_overwritten_unless_asked(log, factors):
