@@ -299,7 +299,7 @@ class _Comparison:
                 SweepPoint(sweep=k, objective=objective, seconds=seconds)
                 for k, (objective, seconds) in enumerate(made.sweeps, 1)
             ),
-            curve_of="a held-out part of train",
+            curve_of="rows held out of train",
             data={
                 "log": "made by recpress synth" if config.data is None else Path(config.data).name,
                 "users": log.num_users,

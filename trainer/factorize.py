@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -92,9 +97,10 @@ def _fit(
     sweeps: list[tuple[float, float]] = []
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
-    with tqdm(total=als.sweeps, desc=description, unit="sweep", disable=None if ranks.rank == 0 else True) as bar:
+    hidden = None if ranks.rank == 0 else True  # None: hidden where there is no terminal
+    with _stop_on_interrupt() as asked, tqdm(total=als.sweeps, desc=description, unit="sweep", disable=hidden) as bar:
 
-        def on_sweep(report: SweepReport) -> None:
+        def on_sweep(report: SweepReport) -> bool:
             sweeps.append((report.objective, time.monotonic() - began))
             bar.update()
             bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
@@ -103,8 +109,30 @@ def _fit(
                     f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
                     f"{report.seconds:.2f} s, {report.eta:.0f} s left"
                 )
+            return asked.is_set()
 
         return model.fit(on_sweep, start), sweeps
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C (SIGINT) asks to stop after this sweep and keep what it gave; a second one interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield asked
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("stopping after this sweep; once more to interrupt", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _read(

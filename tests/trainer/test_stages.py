@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,24 @@ def network(log, out, factors=None, **changes):
 def test_factorization_beats_popularity_by_a_wide_margin(log, factors):
     metrics = evaluate(EvaluateConfig(data=log, model=factors))
     assert metrics["HR@10"] > 0.55  # popularity: 0.41
+
+
+def test_an_interrupt_keeps_the_sweeps_that_were_done(log, tmp_path):
+    """Ctrl-C in the first sweep of a thousand: the factors of the sweep are written, and whole."""
+    out = tmp_path / "factors"
+    command = [sys.executable, "-m", "recpress.trainer.cli", "factorize", "--data", log, "--out", str(out)]
+    command += ["--als.factors", "8", "--als.sweeps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if "sweep 1 of" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert evaluate(EvaluateConfig(data=log, model=str(out)))["HR@10"] > 0.5
 
 
 def test_the_full_protocol_ranks_all_items(log, factors, tmp_path):
