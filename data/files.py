@@ -18,6 +18,11 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     text = str(path)
     if "://" not in text:
         return pafs.LocalFileSystem(), text.rstrip("/") or "/"
+    if secret := re.match(r"(\w+://)[^/@]*:[^/@]*@(.*)", text):
+        raise InputError(
+            f"{secret[1]}…@{secret[2]}: credentials in an address would reach logs and manifests; expected them where "
+            "the filesystem looks, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     # A wildcard is no URI, so only what stands before it is parsed. `?` begins the options of a URI, never a
     # wildcard.
     address, mark, options = text.partition("?")

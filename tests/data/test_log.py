@@ -101,6 +101,14 @@ def test_files_are_sorted_and_globs_and_uris_open(tmp_path):
         open_log(f"{tmp_path}/x/*.parquet")  # a star stays within a folder
 
 
+def test_credentials_in_an_address_are_refused_and_not_repeated():
+    with pytest.raises(InputError, match="credentials") as error:
+        open_log("s3://AKIAEXAMPLE:hush@bucket/log")
+    assert "bucket/log" in str(error.value)
+    assert "hush" not in str(error.value)
+    assert "AKIA" not in str(error.value)
+
+
 def test_empty_row_groups_are_skipped(tmp_path):
     with pq.ParquetWriter(tmp_path / "train.parquet", table().schema) as writer:
         for rows in (3, 0, 4):
