@@ -74,7 +74,7 @@ def test_known_members():
 def test_rate_outside_the_unit_interval_is_refused(rate):
     with pytest.raises(InputError, match=r"sample rate .* \(0, 1\]"):
         membership(0, rate, 0, 0, 10)
-    with pytest.raises(InputError, match="sample.rate"):
+    with pytest.raises(InputError, match=r"sample\.rate"):
         selected(SampleConfig(rate=rate), False, 0, 0, 10)
 
 
