@@ -137,21 +137,33 @@ class FactorizeConfig:
         at_least(1, crossfit_sweeps=self.crossfit_sweeps)
 
 
+_LOSS = LossConfig(kind="softmax", scale=8.0, candidates=100)
+_TOWERS = TowersConfig(kind="residual", hidden=(256,), dropout=0.7, penalty=0.1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The network and how it is trained, whatever the log and the tables."""
+    """The network and how it is trained, whatever the log.
 
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    negatives: NegativesConfig = field(default_factory=NegativesConfig)
-    model: TwoTowerConfig = field(default_factory=TwoTowerConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    The defaults are for frozen factors: towers that start with the factors' own scores and can learn little, many
+    negatives that the rows of a batch share, few epochs (benchmarks/README.md says how they were chosen).
+    """
+
+    stream: StreamConfig = field(default_factory=lambda: StreamConfig(batch_size=2048))
+    negatives: NegativesConfig = field(
+        default_factory=lambda: NegativesConfig(count=512, shared=True, reject_positives=True)
+    )
+    model: TwoTowerConfig = field(default_factory=lambda: TwoTowerConfig(towers=_TOWERS, loss=_LOSS))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20)
+    )
     user_features: tuple[str, ...] = ()
     """Columns of `users.parquet` that join the user tower."""
     item_features: tuple[str, ...] = ()
     """Columns of `items.parquet` that join the item tower."""
     use_label: bool = False
     """Train on the label, a number in [0, 1]; otherwise every row is a positive."""
-    epochs: int = 8
+    epochs: int = 3
     """Passes over the rows, at most."""
 
     def __post_init__(self) -> None:
@@ -222,42 +234,23 @@ class IngestCommand(IngestConfig):
     """Replace an existing --out."""
 
 
-def _network(
-    tables: TablesConfig, towers: TowersConfig, optimizer: OptimizerConfig, epochs: int, batch_size: int = 2048
-) -> NetworkConfig:
-    return NetworkConfig(
-        stream=StreamConfig(batch_size=batch_size),
-        negatives=NegativesConfig(count=512, shared=True, reject_positives=True),
-        model=TwoTowerConfig(tables=tables, towers=towers, loss=LossConfig(kind="softmax", scale=8.0, candidates=100)),
-        optimizer=optimizer,
-        epochs=epochs,
-    )
-
-
-def _frozen_network() -> NetworkConfig:
-    """On factors: towers that start with the factors' own scores and can learn little."""
-    return _network(
-        TablesConfig(strategy="init-freeze"),
-        TowersConfig(kind="residual", hidden=(256,), dropout=0.7, penalty=0.1),
-        OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20),
-        epochs=3,
-    )
-
-
 def _random_network() -> NetworkConfig:
-    """On random tables: wide enough to learn the tables' meaning, stopped where it no longer gets better."""
-    return _network(
-        TablesConfig(strategy="random", dim=64),
-        TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
-        OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
+    """On random tables: the same loss, little dropout, a constant rate, stopped where it no longer gets better."""
+    return NetworkConfig(
+        stream=StreamConfig(batch_size=4096),
+        model=TwoTowerConfig(
+            tables=TablesConfig(strategy="random", dim=64),
+            towers=TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
+            loss=_LOSS,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
         epochs=40,
-        batch_size=4096,
     )
 
 
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, the tables by small steps."""
-    frozen = _frozen_network()
+    frozen = NetworkConfig()
     return replace(
         frozen,
         model=replace(frozen.model, tables=TablesConfig(strategy="init-train")),
@@ -292,7 +285,7 @@ class CompareCadcConfig:
     """The defaults were chosen on a validation part of MovieLens-1M (benchmarks/README.md)."""
     crossfit_sweeps: int = 1
     """Sweeps without the sample that make the factors to train on."""
-    frozen: NetworkConfig = field(default_factory=_frozen_network)
+    frozen: NetworkConfig = field(default_factory=NetworkConfig)
     random: NetworkConfig = field(default_factory=_random_network)
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
