@@ -90,7 +90,8 @@ def _quiet_libraries() -> None:
     """Leave out what TorchRec and torch say on every start about their own code, which no user can act on."""
     for name in ("torchrec.distributed.planner.types", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    for text in (".*broadcast_buffers.*", ".*reduce_scatter_tensor.*"):
+        warnings.filterwarnings("ignore", message=text, category=FutureWarning)
 
 
 class _Watch:
