@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        log = open_log(leave_one_out(open_log(args.data), f"{folder}/log", seed=args.seed))
+        log = open_log(leave_one_out(open_log(args.data), f"{folder}/log", by="random", seed=args.seed))
         heldout = load_heldout(log, EvaluationConfig())
         chunks = list(iter_columns(log.train, [log.schema.user, log.schema.item]))
         args.users, args.items, args.rows = log.num_users, log.num_items, log.train.num_rows
