@@ -19,7 +19,7 @@ from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.modules.interactions import InteractionBuilder
 
-NEAR = Limits(interactions=1 << 15, rows=2048)  # one rank on CPU: the working arrays stay in a core's caches
+NEAR = Limits(interactions=1 << 15, rows=1024)  # one rank on CPU: the working arrays stay in a core's caches
 FAR = Limits(interactions=1 << 18, rows=16384)  # rows come from other ranks, or work runs on CUDA
 
 
@@ -183,8 +183,8 @@ def initial_factors(
         blocks = RowBlocks(count, world)
         begin, end = blocks.start(rank), blocks.stop(rank)
         shard = torch.empty(end - begin, config.factors, device=device)
-        for first in range(begin, end, 65536):
-            last = min(first + 65536, end)
+        for first in range(begin, end, 4096):
+            last = min(first + 4096, end)
             rows = initial_rows(config.seed, side, first, last, config.factors)
             shard[first - begin : last - begin] = torch.from_numpy(rows).to(device)
         shards.append(shard)

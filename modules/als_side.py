@@ -100,12 +100,12 @@ class Side:
         self.other_blocks = RowBlocks(num_others, exchange.world)
         degree = np.diff(csr.indptr)
         self.degree = torch.from_numpy(degree).to(self.device, torch.float32)
+        self.pieces = list(_pieces(csr.indptr, limits))
         if csr.values is None:
             self.weight = self.degree * config.confidence
         else:
-            sums = np.add.reduceat(np.append(csr.values, np.float32(0)), csr.indptr[:-1], dtype=np.float64)
-            sums = np.where(degree > 0, sums, 0) * config.confidence
-            self.weight = torch.from_numpy(sums).to(self.device, torch.float32)
+            sums = torch.from_numpy(_row_sums(csr.indptr, csr.values, self.pieces))
+            self.weight = (sums * config.confidence).to(self.device, torch.float32)
         self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
         base = config.unobserved_weight * num_others
         self.reg = config.regularization * (self.degree + base) ** config.frequency_exponent
@@ -113,7 +113,6 @@ class Side:
         far = max(2 * self.nnz / num_rows, 1.0)
         near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
         self.reg_line = (near_reg, (far_reg - near_reg) / far)
-        self.pieces = list(_pieces(csr.indptr, limits))
         self.rounds = exchange.max(len(self.pieces))
 
     def summary(self, rows: torch.Tensor) -> Summary:
@@ -203,6 +202,17 @@ class Side:
             others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
         offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)
         return Chunk(offsets, indices, weights, others, self.reg[first:last], rows[first:last])
+
+
+def _row_sums(indptr: np.ndarray, values: np.ndarray, pieces: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """Sum of each row's values, float64; a piece at a time, for numpy casts what it sums."""
+    sums = np.zeros(len(indptr) - 1)
+    for first, last, start, stop in pieces:
+        ends = np.clip(indptr[first : last + 1], start, stop) - start
+        filled = np.flatnonzero(np.diff(ends))
+        if len(filled):
+            sums[first + filled] += np.add.reduceat(values[start:stop], ends[filled], dtype=np.float64)
+    return sums
 
 
 def _pieces(indptr: np.ndarray, limits: Limits) -> Iterator[tuple[int, int, int, int]]:

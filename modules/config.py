@@ -116,3 +116,22 @@ class TwoTowerConfig:
     tables: TablesConfig = field(default_factory=TablesConfig)
     towers: TowersConfig = field(default_factory=TowersConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashConfig:
+    """How ids are mapped to fewer rows."""
+
+    method: str = "learned"
+    """Name of the method; `recpress.modules.hashing.methods` has the table of names."""
+    private: float = -1.0
+    """Share of the rows that the most frequent ids have for themselves (`learned`, `frequency`, `hybrid`); below 0:
+    the method's own choice."""
+    power: float = 0.5
+    """`learned`: an id weighs as much as this power of its count."""
+    iterations: int = 15
+    """Passes of the clustering over the ids."""
+    resolution: float = 1.0
+    """`louvain`, `co-cluster`: the larger, the smaller the clusters, where the budget leaves a choice."""
+    seed: int = 0
+    """Seed of hashes and of the clustering's start."""

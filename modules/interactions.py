@@ -9,7 +9,7 @@ import numpy as np
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
 
-_BUFFER = 1 << 18  # pairs that are sorted into pieces together
+_BUFFER = 1 << 16  # pairs that are sorted into pieces together
 _ROUND_PIECES = 32  # rounds of the exchange; a round holds about this share of the pairs in working memory
 _MAX_ID = 2**31 - 1
 
@@ -51,9 +51,7 @@ class InteractionBuilder:
         self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._pending_rows = 0
-        self._pieces: list[list[tuple[np.ndarray, np.ndarray | None]]] = [
-            [] for _ in range(exchange.world * _ROUND_PIECES)
-        ]
+        self._pieces = [_Piece() for _ in range(exchange.world * _ROUND_PIECES)]
         self.rows = 0
         self._valued = False
 
@@ -105,7 +103,7 @@ class InteractionBuilder:
             sorted_values = None if values is None else values[part][order]
             for k in np.flatnonzero(np.diff(bounds)):
                 cut = slice(bounds[k], bounds[k + 1])
-                self._pieces[k].append((keys[cut].copy(), None if sorted_values is None else sorted_values[cut].copy()))
+                self._pieces[k].append(keys[cut], None if sorted_values is None else sorted_values[cut])
 
     def build(self) -> tuple[CSR, CSR]:
         """CSR of this rank's users and of its items. Collective; the builder is empty after it."""
@@ -123,12 +121,11 @@ class InteractionBuilder:
         for k in range(_ROUND_PIECES):
             keys_out, values_out = [], []
             for owner in range(world):
-                pieces = self._pieces[owner * _ROUND_PIECES + k]
-                keys_out.append(np.concatenate([p[0] for p in pieces]) if pieces else np.empty(0, np.int64))
-                if self._valued:
-                    full = [_ones(len(p[0])) if p[1] is None else p[1] for p in pieces]
-                    values_out.append(np.concatenate(full) if full else np.empty(0, np.float32))
-                pieces.clear()
+                piece = owner * _ROUND_PIECES + k
+                piece_keys, piece_values = self._pieces[piece].take(self._valued)
+                keys_out.append(piece_keys)
+                values_out.append(piece_values)
+                self._pieces[piece] = _Piece()
             keys = self.exchange.all_to_all(keys_out)
             weights = self.exchange.all_to_all(values_out) if self._valued else None
             keys, weights = _summed(keys, weights)
@@ -187,6 +184,27 @@ class InteractionBuilder:
             if with_values and users.values is not None:
                 weights = self.exchange.all_to_all(np.split(users.values[part][order], bounds))
             yield received, weights
+
+
+class _Piece:
+    """Pairs of one range of users, as they came; values are kept from the first that is not 1."""
+
+    def __init__(self) -> None:
+        self._keys, self._values = _Growing(np.int64), _Growing(np.float32)
+        self._valued = False
+
+    def append(self, keys: np.ndarray, values: np.ndarray | None) -> None:
+        if values is not None and not self._valued:
+            self._valued = True
+            self._values.append(_ones(len(self._keys)))
+        self._keys.append(keys)
+        if self._valued:
+            self._values.append(_ones(len(keys)) if values is None else values)
+
+    def take(self, valued: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Keys, and values where asked for; the piece is not used after it."""
+        values = self._values.array() if self._valued else _ones(len(self._keys) if valued else 0)
+        return self._keys.array(), values
 
 
 class _Growing:
