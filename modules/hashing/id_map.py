@@ -41,7 +41,7 @@ class IdMap:
             raise ValueError(f"id map: rows are {self.rows.dtype} {tuple(self.rows.shape)}, expected int32 (ids, ways)")
         if self.weights is not None and self.weights.shape != self.rows.shape:
             raise ValueError(
-                f"id map: weights have shape {tuple(self.weights.shape)}, expected that of rows, {tuple(self.rows.shape)}"
+                f"id map: weights are {tuple(self.weights.shape)}, expected the shape of rows, {tuple(self.rows.shape)}"
             )
         if self.num_rows < 1:
             raise ValueError(f"id map: a table of {self.num_rows} rows, expected at least 1")

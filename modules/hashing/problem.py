@@ -40,7 +40,8 @@ class IdTable:
             if bool(bad.any()):
                 row = int(bad.nonzero()[0])
                 raise ValueError(
-                    f"table {self.name!r}: the count of id {row} is {float(self.counts[row])}, expected a finite number >= 0"
+                    f"table {self.name!r}: the count of id {row} is {float(self.counts[row])}, "
+                    "expected a finite number >= 0"
                 )
         if self.embedding is not None and (len(self.embedding.shape) != 2 or self.embedding.shape[0] != self.num_ids):
             raise ValueError(
@@ -51,8 +52,8 @@ class IdTable:
 Method = Callable[[IdTable, int, HashConfig], IdMap]
 """(ids, rows, config) -> map onto at most `rows` rows. Deterministic by config.seed.
 
-Raises ValueError that names the table where it lacks the counts or the embedding that the method needs, where a row of the
-embedding is not finite, or where the budget cannot be used.
+Raises ValueError that names the table where it lacks the counts or the embedding that the method needs, where a
+row of the embedding is not finite, or where the budget cannot be used.
 """
 
 
