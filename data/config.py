@@ -131,6 +131,40 @@ class SynthConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SynthCriteoConfig:
+    """A made log with Criteo's columns: a label, 13 numbers, 26 categorical features whose ids are alike in groups."""
+
+    rows: int = 1_000_000
+    """Rows of train."""
+    test_rows: int = 200_000
+    """Rows of test, drawn like those of train."""
+    ids: int = 400_000
+    """Ids of all features together, spread over them as Criteo's are; up to 33,762,577, Criteo's own."""
+    skew: float = 0.8
+    """Exponent of the power law of how often the ids of a feature are accessed."""
+    groups: int = 64
+    """Groups of like ids in each feature, at most."""
+    deviation: float = 0.3
+    """Part of an id's latent vector that is its own, in [0, 1]: 0 makes the ids of a group the same."""
+    latent: int = 4
+    """Dimension of the latent vectors that interact."""
+    effects: float = 1.2
+    """Standard deviation of what single ids add to the logit."""
+    interactions: float = 0.8
+    """Standard deviation of what pairs of ids add to the logit."""
+    dense: float = 0.5
+    """Standard deviation of what the numbers add to the logit."""
+    noise: float = 0.3
+    """Standard deviation of what nothing explains."""
+    positives: float = 0.256
+    """Share of the labels that are 1; Criteo's own by default."""
+    seed: int = 0
+    """Seed of everything. A row depends on it, its place and the options above but `rows` and `test_rows`."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Files and row groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestConfig:
     """How files of another format become a log."""
 

@@ -31,6 +31,11 @@ COMMANDS = {
         "recpress.trainer.logs:synth",
         "write a made log with planted tastes",
     ),
+    "synth-criteo": Command(
+        "recpress.trainer.config:SynthCriteoCommand",
+        "recpress.trainer.logs:synth_criteo",
+        "write a made log with Criteo's columns",
+    ),
     "ingest": Command(
         "recpress.trainer.config:IngestCommand",
         "recpress.trainer.logs:ingest",

@@ -13,6 +13,7 @@ from recpress.data.config import (
     Schema,
     StreamConfig,
     SynthConfig,
+    SynthCriteoConfig,
 )
 from recpress.data.errors import InputError
 from recpress.modules.config import (
@@ -217,6 +218,16 @@ class EvaluateConfig:
 @dataclass(frozen=True, kw_only=True)
 class SynthCommand(SynthConfig):
     """A made log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
+
+    out: str
+    """Folder of the log; must not exist unless --overwrite."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthCriteoCommand(SynthCriteoConfig):
+    """A made log with Criteo's columns: a label, 13 numbers, 26 categorical features whose ids are alike in groups."""
 
     out: str
     """Folder of the log; must not exist unless --overwrite."""

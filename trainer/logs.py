@@ -1,4 +1,4 @@
-"""The stages that write logs: `recpress synth`, `ingest` and `split`. One process each; no torch is needed."""
+"""The stages that write logs: `synth`, `synth-criteo`, `ingest` and `split`. One process each; no torch is needed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from pathlib import Path
 from recpress.data import holdout as data_holdout
 from recpress.data import ingest as data_ingest
 from recpress.data import synth as data_synth
+from recpress.data import synth_criteo as data_synth_criteo
 from recpress.data.log import open_log
-from recpress.trainer.config import IngestCommand, SplitConfig, SynthCommand, chosen_schema
+from recpress.trainer.config import IngestCommand, SplitConfig, SynthCommand, SynthCriteoCommand, chosen_schema
 
 
 def synth(config: SynthCommand) -> Path:
     """Write a made log and say what it holds."""
     return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
+
+
+def synth_criteo(config: SynthCriteoCommand) -> Path:
+    """Write a made log with Criteo's columns and say what it holds."""
+    out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
+    ids = sum(data_synth_criteo.feature_sizes(config.ids))
+    print(f"{out}: {config.rows:,} rows, {config.test_rows:,} held out; 26 features of {ids:,} ids in all")
+    return out
 
 
 def ingest(config: IngestCommand) -> Path:
