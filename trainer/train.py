@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.data.negatives import PositivePairs, make_negatives
-from recpress.data.stream import InteractionStream
+from recpress.data.stream import Interactions, InteractionStream
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
+from recpress.trainer.collectives import all_reduce
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed import Ranks, agreed, process_group
 from recpress.trainer.evaluate import load_heldout, rank_heldout, show
@@ -97,14 +99,18 @@ def train(config: TrainConfig) -> TrainResult:
             metrics = evaluate() if heldout is not None else {}
             (tmp / WEIGHTS).mkdir(exist_ok=True)
             save_weights(model.dmp, tmp / WEIGHTS)
+            kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
             meta |= {
                 "rows": stream.num_rows,
+                "kept_positives": kept,
                 "steps": fitted.steps,
                 "best": fitted.best,
                 "metrics": metrics,
                 "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
             }
         if ranks.rank == 0:
+            if kept:
+                print(f"{kept:,} negatives were positives of their user, who has nearly all items")
             shown = show(metrics)
             print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
     return TrainResult(fitted, metrics, stream.num_rows, setup_seconds)
@@ -178,7 +184,19 @@ def _model(
 
 def _batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int) -> Iterator[Batch]:
     stream.set_epoch(epoch)
-    return map(model.builder, stream)
+    return (model.builder(_checked(rows, stream)) for rows in stream)
+
+
+def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
+    """Raise InputError where a label is no target of cross-entropy: a rating of 5, say."""
+    if rows.label is not None:
+        low, high = (float(x) for x in torch.aminmax(rows.label))
+        if low < 0 or high > 1:
+            raise InputError(
+                f"column '{stream.schema.label}': a label of {low if low < 0 else high:g} at position {rows.position} "
+                "of the epoch or after it; --use-label expects numbers in [0, 1]"
+            )
+    return rows
 
 
 def _has_heldout(config: TrainConfig, log: Log) -> bool:

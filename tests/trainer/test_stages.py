@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
+from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
@@ -197,6 +197,25 @@ def test_settings_that_do_not_go_together_are_one_error(log, factors, tmp_path, 
         train(replace(config, **changes))
     assert "\n" not in str(error.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_label_that_is_no_probability_is_refused(tmp_path):
+    folder = tmp_path / "log"
+    write(folder, "train", user_id=[0, 0, 1, 1], item_id=[0, 1, 1, 2], stars=[1.0, 5.0, 0.0, 0.5])
+    config = TrainConfig(
+        data=str(folder),
+        out=str(tmp_path / "model"),
+        schema=Schema(label="stars"),
+        sample=SampleConfig(rate=1.0),
+        model=TwoTowerConfig(tables=TablesConfig(strategy="random", dim=4)),
+        negatives=NegativesConfig(count=1),
+        use_label=True,
+        epochs=1,
+        tensorboard=False,
+    )
+    with pytest.raises(InputError, match=r"column 'stars': a label of 5 .*expects numbers in \[0, 1\]"):
+        train(config)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(
