@@ -1,0 +1,452 @@
+"""Apply maps of ids in front of any embedding tables: KeyedJaggedTensor -> KeyedJaggedTensor, no parameters.
+
+`LearnedHash` is the module for models; `MappedHash` gives the same rows on the host, from a memory-mapped map,
+for data workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
+import numpy as np
+import torch
+from recpress.modules.hashing.id_map import IdMap, universal_hash
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+Unknown = Literal["hash", "error"]
+_CHUNK = 1 << 16
+"""Ids that a packed map decodes at a time on a CPU, so that the intermediate tensors stay in its cache."""
+
+
+@dataclass(frozen=True)
+class _Map:
+    """One IdMap and where it lies in the module's buffers."""
+
+    num_ids: int
+    num_rows: int
+    ways: int
+    seed: int
+    start: int
+    """First entry in `rows`, or first bit in the packed words."""
+    bits: int
+    weight_start: int
+    """First entry in `weights`; -1 where the map has none."""
+
+    def hashed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows (n, ways) int32 of ids that the map does not cover."""
+        return universal_hash(ids, self.num_rows, self.seed, self.ways)
+
+
+class LearnedHash(nn.Module):
+    """Replaces the ids of some features by the rows of smaller tables; the other features pass unchanged.
+
+    An id becomes `ways` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights are
+    kept, multiplied by the weights of the map where it has some, and made where only the map has some.
+
+    The maps are replicated on each rank, in buffers that are not part of `state_dict`: int32, or bit-packed. Features
+    with the same IdMap share its memory. For `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
+
+    Args:
+        maps: feature key -> its map.
+        unknown: what becomes of an id that is negative or not below the map's `num_ids`: the rows of
+            `IdMap.hashed`, with weight 1, or a ValueError.
+        packed: bit-pack the maps: `IdMap.bits` bits an entry. Smaller, slower.
+
+    Raises:
+        ValueError: no map; in forward, a feature with a map that the batch lacks, and for `unknown="error"` an id
+            that its map does not cover.
+    """
+
+    def __init__(self, maps: Mapping[str, IdMap], *, unknown: Unknown = "hash", packed: bool = False) -> None:
+        super().__init__()
+        if not maps:
+            raise ValueError("learned hash: no maps, expected at least one feature with a map")
+        if unknown not in ("hash", "error"):
+            raise ValueError(f"learned hash: unknown is {unknown!r}, expected 'hash' or 'error'")
+        self.unknown, self.packed = unknown, packed
+        self._map_of: dict[str, _Map] = {}
+        placed: dict[IdMap, _Map] = {}
+        start = weight_start = 0
+        for key, id_map in maps.items():
+            if id_map not in placed:  # IdMaps compare by identity
+                weighted = id_map.weights is not None
+                placed[id_map] = _Map(
+                    num_ids=id_map.num_ids,
+                    num_rows=id_map.num_rows,
+                    ways=id_map.ways,
+                    seed=id_map.seed,
+                    start=start,
+                    bits=id_map.bits,
+                    weight_start=weight_start if weighted else -1,
+                )
+                start += id_map.rows.numel() * (id_map.bits if packed else 1)
+                weight_start += id_map.rows.numel() * weighted
+            self._map_of[key] = placed[id_map]
+        rows = _packed(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
+        weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("weights", torch.cat(weights).float() if weights else torch.ones(1), persistent=False)
+        self.register_buffer("_unknown", torch.zeros(len(self._map_of), dtype=torch.int64), persistent=False)
+        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self.rows: torch.Tensor
+        self.weights: torch.Tensor
+        self._unknown: torch.Tensor
+
+    def unknown_counts(self) -> dict[str, int]:
+        """Feature key -> ids of it that the map did not cover, since construction or `reset_unknown_counts`.
+
+        Counted on this rank; calls of a program made by torch.export are not counted.
+        """
+        return dict(zip(self._map_of, self._unknown.tolist(), strict=True))
+
+    def reset_unknown_counts(self) -> None:
+        self._unknown.zero_()
+
+    def nbytes(self) -> int:
+        """Bytes of the maps and their weights as this rank holds them."""
+        weighted = any(m.weight_start >= 0 for m in self._map_of.values())
+        return self.rows.nbytes + (self.weights.nbytes if weighted else 0)
+
+    def ways(self, key: str) -> int:
+        """Entries that an id of this feature becomes."""
+        return self._map_of[key].ways if key in self._map_of else 1
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The same keys, stride and order; ids are rows now, of the dtype that the ids had."""
+        layout = self._layout(features.keys())
+        lengths = features.length_per_key()
+        ids, weights = features.values(), features.weights_or_none()
+        unknown = self._unknown_ids(ids, layout, lengths)
+        known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
+        source = None
+        if layout.max_ways > 1:
+            each = layout.per_id("ways", lengths, ids)
+            source = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), each)
+            way = torch.zeros_like(source)
+            way[1:] = source[1:] == source[:-1]
+            ids, known = ids[source], known[source] * each[source] + way
+            unknown = None if unknown is None else unknown[source]
+            weights = None if weights is None else weights[source]
+            lengths = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+        else:
+            way = None
+        if self.packed:
+            rows = self._unpack(known, layout, lengths)
+        elif ids.is_cuda or torch.compiler.is_exporting():
+            rows = self._gather(known, layout, lengths)
+        else:
+            rows = self._gather_cpu(known, layout, lengths)
+        if layout.weighted:
+            weights = self._weigh(known, unknown, weights, layout, lengths)
+        if unknown is not None:
+            rows = self._hash(rows, ids, unknown, way, layout, lengths)
+        return _rebuilt(features, rows.to(features.values().dtype), weights, lengths, layout)
+
+    def _layout(self, keys: list[str]) -> _Layout:
+        found = self._layouts.get(tuple(keys))
+        if found is None:
+            missing = [key for key in self._map_of if key not in keys]
+            if missing:
+                raise ValueError(
+                    f"learned hash: the batch has no feature {missing[0]!r}, which has a map; it has {keys}"
+                )
+            found = self._layouts[tuple(keys)] = _Layout(keys, self._map_of)
+        return found
+
+    def _unknown_ids(self, ids: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor | None:
+        """Which ids of mapped features their map does not cover, (n,) bool; None where it is known that there are none.
+
+        Counts them. On CUDA this synchronises once; the pipeline's exchange of ids does so too.
+        """
+        exporting = torch.compiler.is_exporting()
+        if not ids.is_cuda and not exporting and _all_known(ids, layout, lengths):
+            return None
+        sizes = layout.per_id("sizes", lengths, ids)
+        bad = (sizes >= 0) & ((ids < 0) | (ids >= sizes))
+        if exporting:
+            if self.unknown == "error":
+                raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
+            return bad
+        if not bool(bad.any()):
+            return None
+        if self.unknown == "error":
+            position = int(bad.nonzero()[0])
+            key = layout.keys[int(np.searchsorted(np.cumsum(lengths), position, side="right"))]
+            raise ValueError(
+                f"learned hash: feature {key!r} has the id {int(ids[position])}, expected 0 to "
+                f"{self._map_of[key].num_ids - 1}"
+            )
+        per_key = [int(part.sum()) for part in bad.split(lengths)]
+        by_key = dict(zip(layout.keys, per_key, strict=True))
+        self._unknown += torch.tensor([by_key[key] for key in self._map_of], device=self._unknown.device)
+        return bad
+
+    def _gather_cpu(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
+        """One fbgemm call for each run of features whose maps lie in ascending order, mostly one for all."""
+        parts, at, first = [], 0, 0
+        for last, starts in layout.runs:
+            ends = np.cumsum([0, *lengths[first:last]])
+            part = known[at : at + int(ends[-1])]
+            at += int(ends[-1])
+            offsets = torch.from_numpy(ends).to(part.dtype)
+            parts.append(torch.ops.fbgemm.pruned_array_lookup(part.contiguous(), offsets, self.rows, starts))
+            first = last
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gather(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
+        starts = layout.per_id("starts", lengths, known)
+        mapped = starts >= 0
+        rows = self.rows[torch.where(mapped, starts + known, 0)]
+        return torch.where(mapped, rows.to(known.dtype), known)
+
+    def _unpack(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
+        parts = []
+        for key, part in zip(layout.keys, known.split(lengths), strict=True):
+            at = self._map_of.get(key)
+            chunks = [part] if at is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
+            parts += (
+                chunks if at is None else [_decode(self.rows, at.start, at.bits, c).to(known.dtype) for c in chunks]
+            )
+        return torch.cat(parts)
+
+    def _weigh(
+        self,
+        known: torch.Tensor,
+        unknown: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        layout: _Layout,
+        lengths: list[int],
+    ) -> torch.Tensor:
+        starts = layout.per_id("weight_starts", lengths, known)
+        weighted = starts >= 0 if unknown is None else (starts >= 0) & ~unknown
+        own = torch.where(weighted, self.weights[torch.where(weighted, starts + known, 0)], 1.0)
+        return own if weights is None else own.to(weights.dtype) * weights
+
+    def _hash(
+        self,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        unknown: torch.Tensor,
+        way: torch.Tensor | None,
+        layout: _Layout,
+        lengths: list[int],
+    ) -> torch.Tensor:
+        parts = []
+        split = [x.split(lengths) for x in (rows, ids, unknown)]
+        ways = [None] * len(lengths) if way is None else way.split(lengths)
+        for key, row, part, bad, which in zip(layout.keys, *split, ways, strict=True):
+            at = self._map_of.get(key)
+            if at is not None:
+                hashed = at.hashed(part)
+                hashed = hashed[:, 0] if at.ways == 1 or which is None else hashed.gather(1, which[:, None])[:, 0]
+                row = torch.where(bad, hashed.to(row.dtype), row)
+            parts.append(row)
+        return torch.cat(parts)
+
+
+class _Layout:
+    """What follows from the order of a batch's keys, and is the same for each batch that has it."""
+
+    def __init__(self, keys: list[str], map_of: Mapping[str, _Map]) -> None:
+        maps = [map_of.get(key) for key in keys]
+        self.keys = list(keys)
+        self.ways = [1 if m is None else m.ways for m in maps]
+        self.max_ways = max(self.ways)
+        self.mapped_sizes = [None if m is None else m.num_ids for m in maps]
+        self.weighted = any(m is not None and m.weight_start >= 0 for m in maps)
+        self._per_key = {
+            "ways": self.ways,
+            "sizes": [-1 if m is None else m.num_ids for m in maps],
+            "starts": [-1 if m is None else m.start for m in maps],
+            "weight_starts": [-1 if m is None else m.weight_start for m in maps],
+        }
+        self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.runs = _runs(maps)
+
+    def per_id(self, name: str, lengths: list[int], like: torch.Tensor) -> torch.Tensor:
+        """A number of each key, repeated for each of its ids: (n,) int64."""
+        if torch.compiler.is_exporting():  # a tensor made while exporting must not outlive it
+            values = torch.tensor(self._per_key[name], device=like.device)
+        else:
+            values = self._tensors.get((name, like.device))
+            if values is None:
+                values = self._tensors[name, like.device] = torch.tensor(self._per_key[name], device=like.device)
+        counts = torch.tensor(lengths, device=like.device)
+        return torch.repeat_interleave(values, counts, output_size=like.numel())
+
+
+def _runs(maps: list[_Map | None]) -> list[tuple[int, torch.Tensor]]:
+    """Split the keys into runs for fbgemm's `pruned_array_lookup`: (end of the run, where each map starts).
+
+    That operator takes feature t's map from starts[t] on, and passes its ids through where starts[t + 1] is not
+    larger. So in a run the starts ascend; a map that two features share begins a new run.
+    """
+    runs: list[tuple[int, torch.Tensor]] = []
+    starts: list[int] = []
+    end = 0  # of the last map in this run
+    for index, one in enumerate(maps):
+        if one is None:
+            starts.append(end)
+            continue
+        if starts and one.start < end:
+            runs.append((index, torch.tensor([*starts, end])))
+            starts, end = [], 0
+        # Features without a map before this one start where it starts, so that their range is empty.
+        for back in range(len(starts) - 1, -1, -1):
+            if starts[back] != end:
+                break
+            starts[back] = one.start
+        starts.append(one.start)
+        end = one.start + one.num_ids * one.ways
+    runs.append((len(maps), torch.tensor([*starts, end])))
+    return runs
+
+
+def _all_known(ids: torch.Tensor, layout: _Layout, lengths: list[int]) -> bool:
+    at = 0
+    for size, length in zip(layout.mapped_sizes, lengths, strict=True):
+        if size is not None and length:
+            low, high = torch.aminmax(ids[at : at + length])
+            if int(low) < 0 or int(high) >= size:
+                return False
+        at += length
+    return True
+
+
+def _rebuilt(
+    features: KeyedJaggedTensor,
+    values: torch.Tensor,
+    weights: torch.Tensor | None,
+    length_per_key: list[int],
+    layout: _Layout,
+) -> KeyedJaggedTensor:
+    """`features` with other values; what it had worked out already is kept, so that nobody does it twice."""
+    lengths, offsets = features.lengths_or_none(), features.offsets_or_none()
+    if layout.max_ways > 1:
+        strides = features.stride_per_key()
+        of_key = torch.tensor(layout.ways, device=values.device)
+        ways = torch.repeat_interleave(of_key, torch.tensor(strides, device=values.device), output_size=sum(strides))
+        lengths, offsets = features.lengths() * ways.to(features.lengths().dtype), None
+    variable = features.variable_stride_per_key()
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=values,
+        weights=weights,
+        lengths=lengths,
+        offsets=offsets,
+        stride=None if variable else features.stride(),
+        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
+        length_per_key=length_per_key,
+        inverse_indices=features.inverse_indices_or_none(),
+    )
+
+
+def _packed(maps: Mapping[IdMap, _Map]) -> torch.Tensor:
+    """Rows of all maps, `bits` bits each, one after the other from the lowest bit on, in int32 words.
+
+    One word more than is filled, so that a number's second word always exists.
+    """
+    total = sum(m.rows.numel() * m.bits for m in maps)
+    words = np.zeros(-(-total // 32) + 1, np.uint32)
+    for id_map, at in maps.items():
+        flat = id_map.rows.reshape(-1)
+        step = 32 << 15  # entries; a multiple of 32, so that only the map's first word is shared with what precedes
+        for first in range(0, len(flat), step):
+            values = flat[first : first + step].numpy().astype(np.uint64)
+            position = at.start + (first + np.arange(len(values), dtype=np.int64)) * at.bits
+            shifted = values << (position & 31).astype(np.uint64)
+            word = position >> 5
+            base, size = int(word[0]), int(word[-1]) - int(word[0]) + 2
+            block = np.zeros(size, np.uint32)
+            # Numbers of a word have no bit in common, so their sum is their union.
+            for part, offset in ((shifted & 0xFFFFFFFF, 0), (shifted >> np.uint64(32), 1)):
+                np.bitwise_or.at(block, word - base + offset, part.astype(np.uint32))
+            words[base : base + size] |= block
+    return torch.from_numpy(words.view(np.int32))
+
+
+def _decode(words: torch.Tensor, start: int, bits: int, entries: torch.Tensor) -> torch.Tensor:
+    """Numbers (n,) int64 of `bits` <= 31 bits, from bit `start` on, at the places `entries`."""
+    position = entries.long() * bits + start
+    word = position >> 5
+    low = words[word].long() & 0xFFFFFFFF
+    high = words[word + 1].long() << 32
+    return ((low | high) >> (position & 31)) & ((1 << bits) - 1)
+
+
+class MappedHash:
+    """The same rows as `LearnedHash`, on the host: one memory-mapped copy of the maps for all processes of a machine.
+
+    Data workers apply it to ids before they make batches. It can be pickled: only the folders travel.
+
+    Args:
+        folders: feature key -> folder that `IdMap.save` wrote.
+        unknown: as in `LearnedHash`.
+
+    Raises:
+        ValueError: a folder is not a whole map; when called, a feature without a map, or, for `unknown="error"`, an
+            id that its map does not cover.
+    """
+
+    def __init__(self, folders: Mapping[str, str | Path], *, unknown: Unknown = "hash") -> None:
+        if unknown not in ("hash", "error"):
+            raise ValueError(f"mapped hash: unknown is {unknown!r}, expected 'hash' or 'error'")
+        self.unknown = unknown
+        self._folders = {key: str(folder) for key, folder in folders.items()}
+        self._maps = {key: IdMap.load(folder) for key, folder in self._folders.items()}
+        self._unknown = dict.fromkeys(self._maps, 0)
+
+    def rows(self, key: str, ids: Any) -> tuple[Any, Any]:
+        """Rows of ids (n,): (n, ways) of the ids' dtype, and their weights (n, ways) float32, None where the map has none.
+
+        numpy arrays for a numpy array, tensors for a tensor.
+        """
+        if key not in self._maps:
+            raise ValueError(f"mapped hash: feature {key!r} has no map; there are {sorted(self._maps)}")
+        id_map = self._maps[key]
+        given = torch.as_tensor(ids)
+        rows, weights, unknown = _look_up(id_map, given)
+        if unknown is not None:
+            if self.unknown == "error":
+                first = int(given[int(unknown.nonzero()[0])])
+                raise ValueError(f"mapped hash: feature {key!r} has the id {first}, expected 0 to {id_map.num_ids - 1}")
+            self._unknown[key] += int(unknown.sum())
+        if isinstance(ids, torch.Tensor):
+            return rows, weights
+        return rows.numpy(), None if weights is None else weights.numpy()
+
+    def unknown_counts(self) -> dict[str, int]:
+        """Feature key -> ids that the map did not cover, in this process."""
+        return dict(self._unknown)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folders": self._folders, "unknown": self.unknown}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folders"], unknown=state["unknown"])  # type: ignore[misc]
+
+
+def _look_up(id_map: IdMap, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(rows, weights, which ids the map does not cover or None) of ids (n,)."""
+    unknown, known = None, ids
+    if len(ids):
+        low, high = torch.aminmax(ids)
+        if int(low) < 0 or int(high) >= id_map.num_ids:
+            unknown = (ids < 0) | (ids >= id_map.num_ids)
+            known = ids.masked_fill(unknown, 0)
+
+    def of(table: torch.Tensor) -> torch.Tensor:
+        columns = [table[:, way].index_select(0, known) for way in range(id_map.ways)]
+        return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
+
+    rows = of(id_map.rows).to(ids.dtype)
+    weights = None if id_map.weights is None else of(id_map.weights)
+    if unknown is not None:
+        rows = torch.where(unknown[:, None], id_map.hashed(ids).to(ids.dtype), rows)
+        weights = None if weights is None else weights.masked_fill(unknown[:, None], 1.0)
+    return rows, weights, unknown
