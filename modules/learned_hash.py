@@ -123,16 +123,14 @@ class LearnedHash(nn.Module):
         ids, weights = features.values(), features.weights_or_none()
         unknown = self._unknown_ids(ids, layout, lengths)
         known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
-        source = None
         if layout.max_ways > 1:
             each = layout.per_id("ways", lengths, ids)
-            source = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), each)
-            way = torch.zeros_like(source)
-            way[1:] = source[1:] == source[:-1]
+            lengths = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+            source = torch.repeat_interleave(each, output_size=sum(lengths))
+            way = torch.arange(source.numel(), device=ids.device) - (each.cumsum(0) - each)[source]  # 0 or 1
             ids, known = ids[source], known[source] * each[source] + way
             unknown = None if unknown is None else unknown[source]
             weights = None if weights is None else weights[source]
-            lengths = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
         else:
             way = None
         if self.packed:
@@ -188,7 +186,8 @@ class LearnedHash(nn.Module):
 
     def _gather_cpu(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
         """One fbgemm call for each run of features whose maps lie in ascending order, mostly one for all."""
-        parts, at, first = [], 0, 0
+        parts: list[torch.Tensor] = []
+        at = first = 0
         for last, starts in layout.runs:
             ends = np.cumsum([0, *lengths[first:last]])
             part = known[at : at + int(ends[-1])]
@@ -273,9 +272,9 @@ class _Layout:
         if torch.compiler.is_exporting():  # a tensor made while exporting must not outlive it
             values = torch.tensor(self._per_key[name], device=like.device)
         else:
-            values = self._tensors.get((name, like.device))
-            if values is None:
-                values = self._tensors[name, like.device] = torch.tensor(self._per_key[name], device=like.device)
+            if (name, like.device) not in self._tensors:
+                self._tensors[name, like.device] = torch.tensor(self._per_key[name], device=like.device)
+            values = self._tensors[name, like.device]
         counts = torch.tensor(lengths, device=like.device)
         return torch.repeat_interleave(values, counts, output_size=like.numel())
 
@@ -402,7 +401,7 @@ class MappedHash:
         self._unknown = dict.fromkeys(self._maps, 0)
 
     def rows(self, key: str, ids: Any) -> tuple[Any, Any]:
-        """Rows of ids (n,): (n, ways) of the ids' dtype, and their weights (n, ways) float32, None where the map has none.
+        """Rows (n, ways) of ids (n,), of their dtype, and weights (n, ways) float32, None where the map has none.
 
         numpy arrays for a numpy array, tensors for a tensor.
         """
