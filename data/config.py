@@ -146,11 +146,11 @@ class SynthCriteoConfig:
     """Groups of like ids in each feature, at most."""
     deviation: float = 0.3
     """Part of an id's latent vector that is its own, in [0, 1]: 0 makes the ids of a group the same."""
-    latent: int = 4
+    latent: int = 2
     """Dimension of the latent vectors that interact."""
-    effects: float = 1.2
+    effects: float = 1.5
     """Standard deviation of what single ids add to the logit."""
-    interactions: float = 0.8
+    interactions: float = 0.6
     """Standard deviation of what pairs of ids add to the logit."""
     dense: float = 0.5
     """Standard deviation of what the numbers add to the logit."""
