@@ -129,6 +129,9 @@ class HashConfig:
     the method's own choice."""
     power: float = 0.5
     """`learned`: an id weighs as much as this power of its count."""
+    ways: Literal[1, 2] = 1
+    """`learned`: rows of an id. With 2, an id is the weighted sum of two rows: a larger map, two lookups, and far
+    closer to the embedding (`hashing.pairs`)."""
     iterations: int = 15
     """Passes of the clustering over the ids."""
     resolution: float = 1.0

@@ -18,7 +18,7 @@ class IdMap:
         rows: (num_ids, ways) int32, each in [0, num_rows); ways is 1, or 2 for double hashing and the like. May be a
             view of a memory map.
         num_rows: rows of the table.
-        weights: (num_ids, ways) float32, or None for ones.
+        weights: (num_ids, ways) float16 or float32, or None for ones.
         method: name of the method that made it.
         vocabulary: fingerprint of the ids that it maps; None where nobody gave one.
         computed: the rows follow from the id by a formula, so that serving needs no map (`nbytes` is 0).
@@ -74,7 +74,7 @@ class IdMap:
         """Bytes of the map, bit-packed, with its weights; 0 where it is computed."""
         if self.computed:
             return 0
-        weights = 0 if self.weights is None else 4 * self.weights.numel()
+        weights = 0 if self.weights is None else self.weights.nbytes
         return -(-self.num_ids * self.ways * self.bits // 8) + weights
 
     def hashed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from recpress.modules.config import HashConfig
 from recpress.modules.hashing.clustering import cluster
 from recpress.modules.hashing.frequency import most_frequent, private_rows
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.pairs import pair_rows
 from recpress.modules.hashing.problem import IdTable, need_counts, need_embedding
 from recpress.modules.rows import RowSource
 
@@ -19,10 +20,21 @@ def learned(table: IdTable, rows: int, config: HashConfig) -> IdMap:
     Minimises the weighted distortion sum_i w_i |v_i - c_row(i)|^2 over maps onto `rows` rows, w_i = count_i **
     config.power. How many rows are private is part of that: a row goes to an id alone as soon as what this gains is
     above what the cheapest merge of two rows costs (`clustering.lloyd`). `config.private` >= 0 sets it by hand:
-    floor(private * rows) rows go to the most frequent ids, and the rest is clustered.
+    floor(private * rows) rows go to the most frequent ids, and the rest is clustered. With config.ways 2 an id is the
+    weighted sum of two rows (`pairs.pair_rows`), and none is private: a row that one id alone needs, it has.
     """
     counts, embedding = need_counts(table, "learned"), need_embedding(table, "learned")
     weights = counts.float() ** config.power
+    if config.ways == 2:
+        if config.private >= 0:
+            raise ValueError(
+                f"table {table.name!r}: private is {config.private}, expected none (-1) with two rows an id"
+            )
+        pairs = pair_rows(embedding, weights, rows, seed=config.seed, iterations=config.iterations, name=table.name)
+        return IdMap(
+            rows=pairs.rows, num_rows=rows, weights=pairs.weights, method="learned", vocabulary=table.vocabulary,
+            seed=config.seed,
+        )  # fmt: skip
     private = private_rows(table, rows, config.private) if config.private >= 0 else 0
     assignment = torch.empty(table.num_ids, dtype=torch.int32)
     shared = torch.ones(table.num_ids, dtype=torch.bool)

@@ -1,0 +1,66 @@
+"""Two weighted rows an id."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recpress.modules.config import HashConfig
+from recpress.modules.hashing.methods import build_map
+from recpress.modules.hashing.pairs import pair_rows
+from recpress.modules.hashing.problem import IdTable
+from recpress.modules.shared_als import SharedRows
+
+
+def planted(n: int = 600, k: int = 12, d: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors that are each the weighted sum of two of k orthogonal-ish rows; and counts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.linalg.qr(torch.randn(max(k, d), d, generator=generator)).Q[:k]
+    first = torch.randint(k, (n,), generator=generator)
+    second = (first + 1 + torch.randint(k - 1, (n,), generator=generator)) % k
+    share = torch.rand(n, 2, generator=generator) + 0.2
+    return share[:, :1] * rows[first] + share[:, 1:] * rows[second], torch.rand(n, generator=generator) * 50
+
+
+def test_the_criterion_never_rises_and_the_rows_explain_the_vectors() -> None:
+    x, counts = planted(k=10)
+    pairs = pair_rows(x, counts**0.5, 60, seed=0, iterations=30)
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(pairs.history[:-1], pairs.history[1:], strict=True))
+    energy = float((x.square().sum(1) * counts**0.5).sum())
+    assert pairs.history[-1] < 0.05 * energy
+
+
+def test_two_rows_are_closer_than_one() -> None:
+    x, counts = planted(n=800, k=16, d=16)
+    table = IdTable(name="t", num_ids=len(x), counts=counts, embedding=x)
+    error = {}
+    for ways in (1, 2):
+        id_map = build_map(table, 40, HashConfig(method="learned", ways=ways))
+        shared = SharedRows(id_map)
+        near = shared.expand(shared.fit(x, counts))
+        error[ways] = float(((x - near).square().sum(1) * counts).sum())
+    assert error[2] < 0.5 * error[1]
+
+
+def test_the_same_seed_gives_the_same_pairs_and_weights_are_half_precision() -> None:
+    x, counts = planted()
+    one, two = (pair_rows(x, counts, 20, seed=3, iterations=6) for _ in range(2))
+    assert torch.equal(one.rows, two.rows)
+    assert torch.equal(one.weights, two.weights)
+    assert torch.equal(one.centres, two.centres)
+    assert one.weights.dtype == torch.float16
+    assert bool(torch.isfinite(one.weights).all())
+
+
+def test_a_single_row_and_zero_vectors_are_no_trouble() -> None:
+    x = torch.zeros(5, 4)
+    x[0, 0] = 2.0
+    pairs = pair_rows(x, None, 1, seed=0, iterations=3)
+    assert pairs.rows.max() == 0
+    assert bool(torch.isfinite(pairs.centres).all())
+
+
+def test_private_rows_and_pairs_do_not_go_together() -> None:
+    x, counts = planted(n=30)
+    table = IdTable(name="t", num_ids=30, counts=counts, embedding=x)
+    with pytest.raises(ValueError, match="table 't': private is 0.5"):
+        build_map(table, 10, HashConfig(method="learned", ways=2, private=0.5))
