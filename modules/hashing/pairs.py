@@ -13,7 +13,7 @@ from recpress.modules.shared_als import SharedRows
 
 _TINY = 1e-12
 _RIDGE = 1e-4
-"""Of a pair's least squares, in units of its rows' norms: two rows that are nearly one take halves, not +1e3 and -1e3."""
+"""Of a pair's least squares, in units of its rows' norms: two rows that nearly agree take halves, not 1e3 and -1e3."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -94,7 +96,7 @@ def test_the_objective_falls_and_is_the_one_that_is_said(ways: int) -> None:
     maps = random_map(USERS, 12, ways), random_map(ITEMS, 10, ways, seed=2)
     found = SharedALS(CONFIG, *csrs(), *maps).fit(on_sweep=lambda sweep, value: said.append(value))
     assert len(said) == CONFIG.sweeps
-    assert all(later <= earlier + 1e-3 for earlier, later in zip(said[:-1], said[1:], strict=True))
+    assert all(later <= earlier + 1e-3 for earlier, later in itertools.pairwise(said))
     constant = len(interactions()[0])  # of `loss_of`: + w_0 for each interaction
     assert said[-1] == pytest.approx(objective(found.users, found.items) + constant, rel=1e-4)
 
