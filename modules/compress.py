@@ -373,7 +373,7 @@ def _places(model: nn.Module, named: set[str]) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _tables(module: nn.Module) -> dict[str, Any]:
+def _tables(module: Any) -> dict[str, Any]:
     if type(module) is EmbeddingBagCollection:
         return {config.name: config for config in module.embedding_bag_configs()}
     if type(module) is EmbeddingCollection:
@@ -400,11 +400,10 @@ class _Build:
         self.rows: dict[str, RowSource] = {}
         self._seen: set[IdMap] = set()
 
-    def collection(self, old: nn.Module) -> nn.Module:
+    def collection(self, old: Any) -> Any:
         bags = isinstance(old, EmbeddingBagCollection)
-        assert isinstance(old, EmbeddingBagCollection | EmbeddingCollection)
-        configs = old.embedding_bag_configs() if isinstance(old, EmbeddingBagCollection) else old.embedding_configs()
-        old_tables = old.embedding_bags if isinstance(old, EmbeddingBagCollection) else old.embeddings
+        configs = old.embedding_bag_configs() if bags else old.embedding_configs()
+        old_tables = old.embedding_bags if bags else old.embeddings
         for config in configs:
             self._check(config, old_tables[config.name].weight)
         mapped = self._features(configs)
@@ -531,9 +530,8 @@ class _Build:
         pooled = config.pooling == PoolingType.MEAN
         return shared_rows(source, one, self.counts.get(config.name), table=config.name, mean_pooled=pooled)[0]
 
-    def _start(self, before: Any, after: Any, table: nn.Module, old: torch.Tensor) -> None:
+    def _start(self, before: Any, after: Any, table: Any, old: torch.Tensor) -> None:
         weight = table.weight
-        assert isinstance(weight, nn.Parameter)
         if old.device.type != "meta":
             table.to_empty(device=old.device)
             weight = table.weight

@@ -204,7 +204,7 @@ class LearnedHash(nn.Module):
         return torch.where(mapped, rows.to(known.dtype), known)
 
     def _unpack(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
-        parts = []
+        parts: list[torch.Tensor] = []
         for key, part in zip(layout.keys, known.split(lengths), strict=True):
             at = self._map_of.get(key)
             chunks = [part] if at is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
@@ -409,7 +409,7 @@ class MappedHash:
             raise ValueError(f"mapped hash: feature {key!r} has no map; there are {sorted(self._maps)}")
         id_map = self._maps[key]
         given = torch.as_tensor(ids)
-        rows, weights, unknown = _look_up(id_map, given)
+        rows, weights, unknown = look_up(id_map, given)
         if unknown is not None:
             if self.unknown == "error":
                 first = int(given[int(unknown.nonzero()[0])])
@@ -430,8 +430,13 @@ class MappedHash:
         self.__init__(state["folders"], unknown=state["unknown"])  # type: ignore[misc]
 
 
-def _look_up(id_map: IdMap, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(rows, weights, which ids the map does not cover or None) of ids (n,)."""
+def look_up(
+    id_map: IdMap, ids: torch.Tensor, rows_of: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(rows (n, ways), weights (n, ways) or None, which ids the map does not cover (n,) or None) of ids (n,).
+
+    rows_of: `id_map.rows` on another device, that of the ids. Synchronises where that is CUDA.
+    """
     unknown, known = None, ids
     if len(ids):
         low, high = torch.aminmax(ids)
@@ -443,7 +448,7 @@ def _look_up(id_map: IdMap, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         columns = [table[:, way].index_select(0, known) for way in range(id_map.ways)]
         return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
 
-    rows = of(id_map.rows).to(ids.dtype)
+    rows = of(id_map.rows if rows_of is None else rows_of).to(ids.dtype)
     weights = None if id_map.weights is None else of(id_map.weights)
     if unknown is not None:
         rows = torch.where(unknown[:, None], id_map.hashed(ids).to(ids.dtype), rows)
