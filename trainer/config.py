@@ -181,6 +181,9 @@ class TrainConfig(NetworkConfig):
     """Folder of the model and the metrics; must not exist unless --overwrite."""
     factors: str | None = None
     """Folder of factors, for every strategy but `random`."""
+    hash: str | None = None
+    """Folder of `recpress hash`: its maps compress the tables of users and items. Frozen rows are shared, and rows
+    that are trained are those that the ids share."""
     crossfit: Literal["auto", "yes", "no"] = "auto"
     """Train on the factors that have not seen the sample, then put those of all rows in their place; `auto`: where
     the tables are frozen and there are such factors for this very sample."""
