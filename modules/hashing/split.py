@@ -1,0 +1,121 @@
+"""One budget of rows for several tables: where a row more lowers the distortion most."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from recpress.modules.config import HashConfig
+from recpress.modules.hashing.clustering import lloyd
+from recpress.modules.hashing.problem import IdTable, need_counts, need_embedding
+
+SAMPLE = 1 << 14
+"""Ids of a table that its distortion is measured on."""
+MEASURED = 512
+"""Most rows at which the distortion is measured; above, it is extrapolated."""
+ITERATIONS = 5
+
+
+def split_rows(tables: Sequence[IdTable], budget: int, config: HashConfig) -> list[int]:
+    """Rows of each table, at least 1 and at most its ids, `budget` in all (or all ids, where they are fewer).
+
+    Minimises  sum_t D_t(k_t)  with  D_t(k) = sum_i w_i |v_i - c_a(i)|^2  the least distortion of table t with k rows,
+    w_i = count_i ** config.power. So the embeddings must be in units that compare: those of `warm_up`, or the two
+    sides of one factorization, scaled to the same curvature. D_t is measured by k-means at k = 1, 2, 4, ... and goes on
+    beyond as the power of k that the last two measurements show (-2 / d for smooth densities, Zador 1982). Rows go, one
+    stretch of the lower convex hull of D_t after the other, where each lowers the sum most; for convex curves that is
+    optimal (Fox 1966).
+
+    Raises:
+        ValueError: a budget below one row a table; a table without counts or embedding.
+    """
+    if budget < len(tables):
+        raise ValueError(f"a budget of {budget} rows for {len(tables)} tables, expected at least 1 row each")
+    stretches = []
+    for place, table in enumerate(tables):
+        hull = _hull(*_finer(*distortions(table, config)))
+        for first, last in itertools.pairwise(hull):
+            stretches.append(((first[1] - last[1]) / (last[0] - first[0]), place, last[0] - first[0]))
+    rows = [1] * len(tables)
+    left = budget - len(tables)
+    for _, place, size in sorted(stretches, key=lambda stretch: (-stretch[0], stretch[1])):
+        taken = min(size, left)
+        rows[place] += taken
+        left -= taken
+    return rows
+
+
+def distortions(table: IdTable, config: HashConfig) -> tuple[list[int], list[float]]:
+    """Numbers of rows, rising from 1 to all ids, and the distortion of the table with each.
+
+    Measured on at most `SAMPLE` ids: those that weigh most, and others at even steps, which stand for the rest.
+    """
+    n = table.num_ids
+    weights = need_counts(table, "split").double() ** config.power
+    chosen = torch.arange(n)
+    if n > SAMPLE:
+        chosen = torch.topk(weights, SAMPLE // 2).indices
+        rest = torch.ones(n, dtype=torch.bool)
+        rest[chosen] = False
+        others = rest.nonzero()[:, 0]
+        drawn = others[torch.linspace(0, len(others) - 1, SAMPLE - len(chosen)).long()]
+        share = weights[others].sum() / weights[drawn].sum().clamp_min(1e-300)
+        weights = torch.cat([weights[chosen], weights[drawn] * share])
+        chosen = torch.cat([chosen, drawn])
+        order = torch.sort(chosen).indices
+        chosen, weights = chosen[order], weights[order]
+    x = _gather(table, chosen)
+    mean = float(weights.mean())
+    if n == 1 or mean == 0:
+        return sorted({1, n}), [0.0] * len({1, n})
+    w = (weights / mean).clamp_min(1e-6).float()  # lloyd wants weights above 0
+    sizes, found = [], []
+    rows = 1
+    while rows <= min(MEASURED, max(1, len(chosen) // 2)):
+        sizes.append(rows)
+        found.append(mean * lloyd(x, w, rows, seed=config.seed, iterations=ITERATIONS).distortion)
+        rows *= 2
+    slope = np.log2(found[-2] / found[-1]) if len(found) > 1 and found[-1] > 0 else 0.0
+    while rows < n:
+        sizes.append(rows)
+        found.append(found[-1] * 2.0 ** -max(slope, 0.0))
+        rows *= 2
+    return [*sizes, n], [*found, 0.0]
+
+
+def _gather(table: IdTable, ids: torch.Tensor) -> torch.Tensor:
+    """Vectors of ids in rising order, (len(ids), d) float32."""
+    embedding = need_embedding(table, "split")
+    read = embedding[ids if isinstance(embedding, torch.Tensor) else ids.numpy()]
+    x = read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
+    finite = torch.isfinite(x).all(1)
+    if not bool(finite.all()):
+        bad = int(ids[~finite][0])
+        raise ValueError(f"table {table.name!r}: row {bad} of the embedding holds NaN or infinity")
+    return x
+
+
+def _finer(sizes: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """With points between those above 0, on the power of k that joins them, at most a fifth of k apart."""
+    points = dict(zip(sizes, values, strict=True))
+    for (k, a), (m, b) in itertools.pairwise(zip(sizes, values, strict=True)):
+        if b > 0 and k >= 8:  # below, rounding would make two points one
+            points |= {round(k * (m / k) ** (step / 4)): a * (b / a) ** (step / 4) for step in range(1, 4)}
+    rising = sorted(points)
+    return rising, [points[size] for size in rising]
+
+
+def _hull(sizes: list[int], values: list[float]) -> list[tuple[int, float]]:
+    """The corners of the lower convex hull of a curve, from its first point to its last."""
+    corners: list[tuple[int, float]] = []
+    for point in zip(sizes, values, strict=True):
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

@@ -1,0 +1,169 @@
+"""A quick low-dimensional embedding of the ids of many features, learned on a sample of a log by one pass.
+
+For features that no factorization covers: Ghaemmaghami et al. (2022) learn a low-dimensional embedding first and then
+cluster it together with access frequency. Ours is a factorization machine (Rendle 2010), whose second derivatives are
+known in closed form; so its vectors can be given in a scale in which distance means loss, the same for all features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ACCUMULATOR = 10.0
+"""Where Adagrad's sum of squared gradients starts, in accesses about four times as many: an id that is accessed a few
+times moves little, in proportion to what it was told; with a start at 0 its first step would be as long as any."""
+MEMORY = 0.98
+"""Share of the running sum of second derivatives that outlives a batch."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WarmUp:
+    """What `warm_up` learned."""
+
+    embeddings: list[torch.Tensor]
+    """Of each feature, (num_ids, 1 + dim) float32. The squared distance of two ids is twice the rise of the log loss,
+    to second order, at an access of the one that gets the vector of the other."""
+    counts: list[torch.Tensor]
+    """Of each feature, how often each id was accessed, (num_ids,) int64."""
+    rows: int
+    """Rows that it was trained on."""
+    loss: float
+    """Mean log loss of each batch before it was trained on."""
+
+
+class FactorizationMachine(nn.Module):
+    """logit = MLP(dense) + sum_f w_f + sum_(f<g) <v_f, v_g>, with (w_f, v_f) the row of the id of feature f.
+
+    Args:
+        num_dense: D, numbers of a row; may be 0.
+        num_ids: size of each of the F features.
+        dim: of v.
+    """
+
+    def __init__(self, num_dense: int, num_ids: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(sum(num_ids), 1 + dim, sparse=True)
+        nn.init.normal_(self.table.weight, std=0.05)
+        nn.init.zeros_(self.table.weight[:, 0].detach())
+        self.mlp = nn.Sequential(nn.Linear(num_dense, 16), nn.ReLU(), nn.Linear(16, 1))
+        starts = torch.tensor([0, *num_ids[:-1]]).cumsum(0)
+        self.register_buffer("starts", starts)
+
+    def forward(self, dense: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, D) float32, (B, F) int64 -> logits (B,) and their derivatives by the rows of the ids (B, F, 1 + dim)."""
+        rows = self.table(ids + self.starts)
+        vectors = rows[:, :, 1:]
+        total = vectors.sum(1, keepdim=True)
+        pairs = (total.square().sum((1, 2)) - vectors.square().sum((1, 2))) / 2
+        logits = self.mlp(dense).squeeze(1) + rows[:, :, 0].sum(1) + pairs
+        with torch.no_grad():
+            by_rows = torch.cat([torch.ones_like(rows[:, :, :1]), total - vectors], 2)
+        return logits, by_rows
+
+
+def warm_up(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    num_ids: Sequence[int],
+    *,
+    dim: int = 8,
+    learning_rate: float = 0.05,
+    dense_learning_rate: float = 1e-3,
+    seed: int = 0,
+    names: Sequence[str] = (),
+) -> WarmUp:
+    """Train a factorization machine by one pass over `batches` and return its vectors, scaled, and the counts.
+
+    Adagrad for the vectors, Adam for the numbers' MLP, cross-entropy. With z the logit of a row and p = sigmoid(z),
+    the loss has the second derivative p (1 - p) by z; with J = dz/d(w_f, v_f), G_f = E[p (1 - p) J J'] over the later
+    rows is the Gauss-Newton matrix of feature f, and its vectors are multiplied by the Cholesky factor of G_f. So a
+    clustering of them, weighted by counts, minimises what sharing rows costs, in units that hold for all features.
+
+    Memory: 8 (1 + dim) bytes an id, and a batch. The same seed and batches give the same vectors on one machine.
+
+    Args:
+        batches: (dense (B, D) float32, ids (B, F) integer, label (B,) float32 in [0, 1]), in random order. D may be 0;
+            scale what is large (a logarithm).
+        num_ids: F sizes; the ids of feature f are 0 to num_ids[f] - 1.
+        dim: of the vectors that interact; the embedding has one dimension more, of single effects.
+        names: of the features, for errors.
+
+    Raises:
+        ValueError: no rows; shapes that do not fit; an id outside of its feature; a number that is not finite; a label
+            outside of [0, 1].
+    """
+    sizes = list(num_ids)
+    names = list(names) or [str(feature) for feature in range(len(sizes))]
+    if not sizes or min(sizes) < 1 or len(names) != len(sizes) or dim < 1:
+        raise ValueError(f"warm-up: {len(sizes)} features of {sizes} ids, {len(names)} names, dimension {dim}")
+    counts = torch.zeros(sum(sizes), dtype=torch.int64)
+    model: FactorizationMachine | None = None
+    curvature = torch.zeros(len(sizes), 1 + dim, 1 + dim)
+    weight = loss_sum = 0.0
+    rows = 0
+    for number, (dense, ids, label) in enumerate(batches):
+        _check(number, dense, ids, label, sizes, names)
+        ids, label = ids.long(), label.float()
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = FactorizationMachine(dense.shape[1], sizes, dim)
+            of_rows = torch.optim.Adagrad(
+                model.table.parameters(), lr=learning_rate, initial_accumulator_value=ACCUMULATOR
+            )
+            of_dense = torch.optim.Adam(model.mlp.parameters(), lr=dense_learning_rate)
+        logits, by_rows = model(dense, ids)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, label, reduction="sum")
+        of_rows.zero_grad()
+        of_dense.zero_grad()
+        loss.backward()
+        of_rows.step()
+        of_dense.step()
+        loss_sum += float(loss.detach())
+        rows += len(label)
+        counts += torch.bincount((ids + model.starts).flatten(), minlength=len(counts))
+        probability = logits.detach().sigmoid()
+        second = (probability * (1 - probability))[:, None, None]
+        curvature = MEMORY * curvature + torch.einsum("bfi,bfj->fij", second * by_rows, by_rows)
+        weight = MEMORY * weight + len(label)
+    if model is None:
+        raise ValueError("warm-up: no rows")
+    table = model.table.weight.detach()
+    parts = zip(table.split(sizes), (curvature / weight).double(), strict=True)
+    return WarmUp(
+        embeddings=[part @ _factor(matrix) for part, matrix in parts],
+        counts=[part.clone() for part in counts.split(sizes)],
+        rows=rows,
+        loss=loss_sum / rows,
+    )
+
+
+def _factor(matrix: torch.Tensor) -> torch.Tensor:
+    """L with L L' = matrix, which is symmetric and may lack full rank: (d, d) float64 -> float32."""
+    floor = 1e-9 * matrix.diagonal().mean()
+    return torch.linalg.cholesky(matrix + floor * torch.eye(len(matrix), dtype=matrix.dtype)).float()
+
+
+def _check(
+    number: int, dense: torch.Tensor, ids: torch.Tensor, label: torch.Tensor, sizes: list[int], names: list[str]
+) -> None:
+    rows = len(label)
+    if ids.shape != (rows, len(sizes)) or dense.ndim != 2 or len(dense) != rows or label.ndim != 1 or not rows:
+        raise ValueError(
+            f"warm-up, batch {number}: numbers {tuple(dense.shape)}, ids {tuple(ids.shape)}, labels "
+            f"{tuple(label.shape)}; expected (B, D), (B, {len(sizes)}), (B,) with B at least 1"
+        )
+    low, high = ids.amin(0).tolist(), ids.amax(0).tolist()
+    for name, size, least, most in zip(names, sizes, low, high, strict=True):
+        if least < 0 or most >= size:
+            bad = least if least < 0 else most
+            raise ValueError(f"warm-up, batch {number}: feature {name!r} has the id {bad}, expected 0 to {size - 1}")
+    if not bool(torch.isfinite(dense).all()):
+        row = int((~torch.isfinite(dense)).any(1).nonzero()[0])
+        raise ValueError(f"warm-up, batch {number}: row {row} has a number that is NaN or infinite")
+    if not bool(((label >= 0) & (label <= 1)).all()):
+        bad_label = float(label[~((label >= 0) & (label <= 1))][0])
+        raise ValueError(f"warm-up, batch {number}: a label is {bad_label}, expected a number in [0, 1]")
