@@ -371,11 +371,17 @@ def _packed(maps: Mapping[IdMap, _Map]) -> torch.Tensor:
 
 def _decode(words: torch.Tensor, start: int, bits: int, entries: torch.Tensor) -> torch.Tensor:
     """Numbers (n,) int64 of `bits` <= 31 bits, from bit `start` on, at the places `entries`."""
-    position = entries.long() * bits + start
-    word = position >> 5
-    low = words[word].long() & 0xFFFFFFFF
-    high = words[word + 1].long() << 32
-    return ((low | high) >> (position & 31)) & ((1 << bits) - 1)
+    shift = entries.long() * bits + start
+    word = shift >> 5
+    shift &= 31
+    high = words.index_select(0, word + 1).long()
+    low = words.index_select(0, word).long()
+    low &= 0xFFFFFFFF
+    high <<= 32
+    low |= high
+    low >>= shift
+    low &= (1 << bits) - 1
+    return low
 
 
 class MappedHash:

@@ -1,0 +1,234 @@
+"""Speed of replacing ids by rows, and what it adds to a training step.
+
+    python benchmarks/remap.py --out remap.json
+
+Ids a second of `LearnedHash` on a batch of one feature and of 26, and of `MappedHash` (memory-mapped, on the host),
+against `torch.remainder` on the same tensor and against TorchRec's sorted collision module in evaluation mode, whose
+table holds `--mch-ids` of the ids. Ids are uniform, which no log is, or fall off as 1 / rank with the frequent ones
+spread over the map. Runs are interleaved; ratios are medians of neighbours in time. A step is zero_grad, forward,
+backward, step of a DLRM with an EmbeddingBagCollection of the compressed size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.learned_hash import LearnedHash, MappedHash
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.modules.mc_modules import LFU_EvictionPolicy, MCHManagedCollisionModule
+
+FEATURES = 26
+
+
+def made_map(ids: int, rows: int, seed: int) -> IdMap:
+    values = np.random.default_rng(seed).integers(0, rows, (ids, 1), dtype=np.int32)
+    return IdMap(rows=torch.from_numpy(values), num_rows=rows)
+
+
+def made_ids(kind: str, ids: int, count: int, seed: int) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    if kind == "uniform":
+        return torch.from_numpy(rng.integers(0, ids, count))
+    ranks = (ids ** rng.random(count) - 1).astype(np.int64).clip(0, ids - 1)
+    return torch.from_numpy(np.random.default_rng(0).permutation(ids)[ranks])
+
+
+def keyed(ids: torch.Tensor, keys: int) -> KeyedJaggedTensor:
+    """One id a row and feature."""
+    count = len(ids) // keys * keys
+    lengths = torch.ones(count, dtype=torch.int32, device=ids.device)
+    features = KeyedJaggedTensor([f"f{i}" for i in range(keys)], ids[:count], lengths=lengths)
+    features.length_per_key()  # worked out once a batch by whoever comes first, and kept
+    return features
+
+
+def filled_mch(ids: torch.Tensor, slots: int) -> MCHManagedCollisionModule:
+    """TorchRec's sorted module in evaluation mode, its table full of ids."""
+    module = MCHManagedCollisionModule(
+        zch_size=slots,
+        device=ids.device,
+        eviction_policy=LFU_EvictionPolicy(),
+        eviction_interval=1,
+        input_hash_size=2**62,
+    )
+    inside = ids[torch.randperm(len(ids), device=ids.device)[: slots - 1]].sort().values
+    module._mch_sorted_raw_ids[: slots - 1] = inside
+    return module.eval()
+
+
+def interleaved(jobs: dict[str, Callable[[], object]], runs: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run of each job, after one that warms up; on a CPU of its time, which others do not take."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    for run in range(runs + 1):
+        for name, job in jobs.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = clock()
+            job()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if run:
+                found[name].append(clock() - start)
+    return found
+
+
+def ratio(these: list[float], those: list[float]) -> float:
+    return round(statistics.median(b / a for a, b in zip(these, those, strict=True)), 3)
+
+
+@torch.no_grad()
+def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device) -> dict[str, object]:
+    rows = size // 10
+    id_map = made_map(size, rows, 1)
+    ids = made_ids(kind, size, args.ids, 2).to(device)
+    per_key = size // FEATURES
+    maps = {f"f{i}": made_map(per_key, max(1, per_key // 10), i) for i in range(FEATURES)}
+    many = keyed(ids.remainder(per_key), FEATURES)
+    one = keyed(ids, 1)
+    plain, packed = (LearnedHash({"f0": id_map}, packed=p).to(device) for p in (False, True))
+    for_many = LearnedHash(maps).to(device)
+    slots = min(args.mch_ids, size)
+    mch = filled_mch(torch.arange(size, device=device), slots)
+    jagged = {"t": JaggedTensor(values=ids, lengths=torch.ones_like(ids))}
+    with tempfile.TemporaryDirectory() as folder:
+        id_map.save(folder)
+        mapped = MappedHash({"f0": folder})
+        host = ids.cpu()
+        jobs = {
+            "torch.remainder": lambda: torch.remainder(ids, rows),
+            "LearnedHash": lambda: plain(one),
+            "LearnedHash, 26 features": lambda: for_many(many),
+            "LearnedHash, packed": lambda: packed(one),
+            "MappedHash, host": lambda: mapped.rows("f0", host),
+            "TorchRec MCH, eval": lambda: mch(jagged),
+        }
+        seconds = interleaved(jobs, args.runs, device)
+    return {
+        "map_ids": size,
+        "ids": kind,
+        "mch_slots": slots,
+        "million_ids_per_second": {n: round(args.ids / statistics.median(s) / 1e6, 1) for n, s in seconds.items()},
+        "to_remainder": {n: ratio(s, seconds["torch.remainder"]) for n, s in seconds.items()},
+        "to_mch": {n: ratio(s, seconds["TorchRec MCH, eval"]) for n, s in seconds.items()},
+    }
+
+
+class Hashed(nn.Module):
+    """A training model behind a hash."""
+
+    def __init__(self, hashes: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.hashes, self.model = hashes, model
+
+    def forward(self, features: KeyedJaggedTensor, dense: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        loss, _ = self.model(Batch(dense, self.hashes(features), label))
+        return loss
+
+
+class Batch:
+    """What DLRMTrain reads of a batch."""
+
+    def __init__(self, dense: torch.Tensor, sparse: KeyedJaggedTensor, labels: torch.Tensor) -> None:
+        self.dense_features, self.sparse_features, self.labels = dense, sparse, labels
+
+
+def training_step(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
+    """The same tables and rows with and without the hash: without it, the ids are rows already."""
+    size = args.step_ids
+    maps = {f"f{i}": made_map(size, size // 10, i) for i in range(FEATURES)}
+    tables = [
+        EmbeddingBagConfig(name=f"t{i}", num_embeddings=size // 10, embedding_dim=args.dim, feature_names=[f"f{i}"])
+        for i in range(FEATURES)
+    ]
+    model = DLRMTrain(
+        DLRM(
+            EmbeddingBagCollection(tables, device=device),
+            dense_in_features=13,
+            dense_arch_layer_sizes=[512, 256, args.dim],
+            over_arch_layer_sizes=[512, 512, 256, 1],
+            dense_device=device,
+        )
+    )
+    for bag in model.model.sparse_arch.embedding_bag_collection.embedding_bags.values():
+        bag.sparse = True  # as TorchRec's fused tables, a step touches the rows of its batch alone
+    hashes = LearnedHash(maps).to(device)
+    subjects = {"plain": Hashed(nn.Identity(), copy.deepcopy(model)), "LearnedHash": Hashed(hashes, model)}
+    ids = torch.cat([made_ids("skewed", size, args.batch, 10 + i) for i in range(FEATURES)]).to(device)
+    features = {"LearnedHash": keyed(ids, FEATURES), "plain": hashes(keyed(ids, FEATURES))}
+    dense = torch.randn(args.batch, 13, device=device)
+    label = torch.randint(2, (args.batch,), device=device)
+
+    def step(name: str, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        subjects[name](features[name], dense, label).backward()
+        optimizer.step()
+
+    optimizers = {name: torch.optim.SGD(subject.parameters(), lr=0.01) for name, subject in subjects.items()}
+    jobs = {name: (lambda name=name: step(name, optimizers[name])) for name in subjects}
+    jobs["hash alone"] = lambda: hashes(features["LearnedHash"])
+    seconds = interleaved(jobs, args.step_runs, device)
+    return {
+        "map_ids_each": size,
+        "milliseconds": {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
+        "slower_by_percent": round(100 * (1 / ratio(seconds["LearnedHash"], seconds["plain"]) - 1), 2),
+        "hash_share_percent": round(
+            100 * statistics.median(h / p for h, p in zip(seconds["hash alone"], seconds["plain"], strict=True)), 2
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ids", type=int, default=1_000_000, help="of one call")
+    parser.add_argument("--map-ids", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--mch-ids", type=int, default=1_000_000, help="slots of TorchRec's module, at most")
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=4096, help="rows of a training step")
+    parser.add_argument("--step-ids", type=int, default=1_000_000, help="ids of each of the 26 maps of a step")
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--step-runs", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", help="JSON file")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    device = torch.device(args.device)
+    found = [lookups(args, size, kind, device) for size in args.map_ids for kind in ("uniform", "skewed")]
+    print(f"{'map':>12}  {'ids':8}  {'what':26}  {'M ids/s':>8}  {'x remainder':>11}  {'x MCH':>8}")
+    for one in found:
+        for name, speed in one["million_ids_per_second"].items():
+            print(
+                f"{one['map_ids']:>12,}  {one['ids']:8}  {name:26}  {speed:>8}  {one['to_remainder'][name]:>11}  "
+                f"{one['to_mch'][name]:>8}"
+            )
+    step = training_step(args, device)
+    print(f"training step: {step}")
+    result = {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        **{k: v for k, v in vars(args).items() if k not in ("out", "device")},
+        "lookups": found,
+        "training_step": step,
+    }
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
