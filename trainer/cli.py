@@ -66,6 +66,11 @@ COMMANDS = {
         "recpress.trainer.compare_cadc:compare_cadc",
         "all strategies of the CADC paper in one run, with a report page",
     ),
+    "compare hash": Command(
+        "recpress.trainer.config:CompareHashConfig",
+        "recpress.trainer.compare_hash:compare_hash",
+        "all hashing methods with one backbone and one budget, with a report page",
+    ),
 }
 
 EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ from recpress.trainer.results import (
     format_table,
 )
 from recpress.trainer.train import TrainResult, train
+from recpress.trainer.versions import versions
 
 COMPARISON = "comparison"
 
@@ -311,21 +310,9 @@ class _Comparison:
             },
             notes=tuple(notes),
             config=asdict(config),
-            versions=_versions(),
+            versions=versions(),
             command="recpress " + " ".join(sys.argv[1:]),
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "processors": str(os.cpu_count())}
-    for name in ("recpress", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    return found
 
 
 def _say(text: str) -> None:

@@ -132,7 +132,7 @@ def _quality_against_time(result: CompareResult) -> Plot | None:
     if not timed:
         return None
     with rc_context(PLOT_STYLE):
-        figure, axes = _axes("Seconds (log scale)", metric)
+        figure, axes = chart("Seconds (log scale)", metric)
         for method in timed:
             times = [seed.total_seconds for seed in method.seeds]
             centre, value = method.seconds, method.mean(metric)
@@ -154,7 +154,7 @@ def _quality_against_time(result: CompareResult) -> Plot | None:
                 axes.axhline(method.mean(metric), color=MUTED, linewidth=1.2, linestyle="--", label=method.name)
         _log_seconds(axes)
         axes.margins(x=0.08, y=0.1)
-        _legend(figure, axes)
+        plot_legend(figure, axes)
         return Plot(
             plot_svg(figure, "quality"),
             f"{metric} against wall time to the finished model, factorization included. Up and to the left "
@@ -167,7 +167,7 @@ def _quality_against_time(result: CompareResult) -> Plot | None:
 def _training_curves(result: CompareResult) -> Plot | None:
     metric = result.metrics[-1]
     with rc_context(PLOT_STYLE):
-        figure, axes = _axes("Seconds (log scale)", f"{metric}, {result.curve_of}")
+        figure, axes = chart("Seconds (log scale)", f"{metric}, {result.curve_of}")
         smallest = 0.0
         for method in result.methods:
             for number, seed in enumerate(method.seeds):
@@ -190,7 +190,7 @@ def _training_curves(result: CompareResult) -> Plot | None:
         if not smallest:
             return None
         _log_seconds(axes)
-        _legend(figure, axes)
+        plot_legend(figure, axes)
         return Plot(
             plot_svg(figure, "curves"),
             f"{metric} on the {result.curve_of} while the networks train, one line a seed. A curve begins "
@@ -204,7 +204,7 @@ def _objective(result: CompareResult) -> Plot | None:
     if len(points) < 2:
         return None
     with rc_context(PLOT_STYLE):
-        figure, axes = _axes("Sweep", result.objective_name)
+        figure, axes = chart("Sweep", result.objective_name)
         look = _look(result, result.method(result.factorization))
         axes.plot([point.sweep for point in points], [point.objective for point in points], markersize=5, **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -216,7 +216,8 @@ def _objective(result: CompareResult) -> Plot | None:
         )
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+def chart(x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure of the page's width with one pair of axes, named."""
     figure = Figure(figsize=(6.4, 3.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x)
@@ -243,6 +244,7 @@ def _log_seconds(axes: Axes) -> None:
     axes.minorticks_off()
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def plot_legend(figure: Figure, axes: Axes) -> None:
+    """Below the plot."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5, handlelength=1.6)

@@ -18,6 +18,7 @@ from recpress.data.config import (
 from recpress.data.errors import InputError
 from recpress.modules.config import (
     ALSConfig,
+    HashConfig,
     LogisticConfig,
     LossConfig,
     TablesConfig,
@@ -310,5 +311,58 @@ class CompareCadcConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareHashConfig:
+    """All hashing methods side by side on one log: one backbone, one budget of rows, several seeds, a report page."""
+
+    data: str | None = None
+    """The log, with test rows and, to choose on, val rows; without one a made log is written and used."""
+    out: str = "runs/compare-hash"
+    """Folder of the report and the results as JSON; must not exist unless --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    methods: tuple[str, ...] = (
+        "modulo", "double", "frequency", "hybrid", "quotient-remainder", "louvain", "co-cluster", "cluster", "learned",
+        "learned-2",
+    )  # fmt: skip
+    """Methods, by name; `learned-2`: learned with two weighted rows an id."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed has its own factorization and its own maps."""
+    share: float = 0.2
+    """Budget of rows, users and items together, as a share of the ids."""
+    rows: int = 0
+    """The budget itself; 0: --share."""
+    als: ALSConfig = field(
+        default_factory=lambda: ALSConfig(
+            factors=64,
+            sweeps=9,
+            confidence=1.0,
+            unobserved_weight=0.02,
+            regularization=0.01,
+            frequency_exponent=1.0,
+        )
+    )
+    """The backbone, with a row for each id and with shared rows alike."""
+    hash: HashConfig = field(default_factory=HashConfig)
+    """What the methods have in common; what is chosen overrides it."""
+    user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
+    """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
+    privates: tuple[float, ...] = (0.25, 0.75)
+    """Shares of private rows that are tried, besides a half."""
+    powers: tuple[float, ...] = (0.25, 1.0)
+    """Powers of the count that are tried, besides --hash.power."""
+    resolutions: tuple[float, ...] = (0.5, 2.0)
+    """Resolutions of the co-clustering that are tried, besides --hash.resolution."""
+    sweeps: tuple[int, ...] = (0, 1, 3)
+    """Sweeps with shared rows that are tried; 0 leaves the rows nearest to the full factors."""
+    choose_users: int = 4000
+    """Users on whose validation rows settings are chosen."""
+    metric: str = "Recall@10"
+    """What they are chosen by."""
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""

@@ -134,8 +134,12 @@ class CompareResult:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON; NaN and infinities become null."""
-        text = json.dumps(_finite({"version": VERSION, **asdict(self)}), indent=1, allow_nan=False)
-        write_whole(path, text + "\n")
+        save_json(path, {"version": VERSION, **asdict(self)})
+
+
+def save_json(path: str | Path, fields: dict[str, Any]) -> None:
+    """Writes JSON, whole or not at all; NaN and infinities become null."""
+    write_whole(path, json.dumps(_finite(fields), indent=1, allow_nan=False) + "\n")
 
 
 def load_result(path: str | Path) -> CompareResult:
