@@ -44,6 +44,8 @@ class FactorizationMachine(nn.Module):
         dim: of v.
     """
 
+    starts: torch.Tensor  # (F,) first row of each feature
+
     def __init__(self, num_dense: int, num_ids: Sequence[int], dim: int) -> None:
         super().__init__()
         self.table = nn.Embedding(sum(num_ids), 1 + dim, sparse=True)
