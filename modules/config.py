@@ -66,8 +66,8 @@ class TablesConfig:
     `init-freeze-plus`: frozen factors beside a small trainable table."""
     dim: int = 64
     """Dimension of the tables of `random`; the others take the factors' own."""
-    storage: Literal["fp32", "fp16", "int8"] = "fp32"
-    """How frozen rows are stored."""
+    storage: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    """How frozen rows are stored; `int8` and `int4` with a scale and an offset of each row."""
     plus_dim: int = 16
     """Dimension of the trainable table beside the frozen one."""
 

@@ -2,7 +2,7 @@
 
 `requires_grad_(False)` is ignored by TorchRec's fused tables, and a learning rate of 0 still pays for the
 backward pass and the optimizer state. Here the lookup and the exchange of its results run without autograd,
-there is no optimizer, and rows can be stored in 32, 16 or 8 bits. Tables are not part of the module's
+there is no optimizer, and rows can be stored in 32, 16, 8 or 4 bits. Tables are not part of the module's
 `state_dict`: they come from factors (`load`) and do not change.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
@@ -38,20 +39,29 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import CombinedOptimizer
 
-Storage = Literal["fp32", "fp16", "int8"]
+Storage = Literal["fp32", "fp16", "int8", "int4"]
+QUANTIZED: tuple[Storage, ...] = ("int8", "int4")
+"""Those whose rows have a scale and an offset of their own, so that no row is cut."""
 _SPARSE = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8}
 _STORAGE: dict[DataType, Storage] = {
     DataType.FP32: "fp32",
     DataType.FP16: "fp16",
     DataType.INT8: "int8",
+    DataType.INT4: "int4",
 }
 _DATA = {storage: data for data, storage in _STORAGE.items()}
-_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.uint8}
+_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.uint8, "int4": torch.uint8}
+
+
+def row_bytes(storage: Storage, dim: int) -> int:
+    """Bytes of a row of `dim` values, scale and offset included."""
+    return {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 8, "int4": dim // 2 + 4}[storage]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenTable:
-    """One frozen table. `int8` stores a row as 8-bit codes with a float32 scale and offset of its own."""
+    """One frozen table. `int8` stores a row as 8-bit codes with a float32 scale and offset of its own, `int4` as 4-bit
+    codes with a float16 scale and offset."""
 
     name: str
     rows: int
@@ -85,35 +95,34 @@ class Shard:
 class FrozenKernel(nn.Module):
     """Shards of tables with one storage, looked up together by fbgemm, without autograd."""
 
-    def __init__(self, shards: list[Shard], storage: Storage, device: torch.device) -> None:
+    def __init__(self, shards: list[Shard], storage: Storage, device: torch.device, *, weighted: bool = False) -> None:
         super().__init__()
-        self.shards, self.storage, self.device = shards, storage, device
-        cuda = device.type == "cuda"
-        place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
-        compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
-        kernel = SplitTableBatchedEmbeddingBagsCodegen(
-            [(max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], place, compute) for s in self.shards],
-            feature_table_map=[index for index, s in enumerate(self.shards) for _ in range(s.features)],
-            optimizer=EmbOptimType.EXACT_SGD,  # the one without a state
-            learning_rate=0.0,
-            weights_precision=_SPARSE[storage],
-            output_dtype=SparseType.FP32,
-            pooling_mode=PoolingMode.SUM,
-            device=device,
-        )
+        self.shards, self.storage, self.device, self.weighted = shards, storage, device, weighted
+        make = _int4_kernel if storage == "int4" else _kernel
         # In a tuple, out of nn.Module's sight: DistributedDataParallel broadcasts every parameter that it
         # finds, which would overwrite each rank's shard by that of rank 0.
-        self._kernel = (kernel,)
+        self._kernel = (make(shards, storage, device),)
 
     @torch.no_grad()
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
         """Pooled (summed) rows, float32, (stride, sum over features of the shards' widths)."""
-        return self._kernel[0](features.values().long(), features.offsets().long())
+        weights = features.weights_or_none() if self.weighted else None
+        if self.weighted and weights is None:
+            raise ValueError(f"table {self.shards[0].table!r}: the features bring no per-sample weights, expected them")
+        weights = None if weights is None else weights.float()
+        return self._kernel[0](features.values().long(), features.offsets().long(), weights)
 
     def stored(self, index: int) -> torch.Tensor:
-        """The bits of a shard: (rows, width); for int8 (rows, width + 8), scale and offset at the end."""
+        """The bits of a shard: (rows, width); quantized ones are (rows, `row_bytes`) uint8.
+
+        Scale and offset come last for int8 and first for int4, as fbgemm's kernels have them.
+        """
         shard = self.shards[index]
-        return self._kernel[0].split_embedding_weights()[index].detach()[: shard.rows[1] - shard.rows[0]]
+        rows, width = shard.rows[1] - shard.rows[0], shard.columns[1] - shard.columns[0]
+        if self.storage == "int4":
+            weights = self._kernel[0].split_embedding_weights(split_scale_shifts=False)[index][0]
+            return weights[:rows, : row_bytes("int4", width)]  # on CUDA rows are padded to 16 bytes
+        return self._kernel[0].split_embedding_weights()[index].detach()[:rows]
 
     def load(self, index: int, source: RowSource) -> None:
         """Fill a shard from the same rectangle of `source`, block by block."""
@@ -127,19 +136,63 @@ class FrozenKernel(nn.Module):
         stored = self.stored(index)
         if self.storage == "int8":
             return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
+        if self.storage == "int4":
+            return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored.roll(-_SCALE, 1), 4)
         return stored.float()
 
 
+_SCALE = 4  # bytes of an int4 row's scale and offset
+
+
+def _kernel(shards: list[Shard], storage: Storage, device: torch.device) -> nn.Module:
+    """The training kernel, with the one optimizer that has no state."""
+    cuda = device.type == "cuda"
+    place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
+    compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], place, compute) for s in shards],
+        feature_table_map=_tables_of_features(shards),
+        optimizer=EmbOptimType.EXACT_SGD,
+        learning_rate=0.0,
+        weights_precision=_SPARSE[storage],
+        output_dtype=SparseType.FP32,
+        pooling_mode=PoolingMode.SUM,
+        device=device,
+    )
+
+
+def _int4_kernel(shards: list[Shard], storage: Storage, device: torch.device) -> nn.Module:
+    """The inference kernel: the training kernel has no rows of 4 bits."""
+    place = EmbeddingLocation.DEVICE if device.type == "cuda" else EmbeddingLocation.HOST
+    kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
+        [(s.table, max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], SparseType.INT4, place) for s in shards],
+        feature_table_map=_tables_of_features(shards),
+        output_dtype=SparseType.FP32,
+        pooling_mode=PoolingMode.SUM,
+        scale_bias_size_in_bytes=_SCALE,
+        device=device,
+    )
+    kernel.initialize_weights()
+    return kernel
+
+
+def _tables_of_features(shards: list[Shard]) -> list[int]:
+    return [index for index, shard in enumerate(shards) for _ in range(shard.features)]
+
+
 def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tensor:
-    """float32 (b, d) -> what is stored. int8: x is off by at most (max - min) / 510 of its row.
+    """float32 (b, d) -> what is stored. A value is off by at most (max - min) / 510 of its row in int8, and by about
+    (max - min) / 30 in int4, whose scale and offset are rounded to float16.
 
     Raises:
-        ValueError: fp16 cannot hold a value.
+        ValueError: fp16, which int4's scale and offset are too, cannot hold a value.
     """
     if storage == "int8":
         return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(block)
-    if storage == "fp16" and block.numel() and float(block.abs().max()) > torch.finfo(torch.float16).max:
-        raise ValueError(f"table {table!r}: a value of {float(block.abs().max()):.4g} is too large for fp16")
+    if block.numel() and storage != "fp32" and float(block.abs().max()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"table {table!r}: a value of {float(block.abs().max()):.4g} is too large for {storage}")
+    if storage == "int4":
+        return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(block, 4).roll(_SCALE, 1)
     return block.to(_DTYPE[storage])
 
 
@@ -184,11 +237,20 @@ class FrozenEmbeddingBagCollection(_Kernels, nn.Module):
 
     Used as it is, or sharded by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` in its
     sharders. On the device "meta" it holds no rows and serves only to be sharded.
+
+    Args:
+        weighted: a row counts as often as its per-sample weight says, which the features must bring; otherwise weights
+            are ignored, as TorchRec does.
+
+    Raises:
+        ValueError: a dimension is not a multiple of 4.
     """
 
-    def __init__(self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu", *, weighted: bool = False
+    ) -> None:
         super().__init__()
-        self._tables = list(tables)
+        self._tables, self.weighted = list(tables), weighted
         self.device = torch.device(device)
         for table in self._tables:
             if table.dim % 4:
@@ -197,7 +259,7 @@ class FrozenEmbeddingBagCollection(_Kernels, nn.Module):
         if self.device.type != "meta":
             for t in self._tables:
                 shard = Shard(t.name, (0, t.rows), (0, t.dim), len(t.features))
-                self._plain.append(FrozenKernel([shard], t.storage, self.device))
+                self._plain.append(FrozenKernel([shard], t.storage, self.device, weighted=weighted))
         features = [feature for table in self._tables for feature in table.features]
         self._names = [
             f"{feature}@{table.name}" if features.count(feature) > 1 else feature
@@ -236,7 +298,8 @@ class _FrozenLookup(nn.Module):
                 row, column = table.local_metadata.shard_offsets
                 rows, columns = (row, row + table.local_rows), (column, column + table.local_cols)
                 shards.append(Shard(table.name, rows, columns, table.num_features()))
-            self._kernels.append(FrozenKernel(shards, _STORAGE[config.data_type], device))
+            storage = _STORAGE[config.data_type]
+            self._kernels.append(FrozenKernel(shards, storage, device, weighted=config.is_weighted))
         self._none = torch.empty(0, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
@@ -268,7 +331,9 @@ class ShardedFrozenEmbeddingBagCollection(_Kernels, ShardedEmbeddingBagCollectio
 
     def __init__(self, module: FrozenEmbeddingBagCollection, *args: Any, **kwargs: Any) -> None:
         self._specs = module.tables()
-        configs = EmbeddingBagCollection([t.config() for t in self._specs], device=torch.device("meta"))
+        configs = EmbeddingBagCollection(
+            [t.config() for t in self._specs], is_weighted=module.weighted, device=torch.device("meta")
+        )
         super().__init__(configs, *args, **kwargs)
         self._optim = CombinedOptimizer([])
 
@@ -304,7 +369,7 @@ class ShardedFrozenEmbeddingBagCollection(_Kernels, ShardedEmbeddingBagCollectio
 
 
 class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards frozen tables row-wise, table-wise or, unless their rows are of 8 bits, column-wise."""
+    """Shards frozen tables row-wise, table-wise or, unless their rows are quantized, column-wise."""
 
     def shard(
         self,
@@ -315,8 +380,8 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedFrozenEmbeddingBagCollection:
         for table in module.tables():
-            if table.storage == "int8" and "column" in params[table.name].sharding_type:
-                raise ValueError(f"table {table.name!r}: 8-bit rows cannot be sharded by column")
+            if table.storage in QUANTIZED and "column" in params[table.name].sharding_type:
+                raise ValueError(f"table {table.name!r}: rows of {table.storage} cannot be sharded by column")
         return ShardedFrozenEmbeddingBagCollection(
             module,
             table_name_to_parameter_sharding=params,

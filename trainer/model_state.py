@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
+from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
 from recpress.modules.rows import local_shards
 from torch import nn
 
@@ -156,9 +156,9 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch
         if isinstance(module, (FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection)):
             short = ".".join(p for p in path.split(".") if p not in ("_dmp_wrapped_module", "module"))
             for table in module.tables():
-                # 8-bit rows carry 8 more bytes; they are never cut by column, so the width is the array's own
+                # quantized rows are never cut by column, so the width is that of their bytes
                 parts = [
-                    ((s.rows, (0, t.shape[1]) if table.storage == "int8" else s.columns), t)
+                    ((s.rows, (0, t.shape[1]) if table.storage in QUANTIZED else s.columns), t)
                     for s, t in module.shards(table.name)
                 ]
                 yield f"{short}.{table.name}.frozen", parts

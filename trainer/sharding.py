@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from recpress.modules.frozen import (
+    QUANTIZED,
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingBagCollectionSharder,
     Storage,
@@ -84,7 +85,7 @@ def plan(
             tables = {config.name: None for config in module.embedding_bag_configs()}
         for name, storage in tables.items():
             types = [(sharding_types or {}).get(name)] if name in (sharding_types or {}) else list(SHARDING_TYPES)
-            if storage == "int8":  # a row has one scale, so it stays in one piece
+            if storage in QUANTIZED:  # a row has one scale, so it stays in one piece
                 types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
             constraints[name] = ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
     planner = EmbeddingShardingPlanner(

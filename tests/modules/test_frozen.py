@@ -13,6 +13,9 @@ from torchrec import KeyedJaggedTensor
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
+STORAGES = ("fp32", "fp16", "int8", "int4")
+WIDTHS = {"fp32": 4 * 256, "fp16": 2 * 256, "int8": 256 + 8, "int4": 128 + 4}
+"""Bytes of a row of 256 values."""
 
 
 def tables(storage):
@@ -42,9 +45,9 @@ def expected():
 class OverTables(nn.Module):
     """The least model that DistributedModelParallel and a backward pass take."""
 
-    def __init__(self, storage, device):
+    def __init__(self, storage, device, weighted=False):
         super().__init__()
-        self.frozen = FrozenEmbeddingBagCollection(tables(storage), device=device)
+        self.frozen = FrozenEmbeddingBagCollection(tables(storage), device=device, weighted=weighted)
         self.top = nn.Linear(256, 1)
 
     def forward(self, batch):
@@ -57,31 +60,52 @@ def load(collection):
 
 
 def check(found, storage):
-    # int8: a row of 256 normal numbers spans 6 or 7, and 7 / 510 is 0.014
-    bound = {"fp32": 0.0, "fp16": 2e-3, "int8": 0.015}[storage]
+    # a row of 256 normal numbers spans 6 or 7; in int8 7 / 510 is 0.014, in int4 7 / 30 is 0.233
+    bound = {"fp32": 0.0, "fp16": 2e-3, "int8": 0.015, "int4": 0.25}[storage]
     for key, want in expected().items():
         assert not found[key].requires_grad
         limit = bound if key == "x@a" else 0.0
         assert float((found[key] - want).abs().max()) <= limit, key
 
 
-@pytest.mark.parametrize("storage", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 def test_plain(storage):
     collection = FrozenEmbeddingBagCollection(tables(storage))
     load(collection)
     check(collection(features()), storage)
     assert not list(collection.parameters())
     assert not collection.state_dict()
-    width = {"fp32": 4 * 256, "fp16": 2 * 256, "int8": 256 + 8}[storage]
-    assert collection.storage_bytes() == 11 * width + 7 * 4 * 8
+    assert collection.storage_bytes() == 11 * WIDTHS[storage] + 7 * 4 * 8
+
+
+def weighted_features():
+    """Bags of two, one and no ids, and weights."""
+    return KeyedJaggedTensor(
+        ["x", "y"],
+        torch.tensor([1, 6, 3, 5, 0, 6]),
+        lengths=torch.tensor([2, 1, 0, 0, 2, 1], dtype=torch.int32),
+        weights=torch.tensor([0.5, 2.0, -1.0, 3.0, 0.25, 1.0]),
+    )
+
+
+def weighted_sums(storage):
+    """What the weighted collection gives for these, from the rows as they are stored."""
+    plain = FrozenEmbeddingBagCollection(tables(storage))
+    load(plain)
+    a, b = (plain.decoded(name)[0][1] for name in ("a", "b"))
+    return {
+        "x@a": torch.stack([0.5 * a[1] + 2 * a[6], -a[3], 0 * a[0]]),
+        "x@b": torch.stack([0.5 * b[1] + 2 * b[6], -b[3], 0 * b[0]]),
+        "y": torch.stack([0 * b[0], 3 * b[5] + 0.25 * b[0], b[6]]),
+    }
 
 
 def sharded(layout):
     from recpress.trainer.sharding import shard
 
     found = []
-    for storage in ("fp32", "fp16", "int8"):
-        if storage == "int8" and layout == "column_wise":
+    for storage in STORAGES:
+        if storage in ("int8", "int4") and layout == "column_wise":
             continue
         model = shard(OverTables(storage, "meta"), CPU, batch_size=4, sharding_types={"a": layout, "b": layout})
         load(model.module.frozen)
@@ -98,17 +122,72 @@ def sharded(layout):
         assert not model.fused_optimizer.state_dict()["state"]
         assert set(model.state_dict()) == {"top.weight", "top.bias"}
         found.append(model.module.frozen.storage_bytes())
+        check_weights_travel(storage, layout)
     return found
 
 
+def check_weights_travel(storage, layout):
+    from recpress.trainer.sharding import shard
+
+    model = shard(
+        OverTables(storage, "meta", weighted=True), CPU, batch_size=4, sharding_types=dict.fromkeys("ab", layout)
+    )
+    load(model.module.frozen)
+    found = model.module.frozen(weighted_features()).wait()
+    for key, want in weighted_sums(storage).items():
+        torch.testing.assert_close(found[key], want, rtol=1e-5, atol=1e-5)
+
+
+def all_layouts():
+    return {layout: sharded(layout) for layout in ("row_wise", "table_wise", "column_wise")}
+
+
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("layout", ["row_wise", "table_wise", "column_wise"])
-def test_sharded(world, layout):
-    per_rank = run_on_ranks(sharded, world, layout)
-    whole = [11 * width + 7 * 4 * 8 for width in (4 * 256, 2 * 256, 256 + 8)]
-    assert [sum(each) for each in zip(*per_rank, strict=True)] == whole[: len(per_rank[0])]
-    if world == 2 and layout != "table_wise":
-        assert max(each[0] for each in per_rank) <= 0.6 * whole[0]  # no rank holds a whole table
+def test_sharded(world):
+    ranks = run_on_ranks(all_layouts, world)
+    for layout in ranks[0]:
+        per_rank = [rank[layout] for rank in ranks]
+        whole = [11 * width + 7 * 4 * 8 for width in WIDTHS.values()]
+        assert [sum(each) for each in zip(*per_rank, strict=True)] == whole[: len(per_rank[0])]
+        if world == 2 and layout != "table_wise":
+            assert max(each[0] for each in per_rank) <= 0.6 * whole[0]  # no rank holds a whole table
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_per_sample_weights(storage):
+    collection = FrozenEmbeddingBagCollection(tables(storage), weighted=True)
+    load(collection)
+    found = collection(weighted_features())
+    for key, want in weighted_sums(storage).items():
+        torch.testing.assert_close(found[key], want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no per-sample weights"):
+        collection(features())
+
+
+def test_weights_are_ignored_where_none_were_announced():
+    collection = FrozenEmbeddingBagCollection(tables("fp32"))
+    load(collection)
+    ones = weighted_features()
+    bare = KeyedJaggedTensor(ones.keys(), ones.values(), lengths=ones.lengths())
+    assert torch.equal(collection(ones).values(), collection(bare).values())
+
+
+def test_what_int4_cannot_hold_is_refused():
+    collection = FrozenEmbeddingBagCollection([FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int4")])
+    with pytest.raises(ValueError, match="too large for int4"):
+        collection.load("a", np.full((3, 8), 1e6, np.float32))
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(np.float32, (3, 8), elements=st.floats(-1000, 1000, width=32)))
+def test_int4_is_off_by_half_a_step_of_the_row(values):
+    collection = FrozenEmbeddingBagCollection([FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int4")])
+    collection.load("a", values)
+    ((_, decoded),) = collection.decoded("a")
+    span = values.max(1, keepdims=True) - values.min(1, keepdims=True)
+    # half a step, and what float16 takes from the offset, and from the scale 15 times
+    bound = span / 30 + (np.abs(values).max(1, keepdims=True) + span) * 2**-10 + 1e-6
+    assert (np.abs(decoded.numpy() - values) <= bound).all()
 
 
 @settings(max_examples=50, deadline=None)
