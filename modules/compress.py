@@ -183,7 +183,7 @@ def shared_rows(
     found = torch.zeros(id_map.num_rows, source.shape[1])
     for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
         part = slice(first, first + len(block))
-        weights = torch.ones(len(block), id_map.ways) if id_map.weights is None else id_map.weights[part]
+        weights = torch.ones(len(block), id_map.ways) if id_map.weights is None else id_map.weights[part].float()
         share = weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
         if mean_pooled:
             share = torch.ones_like(share)

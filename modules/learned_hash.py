@@ -90,7 +90,7 @@ class LearnedHash(nn.Module):
         rows = _packed(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
         weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
         self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("weights", torch.cat(weights).float() if weights else torch.ones(1), persistent=False)
+        self.register_buffer("weights", torch.cat(weights) if weights else torch.ones(1), persistent=False)
         self.register_buffer("_unknown", torch.zeros(len(self._map_of), dtype=torch.int64), persistent=False)
         self._layouts: dict[tuple[str, ...], _Layout] = {}
         self.rows: torch.Tensor
@@ -223,7 +223,7 @@ class LearnedHash(nn.Module):
     ) -> torch.Tensor:
         starts = layout.per_id("weight_starts", lengths, known)
         weighted = starts >= 0 if unknown is None else (starts >= 0) & ~unknown
-        own = torch.where(weighted, self.weights[torch.where(weighted, starts + known, 0)], 1.0)
+        own = torch.where(weighted, self.weights[torch.where(weighted, starts + known, 0)].float(), 1.0)
         return own if weights is None else own.to(weights.dtype) * weights
 
     def _hash(
@@ -455,7 +455,7 @@ def look_up(
         return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
 
     rows = of(id_map.rows if rows_of is None else rows_of).to(ids.dtype)
-    weights = None if id_map.weights is None else of(id_map.weights)
+    weights = None if id_map.weights is None else of(id_map.weights).float()
     if unknown is not None:
         rows = torch.where(unknown[:, None], id_map.hashed(ids).to(ids.dtype), rows)
         weights = None if weights is None else weights.masked_fill(unknown[:, None], 1.0)

@@ -24,7 +24,8 @@ from tests.ranks import run_on_ranks
 def id_map(num_ids: int, num_rows: int, ways: int = 1, weighted: bool = False, seed: int = 0) -> IdMap:
     rng = np.random.default_rng(seed)
     rows = torch.from_numpy(rng.integers(0, num_rows, (num_ids, ways)).astype(np.int32))
-    weights = torch.from_numpy(rng.random((num_ids, ways)).astype(np.float32)) if weighted else None
+    kind = np.float16 if seed else np.float32
+    weights = torch.from_numpy(rng.random((num_ids, ways)).astype(kind)) if weighted else None
     return IdMap(rows=rows, num_rows=num_rows, weights=weights, seed=seed)
 
 
