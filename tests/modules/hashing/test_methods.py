@@ -57,7 +57,7 @@ def test_one_row_is_enough(method: str) -> None:
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'magic', expected one of modulo, universal,.*learned"):
+    with pytest.raises(ValueError, match=r"'magic'; expected one of modulo, universal,.*learned"):
         build_map(made(10), 5, HashConfig(method="magic"))
 
 
