@@ -98,8 +98,9 @@ def load_maps(folder: str | Path, names: Iterable[str], log: Log | None) -> dict
             found[name] = IdMap.load(place)
         except ValueError as error:
             raise InputError(str(error)) from error
-        if log is not None and name in SIDES:
-            _check_ids(str(place), found[name], log, SIDES[SIDES.index(name)])
+        for side in SIDES:
+            if log is not None and name == side:
+                _check_ids(str(place), found[name], log, side)
     return found
 
 
@@ -109,5 +110,6 @@ def _check_ids(place: str, id_map: IdMap, log: Log, side: Side) -> None:
         raise InputError(f"{place}: maps {id_map.num_ids} {side}s, but {log.path} has {ids}")
     if id_map.vocabulary not in (None, vocabulary):
         raise InputError(
-            f"{place}: made for another {side} vocabulary than that of {log.path}: the same dense ids mean other {side}s"
+            f"{place}: made for another {side} vocabulary than that of {log.path}: "
+            f"the same dense ids mean other {side}s"
         )
