@@ -51,6 +51,11 @@ COMMANDS = {
         "recpress.trainer.factorize:factorize",
         "factorize the interactions of a log",
     ),
+    "hash": Command(
+        "recpress.trainer.config:HashStageConfig",
+        "recpress.trainer.hash:make_maps",
+        "map the ids of tables to fewer rows, by counts and an embedding",
+    ),
     "train": Command(
         "recpress.trainer.config:TrainConfig",
         "recpress.trainer.train:train",

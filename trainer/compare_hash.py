@@ -28,6 +28,7 @@ from recpress.modules.interactions import InteractionBuilder
 from recpress.modules.shared_als import SharedALS
 from recpress.trainer.config import CompareHashConfig, chosen_schema
 from recpress.trainer.evaluation import evaluate_full, vectors_from_factors
+from recpress.trainer.hash import root
 from recpress.trainer.hash_report import HashMethodResult, HashResult, format_hash_table, write_hash_report
 from recpress.trainer.heldout import FullHeldout, Pairs, full_from_pairs, read_pairs
 from recpress.trainer.versions import versions
@@ -248,7 +249,7 @@ class _Comparison:
         if setting.user_share == CRITERION:
             # an error of a vector counts by what it does to the scores: x' Y'Y x of users, and likewise of items
             scaled = [
-                replace(table, embedding=vectors @ _root(others.T @ others))
+                replace(table, embedding=vectors @ root(others.T @ others))
                 for table, vectors, others in zip(
                     tables, (full.users, full.items), (full.items, full.users), strict=True
                 )
@@ -334,12 +335,6 @@ class _Comparison:
 
 def log_name(config: CompareHashConfig) -> str:
     return Path(config.data or "").name
-
-
-def _root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return ((vectors * values.clamp_min(0).sqrt()) @ vectors.T).float()
 
 
 def _shown(metrics: dict[str, float]) -> str:

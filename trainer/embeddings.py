@@ -1,0 +1,77 @@
+"""Embeddings of ids that come from elsewhere, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from recpress.data.errors import InputError
+from recpress.modules.rows import RowSource
+
+
+def read_embedding(path: str) -> RowSource:
+    """A matrix (ids, d): row k is the vector of id k.
+
+    `.npy`: read by memory map. `.parquet`: one list column, or float columns side by side, read into memory in the
+    order of the rows. `.pt:KEY`: a tensor of a state dict that torch saved; nothing but tensors is loaded.
+
+    Raises:
+        InputError: no such file or key, another kind of file, or what it holds is no matrix of numbers.
+    """
+    name, _, key = path.partition(".pt:")
+    try:
+        if key:
+            return _checkpoint(f"{name}.pt", key)
+        if path.endswith(".npy"):
+            return _matrix(path, np.load(path, mmap_mode="r", allow_pickle=False))
+        if path.endswith(".parquet"):
+            return _matrix(path, _parquet(path))
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, pa.ArrowException, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be read as an embedding: {str(error).splitlines()[0]}") from error
+    raise InputError(f"{path}: expected FILE.npy, FILE.parquet or FILE.pt:KEY")
+
+
+def _checkpoint(path: str, key: str) -> RowSource:
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what torch raises for a file that holds more than tensors has no common type
+        raise InputError(f"{path}: not a file of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not isinstance(state.get(key), torch.Tensor):
+        known = [name for name in state if isinstance(state[name], torch.Tensor)] if isinstance(state, dict) else []
+        raise InputError(f"{path}: no tensor {key!r}; it has {', '.join(map(str, known)) or 'none'}")
+    table = state[key]
+    if table.ndim != 2 or not table.is_floating_point():
+        raise InputError(f"{path}:{key}: {table.dtype} of shape {tuple(table.shape)}, expected a matrix of floats")
+    return table
+
+
+def _parquet(path: str) -> np.ndarray:
+    table = pq.read_table(path).combine_chunks()
+    if table.num_columns == 1 and _is_list(table.schema.field(0).type):
+        column = table.column(0).combine_chunks()
+        lengths = np.unique(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+        if column.null_count or len(lengths) != 1:
+            raise InputError(f"{path}: column '{table.column_names[0]}' has lists of different lengths")
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    for field in table.schema:
+        if not pa.types.is_floating(field.type):
+            raise InputError(f"{path}: column '{field.name}' is {field.type}, expected floats or one list column")
+    return np.stack([column.to_numpy() for column in table.columns], 1)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _matrix(path: str, array: np.ndarray) -> np.ndarray:
+    if array.ndim != 2 or array.dtype.kind != "f" or not array.size:
+        raise InputError(f"{path}: holds {array.dtype} {array.shape}, expected a matrix of floats")
+    return array
