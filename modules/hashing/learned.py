@@ -15,13 +15,13 @@ from recpress.modules.rows import RowSource
 
 
 def learned(table: IdTable, rows: int, config: HashConfig) -> IdMap:
-    """Frequent ids have rows of their own, the others share with ids like them (Ghaemmaghami et al. 2022).
+    """Frequent ids have rows that are theirs, the others share with ids like them (Ghaemmaghami et al. 2022).
 
     Minimises the weighted distortion sum_i w_i |v_i - c_row(i)|^2 over maps onto `rows` rows, w_i = count_i **
-    config.power. How many rows are private is part of that: a row goes to an id alone as soon as what this gains is
-    above what the cheapest merge of two rows costs (`clustering.lloyd`). `config.private` >= 0 sets it by hand:
-    floor(private * rows) rows go to the most frequent ids, and the rest is clustered. With config.ways 2 an id is the
-    weighted sum of two rows (`pairs.pair_rows`), and none is private: a row that one id alone needs, it has.
+    config.power. What share of the rows frequent ids have for themselves is part of that: a row goes to one id as
+    soon as what this gains is above what the cheapest merge of two rows costs (`clustering.lloyd`). Ids that are too
+    rare to pull its centre away may still join it. `config.private` >= 0 sets the share by hand: floor(private *
+    rows) rows go to the most frequent ids, which share with none, and the rest is clustered.
     """
     counts, embedding = need_counts(table, "learned"), need_embedding(table, "learned")
     weights = counts.float() ** config.power

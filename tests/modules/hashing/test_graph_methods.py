@@ -1,0 +1,138 @@
+"""Maps of users and items by the graph of their interactions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from recpress.modules.config import HashConfig
+from recpress.modules.hashing.louvain import Bipartite
+from recpress.modules.hashing.methods import JOINT_METHODS, build_map
+from recpress.modules.hashing.problem import IdTable
+
+USERS, ITEMS, GROUPS = 300, 200, 10
+TABLES = (
+    IdTable(name="users", num_ids=USERS, vocabulary="v1"),
+    IdTable(name="items", num_ids=ITEMS, vocabulary="v2"),
+)
+
+
+def made(noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """6,000 interactions of users with items of their own of ten groups, but for a share of `noise`."""
+    rng = np.random.default_rng(seed)
+    users = rng.integers(0, USERS, 6000)
+    items = rng.integers(0, ITEMS // GROUPS, 6000) * GROUPS + users % GROUPS
+    return users, np.where(rng.random(6000) < noise, rng.integers(0, ITEMS, 6000), items)
+
+
+def modularity(graph: Bipartite, labels: np.ndarray, resolution: float) -> float:
+    """Barber's, over all pairs."""
+    edges = np.zeros((USERS, ITEMS))
+    for user in range(USERS):
+        part = slice(graph.starts[user], graph.starts[user + 1])
+        edges[user, graph.neighbours[part] - USERS] = graph.values[part]
+    same = labels[:USERS, None] == labels[None, USERS:]
+    expected = resolution * np.outer(graph.user_degree, graph.item_degree) / graph.edges
+    return float(((edges - expected) * same).sum())
+
+
+@pytest.mark.parametrize("method", JOINT_METHODS)
+def test_groups_that_do_not_interact_are_found(method: str) -> None:
+    users, items = made()
+    user_map, item_map = JOINT_METHODS[method](*TABLES, users, items, 2 * GROUPS, HashConfig(method=method))
+    for found, number in ((user_map, USERS), (item_map, ITEMS)):
+        assert found.num_rows == GROUPS
+        rows = found.rows[:, 0]
+        for group in range(GROUPS):
+            assert len(rows[np.arange(number) % GROUPS == group].unique()) == 1
+    assert (user_map.vocabulary, item_map.vocabulary, user_map.method) == ("v1", "v2", method)
+
+
+@pytest.mark.parametrize("method", JOINT_METHODS)
+@pytest.mark.parametrize("rows", [2, 7, 40, 120, 300])
+def test_the_budget_is_for_both_tables(method: str, rows: int) -> None:
+    users, items = made(noise=0.3)
+    maps = JOINT_METHODS[method](*TABLES, users, items, rows, HashConfig(method=method, seed=2))
+    used = sum(len(found.rows.unique()) for found in maps)
+    assert used == sum(found.num_rows for found in maps) <= rows
+    if rows >= 40:
+        # Label propagation jumps between sizes on a graph as small as this one.
+        assert used > (0.8 if method == "louvain" else 0.3) * rows
+    again = JOINT_METHODS[method](*TABLES, users, items, rows, HashConfig(method=method, seed=2))
+    for one, other in zip(maps, again, strict=True):
+        assert torch.equal(one.rows, other.rows)
+
+
+@pytest.mark.parametrize("method", JOINT_METHODS)
+def test_ids_without_interactions_share_one_row(method: str) -> None:
+    users, items = made()
+    users, items = users[users >= 50], items[users >= 50]
+    maps = JOINT_METHODS[method](*TABLES, users, items, 60, HashConfig(method=method))
+    rows = maps[0].rows
+    assert len(rows[:50].unique()) == 1
+    assert rows[0, 0] not in rows[50:]
+
+
+def test_louvain_finds_more_modularity_than_the_groups_that_were_planted() -> None:
+    """At a resolution of 1 and little noise, the planted groups are near the best: it reaches them or better."""
+    from recpress.modules.hashing.louvain import _levels
+
+    users, items = made(noise=0.2)
+    graph = Bipartite.of(*TABLES, users, items, 100)
+    half = np.sqrt(graph.edges)
+    labels = _levels(graph.nodes(graph.user_degree / half, graph.item_degree / half), 1.0, 0)
+    planted = np.concatenate([np.arange(USERS) % GROUPS, np.arange(ITEMS) % GROUPS])
+    assert modularity(graph, labels, 1.0) >= 0.999 * modularity(graph, planted, 1.0)
+
+
+def test_a_sweep_never_lowers_the_objective() -> None:
+    users, items = made(noise=0.5)
+    graph = Bipartite.of(*TABLES, users, items, 100)
+    half = np.sqrt(graph.edges)
+    nodes = graph.nodes(graph.user_degree / half, graph.item_degree / half)
+    number = USERS + ITEMS
+    labels, active = list(range(number)), bytearray(b"\x01") * number
+    values = [0.0]
+    for turn in range(5):
+        nodes.sweep(np.random.default_rng(turn).permutation(number).tolist(), labels, 3.0, active)
+        values.append(modularity(graph, np.array(labels), 3.0))
+    assert values == sorted(values)
+    assert values[1] > 0
+
+
+def test_a_co_cluster_gives_users_a_second_row_that_is_not_their_own() -> None:
+    """A user who is between two groups has the row of each."""
+    users, items = made()
+    bridge = np.arange(0, ITEMS, GROUPS)
+    users = np.concatenate([users, np.full(10, 1), np.full(20, 1)])
+    items = np.concatenate([items, bridge[:10], np.resize(np.arange(1, ITEMS, GROUPS), 20)])
+    user_map, item_map = JOINT_METHODS["co-cluster"](*TABLES, users, items, 2 * GROUPS, HashConfig())
+    assert user_map.ways == 2
+    assert item_map.ways == 1
+    first, second = user_map.rows.T
+    assert second[1] == first[10]  # user 10 is of the group of the bridge's items
+    assert int((first != second).sum()) < 10
+
+
+def test_a_joint_method_is_no_method_for_one_table() -> None:
+    with pytest.raises(ValueError, match="'louvain' maps two tables together; expected one of modulo"):
+        build_map(TABLES[0], 10, HashConfig(method="louvain"))
+
+
+@pytest.mark.parametrize("method", JOINT_METHODS)
+def test_bad_input_is_refused(method: str) -> None:
+    run, config = JOINT_METHODS[method], HashConfig(method=method)
+    users, items = made()
+    with pytest.raises(ValueError, match="6000 users and 5999 items"):
+        run(*TABLES, users, items[1:], 50, config)
+    with pytest.raises(ValueError, match="none, and the graph has no edge"):
+        run(*TABLES, users[:0], items[:0], 50, config)
+    with pytest.raises(ValueError, match="'items': an interaction has id 200, expected 0 to 199"):
+        run(*TABLES, users, items + 1, 50, config)
+    with pytest.raises(ValueError, match="'users': an interaction has id -1"):
+        run(*TABLES, users - 1, items, 50, config)
+    for rows in (1, 501):
+        with pytest.raises(ValueError, match=f"'users' and 'items': a budget of {rows} rows for both"):
+            run(*TABLES, users, items, rows, config)
+    with pytest.raises(ValueError, match=r"a resolution of 0\.0, expected above 0"):
+        run(*TABLES, users, items, 50, HashConfig(method=method, resolution=0.0))
