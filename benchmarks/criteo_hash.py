@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=200_000)
     parser.add_argument("--ids", type=int, default=400_000)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.01, 0.05, 0.25])
+    parser.add_argument("--methods", nargs="+", default=["modulo", "frequency", "cluster", "learned"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sample", type=float, default=0.3, help="share of the train rows that the warm-up sees")
     parser.add_argument("--power", type=float, default=0.5, help="an id weighs this power of its count")
@@ -222,7 +223,7 @@ def main() -> None:
         tables, seconds = id_tables(parts[0], sizes, seed, args)
         print(f"warm-up {seconds:.1f} s", flush=True)
         for share in args.shares:
-            for method, split in RUNS:
+            for method, split in (run for run in RUNS if run[0] in args.methods):
                 run = compressed(method, split, int(share * sum(sizes)), tables, parts, seed, args)
                 add(f"{method}|{split}|{share}", run)
     print("\n| method | split | rows | AUC (spread) | normalized entropy (spread) | tables MB | maps MB |")

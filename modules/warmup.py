@@ -26,7 +26,8 @@ class WarmUp:
 
     embeddings: list[torch.Tensor]
     """Of each feature, (num_ids, 1 + dim) float32. The squared distance of two ids is twice the rise of the log loss,
-    to second order, at an access of the one that gets the vector of the other."""
+    to second order, at an access of the one that gets the vector of the other. An id that was never accessed has the
+    mean vector of all accesses: nothing is known of it."""
     counts: list[torch.Tensor]
     """Of each feature, how often each id was accessed, (num_ids,) int64."""
     rows: int
@@ -133,10 +134,16 @@ def warm_up(
         weight = MEMORY * weight + len(label)
     if model is None:
         raise ValueError("warm-up: no rows")
-    table = model.table.weight.detach()
-    parts = zip(table.split(sizes), (curvature / weight).double(), strict=True)
+    embeddings = []
+    parts = zip(
+        model.table.weight.detach().split(sizes), (curvature / weight).double(), counts.split(sizes), strict=True
+    )
+    for part, matrix, count in parts:
+        share = count.double() / count.sum()
+        part[count == 0] = (share @ part.double()).float()
+        embeddings.append(part @ _factor(matrix))
     return WarmUp(
-        embeddings=[part @ _factor(matrix) for part, matrix in parts],
+        embeddings=embeddings,
         counts=[part.clone() for part in counts.split(sizes)],
         rows=rows,
         loss=loss_sum / rows,

@@ -51,6 +51,17 @@ def test_counts_rows_and_loss():
     assert longer.loss < 0.92 * base
 
 
+def test_an_id_without_an_access_has_the_mean_vector_of_the_accesses():
+    dense, ids, label = planted(3000)
+    ids[:, 2] = ids[:, 2] // 2
+    found = warm_up(batches((dense, ids, label)), SIZES)
+    vectors, counts = found.embeddings[2], found.counts[2]
+    assert int((counts == 0).sum()) == 100
+    mean = (vectors * counts[:, None]).sum(0) / counts.sum()
+    assert torch.allclose(vectors[100:], mean.expand(100, -1), atol=1e-6)
+    assert vectors[:100].std() > 0
+
+
 def test_the_derivatives_are_those_of_autograd():
     torch.manual_seed(0)
     model = FactorizationMachine(2, SIZES, 3)
