@@ -323,7 +323,13 @@ def _join(
     features: KeyedJaggedTensor,
     outputs: list[tuple[str, int, bool, str, str]],
 ) -> KeyedTensor:
-    """Columns of both parts in the order of `outputs`; a leaf of torch.fx, so that the pipeline can trace past it."""
+    """Columns of both parts in the order of `outputs`; a leaf of torch.fx, so that the pipeline can trace past it.
+
+    Raises:
+        ValueError: the keys of the batch have strides of their own, which frozen tables do not know.
+    """
+    if features.variable_stride_per_key():
+        raise ValueError("compress: a batch with another stride for each key cannot look up in frozen tables")
     values = []
     for _, dim, is_frozen, name, divide in outputs:
         part = frozen if is_frozen else trained

@@ -121,29 +121,25 @@ class LearnedHash(nn.Module):
         layout = self._layout(features.keys())
         lengths = features.length_per_key()
         ids, weights = features.values(), features.weights_or_none()
-        unknown = self._unknown_ids(ids, layout, lengths)
+        unknown, how_many = self._unknown_ids(ids, layout, lengths)
         known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
+        each = lengths  # entries of each key
         if layout.max_ways > 1:
-            each = layout.per_id("ways", lengths, ids)
-            lengths = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
-            source = torch.repeat_interleave(each, output_size=sum(lengths))
-            way = torch.arange(source.numel(), device=ids.device) - (each.cumsum(0) - each)[source]  # 0 or 1
-            ids, known = ids[source], known[source] * each[source] + way
-            unknown = None if unknown is None else unknown[source]
-            weights = None if weights is None else weights[source]
-        else:
-            way = None
+            known = layout.entries(known, lengths)
+            each = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+            weights = None if weights is None else layout.repeat(weights, lengths)
         if self.packed:
-            rows = self._unpack(known, layout, lengths)
+            rows = self._unpack(known, layout, each)
         elif ids.is_cuda or torch.compiler.is_exporting():
-            rows = self._gather(known, layout, lengths)
+            rows = self._gather(known, layout, each)
         else:
-            rows = self._gather_cpu(known, layout, lengths)
+            rows = self._gather_cpu(known, layout, each)
         if layout.weighted:
-            weights = self._weigh(known, unknown, weights, layout, lengths)
+            again = None if unknown is None else layout.repeat(unknown, lengths)
+            weights = self._weigh(known, again, weights, layout, each)
         if unknown is not None:
-            rows = self._hash(rows, ids, unknown, way, layout, lengths)
-        return _rebuilt(features, rows.to(features.values().dtype), weights, lengths, layout)
+            self._hash(rows, ids, unknown, how_many, layout, lengths)
+        return _rebuilt(features, rows.to(ids.dtype), weights, each, layout)
 
     def _layout(self, keys: list[str]) -> _Layout:
         found = self._layouts.get(tuple(keys))
@@ -156,22 +152,27 @@ class LearnedHash(nn.Module):
             found = self._layouts[tuple(keys)] = _Layout(keys, self._map_of)
         return found
 
-    def _unknown_ids(self, ids: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor | None:
-        """Which ids of mapped features their map does not cover, (n,) bool; None where it is known that there are none.
+    def _unknown_ids(
+        self, ids: torch.Tensor, layout: _Layout, lengths: list[int]
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        """(which ids of mapped features their map does not cover, (n,) bool, or None for none; how many of each key).
 
-        Counts them. On CUDA this synchronises once; the pipeline's exchange of ids does so too.
+        Counts them. On CUDA this synchronises; the exchange of ids does so too. While exporting, how many is not
+        known: -1.
         """
         exporting = torch.compiler.is_exporting()
-        if not ids.is_cuda and not exporting and _all_known(ids, layout, lengths):
-            return None
-        sizes = layout.per_id("sizes", lengths, ids)
-        bad = (sizes >= 0) & ((ids < 0) | (ids >= sizes))
-        if exporting:
-            if self.unknown == "error":
-                raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
-            return bad
-        if not bool(bad.any()):
-            return None
+        if exporting and self.unknown == "error":
+            raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
+        if ids.is_cuda or exporting:
+            sizes = layout.per_id("sizes", lengths, ids)
+            bad = (sizes >= 0) & ((ids < 0) | (ids >= sizes))
+            if exporting:
+                return bad, [-1] * len(lengths)
+            found = bool(bad.any())
+        else:
+            bad, found = _unknown_on_cpu(ids, layout, lengths)
+        if not found:
+            return None, []
         if self.unknown == "error":
             position = int(bad.nonzero()[0])
             key = layout.keys[int(np.searchsorted(np.cumsum(lengths), position, side="right"))]
@@ -179,10 +180,9 @@ class LearnedHash(nn.Module):
                 f"learned hash: feature {key!r} has the id {int(ids[position])}, expected 0 to "
                 f"{self._map_of[key].num_ids - 1}"
             )
-        per_key = [int(part.sum()) for part in bad.split(lengths)]
-        by_key = dict(zip(layout.keys, per_key, strict=True))
-        self._unknown += torch.tensor([by_key[key] for key in self._map_of], device=self._unknown.device)
-        return bad
+        per_key = torch.stack([part.sum() for part in bad.split(lengths)]).cpu()
+        self._unknown += per_key[layout.positions].to(self._unknown.device)
+        return bad, per_key.tolist()
 
     def _gather_cpu(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
         """One fbgemm call for each run of features whose maps lie in ascending order, mostly one for all."""
@@ -221,9 +221,16 @@ class LearnedHash(nn.Module):
         layout: _Layout,
         lengths: list[int],
     ) -> torch.Tensor:
-        starts = layout.per_id("weight_starts", lengths, known)
-        weighted = starts >= 0 if unknown is None else (starts >= 0) & ~unknown
-        own = torch.where(weighted, self.weights[torch.where(weighted, starts + known, 0)].float(), 1.0)
+        parts: list[torch.Tensor] = []
+        for index, part in enumerate(known.split(lengths)):
+            at = self._map_of.get(layout.keys[index])
+            if at is None or at.weight_start < 0:
+                parts.append(torch.ones_like(part, dtype=torch.float32))
+                continue
+            of_map = self.weights[at.weight_start : at.weight_start + at.num_ids * at.ways]
+            parts.append(of_map.index_select(0, part).float())
+        own = torch.cat(parts) if len(parts) > 1 else parts[0]
+        own = own if unknown is None else own.masked_fill(unknown, 1.0)
         return own if weights is None else own.to(weights.dtype) * weights
 
     def _hash(
@@ -231,21 +238,23 @@ class LearnedHash(nn.Module):
         rows: torch.Tensor,
         ids: torch.Tensor,
         unknown: torch.Tensor,
-        way: torch.Tensor | None,
+        how_many: list[int],
         layout: _Layout,
         lengths: list[int],
-    ) -> torch.Tensor:
-        parts = []
-        split = [x.split(lengths) for x in (rows, ids, unknown)]
-        ways = [None] * len(lengths) if way is None else way.split(lengths)
-        for key, row, part, bad, which in zip(layout.keys, *split, ways, strict=True):
+    ) -> None:
+        """Write hashed rows into `rows` where ids are unknown."""
+        each = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+        split = rows.split(each), ids.split(lengths), unknown.split(lengths)
+        for key, number, row, part, bad in zip(layout.keys, how_many, *split, strict=True):
             at = self._map_of.get(key)
-            if at is not None:
-                hashed = at.hashed(part)
-                hashed = hashed[:, 0] if at.ways == 1 or which is None else hashed.gather(1, which[:, None])[:, 0]
-                row = torch.where(bad, hashed.to(row.dtype), row)
-            parts.append(row)
-        return torch.cat(parts)
+            if at is None or not number:
+                continue
+            row = row.view(-1, at.ways)
+            if number < 0 or row.is_cuda:  # no size that depends on data, so all ids are hashed
+                row.copy_(torch.where(bad[:, None], at.hashed(part).to(row.dtype), row))
+            else:
+                where = bad.nonzero()[:, 0]
+                row.index_copy_(0, where, at.hashed(part.index_select(0, where)).to(row.dtype))
 
 
 class _Layout:
@@ -256,16 +265,36 @@ class _Layout:
         self.keys = list(keys)
         self.ways = [1 if m is None else m.ways for m in maps]
         self.max_ways = max(self.ways)
+        self.positions = [keys.index(key) for key in map_of]
         self.mapped_sizes = [None if m is None else m.num_ids for m in maps]
         self.weighted = any(m is not None and m.weight_start >= 0 for m in maps)
         self._per_key = {
-            "ways": self.ways,
             "sizes": [-1 if m is None else m.num_ids for m in maps],
             "starts": [-1 if m is None else m.start for m in maps],
-            "weight_starts": [-1 if m is None else m.weight_start for m in maps],
         }
         self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
         self.runs = _runs(maps)
+
+    def entries(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Ids -> places in the rows of their map, `ways` for each id."""
+        parts = [
+            (part[:, None] * ways + torch.arange(ways, device=ids.device, dtype=ids.dtype)).reshape(-1)
+            for part, ways in self._parts(ids, lengths)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def repeat(self, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Values of ids -> of entries."""
+        if self.max_ways == 1:
+            return values
+        parts = [part[:, None].expand(-1, ways).reshape(-1) for part, ways in self._parts(values, lengths)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _parts(self, values: torch.Tensor, lengths: list[int]) -> list[tuple[torch.Tensor, int]]:
+        """Pieces whose ids all have the same number of rows."""
+        if min(self.ways) == self.max_ways:
+            return [(values, self.max_ways)]
+        return list(zip(values.split(lengths), self.ways, strict=True))
 
     def per_id(self, name: str, lengths: list[int], like: torch.Tensor) -> torch.Tensor:
         """A number of each key, repeated for each of its ids: (n,) int64."""
@@ -306,15 +335,22 @@ def _runs(maps: list[_Map | None]) -> list[tuple[int, torch.Tensor]]:
     return runs
 
 
-def _all_known(ids: torch.Tensor, layout: _Layout, lengths: list[int]) -> bool:
-    at = 0
+def _unknown_on_cpu(ids: torch.Tensor, layout: _Layout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
+    """(which ids their map does not cover, whether there are any); where there are none, the first is empty.
+
+    The least and the largest id of a feature cost a tenth of its look-up; a mask is made where they tell of a need.
+    """
+    bad, found, at = torch.empty(0, dtype=torch.bool), False, 0
     for size, length in zip(layout.mapped_sizes, lengths, strict=True):
         if size is not None and length:
-            low, high = torch.aminmax(ids[at : at + length])
+            part = ids[at : at + length]
+            low, high = torch.aminmax(part)
             if int(low) < 0 or int(high) >= size:
-                return False
+                bad = bad if found else torch.zeros(ids.shape, dtype=torch.bool)
+                found = True
+                torch.bitwise_or(part < 0, part >= size, out=bad[at : at + length])
         at += length
-    return True
+    return bad, found
 
 
 def _rebuilt(

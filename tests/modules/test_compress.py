@@ -178,6 +178,19 @@ def test_rows_are_the_count_weighted_mean_of_their_ids() -> None:
     assert shared_rows(torch.tensor([[10.0]]), alone)[0].flatten().tolist() == [2.0, 4.0]
 
 
+def test_a_stride_for_each_key_is_refused_by_frozen_tables() -> None:
+    model, _ = compress(collection(), {}, {"t0": source()})
+    features = KeyedJaggedTensor(
+        keys=["f0", "f1", "f1b", "f2", "f3"],
+        values=torch.zeros(6, dtype=torch.int64),
+        lengths=torch.ones(6, dtype=torch.int32),
+        stride_per_key_per_rank=[[2], [1], [1], [1], [1]],
+        inverse_indices=(["f0", "f1", "f1b", "f2", "f3"], torch.tensor([[0, 1], *[[0, 0]] * 4])),
+    )
+    with pytest.raises(ValueError, match="another stride for each key"):
+        model(features)
+
+
 def test_sequences() -> None:
     torch.manual_seed(0)
     configs = [
