@@ -144,7 +144,7 @@ class FrozenKernel(nn.Module):
 _SCALE = 4  # bytes of an int4 row's scale and offset
 
 
-def _kernel(shards: list[Shard], storage: Storage, device: torch.device) -> nn.Module:
+def _kernel(shards: list[Shard], storage: Storage, device: torch.device) -> Any:
     """The training kernel, with the one optimizer that has no state."""
     cuda = device.type == "cuda"
     place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
@@ -161,7 +161,7 @@ def _kernel(shards: list[Shard], storage: Storage, device: torch.device) -> nn.M
     )
 
 
-def _int4_kernel(shards: list[Shard], storage: Storage, device: torch.device) -> nn.Module:
+def _int4_kernel(shards: list[Shard], storage: Storage, device: torch.device) -> Any:
     """The inference kernel: the training kernel has no rows of 4 bits."""
     place = EmbeddingLocation.DEVICE if device.type == "cuda" else EmbeddingLocation.HOST
     kernel = IntNBitTableBatchedEmbeddingBagsCodegen(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from recpress.modules.config import TwoTowerConfig
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable
+from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, row_bytes
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.learned_hash import LearnedHash
 from recpress.modules.losses import make_loss
 from recpress.modules.rows import RowSource, load_trainable, round_up
+from recpress.modules.shared_rows import SharedVectors, shared_rows
 from recpress.modules.towers import ResidualTower, Source, Tower, TowerInput, make_tower
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -32,6 +35,8 @@ class SideSpec:
     """Further categorical features: key -> number of values."""
     floats: int = 0
     """Number of further float features."""
+    map: IdMap | None = None
+    """Where given, the id tables have the map's rows, which the ids share; counts and features stay by id."""
 
 
 class TwoTower(nn.Module):
@@ -41,6 +46,9 @@ class TwoTower(nn.Module):
     them frozen in a collection of their own, `init-freeze-plus` adds a small trainable table of the ids to
     the frozen one. Factors are loaded by `load_factors`, after sharding. With tables_device="meta" the module
     is only to be sharded.
+
+    A side with a map looks its id tables up under the key "<key>_rows", which is made here of the ids; a train pipeline
+    takes that in with `pipeline_postproc=True`.
     """
 
     def __init__(
@@ -53,13 +61,20 @@ class TwoTower(nn.Module):
         """
         Raises:
             ValueError: a strategy without factors to start from; vectors of users and items that differ in
-                length.
+                length; a map of another number of ids.
         """
         super().__init__()
         self.config, self.user, self.item = config, user, item
         device = torch.device(tables_device)
+        self.user_rows = None if user.map is None else MappedRows(user.key, user.map)
+        self.item_rows = None if item.map is None else MappedRows(item.key, item.map)
         self.user_frozen, self.user_tables, self.user_tower = _side("user", config, user, device)
         self.item_frozen, self.item_tables, self.item_tower = _side("item", config, item, device)
+        self.table_bytes = {
+            **_table_bytes(self.user_frozen, self.user_tables),
+            **_table_bytes(self.item_frozen, self.item_tables),
+        }
+        """Bytes of each table, as it is stored, of all ranks together."""
         if self.user_tower.out_dim != self.item_tower.out_dim:
             raise ValueError(
                 f"user vectors have length {self.user_tower.out_dim}, expected that of item vectors, "
@@ -76,14 +91,19 @@ class TwoTower(nn.Module):
                 `label` (B,), `log_q` (items,), `excluded` (B, N) or None, and where there are float features
                 `user_floats` (B, F) and `item_floats` (items, F).
         """
+        user_features, item_features = batch.user_features, batch.item_features
+        if self.user_rows is not None:
+            user_features = self.user_rows(user_features)
+        if self.item_rows is not None:
+            item_features = self.item_rows(item_features)
         users, user_penalty = self.user_tower(
-            self.user_frozen(batch.user_features) if self.user_frozen is not None else None,
-            self.user_tables(batch.user_features) if self.user_tables is not None else None,
+            self.user_frozen(user_features) if self.user_frozen is not None else None,
+            self.user_tables(user_features) if self.user_tables is not None else None,
             batch.user_floats if self.user.floats else None,
         )
         items, item_penalty = self.item_tower(
-            self.item_frozen(batch.item_features) if self.item_frozen is not None else None,
-            self.item_tables(batch.item_features) if self.item_tables is not None else None,
+            self.item_frozen(item_features) if self.item_frozen is not None else None,
+            self.item_tables(item_features) if self.item_tables is not None else None,
             batch.item_floats if self.item.floats else None,
         )
         ids = self.item_ids(batch.item_features)
@@ -95,6 +115,7 @@ class TwoTower(nn.Module):
     @torch.no_grad()
     def user_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
+        features = features if self.user_rows is None else self.user_rows(features)
         frozen = self.user_frozen(features) if self.user_frozen is not None else None
         tables = self.user_tables(features) if self.user_tables is not None else None
         return self.user_tower(frozen, tables, floats)[0]
@@ -102,29 +123,48 @@ class TwoTower(nn.Module):
     @torch.no_grad()
     def item_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
+        features = features if self.item_rows is None else self.item_rows(features)
         frozen = self.item_frozen(features) if self.item_frozen is not None else None
         tables = self.item_tables(features) if self.item_tables is not None else None
         return self.item_tower(frozen, tables, floats)[0]
 
-    def load_factors(self, user: RowSource, item: RowSource) -> None:
+    def load_factors(
+        self,
+        user: RowSource,
+        item: RowSource,
+        *,
+        counts: Sequence[RowSource | None] = (None, None),
+        rows: Sequence[RowSource | None] = (None, None),
+    ) -> None:
         """Fill the id tables, each rank its own shards; call it after sharding, and again to swap factors.
+
+        Args:
+            user, item: (ids, dim) each. With a map, each rank works out all rows that they share; see
+                `shared_rows.shared_rows` for the memory.
+            counts: of users and of items, (ids, 1) each: how much an id weighs among those that share a row.
+            rows: of the tables of users and of items, (map.num_rows, dim) each, where they are known already.
 
         Raises:
             ValueError: shapes or values do not fit.
         """
         assert self.config.tables.strategy != "random", "random tables take no factors"
-        for side, source, frozen, tables in (
-            ("user", user, self.user_frozen, self.user_tables),
-            ("item", item, self.item_frozen, self.item_tables),
+        for index, (side, spec, source, frozen, tables, tower) in enumerate(
+            (
+                ("user", self.user, user, self.user_frozen, self.user_tables, self.user_tower),
+                ("item", self.item, item, self.item_frozen, self.item_tables, self.item_tower),
+            )
         ):
+            table: RowSource = source
+            if spec.map is not None:
+                given = rows[index]
+                table = shared_rows(spec.map, source, counts[index], side) if given is None else given
             if self.config.tables.strategy == "init-train":
                 assert tables is not None
-                load_trainable(tables, side, source)
+                load_trainable(tables, side, table)
             else:
                 assert frozen is not None
-                frozen.load(side, source)
-        self.user_tower.fit_scale(user)
-        self.item_tower.fit_scale(item)
+                frozen.load(side, table)
+            tower.fit_scale(table if spec.map is None else SharedVectors(spec.map, table))
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
         """Fill the tables of log counts, (rows, 1) each, standardised (`rows.LogCounts`); after sharding."""
@@ -148,46 +188,99 @@ class _Ids(nn.Module):
         return features[self.key].values()
 
 
+class MappedRows(nn.Module):
+    """Adds to the features the rows of the ids of one of them, under a key of their own, "<key>_rows".
+
+    The other keys stay as they are; they get weights of 1 where the map has weights.
+    """
+
+    def __init__(self, key: str, id_map: IdMap) -> None:
+        super().__init__()
+        self.key, self.rows_key = key, rows_key(key)
+        self.hash = LearnedHash({key: id_map})
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        ids = features[self.key]
+        stride = features.stride()
+        one = KeyedJaggedTensor(
+            [self.key],
+            ids.values(),
+            weights=ids.weights_or_none(),
+            lengths=ids.lengths(),
+            stride=stride,
+            length_per_key=[ids.values().numel()],
+        )
+        rows = self.hash(one)
+        weights = features.weights_or_none()
+        if rows.weights_or_none() is not None:
+            before = rows.weights().new_ones(features.values().numel()) if weights is None else weights
+            weights = torch.cat([before, rows.weights()])
+        return KeyedJaggedTensor(
+            [*features.keys(), self.rows_key],
+            torch.cat([features.values(), rows.values()]),
+            weights=weights,
+            lengths=torch.cat([features.lengths(), rows.lengths().to(features.lengths().dtype)]),
+            stride=stride,
+            length_per_key=[*features.length_per_key(), *rows.length_per_key()],
+        )
+
+
+def rows_key(key: str) -> str:
+    """The key of the rows that the ids of `key` are mapped to."""
+    return f"{key}_rows"
+
+
 def _side(
     name: Literal["user", "item"], config: TwoTowerConfig, spec: SideSpec, device: torch.device
 ) -> tuple[FrozenEmbeddingBagCollection | None, EmbeddingBagCollection | None, Tower | ResidualTower]:
     strategy = config.tables.strategy
     if strategy != "random" and spec.dim is None:
         raise ValueError(f"strategy {strategy!r} starts from factors, and none are given for {name}s")
+    key, rows, weighted = spec.key, spec.rows, False
+    if spec.map is not None:
+        key, rows, weighted = rows_key(spec.key), spec.map.num_rows, spec.map.weights is not None
+        if spec.map.num_ids != spec.rows:
+            raise ValueError(f"table {name!r}: its map has {spec.map.num_ids} ids, expected {spec.rows}")
+        if key in spec.categorical:
+            raise ValueError(f"a feature of the {name}s is called {key!r}, the key of their rows; rename it")
     frozen: list[FrozenTable] = []
     trained: list[EmbeddingBagConfig] = []
     others: list[tuple[Source, int]] = []
     base: Source
     if strategy in ("init-freeze", "init-freeze-plus"):
         dim = round_up(spec.dim or 0)
-        frozen.append(
-            FrozenTable(name=name, rows=spec.rows, dim=dim, features=(spec.key,), storage=config.tables.storage)
-        )
-        base = ("frozen", f"{spec.key}@{name}" if spec.counted else spec.key)
+        frozen.append(FrozenTable(name=name, rows=rows, dim=dim, features=(key,), storage=config.tables.storage))
+        base = ("frozen", f"{key}@{name}" if spec.counted and spec.map is None else key)
     else:
         dim = round_up(config.tables.dim if strategy == "random" else spec.dim or 0)
-        trained.append(_table(name, spec.rows, dim, spec.key))
-        base = ("tables", spec.key)
+        trained.append(_table(name, rows, dim, key))
+        base = ("tables", key)
     count: Source | None = None
     if spec.counted:
         table = f"{name}_count"
         frozen.append(FrozenTable(name=table, rows=spec.rows, dim=round_up(1), features=(spec.key,)))
-        count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 else spec.key)
+        count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 and spec.map is None else spec.key)
     if strategy == "init-freeze-plus":
         width = round_up(config.tables.plus_dim)
-        trained.append(_table(f"{name}_plus", spec.rows, width, spec.key))
-        others.append((("tables", spec.key), width))
-    for key, values in spec.categorical.items():
-        width = round_up(config.towers.feature_dim)
-        trained.append(_table(f"{name}_{key}", values, width, key))
+        trained.append(_table(f"{name}_plus", rows, width, key))
         others.append((("tables", key), width))
+    for feature, values in spec.categorical.items():
+        width = round_up(config.towers.feature_dim)
+        trained.append(_table(f"{name}_{feature}", values, width, feature))
+        others.append((("tables", feature), width))
     given = TowerInput(base=base, dim=dim, count=count, others=others, floats=spec.floats)
     tower = make_tower(config.towers, given, name)
     return (
-        FrozenEmbeddingBagCollection(frozen, device=device) if frozen else None,
-        EmbeddingBagCollection(tables=trained, device=device) if trained else None,
+        FrozenEmbeddingBagCollection(frozen, device=device, weighted=weighted) if frozen else None,
+        EmbeddingBagCollection(tables=trained, is_weighted=weighted, device=device) if trained else None,
         tower,
     )
+
+
+def _table_bytes(frozen: FrozenEmbeddingBagCollection | None, trained: EmbeddingBagCollection | None) -> dict[str, int]:
+    found = {} if frozen is None else {t.name: t.rows * row_bytes(t.storage, t.dim) for t in frozen.tables()}
+    configs = [] if trained is None else trained.embedding_bag_configs()
+    return found | {c.name: 4 * c.num_embeddings * c.embedding_dim for c in configs}
 
 
 def _table(name: str, rows: int, dim: int, key: str) -> EmbeddingBagConfig:

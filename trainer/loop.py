@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
+from recpress.modules.learned_hash import LearnedHash
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import Snapshot
 from recpress.trainer.optimizer import TrainOptimizer
@@ -111,7 +112,11 @@ class _Run:
         self.evaluate, self.log = evaluate, log
         self.result = FitResult()
         self.progress = Progress(optimizer.total_steps or None, description, show_progress)
-        self.pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
+        # Without pipeline_postproc, lookups behind a map of ids would leave the pipeline, with a warning alone.
+        mapped = any(isinstance(module, LearnedHash) for module in model.modules())
+        self.pipeline = TrainPipelineSparseDist(
+            model, optimizer, device, execute_all_batches=True, pipeline_postproc=mapped
+        )
         self.pending: list[torch.Tensor] = []
         self.taken: deque[int] = deque()  # rows of the batches that the pipeline has taken and not yet trained on
         self.best: Snapshot | None = None

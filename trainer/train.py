@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,16 +13,18 @@ from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.stream import Interactions, InteractionStream
+from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
 from recpress.trainer.collectives import all_reduce
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed import Ranks, agreed, process_group
 from recpress.trainer.evaluate import load_heldout, rank_heldout, show
+from recpress.trainer.id_maps import SIDES, HashArtifact, open_maps, save_maps
 from recpress.trainer.loop import FitConfig, FitResult, fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
-from recpress.trainer.two_tower import WEIGHTS, Features, ShardedTwoTower, build, describe_model
+from recpress.trainer.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 
 
 @dataclass
@@ -36,6 +38,10 @@ class TrainResult:
     """Rows of the sample, on all ranks."""
     setup_seconds: float
     """Opening, planning, sharding, loading factors."""
+    table_bytes: int
+    """Of all embedding tables as they are stored, scales included, optimizer states not."""
+    map_bytes: int
+    """Of the maps of ids, bit-packed; 0 where there are none, or where they follow from the id by a formula."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -51,21 +57,25 @@ def train(config: TrainConfig) -> TrainResult:
             log = open_log(config.data, chosen_schema(config.schema))
             factors = _factors(config, log)
             crossfit = _crossfit(config, factors)
+            hashed = _hashed(config, log, factors)
+            maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps} if hashed else {}
             features = Features.of(log, config.user_features, config.item_features)
             stream = _stream(config, log, ranks)
             model_config = describe_model(
-                config.model, factors.dim if factors else None, config.user_features, config.item_features
+                config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
             )
         meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
+        if hashed is not None:
+            meta["hash"] = hashed.describe()
         with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
-            model = _model(config, log, features, factors, ranks)
+            model = _model(config, log, features, factors, maps, ranks)
             heldout = load_heldout(log, config.evaluation) if _has_heldout(config, log) else None
 
             def put(of_sample: bool) -> None:
                 """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
                 if factors is not None:
                     with agreed():
-                        model.load_factors(factors, crossfit=of_sample)
+                        model.load_factors(factors, crossfit=of_sample, hashed=hashed)
 
             def evaluate() -> dict[str, float]:
                 if crossfit:
@@ -99,6 +109,10 @@ def train(config: TrainConfig) -> TrainResult:
             metrics = evaluate() if heldout is not None else {}
             (tmp / WEIGHTS).mkdir(exist_ok=True)
             save_weights(model.dmp, tmp / WEIGHTS)
+            with agreed():
+                if maps and ranks.rank == 0:
+                    save_maps(maps, tmp / MAPS)
+            table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
             kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
             meta |= {
                 "rows": stream.num_rows,
@@ -106,6 +120,9 @@ def train(config: TrainConfig) -> TrainResult:
                 "steps": fitted.steps,
                 "best": fitted.best,
                 "metrics": metrics,
+                "table_bytes": table_bytes,
+                "tables": model.module.table_bytes,
+                "map_bytes": map_bytes,
                 "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
             }
         if ranks.rank == 0:
@@ -113,7 +130,9 @@ def train(config: TrainConfig) -> TrainResult:
                 print(f"{kept:,} negatives were positives of their user, who has nearly all items")
             shown = show(metrics)
             print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
-    return TrainResult(fitted, metrics, stream.num_rows, setup_seconds)
+            each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
+            print(f"tables {table_bytes:,} bytes ({each})" + (f", maps {map_bytes:,} bytes" if maps else ""))
+    return TrainResult(fitted, metrics, stream.num_rows, setup_seconds, table_bytes, map_bytes)
 
 
 def _factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
@@ -124,6 +143,22 @@ def _factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
     if config.factors is None:
         raise InputError(f"factors: missing; model.tables.strategy '{config.model.tables.strategy}' starts from them")
     return open_factors(config.factors, log)
+
+
+def _hashed(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> HashArtifact | None:
+    if config.hash is None:
+        return None
+    hashed = open_maps(config.hash, log)
+    if not any(side in hashed.maps for side in SIDES):
+        raise InputError(f"{config.hash}: maps {', '.join(hashed.maps)}, expected a map of users or items")
+    for side in SIDES:
+        rows = hashed.rows(side)
+        if factors is not None and rows is not None and rows.shape[1] != factors.dim:
+            raise InputError(
+                f"{config.hash}: the vectors of the {side} rows have dimension {rows.shape[1]}, expected that of "
+                f"{factors.path}, {factors.dim}"
+            )
+    return hashed
 
 
 def _crossfit(config: TrainConfig, factors: FactorsArtifact | None) -> bool:
@@ -156,7 +191,12 @@ def _stream(config: TrainConfig, log: Log, ranks: Ranks) -> InteractionStream:
 
 
 def _model(
-    config: TrainConfig, log: Log, features: Features, factors: FactorsArtifact | None, ranks: Ranks
+    config: TrainConfig,
+    log: Log,
+    features: Features,
+    factors: FactorsArtifact | None,
+    maps: Mapping[str, IdMap],
+    ranks: Ranks,
 ) -> ShardedTwoTower:
     loss, kind = config.model.loss, config.negatives.kind
     with agreed():
@@ -179,6 +219,7 @@ def _model(
         batch_size=config.stream.batch_size,
         table_learning_rate=config.optimizer.table_learning_rate,
         seed=config.seed,
+        maps=maps,
     )
 
 

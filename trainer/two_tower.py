@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +15,20 @@ from recpress.data.log import Log
 from recpress.data.negatives import Negatives, UniformNegatives
 from recpress.data.side_table import SideTable
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import LogCounts
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.distributed import Ranks, agreed
 from recpress.trainer.evaluation import VectorFn
+from recpress.trainer.id_maps import HashArtifact, load_maps
 from recpress.trainer.model_state import load_weights
 from recpress.trainer.sharding import shard
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 WEIGHTS = "weights"
+MAPS = "maps"
+"""Folder, inside a model, of the maps that compress its tables."""
 Side = Literal["user", "item"]
 SIDES: tuple[Side, Side] = ("user", "item")
 
@@ -64,26 +68,36 @@ class ShardedTwoTower:
 
         return vectors
 
-    def load_factors(self, factors: FactorsArtifact, *, crossfit: bool = False) -> None:
+    def load_factors(
+        self, factors: FactorsArtifact, *, crossfit: bool = False, hashed: HashArtifact | None = None
+    ) -> None:
         """Fill the tables of ids and of log counts, each rank its own shards.
+
+        Tables with a map take the rows that stand best for the factors of the ids that share them, weighted by count.
 
         Args:
             crossfit: from the factors that have not seen a sample; their counts are scaled to those of all rows.
+            hashed: where the maps come from; the row vectors that it has are taken as they are, but for `crossfit`,
+                since they have seen the sample.
 
         Raises:
             ValueError: a shard is missing or damaged; shapes that do not fit.
         """
-        self.module.load_factors(*(factors.table(side, crossfit=crossfit) for side in SIDES))
+        mapped = [side for side in SIDES if getattr(self.module, side).map is not None]
+        counts = [factors.counts(side, crossfit=crossfit) if side in mapped else None for side in SIDES]
+        given = [hashed.rows(side) if hashed and side in mapped and not crossfit else None for side in SIDES]
+        tables = (factors.table(side, crossfit=crossfit) for side in SIDES)
+        self.module.load_factors(*tables, counts=counts, rows=given)
         if not self.module.user.counted:
             return
-        counts = [LogCounts(factors.counts(side)) for side in SIDES]
+        logs = [LogCounts(factors.counts(side)) for side in SIDES]
         if crossfit and factors.crossfit is not None:
             share = 1.0 - factors.crossfit.rate
-            counts = [
+            logs = [
                 LogCounts(factors.counts(side, crossfit=True), share=share, like=like)
-                for side, like in zip(SIDES, counts, strict=True)
+                for side, like in zip(SIDES, logs, strict=True)
             ]
-        self.module.load_counts(*counts)
+        self.module.load_counts(*logs)
 
 
 def build(
@@ -99,12 +113,14 @@ def build(
     batch_size: int,
     table_learning_rate: float,
     seed: int,
+    maps: Mapping[str, IdMap] | None = None,
 ) -> ShardedTwoTower:
     """A network with random weights, sharded by TorchRec's planner. Collective.
 
     Args:
         dim: of the factors; None for `random`.
         batch_size: rows of a batch on each rank, for the planner.
+        maps: "user", "item" -> the map that compresses the id tables of this side.
 
     Raises:
         InputError: a strategy that needs factors without them; tables that do not fit into memory.
@@ -114,8 +130,8 @@ def build(
     with agreed():
         module = TwoTower(
             config,
-            _spec(USER, log.num_users, dim, features.user, counted),
-            _spec(ITEM, log.num_items, dim, features.item, counted),
+            _spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
+            _spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
             tables_device="meta",
         )
     dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
@@ -130,9 +146,17 @@ def build(
     return ShardedTwoTower(dmp, builder)
 
 
-def describe_model(config: TwoTowerConfig, dim: int | None, user: Sequence[str], item: Sequence[str]) -> dict[str, Any]:
+def describe_model(
+    config: TwoTowerConfig, dim: int | None, user: Sequence[str], item: Sequence[str], maps: Sequence[str] = ()
+) -> dict[str, Any]:
     """What a manifest says of a model, enough for `load_model` to build it again."""
-    return {"two_tower": asdict(config), "dim": dim, "user_features": list(user), "item_features": list(item)}
+    return {
+        "two_tower": asdict(config),
+        "dim": dim,
+        "user_features": list(user),
+        "item_features": list(item),
+        "maps": list(maps),
+    }
 
 
 def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
@@ -156,6 +180,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
         features = Features.of(log, model["user_features"], model["item_features"])
+        maps = load_maps(Path(path) / MAPS, model.get("maps", ()), log)
     sharded = build(
         config,
         log,
@@ -166,6 +191,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         batch_size=1024,
         table_learning_rate=0.0,
         seed=0,
+        maps=maps,
     )
     with agreed():
         load_weights(sharded.dmp, Path(path) / WEIGHTS)
@@ -186,6 +212,8 @@ def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
     )
 
 
-def _spec(key: str, rows: int, dim: int | None, table: SideTable | None, counted: bool) -> SideSpec:
-    spec = SideSpec(key=key, rows=rows, dim=dim, counted=counted)
+def _spec(
+    key: str, rows: int, dim: int | None, table: SideTable | None, counted: bool, id_map: IdMap | None
+) -> SideSpec:
+    spec = SideSpec(key=key, rows=rows, dim=dim, counted=counted, map=id_map)
     return spec if table is None else replace(spec, categorical=table.num_values(), floats=len(table.float_names))

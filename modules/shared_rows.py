@@ -1,0 +1,70 @@
+"""The rows of a table that its ids share: made from vectors of the ids, and read as vectors of the ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.rows import RowSource, blocks
+from recpress.modules.shared_als import SharedRows
+
+
+def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = None, table: str = "") -> torch.Tensor:
+    """Rows (num_rows, d) float32 that minimise the squared errors of the ids' vectors, weighted by their counts.
+
+    One row an id: the weighted mean of the ids that share it; `vectors` are read in blocks, and the memory is that of
+    the rows. Two: `shared_als.SharedRows.fit`, with the vectors in memory, and about six times their size. A row
+    without ids is zero.
+
+    Args:
+        vectors: (num_ids, d).
+        counts: (num_ids, 1), each at least 0; ids below 0.1 weigh 0.1. None: all alike.
+        table: name in messages.
+
+    Raises:
+        ValueError: lengths that do not fit the map; a vector or a count that is not finite.
+    """
+    (ids, dim), num_rows = vectors.shape, id_map.num_rows
+    for what, source in (("vectors", vectors), ("counts", counts)):
+        if source is not None and source.shape[0] != id_map.num_ids:
+            raise ValueError(f"table {table!r}: {what} of {source.shape[0]} ids, but its map has {id_map.num_ids}")
+    one_way = id_map.ways == 1
+    rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
+    kept, kept_weights = [], []
+    for first, block in blocks(vectors, table, (0, ids), (0, dim)):
+        stop = first + len(block)
+        weights = torch.ones(len(block), 1)
+        if counts is not None:
+            read = torch.as_tensor(np.array(counts[first:stop], np.float32))
+            if not bool(torch.isfinite(read).all()):
+                raise ValueError(f"table {table!r}: a count of ids {first} to {stop - 1} is NaN or infinite")
+            weights = read.clamp_min(0.1)
+        if not one_way:
+            kept.append(block)
+            kept_weights.append(weights[:, 0])
+            continue
+        at = id_map.rows[first:stop, 0].long()
+        part = 1.0 if id_map.weights is None else id_map.weights[first:stop].float()
+        rows.index_add_(0, at, block * (weights * part))
+        mass.index_add_(0, at, weights * part**2)
+    if one_way:
+        return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
+    return SharedRows(id_map).fit(torch.cat(kept), torch.cat(kept_weights))
+
+
+class SharedVectors:
+    """The vectors that the ids get of shared rows, a RowSource (num_ids, d) that is worked out where it is read."""
+
+    def __init__(self, id_map: IdMap, rows: RowSource) -> None:
+        self._map, self._rows = id_map, rows
+        self.shape = (id_map.num_ids, rows.shape[1])
+
+    def __getitem__(self, index: slice) -> torch.Tensor:
+        at = self._map.rows[index].long()
+        read: Any = self._rows[at if isinstance(self._rows, torch.Tensor) else at.numpy()]
+        each = torch.as_tensor(read).float()
+        if self._map.weights is not None:
+            each = each * self._map.weights[index].float().unsqueeze(-1)
+        return each.sum(1)
