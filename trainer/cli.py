@@ -76,6 +76,11 @@ COMMANDS = {
         "recpress.trainer.compare_hash:compare_hash",
         "all hashing methods with one backbone and one budget, with a report page",
     ),
+    "compare both": Command(
+        "recpress.trainer.config:CompareBothConfig",
+        "recpress.trainer.compare_both:compare_both",
+        "quality against bytes of table and rows read, with a report page",
+    ),
 }
 
 EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them

@@ -413,3 +413,40 @@ class CompareHashConfig:
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareBothConfig:
+    """Both savings together: quality against the bytes of the tables and against the rows read, with a report page."""
+
+    data: str | None = None
+    """The log, with held-out rows; without one a made log is written and used."""
+    out: str = "runs/compare-both"
+    """Folder of the report, the results as JSON, and all factors, maps and models; must not exist unless
+    --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed has its own sample, factorization, maps and networks."""
+    levels: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
+    """Bytes of the tables, maps included, as shares of those of full float32 tables."""
+    rates: tuple[float, ...] = (0.1, 1.0)
+    """Shares of the rows that networks are trained on."""
+    als: ALSConfig = field(default_factory=lambda: CompareCadcConfig().als)
+    """The defaults are those of `compare cadc`."""
+    power: float = 0.5
+    """An id weighs as much as this power of its count, in maps and in the distortion."""
+    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
+    """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything runs; maps are made on the CPU."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "rates"):
+            bad = [value for value in getattr(self, name) if not 0 < value <= 1]
+            if bad:
+                raise InputError(f"{name}: {bad[0]}, expected numbers in (0, 1]")

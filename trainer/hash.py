@@ -19,7 +19,7 @@ from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
 from recpress.modules.hashing.problem import IdTable, need_embedding
 from recpress.modules.hashing.split import split_rows
 from recpress.modules.rows import RowSource, blocks, check_source
-from recpress.modules.shared_als import SharedRows
+from recpress.modules.shared_rows import shared_rows
 from recpress.modules.warmup import warm_up
 from recpress.trainer.artifacts import describe_log, open_factors, shared_artifact
 from recpress.trainer.config import HashStageConfig, chosen_schema
@@ -261,23 +261,11 @@ class _Stage:
         id_map.save(folder)
         if table.embedding is not None and self.config.row_vectors:
             check_source(table.embedding, table.name, table.num_ids, table.embedding.shape[1])
-            vectors = row_vectors(id_map, table.embedding, table.counts)
+            counts = None if table.counts is None else table.counts[:, None]
+            vectors = shared_rows(id_map, table.embedding, counts, table.name)
             np.save(folder / ROW_VECTORS, vectors.numpy(), allow_pickle=False)
         unseen = 0 if table.counts is None else int((table.counts == 0).sum())
         return TableReport(table.name, table.num_ids, id_map.num_rows, id_map.ways, id_map.nbytes, unseen)
-
-
-def row_vectors(id_map: IdMap, embedding: RowSource, counts: torch.Tensor | None) -> torch.Tensor:
-    """Vectors of the rows that stand for their ids best, weighted by counts: (num_rows, d) float32.
-
-    One row an id: read in blocks. Two: the embedding is held in memory.
-    """
-    weights = None if counts is None else counts.clamp_min(0.1)
-    if id_map.ways == 1 and id_map.weights is None:
-        return row_centres(id_map, embedding, weights).nan_to_num(0.0)
-    rows, dim = embedding.shape
-    whole = torch.cat([block for _, block in blocks(embedding, id_map.method, (0, rows), (0, dim))])
-    return SharedRows(id_map).fit(whole, weights)
 
 
 def root(matrix: torch.Tensor) -> torch.Tensor:

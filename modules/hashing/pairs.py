@@ -12,6 +12,9 @@ from recpress.modules.rows import RowSource, blocks
 from recpress.modules.shared_als import SharedRows
 
 _TINY = 1e-12
+_LEAST = 0.03
+"""A row that tells less than this of a vector, by length, gets no weight: rows are solved for, and one that ids take by
+next to nothing would grow without bound."""
 _RIDGE = 1e-4
 """Of a pair's least squares, in units of its rows' norms: two rows that nearly agree take halves, not 1e3 and -1e3."""
 
@@ -126,5 +129,8 @@ def _least_squares(v: torch.Tensor, pair: torch.Tensor) -> tuple[torch.Tensor, t
     pv, qv = (p * target).sum(1), (q * target).sum(1)
     determinant = (pp * qq - pq * pq).clamp_min(_TINY)
     share = torch.stack([(pv * qq - qv * pq) / determinant, (qv * pp - pv * pq) / determinant], 1)
+    little = share.abs() * torch.stack([pp, qq], 1).sqrt() < _LEAST * target.norm(dim=1, keepdim=True)
+    alone = torch.stack([pv / pp, qv / qq], 1)
+    share = torch.where(little.flip(1), alone, share).masked_fill_(little, 0.0)
     error = (target - share[:, :1] * p - share[:, 1:] * q).square().sum(1)
     return share.float(), error.float()
