@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.two_tower import SideSpec, TwoTower
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.shared_rows import SharedVectors, shared_rows
+from recpress.modules.two_tower import MappedRows, SideSpec, TwoTower
 from torchrec import KeyedJaggedTensor
 
 USERS, ITEMS, DIM = 9, 7, 6  # a dimension that is padded to 8
@@ -131,3 +133,121 @@ def test_what_does_not_fit_is_refused():
     user, item = factors()
     with pytest.raises(ValueError, match="8 rows, expected 9"):
         build().load_factors(user[:8], item)
+
+
+def id_map(ids, rows=4, ways=1, weighted=False):
+    rng = np.random.default_rng(3)
+    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, ways)).astype(np.float32)) if weighted else None
+    found = torch.from_numpy(rng.integers(rows, size=(ids, ways)).astype(np.int32))
+    return IdMap(rows=found, num_rows=rows, weights=weights)
+
+
+def test_rows_are_the_weighted_means_of_the_ids_that_share_them():
+    shared = IdMap(rows=torch.tensor([[0], [2], [0], [2]], dtype=torch.int32), num_rows=4)
+    vectors = np.array([[1.0, 0], [0, 2], [4, 3], [0, 8]], np.float32)
+    counts = np.array([[1.0], [1], [2], [0]], np.float32)  # no count weighs 0.1
+    found = shared_rows(shared, vectors, counts)
+    want = [[3, 2], [0, 0], [0, 2.8 / 1.1], [0, 0]]  # nobody has rows 1 and 3
+    torch.testing.assert_close(found, torch.tensor(want))
+    torch.testing.assert_close(shared_rows(shared, vectors)[2], torch.tensor([0.0, 5.0]))
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_rows_are_the_least_squares_ones(ways, weighted, counted):
+    """No other rows fit the vectors better: the residuals are orthogonal to the map."""
+    made = id_map(30, 8, ways, weighted)
+    rng = np.random.default_rng(4)
+    vectors = rng.normal(size=(30, 3)).astype(np.float32)
+    counts = rng.uniform(1, 9, (30, 1)).astype(np.float32) if counted else None
+    rows = shared_rows(made, vectors, counts)
+    mapping = torch.zeros(30, 8)
+    weights = torch.ones(30, ways) if made.weights is None else made.weights
+    mapping.scatter_add_(1, made.rows.long(), weights)
+    each = torch.ones(30, 1) if counts is None else torch.from_numpy(counts)
+    residual = each * (torch.from_numpy(vectors) - mapping @ rows)
+    # the ridge of 1e-6 and the 12 steps of conjugate gradients leave a little
+    assert float((mapping.T @ residual).abs().max()) < 0.02
+    torch.testing.assert_close(SharedVectors(made, rows)[3:9], (mapping @ rows)[3:9])
+    torch.testing.assert_close(SharedVectors(made, rows.numpy())[3:9], (mapping @ rows)[3:9])
+
+
+def test_rows_that_cannot_be_worked_out_are_refused():
+    vectors = np.ones((9, 3), np.float32)
+    with pytest.raises(ValueError, match="table 'user': vectors of 9 ids, but its map has 8"):
+        shared_rows(id_map(8), vectors, table="user")
+    with pytest.raises(ValueError, match="counts of 8 ids, but its map has 9"):
+        shared_rows(id_map(9), vectors, vectors[:8, :1])
+    with pytest.raises(ValueError, match="a count of ids 0 to 8 is NaN"):
+        shared_rows(id_map(9), vectors, np.full((9, 1), np.nan, np.float32))
+
+
+def test_rows_join_the_features_under_their_own_key():
+    made = id_map(USERS, 4, 2, weighted=True)
+    given = keyed(user=[5, 0, 8], genre=[0, 1, 2])
+    found = MappedRows("user", made)(given)
+    assert found.keys() == ["user", "genre", "user_rows"]
+    assert found["user"].values().tolist() == [5, 0, 8]
+    assert found["genre"].values().tolist() == [0, 1, 2]
+    assert found["user_rows"].values().tolist() == made.rows[[5, 0, 8]].flatten().tolist()
+    assert found["user_rows"].lengths().tolist() == [2, 2, 2]
+    assert found["genre"].weights().tolist() == [1, 1, 1]
+    assert torch.equal(found["user_rows"].weights(), made.weights[[5, 0, 8]].flatten())
+
+
+@pytest.mark.parametrize("strategy", ["init-train", "init-freeze", "init-freeze-plus"])
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_towers_start_with_the_scores_of_the_shared_rows(strategy, ways, weighted):
+    user, item = factors()
+    made = id_map(USERS, 4, ways, weighted)
+    rng = np.random.default_rng(5)
+    counts, rows = rng.uniform(1, 5, (USERS, 1)).astype(np.float32), rng.normal(size=(4, DIM)).astype(np.float32)
+    model = build(strategy, counted=True, map=made)
+    model.load_factors(user, item, counts=(counts, None))
+    shared = SharedVectors(made, shared_rows(made, user, counts))[:]
+    torch.testing.assert_close(scores(model), shared @ torch.from_numpy(item).T)
+    model.load_factors(user, item, rows=(rows, None))
+    torch.testing.assert_close(scores(model), SharedVectors(made, rows)[:] @ torch.from_numpy(item).T)
+
+
+def test_counts_and_features_of_a_mapped_side_stay_by_id():
+    made = IdMap(rows=torch.zeros(USERS, 1, dtype=torch.int32), num_rows=1)
+    model = build(counted=True, map=made, categorical={"genre": 3})
+    model.load_counts(np.arange(USERS, dtype=np.float32)[:, None], np.zeros((ITEMS, 1), np.float32))
+    found = model.user_frozen(model.user_rows(keyed(user=range(USERS), genre=[0] * USERS)))
+    assert found["user"][:, 0].tolist() == list(range(USERS))
+    assert len(found["user_rows"].unique(dim=0)) == 1
+    assert model.table_bytes == {
+        "user": 32,
+        "user_count": USERS * 16,
+        "user_genre": 3 * 16,
+        "item": ITEMS * 32,
+        "item_count": ITEMS * 16,
+    }
+    held = sum(collection.storage_bytes() for collection in (model.user_frozen, model.item_frozen))
+    assert sum(model.table_bytes.values()) == held + 3 * 16
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8", "int4"])
+def test_shared_rows_in_fewer_bits_score_nearly_the_same(storage):
+    made = id_map(USERS, 4, 2, weighted=True)
+    full, fewer = (scores(build(storage=s, map=made)) for s in ("fp32", storage))
+    assert 0 < (fewer - full).abs().max() < {"fp16": 0.002, "int8": 0.02, "int4": 0.2}[storage]
+
+
+def test_a_compressed_table_is_trained():
+    made = id_map(USERS, 4, 2, weighted=True)
+    model = build("random", "mlp", map=made)
+    weight = dict(model.named_parameters())["user_tables.embedding_bags.user.weight"]
+    assert weight.shape == (4, 8)
+    model(Rows(model))[0].backward()
+    assert (weight.grad != 0).any()
+
+
+def test_a_map_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="table 'user': its map has 8 ids, expected 9"):
+        build(map=id_map(8))
+    with pytest.raises(ValueError, match="a feature of the users is called 'user_rows'"):
+        build(map=id_map(USERS), categorical={"user_rows": 3})
