@@ -12,7 +12,7 @@ from recpress.modules.rows import RowSource, blocks
 
 CELL = 1 << 22
 """Distances of one pass over a cell: its ids times its rows."""
-ROUNDS = 3
+ROUNDS = 5
 """Partitions into cells, one after the other, each with other borders; they share the iterations."""
 BUFFER_BYTES = 2 << 30
 """Memory for the vectors of the cells that are worked on together."""

@@ -45,7 +45,7 @@ def test_frequent_ids_earn_rows_that_only_rare_ids_share() -> None:
     both = learned(table, 100, HashConfig(power=1)).rows[:, 0]
     alone = build_map(table, 100, HashConfig(method="cluster")).rows[:, 0]
     assert len(both[by_count[:20]].unique()) == 20
-    assert weighted_distortion(table, both.long(), 100, 1) < 0.7 * weighted_distortion(table, alone.long(), 100, 1)
+    assert weighted_distortion(table, both.long(), 100, 1) < 0.85 * weighted_distortion(table, alone.long(), 100, 1)
     for row in both.unique():
         assert len((torch.arange(1000)[both == row] % GROUPS).unique()) == 1  # ids still share with their likes
 
