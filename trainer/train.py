@@ -58,7 +58,9 @@ def train(config: TrainConfig) -> TrainResult:
             factors = _factors(config, log)
             crossfit = _crossfit(config, factors)
             hashed = _hashed(config, log, factors)
-            maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps} if hashed else {}
+            maps: dict[str, IdMap] = {}
+            if hashed is not None:
+                maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps}
             features = Features.of(log, config.user_features, config.item_features)
             stream = _stream(config, log, ranks)
             model_config = describe_model(
