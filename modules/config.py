@@ -128,13 +128,11 @@ class HashConfig:
     """Share of the rows that the most frequent ids have for themselves (`learned`, `frequency`, `hybrid`); below 0:
     the method's own choice."""
     power: float = 0.5
-    """`learned`: an id weighs as much as this power of its count."""
+    """`learned`, `co-cluster`: an id weighs as much as this power of its count."""
     ways: Literal[1, 2] = 1
     """`learned`: rows of an id. With 2, an id is the weighted sum of two rows: a larger map, two lookups, and far
     closer to the embedding (`hashing.pairs`)."""
     iterations: int = 15
     """Passes of the clustering over the ids."""
-    resolution: float = 1.0
-    """`louvain`, `co-cluster`: the larger, the smaller the clusters, where the budget leaves a choice."""
     seed: int = 0
     """Seed of hashes and of the clustering's start."""

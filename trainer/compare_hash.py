@@ -70,12 +70,12 @@ class Setting:
     def words(self) -> dict[str, Any]:
         """For reports: what was chosen, by name."""
         names = {IDS: "by ids", CRITERION: "by distortion"}
-        chosen: dict[str, Any] = {"users' share of rows": names.get(self.user_share, self.user_share)}
-        if self.hash.method in JOINT_METHODS:
-            chosen = {"resolution": self.hash.resolution}
+        chosen: dict[str, Any] = {}
+        if self.hash.method not in JOINT_METHODS:
+            chosen["users' share of rows"] = names.get(self.user_share, self.user_share)
         if self.hash.method in ("frequency", "hybrid"):
             chosen["private"] = self.hash.private
-        if self.hash.method == "learned":
+        if self.hash.method in ("learned", "co-cluster"):
             chosen["power"] = self.hash.power
         return chosen | {"sweeps": self.sweeps}
 
@@ -211,15 +211,12 @@ class _Comparison:
 
     def _axes(self, method: str) -> Iterator[Callable[[Setting], list[Setting]]]:
         config = self.config
-        if method in JOINT_METHODS:
-            if method == "co-cluster":
-                yield lambda s: [replace(s, hash=replace(s.hash, resolution=x)) for x in config.resolutions]
-        else:
+        if method not in JOINT_METHODS:
             shares = config.user_shares + ((CRITERION,) if method in LOCAL else ())
             yield lambda s: [replace(s, user_share=share) for share in shares]
         if method in ("frequency", "hybrid"):
             yield lambda s: [replace(s, hash=replace(s.hash, private=x)) for x in config.privates]
-        if method.startswith("learned"):
+        if method.startswith("learned") or method == "co-cluster":
             yield lambda s: [replace(s, hash=replace(s.hash, power=x)) for x in config.powers]
         yield lambda s: [replace(s, sweeps=x) for x in config.sweeps]
 

@@ -400,10 +400,8 @@ class CompareHashConfig:
     """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
     privates: tuple[float, ...] = (0.25, 0.75)
     """Shares of private rows that are tried, besides a half."""
-    powers: tuple[float, ...] = (0.25, 1.0)
+    powers: tuple[float, ...] = (0.0, 0.25, 1.0)
     """Powers of the count that are tried, besides --hash.power."""
-    resolutions: tuple[float, ...] = (0.5, 2.0)
-    """Resolutions of the co-clustering that are tried, besides --hash.resolution."""
     sweeps: tuple[int, ...] = (0, 1, 3)
     """Sweeps with shared rows that are tried; 0 leaves the rows nearest to the full factors."""
     choose_users: int = 4000

@@ -29,7 +29,7 @@ def louvain(
     sum over pairs (u, i) of one community of  A_ui - resolution * d_u d_i / E ,
     by the Louvain method (Blondel et al. 2008): nodes move to the best community among their neighbours', communities
     become nodes, and again, until nothing moves. The resolution is searched so that communities with users plus
-    communities with items come to at most `rows`, and near to it. The search starts at config.resolution * rows / 40,
+    communities with items come to at most `rows`, and near to it. The search starts at rows / 40,
     where 5 % of the interactions would be inside of their communities, were those alike in size. Ids without any
     interaction share one row.
 
@@ -44,10 +44,10 @@ def louvain(
     half = math.sqrt(graph.edges)
     weights = (graph.user_degree / half, graph.item_degree / half)
     labels, _ = fit_resolution(
-        lambda resolution: _levels(graph.nodes(*weights), resolution, config.seed),
+        lambda resolution: levels(graph.nodes(*weights), resolution, config.seed),
         graph,
         rows,
-        config.resolution * rows / 40,
+        rows / 40,
     )
     return graph.maps(labels, user, item, "louvain", config.seed)
 
@@ -126,7 +126,7 @@ class Nodes:
         )
 
 
-def _levels(nodes: Nodes, resolution: float, seed: int) -> np.ndarray:
+def levels(nodes: Nodes, resolution: float, seed: int) -> np.ndarray:
     """The Louvain method: a label for each node."""
     rng = np.random.default_rng(seed)
     found = np.arange(len(nodes.as_user))
@@ -247,8 +247,6 @@ def fit_resolution(
     Secants on the logarithms of resolution and clusters, within the bracket known. Where no resolution gives few
     enough (parts of the graph that no edge connects stay apart), the smallest clusters of each side are merged.
     """
-    if resolution <= 0:
-        raise ValueError(f"a resolution of {resolution}, expected above 0")
     # (logarithm of the resolution, of clusters / rows, labels) on either side
     below: tuple[float, float, np.ndarray] | None = None
     above: tuple[float, float, np.ndarray] | None = None
