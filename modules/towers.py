@@ -28,8 +28,8 @@ class TowerInput:
     """The id's vector e."""
     dim: int
     """Length of e."""
-    count: Source | None = None
-    """The id's standardised log count, in the first column."""
+    count: Source | Literal["given"] | None = None
+    """The id's standardised log count: in the first column of a table's rows, or given to the tower as a number."""
     others: Sequence[tuple[Source, int]] = ()
     """Further vectors and their lengths."""
     floats: int = 0
@@ -42,7 +42,11 @@ class TowerInput:
         return self.dim + counted + sum(length for _, length in self.others) + self.floats
 
     def gather(
-        self, frozen: KeyedTensor | None, tables: KeyedTensor | None, floats: torch.Tensor | None
+        self,
+        frozen: KeyedTensor | None,
+        tables: KeyedTensor | None,
+        floats: torch.Tensor | None,
+        count: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """(e, count (B, 1) or None, the other parts)."""
         results = {"frozen": _wait(frozen), "tables": _wait(tables)}
@@ -50,7 +54,8 @@ class TowerInput:
         if self.floats:
             assert floats is not None
             others.append(floats)
-        count = None if self.count is None else results[self.count[0]][self.count[1]][:, :1]
+        if self.count is not None and self.count != "given":
+            count = results[self.count[0]][self.count[1]][:, :1]
         return results[self.base[0]][self.base[1]], count, others
 
 
@@ -75,9 +80,11 @@ class Tower(nn.Module):
         frozen: KeyedTensor | None,
         tables: KeyedTensor | None,
         floats: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`frozen` and `tables` are what the two collections gave for the same features."""
-        e, count, others = self.given.gather(frozen, tables, floats)
+        """`frozen` and `tables` are what the two collections gave for the same features; `count` is (B, 1), where it
+        comes from no table."""
+        e, count, others = self.given.gather(frozen, tables, floats, count)
         parts = [e, *([] if count is None else [count]), *others]
         out = self.mlp(torch.cat(parts, 1) if len(parts) > 1 else e)
         return out, out.new_zeros(())
@@ -124,9 +131,11 @@ class ResidualTower(nn.Module):
         frozen: KeyedTensor | None,
         tables: KeyedTensor | None,
         floats: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`frozen` and `tables` are what the two collections gave for the same features."""
-        e, count, others = self.given.gather(frozen, tables, floats)
+        """`frozen` and `tables` are what the two collections gave for the same features; `count` is (B, 1), where it
+        comes from no table."""
+        e, count, others = self.given.gather(frozen, tables, floats, count)
         length = (e.norm(dim=1, keepdim=True) - self.length[0]) / self.length[1]
         facts = length if count is None else torch.cat([count, length], 1)
         change = self.mlp(torch.cat([e / self.spread, facts, *others], 1))

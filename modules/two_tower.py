@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 from recpress.modules.config import TwoTowerConfig
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, row_bytes
+from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash
 from recpress.modules.losses import make_loss
-from recpress.modules.rows import RowSource, load_trainable, round_up
+from recpress.modules.rows import RowSource, blocks, check_source, load_trainable, round_up
 from recpress.modules.shared_rows import SharedVectors, shared_rows
 from recpress.modules.towers import ResidualTower, Source, Tower, TowerInput, make_tower
 from torch import nn
@@ -30,7 +30,8 @@ class SideSpec:
     dim: int | None = None
     """Dimension of the factors; None where there are none (`random`)."""
     counted: bool = False
-    """Whether the tower is given the id's log count: a frozen table of its own (see `load_counts`)."""
+    """Whether the tower is given the id's log count (see `load_counts`): from a frozen table of its own, or where the
+    ids have a map, which is replicated too, from a byte an id (`CountCodes`)."""
     categorical: Mapping[str, int] = field(default_factory=dict)
     """Further categorical features: key -> number of values."""
     floats: int = 0
@@ -70,10 +71,15 @@ class TwoTower(nn.Module):
         self.item_rows = None if item.map is None else MappedRows(item.key, item.map)
         self.user_frozen, self.user_tables, self.user_tower = _side("user", config, user, device)
         self.item_frozen, self.item_tables, self.item_tower = _side("item", config, item, device)
+        self.user_counts = CountCodes(user) if user.counted and user.map is not None else None
+        self.item_counts = CountCodes(item) if item.counted and item.map is not None else None
         self.table_bytes = {
             **_table_bytes(self.user_frozen, self.user_tables),
             **_table_bytes(self.item_frozen, self.item_tables),
         }
+        for name, codes in (("user_count", self.user_counts), ("item_count", self.item_counts)):
+            if codes is not None:
+                self.table_bytes[name] = codes.codes.nbytes
         """Bytes of each table, as it is stored, of all ranks together."""
         if self.user_tower.out_dim != self.item_tower.out_dim:
             raise ValueError(
@@ -100,11 +106,13 @@ class TwoTower(nn.Module):
             self.user_frozen(user_features) if self.user_frozen is not None else None,
             self.user_tables(user_features) if self.user_tables is not None else None,
             batch.user_floats if self.user.floats else None,
+            self.user_counts(batch.user_features) if self.user_counts is not None else None,
         )
         items, item_penalty = self.item_tower(
             self.item_frozen(item_features) if self.item_frozen is not None else None,
             self.item_tables(item_features) if self.item_tables is not None else None,
             batch.item_floats if self.item.floats else None,
+            self.item_counts(batch.item_features) if self.item_counts is not None else None,
         )
         ids = self.item_ids(batch.item_features)
         loss = self.loss(users, items, batch.label, batch.log_q, ids, batch.excluded)
@@ -115,18 +123,20 @@ class TwoTower(nn.Module):
     @torch.no_grad()
     def user_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
+        count = None if self.user_counts is None else self.user_counts(features)
         features = features if self.user_rows is None else self.user_rows(features)
         frozen = self.user_frozen(features) if self.user_frozen is not None else None
         tables = self.user_tables(features) if self.user_tables is not None else None
-        return self.user_tower(frozen, tables, floats)[0]
+        return self.user_tower(frozen, tables, floats, count)[0]
 
     @torch.no_grad()
     def item_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
+        count = None if self.item_counts is None else self.item_counts(features)
         features = features if self.item_rows is None else self.item_rows(features)
         frozen = self.item_frozen(features) if self.item_frozen is not None else None
         tables = self.item_tables(features) if self.item_tables is not None else None
-        return self.item_tower(frozen, tables, floats)[0]
+        return self.item_tower(frozen, tables, floats, count)[0]
 
     def load_factors(
         self,
@@ -168,11 +178,13 @@ class TwoTower(nn.Module):
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
         """Fill the tables of log counts, (rows, 1) each, standardised (`rows.LogCounts`); after sharding."""
-        for spec, name, source, frozen in (
-            (self.user, "user_count", user, self.user_frozen),
-            (self.item, "item_count", item, self.item_frozen),
+        for spec, name, source, frozen, codes in (
+            (self.user, "user_count", user, self.user_frozen, self.user_counts),
+            (self.item, "item_count", item, self.item_frozen, self.item_counts),
         ):
-            if spec.counted:
+            if codes is not None:
+                codes.load(name, source)
+            elif spec.counted:
                 assert frozen is not None
                 frozen.load(name, source)
 
@@ -225,6 +237,37 @@ class MappedRows(nn.Module):
         )
 
 
+class CountCodes(nn.Module):
+    """A number of each id in one byte, 256 even steps from the smallest to the largest; replicated on each rank."""
+
+    def __init__(self, spec: SideSpec) -> None:
+        super().__init__()
+        self.key = spec.key
+        self.codes: torch.Tensor
+        self.span: torch.Tensor  # smallest value, and the step
+        self.register_buffer("codes", torch.zeros(spec.rows, dtype=torch.uint8))
+        self.register_buffer("span", torch.zeros(2))
+
+    @torch.no_grad()
+    def load(self, table: str, source: RowSource) -> None:
+        """Fill it from (ids, 1). Raises ValueError where shape or values do not fit."""
+        check_source(source, table, len(self.codes), 1)
+        whole = (0, len(self.codes))
+        low, high = torch.inf, -torch.inf
+        for _, block in blocks(source, table, whole, (0, 1)):
+            low, high = min(low, float(block.min())), max(high, float(block.max()))
+        step = max((high - low) / 255, 1e-12)
+        for first, block in blocks(source, table, whole, (0, 1)):
+            codes = ((block[:, 0] - low) / step).round().clamp(0, 255)
+            self.codes[first : first + len(block)] = codes.to(self.codes)
+        self.span.copy_(torch.tensor([low, step]))
+
+    def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        """(B, 1) float32 of the ids of a batch, one in each bag."""
+        codes = self.codes[features[self.key].values()]
+        return (self.span[0] + self.span[1] * codes.float()).unsqueeze(1)
+
+
 def rows_key(key: str) -> str:
     """The key of the rows that the ids of `key` are mapped to."""
     return f"{key}_rows"
@@ -255,11 +298,15 @@ def _side(
         dim = round_up(config.tables.dim if strategy == "random" else spec.dim or 0)
         trained.append(_table(name, rows, dim, key))
         base = ("tables", key)
-    count: Source | None = None
-    if spec.counted:
+    count: Source | Literal["given"] | None = None
+    if spec.counted and spec.map is not None:
+        count = "given"
+    elif spec.counted:
         table = f"{name}_count"
-        frozen.append(FrozenTable(name=table, rows=spec.rows, dim=round_up(1), features=(spec.key,)))
-        count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 and spec.map is None else spec.key)
+        # Of one number and zeros, a row of 4-bit codes says the number to float16, in 6 bytes instead of 16.
+        storage: Storage = "int4" if config.tables.storage in QUANTIZED else "fp32"
+        frozen.append(FrozenTable(name=table, rows=spec.rows, dim=round_up(1), features=(spec.key,), storage=storage))
+        count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 else spec.key)
     if strategy == "init-freeze-plus":
         width = round_up(config.tables.plus_dim)
         trained.append(_table(f"{name}_plus", rows, width, key))

@@ -217,17 +217,38 @@ def test_counts_and_features_of_a_mapped_side_stay_by_id():
     model = build(counted=True, map=made, categorical={"genre": 3})
     model.load_counts(np.arange(USERS, dtype=np.float32)[:, None], np.zeros((ITEMS, 1), np.float32))
     found = model.user_frozen(model.user_rows(keyed(user=range(USERS), genre=[0] * USERS)))
-    assert found["user"][:, 0].tolist() == list(range(USERS))
+    assert found.keys() == ["user_rows"]
     assert len(found["user_rows"].unique(dim=0)) == 1
+    counts = model.user_counts(keyed(user=range(USERS), genre=[0] * USERS))
+    torch.testing.assert_close(counts, torch.arange(float(USERS))[:, None], rtol=0, atol=(USERS - 1) / 510)
     assert model.table_bytes == {
         "user": 32,
-        "user_count": USERS * 16,
+        "user_count": USERS,
         "user_genre": 3 * 16,
         "item": ITEMS * 32,
         "item_count": ITEMS * 16,
     }
     held = sum(collection.storage_bytes() for collection in (model.user_frozen, model.item_frozen))
-    assert sum(model.table_bytes.values()) == held + 3 * 16
+    assert sum(model.table_bytes.values()) == held + USERS + 3 * 16
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_the_tower_sees_the_counts_by_id(shared, storage):
+    """A vector moves with its id's count alone, and by the same on either way that counts are kept."""
+    made = IdMap(rows=torch.arange(USERS, dtype=torch.int32)[:, None], num_rows=USERS) if shared else None
+    model = build("init-freeze", "mlp", counted=True, storage=storage, map=made)
+    user, item = np.zeros((USERS, 1), np.float32), np.zeros((ITEMS, 1), np.float32)
+    user[0] = -1
+    model.load_counts(user, item)
+    before = model.user_vectors(keyed(user=range(USERS)))
+    user[3] = 1
+    model.load_counts(user, item)
+    moved = (model.user_vectors(keyed(user=range(USERS))) - before).abs().amax(1)
+    assert moved.argmax() == 3
+    assert float(moved[3]) > 10 * float(moved.sort().values[-2])
+    with pytest.raises(ValueError, match="table 'user_count': source has 8 rows, expected 9"):
+        model.load_counts(user[:8], item)
 
 
 @pytest.mark.parametrize("storage", ["fp16", "int8", "int4"])
