@@ -183,9 +183,13 @@ class _Comparison:
         return als.fit()
 
     def _choose(self, method: str, full: Factors) -> Setting:
-        """The best setting on the validation rows: one axis after the other, each from the best so far."""
+        """The best setting on the validation rows: one axis after the other, each from the best so far.
+
+        A setting that a method refuses (too few rows for one of the tables, say) is not chosen.
+        """
         setting, best = self._first(method), -1.0
         tried: dict[Setting, float] = {}
+        refused: ValueError | None = None
         for axis in self._axes(method):
             made: dict[Any, _Made] = {}
             for other in [setting, *axis(setting)]:
@@ -193,11 +197,17 @@ class _Comparison:
                     continue
                 made_key = replace(other, sweeps=0)
                 if made_key not in made:
-                    made[made_key] = self._map(other, full)
+                    try:
+                        made[made_key] = self._map(other, full)
+                    except ValueError as error:
+                        refused = error
+                        continue
                 trained = self._train(other, made[made_key], full)
                 tried[other] = self._rank(trained.users, trained.items, self.val)[self.config.metric]
                 if tried[other] > best:
                     best, setting = tried[other], other
+        if not tried:
+            raise InputError(f"{method}: {refused}")
         chosen = ", ".join(f"{word} {value}" for word, value in setting.words().items())
         self._say(f"chose of {len(tried)}: {NAMES[method][0]}: {self.config.metric} {best:.4f} of val; {chosen}")
         return setting
