@@ -77,6 +77,29 @@ def train(
     return _stage("train", args, j, cpu, gpu, mem_mb, h, image)
 
 
+def hash(
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    mem_mb: int = 8192,
+    h: str = "",
+    image: str = torchx.IMAGE,
+) -> specs.AppDef:
+    """Make maps of ids to rows: `recpress hash`; the first process works.
+
+    Args:
+        args: arguments of `recpress hash`
+        j: {nodes}x{processes on each}
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        mem_mb: memory of a node, MB
+        h: named resource, instead of cpu, gpu and mem_mb
+        image: container image, where the scheduler runs containers
+    """
+    return _stage("hash", args, j, cpu, gpu, mem_mb, h, image)
+
+
 def evaluate(
     *args: str,
     j: str = "1x1",

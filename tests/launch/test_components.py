@@ -15,7 +15,7 @@ def torchx(*arguments):
     return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("stage", ["factorize", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["factorize", "hash", "train", "evaluate"])
 def test_a_component_runs_its_stage_on_every_process(stage):
     app = getattr(components, stage)("--data", "a", j="2x3", cpu=4, mem_mb=1000)
     (role,) = app.roles
