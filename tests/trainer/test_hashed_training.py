@@ -144,6 +144,10 @@ def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_wa
     result = train(network(log, tmp_path / "model", start, str(hashed), strategy))
     shutil.rmtree(hashed)
     assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model"))) == result.metrics
+    broken = shutil.copytree(tmp_path / "model", tmp_path / "broken")
+    (broken / "maps" / "user" / "rows.npy").unlink()
+    with pytest.raises(InputError, match="maps/user: not a whole id map"):
+        evaluate(EvaluateConfig(data=log, model=str(broken)))
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["model"]["maps"] == ["user"]
     sizes = {
