@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from recpress.trainer.compare_report import chart, plot_legend
 from recpress.trainer.hash_report import format_bytes
 from recpress.trainer.report import (
@@ -116,11 +116,12 @@ def format_both_table(result: BothResult) -> str:
 def write_both_report(path: str | Path, result: BothResult) -> None:
     """Writes the page as one HTML file. Raises InputError where it cannot be written."""
     metric = result.metrics[-1]
-    sampled = [p for p in result.ordered() if 0 < p.rate < 1] or result.ordered()
+    sampled = [p for p in result.ordered() if 0 < p.rate < 1] or [p for p in result.ordered() if not p.rate]
     small = min(sampled, key=lambda point: abs(math.log(4 * point.level)))
     tiles = [
-        (f"{small.mean(metric):.4f}", f"{metric}: {small.form}, {rows_read(small, result.total_rows)}"),
-        (f"{100 * result.kept(small, metric):.1f} %", "of what full tables give on the same rows"),
+        (f"{small.mean(metric):.4f}", f"{metric} with {small.form}"),
+        (f"{100 * result.kept(small, metric):.1f} %", "of what full tables give on the same rows of the log"),
+        *([(f"{100 * small.rows_read / result.total_rows:.3g} %", "of the log's rows read")] if small.rate else []),
         (f"{100 * small.bytes / result.full_bytes:.1f} %", "of the full tables' bytes, maps included"),
     ]
     again: list[Code | Facts] = [Code(result.command)] if result.command else []
@@ -157,7 +158,8 @@ def _table(result: BothResult) -> Table:
     return Table(
         header=("Network trained on", "Tables", *result.metrics, "Bytes"),
         rows=rows,
-        caption=f"Mean ± standard deviation over {seeds} seeds. Bytes with maps and scales; 100 % is float32.",
+        caption=("One seed. " if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds. ")
+        + "Bytes with maps and scales; 100 % is float32.",
     )
 
 
@@ -179,12 +181,12 @@ def _plot(result: BothResult) -> Plot:
                 label=name,
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(int(value))))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(round(value))))
         axes.minorticks_off()
         plot_legend(figure, axes)
         return Plot(
             plot_svg(figure, "both"),
-            f"{metric} against the bytes of the tables. The point on the right of each line has full float32 tables; "
-            "the line of all rows ends in the full model.",
+            f"{metric} against the bytes of the tables. The point on the right of each line has full float32 tables.",
             "Quality against bytes and rows read",
         )

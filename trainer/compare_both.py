@@ -60,8 +60,8 @@ def compare_both(config: CompareBothConfig) -> BothResult:
     Raises:
         InputError: the log has no held-out rows; settings that cannot be used; `out` exists.
     """
-    if not config.seeds or not config.levels or not config.rates:
-        raise InputError("seeds, levels and rates: expected at least one of each")
+    if not config.seeds or not config.levels:
+        raise InputError("seeds and levels: expected at least one of each")
     with process_group(config.device) as ranks:
         meta: dict[str, Any] = {"config": asdict(config)}
         with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
@@ -92,16 +92,18 @@ class _Comparison:
         found: dict[tuple[float, float], list[dict[str, float]]] = {}
         facts: dict[tuple[float, float], tuple[str, int, int, int, float]] = {}
         for seed in self.config.seeds:
-            for rate in self.config.rates:
+            for rate in self.config.rates or (0.0,):
                 factors = self._factorize(seed, rate)
                 forms = self._forms(factors, seed, rate)
                 for form in forms:
                     words = _words(form, self.ids)
-                    if rate == self.config.rates[0]:
+                    if rate == (self.config.rates or (0.0,))[0]:
                         alone = self._alone(form)
                         found.setdefault((form.level, 0.0), []).append(alone)
                         facts[form.level, 0.0] = (words, form.rows, form.bytes, 0, form.error)
                         _say(f"seed {seed}, {words}: factors alone {self._shown(alone)}")
+                    if not rate:
+                        continue
                     metrics, rows_read, size = self._network(form, factors, seed, rate)
                     found.setdefault((form.level, rate), []).append(metrics)
                     facts[form.level, rate] = (words, form.rows, size, rows_read, form.error)

@@ -429,7 +429,7 @@ class CompareBothConfig:
     levels: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
-    """Shares of the rows that networks are trained on."""
+    """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
     als: ALSConfig = field(default_factory=lambda: CompareCadcConfig().als)
     """The defaults are those of `compare cadc`."""
     power: float = 0.5

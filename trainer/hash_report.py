@@ -176,7 +176,8 @@ def _table(result: HashResult) -> Table:
         header=("Method", *result.metrics, "Rows", "Bytes"),
         rows=rows,
         marked=[method.key for method in result.methods].index(result.ours),
-        caption=f"Mean ± standard deviation over {len(full.metrics)} seeds; float32 rows; bytes with the map included.",
+        caption=("One seed" if len(full.metrics) == 1 else f"Mean ± standard deviation over {len(full.metrics)} seeds")
+        + "; float32 rows; bytes with the map included.",
     )
 
 
