@@ -16,7 +16,8 @@ from recpress.data.log import Log, Rows, iter_columns, open_log
 from recpress.modules.hashing.extend import extend_map, row_centres
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
-from recpress.modules.hashing.problem import IdTable, need_embedding
+from recpress.modules.hashing.pairs import extend_pairs
+from recpress.modules.hashing.problem import IdTable, Progress, need_embedding
 from recpress.modules.hashing.split import split_rows
 from recpress.modules.rows import RowSource, blocks, check_source
 from recpress.modules.shared_rows import shared_rows
@@ -28,6 +29,7 @@ from recpress.trainer.embeddings import read_embedding
 from recpress.trainer.hash_report import format_bytes
 from recpress.trainer.heldout import read_pairs
 from recpress.trainer.id_maps import HASH, ROW_VECTORS, open_maps
+from tqdm import tqdm
 
 SIDES = ("user", "item")
 
@@ -179,7 +181,8 @@ class _Stage:
         made = []
         for table, number in zip(tables, rows, strict=True):
             print(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows", flush=True)
-            made.append(build_map(table, number, config))
+            with tqdm(total=table.num_ids, desc=table.name, unit="id", disable=None) as bar:
+                made.append(build_map(replace(table, progress=_shown(bar)), number, config))
         return made
 
     def _budget(self, tables: list[IdTable]) -> int:
@@ -250,9 +253,18 @@ class _Stage:
             if source is None or table.num_ids == old.num_ids:
                 made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
                 continue
-            centres = row_centres(old, _Range(source, 0, old.num_ids), _head(table.counts, old.num_ids))
-            arrived = _Range(source, old.num_ids, table.num_ids)
-            made.append(extend_map(old, table.num_ids, centres=centres, embedding=arrived, vocabulary=table.vocabulary))
+            before_ids, arrived = _Range(source, 0, old.num_ids), _Range(source, old.num_ids, table.num_ids)
+            if old.ways == 2 and old.weights is not None:
+                counts = None if table.counts is None else table.counts[: old.num_ids, None]
+                centres = shared_rows(old, before_ids, counts, table.name)
+                made.append(extend_pairs(old, table.num_ids, arrived, centres, vocabulary=table.vocabulary))
+            elif old.ways == 1:
+                centres = row_centres(old, before_ids, _head(table.counts, old.num_ids))
+                made.append(
+                    extend_map(old, table.num_ids, centres=centres, embedding=arrived, vocabulary=table.vocabulary)
+                )
+            else:
+                made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
         return made
 
     def _save(self, table: IdTable, id_map: IdMap) -> TableReport:
@@ -266,6 +278,18 @@ class _Stage:
             np.save(folder / ROW_VECTORS, vectors.numpy(), allow_pickle=False)
         unseen = 0 if table.counts is None else int((table.counts == 0).sum())
         return TableReport(table.name, table.num_ids, id_map.num_rows, id_map.ways, id_map.nbytes, unseen)
+
+
+def _shown(bar: Any) -> Progress:
+    """A callback that moves a progress bar, which starts anew with each stage."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done < bar.n or total != bar.total:
+            bar.reset(total)
+        bar.set_postfix_str(stage, refresh=False)
+        bar.update(done - bar.n)
+
+    return progress
 
 
 def root(matrix: torch.Tensor) -> torch.Tensor:

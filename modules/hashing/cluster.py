@@ -11,7 +11,15 @@ from recpress.modules.hashing.problem import IdTable, need_embedding
 def cluster(table: IdTable, rows: int, config: HashConfig) -> IdMap:
     """Row of an id: its cluster by k-means on the embedding, every id of weight 1 (`clustering.cluster`)."""
     embedding = need_embedding(table, "cluster")
-    found = k_means(embedding, None, rows, seed=config.seed, iterations=config.iterations, name=table.name)
+    found = k_means(
+        embedding,
+        None,
+        rows,
+        seed=config.seed,
+        iterations=config.iterations,
+        name=table.name,
+        progress=table.progress,
+    )
     return IdMap(
         rows=found.assignment[:, None],
         num_rows=rows,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from recpress.modules.hashing.problem import Progress
 from recpress.modules.rows import RowSource, blocks
 
 CELL = 1 << 22
@@ -20,9 +21,6 @@ SAMPLE = 64
 """Ids of the sample that a partition is learned from, for each cell of it."""
 CHUNK = 1 << 18
 """Distances computed at a time, few enough to stay in the cache."""
-
-Progress = Callable[[str, int, int], None]
-"""(stage, ids done, ids in all)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,11 +30,23 @@ def learned(table: IdTable, rows: int, config: HashConfig) -> IdMap:
             raise ValueError(
                 f"table {table.name!r}: private is {config.private}, expected none (-1) with two rows an id"
             )
-        pairs = pair_rows(embedding, weights, rows, seed=config.seed, iterations=config.iterations, name=table.name)
-        return IdMap(
-            rows=pairs.rows, num_rows=rows, weights=pairs.weights, method="learned", vocabulary=table.vocabulary,
+        pairs = pair_rows(
+            embedding,
+            weights,
+            rows,
             seed=config.seed,
-        )  # fmt: skip
+            iterations=config.iterations,
+            name=table.name,
+            progress=table.progress,
+        )
+        return IdMap(
+            rows=pairs.rows,
+            num_rows=rows,
+            weights=pairs.weights,
+            method="learned",
+            vocabulary=table.vocabulary,
+            seed=config.seed,
+        )
     private = private_rows(table, rows, config.private) if config.private >= 0 else 0
     assignment = torch.empty(table.num_ids, dtype=torch.int32)
     shared = torch.ones(table.num_ids, dtype=torch.bool)
@@ -52,6 +64,7 @@ def learned(table: IdTable, rows: int, config: HashConfig) -> IdMap:
             seed=config.seed,
             iterations=config.iterations,
             name=table.name,
+            progress=table.progress,
         )
         assignment[tail] = found.assignment + private
     return IdMap(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from recpress.modules.hashing.clustering import CHUNK, cluster
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.problem import Progress
 from recpress.modules.rows import RowSource, blocks
 from recpress.modules.shared_als import SharedRows
 
@@ -38,6 +39,7 @@ def pair_rows(
     seed: int,
     iterations: int,
     name: str = "",
+    progress: Progress | None = None,
 ) -> Pairs:
     """A dictionary of k rows and two of them for each id, so that the weighted distortion is small.
 
@@ -54,7 +56,10 @@ def pair_rows(
     """
     n, d = embedding.shape
     rounds = max(1, iterations // 3)
-    centres = cluster(embedding, weights, k, seed=seed, iterations=max(1, iterations // 3), name=name).centres
+    first_rows = cluster(
+        embedding, weights, k, seed=seed, iterations=max(1, iterations // 3), name=name, progress=progress
+    )
+    centres = first_rows.centres
     x = torch.empty(n, d)
     for first, block in blocks(embedding, name, (0, n), (0, d)):
         x[first : first + len(block)] = block
@@ -64,6 +69,8 @@ def pair_rows(
     history: list[float] = []
     for turn in range(rounds + 1):
         share, error = _match(x, rows, centres)
+        if progress is not None:
+            progress(f"pairs {turn}/{rounds}", n, n)
         history.append(float((error * w).sum(dtype=torch.float64)))
         if turn == rounds:
             break
@@ -79,6 +86,45 @@ def pair_rows(
     rounded = share.half()
     centres = _solve(x, w, rows, rounded, centres)
     return Pairs(rows.to(torch.int32), rounded, centres, history)
+
+
+def extend_pairs(
+    old: IdMap, num_ids: int, embedding: RowSource, centres: torch.Tensor, *, vocabulary: str | None = None
+) -> IdMap:
+    """`old`, of two weighted rows an id, with the ids old.num_ids to num_ids - 1 as well; no other moves.
+
+    An id that arrives takes the two rows that are best for its vector; one whose vector is zero its hashed rows, by
+    halves.
+
+    Args:
+        embedding: (num_ids - old.num_ids, d) of the ids that arrive.
+        centres: (num_rows, d), the vectors of the rows, in the space of `embedding`.
+
+    Raises:
+        ValueError: the map has other than two weighted rows an id; sizes that do not fit; a vector is not finite.
+    """
+    if old.ways != 2 or old.weights is None:
+        raise ValueError(f"id map {old.method!r}: {old.ways} rows an id, expected two with weights")
+    arriving, dim = num_ids - old.num_ids, centres.shape[1]
+    if arriving < 0 or tuple(embedding.shape) != (arriving, dim) or len(centres) != old.num_rows:
+        raise ValueError(
+            f"id map: {num_ids} ids, an embedding of {tuple(embedding.shape)} and {len(centres)} rows; expected at "
+            f"least {old.num_ids} ids, ({arriving}, {dim}) and {old.num_rows}"
+        )
+    rows, weights = [old.rows], [old.weights.half()]
+    for first, block in blocks(embedding, old.method, (0, arriving), (0, dim)):
+        pair = torch.zeros(len(block), 2, dtype=torch.int64)
+        pair[:, 1] = min(1, old.num_rows - 1)
+        share, _ = _match(block, pair, centres)
+        nothing = ~block.any(1)
+        ids = torch.arange(first, first + len(block))[nothing] + old.num_ids
+        pair[nothing], share[nothing] = old.hashed(ids).long(), 0.5
+        rows.append(pair.to(torch.int32))
+        weights.append(share.half())
+    return IdMap(
+        rows=torch.cat(rows), num_rows=old.num_rows, weights=torch.cat(weights), method=old.method,
+        vocabulary=vocabulary, seed=old.seed,
+    )  # fmt: skip
 
 
 def _solve(

@@ -10,6 +10,9 @@ from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import RowSource
 
+Progress = Callable[[str, int, int], None]
+"""(stage, ids done, ids in all)."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class IdTable:
@@ -27,6 +30,8 @@ class IdTable:
     """(num_ids, d) float32, read in blocks: factors, a table of the model, a warm-up."""
     vocabulary: str | None = None
     """Fingerprint of the ids, which the map keeps."""
+    progress: Progress | None = None
+    """Called while a large table is clustered."""
 
     def __post_init__(self) -> None:
         if self.num_ids < 1:

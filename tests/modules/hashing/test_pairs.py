@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 from recpress.modules.config import HashConfig
+from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.pairs import pair_rows
+from recpress.modules.hashing.pairs import extend_pairs, pair_rows
 from recpress.modules.hashing.problem import IdTable
 from recpress.modules.shared_als import SharedRows
 
@@ -59,6 +60,22 @@ def test_a_single_row_and_zero_vectors_are_no_trouble() -> None:
     pairs = pair_rows(x, None, 1, seed=0, iterations=3)
     assert pairs.rows.max() == 0
     assert bool(torch.isfinite(pairs.centres).all())
+
+
+def test_an_id_that_arrives_is_as_near_as_one_that_was_there() -> None:
+    x, counts = planted(n=500, k=8, d=8)
+    pairs = pair_rows(x[:400], counts[:400], 30, seed=0, iterations=15)
+    old = IdMap(rows=pairs.rows, num_rows=30, weights=pairs.weights, method="learned")
+    arriving = torch.cat([x[400:], torch.zeros(1, 8)])
+    new = extend_pairs(old, 501, arriving, pairs.centres, vocabulary="v2")
+    assert torch.equal(new.rows[:400], old.rows)
+    assert new.vocabulary == "v2"
+    near = SharedRows(new).expand(pairs.centres)
+    error = (x - near[:500]).square().sum(1) / x.square().sum(1)
+    assert float(error[400:].mean()) < 2 * float(error[:400].mean()) + 0.02
+    assert torch.equal(new.rows[500:], old.hashed(torch.tensor([500])))
+    with pytest.raises(ValueError, match=r"expected two with weights"):
+        extend_pairs(IdMap(rows=old.rows[:, :1], num_rows=30), 501, arriving, pairs.centres)
 
 
 def test_private_rows_and_pairs_do_not_go_together() -> None:
