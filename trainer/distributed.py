@@ -88,7 +88,10 @@ def process_group(device: str = "auto", timeout_seconds: float = 600.0) -> Itera
 
 def _quiet_libraries() -> None:
     """Leave out what TorchRec and torch say on every start about their own code, which no user can act on."""
-    for name in ("torchrec.distributed.planner.types", "torch.fx._symbolic_trace"):
+    names = ["torchrec.distributed.planner.types", "torch.fx._symbolic_trace"]
+    if not torch.cuda.is_available():  # "has no dist stream": there are no streams
+        names.append("torchrec.distributed.train_pipeline.postproc")
+    for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*broadcast_buffers.*", ".*reduce_scatter_tensor.*"):
         warnings.filterwarnings("ignore", message=text, category=FutureWarning)
