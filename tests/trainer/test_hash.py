@@ -22,6 +22,8 @@ from recpress.trainer.factorize import factorize
 from recpress.trainer.hash import make_maps
 from recpress.trainer.id_maps import open_maps
 
+from tests.ranks import run_on_ranks
+
 USERS, ITEMS = 400, 300
 
 
@@ -183,3 +185,15 @@ def test_a_map_of_another_log_is_refused(log: str, factors: str, tmp_path: Path)
         open_maps(str(tmp_path / "maps"), open_log(str(other)))
     manifest = json.loads((tmp_path / "maps" / "manifest.json").read_text())
     assert manifest["tables"]["user"]["num_ids"] == USERS
+
+
+def test_two_ranks_make_the_map_of_one(log: str, factors: str, tmp_path: Path) -> None:
+    make_maps(config(log, tmp_path / "one", factors))
+    first, second = run_on_ranks(make_maps, 2, config(log, tmp_path / "two", factors))
+    assert [table.rows for table in first.tables] == [
+        open_maps(str(tmp_path / "one"), None).map(side).num_rows for side in ("user", "item")
+    ]
+    assert second.tables == []  # rank 0 works, the others wait
+    for side in ("user", "item"):
+        one, two = (open_maps(str(tmp_path / name), None).map(side) for name in ("one", "two"))
+        assert torch.equal(one.rows, two.rows)
