@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage
+from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash, Unknown
 from recpress.modules.rows import RowSource, blocks, check_source, local_shards, round_up
@@ -23,7 +23,6 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
-_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _META = torch.device("meta")
 
 
@@ -112,9 +111,9 @@ def compress(
         model: not sharded yet. Only where it is itself a collection is the returned module another one.
         maps: table name -> map of its ids onto fewer rows. All features of the table are mapped.
         frozen: table name -> its rows (ids, dim), frozen from now on. With a map too, the rows that are stored are
-            those of `shared_rows`.
+            those of `warm_rows`.
         counts: table name -> how often each id is accessed, (ids,); 1 each where it is missing.
-        warm_start: rows of a shared, trainable table start as `shared_rows` of the old ones, else by the table's
+        warm_start: rows of a shared, trainable table start as `warm_rows` of the old ones, else by the table's
             `init_fn`.
         storage: how frozen rows are stored.
         unknown, packed: as in `LearnedHash`.
@@ -134,8 +133,8 @@ def compress(
     for table in counts:
         if table not in maps:
             raise ValueError(f"table {table!r}: there are counts for it, but no map")
-    if storage not in _BYTES:
-        raise ValueError(f"compress: storage is {storage!r}, expected one of {', '.join(_BYTES)}")
+    if storage not in get_args(Storage):
+        raise ValueError(f"compress: storage is {storage!r}, expected one of {', '.join(get_args(Storage))}")
     build = _Build(maps, frozen, counts, warm_start, storage, unknown, packed)
     made = {module: build.collection(module) for module in places}
     for module, paths in places.items():
@@ -148,7 +147,7 @@ def compress(
     return model, CompressReport(tables=build.report, rows=build.rows)
 
 
-def shared_rows(
+def warm_rows(
     source: RowSource,
     id_map: IdMap,
     counts: torch.Tensor | None = None,
@@ -156,7 +155,10 @@ def shared_rows(
     table: str = "",
     mean_pooled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows (num_rows, dim) float32, which of them some id has (num_rows,) bool) from one row for each id.
+    """(rows (num_rows, dim) float32, which of them some id has (num_rows,) bool) from one row for each id, read once.
+
+    `shared_rows.shared_rows` solves two rows an id by least squares, in memory; here a table of any size is gone
+    through in blocks, for training goes on from these rows.
 
     A row is the mean of what its ids ask of it, weighted by their counts (alike, where all are 0). An id with one row
     asks for its own vector x. With several rows of weights w_k it asks of each w_k x / sum(w^2), the smallest vectors
@@ -534,7 +536,7 @@ class _Build:
         if one is None:
             return source
         pooled = config.pooling == PoolingType.MEAN
-        return shared_rows(source, one, self.counts.get(config.name), table=config.name, mean_pooled=pooled)[0]
+        return warm_rows(source, one, self.counts.get(config.name), table=config.name, mean_pooled=pooled)[0]
 
     def _start(self, before: Any, after: Any, table: Any, old: torch.Tensor) -> None:
         weight = table.weight
@@ -548,7 +550,7 @@ class _Build:
             return
         pooled = getattr(before, "pooling", None) == PoolingType.MEAN
         one, counts = self.maps[before.name], self.counts.get(before.name)
-        rows, used = shared_rows(old.detach(), one, counts, table=before.name, mean_pooled=pooled)
+        rows, used = warm_rows(old.detach(), one, counts, table=before.name, mean_pooled=pooled)
         with torch.no_grad():
             weight[used.to(weight.device)] = rows[used].to(weight)  # rows of no id keep what init_fn gave them
 
@@ -556,7 +558,7 @@ class _Build:
         name, one = before.name, self.maps.get(before.name)
         size = after.embedding_dim * weight.element_size()
         if name in self.frozen:
-            size = round_up(after.embedding_dim) * _BYTES[self.storage] + (8 if self.storage == "int8" else 0)
+            size = row_bytes(self.storage, round_up(after.embedding_dim))
         map_bytes = 0
         if one is not None and one not in self._seen:
             self._seen.add(one)

@@ -37,7 +37,8 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
         stop = first + len(block)
         weights = torch.ones(len(block), 1)
         if counts is not None:
-            read = torch.as_tensor(np.array(counts[first:stop], np.float32))
+            read = counts[first:stop]
+            read = read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
             if not bool(torch.isfinite(read).all()):
                 raise ValueError(f"table {table!r}: a count of ids {first} to {stop - 1} is NaN or infinite")
             weights = read.clamp_min(0.1)

@@ -28,10 +28,8 @@ from recpress.trainer.distributed import agreed, process_group
 from recpress.trainer.embeddings import read_embedding
 from recpress.trainer.hash_report import format_bytes
 from recpress.trainer.heldout import read_pairs
-from recpress.trainer.id_maps import HASH, ROW_VECTORS, open_maps
+from recpress.trainer.id_maps import HASH, ROW_VECTORS, SIDES, open_maps
 from tqdm import tqdm
-
-SIDES = ("user", "item")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,8 @@ class _Stage:
         counted = {name: np.zeros(sizes[name], np.int64) for name in config.features}
         for data in iter_columns(log.train, list(config.features)):
             for name in config.features:
-                ids = data[name] if isinstance(data[name], np.ndarray) else data[name].values
+                column = data[name]
+                ids = column if isinstance(column, np.ndarray) else column.values
                 found = np.bincount(ids, minlength=len(counted[name]))
                 found[: len(counted[name])] += counted[name]
                 counted[name] = found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recpress.modules.compress import CompressedEmbeddingBagCollection, compress, shared_rows
+from recpress.modules.compress import CompressedEmbeddingBagCollection, compress, warm_rows
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash
 from torch import nn
@@ -116,8 +116,8 @@ def test_keys_and_values(pooling: PoolingType, ways: int) -> None:
         return rows[one.rows.long()].mean(1) if mean else rows[one.rows.long()].sum(1)
 
     trained = new.trainable.embedding_bags["t1"].weight.detach()
-    torch.testing.assert_close(trained, shared_rows(before["t1"], shared, mean_pooled=mean)[0])
-    of_both = shared_rows(source(dim=6), both, counts, mean_pooled=mean)[0]
+    torch.testing.assert_close(trained, warm_rows(before["t1"], shared, mean_pooled=mean)[0])
+    of_both = warm_rows(source(dim=6), both, counts, mean_pooled=mean)[0]
     each = {
         "f0": before["t0"],
         "f1": vectors(shared, trained),
@@ -169,13 +169,13 @@ def test_per_sample_weights(ways: int, weighted_map: bool, weighted_bags: bool) 
 def test_rows_are_the_count_weighted_mean_of_their_ids() -> None:
     one = IdMap(rows=torch.tensor([[0], [0], [2], [2]], dtype=torch.int32), num_rows=3)
     old = torch.tensor([[1.0], [4.0], [5.0], [7.0]])
-    rows, used = shared_rows(old, one, torch.tensor([1.0, 3.0, 0.0, 0.0]))
+    rows, used = warm_rows(old, one, torch.tensor([1.0, 3.0, 0.0, 0.0]))
     assert rows.tolist() == [[3.25], [0.0], [6.0]]  # (1 + 3 * 4) / 4; none; no counts, so alike
     assert used.tolist() == [True, False, True]
     # An id alone with its two weighted rows gets its own vector back: 1 * r0 + 2 * r1 = 10.
     weights = torch.tensor([[1.0, 2.0]])
     alone = IdMap(rows=torch.tensor([[0, 1]], dtype=torch.int32), num_rows=2, weights=weights)
-    assert shared_rows(torch.tensor([[10.0]]), alone)[0].flatten().tolist() == [2.0, 4.0]
+    assert warm_rows(torch.tensor([[10.0]]), alone)[0].flatten().tolist() == [2.0, 4.0]
 
 
 def test_a_stride_for_each_key_is_refused_by_frozen_tables() -> None:
@@ -242,6 +242,17 @@ def test_the_report() -> None:
     assert lines[-1] == "bytes kept, maps included: 28.0 %"
 
 
+def test_frozen_rows_of_four_bits_are_near_and_count_their_scales() -> None:
+    model, features = dlrm(), {"t2": source()}
+    _, report = compress(model, {"t2": id_map(10)}, features, storage="int4")
+    (table,) = report.tables
+    assert table.bytes_after == 10 * (DIM // 2 + 4)
+    frozen = model.sparse_arch.embedding_bag_collection.frozen
+    ((_, decoded),) = frozen.decoded("t2")
+    want = warm_rows(source(), id_map(10))[0]
+    assert float((decoded[:, : want.shape[1]] - want).abs().max()) <= float((want.amax(1) - want.amin(1)).max()) / 25
+
+
 def test_wrong_tables_are_refused_and_nothing_is_changed() -> None:
     model = dlrm()
     tables = model.sparse_arch.embedding_bag_collection
@@ -263,7 +274,7 @@ def test_wrong_tables_are_refused_and_nothing_is_changed() -> None:
         ("'t0': counts have shape", model, fine, {"counts": {"t0": torch.ones(3)}}),
         ("'t0': counts hold a negative", model, fine, {"counts": {"t0": -torch.ones(IDS)}}),
         ("'t1': there are counts for it, but no map", model, fine, {"counts": {"t1": torch.ones(IDS)}}),
-        ("storage is 'int4'", model, fine, {"storage": "int4"}),
+        ("storage is 'int2'", model, fine, {"storage": "int2"}),
         ("two collections, 0 and 1", twice, fine, {}),
         ("feature 'f0': it looks up in the tables 'a' and 'b'", shared_feature, {"a": one}, {}),
         ("mean pooling takes no per-sample weights", mean, {"t0": id_map(weighted=True)}, {}),
