@@ -118,12 +118,18 @@ class TwoTowerConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
 
+HashMethod = Literal[
+    "learned", "cluster", "co-cluster", "louvain", "frequency", "hybrid", "double", "quotient-remainder", "universal",
+    "modulo",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class HashConfig:
     """How ids are mapped to fewer rows."""
 
-    method: str = "learned"
-    """Name of the method; `recpress.modules.hashing.methods` has the table of names."""
+    method: HashMethod = "learned"
+    """How; `recpress.modules.hashing.methods` has the table of names, and README.md a line on each."""
     private: float = -1.0
     """Share of the rows that the most frequent ids have for themselves (`learned`, `frequency`, `hybrid`); below 0:
     the method's own choice."""

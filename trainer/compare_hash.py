@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from recpress.data import synth as data_synth
 from recpress.data.errors import InputError
 from recpress.data.log import open_log
 from recpress.modules.als import ALS
-from recpress.modules.config import HashConfig
+from recpress.modules.config import HashConfig, HashMethod
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
@@ -214,7 +214,8 @@ class _Comparison:
 
     def _first(self, method: str) -> Setting:
         two = method == "learned-2"
-        hashed = replace(self.config.hash, method="learned" if two else method, ways=2 if two else 1)
+        name = cast(HashMethod, "learned" if two else method)
+        hashed = replace(self.config.hash, method=name, ways=2 if two else 1)
         if method in ("frequency", "hybrid"):
             hashed = replace(hashed, private=0.5)
         return Setting(hash=hashed, sweeps=min(self.config.sweeps, key=lambda sweeps: abs(sweeps - 1)))

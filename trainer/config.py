@@ -331,7 +331,8 @@ class HashStageConfig(HashConfig):
     """Categorical columns of the log to map, instead of users and items. Those without an embedding get one from a
     quick warm-up: a factorization machine of the label."""
     warm_rows: int = 1_000_000
-    """Rows of the log that the warm-up is trained on, at most."""
+    """About so many rows, a uniform sample, train the warm-up. It sees labels, and so does a map of it: take a part of
+    the log, not all of it, where a network is to train on the same rows (docs/criteo.md)."""
     warm_dim: int = 8
     """Dimension of its vectors."""
     share: float = 0.25

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
-from recpress.data.log import Log, Rows, iter_columns, open_log
+from recpress.data.log import Log, iter_columns, open_log
 from recpress.modules.hashing.extend import extend_map, row_centres
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
@@ -147,7 +148,7 @@ class _Stage:
             if not log.schema.label:
                 raise InputError("schema.label: expected the label column, which the warm-up is trained on")
             warmed = warm_up(
-                _labelled(log, log.train, bare, config.warm_rows),
+                _labelled(log, bare, config.warm_rows, config.seed),
                 [len(counted[name]) for name in bare],
                 dim=config.warm_dim,
                 seed=config.seed,
@@ -360,21 +361,18 @@ def _number(name: str, text: str) -> int:
 
 
 def _labelled(
-    log: Log, rows: Rows, features: list[str], limit: int, size: int = 8192
+    log: Log, features: list[str], limit: int, seed: int, size: int = 8192
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(numbers, ids, label) of up to `limit` rows, in batches, in the order of the log."""
+    """(numbers, ids, label) of a uniform sample of about `limit` rows of train, in batches, in the order of the log."""
     schema = log.schema
     assert schema.label
-    taken = 0
-    for data in iter_columns(rows, [*features, *schema.floats, schema.label]):
+    sample = SampleConfig(rate=min(1.0, limit / log.train.num_rows), seed=seed)
+    for data in iter_columns(log.train, [*features, *schema.floats, schema.label], sample=sample):
         ids = torch.stack([torch.from_numpy(np.asarray(data[name])) for name in features], 1)
         label = torch.from_numpy(np.asarray(data[schema.label])).float()
         numbers = [torch.from_numpy(np.asarray(data[name])).float().nan_to_num(0.0) for name in schema.floats]
         dense = torch.stack(numbers, 1) if numbers else torch.zeros(len(label), 0)
-        dense = dense.sign() * dense.abs().log1p()
+        dense = dense.sign() * dense.abs().log1p()  # Criteo's numbers are counts with long tails
         for first in range(0, len(label), size):
-            if taken >= limit:
-                return
             part = slice(first, first + size)
-            taken += len(label[part])
             yield dense[part], ids[part], label[part]
