@@ -122,8 +122,8 @@ def compress(
         ValueError: a table that the model does not have; a map, counts or rows of another size; a table that is
             sharded already, has an optimizer in its backward pass, or is behind a module that treats its ids in
             another way; a feature of two tables that do not have the same map; what these collections cannot do:
-            two rows an id in an EmbeddingCollection, frozen rows there or with per-sample weights, weighted maps with
-            mean pooling. The model is unchanged then.
+            two rows an id in an EmbeddingCollection, frozen rows there, mean pooling with weighted maps or of frozen
+            rows with per-sample weights. The model is unchanged then.
     """
     frozen, counts = frozen or {}, counts or {}
     named = {*maps, *frozen}
@@ -212,7 +212,9 @@ class CompressedEmbeddingBagCollection(nn.Module):
         self.hashes, self.trainable, self.frozen = hashes, trainable, frozen
         self._configs, self._device = configs, device
         self._frozen_tables = set() if frozen is None else {t.name for t in frozen.tables()}
-        self._is_weighted = trainable is not None and trainable.is_weighted()
+        self._is_weighted = (trainable is not None and trainable.is_weighted()) or (
+            frozen is not None and frozen.weighted
+        )
         kept = [c for c in configs if c.name not in self._frozen_tables]
         frozen_features = [f for c in configs if c.name in self._frozen_tables for f in c.feature_names]
         part_names = dict(zip([c.name for c in kept], get_embedding_names_by_table(kept), strict=True))
@@ -450,10 +452,9 @@ class _Build:
         weighted_maps = any(m.weights is not None for m in mapped.values())
         weighted = old.is_weighted() or weighted_maps
         for config in configs:
-            if config.name in self.frozen and weighted:
-                raise ValueError(f"table {config.name!r}: frozen tables take no per-sample weights")
-            if config.pooling == PoolingType.MEAN and weighted_maps:
-                raise ValueError(f"table {config.name!r}: mean pooling takes no per-sample weights, and a map has some")
+            if config.pooling == PoolingType.MEAN and (weighted_maps or (weighted and config.name in self.frozen)):
+                whose = "a map has some" if weighted_maps else "its collection has some"
+                raise ValueError(f"table {config.name!r}: mean pooling takes no per-sample weights, and {whose}")
         hashes = None
         if mapped:
             kind = _UnweightedHash if weighted_maps and not old.is_weighted() else LearnedHash
@@ -474,7 +475,7 @@ class _Build:
             after,
             hashes,
             EmbeddingBagCollection(kept, is_weighted=weighted, device=_META) if kept else None,
-            FrozenEmbeddingBagCollection(frozen, old.device) if frozen else None,
+            FrozenEmbeddingBagCollection(frozen, old.device, weighted=weighted) if frozen else None,
             old.device,
         )
 

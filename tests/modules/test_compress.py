@@ -151,12 +151,13 @@ def test_two_tables_of_one_feature_keep_their_keys() -> None:
 @pytest.mark.parametrize("ways", [1, 2])
 @pytest.mark.parametrize("weighted_map", [False, True])
 @pytest.mark.parametrize("weighted_bags", [False, True])
-def test_per_sample_weights(ways: int, weighted_map: bool, weighted_bags: bool) -> None:
-    """Weights of the batch count where they did before, those of the map always."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_per_sample_weights(ways: int, weighted_map: bool, weighted_bags: bool, frozen: bool) -> None:
+    """Weights of the batch count where they did before, those of the map always; of frozen rows too."""
     old = collection(is_weighted=weighted_bags)
     one = id_map(ways=ways, weighted=weighted_map)
-    new, _ = compress(old, {"t0": one})
-    rows = new.trainable.embedding_bags["t0"].weight
+    new, _ = compress(old, {"t0": one}, {"t0": source()} if frozen else None)
+    rows = new.frozen.decoded("t0")[0][1] if frozen else new.trainable.embedding_bags["t0"].weight
     weights = torch.ones(IDS, ways) if one.weights is None else one.weights
     of_id = (rows[one.rows.long()] * weights[:, :, None]).sum(1)
     features = made(weights=True)
@@ -259,6 +260,7 @@ def test_wrong_tables_are_refused_and_nothing_is_changed() -> None:
     one, fine = id_map(), {"t0": id_map()}
     bad = source().index_fill(0, torch.tensor(3), torch.nan)
     mean = collection(pooling=PoolingType.MEAN)
+    weighted_mean = collection(pooling=PoolingType.MEAN, is_weighted=True)
     twice = nn.ModuleList([collection(), collection()])
     shared_feature = EmbeddingBagCollection(
         [EmbeddingBagConfig(name=n, num_embeddings=IDS, embedding_dim=4, feature_names=["f0"]) for n in ("a", "b")]
@@ -278,7 +280,7 @@ def test_wrong_tables_are_refused_and_nothing_is_changed() -> None:
         ("two collections, 0 and 1", twice, fine, {}),
         ("feature 'f0': it looks up in the tables 'a' and 'b'", shared_feature, {"a": one}, {}),
         ("mean pooling takes no per-sample weights", mean, {"t0": id_map(weighted=True)}, {}),
-        ("frozen tables take no per-sample", collection(is_weighted=True), {}, {"frozen": {"t0": source()}}),
+        ("mean pooling takes no .* its collection", weighted_mean, {}, {"frozen": {"t0": source()}}),
         ("'t0': its rows are on the device 'meta'", dlrm(device="meta"), fine, {}),
     ]  # fmt: skip
     before = {name: value.clone() for name, value in model.state_dict().items()}
