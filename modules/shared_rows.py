@@ -30,7 +30,6 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
     for what, source in (("vectors", vectors), ("counts", counts)):
         if source is not None and source.shape[0] != id_map.num_ids:
             raise ValueError(f"table {table!r}: {what} of {source.shape[0]} ids, but its map has {id_map.num_ids}")
-    one_way = id_map.ways == 1
     rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
     kept, kept_weights = [], []
     for first, block in blocks(vectors, table, (0, ids), (0, dim)):
@@ -42,17 +41,29 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
             if not bool(torch.isfinite(read).all()):
                 raise ValueError(f"table {table!r}: a count of ids {first} to {stop - 1} is NaN or infinite")
             weights = read.clamp_min(0.1)
-        if not one_way:
+        if id_map.ways == 1:
+            add_members(rows, mass, id_map, first, block, weights)
+        else:
             kept.append(block)
             kept_weights.append(weights[:, 0])
-            continue
-        at = id_map.rows[first:stop, 0].long()
-        part = 1.0 if id_map.weights is None else id_map.weights[first:stop].float()
-        rows.index_add_(0, at, block * (weights * part))
-        mass.index_add_(0, at, weights * part**2)
-    if one_way:
+    if id_map.ways == 1:
         return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
     return SharedRows(id_map).fit(torch.cat(kept), torch.cat(kept_weights))
+
+
+def add_members(
+    sums: torch.Tensor, mass: torch.Tensor, id_map: IdMap, first: int, block: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Add the ids from `first` on, of one row each, to the sums of their rows; sums / mass are the rows in the end.
+
+    Args:
+        sums, mass: (num_rows, d) and (num_rows, 1), changed.
+        block, weights: vectors (b, d) of the ids, and what they weigh, (b, 1).
+    """
+    at = id_map.rows[first : first + len(block), 0].long()
+    part = 1.0 if id_map.weights is None else id_map.weights[first : first + len(block)].float()
+    sums.index_add_(0, at, block * (weights * part))
+    mass.index_add_(0, at, weights * part**2)
 
 
 class SharedVectors:

@@ -6,6 +6,7 @@ import torch
 from recpress.modules.hashing.clustering import nearest
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import RowSource, blocks
+from recpress.modules.shared_rows import add_members
 
 FORMULA = ("modulo", "universal", "double")
 """Computed methods whose formula does not change with the number of ids."""
@@ -29,14 +30,11 @@ def row_centres(id_map: IdMap, embedding: RowSource, weights: torch.Tensor | Non
         raise ValueError(f"id map: covers {id_map.num_ids} ids, the embedding has {embedding.shape[0]} rows")
     if weights is not None and weights.shape != (id_map.num_ids,):
         raise ValueError(f"id map: weights have shape {tuple(weights.shape)}, expected ({id_map.num_ids},)")
-    mass = torch.zeros(id_map.num_rows)
-    sums = torch.zeros(id_map.num_rows, embedding.shape[1])
+    sums, mass = torch.zeros(id_map.num_rows, embedding.shape[1]), torch.zeros(id_map.num_rows, 1)
     for first, block in blocks(embedding, id_map.method, (0, id_map.num_ids), (0, embedding.shape[1])):
-        rows = id_map.rows[first : first + len(block), 0].long()
         weight = torch.ones(len(block)) if weights is None else weights[first : first + len(block)].float()
-        mass.index_add_(0, rows, weight)
-        sums.index_add_(0, rows, block * weight[:, None])
-    return sums / mass[:, None]
+        add_members(sums, mass, id_map, first, block, weight[:, None])
+    return sums / mass
 
 
 def extend_map(
