@@ -120,7 +120,7 @@ class Side:
         plain, weighted = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
         penalty = 0.0
         # float32 within a block, float64 between them
-        blocks = ((rows, first, first + 4096) for first in range(0, len(rows), 4096))
+        blocks = ((rows, first, first + 1024) for first in range(0, len(rows), 1024))
         for plain_block, weighted_block, penalty_block in self.workers.map(self._summary_block, blocks):
             plain += plain_block
             weighted += weighted_block
