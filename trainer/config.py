@@ -351,8 +351,6 @@ class HashStageConfig(HashConfig):
     extend: str | None = None
     """Maps of an earlier part of this log: its ids keep their rows, new ones get the nearest or a hashed one."""
     schema: Schema = field(default_factory=Schema)
-    device: Literal["auto", "cpu"] = "auto"
-    """Maps are made on the CPU."""
     overwrite: bool = False
     """Replace an existing --out."""
 

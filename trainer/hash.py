@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from recpress.data import artifact
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log, iter_columns, open_log
@@ -61,7 +63,7 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
         InputError: the log, the factors, an embedding or the settings cannot be used; `out` exists. On every rank.
     """
     began = time.monotonic()
-    with process_group(config.device) as ranks:
+    with process_group("cpu") as ranks:
         with agreed():
             log = open_log(config.data, chosen_schema(config.schema), pairs=not config.features)
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
@@ -162,7 +164,9 @@ class _Stage:
                 num_ids=len(counted[name]),
                 counts=torch.from_numpy(counted[name]).float(),
                 embedding=embeddings.get(name),
-                vocabulary=str(known[name].get("fingerprint")) if name in known else None,
+                vocabulary=artifact.fingerprint(f"{log.root}/{known[name]['vocabulary']}", log.filesystem)
+                if name in known
+                else None,
             )
             for name in config.features
         ]
@@ -244,6 +248,7 @@ class _Stage:
         made = []
         for table in tables:
             old = before.map(table.name)
+            self._check_extends(table, old)
             if table.num_ids < old.num_ids:
                 raise InputError(
                     f"{self.config.extend}: table {table.name!r} covers {old.num_ids} ids, and {self.log.path} has "
@@ -266,6 +271,23 @@ class _Stage:
             else:
                 made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
         return made
+
+    def _check_extends(self, table: IdTable, old: IdMap) -> None:
+        """Raise InputError where the log's ids are known by a vocabulary that does not begin with the map's."""
+        manifest = self.log.manifest or {}
+        if table.name not in manifest.get("vocabularies", {}) and table.name not in manifest.get("features", {}):
+            return  # the log came with dense ids, and only their number can be compared
+        extends = manifest.get("extends", {})
+        parent = extends.get("vocabularies", {}).get(table.name)
+        if extends and table.name in manifest.get("features", {}):
+            with contextlib.suppress(OSError):  # the log before is gone: then nothing says what it was
+                file = manifest["features"][table.name]["vocabulary"]
+                parent = artifact.fingerprint(f"{extends['log']}/{file}", self.log.filesystem)
+        if old.vocabulary not in (None, table.vocabulary, parent):
+            raise InputError(
+                f"{self.config.extend}: table {table.name!r} was made for another vocabulary than that which "
+                f"{self.log.path} extends; the same ids mean others"
+            )
 
     def _save(self, table: IdTable, id_map: IdMap) -> TableReport:
         folder = self.folder / table.name

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from recpress.data.config import Schema, SynthConfig
+from recpress.data.config import IngestConfig, Schema, SynthConfig
 from recpress.data.errors import InputError
+from recpress.data.ingest import ingest
 from recpress.data.log import open_log
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
@@ -185,6 +186,49 @@ def test_a_map_of_another_log_is_refused(log: str, factors: str, tmp_path: Path)
         open_maps(str(tmp_path / "maps"), open_log(str(other)))
     manifest = json.loads((tmp_path / "maps" / "manifest.json").read_text())
     assert manifest["tables"]["user"]["num_ids"] == USERS
+
+
+def test_extending_is_refused_where_the_vocabulary_is_another(tmp_path: Path) -> None:
+    """Logs of raw ids: a map follows a log that extends its own, and no other that merely has more ids."""
+    rng = np.random.default_rng(0)
+    for name, users, items, extend in (("a", 20, 15, None), ("b", 25, 18, "a"), ("c", 30, 25, None)):
+        pairs = [(f"{name[0]}{u}", f"i{i}") for u in range(users) for i in range(items) if rng.random() < 0.5 or u == i]
+        pq.write_table(
+            pa.table({"user_id": [u for u, _ in pairs], "item_id": [i for _, i in pairs]}), tmp_path / f"{name}.parquet"
+        )
+        source = IngestConfig(
+            input=str(tmp_path / f"{name}.parquet"),
+            format="parquet",
+            extend=None if extend is None else str(tmp_path / f"{extend}-log"),
+        )
+        ingest(source, str(tmp_path / f"{name}-log"))
+    make_maps(config(str(tmp_path / "a-log"), tmp_path / "maps", method="modulo"))
+    made = make_maps(config(str(tmp_path / "b-log"), tmp_path / "after", extend=str(tmp_path / "maps")))
+    assert [table.num_ids for table in made.tables] == [45, 18]  # of both logs together
+    with pytest.raises(InputError, match="table 'user' was made for another vocabulary"):
+        make_maps(config(str(tmp_path / "c-log"), tmp_path / "wrong", extend=str(tmp_path / "maps")))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_map_of_features_follows_a_log_that_extends_its_own(tmp_path: Path) -> None:
+    for name, kinds in (("a", 12), ("b", 15), ("c", 20)):
+        values = [f"{'k' if name != 'c' else 'other'}{n}" for n in range(kinds)] * 5
+        table = pa.table({"kind": values, "label": [float(n % 2) for n in range(len(values))]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        source = IngestConfig(
+            input=str(tmp_path / f"{name}.parquet"), format="parquet", user="", item="", label="label",
+            categorical=("kind",), extend=str(tmp_path / "a-log") if name == "b" else None,
+        )  # fmt: skip
+        ingest(source, str(tmp_path / f"{name}-log"))
+
+    def stage(name: str, out: str, **more: object) -> HashStageConfig:
+        return config(str(tmp_path / f"{name}-log"), tmp_path / out, features=("kind",), method="modulo", **more)
+
+    make_maps(stage("a", "maps", rows=4))
+    (table,) = make_maps(stage("b", "after", extend=str(tmp_path / "maps"))).tables
+    assert table.num_ids > 12
+    with pytest.raises(InputError, match="table 'kind' was made for another vocabulary"):
+        make_maps(stage("c", "wrong", extend=str(tmp_path / "maps")))
 
 
 def test_two_ranks_make_the_map_of_one(log: str, factors: str, tmp_path: Path) -> None:
