@@ -1,34 +1,18 @@
-"""TorchX components: a stage of recpress on one or many nodes.
+"""TorchX components: a stage of recpress on every process of one or many nodes.
 
     torchx run -s local_cwd launch/components.py:train -j 1x2 -- --data LOG --out OUT
 
-The arguments after `--` are those of `recpress train`; `recpress train --help` lists them.
+With recpress installed, `recpress.train` is the same as `launch/components.py:train`. The arguments after `--` are
+those of `recpress train`, and are checked before anything is submitted. docs/cluster.md is the guide.
+
+TorchX reads signatures and docstrings from the source of each function, so the common options stand in all of them.
 """
 
+from typing import Dict, List, Optional  # TorchX reads annotations by these names
+
 import torchx
+from recpress.launch.app import app, stage_app
 from torchx import specs
-from torchx.components import dist
-
-# Restarted workers otherwise read stale addresses from the agent's store (pytorch issue 135712).
-_ENV = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-
-
-def _stage(
-    stage: str, args: tuple[str, ...], j: str, cpu: int, gpu: int, mem_mb: int, h: str, image: str
-) -> specs.AppDef:
-    return dist.ddp(
-        *stage.split(),
-        *args,
-        m="recpress.trainer.cli",
-        name=f"recpress/{stage.replace(' ', '-')}",
-        image=image,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=mem_mb,
-        h=h or None,
-        env=dict(_ENV),
-    )
 
 
 def factorize(
@@ -37,44 +21,35 @@ def factorize(
     cpu: int = 2,
     gpu: int = 0,
     mem_mb: int = 8192,
-    h: str = "",
+    h: Optional[str] = None,
     image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    rdzv_timeout: int = 600,
+    grace: int = 60,
 ) -> specs.AppDef:
     """Factorize a log: `recpress factorize` on every process.
 
     Args:
         args: arguments of `recpress factorize`
-        j: {nodes}x{processes on each}
+        j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
         cpu: CPU cores of a node
         gpu: GPUs of a node
         mem_mb: memory of a node, MB
-        h: named resource, instead of cpu, gpu and mem_mb
+        h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
+        env: environment variables, A=1,B=2
+        mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
+        max_restarts: times that the workers are started anew, by torchrun, after one of them failed
+        max_retries: times that the scheduler starts the whole job anew after it failed
+        rdzv_port: port on the first node at which the nodes find each other
+        rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
+        grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
     """
-    return _stage("factorize", args, j, cpu, gpu, mem_mb, h, image)
-
-
-def train(
-    *args: str,
-    j: str = "1x1",
-    cpu: int = 2,
-    gpu: int = 0,
-    mem_mb: int = 8192,
-    h: str = "",
-    image: str = torchx.IMAGE,
-) -> specs.AppDef:
-    """Train the two-tower network: `recpress train` on every process.
-
-    Args:
-        args: arguments of `recpress train`
-        j: {nodes}x{processes on each}
-        cpu: CPU cores of a node
-        gpu: GPUs of a node
-        mem_mb: memory of a node, MB
-        h: named resource, instead of cpu, gpu and mem_mb
-        image: container image, where the scheduler runs containers
-    """
-    return _stage("train", args, j, cpu, gpu, mem_mb, h, image)
+    return stage_app("factorize", **locals())
 
 
 def hash(
@@ -83,21 +58,72 @@ def hash(
     cpu: int = 2,
     gpu: int = 0,
     mem_mb: int = 8192,
-    h: str = "",
+    h: Optional[str] = None,
     image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    rdzv_timeout: int = 600,
+    grace: int = 60,
 ) -> specs.AppDef:
     """Make maps of ids to rows: `recpress hash`; the first process works.
 
     Args:
         args: arguments of `recpress hash`
-        j: {nodes}x{processes on each}
+        j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
         cpu: CPU cores of a node
         gpu: GPUs of a node
         mem_mb: memory of a node, MB
-        h: named resource, instead of cpu, gpu and mem_mb
+        h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
+        env: environment variables, A=1,B=2
+        mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
+        max_restarts: times that the workers are started anew, by torchrun, after one of them failed
+        max_retries: times that the scheduler starts the whole job anew after it failed
+        rdzv_port: port on the first node at which the nodes find each other
+        rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
+        grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
     """
-    return _stage("hash", args, j, cpu, gpu, mem_mb, h, image)
+    return stage_app("hash", **locals())
+
+
+def train(
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    mem_mb: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 3,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    rdzv_timeout: int = 600,
+    grace: int = 60,
+) -> specs.AppDef:
+    """Train the two-tower network: `recpress train` on every process.
+
+    Args:
+        args: arguments of `recpress train`
+        j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        mem_mb: memory of a node, MB
+        h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
+        image: container image, where the scheduler runs containers
+        env: environment variables, A=1,B=2
+        mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
+        max_restarts: times that the workers are started anew, by torchrun, after one of them failed
+        max_retries: times that the scheduler starts the whole job anew after it failed
+        rdzv_port: port on the first node at which the nodes find each other
+        rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
+        grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
+    """
+    return stage_app("train", **locals())
 
 
 def evaluate(
@@ -106,18 +132,109 @@ def evaluate(
     cpu: int = 2,
     gpu: int = 0,
     mem_mb: int = 8192,
-    h: str = "",
+    h: Optional[str] = None,
     image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    rdzv_timeout: int = 600,
+    grace: int = 60,
 ) -> specs.AppDef:
     """Rank held-out rows: `recpress evaluate` on every process.
 
     Args:
         args: arguments of `recpress evaluate`
-        j: {nodes}x{processes on each}
+        j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
         cpu: CPU cores of a node
         gpu: GPUs of a node
         mem_mb: memory of a node, MB
-        h: named resource, instead of cpu, gpu and mem_mb
+        h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
+        env: environment variables, A=1,B=2
+        mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
+        max_restarts: times that the workers are started anew, by torchrun, after one of them failed
+        max_retries: times that the scheduler starts the whole job anew after it failed
+        rdzv_port: port on the first node at which the nodes find each other
+        rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
+        grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
     """
-    return _stage("evaluate", args, j, cpu, gpu, mem_mb, h, image)
+    return stage_app("evaluate", **locals())
+
+
+def pipeline(
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    mem_mb: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 3,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    rdzv_timeout: int = 600,
+    grace: int = 60,
+) -> specs.AppDef:
+    """Factorize, hash, train, evaluate in one allocation: `recpress pipeline`. A stage that is whole is skipped.
+
+    Args:
+        args: arguments of `recpress pipeline`
+        j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        mem_mb: memory of a node, MB
+        h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
+        image: container image, where the scheduler runs containers
+        env: environment variables, A=1,B=2
+        mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
+        max_restarts: times that the workers are started anew, by torchrun, after one of them failed
+        max_retries: times that the scheduler starts the whole job anew after it failed
+        rdzv_port: port on the first node at which the nodes find each other
+        rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
+        grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
+    """
+    return stage_app("pipeline", **locals())
+
+
+def bench(
+    *args: str,
+    script: str = "benchmarks/train_step.py",
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    mem_mb: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    rdzv_timeout: int = 600,
+    grace: int = 60,
+) -> specs.AppDef:
+    """Measure: a script of benchmarks/ on every process; those that know no ranks on one, `-j 1x1`.
+
+    Args:
+        args: arguments of the script
+        script: the script, relative to where the job runs
+        j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        mem_mb: memory of a node, MB
+        h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
+        image: container image, where the scheduler runs containers
+        env: environment variables, A=1,B=2
+        mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
+        max_restarts: times that the workers are started anew, by torchrun, after one of them failed
+        max_retries: times that the scheduler starts the whole job anew after it failed
+        rdzv_port: port on the first node at which the nodes find each other
+        rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
+        grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
+    """
+    options = locals()
+    return app("bench", {"script": options.pop("script")}, **options)

@@ -66,6 +66,11 @@ COMMANDS = {
         "recpress.trainer.evaluate:evaluate",
         "rank held-out rows with a checkpoint or with factors",
     ),
+    "pipeline": Command(
+        "recpress.trainer.pipeline_config:PipelineConfig",
+        "recpress.trainer.pipeline:pipeline",
+        "factorize, hash, train and evaluate, going on at the first stage that is not whole",
+    ),
     "compare cadc": Command(
         "recpress.trainer.config:CompareCadcConfig",
         "recpress.trainer.compare_cadc:compare_cadc",
@@ -87,15 +92,18 @@ EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config 
 from a file, and the command line overrides it. On several processes:
   torchrun --nproc-per-node 2 -m recpress.trainer.cli COMMAND ...
   torchx run -s local_cwd launch/components.py:train -j 1x2 -- ...
-RECPRESS_DEBUG=1 prints the traceback of an error."""
+`recpress check COMMAND ...` reads the arguments and does nothing. RECPRESS_DEBUG=1 prints the traceback of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for an error that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        name, rest = _command(arguments)
+        only_check = arguments[:1] == ["check"]  # `recpress check COMMAND ...`: read the arguments, do nothing
+        name, rest = _command(arguments[only_check:])
         config = _config(name, rest)
+        if only_check:
+            return 0
         stage = _load(COMMANDS[name].stage)
         stage(config)
     except (ValueError, OSError, RankFailed) as error:

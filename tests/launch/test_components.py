@@ -1,41 +1,162 @@
 """The TorchX components, as `torchx run` reads them."""
 
+import inspect
+import os
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from recpress.launch import components
+from recpress.launch.resources import RESOURCES
+from torchx.components import dist
+from torchx.specs.finder import ComponentValidationException
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGES = ["factorize", "hash", "train", "evaluate", "pipeline"]
 
 
-def torchx(*arguments):
-    command = [str(Path(sys.executable).parent / "torchx")]
-    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def torchx(*arguments, path=""):
+    command = [str(Path(sys.executable).parent / "torchx"), *arguments]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("stage", ["factorize", "hash", "train", "evaluate"])
+@pytest.fixture
+def installed(tmp_path):
+    """A folder with what an installation would record: the entry points of pyproject.toml as they are now."""
+    record = tmp_path / "recpress_entry_points-0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: recpress-entry-points\nVersion: 0\n")
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    sections = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items()]
+    (record / "entry_points.txt").write_text("\n".join(sections))
+    return tmp_path
+
+
+def arguments(stage):
+    return ("--data", "a", "--model" if stage == "evaluate" else "--out", "b")
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_component_runs_its_stage_on_every_process(stage):
-    app = getattr(components, stage)("--data", "a", j="2x3", cpu=4, mem_mb=1000)
+    app = getattr(components, stage)(*arguments(stage), j="2x3", cpu=4, mem_mb=1000)
     (role,) = app.roles
     assert role.num_replicas == 2
     assert "--nnodes 2 --nproc_per_node 3" in role.args[-1]
-    assert role.args[-1].endswith(f"-m recpress.trainer.cli {stage} --data a")
+    assert role.args[-1].endswith(f"-m recpress.trainer.cli {stage} {shlex.join(arguments(stage))}")
     assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert (role.resource.cpu, role.resource.memMB) == (4, 1000)
 
 
-def test_torchx_takes_the_file():
-    done = torchx("run", "-s", "local_cwd", "--dryrun", "launch/components.py:train", "-j", "2x3", "--", "--data", "a")
-    assert done.returncode == 0, done.stderr
-    assert "recpress.trainer.cli" in done.stdout
+def test_bench_runs_a_script():
+    (role,) = components.bench("--steps", "3", script="benchmarks/train_step.py", j="1x2").roles
+    assert role.args[-1].endswith("benchmarks/train_step.py --steps 3")
 
 
-def test_a_wrong_argument_is_an_error_that_names_it():
-    done = torchx("run", "-s", "local_cwd", "--dryrun", "launch/components.py:train", "--cores", "3")
+def test_options_reach_torchrun_and_the_scheduler():
+    app = components.train(
+        *arguments("train"),
+        j="1:4x8",
+        h="h100_x8",
+        env={"A": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"},
+        mounts=["type=volume", "src=claim", "dst=/data"],
+        max_restarts=7,
+        max_retries=2,
+        rdzv_port=29999,
+        rdzv_timeout=1200,
+    )
+    (role,) = app.roles
+    command = role.args[-1]
+    assert "--max_restarts 7 " in command
+    assert "--rdzv_conf join_timeout=1200,read_timeout=1200 " in command
+    assert ":29999 " in command
+    assert "--nnodes 1:4 " in command
+    assert "SIGUSR1" in command
+    assert (role.max_retries, role.min_replicas, role.num_replicas) == (2, 1, 4)
+    assert (role.env["A"], role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == ("1", "5")
+    assert [(mount.src, mount.dst_path) for mount in role.mounts] == [("claim", "/data")]
+    assert role.resource == RESOURCES["h100_x8"]()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"j": "2y2"}, "-j is '2y2', expected NODESxPROCESSES"),
+        ({"j": "4"}, "-j is '4'"),
+        ({"j": "0x2"}, "-j is '0x2'"),
+        ({"j": "1x9", "h": "a100_x8"}, "a node has 8 GPUs"),
+        ({"h": "a100x8"}, "-h is 'a100x8', expected one of cpu_8, .*a100_x8"),
+        ({"max_restarts": -1}, "--max_restarts is -1"),
+        ({"grace": -1}, "--grace is -1"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_one_clear_error(options, message):
+    with pytest.raises(ComponentValidationException, match=message):
+        components.train(*arguments("train"), **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cores", "3"], "--cores"),
+        (["-j", "2y2", "--", "--data", "a", "--out", "b"], "-j is '2y2'"),
+        (["-j", "1x2", "--", "--data", "a"], "Missing from recpress train"),
+        (["-j", "1x2", "--", "--data", "a", "--out", "b", "--epochs", "0"], "epochs is 0, expected at least 1"),
+        (["-j", "1x2", "--", "--data", "a", "--out", "b", "--epoch", "1"], "--epochs"),
+    ],
+)
+def test_torchx_run_answers_a_wrong_argument_at_once(words, message):
+    """Before anything is submitted, those of the stage included, and in words, not a traceback."""
+    done = torchx("run", "-s", "local_cwd", "--dryrun", "launch/components.py:train", *words)
     assert done.returncode != 0
-    assert "--cores" in done.stderr + done.stdout
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert "SCHEDULER REQUEST" not in done.stdout
+
+
+def test_a_config_file_that_lies_on_the_cluster_alone_is_left_to_the_stage():
+    (role,) = components.train("--config", "/nowhere/train.toml").roles
+    assert role.args[-1].endswith("train --config /nowhere/train.toml")
+
+
+def test_torchx_takes_the_file_and_the_registered_name(installed):
+    """TorchX hides its own components as soon as a package registers some: dist.ddp has to be there still."""
+    for name in ("launch/components.py:train", "recpress.train"):
+        words = ["-j", "2x3", "--", "--data", "a", "--out", "b"]
+        done = torchx("run", "-s", "local_cwd", "--dryrun", name, *words, path=installed)
+        assert done.returncode == 0, done.stderr
+        assert "recpress.trainer.cli" in done.stdout
+    builtins = torchx("builtins", path=installed).stdout
+    assert "dist.ddp" in builtins
+    listed = re.findall(r"(recpress\.\w+)", builtins)
+    assert sorted(listed) == sorted(f"recpress.{name}" for name in [*STAGES, "bench"])
+
+
+def test_every_named_resource_is_registered():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    registered = project["entry-points"]["torchx.named_resources"]
+    assert registered == {name: f"recpress.launch.resources:{name}" for name in RESOURCES}
+    for make in RESOURCES.values():
+        assert make().cpu >= 8
+        assert make().memMB > 16_000
+
+
+def test_torchx_still_writes_the_command_that_ours_is_made_from():
+    """`launch.app` puts options behind the first word of it."""
+    (role,) = dist.ddp(script="a.py").roles
+    assert role.args[0] == "-c"
+    assert role.args[-1].startswith("torchrun --rdzv_backend c10d ")
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "bench"])
+def test_the_help_names_every_option(stage):
+    component = getattr(components, stage)
+    documented = re.findall(r"^ {8}(\w+): ", inspect.getsource(component), re.MULTILINE)
+    assert set(inspect.signature(component).parameters) <= set(documented)
 
 
 def test_components_import_no_torch():

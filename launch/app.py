@@ -1,0 +1,112 @@
+"""The TorchX application that a component describes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from recpress.launch.resources import RESOURCES
+from torchx import specs
+from torchx.components import dist
+from torchx.specs.finder import ComponentValidationException
+
+ENV = {
+    # Restarted workers otherwise read stale addresses from the agent's store (pytorch issue 135712).
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""torchrun hands these on to its workers, and waits for them. SIGUSR1, which Slurm can send before it takes a node away
+(`SBATCH_SIGNAL`), would otherwise kill torchrun itself."""
+
+
+def stage_app(stage: str, *, args: tuple[str, ...], **options: Any) -> specs.AppDef:
+    """`recpress STAGE ARGS` on every process; `options` as of `app`.
+
+    Raises:
+        ComponentValidationException: an argument or an option that cannot be used.
+    """
+    _check(stage, args)
+    return app(stage, {"m": "recpress.trainer.cli"}, args=(stage, *args), **options)
+
+
+def app(
+    component: str,
+    program: dict[str, str],
+    *,
+    args: tuple[str, ...],
+    j: str,
+    cpu: int,
+    gpu: int,
+    mem_mb: int,
+    h: str | None,
+    image: str,
+    env: dict[str, str] | None,
+    mounts: list[str] | None,
+    max_restarts: int,
+    max_retries: int,
+    rdzv_port: int,
+    rdzv_timeout: int,
+    grace: int,
+) -> specs.AppDef:
+    """TorchX's `dist.ddp` with what it has no options for: torchrun's restarts, time limits and signals.
+
+    Raises:
+        ComponentValidationException: an option that cannot be used; `torchx run` prints it and exits with 1.
+    """
+    shape = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", j)
+    if shape is None or min(int(number) for number in shape.groups(default="1")) < 1:
+        raise ComponentValidationException(f"-j is '{j}', expected NODESxPROCESSES, as 2x8, or MIN:MAXxPROCESSES")
+    try:
+        resource = RESOURCES[h]() if h in RESOURCES else specs.resource(cpu=cpu, gpu=gpu, memMB=mem_mb, h=h)
+    except KeyError:
+        others = "or one of TorchX's (gpu.small, aws_p4d.24xlarge, ...)"
+        raise ComponentValidationException(f"-h is '{h}', expected one of {', '.join(RESOURCES)}, {others}") from None
+    if 0 < resource.gpu < int(shape[3]):
+        raise ComponentValidationException(f"-j is '{j}', but a node has {resource.gpu} GPUs, one for each process")
+    for name, value in (("max_restarts", max_restarts), ("max_retries", max_retries), ("grace", grace)):
+        if value < 0:
+            raise ComponentValidationException(f"--{name} is {value}, expected 0 or more")
+    made = dist.ddp(
+        *args,
+        **program,
+        name=f"recpress/{component}",
+        image=image,
+        j=j,
+        env={**ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace), **(env or {})},
+        mounts=mounts,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+    )
+    (role,) = made.roles
+    role.name = component
+    role.resource = resource
+    torchrun, _, rest = role.args[-1].partition(" ")
+    options = {
+        "max_restarts": max_restarts,
+        "rdzv_conf": f"join_timeout={rdzv_timeout},read_timeout={rdzv_timeout}",
+        "signals_to_handle": SIGNALS,
+    }
+    words = itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in options.items())
+    role.args[-1] = f"{torchrun} {shlex.join(words)} {rest}"
+    return made
+
+
+def _check(stage: str, args: tuple[str, ...]) -> None:
+    """Let the stage read its arguments here, in the fraction of a second that it takes, rather than after the queue.
+
+    Another process, because launch knows no other package of ours. Where they are not installed, or the --config file
+    is on the cluster alone, the stage itself will say.
+    """
+    config = next((value for key, value in itertools.pairwise(args) if key == "--config"), None)
+    if config is not None and not Path(config).exists():
+        return
+    command = [sys.executable, "-m", "recpress.trainer.cli", "check", stage, *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        raise ComponentValidationException((done.stderr or done.stdout).strip())
