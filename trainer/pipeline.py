@@ -27,7 +27,7 @@ RUN: dict[StageName, Callable[[Any], Any]] = {
     "evaluate": evaluate,
 }
 KINDS = {"factorize": FACTORS, "hash": HASH, "train": MODEL}
-_ELSEWHERE = ("device", "overwrite")
+_ELSEWHERE = ("device", "overwrite", "tensorboard", "checkpoint", "stall_seconds")
 """Settings that may differ from those that an artifact was made with."""
 
 
@@ -81,7 +81,9 @@ def _check_settings(name: StageName, stage: StageConfig) -> None:
     assert stage.out is not None
     made = _flat(artifact.read_manifest(stage.out, KINDS[name])["config"])
     wanted = _flat(json.loads(json.dumps(asdict(stage))))
-    other = [key for key in made.keys() & wanted.keys() if made[key] != wanted[key] and key not in _ELSEWHERE]
+    other = [
+        key for key in made.keys() & wanted.keys() if made[key] != wanted[key] and key.split(".")[0] not in _ELSEWHERE
+    ]
     if other:
         shown = ", ".join(f"{name}.{key} = {made[key]!r} (now {wanted[key]!r})" for key in sorted(other))
         raise InputError(f"{stage.out}: made with {shown}; remove it, or choose another out")
