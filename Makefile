@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: help install install-dev demo test lint format lock wheel clean
+.PHONY: help install install-dev demo test test-cluster lint format lock wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -18,6 +18,9 @@ demo: install    ## the main job on a made log: table on the terminal, report pa
 
 test: install-dev lint  ## lint and tests
 	$(BIN)/python -m pytest
+
+test-cluster: install-dev  ## tests on a Slurm of two nodes, which they start and end; as root on Debian
+	$(BIN)/python -m pytest tests/cluster -m cluster -rs
 
 lint: install-dev  ## ruff, types, import rule
 	$(BIN)/ruff check .
