@@ -99,7 +99,7 @@ class Subject:
             fit(
                 self.model,
                 self.optimizer,
-                lambda epoch: batches,
+                lambda epoch, first: batches[first:],
                 FitConfig(epochs=1),
                 device=self.device,
                 log=log,

@@ -59,13 +59,20 @@ def describe_file(path: str | Path, name: str | None = None) -> dict[str, Any]:
     return {"name": name or str(path), "size": os.path.getsize(path), "fingerprint": fingerprint(path)}
 
 
+def describe_folder(path: str | Path) -> list[dict[str, Any]]:
+    """`describe_file` of each file of an artifact but its manifest, by name."""
+    root = Path(path)
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file != root / MANIFEST)
+    return [describe_file(file, str(file.relative_to(root))) for file in files]
+
+
 def begin(path: str | Path, *, overwrite: bool = False) -> Path:
     """Creates an empty temporary folder beside `path` and returns it.
 
     Raises InputError where `path` is taken: with `overwrite`, only by something that is not an artifact.
     """
     path = Path(path)
-    _check_target(path, overwrite)
+    check_target(path, overwrite)
     tmp = path.absolute().parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
         tmp.mkdir(parents=True)
@@ -83,7 +90,7 @@ def commit(tmp: Path, path: str | Path, kind: str, meta: dict[str, Any], *, over
         for name in names:
             _sync(os.path.join(folder, name))
         _sync(folder)
-    _check_target(path, overwrite)
+    check_target(path, overwrite)
     old = None
     if path.exists():
         old = path.absolute().parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
@@ -146,7 +153,9 @@ def read_manifest(path: str | Path, kind: str, *, filesystem: pafs.FileSystem | 
     return manifest
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: str | Path, overwrite: bool) -> None:
+    """Raises InputError where `begin` would: something has this name."""
+    path = Path(path)
     if not path.exists() and not path.is_symlink():
         return
     if not overwrite:

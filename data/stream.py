@@ -52,13 +52,16 @@ class InteractionStream:
         rows: a part of a log, `Log.train`.
         schema: what its columns mean.
         sample: only the rows of this sample; with `complement` only the rows that are not in it.
+        global_batch: rows of a step on all ranks together, instead of `config.batch_size` on each: the rows of a step
+            then depend on nothing but it, and a run that goes on with other ranks keeps it.
         epoch, start_step: where to begin; a checkpoint needs these two integers and no more.
         columns: names of the columns to read; by default those of the schema that the rows have, but no time.
         worker, workers: only each `workers`-th step, from `start_step + worker` on.
 
     Raises:
-        InputError: a sample rate outside (0, 1], a batch size that is not positive, fewer rows than ranks, an
-            unknown column; while iterating, what is wrong in the data (file, row group, column, row named).
+        InputError: a sample rate outside (0, 1], a batch size that is not positive, a global batch that the ranks
+            cannot share evenly, fewer rows than ranks, an unknown column; while iterating, what is wrong in the data
+            (file, row group, column, row named).
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class InteractionStream:
         complement: bool = False,
         rank: int = 0,
         world: int = 1,
+        global_batch: int | None = None,
         epoch: int = 0,
         start_step: int = 0,
         columns: Sequence[str] | None = None,
@@ -85,6 +89,11 @@ class InteractionStream:
         self.rows, self.schema, self.config = rows, schema, config
         self.sample, self.complement = sample, complement
         self.rank, self.world = rank, world
+        self.global_batch = config.batch_size * world if global_batch is None else global_batch
+        if self.global_batch < world or self.global_batch % world:
+            raise InputError(
+                f"a step of {self.global_batch} rows; expected a number of ranks that divides it, not {world}"
+            )
         self.worker, self.workers = worker, workers
         named = (schema.user, schema.item, schema.label, *schema.categorical, *schema.floats)
         self.columns = [name for name in named if name in rows.columns] if columns is None else list(columns)
@@ -114,7 +123,7 @@ class InteractionStream:
         config = self.config
         self.order = EpochOrder(
             self._counts,
-            config.batch_size * self.world,
+            self.global_batch,
             config.seed,
             epoch,
             config.shuffle,

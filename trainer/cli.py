@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from recpress.data.errors import InputError
-from recpress.trainer.errors import RankFailed
+from recpress.trainer.errors import PREEMPTED_STATUS, Preempted, RankFailed
 
 
 class Command(NamedTuple):
@@ -96,7 +96,8 @@ from a file, and the command line overrides it. On several processes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for an error that the user can mend."""
+    """Run one command; returns the exit status: 0, 2 for an error that the user can mend, 75 where a signal stopped a
+    run that the same command will go on with."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         only_check = arguments[:1] == ["check"]  # `recpress check COMMAND ...`: read the arguments, do nothing
@@ -106,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         stage = _load(COMMANDS[name].stage)
         stage(config)
+    except Preempted as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"recpress: {error}", file=sys.stderr)
+        return PREEMPTED_STATUS
     except (ValueError, OSError, RankFailed) as error:
         if os.environ.get("RECPRESS_DEBUG"):
             traceback.print_exc()

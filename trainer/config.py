@@ -90,6 +90,30 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is written, so that it can go on after whatever stops it."""
+
+    steps: int = 0
+    """Steps between checkpoints; 0: not by steps."""
+    minutes: float = 10.0
+    """Minutes between checkpoints; 0: not by the clock. With `steps` 0 too, only a signal (SIGTERM, SIGUSR1) writes
+    one."""
+    keep: int = 3
+    """The last so many are kept, and the weights of the best evaluation."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint; otherwise remove what is there and start anew."""
+    folder: str | None = None
+    """Where they lie, seen by all ranks; by default --out with `.checkpoints` after it. The metrics of the run are
+    there too while it runs. Removed once the model is written."""
+    background: bool = True
+    """Write beside training, from a copy in host memory of what training changes; otherwise training waits."""
+
+    def __post_init__(self) -> None:
+        at_least(0, steps=self.steps, minutes=self.minutes)
+        at_least(1, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitConfig:
     """Hold one row of each user out of a log, e.g. to choose settings without a look at the test rows."""
 
@@ -191,6 +215,9 @@ class TrainConfig(NetworkConfig):
     schema: Schema = field(default_factory=Schema)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stall_seconds: float = 600.0
+    """A step, or a collective outside of steps, that takes longer ends the run, with the rank that stalls named."""
     stop_after: int = 0
     """Stop after so many epochs of a schedule that is made for all of them; 0 stops at the last."""
     seed: int = 0

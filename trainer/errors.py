@@ -3,3 +3,11 @@
 
 class RankFailed(RuntimeError):
     """Another rank failed; the message says which and why."""
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to stop, on every rank after the same step; the message says where it goes on."""
+
+
+PREEMPTED_STATUS = 75
+"""Exit status of a run that was preempted: EX_TEMPFAIL of sysexits.h, "try again"."""

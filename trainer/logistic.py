@@ -69,8 +69,8 @@ def factorize_logistic(
     steps = stream.steps_per_epoch
     optimizer = TrainOptimizer(dmp, OptimizerConfig(dense="adam", learning_rate=BIAS_RATE), steps * config.epochs)
 
-    def batches(epoch: int) -> Iterator[Batch]:
-        stream.set_epoch(epoch)
+    def batches(epoch: int, first_step: int) -> Iterator[Batch]:
+        stream.set_epoch(epoch, first_step)
         return map(builder, stream)
 
     result = fit(

@@ -6,21 +6,30 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
+from recpress.data.sampling import key
 from recpress.modules.learned_hash import LearnedHash
+from recpress.trainer import run_state
+from recpress.trainer.checkpoint import Checkpoints
+from recpress.trainer.distributed import WAITING_FOR_DATA, Heartbeat
+from recpress.trainer.errors import Preempted
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import Snapshot
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.progress import Progress
+from recpress.trainer.stopping import Decisions, StopSignal
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 Evaluate = Callable[[], Mapping[str, float]]
+Batches = Callable[[int, int], Iterable[Any]]
+"""(epoch, first step) -> the batches of the epoch from that step on; both are counted from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +78,7 @@ class FitResult:
 def fit(
     model: DistributedModelParallel,
     optimizer: TrainOptimizer,
-    batches: Callable[[int], Iterable[Any]],
+    batches: Batches,
     config: FitConfig,
     *,
     device: torch.device,
@@ -77,22 +86,33 @@ def fit(
     log: MetricsLog | None = None,
     show_progress: bool = True,
     description: str = "train",
+    checkpoints: Checkpoints | None = None,
+    heart: Heartbeat | None = None,
 ) -> FitResult:
-    """Train `model`, whose forward gives (loss, detached loss), on `batches(epoch)` of each epoch.
+    """Train `model`, whose forward gives (loss, detached loss), on the batches of each epoch.
+
+    With `checkpoints` it goes on from `checkpoints.start`, writes them as their configuration says, and stops on
+    SIGTERM and SIGUSR1 with one more.
 
     Args:
         batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`,
             `pin_memory` and `record_stream`.
         evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
+        heart: told where the loop is.
 
     Raises:
         InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
+        Preempted: a signal came; the checkpoint is written. On every rank, after the same step.
     """
-    run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description)
-    try:
-        run.all(batches)
-    finally:
-        run.progress.close()
+    run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints, heart)
+    with StopSignal() if checkpoints is not None else nullcontext(run.signal) as run.signal:
+        try:
+            if checkpoints is not None:
+                run.resume(checkpoints)
+            run.all(batches)
+        finally:
+            run.progress.close()
+            run.heart.rest()
     return run.result
 
 
@@ -107,9 +127,14 @@ class _Run:
         log: MetricsLog | None,
         show_progress: bool,
         description: str,
+        checkpoints: Checkpoints | None,
+        heart: Heartbeat | None,
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.evaluate, self.log = evaluate, log
+        self.checkpoints, self.heart = checkpoints, heart or Heartbeat()
+        self.signal = StopSignal()
+        self.decisions = Decisions() if checkpoints is not None else None
         self.result = FitResult()
         self.progress = Progress(optimizer.total_steps or None, description, show_progress)
         # Without pipeline_postproc, lookups behind a map of ids would leave the pipeline, with a warning alone.
@@ -124,18 +149,27 @@ class _Run:
         self.mark = time.monotonic()
         self.marked_rows = 0
         self.epoch = 0
+        self.step = 0
+        """Steps of the epoch that are done."""
+        self.looked = False  # whether the evaluation before the first step is done
 
-    def all(self, batches: Callable[[int], Iterable[Any]]) -> None:
-        if self.config.evaluate_first:
+    def all(self, batches: Batches) -> None:
+        if self.config.evaluate_first and not self.looked:
             self.look()
-        for epoch in range(1, self.config.epochs + 1):
-            self.epoch = epoch
-            stop = self.one_epoch(batches(self.epoch - 1))
+        self.looked = True
+        self.epoch = max(self.epoch, 1)
+        while self.epoch <= self.config.epochs:
+            stop = self.one_epoch(batches(self.epoch - 1, self.step))
             if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
                 stop = self.look()
             if stop:
                 break
+            self.epoch, self.step = self.epoch + 1, 0
         self.pipeline.detach()  # the model is used without a pipeline from here on
+        if self.decisions is not None:
+            self.decisions.close()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         if self.best is not None and self.config.keep_best:
             self.best.restore(self.model)
 
@@ -146,6 +180,7 @@ class _Run:
         self.mark, self.marked_rows = time.monotonic(), self.result.rows
         stop = False
         while not stop:
+            self.heart.at(self.result.steps + 1, "in the step")
             try:
                 loss = self.pipeline.progress(iterator)
             except StopIteration:
@@ -153,19 +188,83 @@ class _Run:
             self.pending.append(loss)
             self.result.rows += self.taken.popleft()
             self.result.steps += 1
+            self.step += 1
             if self.result.steps % self.config.log_every == 0:
                 self.flush()
             if self.config.evaluate_steps and self.result.steps % self.config.evaluate_steps == 0:
                 self.flush()
                 stop = self.look()
+            self.checkpoint()
+        self.heart.rest()
         self.flush()
         if stop:  # batches that the pipeline has taken already are dropped
             self.pipeline.reset()
             self.taken.clear()
         return stop
 
+    def checkpoint(self) -> None:
+        """After a step: write a checkpoint where one is due, and stop where a signal came."""
+        if self.checkpoints is None or self.decisions is None:
+            return
+        overdue = self.checkpoints.rank == 0 and self.checkpoints.overdue()
+        stop, due = self.decisions.exchange(stop=self.signal.name is not None, checkpoint=overdue)
+        if stop or due or self.checkpoints.due(self.result.steps):
+            self.flush()
+            self.heart.rest()
+            state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
+            self.checkpoints.save(state, self.numbers(), self.result.steps)
+            self.mark = time.monotonic()
+        if stop:
+            self.checkpoints.wait()
+            self.decisions.close()
+            name, where = self.signal.name or "a signal of another rank", self.checkpoints.last
+            kept = f"{where} is what the same command goes on from" if where else "no checkpoint could be written"
+            raise Preempted(f"stopped by {name} after step {self.result.steps}: {kept}")
+
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint says besides tensors; `resume` takes it."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "world": dist.get_world_size(),
+            "worse": self.worse,
+            "best_step": None if self.best is None or self.result.best is None else int(self.result.best["step"]),
+            "result": asdict(self.result),
+        }
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        found = checkpoints.start
+        if found is None:
+            return
+        numbers = found.run
+        if numbers["best_step"] is not None and self.config.keep_best:
+            checkpoints.best(numbers["best_step"]).load(run_state.weights(self.model), checkpoints.group)
+            self.best = Snapshot.take(self.model)
+        state, own = run_state.everything(self.model, self.optimizer), run_state.random_states(self.device)
+        same = numbers["world"] == dist.get_world_size()
+        found.load(state | own if same else state, checkpoints.group)
+        if same:
+            run_state.restore_random(own, self.device)
+        else:  # there is no telling what another number of ranks would have drawn
+            torch.manual_seed(key("resumed", torch.initial_seed(), numbers["result"]["steps"], dist.get_rank()) >> 64)
+        self.result = FitResult(**numbers["result"])
+        self.epoch, self.step, self.worse, self.looked = numbers["epoch"], numbers["step"], numbers["worse"], True
+        self.optimizer.resume(self.result.steps)
+        if self.log:
+            self.log.cut(self.result.steps)
+        self.progress.skip(self.result.steps)
+        self.progress.say(f"goes on from {found.path}: step {self.result.steps}, epoch {self.epoch}")
+
     def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
+        """The batches, as the pipeline takes them."""
+        iterator = iter(batches)
+        while True:
+            self.heart.at(self.result.steps + 1, WAITING_FOR_DATA)
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self.heart.at(self.result.steps + 1, "in the step")
             self.taken.append(batch.label.shape[0])
             yield batch
 
@@ -206,6 +305,7 @@ class _Run:
         if self.evaluate is None:
             return False
         start = time.monotonic()
+        self.heart.rest()
         self.pipeline.detach()
         self.model.eval()
         metrics = dict(self.evaluate())
@@ -235,6 +335,8 @@ class _Run:
             self.worse = 0
             if self.config.keep_best:
                 self.best = Snapshot.take(self.model)
+                if self.checkpoints is not None and self.checkpoints.enabled:
+                    self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
             return False
         self.worse += 1
         return 0 < self.config.patience <= self.worse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,8 @@ class TrainOptimizer:
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.fused = model.fused_optimizer
-        self.parameters = [p for _, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
+        self._named = [(n, p) for n, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
+        self.parameters = [parameter for _, parameter in self._named]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.dense]
         self.dense = (
             kind(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -61,6 +63,23 @@ class TrainOptimizer:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
             self.dense.step()
         self.steps += 1
+        self._schedule()
+
+    def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """(name of a parameter, its state) of the dense part: the tensors themselves, zeros before the first step."""
+        if self.dense is None:
+            return
+        for name, parameter in self._named:
+            state = self.dense.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            yield name, state
+
+    def resume(self, steps: int) -> None:
+        """Go on after so many steps: the schedule, whose learning rates no state holds."""
+        self.steps = steps
         self._schedule()
 
     def _schedule(self) -> None:

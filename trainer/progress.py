@@ -22,6 +22,11 @@ class Progress:
         )
         self._bar.update(steps)
 
+    def skip(self, steps: int) -> None:
+        """Begin at this step: those before it were done by an earlier run."""
+        self._bar.initial = self._bar.n = steps
+        self._bar.refresh()
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if not self._bar.disable:

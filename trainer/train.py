@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from recpress.data import artifact
 from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
@@ -15,9 +20,10 @@ from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.stream import Interactions, InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
+from recpress.trainer.checkpoint import METRICS, Checkpoints
 from recpress.trainer.collectives import all_reduce
 from recpress.trainer.config import TrainConfig, chosen_schema
-from recpress.trainer.distributed import Ranks, agreed, process_group
+from recpress.trainer.distributed import Ranks, agreed, process_group, same_everywhere
 from recpress.trainer.evaluate import load_heldout, rank_heldout, show
 from recpress.trainer.id_maps import SIDES, HashArtifact, open_maps, save_maps
 from recpress.trainer.loop import FitConfig, FitResult, fit
@@ -25,6 +31,7 @@ from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
+from recpress.trainer.versions import versions
 
 
 @dataclass
@@ -47,12 +54,16 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train on `config.sample` of the log and write the model to `config.out`.
 
+    While it runs, its checkpoints and metrics are beside it; a run with the same `out` goes on from them.
+
     Raises:
         InputError: log, factors or settings cannot be used; a loss is not finite; `out` exists. On every rank, and
-            nothing is written.
+            nothing is written but checkpoints.
+        Preempted: a signal stopped the run, after a checkpoint.
     """
-    with process_group(config.device) as ranks:
+    with process_group(config.device, config.stall_seconds) as ranks:
         begin = time.monotonic()
+        same_everywhere(configuration=_digest(asdict(config)))
         with agreed():
             log = open_log(config.data, chosen_schema(config.schema))
             factors = _factors(config, log)
@@ -66,10 +77,13 @@ def train(config: TrainConfig) -> TrainResult:
             model_config = describe_model(
                 config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
             )
+            artifact.check_target(config.out, config.overwrite)
+        checkpoints = _checkpoints(config, log, stream, ranks)
+        stream = _as_before(config, log, stream, checkpoints, ranks)
         meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
         if hashed is not None:
             meta["hash"] = hashed.describe()
-        with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
+        with checkpoints:
             model = _model(config, log, features, factors, maps, ranks)
             heldout = load_heldout(log, config.evaluation) if _has_heldout(config, log) else None
 
@@ -94,39 +108,45 @@ def train(config: TrainConfig) -> TrainResult:
             put(crossfit)
             setup_seconds = time.monotonic() - begin
             if ranks.rank == 0 and config.tensorboard:
-                print(f"metrics while it runs: tensorboard --logdir {tmp}", flush=True)
-            with MetricsLog(tmp, tensorboard=config.tensorboard) as metrics_log:
+                print(f"metrics while it runs: tensorboard --logdir {checkpoints.folder}", flush=True)
+            with MetricsLog(checkpoints.folder / METRICS, tensorboard=config.tensorboard) as metrics_log:
                 fitted = fit(
                     model.dmp,
                     TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
-                    lambda epoch: _batches(stream, model, epoch),
+                    lambda epoch, step: _batches(stream, model, epoch, step),
                     _fit_config(config),
                     device=ranks.device,
                     evaluate=evaluate if heldout is not None else None,
                     log=metrics_log,
+                    checkpoints=checkpoints,
+                    heart=ranks.heart,
                 )
             if crossfit:
                 put(False)
                 crossfit = False
             metrics = evaluate() if heldout is not None else {}
-            (tmp / WEIGHTS).mkdir(exist_ok=True)
-            save_weights(model.dmp, tmp / WEIGHTS)
-            with agreed():
-                if maps and ranks.rank == 0:
-                    save_maps(maps, tmp / MAPS)
-            table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
-            kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
-            meta |= {
-                "rows": stream.num_rows,
-                "kept_positives": kept,
-                "steps": fitted.steps,
-                "best": fitted.best,
-                "metrics": metrics,
-                "table_bytes": table_bytes,
-                "tables": model.module.table_bytes,
-                "map_bytes": map_bytes,
-                "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
-            }
+            with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
+                (tmp / WEIGHTS).mkdir(exist_ok=True)
+                save_weights(model.dmp, tmp / WEIGHTS)
+                with agreed():
+                    if maps and ranks.rank == 0:
+                        save_maps(maps, tmp / MAPS)
+                    if ranks.rank == 0:
+                        shutil.copytree(checkpoints.folder / METRICS, tmp, dirs_exist_ok=True)
+                table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
+                kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
+                meta |= {
+                    "rows": stream.num_rows,
+                    "kept_positives": kept,
+                    "steps": fitted.steps,
+                    "best": fitted.best,
+                    "metrics": metrics,
+                    "table_bytes": table_bytes,
+                    "tables": model.module.table_bytes,
+                    "map_bytes": map_bytes,
+                    "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
+                }
+            checkpoints.finish()
         if ranks.rank == 0:
             if kept:
                 print(f"{kept:,} negatives were positives of their user, who has nearly all items")
@@ -175,7 +195,7 @@ def _crossfit(config: TrainConfig, factors: FactorsArtifact | None) -> bool:
     return frozen and fits
 
 
-def _stream(config: TrainConfig, log: Log, ranks: Ranks) -> InteractionStream:
+def _stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | None = None) -> InteractionStream:
     columns = [log.schema.user, log.schema.item]
     if config.use_label:
         if not log.schema.label:
@@ -188,6 +208,7 @@ def _stream(config: TrainConfig, log: Log, ranks: Ranks) -> InteractionStream:
         sample=config.sample,
         rank=ranks.rank,
         world=ranks.world,
+        global_batch=global_batch,
         columns=columns,
     )
 
@@ -225,8 +246,44 @@ def _model(
     )
 
 
-def _batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int) -> Iterator[Batch]:
-    stream.set_epoch(epoch)
+def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks) -> Checkpoints:
+    """Where the state of this run is kept, and what must be the same when it goes on."""
+    with agreed():
+        inputs = {"log": _digest([[file["size"], file["fingerprint"]] for file in log.inputs()])}
+        inputs |= {f"{side} vocabulary": str(log.vocabulary_fingerprint(side)) for side in SIDES}
+        for name, path in (("factors", config.factors), ("hash", config.hash)):
+            if path is not None:
+                inputs[name] = _digest(artifact.describe_folder(path))
+        describe = {
+            "versions": versions(),
+            "config": asdict(config),
+            "inputs": inputs,
+            "global_batch": stream.global_batch,
+        }
+    folder = config.checkpoint.folder or f"{config.out.rstrip('/')}.checkpoints"
+    return Checkpoints(config.checkpoint, folder, describe, say=lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _as_before(
+    config: TrainConfig, log: Log, stream: InteractionStream, checkpoints: Checkpoints, ranks: Ranks
+) -> InteractionStream:
+    """The stream of the run that goes on: where the number of ranks has changed, its global batch stays."""
+    if checkpoints.start is None or checkpoints.start.manifest["global_batch"] == stream.global_batch:
+        return stream
+    rows = int(checkpoints.start.manifest["global_batch"])
+    checkpoints.describe["global_batch"] = rows
+    if ranks.rank == 0:
+        print(f"other ranks than before: a step still has {rows:,} rows, {rows // ranks.world:,} on each", flush=True)
+    with agreed():
+        return _stream(config, log, ranks, rows)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, step: int) -> Iterator[Batch]:
+    stream.set_epoch(epoch, step)
     return (model.builder(_checked(rows, stream)) for rows in stream)
 
 

@@ -40,7 +40,7 @@ def keyed(key: str, ids: torch.Tensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor([key], ids, lengths=torch.ones_like(ids, dtype=torch.int32), stride=len(ids))
 
 
-def batches(epoch: int, steps: int = 6, bad_step: int | None = None) -> list[Batch]:
+def batches(epoch: int, first: int = 0, steps: int = 6, bad_step: int | None = None) -> list[Batch]:
     """This rank's batches: user u likes the items that are near u modulo the number of items."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     generator = torch.Generator().manual_seed(1000 * epoch + rank)
@@ -55,7 +55,7 @@ def batches(epoch: int, steps: int = 6, bad_step: int | None = None) -> list[Bat
             label[3] = torch.nan
         log_q = torch.full((len(items),), -float(np.log(ITEMS)))
         made.append(Batch(keyed(USER, users), keyed(ITEM, items), label, log_q))
-    return made
+    return made[first:]
 
 
 def sharded(

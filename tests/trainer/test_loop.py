@@ -111,7 +111,7 @@ def meets_nan(bad_rank):
     fit(
         dmp,
         optimizer,
-        lambda epoch: batches(epoch, bad_step=bad if epoch == 1 else None),
+        lambda epoch, first: batches(epoch, first, bad_step=bad if epoch == 1 else None),
         FitConfig(epochs=2, log_every=3),
         device=CPU,
         show_progress=False,
