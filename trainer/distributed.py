@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -140,6 +140,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._beats, self._last_beat = 0, 0.0
+        self._beat()
         self._thread = threading.Thread(target=self._run, name="watch-other-ranks", daemon=True)
         self._thread.start()
 
@@ -147,15 +148,19 @@ class _Watch:
         """Called with what the block raised: tell the others, or raise what another rank told."""
         if self._told is None:
             message = f"{self.ranks.rank}\n{type(error).__name__}\n{_line(error)}"
-            first = self._store.compare_set(_ERROR, "", message).decode()
-            if first != message:
-                self._hear(first)
+            try:
+                first = self._store.compare_set(_ERROR, "", message).decode()
+                if first != message:
+                    self._hear(first)
+            except dist.DistError:  # the rank that has the store is gone already, with an error of its own
+                return
         if self._told is not None:
             raise RankFailed(self._told) from error
         # The store may live in this process: stay until all have read it.
         deadline = time.monotonic() + GRACE_SECONDS
-        while self._store.add(_SEEN, 0) < self.ranks.world - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with suppress(dist.DistError):  # where it lived in another, and is gone, that one has read it
+            while self._store.add(_SEEN, 0) < self.ranks.world - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def stop(self) -> None:
         self._stop.set()
@@ -214,9 +219,11 @@ class _Watch:
         step, seconds = heart.step, round(time.monotonic() - heart.since)
         try:
             before = self._places()
-            if self._stop.wait(2 * BEAT_SECONDS + POLL_SECONDS):
-                return None
-            self._beat()
+            deadline = time.monotonic() + 2 * BEAT_SECONDS + POLL_SECONDS
+            while time.monotonic() < deadline:
+                self._beat()
+                if self._stop.wait(POLL_SECONDS):
+                    return None
             text = _who_stalls(before, self._places(), seconds)
         except Exception:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -235,7 +242,7 @@ class _Watch:
     def _places(self) -> list[tuple[int, int | None, str]]:
         """(beats, step, doing) of each rank."""
         keys = [f"{_AT}/{rank}" for rank in range(self.ranks.world)]
-        return [tuple(json.loads(value)) for value in self._store.multi_get(keys)]
+        return [tuple(json.loads(self._store.get(k))) if self._store.check([k]) else (0, None, "") for k in keys]
 
 
 _STALLED = "Stalled"
@@ -249,9 +256,13 @@ def _who_stalls(
     def place(rank: int) -> str:
         return f"rank {rank} stalled at step {after[rank][1]}"
 
+    others = max((step for _, step, _ in after if step is not None), default=None)
     for rank, (old, new) in enumerate(zip(before, after, strict=True)):
         if old[0] == new[0]:
-            return f"{place(rank)} for {seconds} s: no answer; its process is stopped, or its node or link is down"
+            return (
+                f"rank {rank} stalled: the others wait at step {others} for {seconds} s, it was last heard of at step "
+                f"{new[1]}; its process is stopped, or its node or link is down"
+            )
     for rank, (_, step, doing) in enumerate(after):
         if step is not None and doing == WAITING_FOR_DATA:
             return f"{place(rank)} for {seconds} s, {doing}"
