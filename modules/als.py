@@ -19,7 +19,6 @@ from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.modules.interactions import InteractionBuilder
 
-NEAR = Limits(interactions=1 << 15, rows=1024)  # one rank on CPU: the working arrays stay in a core's caches
 FAR = Limits(interactions=1 << 18, rows=16384)  # rows come from other ranks, or work runs on CUDA
 
 
@@ -55,7 +54,7 @@ class ALS:
         self.config, self.num_users, self.num_items = config, num_users, num_items
         self.exchange = Exchange(process_group, torch.device(device))
         near = self.exchange.world == 1 and self.exchange.device.type == "cpu"
-        self.limits = limits or (NEAR if near else FAR)
+        self.limits = limits or (near_limits(config.factors) if near else FAR)
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
     def add(self, users: Any, items: Any, values: Any = None) -> None:
@@ -76,8 +75,9 @@ class ALS:
         Raises ValueError where the objective is not finite or a row's equations cannot be solved.
         """
         exchange = self.exchange
-        factors = self._begin(start)
+        self._check_start(start)
         by_user, by_item = self.builder.build()
+        factors = self._begin(start)  # after the log's peak of memory
         workers = Workers(exchange.device)
         common = (self.config, exchange, workers, self.limits)
         users = Side("user", by_user, self.num_users, self.num_items, *common)
@@ -91,14 +91,18 @@ class ALS:
         factors.user_counts, factors.item_counts = users.degree.cpu(), items.degree.cpu()
         return factors
 
+    def _check_start(self, start: Factors | None) -> None:
+        if start is None:
+            return
+        has = (start.num_users, start.num_items, start.dim, start.rank, start.world)
+        want = (self.num_users, self.num_items, self.config.factors, self.exchange.rank, self.exchange.world)
+        if has != want:
+            raise ValueError(f"start factors: (users, items, dim, rank, world) is {has}, expected {want}")
+
     def _begin(self, start: Factors | None) -> Factors:
         rank, world, device = self.exchange.rank, self.exchange.world, self.exchange.device
         if start is None:
             return initial_factors(self.config, self.num_users, self.num_items, rank, world, device)
-        has = (start.num_users, start.num_items, start.dim, start.rank, start.world)
-        want = (self.num_users, self.num_items, self.config.factors, rank, world)
-        if has != want:
-            raise ValueError(f"start factors: (users, items, dim, rank, world) is {has}, expected {want}")
         users, items = (x.to(device, torch.float32, copy=True) for x in (start.users, start.items))
         return Factors(users, items, self.num_users, self.num_items, rank, world)
 
@@ -132,6 +136,11 @@ class ALS:
             if self.exchange.max(int(stop)):
                 break
             previous = objective
+
+
+def near_limits(dim: int) -> Limits:
+    """Of one rank on CPU: an array of a chunk's vectors is at most 256 KiB, and stays in a core's caches."""
+    return Limits(interactions=1 << 15, rows=min(1024, max(1, (1 << 16) // dim)))
 
 
 def _solver(config: ALSConfig, sweep: int) -> Solver:
@@ -183,8 +192,8 @@ def initial_factors(
         blocks = RowBlocks(count, world)
         begin, end = blocks.start(rank), blocks.stop(rank)
         shard = torch.empty(end - begin, config.factors, device=device)
-        for first in range(begin, end, 4096):
-            last = min(first + 4096, end)
+        for first in range(begin, end, 512):
+            last = min(first + 512, end)
             rows = initial_rows(config.seed, side, first, last, config.factors)
             shard[first - begin : last - begin] = torch.from_numpy(rows).to(device)
         shards.append(shard)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recpress.modules.als_solvers import Chunk, HeavyRow, Shared, SingularRow, loss_of, preconditioner
+from recpress.modules.als_solvers import Chunk, HeavyRow, Scratch, Shared, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
@@ -30,6 +30,7 @@ class Workers:
 
     def __init__(self, device: torch.device) -> None:
         self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self.scratch = Scratch()
         self._pool = None
         if self.count > 1:
             self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
@@ -98,17 +99,17 @@ class Side:
         self.name, self.csr, self.config, self.exchange, self.workers = name, csr, config, exchange, workers
         self.device = exchange.device
         self.other_blocks = RowBlocks(num_others, exchange.world)
-        degree = np.diff(csr.indptr)
-        self.degree = torch.from_numpy(degree).to(self.device, torch.float32)
+        degree = np.empty(csr.num_rows, np.float32)
+        np.subtract(csr.indptr[1:], csr.indptr[:-1], out=degree, casting="unsafe")  # without an int64 copy
+        self.degree = torch.from_numpy(degree).to(self.device)
         self.pieces = list(_pieces(csr.indptr, limits))
-        if csr.values is None:
-            self.weight = self.degree * config.confidence
-        else:
+        self.weight = None  # confidence times the degree
+        if csr.values is not None:
             sums = torch.from_numpy(_row_sums(csr.indptr, csr.values, self.pieces))
             self.weight = (sums * config.confidence).to(self.device, torch.float32)
         self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
         base = config.unobserved_weight * num_others
-        self.reg = config.regularization * (self.degree + base) ** config.frequency_exponent
+        self.reg = (self.degree + base).pow_(config.frequency_exponent).mul_(config.regularization)
         # the line through the regularization of no interactions and of twice the mean number
         far = max(2 * self.nnz / num_rows, 1.0)
         near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
@@ -130,8 +131,10 @@ class Side:
 
     def _summary_block(self, rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         part, reg = rows[first:last], self.reg[first:last]
-        weighted = part.T @ (part * self.weight[first:last, None])
-        penalty = (part.square().sum(1) * reg).sum(dtype=torch.float64)
+        weight = self.degree[first:last] * self.config.confidence if self.weight is None else self.weight[first:last]
+        scaled = torch.mul(part, weight[:, None], out=self.workers.scratch.floats("left", part))
+        weighted = part.T @ scaled
+        penalty = (torch.square(part, out=scaled).sum(1) * reg).sum(dtype=torch.float64)
         return part.T @ part, weighted, float(penalty)
 
     def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, solver: Solver) -> float:
@@ -144,7 +147,7 @@ class Side:
         if not bool(torch.isfinite(summary.gramian).all()):
             raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite")
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
-        shared = Shared(gramian.float(), w0, basis, scale)
+        shared = Shared(gramian.float(), w0, basis, scale, self.workers.scratch)
         total, singular = 0.0, None
         for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, solver)):
             total += loss
@@ -187,7 +190,8 @@ class Side:
             solved, scores = solver(chunk, shared)
         except SingularRow as error:
             return 0.0, self.csr.start + first + error.args[0]
-        rows[first : first + len(solved)] = solved
+        if solved is not chunk.start:
+            chunk.start.copy_(solved)
         return loss_of(scores, chunk.weights, shared.unobserved_weight), None
 
     def _chunk(self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor) -> Chunk:

@@ -8,8 +8,9 @@ weight w_0 of every pair, has the normal equations (Hu, Koren, Volinsky 2008, eq
 
 from __future__ import annotations
 
+import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,24 @@ with warnings.catch_warnings():  # torch says once a process that its CSR tensor
 
 _TINY = 1e-30
 _PADDED = 1 << 14  # padded interactions of one batch of explicit matrices: some 8 MB of rows at 128 factors
+
+
+class Scratch(threading.local):
+    """Named float32 arrays that a thread uses again for chunk after chunk.
+
+    Allocated anew for each chunk, they would leave a thread's heap in pieces of several times their size.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def floats(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Not initialized, of the shape and device of `like`; valid until the thread asks for the name again."""
+        size = like.numel()
+        if name not in self._flat or len(self._flat[name]) < size:
+            self._flat.pop(name, None)  # freed before the larger one is made
+            self._flat[name] = torch.empty(1 << size.bit_length(), device=like.device)
+        return self._flat[name][:size].view(like.shape)
 
 
 @dataclass
@@ -60,14 +79,14 @@ class Chunk:
             mode="sum", per_sample_weights=weights, include_last_offset=True,
         )  # fmt: skip
 
-    def dots(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows_b . y_j for each interaction j of each row b: (B, d) -> (nnz,)."""
+    def dots(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """rows_b . y_j for each interaction j of each row b: (B, d) -> (nnz,), in `out` where that saves memory."""
         if rows.is_cuda:
             return (self.per_interaction(rows) * self.table[self.indices.long()]).sum(1)
+        zeros = rows.new_zeros(len(self.indices)) if out is None else out.zero_()
         pattern = torch.sparse_csr_tensor(
-            self.indptr, self.indices, rows.new_zeros(len(self.indices)), (len(rows), len(self.table)),
-            check_invariants=False,
-        )  # fmt: skip
+            self.indptr, self.indices, zeros, (len(rows), len(self.table)), check_invariants=False
+        )
         torch.sparse.sampled_addmm(pattern, rows, self.table.t(), beta=0.0, out=pattern)
         return pattern.values()
 
@@ -76,13 +95,15 @@ class Chunk:
 class Shared:
     """What all rows of a half-sweep share.
 
-    gramian: (d, d), w_0 Y'Y; unobserved_weight: w_0; basis (d, d) and scale (d,) of `preconditioner`.
+    gramian: (d, d), w_0 Y'Y; unobserved_weight: w_0; basis (d, d) and scale (d,) of `preconditioner`; scratch:
+    the working arrays of the threads.
     """
 
     gramian: torch.Tensor
     unobserved_weight: float
     basis: torch.Tensor
     scale: torch.Tensor
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 def preconditioner(
@@ -112,27 +133,35 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0) 
 
     relaxation: length of a single step in units of the best one. Below 2 the objective still falls; between 1
     and 2 the alternation of the two sides converges faster (successive over-relaxation).
-    Returns the rows (B, d) and their predictions x_b . y_j (nnz,), which the objective needs.
+    Returns the rows (B, d), which are `chunk.start` overwritten, and their predictions x_b . y_j (nnz,), which the
+    objective needs; these lie in the thread's scratch memory.
     """
     assert relaxation == 1 or steps == 1, "later steps build on the best length of the ones before"
-    w, w0, reg = chunk.weights, shared.unobserved_weight, chunk.reg[:, None]
-    shrink = 1 / (1 + chunk.degree[:, None] * shared.scale)  # (B, d)
-    x = chunk.start * (chunk.degree > 0)[:, None]  # an empty row is zero, exactly
-    scores = chunk.dots(x)
-    residual = chunk.weighted_sum((1 - scores).mul_(w).add_(w0))
+    w, w0, reg, degree = chunk.weights, shared.unobserved_weight, chunk.reg[:, None], chunk.degree[:, None]
+    x = chunk.start.mul_(degree > 0)  # an empty row is zero, exactly
+    floats = shared.scratch.floats
+    left, right, direction = floats("left", x), floats("right", x), floats("direction", x)
+    scores, along, terms = (floats(name, chunk.indices) for name in ("scores", "along", "terms"))
+    scores = chunk.dots(x, scores)
+    residual = chunk.weighted_sum(torch.neg(scores, out=terms).add_(1).mul_(w).add_(w0))
     residual.addmm_(x, shared.gramian, alpha=-1).addcmul_(reg, x, value=-1)
-    direction, rho = torch.zeros_like(x), None
+    rho = None
     for step in range(steps):
-        z = ((residual @ shared.basis) * shrink) @ shared.basis.T
-        rho_old, rho = rho, (residual * z).sum(1, keepdim=True)
-        direction = z if rho_old is None else z.addcmul_(direction, rho / rho_old.clamp_min(_TINY))
-        along = chunk.dots(direction)
-        image = (direction @ shared.gramian).addcmul_(reg, direction)
+        torch.mm(residual, shared.basis, out=left)
+        left.mul_(torch.mul(degree, shared.scale, out=right).add_(1).reciprocal_())
+        z = torch.mm(left, shared.basis.T, out=right)
+        rho_old, rho = rho, torch.mul(residual, z, out=left).sum(1, keepdim=True)
+        if rho_old is not None:
+            z.addcmul_(direction, rho / rho_old.clamp_min(_TINY))
+        direction, right = z, direction
+        along = chunk.dots(direction, along)
+        image = torch.mm(direction, shared.gramian, out=left).addcmul_(reg, direction)
         if step + 1 < steps:
-            image += chunk.weighted_sum(along * w)
-            curvature = (direction * image).sum(1)
+            image += chunk.weighted_sum(torch.mul(along, w, out=terms))
+            curvature = torch.mul(direction, image, out=right).sum(1)
         else:  # no residual is needed any more, and p'Ap needs no pass over the interactions' vectors
-            curvature = (direction * image).sum(1) + chunk.row_sum(along.square() * w)
+            curvature = torch.mul(direction, image, out=right).sum(1)
+            curvature += chunk.row_sum(torch.square(along, out=terms).mul_(w))
         length = relaxation * rho / curvature.clamp_min_(_TINY)[:, None]
         x.addcmul_(length, direction)
         scores.addcmul_(along, chunk.per_interaction(length[:, 0]))

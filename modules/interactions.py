@@ -58,30 +58,37 @@ class InteractionBuilder:
         self._valued = False
 
     def add(self, users: np.ndarray, items: np.ndarray, values: np.ndarray | None = None) -> None:
-        """Take one chunk; raises ValueError that names the row of the first bad id or value."""
-        users, items = (
-            _ids(users, "user", self.num_users, self.rows),
-            _ids(items, "item", self.num_items, self.rows),
-        )
+        """Take one chunk; raises ValueError that names the row of the first bad id or value, and takes nothing then."""
+        users, items = np.asarray(users), np.asarray(items)
+        _check_ids(users, "user", self.num_users, self.rows)
+        _check_ids(items, "item", self.num_items, self.rows)
         if len(users) != len(items) or (values is not None and len(values) != len(users)):
             raise ValueError(f"interactions: {len(users)} users, {len(items)} items and values differ in length")
         if values is not None:
-            values = np.asarray(values, dtype=np.float32)
-            bad = ~(np.isfinite(values) & (values >= 0))
+            values = np.asarray(values)
+            self._check_values(users, items, values)
+        for first in range(0, len(users), _BUFFER):  # no copy of the whole chunk
+            part = slice(first, first + _BUFFER)
+            weights = None if values is None else values[part].astype(np.float32)
+            if weights is not None and (weights == 1).all():
+                weights = None
+            self._valued |= weights is not None
+            self._pending.append((users[part].astype(np.int32), items[part].astype(np.int32), weights))
+            self._pending_rows += len(users[part])
+            if self._pending_rows >= _BUFFER:
+                self._flush()
+        self.rows += len(users)
+
+    def _check_values(self, users: np.ndarray, items: np.ndarray, values: np.ndarray) -> None:
+        for first in range(0, len(values), _BUFFER):
+            weights = values[first : first + _BUFFER].astype(np.float32)
+            bad = ~(np.isfinite(weights) & (weights >= 0))
             if bad.any():
-                row = int(np.argmax(bad))
+                row = first + int(np.argmax(bad))
                 raise ValueError(
                     f"interaction {self.rows + row} (user {users[row]}, item {items[row]}): "
-                    f"value {values[row]}, expected a finite number >= 0"
+                    f"value {np.float32(values[row])}, expected a finite number >= 0"
                 )
-            if (values == 1).all():
-                values = None
-        self._valued |= values is not None
-        self.rows += len(users)
-        self._pending.append((users, items, values))
-        self._pending_rows += len(users)
-        if self._pending_rows >= _BUFFER:
-            self._flush()
 
     def _flush(self) -> None:
         """Sort the pending pairs into the pieces of their user ranges."""
@@ -240,15 +247,13 @@ class _Growing:
         return self._array
 
 
-def _ids(ids: np.ndarray, side: str, count: int, first_row: int) -> np.ndarray:
-    """As int32, or ValueError that names the row of the first id that is no integer in [0, count)."""
-    ids = np.asarray(ids)
+def _check_ids(ids: np.ndarray, side: str, count: int, first_row: int) -> None:
+    """Raise ValueError that names the row of the first id that is no integer in [0, count)."""
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{side} ids: expected one dimension of integers, got {ids.ndim} of {ids.dtype}")
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= count):
         row = int(np.argmax((ids < 0) | (ids >= count)))
         raise ValueError(f"interaction {first_row + row}: {side} id {ids[row]}, expected 0 to {count - 1}")
-    return ids.astype(np.int32)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
