@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.modules.als_side import Limits, Side, Solver, Workers
+from recpress.modules.als_side import Limits, Side, Solver, Workers, block_rows
 from recpress.modules.als_solvers import solve_cg, solve_cholesky
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
@@ -54,7 +54,7 @@ class ALS:
         self.config, self.num_users, self.num_items = config, num_users, num_items
         self.exchange = Exchange(process_group, torch.device(device))
         near = self.exchange.world == 1 and self.exchange.device.type == "cpu"
-        self.limits = limits or (near_limits(config.factors) if near else FAR)
+        self.limits = limits or (Limits(interactions=1 << 15, rows=block_rows(config.factors)) if near else FAR)
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
     def add(self, users: Any, items: Any, values: Any = None) -> None:
@@ -136,11 +136,6 @@ class ALS:
             if self.exchange.max(int(stop)):
                 break
             previous = objective
-
-
-def near_limits(dim: int) -> Limits:
-    """Of one rank on CPU: an array of a chunk's vectors is at most 256 KiB, and stays in a core's caches."""
-    return Limits(interactions=1 << 15, rows=min(1024, max(1, (1 << 16) // dim)))
 
 
 def _solver(config: ALSConfig, sweep: int) -> Solver:

@@ -14,7 +14,7 @@ from recpress.modules.als_solvers import Chunk, HeavyRow, Scratch, Shared, Singu
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
-from recpress.modules.interactions import CSR
+from recpress.modules.interactions import CSR, give_back
 
 Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
 """Rows (B, d) of a chunk, and their predictions (nnz,): `als_solvers.solve_cg` or `solve_cholesky`."""
@@ -82,6 +82,11 @@ class Limits:
     heavy: int = 1 << 15
 
 
+def block_rows(dim: int) -> int:
+    """Rows of `dim` float32 that take at most 128 KiB, 1024 at most: they stay in a core's caches."""
+    return min(1024, max(1, (1 << 15) // dim))
+
+
 class Side:
     """One side's rows of this rank, with what their half-sweeps need. Its public methods are collective."""
 
@@ -108,8 +113,7 @@ class Side:
             sums = torch.from_numpy(_row_sums(csr.indptr, csr.values, self.pieces))
             self.weight = (sums * config.confidence).to(self.device, torch.float32)
         self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
-        base = config.unobserved_weight * num_others
-        self.reg = (self.degree + base).pow_(config.frequency_exponent).mul_(config.regularization)
+        self.base = base = config.unobserved_weight * num_others
         # the line through the regularization of no interactions and of twice the mean number
         far = max(2 * self.nnz / num_rows, 1.0)
         near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
@@ -118,24 +122,33 @@ class Side:
 
     def summary(self, rows: torch.Tensor) -> Summary:
         """Of this side's rows (local, d)."""
-        plain, weighted = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
+        both = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
         penalty = 0.0
         # float32 within a block, float64 between them
-        blocks = ((rows, first, first + 1024) for first in range(0, len(rows), 1024))
+        blocks = ((rows, first, min(first + 1024, len(rows))) for first in range(0, len(rows), 1024))
         for plain_block, weighted_block, penalty_block in self.workers.map(self._summary_block, blocks):
-            plain += plain_block
-            weighted += weighted_block
+            both[0] += plain_block
+            both[1] += weighted_block
             penalty += penalty_block
-        both = self.exchange.sum(torch.stack((plain, weighted)))
-        return Summary(both[0], both[1] / max(self.nnz, 1), penalty)
+        both = self.exchange.sum(both)
+        return Summary(both[0], both[1].div_(max(self.nnz, 1)), penalty)
 
     def _summary_block(self, rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        part, reg = rows[first:last], self.reg[first:last]
-        weight = self.degree[first:last] * self.config.confidence if self.weight is None else self.weight[first:last]
-        scaled = torch.mul(part, weight[:, None], out=self.workers.scratch.floats("left", part))
-        weighted = part.T @ scaled
-        penalty = (torch.square(part, out=scaled).sum(1) * reg).sum(dtype=torch.float64)
-        return part.T @ part, weighted, float(penalty)
+        part, penalty, at = rows[first:last], 0.0, first
+        weighted = rows.new_zeros(rows.shape[1], rows.shape[1])
+        for piece in part.split(block_rows(rows.shape[1])):
+            end = at + len(piece)
+            weight = self.degree[at:end] * self.config.confidence if self.weight is None else self.weight[at:end]
+            scaled = torch.mul(piece, weight[:, None], out=self.workers.scratch.floats("left", piece))
+            weighted.addmm_(piece.T, scaled)
+            penalty += float((torch.square(piece, out=scaled).sum(1) * self._reg(at, end)).sum(dtype=torch.float64))
+            at = end
+        return part.T @ part, weighted, penalty
+
+    def _reg(self, first: int, last: int) -> torch.Tensor:
+        """reg of rows first..last-1."""
+        reg = self.degree[first:last] + self.base
+        return reg.pow_(self.config.frequency_exponent).mul_(self.config.regularization)
 
     def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, solver: Solver) -> float:
         """Solve all `rows` (local, d) in place, from `others`, the other side's, and their `summary`.
@@ -143,11 +156,14 @@ class Side:
         Returns `loss_of` this rank's interactions.
         """
         w0 = self.config.unobserved_weight
-        gramian = w0 * summary.gramian
         if not bool(torch.isfinite(summary.gramian).all()):
             raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite")
+        give_back()  # what a thread has freed the others cannot use: before this one works, and before they do
+        gramian = w0 * summary.gramian
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
-        shared = Shared(gramian.float(), w0, basis, scale, self.workers.scratch)
+        gramian = gramian.float()
+        give_back()
+        shared = Shared(gramian, w0, basis, scale, self.workers.scratch)
         total, singular = 0.0, None
         for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, solver)):
             total += loss
@@ -174,7 +190,7 @@ class Side:
                 yield first, rows, chunk, shared, solver
             elif first < last:
                 if start == int(self.csr.indptr[first]):
-                    heavy = HeavyRow(shared, float(self.reg[first]))
+                    heavy = HeavyRow(shared, float(self._reg(first, last)))
                 heavy.add(chunk)
                 if stop == int(self.csr.indptr[last]):
                     yield first, rows, heavy, shared, solver
@@ -205,7 +221,7 @@ class Side:
             ids, indices = torch.unique(indices, return_inverse=True)
             others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
         offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)
-        return Chunk(offsets, indices, weights, others, self.reg[first:last], rows[first:last])
+        return Chunk(offsets, indices, weights, others, self._reg(first, last), rows[first:last])
 
 
 def _row_sums(indptr: np.ndarray, values: np.ndarray, pieces: list[tuple[int, int, int, int]]) -> np.ndarray:

@@ -20,6 +20,7 @@ with warnings.catch_warnings():  # torch says once a process that its CSR tensor
     torch.eye(1).to_sparse_csr()
 
 _TINY = 1e-30
+_LEAST = 1 << 15  # floats of a scratch array; what is not touched takes no memory
 _PADDED = 1 << 14  # padded interactions of one batch of explicit matrices: some 8 MB of rows at 128 factors
 
 
@@ -37,7 +38,7 @@ class Scratch(threading.local):
         size = like.numel()
         if name not in self._flat or len(self._flat[name]) < size:
             self._flat.pop(name, None)  # freed before the larger one is made
-            self._flat[name] = torch.empty(1 << size.bit_length(), device=like.device)
+            self._flat[name] = torch.empty(max(_LEAST, 1 << (size - 1).bit_length()), device=like.device)
         return self._flat[name][:size].view(like.shape)
 
 
@@ -61,9 +62,10 @@ class Chunk:
         """Interactions of each row, (B,)."""
         return self.indptr[1:] - self.indptr[:-1]
 
-    def per_interaction(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows (B, ...) repeated for each interaction of the row: (nnz, ...)."""
-        return torch.repeat_interleave(rows, self.degree, dim=0, output_size=len(self.indices))
+    def per_interaction(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """rows (B, ...) repeated for each interaction of the row: (nnz, ...), in `out` where that saves memory."""
+        place = torch.repeat_interleave(self.degree, output_size=len(self.indices))
+        return torch.index_select(rows, 0, place, out=out)
 
     def row_sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum over each row's interactions: (nnz,) -> (B,)."""
@@ -117,13 +119,14 @@ def preconditioner(
     eigenproblem of P and Q inverts it for every n.
     """
     # float64 and on the CPU: some milliseconds, once a half-sweep
-    eye = torch.eye(len(gramian), dtype=torch.float64)
-    p = gramian.to("cpu", torch.float64) + reg[0] * eye
-    q = popular.to("cpu", torch.float64) + reg[1] * eye
-    p += (1e-7 * (p.trace() + q.trace()) / len(eye) + _TINY) * eye  # w_0 and the regularization may be zero
+    p = gramian.to("cpu", torch.float64, copy=True)
+    q = popular.to("cpu", torch.float64, copy=True)
+    p.diagonal().add_(reg[0])
+    q.diagonal().add_(reg[1])
+    p.diagonal().add_(1e-7 * (p.trace() + q.trace()) / len(p) + _TINY)  # w_0 and the regularization may be zero
     lower = torch.linalg.cholesky(p)
-    half = torch.linalg.solve_triangular(lower, q, upper=False)
-    scale, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, half.T, upper=False))
+    q = torch.linalg.solve_triangular(lower, q, upper=False)
+    scale, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, q.T, upper=False))
     basis = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
     return basis.to(gramian.device, torch.float32), scale.clamp_(min=0).to(gramian.device, torch.float32)
 
@@ -164,7 +167,7 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0) 
             curvature += chunk.row_sum(torch.square(along, out=terms).mul_(w))
         length = relaxation * rho / curvature.clamp_min_(_TINY)[:, None]
         x.addcmul_(length, direction)
-        scores.addcmul_(along, chunk.per_interaction(length[:, 0]))
+        scores.addcmul_(along, chunk.per_interaction(length[:, 0], terms))
         if step + 1 < steps:
             residual.addcmul_(length, image, value=-1)
     return x, scores
@@ -242,4 +245,5 @@ class HeavyRow:
 def loss_of(scores: torch.Tensor, weights: torch.Tensor | float, w0: float) -> float:
     """Loss of the interactions less what sum_all w_0 s^2 counts of them: sum w (1 - s)^2 + w_0 (1 - 2 s)."""
     error = (1 - scores).square_().mul_(weights).add_(scores, alpha=-2 * w0)
-    return float(error.sum(dtype=torch.float64)) + w0 * len(scores)
+    # in parts, for torch casts a copy of what it sums
+    return float(sum(part.sum(dtype=torch.float64) for part in error.split(1 << 13))) + w0 * len(scores)

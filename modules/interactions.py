@@ -120,7 +120,7 @@ class InteractionBuilder:
         self._valued = bool(self.exchange.max(int(self._valued)))
         users = self._by_user()
         items = self._by_item(users)
-        _give_back()
+        give_back()
         return users, items
 
     def _by_user(self) -> CSR:
@@ -197,8 +197,8 @@ class InteractionBuilder:
             yield received, weights
 
 
-def _give_back() -> None:
-    """Let the C library return what collecting freed: it keeps some 10 MB of it otherwise. glibc only."""
+def give_back() -> None:
+    """Let the C library return to the system what was freed: it keeps MBs of it in each thread's heap. glibc only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -12,9 +12,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recpress.modules.als import ALS, initial_factors, initial_rows
-from recpress.modules.als_side import Limits
+from recpress.modules.als_side import Limits, block_rows
+from recpress.modules.als_solvers import Scratch
 from recpress.modules.config import ALSConfig
+from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors, RowBlocks
+from recpress.modules.interactions import InteractionBuilder
 
 from tests.modules import als_reference as reference
 from tests.ranks import run_on_ranks
@@ -138,6 +141,55 @@ def test_duplicates_sum_and_ones_need_no_values():
     plain, _ = run(config, (*pairs, None))
     ones, _ = run(config, (*pairs, np.ones(pairs.shape[1], np.float32)))
     assert torch.equal(plain.users, ones.users)
+
+
+@pytest.mark.parametrize("valued", [False, True])
+def test_a_log_added_at_once_is_the_log_added_in_parts(valued):
+    """More rows than a buffer, duplicates among them, and the caller's arrays changed after `add`."""
+    rng = np.random.default_rng(0)
+    rows = (1 << 17) + 1000
+    users, items = rng.integers(0, 2000, rows, np.int32), rng.integers(0, 300, rows, np.int32)
+    values = rng.integers(0, 4, rows).astype(np.float64) if valued else None
+    built = []
+    for chunks in (1, 7):
+        builder = InteractionBuilder(2000, 300, Exchange(None, torch.device("cpu")))
+        for part in np.array_split(np.arange(rows), chunks):
+            chunk = [None if column is None else column[part] for column in (users, items, values)]
+            builder.add(*chunk)
+            for column in chunk[:2]:
+                column[:] = 0
+        assert builder.rows == rows
+        built.append(builder.build())
+    for one, other in zip(*built, strict=True):
+        np.testing.assert_array_equal(one.indptr, other.indptr)
+        np.testing.assert_array_equal(one.indices, other.indices)
+        np.testing.assert_array_equal(one.values, other.values)
+    matrix, _ = reference.dense(users, items, values, (2000, 300))
+    found = np.zeros_like(matrix)
+    csr = built[0][0]
+    found[np.repeat(np.arange(2000), np.diff(csr.indptr)), csr.indices] = csr.values
+    np.testing.assert_array_equal(found, matrix)
+
+
+def test_a_bad_value_past_the_first_buffer_is_named_and_nothing_is_taken():
+    builder = InteractionBuilder(5, 5, Exchange(None, torch.device("cpu")))
+    ids, values = np.ones(1 << 17, np.int32), np.ones(1 << 17)
+    values[100_000] = np.nan
+    with pytest.raises(ValueError, match=r"interaction 100000 \(user 1, item 1\): value nan"):
+        builder.add(ids, ids, values)
+    assert builder.rows == 0
+    assert [len(csr.indices) for csr in builder.build()] == [0, 0]
+
+
+def test_working_arrays_are_reused_and_bounded():
+    scratch = Scratch()
+    large = scratch.floats("a", torch.empty(300, 200))
+    small = scratch.floats("a", torch.empty(7, dtype=torch.int32))
+    assert small.data_ptr() == large.data_ptr()
+    assert (small.shape, small.dtype) == ((7,), torch.float32)
+    assert scratch.floats("b", small).data_ptr() != small.data_ptr()
+    assert scratch.floats("a", torch.empty(700, 200)).shape == (700, 200)
+    assert [block_rows(dim) for dim in (1, 32, 128, 1 << 20)] == [1024, 1024, 256, 1]
 
 
 @settings(max_examples=25, deadline=None)
