@@ -69,8 +69,8 @@ class TwoTower(nn.Module):
         device = torch.device(tables_device)
         self.user_rows = None if user.map is None else MappedRows(user.key, user.map)
         self.item_rows = None if item.map is None else MappedRows(item.key, item.map)
-        self.user_frozen, self.user_tables, self.user_tower = _side("user", config, user, device)
-        self.item_frozen, self.item_tables, self.item_tower = _side("item", config, item, device)
+        self.user_frozen, self.user_tables, self.user_tower = make_side("user", config, user, device)
+        self.item_frozen, self.item_tables, self.item_tower = make_side("item", config, item, device)
         self.user_counts = CountCodes(user) if user.counted and user.map is not None else None
         self.item_counts = CountCodes(item) if item.counted and item.map is not None else None
         self.table_bytes = {
@@ -273,9 +273,10 @@ def rows_key(key: str) -> str:
     return f"{key}_rows"
 
 
-def _side(
+def make_side(
     name: Literal["user", "item"], config: TwoTowerConfig, spec: SideSpec, device: torch.device
 ) -> tuple[FrozenEmbeddingBagCollection | None, EmbeddingBagCollection | None, Tower | ResidualTower]:
+    """The frozen tables, the trainable ones and the tower of users or items; of a map only its sizes are looked at."""
     strategy = config.tables.strategy
     if strategy != "random" and spec.dim is None:
         raise ValueError(f"strategy {strategy!r} starts from factors, and none are given for {name}s")

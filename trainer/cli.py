@@ -71,6 +71,11 @@ COMMANDS = {
         "recpress.trainer.pipeline:pipeline",
         "factorize, hash, train and evaluate, going on at the first stage that is not whole",
     ),
+    "plan": Command(
+        "recpress.trainer.plan_config:PlanConfig",
+        "recpress.trainer.plan:plan",
+        "say what a training run needs of a cluster that need not exist: sharding plan, memory, smallest size",
+    ),
     "compare cadc": Command(
         "recpress.trainer.config:CompareCadcConfig",
         "recpress.trainer.compare_cadc:compare_cadc",

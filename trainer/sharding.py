@@ -76,6 +76,18 @@ def plan(
     Raises:
         ValueError: a table does not fit in the memory there is.
     """
+    chosen = planner(model, topology(device, batch_size), batch_size=batch_size, sharding_types=sharding_types)
+    return chosen.collective_plan(model, table_sharders or sharders(), dist.group.WORLD)
+
+
+def planner(
+    model: nn.Module,
+    cluster: Topology,
+    *,
+    batch_size: int,
+    sharding_types: Mapping[str, str] | None = None,
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner as training uses it, for ranks that may exist or not (`recpress plan`)."""
     constraints = {}
     for module in model.modules():
         tables: dict[str, Storage | None] = {}
@@ -88,13 +100,12 @@ def plan(
             if storage in QUANTIZED:  # a row has one scale, so it stays in one piece
                 types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
             constraints[name] = ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
-    planner = EmbeddingShardingPlanner(
-        topology=topology(device, batch_size),
+    return EmbeddingShardingPlanner(
+        topology=cluster,
         batch_size=batch_size,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(RESERVED),
     )
-    return planner.collective_plan(model, table_sharders or sharders(), dist.group.WORLD)
 
 
 def shard(
