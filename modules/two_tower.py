@@ -87,6 +87,8 @@ class TwoTower(nn.Module):
                 f"{self.item_tower.out_dim}"
             )
         self.loss = make_loss(config.loss, item.rows)
+        self.skip_nonfinite = False
+        """Whether a batch whose loss is NaN or infinite gives zero loss and zero gradients to towers and tables."""
         self.item_ids = _Ids(item.key)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,11 +116,17 @@ class TwoTower(nn.Module):
             batch.item_floats if self.item.floats else None,
             self.item_counts(batch.item_features) if self.item_counts is not None else None,
         )
+        finite = users.new_ones((), dtype=torch.bool)
+        if self.skip_nonfinite:
+            users, items = _guard(users, finite), _guard(items, finite)
         ids = self.item_ids(batch.item_features)
         loss = self.loss(users, items, batch.label, batch.log_q, ids, batch.excluded)
         if self.config.towers.kind == "residual" and self.config.towers.penalty:
             loss = loss + self.config.towers.penalty * (user_penalty + item_penalty)
-        return loss, loss.detach()
+        if not self.skip_nonfinite:
+            return loss, loss.detach()
+        finite.copy_(torch.isfinite(loss.detach()))
+        return torch.where(finite, loss, torch.zeros_like(loss)), loss.detach()
 
     @torch.no_grad()
     def user_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
@@ -187,6 +195,14 @@ class TwoTower(nn.Module):
             elif spec.counted:
                 assert frozen is not None
                 frozen.load(name, source)
+
+
+@torch.fx.wrap  # the pipeline traces the model, and cannot look into this
+def _guard(vectors: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """The vectors, whose gradient is zero where `finite`, which is filled in later, is false."""
+    if vectors.requires_grad:
+        vectors.register_hook(lambda grad: torch.where(finite, grad, torch.zeros_like(grad)))
+    return vectors
 
 
 class _Ids(nn.Module):

@@ -317,6 +317,7 @@ ALLOWED = (
     "tensorboard",
     "stop_after",
     "stall_seconds",
+    "on_nonfinite",
     "evaluation.patience",
     "stream.threads",
     "data",

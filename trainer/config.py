@@ -218,6 +218,8 @@ class TrainConfig(NetworkConfig):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     stall_seconds: float = 600.0
     """A step, or a collective outside of steps, that takes longer ends the run, with the rank that stalls named."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is NaN or infinite: `stop` ends the run with its step; `skip` leaves its batch out, and counts it."""
     stop_after: int = 0
     """Stop after so many epochs of a schedule that is made for all of them; 0 stops at the last."""
     seed: int = 0

@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
 from recpress.data.sampling import key
 from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.two_tower import TwoTower
 from recpress.trainer import run_state
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.distributed import WAITING_FOR_DATA, Heartbeat
@@ -49,6 +50,8 @@ class FitConfig:
     """Stop after so many evaluations without a better one; 0: never."""
     keep_best: bool = True
     """End with the weights of the best evaluation."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is NaN or infinite ends the run, or its batch changes nothing and is counted."""
     log_every: int = 50
     """Steps between log lines; also between checks of the losses, each of which waits for the device."""
 
@@ -63,6 +66,8 @@ class FitResult:
     train_seconds: float = 0.0
     """Without evaluations."""
     evaluate_seconds: float = 0.0
+    skipped: int = 0
+    """Batches of all ranks whose loss was not finite."""
     losses: list[float] = field(default_factory=list)
     """Mean over the ranks, of every log interval."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -142,6 +147,11 @@ class _Run:
         self.pipeline = TrainPipelineSparseDist(
             model, optimizer, device, execute_all_batches=True, pipeline_postproc=mapped
         )
+        if config.on_nonfinite == "skip":
+            optimizer.skip_nonfinite = True
+            for module in model.modules():
+                if isinstance(module, TwoTower):
+                    module.skip_nonfinite = True
         self.pending: list[torch.Tensor] = []
         self.taken: deque[int] = deque()  # rows of the batches that the pipeline has taken and not yet trained on
         self.best: Snapshot | None = None
@@ -276,16 +286,24 @@ class _Run:
         steps = len(self.pending)
         self.pending = []
         finite = torch.isfinite(losses).cpu()
-        if not bool(finite.all()):
+        if not bool(finite.all()) and self.config.on_nonfinite == "stop":
             step = self.result.steps - steps + 1 + int((~finite).nonzero()[0])
             value = float(losses[step - 1 - self.result.steps + steps])
             raise InputError(
                 f"step {step} of epoch {self.epoch}: the loss is {value}, expected a finite number; "
-                "lower the learning rate, or look for NaN in labels, features and factors"
+                "lower the learning rate, or look for NaN in labels, features and factors (--on-nonfinite skip leaves "
+                "such batches out)"
             )
-        mean = losses.mean().reshape(1).cpu()
-        dist.all_reduce(mean)
-        loss = float(mean) / dist.get_world_size()
+        kept = losses.cpu()[finite]
+        total = torch.tensor([float(kept.sum()), float(len(kept)), float(steps - len(kept))], dtype=torch.float64)
+        dist.all_reduce(total)
+        loss = float(total[0] / total[1]) if total[1] else math.nan
+        if total[2]:
+            self.result.skipped += int(total[2])
+            self.progress.say(
+                f"steps {self.result.steps - steps + 1} to {self.result.steps}: {int(total[2])} batches without a "
+                f"finite loss were skipped, {self.result.skipped} in all"
+            )
         now = time.monotonic()
         seconds, self.mark = now - self.mark, now
         rows, self.marked_rows = self.result.rows - self.marked_rows, self.result.rows

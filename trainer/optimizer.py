@@ -35,6 +35,9 @@ class TrainOptimizer:
 
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.skip_nonfinite = False
+        """Leave out the dense part's update where a gradient is NaN or infinite. Gradients are means over the ranks, so
+        all leave out the same."""
         self.fused = model.fused_optimizer
         self._named = [(n, p) for n, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
         self.parameters = [parameter for _, parameter in self._named]
@@ -61,9 +64,14 @@ class TrainOptimizer:
         if self.dense is not None:
             if self.config.clip_norm:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-            self.dense.step()
+            if not self.skip_nonfinite or self._finite():
+                self.dense.step()
         self.steps += 1
         self._schedule()
+
+    def _finite(self) -> bool:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name of a parameter, its state) of the dense part: the tensors themselves, zeros before the first step."""

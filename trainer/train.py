@@ -139,6 +139,7 @@ def train(config: TrainConfig) -> TrainResult:
                     "rows": stream.num_rows,
                     "kept_positives": kept,
                     "steps": fitted.steps,
+                    "skipped": fitted.skipped,
                     "best": fitted.best,
                     "metrics": metrics,
                     "table_bytes": table_bytes,
@@ -315,5 +316,6 @@ def _fit_config(config: TrainConfig) -> FitConfig:
         evaluate_first=look.every > 0,
         metric=look.metric,
         patience=look.patience,
+        on_nonfinite=config.on_nonfinite,
         keep_best=look.every > 0,
     )

@@ -123,6 +123,33 @@ def test_a_loss_that_is_no_number_names_its_step():
         run_on_ranks(meets_nan, 1, 0)
 
 
+def skips(strategy, bad_step):
+    """Weights and result of a run over two epochs; the rank has a batch with a NaN label, or leaves that batch out."""
+    dmp, optimizer = sharded(strategy)
+    made = {0: batches(0, bad_step=bad_step), 1: batches(1)}
+    if bad_step is None:
+        del made[0][4]
+    settings = FitConfig(epochs=2, log_every=4, on_nonfinite="skip")
+    result = fit(dmp, optimizer, lambda epoch, _: made[epoch], settings, device=CPU, show_progress=False)
+    return digest(dmp), result.skipped, all(map(math.isfinite, result.losses))
+
+
+@pytest.mark.parametrize("strategy", ["init-train", "init-freeze-plus"])
+def test_a_batch_without_a_finite_loss_can_be_left_out(strategy):
+    (left_out,) = run_on_ranks(skips, 1, strategy, 4)
+    (without,) = run_on_ranks(skips, 1, strategy, None)
+    assert left_out == (without[0], 1, True)
+
+
+def skips_on_one(strategy):
+    return skips(strategy, 4 if dist.get_rank() == 1 else 99)
+
+
+def test_a_bad_batch_on_one_rank_is_counted_on_all_and_spoils_nothing():
+    (first, second) = run_on_ranks(skips_on_one, 2, "init-train")
+    assert first[1:] == second[1:] == (1, True)
+
+
 def wants_another_metric():
     dmp, optimizer = sharded("init-freeze")
     settings = FitConfig(evaluate_every=1, metric="NDCG@7")
