@@ -18,7 +18,7 @@ from recpress.modules.frozen import (
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
@@ -124,4 +124,9 @@ def shard(
     table_sharders = sharders(learning_rate)
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     torch.manual_seed(seed * 65_537 + dist.get_rank())
-    return DistributedModelParallel(model, device=device, plan=layout, sharders=table_sharders)
+    # DDP by default arranges its buckets anew after the first step. With more than two ranks a sum then adds in another
+    # order, so the first step of a resumed run would differ from the same step of an uninterrupted one in the last bit.
+    wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)
+    return DistributedModelParallel(
+        model, device=device, plan=layout, sharders=table_sharders, data_parallel_wrapper=wrapper
+    )
