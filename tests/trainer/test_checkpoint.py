@@ -89,7 +89,7 @@ def crash_then_resume(folder, strategy, crash):
 
 @pytest.mark.parametrize(
     ("world", "strategy", "crash"),
-    [(1, "init-freeze-plus", 8), (2, "init-train", 10), (2, "init-freeze", 17), (1, "random", 12)],
+    [(1, "init-freeze-plus", 8), (2, "init-train", 10), (4, "init-freeze", 17), (1, "random", 12)],
 )
 def test_a_run_that_goes_on_ends_at_the_bits_of_one_that_was_never_stopped(tmp_path, world, strategy, crash):
     quiet = run_on_ranks(train, world, tmp_path / "quiet", strategy)
