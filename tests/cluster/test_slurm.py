@@ -88,10 +88,11 @@ def test_a_pipeline_goes_on_at_the_stage_that_failed(jobs: Jobs, log: str, fresh
 
 
 def test_a_killed_worker(jobs: Jobs, log: str, factors: str, quiet: dict[str, bytes], fresh: Path) -> None:
-    job = jobs.submit("train", *training(log, factors, fresh / "model"))
+    job = jobs.submit("train", *training(log, factors, fresh / "model", "--checkpoint.steps", "20"))
     started(jobs, job, fresh / "model")
     os.kill(jobs.workers(NODES[1], "train")[0], signal.SIGKILL)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
+    assert "goes on from" in jobs.log(job)
     assert weights(fresh / "model") == quiet
 
 
@@ -138,3 +139,19 @@ def test_scancel_and_requeue(
     assert jobs.wait(cancelled) == "CANCELLED"
     wait_until(lambda: not any(jobs.workers(node, "train") for node in NODES), "all workers end", 60)
     assert not (fresh / "other" / "model").exists()
+
+
+def test_a_signal_before_the_time_is_up(
+    jobs: Jobs, slurm: Slurm, log: str, factors: str, quiet: dict[str, bytes], fresh: Path
+) -> None:
+    """What `SBATCH_SIGNAL=USR1@...` sends: a checkpoint, an exit that says so, and the requeued job goes on there."""
+    job = jobs.submit("train", *training(log, factors, fresh / "model"), options=("--max_retries", "1"))
+    started(jobs, job, fresh / "model")
+    slurm.run(["scancel", "--signal=USR1", job])
+    jobs.wait(job, "PENDING", "REQUEUED", seconds=60)
+    said = jobs.log(job)
+    assert "SIGUSR1: stopping after this step" in said
+    assert list((fresh / "model.checkpoints").glob("step-*"))
+    jobs.soon(job)
+    assert jobs.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", jobs.log(job)
+    assert weights(fresh / "model") == quiet
