@@ -11,7 +11,7 @@ install:         ## make the virtual environment and install the pinned set (CUD
 	@scripts/install.sh $(VENV)
 
 install-dev:     ## the same, with what tests and lint need
-	@scripts/install.sh $(VENV) dev
+	@scripts/install.sh $(VENV) dev s3
 
 demo: install    ## the main job on a made log: table on the terminal, report page in runs/demo
 	$(BIN)/recpress compare cadc --config benchmarks/recipes/demo.toml

@@ -1,8 +1,14 @@
-"""Artifacts: folders that are whole once they have their final name.
+"""Artifacts: folders that are whole once they have their final name and a manifest.
 
 Everything that a stage leaves behind is a folder with a `manifest.json` beside its data. It is written under
 a temporary name next to its target, the manifest last, then renamed; so a folder that has its final name is
 whole.
+
+An object store renames nothing. There an artifact is whole exactly when its manifest is there: the files are made in
+a local temporary folder, uploaded, found again with their sizes, and then the manifest, which lists them, is put beside
+them. A marker lies in the folder from the first to the last moment, so that what is left of a broken upload is known
+for what it is. Overwriting removes the manifest first. Files that are memory-mapped are fetched into a local cache
+(`fetch`) and checked against the manifest.
 
 One process:
 
@@ -11,7 +17,8 @@ One process:
         meta["counts"] = {"rows": 10}          # `meta` may grow until the block ends
 
 Several ranks: rank 0 calls `begin` and sends the name to the others, all write their own files into it, and
-after a barrier rank 0 calls `commit` (or `abort`, where any rank failed).
+after a barrier rank 0 calls `commit` (or `abort`, where any rank failed). Of a remote artifact ranks without a common
+disk have a folder each: rank 0 calls `prepare`, each rank `upload`, and then rank 0 `publish`.
 """
 
 from __future__ import annotations
@@ -20,17 +27,24 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs as pafs
+from recpress.data import storage
 from recpress.data.errors import InputError
+from recpress.data.files import first_line, is_remote, resolve, retried, shown
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UNFINISHED = ".recpress-unfinished"
+"""Marks, on an object store, a folder that is being written; without a manifest beside it, what is left of that."""
 
 _WHOLE = 1 << 20  # files up to this size are hashed whole
 _PIECE = 1 << 18  # of larger ones this much at the head and at the tail: a Parquet footer lies in the tail
@@ -42,16 +56,31 @@ def fingerprint(path: str | Path, filesystem: pafs.FileSystem | None = None) -> 
     Cheap on any size. It tells files apart that differ in size, in Parquet footer (row counts, statistics,
     compressed sizes) or at either end; a change of the middle that leaves all these alone goes unseen.
     """
-    filesystem = filesystem or pafs.LocalFileSystem()
-    with filesystem.open_input_file(str(path)) as file:
-        size = file.size()
-        digest = hashlib.sha256()
-        if size <= _WHOLE:
-            digest.update(file.read())
-        else:
-            digest.update(file.read_at(_PIECE, 0))
-            digest.update(file.read_at(_PIECE, size - _PIECE))
-    return f"{size}-{digest.hexdigest()[:32]}"
+    inner = str(path)
+    if filesystem is None:
+        filesystem, inner = resolve(path)
+
+    def read() -> str:
+        with filesystem.open_input_file(inner) as file:
+            size = file.size()
+            digest = hashlib.sha256()
+            if size <= _WHOLE:
+                digest.update(file.read())
+            else:
+                digest.update(file.read_at(_PIECE, 0))
+                digest.update(file.read_at(_PIECE, size - _PIECE))
+        return f"{size}-{digest.hexdigest()[:32]}"
+
+    return retried(filesystem, shown(filesystem, inner), read)
+
+
+def describe_folder(path: str | Path) -> list[dict[str, Any]]:
+    """`describe_file` of each file of an artifact but its manifest, by name; of a remote one as its manifest says."""
+    if is_remote(path):
+        return list(read_manifest(path)["contents"])
+    root = Path(path)
+    files = sorted(file for file in root.rglob("*") if file.is_file() and file != root / MANIFEST)
+    return [describe_file(file, str(file.relative_to(root))) for file in files]
 
 
 def describe_file(path: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -59,20 +88,17 @@ def describe_file(path: str | Path, name: str | None = None) -> dict[str, Any]:
     return {"name": name or str(path), "size": os.path.getsize(path), "fingerprint": fingerprint(path)}
 
 
-def describe_folder(path: str | Path) -> list[dict[str, Any]]:
-    """`describe_file` of each file of an artifact but its manifest, by name."""
-    root = Path(path)
-    files = sorted(file for file in root.rglob("*") if file.is_file() and file != root / MANIFEST)
-    return [describe_file(file, str(file.relative_to(root))) for file in files]
-
-
 def begin(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Creates an empty temporary folder beside `path` and returns it.
+    """Creates an empty temporary folder, beside `path` where that is local, and returns it.
 
-    Raises InputError where `path` is taken: with `overwrite`, only by something that is not an artifact.
+    Raises InputError where `path` is taken (with `overwrite`, only by something that is not an artifact), or cannot be
+    written.
     """
-    path = Path(path)
     check_target(path, overwrite)
+    if is_remote(path):
+        storage.write_bytes(storage.join(path, UNFINISHED), b"")  # no permission to write is found now, not at the end
+        return Path(tempfile.mkdtemp(prefix="recpress-"))
+    path = _local(path)
     tmp = path.absolute().parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
         tmp.mkdir(parents=True)
@@ -81,11 +107,14 @@ def begin(path: str | Path, *, overwrite: bool = False) -> Path:
     return tmp
 
 
-def commit(tmp: Path, path: str | Path, kind: str, meta: dict[str, Any], *, overwrite: bool = False) -> Path:
+def commit(tmp: Path, path: str | Path, kind: str, meta: dict[str, Any], *, overwrite: bool = False) -> None:
     """Writes the manifest into `tmp`, makes all of it durable and gives it its final name `path`."""
-    path = Path(path)
-    manifest = {"format": "recpress", "version": FORMAT_VERSION, "kind": kind, **meta}
-    (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1, default=_plain) + "\n", encoding="utf-8")
+    if is_remote(path):
+        prepare(path, overwrite=overwrite)
+        publish(path, kind, meta, upload(tmp, path))
+        return
+    path = _local(path)
+    (tmp / MANIFEST).write_bytes(_manifest(kind, meta, describe_folder(tmp)))
     for folder, _, names in os.walk(tmp, topdown=False):
         for name in names:
             _sync(os.path.join(folder, name))
@@ -99,11 +128,47 @@ def commit(tmp: Path, path: str | Path, kind: str, meta: dict[str, Any], *, over
     _sync(path.absolute().parent)
     if old is not None:
         shutil.rmtree(old)
-    return path
+
+
+def prepare(path: str | Path, *, overwrite: bool = False) -> None:
+    """Clears a remote target: its manifest first, then the other files."""
+    check_target(path, overwrite)
+    storage.write_bytes(storage.join(path, UNFINISHED), b"")
+    storage.remove(storage.join(path, MANIFEST))
+    storage.remove_folder(path, keep=[UNFINISHED])
+
+
+def upload(tmp: Path, path: str | Path, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Uploads the files of `tmp`, or those that are named, and returns what the manifest is to say of them."""
+    contents = [describe_file(tmp / n, n) for n in names] if names is not None else describe_folder(tmp)
+    with ThreadPoolExecutor(storage.THREADS) as pool:
+        jobs = [
+            pool.submit(storage.upload_file, tmp / entry["name"], storage.join(path, entry["name"]))
+            for entry in contents
+        ]
+        for job in jobs:
+            job.result()
+    return contents
+
+
+def publish(path: str | Path, kind: str, meta: dict[str, Any], contents: list[dict[str, Any]]) -> None:
+    """Writes the manifest of a remote artifact when all of `contents` is there, and nothing else is.
+
+    Raises:
+        InputError: a file is missing, has another size, or is one that nobody uploaded here.
+    """
+    wanted = {entry["name"]: entry["size"] for entry in contents}
+    found = storage.list_files(path)
+    for name in sorted(wanted.keys() | found.keys() - {UNFINISHED}):
+        if wanted.get(name) != found.get(name):
+            have, want = (f"{sizes[name]} bytes" if name in sizes else "nothing" for sizes in (found, wanted))
+            raise InputError(f"{storage.join(path, name)}: {have}, expected {want}; does another run write there?")
+    storage.write_bytes(storage.join(path, MANIFEST), _manifest(kind, meta, contents))
+    storage.remove(storage.join(path, UNFINISHED))
 
 
 def abort(tmp: Path) -> None:
-    """Removes what `begin` created."""
+    """Removes the folder that `begin` created."""
     shutil.rmtree(tmp, ignore_errors=True)
 
 
@@ -128,23 +193,35 @@ def writing(
         abort(tmp)
 
 
-def read_manifest(path: str | Path, kind: str, *, filesystem: pafs.FileSystem | None = None) -> dict[str, Any]:
-    """The manifest of the artifact at `path`.
+def read_manifest(
+    path: str | Path, kind: str | None = None, *, filesystem: pafs.FileSystem | None = None
+) -> dict[str, Any]:
+    """The manifest of the artifact at `path`, of any kind where none is named.
 
     Raises InputError where there is none, it cannot be read, or it is of another kind or version.
     """
-    filesystem = filesystem or pafs.LocalFileSystem()
-    name = f"{path}/{MANIFEST}"
+    inner = str(path)
+    if filesystem is None:
+        filesystem, inner = resolve(path)
+    inner, name = f"{inner}/{MANIFEST}", storage.join(path, MANIFEST)
+
+    def read() -> bytes:
+        with filesystem.open_input_file(inner) as file:
+            return bytes(file.read())
+
     try:
-        with filesystem.open_input_file(name) as file:
-            manifest = json.loads(file.read())
+        manifest = json.loads(retried(filesystem, name, read))
     except OSError as error:
-        raise InputError(f"{path}: no {MANIFEST}; expected a finished artifact of kind '{kind}'") from error
+        remote = not isinstance(filesystem, pafs.LocalFileSystem)
+        if remote and not isinstance(error, FileNotFoundError):
+            raise InputError(f"{name}: cannot be read: {first_line(error)}") from error
+        of_kind = f"a finished artifact of kind '{kind}'" if kind else "a finished artifact"
+        raise InputError(f"{path}: no {MANIFEST}; expected {of_kind}") from error
     except ValueError as error:
         raise InputError(f"{name}: not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != "recpress":
         raise InputError(f"{name}: not a manifest of recpress")
-    if manifest.get("kind") != kind:
+    if kind is not None and manifest.get("kind") != kind:
         raise InputError(f"{path}: an artifact of kind '{manifest.get('kind')}'; expected kind '{kind}'")
     if manifest.get("version") != FORMAT_VERSION:
         raise InputError(
@@ -153,15 +230,90 @@ def read_manifest(path: str | Path, kind: str, *, filesystem: pafs.FileSystem | 
     return manifest
 
 
+def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
+    """The folder of a local artifact; of a remote one a local copy, with at least the files that match.
+
+    Copies lie in `storage.cache_folder()`, by address and manifest. The processes of one machine share a copy: one
+    fetches, the others wait. `*` in a pattern matches `/` too.
+
+    Raises:
+        InputError: a file is missing, or not as the manifest says.
+    """
+    if not is_remote(path):
+        return _local(path)
+    if "contents" not in manifest:
+        raise InputError(f"{storage.join(path, MANIFEST)}: does not list its files; expected it of this release")
+    wanted = [e for e in manifest["contents"] if not patterns or any(fnmatch(e["name"], p) for p in patterns)]
+    for entry in wanted:
+        if entry["name"].startswith("/") or ".." in entry["name"].split("/"):
+            raise InputError(
+                f"{storage.join(path, MANIFEST)}: lists {entry['name']!r}, expected names below the folder"
+            )
+    key = hashlib.sha256(f"{path} {json.dumps(manifest, sort_keys=True)}".encode()).hexdigest()[:16]
+    folder = storage.cache_folder() / f"artifact-{key}"
+    missing = [entry for entry in wanted if not _is_copied(folder, entry)]
+    if missing:
+        with storage.locked(folder), ThreadPoolExecutor(storage.THREADS) as pool:
+            jobs = [pool.submit(_copy, path, entry, folder) for entry in missing if not _is_copied(folder, entry)]
+            for job in jobs:
+                job.result()
+    return folder
+
+
 def check_target(path: str | Path, overwrite: bool) -> None:
     """Raises InputError where `begin` would: something has this name."""
-    path = Path(path)
-    if not path.exists() and not path.is_symlink():
+    if is_remote(path):
+        found = storage.list_files(path)
+        taken, whole = bool(found.keys() - {UNFINISHED}), MANIFEST in found
+        if not whole and UNFINISHED in found:
+            return  # left of a write that did not end
+    else:
+        path = _local(path)
+        taken, whole = path.exists() or path.is_symlink(), (path / MANIFEST).is_file()
+    if not taken:
         return
     if not overwrite:
         raise InputError(f"{path}: exists already; choose another name or allow it to be overwritten")
-    if not (path / MANIFEST).is_file():
+    if not whole:
         raise InputError(f"{path}: exists and is no artifact (no {MANIFEST}); it will not be overwritten")
+
+
+def place(path: str | Path) -> str | Path:
+    """`path` as a stage returns it: a Path, or the URI that it is."""
+    return str(path) if is_remote(path) else _local(path)
+
+
+def _manifest(kind: str, meta: dict[str, Any], contents: list[dict[str, Any]]) -> bytes:
+    manifest = {"format": "recpress", "version": FORMAT_VERSION, "kind": kind, **meta, "contents": contents}
+    return (json.dumps(manifest, indent=1, default=_plain) + "\n").encode()
+
+
+def _is_copied(folder: Path, entry: dict[str, Any]) -> bool:
+    return (folder / entry["name"]).is_file() and os.path.getsize(folder / entry["name"]) == entry["size"]
+
+
+def _copy(path: str | Path, entry: dict[str, Any], folder: Path) -> None:
+    """Fetches a file under a name of its own, checks it, and gives it its name."""
+    address, target = storage.join(path, entry["name"]), folder / entry["name"]
+    arrived = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        for last in (False, True):  # once more: it may have been damaged on its way
+            storage.fetch_file(address, arrived)
+            found = fingerprint(arrived)
+            if found == entry["fingerprint"]:
+                os.replace(arrived, target)
+                return
+            if last:
+                raise InputError(
+                    f"{address}: not the file that the manifest lists ({os.path.getsize(arrived)} bytes, expected "
+                    f"{entry['size']}, or other content): damaged, or being overwritten"
+                )
+    finally:
+        arrived.unlink(missing_ok=True)
+
+
+def _local(path: str | Path) -> Path:
+    return Path(resolve(path)[1]) if "://" in str(path) else Path(path)
 
 
 def _sync(path: str | Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from recpress.data.config import IngestConfig, Schema
 from recpress.data.errors import InputError
 from recpress.data.log import SIDES, Log, Side, open_log
+from recpress.data.rows import read_whole
 from recpress.data.sources import Piece, Source
 from recpress.data.vocabulary import Vocabulary
 from recpress.data.writer import LogWriter
@@ -36,7 +36,7 @@ class Encoder:
             if (table := log.vocabulary(side)) is not None:
                 self.sides[side] = Vocabulary.from_table(table, side, budget=self._budget)
         for name, entry in log.manifest["features"].items():
-            table = pq.read_table(f"{log.root}/{entry['vocabulary']}", filesystem=log.filesystem)
+            table = read_whole(log.filesystem, f"{log.root}/{entry['vocabulary']}")
             self._features[name] = Vocabulary.from_table(table, name, budget=self._budget)
 
     def encode(self, piece: Piece) -> pa.Table:

@@ -1,15 +1,45 @@
-"""Files on any filesystem that pyarrow knows: local paths and URIs, folders and globs."""
+"""Files on any filesystem that pyarrow knows: local paths and URIs, folders and globs.
+
+What fails on a remote one is tried again (`retried`): this is the one place that says how often and how long.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+import random
 import re
+import time
+from collections.abc import Callable, Sequence
 from fnmatch import translate
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 from recpress.data.errors import InputError
 
+T = TypeVar("T")
+
 _WILD = re.compile(r"[*?\[]")
+_LONGEST_WAIT = 8.0
+_S3_OPTIONS = ("region", "scheme", "endpoint_override")
+_FINAL = re.compile(
+    r"AWS Error (ACCESS_DENIED|NO_SUCH_\w+|INVALID_\w+|SIGNATURE_\w+|PERMANENT_REDIRECT|UNRECOGNIZED_CLIENT"
+    r"|[A-Z_]+ \(HTTP status (3\d\d|4(?!08|29)\d\d)\))"
+)
+
+
+def request_timeout() -> float:
+    """Seconds that a request to an object store may make no progress (RECPRESS_STORAGE_TIMEOUT, 10)."""
+    return _seconds("RECPRESS_STORAGE_TIMEOUT", 10.0)
+
+
+def patience() -> float:
+    """Seconds, from its first failure on, that an operation is tried again (RECPRESS_STORAGE_PATIENCE, 120)."""
+    return _seconds("RECPRESS_STORAGE_PATIENCE", 120.0)
 
 
 def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -26,12 +56,73 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     # A wildcard is no URI, so only what stands before it is parsed. `?` begins the options of a URI, never a
     # wildcard.
     address, mark, options = text.partition("?")
+    if address.startswith("s3://"):
+        return _resolve_s3(address, options)
     fixed, rest = _split_wild(address)
     try:
         filesystem, base = pafs.FileSystem.from_uri(fixed.rstrip("/") + mark + options)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise InputError(f"{path}: cannot be opened: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be opened: {first_line(error)}") from error
     return filesystem, (f"{base}/{rest}" if rest else base.rstrip("/"))
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether it is the URI of another filesystem than the local one."""
+    return "://" in str(path) and not str(path).startswith("file://")
+
+
+def shown(filesystem: pafs.FileSystem, path: str) -> str:
+    """A path in a filesystem as errors name it: `s3://bucket/key`; local ones as they are."""
+    return f"s3://{path}" if filesystem.type_name == "s3" else path
+
+
+def retried(filesystem: pafs.FileSystem, where: str, call: Callable[[], T]) -> T:
+    """What `call` returns; on a remote filesystem a passing failure is tried again, with growing waits.
+
+    Passing is what may be better next time: no connection, a timeout, a reset, 5xx, 429. Not: no such file, no
+    permission. Data that does not parse is read once more, since a transfer may have damaged it.
+
+    Args:
+        where: what is read or written, for the warning that each failure logs.
+
+    Raises:
+        OSError: the last failure, with the number of tries; other errors of `call` as they are.
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return call()
+    tries, wait, began = 0, 0.25, 0.0
+    while True:
+        try:
+            return call()
+        except (OSError, pa.ArrowException) as error:
+            tries += 1
+            began = began or time.monotonic()
+            damaged = not isinstance(error, OSError)
+            if is_final(error) or (damaged and tries > 1):
+                raise
+            left = began + patience() - time.monotonic()
+            if left <= 0:
+                raise OSError(f"{first_line(error)} (tried {tries} times)") from error
+            pause = min(random.uniform(0.5, 1.5) * wait, left)
+            logging.getLogger("recpress").warning("%s: %s; again in %.1f s", where, first_line(error), pause)
+            time.sleep(pause)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether trying again cannot help."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+    return isinstance(error, kinds) or _FINAL.search(str(error)) is not None
+
+
+def file_infos(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
+    """Info of each path. Raises InputError where the filesystem does not answer."""
+    return _asked(filesystem, paths[0] if paths else "", lambda: filesystem.get_file_info(list(paths)))
+
+
+def file_type(filesystem: pafs.FileSystem, path: str) -> pafs.FileType:
+    """File, directory or nothing. Raises InputError where the filesystem does not answer."""
+    return file_infos(filesystem, [path])[0].type
 
 
 def is_glob(path: str) -> bool:
@@ -41,11 +132,11 @@ def is_glob(path: str) -> bool:
 def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
     """Paths of the files that match, sorted. `*` and `?` stay within a folder."""
     if not is_glob(pattern):
-        return [pattern] if filesystem.get_file_info(pattern).type == pafs.FileType.File else []
+        return [pattern] if file_type(filesystem, pattern) == pafs.FileType.File else []
     base, rest = _split_wild(pattern)
     base = base.rstrip("/") or ("/" if pattern.startswith("/") else ".")
     deep = "/" in rest
-    infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=deep, allow_not_found=True))
+    infos = _selected(filesystem, base, deep)
     parts = [re.compile(translate(part)) for part in rest.split("/")]
     matches = []
     for info in infos:
@@ -61,8 +152,81 @@ def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
 
 def list_folder(filesystem: pafs.FileSystem, path: str) -> dict[str, pafs.FileInfo]:
     """Name -> info of what lies in a folder, sorted by name; empty where the folder is absent."""
-    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    infos = _selected(filesystem, path, False)
     return {info.base_name: info for info in sorted(infos, key=lambda info: info.path)}
+
+
+def list_files(filesystem: pafs.FileSystem, path: str) -> dict[str, int]:
+    """Name below the folder -> size in bytes, of all files at any depth; empty where the folder is absent."""
+    infos = _selected(filesystem, path, True)
+    names = {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
+    return dict(sorted(names.items()))
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(": ") if str(error) else type(error).__name__
+
+
+def _selected(filesystem: pafs.FileSystem, base: str, deep: bool) -> list[pafs.FileInfo]:
+    selector = pafs.FileSelector(base, recursive=deep, allow_not_found=True)
+    return _asked(filesystem, base, lambda: filesystem.get_file_info(selector))
+
+
+def _asked(filesystem: pafs.FileSystem, path: str, call: Callable[[], T]) -> T:
+    where = shown(filesystem, path)
+    try:
+        return retried(filesystem, where, call)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be looked up: {first_line(error)}") from error
+
+
+def _resolve_s3(address: str, options: str) -> tuple[pafs.FileSystem, str]:
+    path = address.removeprefix("s3://").rstrip("/")
+    bucket = path.partition("/")[0]
+    if not bucket or re.search(r"[@:]", bucket):
+        raise InputError("s3://…: expected s3://BUCKET/KEY, without credentials or a host")
+    given = dict(parse_qsl(options))
+    if odd := sorted(given.keys() - set(_S3_OPTIONS)):
+        raise InputError(f"{address}: option {odd[0]!r}, expected one of {', '.join(_S3_OPTIONS)}")
+    endpoint = given.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3")
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL") or ""
+    scheme = given.get("scheme")
+    if "://" in endpoint:
+        parts = urlsplit(endpoint)
+        scheme, endpoint = scheme or parts.scheme, parts.netloc
+    region = given.get("region")
+    try:
+        if region is None and endpoint:
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        elif region is None:
+            region = _region_of(bucket)
+        return _s3(region, endpoint, scheme or "https", request_timeout()), path
+    except (ValueError, OSError) as error:
+        raise InputError(f"{address}: cannot be opened: {first_line(error)}") from error
+
+
+@functools.cache
+def _region_of(bucket: str) -> str:
+    """The region that AWS says a bucket lies in, or the one that the environment names where it cannot be asked."""
+    try:
+        return str(pafs.resolve_s3_region(bucket))
+    except OSError:
+        if named := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+            return named
+        raise
+
+
+@functools.cache
+def _s3(region: str, endpoint: str, scheme: str, timeout: float) -> pafs.FileSystem:
+    return pafs.S3FileSystem(
+        region=region,
+        endpoint_override=endpoint or None,
+        scheme=scheme,
+        request_timeout=timeout,
+        connect_timeout=timeout,
+        allow_delayed_open=True,  # a small file is then one request
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=3),  # of one request; `retried` is of an operation
+    )
 
 
 def _split_wild(pattern: str) -> tuple[str, str]:
@@ -72,5 +236,12 @@ def _split_wild(pattern: str) -> tuple[str, str]:
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise InputError(f"{name}={text}: expected a number of seconds above 0")
+    return value

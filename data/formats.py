@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pyarrow import fs as pafs
 from recpress.data.config import IngestConfig, Schema
 from recpress.data.errors import InputError
-from recpress.data.files import list_folder
+from recpress.data.files import file_type, list_folder
 from recpress.data.sources import Piece, Source, by_part, check_missing, read_text
 
 INTS = [f"I{place}" for place in range(1, 14)]
@@ -130,7 +130,7 @@ def ncf(config: IngestConfig, filesystem: pafs.FileSystem, start: str) -> Source
                     raise InputError(f"{negative}, rows {first} and on: {name} is not that of {test} in every row")
             yield Piece("test_negatives", negative, first, table)
 
-    has = {path: filesystem.get_file_info(path).type == pafs.FileType.File for path in (train, test, negative)}
+    has = {path: file_type(filesystem, path) == pafs.FileType.File for path in (train, test, negative)}
     for path in (train, test):
         if not has[path]:
             raise InputError(f"{path}: no such file; the NCF format needs it")

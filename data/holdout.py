@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from recpress.data import artifact
 from recpress.data.config import LayoutConfig
 from recpress.data.errors import InputError
 from recpress.data.log import KIND, SIDES, Log, Side
 from recpress.data.negatives_table import negatives_table
-from recpress.data.rows import RowGroup
+from recpress.data.rows import RowGroup, read_whole
 from recpress.data.seeds import generator
 from recpress.data.writer import LogWriter
 from tqdm import tqdm
@@ -38,7 +37,7 @@ def leave_one_out(
     layout: LayoutConfig | None = None,
     overwrite: bool = False,
     more: dict[str, Any] | None = None,
-) -> Path:
+) -> str | Path:
     """Writes the log `out`, whose train is that of `log` without one pair a user, and whose test is those
     pairs.
 
@@ -84,7 +83,7 @@ def leave_one_out(
             features=old.get("features", {}),
             **(more or own | {"inputs": log.inputs()}),
         )
-    return Path(out)
+    return artifact.place(out)
 
 
 def _scan(log: Log, columns: list[str], what: str) -> Iterator[tuple[RowGroup, dict[str, Any]]]:
@@ -225,4 +224,4 @@ def _copy_tables(log: Log, writer: LogWriter, left: dict[Side, np.ndarray]) -> N
             writer.table(f"vocabulary/{side}.parquet", table.set_column(place, "count", counts))
     for entry in (log.manifest or {}).get("features", {}).values():
         if name := entry.get("vocabulary"):
-            writer.table(name, pq.read_table(f"{log.root}/{name}", filesystem=log.filesystem))
+            writer.table(name, read_whole(log.filesystem, f"{log.root}/{name}"))

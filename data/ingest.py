@@ -17,7 +17,7 @@ from recpress.data import artifact, formats, sources
 from recpress.data.config import IngestConfig
 from recpress.data.encoder import Encoder
 from recpress.data.errors import InputError
-from recpress.data.files import is_glob, list_folder, resolve
+from recpress.data.files import file_type, is_glob, list_folder, resolve
 from recpress.data.holdout import leave_one_out
 from recpress.data.log import KIND, SIDES, open_log
 from recpress.data.sources import Source
@@ -27,7 +27,7 @@ from tqdm import tqdm
 KEPT = ("made_by", "source", "config", "inputs", "extends")  # of the manifest, when `holdout` splits the log
 
 
-def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) -> Path:
+def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
     """Writes the log `out` from files of another format, and returns it.
 
     Raises:
@@ -36,7 +36,6 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
     """
     if config.holdout == "none":
         return _ingest(config, out, overwrite)
-    out = Path(out)
     whole = artifact.begin(out, overwrite=overwrite)  # the log before the split, beside the target
     try:
         log = open_log(_ingest(config, whole / "whole", False))
@@ -56,7 +55,7 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
         shutil.rmtree(whole, ignore_errors=True)
 
 
-def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> Path:
+def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Path:
     source = open_source(config)
     encoder = Encoder(source.schema, config)
     meta: dict[str, Any] = {}
@@ -87,14 +86,14 @@ def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> Path:
             config=asdict(config),
             inputs=[{"name": path, "fingerprint": artifact.fingerprint(path, filesystem)} for path in source.files],
         )
-    return Path(out)
+    return artifact.place(out)
 
 
 def open_source(config: IngestConfig) -> Source:
     """The reader of `config.input`. Raises InputError where the format cannot be told from the names of the
     files."""
     filesystem, path = resolve(config.input)
-    kind = filesystem.get_file_info(path).type
+    kind = file_type(filesystem, path)
     if kind == pafs.FileType.NotFound and not is_glob(path) and config.format not in ("auto", "ncf"):
         raise InputError(f"{config.input}: no such file or folder")
     found = config.format if config.format != "auto" else detect(config, filesystem, path)
@@ -119,7 +118,7 @@ def open_source(config: IngestConfig) -> Source:
 
 def detect(config: IngestConfig, filesystem: pafs.FileSystem, path: str) -> str:
     """The format by names; a `train.txt` or `.tsv` with 39 tabs in its first line is Criteo."""
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+    if file_type(filesystem, path) == pafs.FileType.Directory:
         names = list(list_folder(filesystem, path))
         first = f"{path}/train.txt"
     else:
@@ -152,7 +151,7 @@ def _ncf_start(config: IngestConfig, filesystem: pafs.FileSystem, path: str) -> 
     for end in (".train.rating", ".test.rating", ".test.negative"):
         if path.endswith(end):
             return path.removesuffix(end)
-    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
+    if file_type(filesystem, path) != pafs.FileType.Directory:
         return path
     found = [name for name in list_folder(filesystem, path) if name.endswith(".train.rating")]
     if len(found) != 1:

@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from recpress.data import artifact
 from recpress.data.columns import Column
 from recpress.data.config import Schema
 from recpress.data.errors import InputError
-from recpress.data.files import expand, is_glob, list_folder, resolve
-from recpress.data.rows import Rows, first_line, iter_columns, num_ids, open_rows
+from recpress.data.files import expand, file_infos, file_type, is_glob, list_folder, resolve, shown
+from recpress.data.rows import Rows, iter_columns, num_ids, open_rows, read_whole
 
 __all__ = ["Log", "Rows", "iter_columns", "open_log"]
 
@@ -100,10 +99,7 @@ class Log:
 
     def _side_table(self, name: str, side: Side) -> pa.Table:
         path = f"{self.root}/{name}"
-        try:
-            table = pq.read_table(path, filesystem=self.filesystem)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
+        table = read_whole(self.filesystem, path)
         if table.num_rows != self.num_ids(side):
             raise InputError(f"{path}: {table.num_rows} rows; expected one for each of {self.num_ids(side)} {side}s")
         return table
@@ -123,17 +119,20 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
     """
     filesystem, inner = resolve(path)
     root, manifest = None, None
-    if is_glob(inner) or filesystem.get_file_info(inner).type == pafs.FileType.File:
+    kind = None if is_glob(inner) else file_type(filesystem, inner)
+    if kind in (None, pafs.FileType.File):
         parts = {"train": expand(filesystem, inner)}
         if not parts["train"]:
             raise InputError(f"{path}: no file matches")
-    elif filesystem.get_file_info(inner).type == pafs.FileType.Directory:
+    elif kind == pafs.FileType.Directory:
         root = inner
         found = list_folder(filesystem, inner)
         parts = {part: _files_of(filesystem, found, part) for part in PARTS}
         if artifact.MANIFEST in found:
-            manifest = artifact.read_manifest(inner, KIND, filesystem=filesystem)
+            manifest = artifact.read_manifest(path, KIND)
             _check_files(filesystem, inner, manifest)
+        elif artifact.UNFINISHED in found:
+            raise InputError(f"{path}: a write of this log did not end, or has not yet; expected a {artifact.MANIFEST}")
         if not parts["train"]:
             raise InputError(f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob")
     else:
@@ -188,12 +187,12 @@ def _files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part
 
 def _check_files(filesystem: pafs.FileSystem, root: str, manifest: dict[str, Any]) -> None:
     sizes = {file["name"]: file["size"] for file in manifest["files"]}
-    infos = filesystem.get_file_info([f"{root}/{name}" for name in sizes])
+    infos = file_infos(filesystem, [f"{root}/{name}" for name in sizes])
     for (name, size), info in zip(sizes.items(), infos, strict=True):
         if info.type != pafs.FileType.File:
-            raise InputError(f"{root}/{name}: missing; the manifest names it")
+            raise InputError(f"{shown(filesystem, root)}/{name}: missing; the manifest names it")
         if info.size != size:
-            raise InputError(f"{root}/{name}: {info.size} bytes; the manifest says {size}")
+            raise InputError(f"{shown(filesystem, root)}/{name}: {info.size} bytes; the manifest says {size}")
 
 
 def _open_part(filesystem: pafs.FileSystem, part: str, files: list[str], schema: Schema) -> Rows:

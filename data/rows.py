@@ -14,6 +14,7 @@ from pyarrow import fs as pafs
 from recpress.data import artifact
 from recpress.data.columns import Column, Jagged, check_type, decode, take
 from recpress.data.errors import InputError
+from recpress.data.files import first_line, retried, shown
 from recpress.data.sampling import membership
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Rows:
 
     def where(self, group: RowGroup) -> str:
         """The place of a row group, as errors name it."""
-        return f"{self.files[group.file].path}, row group {group.group}"
+        return f"{shown(self.filesystem, self.files[group.file].path)}, row group {group.group}"
 
     def read_table(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """The given columns of one row group as they are, by the calling thread alone.
@@ -66,12 +67,16 @@ class Rows:
         """
         file = self.files[group.file]
         local = isinstance(self.filesystem, pafs.LocalFileSystem)
-        try:
+
+        def read() -> pa.Table:
             with (
                 self.filesystem.open_input_file(file.path) as source,
                 pq.ParquetFile(source, metadata=file.metadata, pre_buffer=not local) as parquet,
             ):
-                table = parquet.read_row_group(group.group, columns=list(columns), use_threads=False)
+                return parquet.read_row_group(group.group, columns=list(columns), use_threads=False)
+
+        try:
+            table = retried(self.filesystem, self.where(group), read)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{self.where(group)}: cannot be read: {first_line(error)}") from error
         if table.num_rows != group.num_rows:
@@ -185,11 +190,26 @@ def open_rows(
 
 
 def _open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
-    try:
+    def read() -> RowFile:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
             return RowFile(path, source.size(), parquet.metadata)
+
+    where = shown(filesystem, path)
+    try:
+        return retried(filesystem, where, read)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a whole Parquet file: {first_line(error)}") from error
+        remote = isinstance(error, OSError) and not isinstance(filesystem, pafs.LocalFileSystem)
+        problem = "cannot be read" if remote else "not a whole Parquet file"
+        raise InputError(f"{where}: {problem}: {first_line(error)}") from error
+
+
+def read_whole(filesystem: pafs.FileSystem, path: str) -> pa.Table:
+    """All of one Parquet file. Raises InputError where it cannot be read."""
+    where = shown(filesystem, path)
+    try:
+        return retried(filesystem, where, lambda: pq.read_table(path, filesystem=filesystem))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where}: cannot be read: {first_line(error)}") from error
 
 
 def num_ids(rows: Rows, column: str) -> int:
@@ -220,7 +240,3 @@ def _leaf(metadata: pq.FileMetaData, column: str) -> int:
         if path == column or path.startswith(column + "."):
             return place
     raise AssertionError(column)
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

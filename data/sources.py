@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from recpress.data.config import IngestConfig, Schema
 from recpress.data.errors import InputError
-from recpress.data.files import expand, list_folder
-from recpress.data.rows import first_line
+from recpress.data.files import expand, file_type, first_line, list_folder
 
 BLOCK = 16 << 20  # bytes of text that are parsed at once
 PARTS = {
@@ -239,7 +238,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def find_files(config: IngestConfig, filesystem: pafs.FileSystem, path: str, suffixes: Sequence[str]) -> list[str]:
     """The file, the files that match, or those of a folder that have one of the suffixes (also
     compressed)."""
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+    if file_type(filesystem, path) == pafs.FileType.Directory:
         found = [
             info.path
             for name, info in list_folder(filesystem, path).items()

@@ -32,7 +32,7 @@ from tqdm import tqdm
 CHUNK = 1 << 14  # rows made at once: their arrays stay in the cache
 
 
-def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> Path:
+def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
     """Writes the made log to the folder `out` and returns it.
 
     Raises InputError where the sizes do not go together.
@@ -54,7 +54,7 @@ def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> P
         writer.table("users.parquet", made.user_features())
         writer.table("items.parquet", made.item_features())
         meta |= writer.manifest(Schema(time="time"), config.users, config.items, made_by="synth", config=asdict(config))
-    return Path(out)
+    return artifact.place(out)
 
 
 class MadeLog:

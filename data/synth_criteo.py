@@ -43,7 +43,7 @@ BLOCK = 1 << 14  # rows that are drawn from one generator
 MISSING = 0.1  # share of the numbers that are missing
 
 
-def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool = False) -> Path:
+def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
     """Writes the made log to the folder `out`, with the vocabularies that `ingest` would write, and returns it.
 
     Raises InputError where an option is out of its range.
@@ -74,7 +74,7 @@ def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool 
         meta |= writer.manifest(
             schema, 0, 0, vocabularies={}, features=features, made_by="synth-criteo", config=asdict(config)
         )
-    return Path(out)
+    return artifact.place(out)
 
 
 class MadeCriteo:

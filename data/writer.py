@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from recpress.data import artifact
 from recpress.data.config import LayoutConfig, Schema
 from recpress.data.errors import InputError
-from recpress.data.rows import first_line
+from recpress.data.files import first_line
 
 
 class LogWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from recpress.data import artifact
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log
-from recpress.modules.factors import FactorTable
+from recpress.modules.factors import FactorTable, Table
 from recpress.trainer.distributed import agreed
 
 FACTORS = "factors"
@@ -24,12 +25,14 @@ CROSSFIT = "crossfit"
 
 @contextmanager
 def shared_artifact(path: str, kind: str, meta: dict[str, Any], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder for all ranks, which becomes `path` when all have ended the block. Collective.
+    """A temporary folder to write into, which becomes `path` when all ranks have ended the block. Collective.
 
-    Rank 0 makes it, writes the manifest from `meta` and renames it; where any rank raises, it is removed.
+    Rank 0 makes it, writes the manifest from `meta` and renames it; where any rank raises, it is removed. Of a remote
+    `path` the folder is local, and ranks that do not see rank 0's disk have one each: what all of them wrote is
+    uploaded, each file once.
 
     Raises:
-        InputError: `path` exists, and is not to be overwritten. On every rank.
+        InputError: `path` exists, and is not to be overwritten, or cannot be written. On every rank.
     """
     names: list[Path | None] = [None]
     with agreed():
@@ -38,15 +41,42 @@ def shared_artifact(path: str, kind: str, meta: dict[str, Any], *, overwrite: bo
     dist.broadcast_object_list(names)
     tmp = names[0]
     assert tmp is not None
+    own = dist.get_rank() == 0
+    if artifact.is_remote(path) and not _sees(tmp):
+        tmp, own = Path(tempfile.mkdtemp(prefix="recpress-")), True
     try:
         yield tmp
         dist.barrier()
-        if dist.get_rank() == 0:
+        if artifact.is_remote(path):
+            _publish(tmp, own, path, kind, meta, overwrite)
+        elif own:
             artifact.commit(tmp, path, kind, meta, overwrite=overwrite)
         dist.barrier()
     finally:
-        if dist.get_rank() == 0:
+        if own:
             artifact.abort(tmp)
+
+
+def _sees(folder: Path) -> bool:
+    """Whether this rank has rank 0's disk."""
+    return folder.is_dir()
+
+
+def _publish(tmp: Path, own: bool, path: str, kind: str, meta: dict[str, Any], overwrite: bool) -> None:
+    """Each rank that has a folder uploads its files; rank 0 then lists them all in the manifest."""
+    with agreed():
+        if dist.get_rank() == 0:
+            artifact.prepare(path, overwrite=overwrite)
+    contents: list[dict[str, Any]] = []
+    with agreed():
+        if own:
+            contents = artifact.upload(tmp, path)
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, contents)
+    with agreed():
+        if dist.get_rank() == 0:
+            listed = {entry["name"]: entry for part in parts for entry in part}  # replicas are written by several
+            artifact.publish(path, kind, meta, [listed[name] for name in sorted(listed)])
 
 
 def describe_log(log: Log) -> dict[str, Any]:
@@ -94,13 +124,16 @@ class FactorsArtifact:
         return None if sample is None else SampleConfig(**sample)
 
     def table(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
-        """(n, dim) float32, read by memory map."""
-        return FactorTable(Path(self.path) / CROSSFIT if crossfit else Path(self.path), side)
+        """(n, dim) float32, read by memory map; of remote factors, after fetching the files of this side."""
+        return self._open(side, crossfit)
 
     def counts(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
         """(n, 1) float32, distinct pairs of each id, read by memory map."""
-        folder = Path(self.path) / CROSSFIT if crossfit else Path(self.path)
-        return FactorTable(folder, "user_count" if side == "user" else "item_count")
+        return self._open("user_count" if side == "user" else "item_count", crossfit)
+
+    def _open(self, table: Table, crossfit: bool) -> FactorTable:
+        below = f"{CROSSFIT}/" if crossfit else ""
+        return FactorTable(artifact.fetch(self.path, self.manifest, f"{below}{table}-*") / below, table)
 
 
 def open_factors(path: str, log: Log) -> FactorsArtifact:

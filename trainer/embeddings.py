@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from recpress.data.errors import InputError
+from recpress.data.storage import cached_file
 from recpress.modules.rows import RowSource
 
 
@@ -25,11 +26,11 @@ def read_embedding(path: str) -> RowSource:
     name, _, key = path.partition(".pt:")
     try:
         if key:
-            return _checkpoint(f"{name}.pt", key)
+            return _checkpoint(str(cached_file(f"{name}.pt")), key)
         if path.endswith(".npy"):
-            return _matrix(path, np.load(path, mmap_mode="r", allow_pickle=False))
+            return _matrix(path, np.load(cached_file(path), mmap_mode="r", allow_pickle=False))
         if path.endswith(".parquet"):
-            return _matrix(path, _parquet(path))
+            return _matrix(path, _parquet(str(cached_file(path))))
     except InputError:
         raise
     except (OSError, ValueError, EOFError, pa.ArrowException, RuntimeError) as error:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import torch
-from recpress.data import artifact
+from recpress.data import artifact, storage
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
@@ -41,19 +39,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         if ranks.rank == 0:
             print(f"{config.model}: {show(metrics)}")
             if config.out is not None:
-                _write(Path(config.out), metrics)
+                storage.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 
 
 def kind_of(path: str) -> str:
     """`factors` or `model`: what the artifact at `path` is. Raises InputError where it is neither."""
-    for kind in (FACTORS, MODEL):
-        try:
-            artifact.read_manifest(path, kind)
-            return kind
-        except InputError as error:
-            problem = error
-    raise InputError(f"{path}: expected factors of `recpress factorize` or a model of `recpress train`") from problem
+    kind = str(artifact.read_manifest(path).get("kind"))
+    if kind not in (FACTORS, MODEL):
+        raise InputError(
+            f"{path}: an artifact of kind '{kind}'; expected factors of `recpress factorize` or a model of "
+            "`recpress train`"
+        )
+    return kind
 
 
 def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHeldout:
@@ -86,10 +84,3 @@ def show(metrics: dict[str, float]) -> str:
     counts = {name: int(value) for name, value in metrics.items() if name.islower() and (value or name == "cases")}
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
     return shown + "".join(f", {value:,} {name.replace('_', ' ')}" for name, value in counts.items())
-
-
-def _write(path: Path, metrics: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -64,9 +64,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             factors.save(tmp)
             if crossfit is not None:
                 begin = time.monotonic()
-                if ranks.rank == 0:
-                    (tmp / CROSSFIT).mkdir()
-                dist.barrier()
+                (tmp / CROSSFIT).mkdir(exist_ok=True)
                 without, _ = _fit(config, log, ranks, without=crossfit, start=factors)
                 without.save(tmp / CROSSFIT)
                 result.crossfit_seconds = time.monotonic() - begin

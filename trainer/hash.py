@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data import artifact
+from recpress.data import artifact, storage
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log, iter_columns, open_log
@@ -280,9 +280,9 @@ class _Stage:
         extends = manifest.get("extends", {})
         parent = extends.get("vocabularies", {}).get(table.name)
         if extends and table.name in manifest.get("features", {}):
-            with contextlib.suppress(OSError):  # the log before is gone: then nothing says what it was
+            with contextlib.suppress(OSError, InputError):  # the log before is gone: then nothing says what it was
                 file = manifest["features"][table.name]["vocabulary"]
-                parent = artifact.fingerprint(f"{extends['log']}/{file}", self.log.filesystem)
+                parent = artifact.fingerprint(storage.join(extends["log"], file))
         if old.vocabulary not in (None, table.vocabulary, parent):
             raise InputError(
                 f"{self.config.extend}: table {table.name!r} was made for another vocabulary than that which "

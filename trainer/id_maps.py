@@ -25,6 +25,8 @@ class HashArtifact:
     """Maps on disk, each read by memory map."""
 
     path: str
+    folder: Path
+    """Where they lie: `path`, or the local copy of a remote artifact."""
     manifest: dict[str, Any]
     maps: dict[str, IdMap]
 
@@ -40,7 +42,7 @@ class HashArtifact:
         Raises:
             InputError: the file is damaged or of another shape or type.
         """
-        path = Path(self.path) / table / ROW_VECTORS
+        path = self.folder / table / ROW_VECTORS
         if not path.exists():
             return None
         try:
@@ -54,12 +56,7 @@ class HashArtifact:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of this artifact: its path and the size and fingerprint of each file."""
-        files = sorted(path for path in Path(self.path).rglob("*") if path.is_file())
-        names = [str(path.relative_to(self.path)) for path in files]
-        return {
-            "path": self.path,
-            "files": [artifact.describe_file(path, name) for path, name in zip(files, names, strict=True)],
-        }
+        return {"path": self.path, "files": artifact.describe_folder(self.path)}
 
 
 def open_maps(path: str, log: Log | None) -> HashArtifact:
@@ -71,10 +68,11 @@ def open_maps(path: str, log: Log | None) -> HashArtifact:
     manifest = artifact.read_manifest(path, HASH)
     if log is not None:
         check_vocabulary(path, manifest, log)
-    names = sorted(folder.parent.name for folder in Path(path).glob("*/map.json"))
+    folder = artifact.fetch(path, manifest)
+    names = sorted(place.parent.name for place in folder.glob("*/map.json"))
     if not names:
         raise InputError(f"{path}: no map in it; expected a folder with a map.json for each table")
-    return HashArtifact(path, manifest, load_maps(path, names, log))
+    return HashArtifact(path, folder, manifest, load_maps(folder, names, log))
 
 
 def save_maps(maps: Mapping[str, IdMap], folder: str | Path) -> None:

@@ -12,12 +12,12 @@ from recpress.data.log import open_log
 from recpress.trainer.config import IngestCommand, SplitConfig, SynthCommand, SynthCriteoCommand, chosen_schema
 
 
-def synth(config: SynthCommand) -> Path:
+def synth(config: SynthCommand) -> str | Path:
     """Write a made log and say what it holds."""
     return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
 
 
-def synth_criteo(config: SynthCriteoCommand) -> Path:
+def synth_criteo(config: SynthCriteoCommand) -> str | Path:
     """Write a made log with Criteo's columns and say what it holds."""
     out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
     ids = sum(data_synth_criteo.feature_sizes(config.ids))
@@ -25,12 +25,12 @@ def synth_criteo(config: SynthCriteoCommand) -> Path:
     return out
 
 
-def ingest(config: IngestCommand) -> Path:
+def ingest(config: IngestCommand) -> str | Path:
     """Convert a public format or a table to a log and say what it holds."""
     return _describe(data_ingest.ingest(config, config.out, overwrite=config.overwrite))
 
 
-def split(config: SplitConfig) -> Path:
+def split(config: SplitConfig) -> str | Path:
     """Write a log that holds one row of each user out and say what it holds."""
     log = open_log(config.data, chosen_schema(config.schema))
     return _describe(
@@ -38,7 +38,7 @@ def split(config: SplitConfig) -> Path:
     )
 
 
-def _describe(path: Path) -> Path:
+def _describe(path: str | Path) -> str | Path:
     log = open_log(path, pairs=False)
     held_out = log.test_negatives or log.test
     print(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from recpress.data import artifact
+from recpress.data import artifact, storage
 from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
@@ -262,6 +262,10 @@ def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks
             "global_batch": stream.global_batch,
         }
     folder = config.checkpoint.folder or f"{config.out.rstrip('/')}.checkpoints"
+    if storage.is_remote(folder):
+        if config.checkpoint.folder:
+            raise InputError(f"checkpoint.folder: {folder}, expected a folder of a disk that all ranks see")
+        folder = str(storage.cache_folder() / f"checkpoints-{_digest(config.out)}")
     return Checkpoints(config.checkpoint, folder, describe, say=lambda text: print(text, file=sys.stderr, flush=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -180,7 +179,8 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
         features = Features.of(log, model["user_features"], model["item_features"])
-        maps = load_maps(Path(path) / MAPS, model.get("maps", ()), log)
+        folder = artifact.fetch(path, manifest, f"{WEIGHTS}/*", f"{MAPS}/*")
+        maps = load_maps(folder / MAPS, model.get("maps", ()), log)
     sharded = build(
         config,
         log,
@@ -194,7 +194,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         maps=maps,
     )
     with agreed():
-        load_weights(sharded.dmp, Path(path) / WEIGHTS)
+        load_weights(sharded.dmp, folder / WEIGHTS)
     sharded.dmp.eval()
     return sharded
 
