@@ -200,7 +200,7 @@ class _Watch:
             if f"\n{_STALLED}\n" in message or not self._stop.wait(GRACE_SECONDS):
                 print(f"recpress [rank {self.ranks.rank}]: error: {self._told}", file=sys.stderr, flush=True)
                 time.sleep(2 * POLL_SECONDS)  # the store may live in this process: let the others read it
-                os._exit(2)
+                os._exit(2 if f"\n{_STALLED}\n" in message else 1)
             return
 
     def _beat(self) -> None:

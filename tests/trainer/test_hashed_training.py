@@ -163,7 +163,6 @@ def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_wa
     # 60 rows are 6 bits, 2 of them an id and 2 float32 weights
     assert manifest["map_bytes"] == result.map_bytes == USERS * 2 * 6 // 8 + USERS * 2 * 4
     assert {file["name"] for file in manifest["hash"]["files"]} == {
-        "manifest.json",
         "user/map.json",
         "user/rows.npy",
         "user/weights.npy",
