@@ -1,8 +1,9 @@
 """Memory of a rank of `recpress train`, part by part, each by a formula: what `recpress plan` prints.
 
 Counted is memory that the kernel cannot take back: on a CPU rank anonymous memory. Libraries and factors that are
-mapped from files are page cache, and not counted. The peak is the larger of three moments, in which different parts
-live: `setup` (pairs of the log are collected), `load` (tables are filled), `train` (a step is under way).
+mapped from files are page cache, and not counted. The peak is the largest of four moments, in which different parts
+live: `setup` (pairs of the log are collected), `load` (tables are filled), `train` (a step is under way), `checkpoint`
+(so from the first checkpoint on: its copy of the state stays for the next one).
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ ALLOCATOR = 64 * MIB
 PIPELINE = 3
 """Batches that TrainPipelineSparseDist holds: in the step, in the exchange of ids, on the way to the device."""
 Place = Literal["device", "host"]
-Phase = Literal["always", "run", "setup", "load", "train"]
-"""When a part is there: at one of the three moments, at all of them, or (`run`) from the tables' making on."""
+Phase = Literal["always", "run", "setup", "load", "train", "checkpoint"]
+"""When a part is there: at one of the four moments (`train`: at `checkpoint` too), at all of them, or (`run`) from the
+tables' making on."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,9 @@ def rank_lines(
     if job.keep_best:
         copied = trained_bytes + dense
         lines.append(Line("best weights", copied, "a copy of what is trained", device, "train"))
+    staged = trained_bytes + state + 3 * dense
+    formula = "trainable tables, optimizer state, dense weights and 2 Adam moments"
+    lines.append(Line("copy for checkpoints", staged, formula, "host", "checkpoint"))
     lines += _negatives_lines(job, device)
     wide = sum(strides[s.side] * s.width for s in shards) * 4 * world
     whole = sum(strides[t.side] * t.width for t in tables_of(model)) * 4
@@ -357,6 +362,7 @@ def peaks(lines: list[Line], place: Place) -> dict[str, int]:
         "setup": ("always", "setup"),
         "load": ("always", "run", "load"),
         "train": ("always", "run", "train"),
+        "checkpoint": ("always", "run", "train", "checkpoint"),
     }
     return {
         moment: sum(line.bytes for line in lines if line.place == place and line.phase in phases)

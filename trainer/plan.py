@@ -341,7 +341,14 @@ def _show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dic
     else:
         print(tabulate(_layout_rows(model, need), headers="keys"))
     print(f"\nMemory of a rank, MiB, of the rank that needs most{'' if need.layout else ' (tables cut evenly)'}")
-    when = {"always": "always", "run": "load, train", "setup": "set up", "load": "load", "train": "train"}
+    when = {
+        "always": "always",
+        "run": "load, train",
+        "setup": "set up",
+        "load": "load",
+        "train": "train",
+        "checkpoint": "checkpoint",
+    }
     for place in ("device", "host"):
         rows = [
             (line.name, round(line.bytes / (1 << 20), 1), when[line.phase], line.formula)
@@ -353,7 +360,10 @@ def _show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dic
         print(f"\n{'on the GPU' if place == 'device' else 'in host memory'}")
         print(tabulate(rows, headers=("part", "MiB", "when", "formula"), floatfmt=",.1f"))
         at = {moment: f"{_gib(size)} GiB" for moment, size in peaks(need.lines, place).items()}
-        print(f"peak {_gib(need.rank_bytes(place))} GiB (set up {at['setup']}, load {at['load']}, train {at['train']})")
+        print(
+            f"peak {_gib(need.rank_bytes(place))} GiB (set up {at['setup']}, load {at['load']}, train {at['train']}, "
+            f"checkpoint {at['checkpoint']})"
+        )
     if job.network.negatives.reject_positives and not job.rows:
         print("\nnot counted: 8 bytes an interaction on every rank, for --negatives.reject-positives; give --rows")
     print(f"\n{'fits' if need.problem is None else 'DOES NOT FIT: ' + need.problem}")

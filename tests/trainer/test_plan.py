@@ -54,6 +54,16 @@ def test_trained_tables_have_four_bytes_of_state_a_row():
     assert not any(entry["name"] == "frozen tables" for entry in lines)
 
 
+@pytest.mark.parametrize(("strategy", "trained"), [("random", 1_100_000 * 516), ("init-freeze", 0)])
+def test_a_checkpoint_is_copied_in_host_memory_without_frozen_tables_and_gradients(strategy, trained):
+    found = plan(config(strategy=strategy, cluster=ClusterConfig(ranks_per_node=1), compare=False))
+    copy, dense = line(found["lines"], "copy for checkpoints"), line(found["lines"], "dense part")
+    assert copy == trained + dense * 3 // 4  # weights and two moments, without gradients
+    host, device = found["peaks"]["host"], found["peaks"]["device"]
+    assert host["checkpoint"] - host["train"] == copy
+    assert device["checkpoint"] == device["train"]
+
+
 @pytest.mark.parametrize(("ways", "weighted"), [(1, False), (2, False), (2, True)])
 def test_a_map_is_as_large_as_the_module_that_holds_it(ways, weighted):
     weights = torch.ones(50, ways, dtype=torch.float16) if weighted else None
