@@ -340,13 +340,13 @@ def check_same_run(found: Checkpoint | None, now: Mapping[str, Any]) -> None:
     changed = [
         key
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in ALLOWED and not key.startswith("checkpoint.")
+        if before.get(key) != after.get(key) and key not in ALLOWED and not key.startswith(("checkpoint.", "watch."))
     ]
     if changed:
         each = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed)
         raise InputError(
             f"{found.path}: written with other settings ({each}). When a run goes on, only {', '.join(ALLOWED)} and "
-            "checkpoint.* may change; to start anew: --checkpoint.no-resume"
+            "checkpoint.* and watch.* may change; to start anew: --checkpoint.no-resume"
         )
     for name in sorted(made["inputs"].keys() | now["inputs"].keys()):
         if made["inputs"].get(name) != now["inputs"].get(name):

@@ -114,6 +114,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What shows a run from outside while it goes on."""
+
+    port: int = 0
+    """Port of a Prometheus text endpoint, http://ADDRESS:PORT/metrics, on the host of rank 0; 0: none."""
+    address: str = "127.0.0.1"
+    """Where it listens. It has no password: other addresses than loopback are for trusted networks only."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"watch.port is {self.port}, expected 0 to 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitConfig:
     """Hold one row of each user out of a log, e.g. to choose settings without a look at the test rows."""
 
@@ -216,6 +230,7 @@ class TrainConfig(NetworkConfig):
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     stall_seconds: float = 600.0
     """A step, or a collective outside of steps, that takes longer ends the run, with the rank that stalls named."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -315,7 +315,12 @@ class _Run:
         if self.log:
             self.log.write(
                 self.result.steps,
-                {"train/loss": loss, "train/learning_rate": rate, "train/rows_per_second": speed},
+                {
+                    "train/loss": loss,
+                    "train/learning_rate": rate,
+                    "train/rows_per_second": speed,
+                    "train/epoch": self.epoch,
+                },
             )
 
     def look(self) -> bool:

@@ -1,4 +1,4 @@
-"""Scalars of a run: JSON lines and TensorBoard, written by rank 0."""
+"""Scalars of a run: JSON lines, TensorBoard and a Prometheus endpoint, by rank 0."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from recpress.trainer.prometheus import Endpoint
 
 FILE = "metrics.jsonl"
 
@@ -18,10 +21,14 @@ class MetricsLog:
 
     A folder that has them already is gone on with.
 
-    On other ranks than 0, and with folder None, nothing is written.
+    On other ranks than 0, and with folder None, no file is written. `endpoint`, which stays the caller's to close, is
+    told the same scalars.
     """
 
-    def __init__(self, folder: str | Path | None, *, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path | None, *, tensorboard: bool = True, endpoint: Endpoint | None = None
+    ) -> None:
+        self._endpoint = endpoint
         self._file: TextIO | None = None
         self._board: Any = None
         self._start = time.monotonic()
@@ -54,6 +61,8 @@ class MetricsLog:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append scalars of a step."""
+        if self._endpoint is not None:
+            self._endpoint.write(step, scalars)
         if self._file is None:
             return
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **scalars}

@@ -8,8 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from recpress.data import artifact, storage
@@ -32,6 +33,9 @@ from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.versions import versions
+
+if TYPE_CHECKING:
+    from recpress.trainer.prometheus import Endpoint
 
 
 @dataclass
@@ -109,7 +113,12 @@ def train(config: TrainConfig) -> TrainResult:
             setup_seconds = time.monotonic() - begin
             if ranks.rank == 0 and config.tensorboard:
                 print(f"metrics while it runs: tensorboard --logdir {checkpoints.folder}", flush=True)
-            with MetricsLog(checkpoints.folder / METRICS, tensorboard=config.tensorboard) as metrics_log:
+            with (
+                _endpoint(config, checkpoints, ranks) as endpoint,
+                MetricsLog(
+                    checkpoints.folder / METRICS, tensorboard=config.tensorboard, endpoint=endpoint
+                ) as metrics_log,
+            ):
                 fitted = fit(
                     model.dmp,
                     TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
@@ -281,6 +290,22 @@ def _as_before(
         print(f"other ranks than before: a step still has {rows:,} rows, {rows // ranks.world:,} on each", flush=True)
     with agreed():
         return _stream(config, log, ranks, rows)
+
+
+@contextmanager
+def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Iterator[Endpoint | None]:
+    """The Prometheus endpoint, on rank 0, where one is asked for."""
+    made: Endpoint | None = None
+    with agreed():
+        if config.watch.port and ranks.rank == 0:
+            from recpress.trainer.prometheus import Endpoint  # a run without one does not need its package
+
+            made = Endpoint(config.watch.port, config.watch.address, lambda: checkpoints.failures)
+    try:
+        yield made
+    finally:
+        if made is not None:
+            made.close()
 
 
 def _digest(value: Any) -> str:
