@@ -120,11 +120,6 @@ class Checkpoints:
 
     # ---- when
 
-    @property
-    def enabled(self) -> bool:
-        """Whether any are written while nothing happens; a signal writes one in any case."""
-        return bool(self.config.steps or self.config.minutes)
-
     def due(self, step: int) -> bool:
         """Whether the steps say so; not collective, the same on every rank."""
         return bool(self.config.steps) and step % self.config.steps == 0

@@ -223,7 +223,6 @@ class _Run:
             self.heart.rest()
             state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
             self.checkpoints.save(state, self.numbers(), self.result.steps)
-            self.mark = time.monotonic()
         if stop:
             self.checkpoints.wait()
             self.decisions.close()
@@ -358,7 +357,7 @@ class _Run:
             self.worse = 0
             if self.config.keep_best:
                 self.best = Snapshot.take(self.model)
-                if self.checkpoints is not None and self.checkpoints.enabled:
+                if self.checkpoints is not None:
                     self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
             return False
         self.worse += 1

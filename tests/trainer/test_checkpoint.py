@@ -174,6 +174,7 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step_with_a_checkpoint(tm
     quiet = run_on_ranks(train, 2, tmp_path / "quiet")
     for rank, after in enumerate(run_on_ranks(stopped_by_signal, 2, tmp_path / "b")):
         assert after[:4] == quiet[rank][:4]
+        assert after[4] == []  # nothing was passed over
 
 
 def without_space(folder):
