@@ -1,0 +1,93 @@
+"""What all benchmarks share: the form of their results, as a table on the terminal and as one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+FORMAT = 1
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow")
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The machine's size, the device's name, and the versions that decide speed; no host names, no paths."""
+    device = torch.device(device)
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def publish(
+    question: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    out: str | Path | None,
+    settings: dict[str, Any],
+    device: torch.device | str = "cpu",
+) -> None:
+    """Print `rows` as a table and, with `out`, write them to a JSON file for `recpress bench` and the report page.
+
+    Args:
+        question: what was asked, one line; the title of table and plots.
+        rows: one dict a case, keys with units ("rows/s", "peak MB"); all may have the same keys.
+        settings: the arguments that made them, JSON values.
+    """
+    print(f"\n{question}\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [[row.get(column, "") for column in columns] for row in rows]
+    print(tabulate(table, headers=columns, floatfmt=".4g", intfmt=","), flush=True)
+    if out is None:
+        return
+    result = {
+        "format": FORMAT,
+        "benchmark": Path(sys.argv[0]).stem,
+        "question": question,
+        "settings": settings,
+        "machine": machine(device),
+        "rows": list(rows),
+    }
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.tmp")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.rename(target)
+
+
+def settings_of(values: dict[str, Any], leave_out: Iterable[str] = ("out",)) -> dict[str, Any]:
+    """The arguments of a benchmark as JSON values, without those that name places of this machine."""
+    known = (bool, int, float, str, list, tuple, type(None))
+    return {
+        name: value if isinstance(value, known) else str(value)
+        for name, value in values.items()
+        if name not in leave_out
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
