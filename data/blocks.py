@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from recpress.data.columns import Jagged, take
-from recpress.data.config import SampleConfig
 from recpress.data.order import EpochOrder, Part, Visit
 from recpress.data.rows import Rows
-from recpress.data.sampling import selected
+from recpress.data.selection import Selection
 
 Columns = dict[str, np.ndarray | Jagged]
 
@@ -69,13 +68,12 @@ class BlockReader:
         order: EpochOrder,
         visits: Sequence[Visit],
         *,
-        sample: SampleConfig | None,
-        complement: bool,
+        selection: Selection,
         threads: int,
         start: int,
     ) -> None:
         self._rows, self._columns, self._order = rows, list(columns), order
-        self._sample, self._complement = sample, complement
+        self._selection = selection
         self._visits = visits
         self._next = 0
         self._step = start
@@ -176,7 +174,7 @@ class BlockReader:
     def _decode(self, visit: Visit) -> None:
         group = self._rows.groups[visit.group]
         columns = self._rows.read(group, self._columns)
-        chosen = selected(self._sample, self._complement, group.file, group.group, group.num_rows)
+        chosen = self._selection.of(visit.group)
         if chosen is not None:
             columns = {name: take(column, chosen) for name, column in columns.items()}
         for part in visit.parts:

@@ -15,7 +15,7 @@ from recpress.data import artifact
 from recpress.data.columns import Column, Jagged, check_type, decode, take
 from recpress.data.errors import InputError
 from recpress.data.files import first_line, retried, shown
-from recpress.data.sampling import membership
+from recpress.data.selection import Selection
 
 if TYPE_CHECKING:
     from recpress.data.config import SampleConfig
@@ -129,29 +129,17 @@ def iter_columns(
     Raises:
         InputError: see `Rows.read`.
     """
-    mine = rows.groups[rank::world]
+    selection = Selection(rows, sample, complement)
+    mine = range(rank, len(rows.groups), world)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
-        ahead = pool.submit(rows.read, mine[0], columns) if mine else None
+        ahead = pool.submit(rows.read, rows.groups[mine[0]], columns) if mine else None
         for place, group in enumerate(mine):
             assert ahead is not None
             data = ahead.result()
-            ahead = pool.submit(rows.read, mine[place + 1], columns) if place + 1 < len(mine) else None
-            if sample is not None:
-                chosen = _chosen(sample, group, complement)
-                if chosen is not None:
-                    data = {name: take(column, chosen) for name, column in data.items()}
-            elif complement:
-                data = {name: take(column, np.empty(0, np.int64)) for name, column in data.items()}
-            yield data
-
-
-def _chosen(sample: SampleConfig, group: RowGroup, complement: bool) -> np.ndarray | None:
-    inside = membership(sample.seed, sample.rate, group.file, group.group, group.num_rows)
-    if not complement:
-        return inside if len(inside) < group.num_rows else None
-    outside = np.ones(group.num_rows, dtype=bool)
-    outside[inside] = False
-    return np.flatnonzero(outside)
+            following = mine[place + 1 : place + 2]
+            ahead = pool.submit(rows.read, rows.groups[following[0]], columns) if following else None
+            chosen = selection.of(group)
+            yield data if chosen is None else {name: take(column, chosen) for name, column in data.items()}
 
 
 def open_rows(

@@ -17,7 +17,7 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
 from recpress.data.order import EpochOrder
 from recpress.data.rows import Rows
-from recpress.data.sampling import selected_count
+from recpress.data.selection import Selection
 from recpress.data.side_table import JaggedColumn
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -100,10 +100,7 @@ class InteractionStream:
         for name in self.columns:
             if name not in rows.columns:
                 raise InputError(f"{rows.files[0].path}: no column '{name}'; expected {', '.join(rows.columns)}")
-        self._counts = np.array(
-            [selected_count(sample, complement, group.file, group.group, group.num_rows) for group in rows.groups],
-            dtype=np.int64,
-        )
+        self.selection = Selection(rows, sample, complement)
         if self.num_rows < world:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
@@ -112,7 +109,7 @@ class InteractionStream:
     @property
     def num_rows(self) -> int:
         """Rows of the sample on all ranks."""
-        return int(self._counts.sum())
+        return self.selection.num_rows
 
     @property
     def steps_per_epoch(self) -> int:
@@ -122,7 +119,7 @@ class InteractionStream:
         """The next iteration begins at this step of this epoch."""
         config = self.config
         self.order = EpochOrder(
-            self._counts,
+            self.selection.counts,
             self.global_batch,
             config.seed,
             epoch,
@@ -150,8 +147,7 @@ class InteractionStream:
             self.columns,
             order,
             order.visits(self.rank, self.world, steps[0]),
-            sample=self.sample,
-            complement=self.complement,
+            selection=self.selection,
             threads=self.config.threads,
             start=steps[0],
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
-from recpress.data.sampling import selected_count
+from recpress.data.selection import Selection
 from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.artifacts import FactorsArtifact, open_factors
 from recpress.trainer.config import chosen_schema
@@ -264,7 +264,7 @@ def _job(config: PlanConfig) -> Job:
         sampled = math.ceil(rows * config.sample.rate)
     else:
         rows, group = log.train.num_rows, max(g.num_rows for g in log.train.groups)
-        sampled = sum(selected_count(config.sample, False, g.file, g.group, g.num_rows) for g in log.train.groups)
+        sampled = Selection(log.train, config.sample).num_rows
         sides = _sides(config, log)
     if config.stream.batch_size < 1:
         raise InputError(f"stream.batch_size is {config.stream.batch_size}; expected at least 1")
