@@ -31,6 +31,8 @@ class Column:
     role: Role
     limit: int | None = None
     """Ids must be smaller than this; None where it is not known."""
+    time: str | None = None
+    """What times are read as: `integer`, `float`, or a zone and a unit (`local ms`, `UTC us`); None: as they are."""
 
 
 class Jagged(NamedTuple):
@@ -56,19 +58,23 @@ def take(column: np.ndarray | Jagged, rows: np.ndarray) -> np.ndarray | Jagged:
 
 
 def check_type(column: Column, schema: pa.Schema, where: str) -> None:
-    """Raises InputError where the column is missing or of a type that its role does not allow."""
-    found = schema.get_field_index(column.name)
-    if found < 0:
+    """Raises InputError where the column is missing, is there twice, or has a type that its role does not allow."""
+    found = schema.get_all_field_indices(column.name)
+    if len(found) != 1:
         names = ", ".join(schema.names)
-        raise InputError(f"{where}: no column '{column.name}'; expected {_EXPECTED[column.role]}, found {names}")
-    kind = schema.field(found).type
+        many = f"{len(found)} columns" if found else "no column"
+        raise InputError(f"{where}: {many} '{column.name}'; expected {_EXPECTED[column.role]}, found {names}")
+    kind = schema.field(found[0]).type
     if not _fits(column.role, kind):
         raise InputError(f"{where}, column '{column.name}': type {kind}; expected {_EXPECTED[column.role]}")
 
 
 def _fits(role: Role, kind: pa.DataType) -> bool:
+    kind = _plain(kind)
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    ids = _is_list(kind) and pa.types.is_integer(kind.value_type)
+    value = _plain(kind.value_type) if is_list(kind) else None
+    # A writer that has met no value does not know their type: lists that are all empty, floats that are all missing.
+    ids = value is not None and (pa.types.is_integer(value) or pa.types.is_null(value))
     match role:
         case "id":
             return pa.types.is_integer(kind)
@@ -81,11 +87,17 @@ def _fits(role: Role, kind: pa.DataType) -> bool:
         case "label":
             return number or pa.types.is_boolean(kind)
         case "float":
-            return number
+            return number or pa.types.is_null(kind)
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values are lists of any of Arrow's kinds that Parquet stores."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, whether or not they are in a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[int], int] | None = None) -> None:
@@ -108,19 +120,21 @@ def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[
 def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Jagged:
     """Checks a column of one row group and returns it as numpy, without a copy where Arrow allows.
 
-    Ids and categories come as int64, times as int64 (timestamps in their own unit) or float64, labels and
-    floats as float32. A missing float is NaN. Lists come as Jagged; a missing list of categories is an empty
-    one.
+    Ids and categories come as int64, times as int64 or float64 (as `column.time` says; else timestamps in their own
+    unit), labels and floats as float32. A missing float is NaN. Lists come as Jagged; a missing list of categories is
+    an empty one.
 
     Raises:
         InputError: a null where there may be none, an id that is negative or too large, NaN in a label, a row
             without negatives.
     """
     where = f"{where}, column '{column.name}'"
+    if pa.types.is_dictionary(data.type):
+        data = data.cast(data.type.value_type)
     array = data.combine_chunks() if data.num_chunks != 1 else data.chunk(0)
     if isinstance(array, pa.ChunkedArray):  # no chunks at all
         array = pa.array([], data.type)
-    if _is_list(array.type):
+    if is_list(array.type):
         return _decode_lists(column, array, where)
     if array.null_count and column.role != "float":
         row = int(np.argmax(pc.is_null(array).to_numpy(zero_copy_only=False)))
@@ -128,16 +142,10 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
     if column.role in ("id", "categorical"):
         return _integers(array, column.limit, where)
     if column.role == "time":
-        if pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
-            times = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-            if np.isnan(times).any():
-                raise InputError(f"{where}, row {int(np.argmax(np.isnan(times)))}: NaN; expected a time")
-            return times
-        if pa.types.is_date(array.type):
-            array = array.cast(pa.timestamp("s"))
-        return array.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    kind = pa.float32()
-    values = array.cast(kind, safe=False).to_numpy(zero_copy_only=False)
+        return _times(column, array, where)
+    if pa.types.is_decimal(array.type):  # Arrow multiplies by 0.001, say, which float32 rounds: 3.000 became 3.0000002
+        array = array.cast(pa.float64())
+    values = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     if column.role == "label" and np.isnan(values).any():
         raise InputError(f"{where}, row {int(np.argmax(np.isnan(values)))}: NaN; expected a number")
     return values
@@ -150,6 +158,8 @@ def _decode_lists(column: Column, array: pa.Array, where: str) -> Jagged:
         row = int(np.argmax(lengths == 0))
         raise InputError(f"{where}, row {row}: an empty list; expected at least one item")
     flat = array.flatten()
+    if pa.types.is_dictionary(flat.type):
+        flat = flat.dictionary_decode()
 
     def row_of(place: int) -> int:
         return int(np.searchsorted(offsets, place, side="right")) - 1
@@ -157,15 +167,35 @@ def _decode_lists(column: Column, array: pa.Array, where: str) -> Jagged:
     if flat.null_count:
         row = row_of(int(np.argmax(pc.is_null(flat).to_numpy(zero_copy_only=False))))
         raise InputError(f"{where}, row {row}: a null in the list; expected integers")
-    values = flat.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    values = _cast(flat, pa.int64(), where).to_numpy(zero_copy_only=False)
     check_ids(values, column.limit, where, row_of)
     return Jagged(values, offsets)
 
 
-def _integers(array: pa.Array, limit: int | None, where: str) -> np.ndarray:
+def _times(column: Column, array: pa.Array, where: str) -> np.ndarray:
+    if pa.types.is_date(array.type):
+        array = array.cast(pa.timestamp("s"))
+    if pa.types.is_timestamp(array.type):
+        unit = column.time.split()[-1] if column.time else array.type.unit
+        array = _cast(array, pa.timestamp(unit, array.type.tz), where)  # of a finer unit: exact, or an error
+        return array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if column.time != "float" and pa.types.is_integer(array.type):
+        return _cast(array, pa.int64(), where).to_numpy(zero_copy_only=False)
+    times = _cast(array, pa.float64(), where).to_numpy(zero_copy_only=False)
+    if np.isnan(times).any():
+        raise InputError(f"{where}, row {int(np.argmax(np.isnan(times)))}: NaN; expected a time")
+    return times
+
+
+def _cast(array: pa.Array, kind: pa.DataType, where: str) -> pa.Array:
+    """Raises InputError where a value does not fit: unsigned above 2 ** 63, say."""
     try:
-        ids = array.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid as error:  # unsigned, above 2 ** 63
+        return array.cast(kind)
+    except pa.ArrowInvalid as error:
         raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def _integers(array: pa.Array, limit: int | None, where: str) -> np.ndarray:
+    ids = _cast(array, pa.int64(), where).to_numpy(zero_copy_only=False)
     check_ids(ids, limit, where)
     return ids

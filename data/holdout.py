@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from recpress.data import artifact
 from recpress.data.config import LayoutConfig
+from recpress.data.drift import stored_as
 from recpress.data.errors import InputError
 from recpress.data.log import KIND, SIDES, Log, Side
 from recpress.data.negatives_table import negatives_table
@@ -71,7 +72,7 @@ def leave_one_out(
         users = np.flatnonzero(held >= 0)
         if negatives:
             unmet = _draw_negatives(log, users, held[users], counts, negatives, seed)
-            kind = log.train.files[0].metadata.schema.to_arrow_schema().field(log.schema.item).type
+            kind = _schema(log).field(log.schema.item).type
             writer.part("test_negatives").write(negatives_table(users, held[users], unmet, kind))
         _copy_tables(log, writer, left)
         old = log.manifest or {}
@@ -148,9 +149,10 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
     names = list(log.train.columns)
     left: dict[Side, np.ndarray] = {side: np.zeros(log.num_ids(side), dtype=np.int64) for side in SIDES}
     tests = []
+    schema = _schema(log)
     for group, data in _scan(log, [user, item], "writing"):
         leaves = data[item] == held[data[user]]
-        table = log.train.read_table(group, names)
+        table = log.train.read_table(group, names).select(schema.names).cast(schema)
         writer.part("train").write(table.filter(pa.array(~leaves)))
         if leaves.any():
             tests.append(table.filter(pa.array(leaves)))
@@ -165,6 +167,11 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
     last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
     writer.part("test").write(order.take(pa.array(last)).drop_columns("place in train"))
     return left
+
+
+def _schema(log: Log) -> pa.Schema:
+    """Of what is written: the files of the log may store the same in different types."""
+    return stored_as(list(log.train.columns.values()), [file.schema for file in log.train.files])
 
 
 def _draw_negatives(

@@ -21,6 +21,7 @@ from pyarrow import fs as pafs
 from recpress.data import artifact
 from recpress.data.columns import Column
 from recpress.data.config import Schema
+from recpress.data.drift import common_time
 from recpress.data.errors import InputError
 from recpress.data.files import expand, file_infos, file_type, is_glob, list_folder, resolve, shown
 from recpress.data.rows import Rows, iter_columns, num_ids, open_rows, read_whole
@@ -145,6 +146,7 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
     for part, rows in opened.items():
         if rows.num_rows == 0:
             raise InputError(f"{rows.files[0].path}: no rows in {part}; expected at least one")
+    opened = _same_times(opened, schema)
     users, items = _sizes(opened, schema, manifest)
     features = {name: entry["num_ids"] for name, entry in (manifest or {}).get("features", {}).items()}
     limits = features | {schema.user: users, schema.item: items}
@@ -207,6 +209,19 @@ def _open_part(filesystem: pafs.FileSystem, part: str, files: list[str], schema:
     if part == "train":
         return open_rows(filesystem, files, ids + rest)
     return open_rows(filesystem, files, ids, rest)  # held-out rows may lack what only training needs
+
+
+def _same_times(opened: dict[str, Rows], schema: Schema) -> dict[str, Rows]:
+    """The same rows, the times of all parts in one unit."""
+    name = schema.time or ""
+    having = {part: rows for part, rows in opened.items() if name in rows.columns}
+    if not having:
+        return opened
+    time = common_time(name, [(rows.where_file(0), str(rows.columns[name].time)) for rows in having.values()])
+    return opened | {
+        part: replace(rows, columns=rows.columns | {name: replace(rows.columns[name], time=time)})
+        for part, rows in having.items()
+    }
 
 
 def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | None) -> tuple[int, int]:

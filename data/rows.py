@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from recpress.data import artifact
-from recpress.data.columns import Column, Jagged, check_type, decode, take
+from recpress.data.columns import Column, Jagged, decode, take
+from recpress.data.drift import agree
 from recpress.data.errors import InputError
 from recpress.data.files import first_line, retried, shown
 from recpress.data.selection import Selection
@@ -28,6 +29,10 @@ class RowFile:
     path: str
     size: int
     metadata: pq.FileMetaData
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.metadata.schema.to_arrow_schema()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,11 @@ class Rows:
 
     def where(self, group: RowGroup) -> str:
         """The place of a row group, as errors name it."""
-        return f"{shown(self.filesystem, self.files[group.file].path)}, row group {group.group}"
+        return f"{self.where_file(group.file)}, row group {group.group}"
+
+    def where_file(self, ordinal: int) -> str:
+        """A file, as errors name it."""
+        return shown(self.filesystem, self.files[ordinal].path)
 
     def read_table(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """The given columns of one row group as they are, by the calling thread alone.
@@ -152,22 +161,19 @@ def open_rows(
 
     Args:
         required: columns that every file must have.
-        optional: columns that may be read where the first file has them; then every file must.
+        optional: columns that may be read where a file has them; then every file must.
 
     Raises:
-        InputError: no file, a file that is truncated or no Parquet, a column that is missing or of a wrong
-            type.
+        InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or that
+            the files do not agree on (`drift.agree`).
     """
     if not paths:
         raise InputError("no Parquet file")
     with ThreadPoolExecutor(max_workers=min(16, len(paths))) as pool:
         files = tuple(pool.map(lambda path: _open_file(filesystem, path), sorted(paths)))
-    first = files[0].metadata.schema.to_arrow_schema()
-    columns = [*required, *(column for column in optional if column.name in first.names)]
-    for file in files:
-        schema = file.metadata.schema.to_arrow_schema()
-        for column in columns:
-            check_type(column, schema, file.path)
+    schemas = [(shown(filesystem, file.path), file.schema) for file in files]
+    there = {name for _, schema in schemas for name in schema.names}
+    columns = agree([*required, *(column for column in optional if column.name in there)], schemas)
     groups = tuple(
         RowGroup(ordinal, group, file.metadata.row_group(group).num_rows)
         for ordinal, file in enumerate(files)
