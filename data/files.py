@@ -1,4 +1,4 @@
-"""Files on any filesystem that pyarrow knows: local paths and URIs, folders and globs.
+"""Files on any filesystem that pyarrow or fsspec knows: local paths and URIs, folders and globs.
 
 What fails on a remote one is tried again (`retried`): this is the one place that says how often and how long.
 """
@@ -25,6 +25,11 @@ T = TypeVar("T")
 
 _WILD = re.compile(r"[*?\[]")
 _LONGEST_WAIT = 8.0
+_OF_PYARROW = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+_FSSPEC = "py::fsspec+"  # how pyarrow names what it reaches by fsspec
+_SECRET_OPTION = re.compile(
+    r"[?&]([\w.-]*(?:key|secret|token|sig|signature|password|credential)[\w.-]*)=", re.IGNORECASE
+)
 _S3_OPTIONS = ("region", "scheme", "endpoint_override")
 _FINAL = re.compile(
     r"AWS Error (ACCESS_DENIED|NO_SUCH_\w+|INVALID_\w+|SIGNATURE_\w+|PERMANENT_REDIRECT|UNRECOGNIZED_CLIENT"
@@ -43,16 +48,15 @@ def patience() -> float:
 
 
 def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
-    """Filesystem and the path in it, of a local path or a URI (`file://`, `s3://`, `gs://`, `hdfs://`,
-    `abfs://`)."""
+    """Filesystem and the path in it, of a local path or a URI: of a scheme that pyarrow knows (`file://`, `s3://`,
+    `gs://`, `hdfs://`, `abfs://`), else of one that fsspec knows, where that is installed (`zip://a.parquet::/b.zip`).
+    """
     text = str(path)
     if "://" not in text:
         return pafs.LocalFileSystem(), text.rstrip("/") or "/"
-    if secret := re.match(r"(\w+://)[^/@]*:[^/@]*@(.*)", text):
-        raise InputError(
-            f"{secret[1]}…@{secret[2]}: credentials in an address would reach logs and manifests; expected them where "
-            "the filesystem looks, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+    _refuse_secrets(text)
+    if "::" in text or text.partition("://")[0] not in _OF_PYARROW:
+        return _resolve_fsspec(text)
     # A wildcard is no URI, so only what stands before it is parsed. `?` begins the options of a URI, never a
     # wildcard.
     address, mark, options = text.partition("?")
@@ -73,7 +77,11 @@ def is_remote(path: str | Path) -> bool:
 
 def shown(filesystem: pafs.FileSystem, path: str) -> str:
     """A path in a filesystem as errors name it: `s3://bucket/key`; local ones as they are."""
-    return f"s3://{path}" if filesystem.type_name == "s3" else path
+    if filesystem.type_name == "s3":
+        return f"s3://{path}"
+    if filesystem.type_name.startswith(_FSSPEC):
+        return f"{filesystem.type_name.removeprefix(_FSSPEC)}://{path.lstrip('/')}"
+    return path
 
 
 def retried(filesystem: pafs.FileSystem, where: str, call: Callable[[], T]) -> T:
@@ -178,6 +186,42 @@ def _asked(filesystem: pafs.FileSystem, path: str, call: Callable[[], T]) -> T:
         return retried(filesystem, where, call)
     except OSError as error:
         raise InputError(f"{where}: cannot be looked up: {first_line(error)}") from error
+
+
+def _refuse_secrets(text: str) -> None:
+    """Addresses are printed, and stand in manifests."""
+    expected = "expected them where the filesystem looks, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if secret := re.search(r"([\w+.-]+://)[^/@]*:[^/@]*@([^?]*)", text):
+        raise InputError(
+            f"{text[: secret.start()]}{secret[1]}…@{secret[2]}: credentials in an address would reach logs and "
+            f"manifests; {expected}"
+        )
+    if option := _SECRET_OPTION.search(text):
+        raise InputError(
+            f"{text.partition('?')[0]}: option {option[1]!r}: credentials in an address would reach logs and "
+            f"manifests; {expected}"
+        )
+
+
+def _resolve_fsspec(address: str) -> tuple[pafs.FileSystem, str]:
+    scheme = address.partition("://")[0].partition("::")[0]
+    try:
+        import fsspec
+    except ImportError:
+        raise InputError(
+            f"{address}: scheme '{scheme}', expected one of {', '.join(_OF_PYARROW)}, or an installed fsspec"
+        ) from None
+    fixed, rest = _split_wild(address) if "::" not in address else (address, "")
+    try:
+        # No listing is kept: files come to a log, and an artifact is looked for after it was written.
+        filesystem, base = fsspec.core.url_to_fs(fixed, use_listings_cache=False)
+        made = pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
+    except ImportError as error:  # the scheme is known, its package is missing; fsspec says which
+        raise InputError(f"{address}: {first_line(error)}") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{address}: cannot be opened: {first_line(error)}") from error
+    base = base.rstrip("/")
+    return made, (f"{base}/{rest}" if rest else base)
 
 
 def _resolve_s3(address: str, options: str) -> tuple[pafs.FileSystem, str]:

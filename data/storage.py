@@ -42,8 +42,10 @@ THREADS = 8
 
 
 def join(address: str | Path, name: str) -> str:
-    """The address of a file in a folder; options of a URI stay at its end."""
-    base, mark, options = str(address).partition("?") if is_remote(address) else (str(address), "", "")
+    """The address of a file in a folder; options of a URI, and what a chain of filesystems lies in (`zip://f::/a.zip`),
+    stay at its end."""
+    mark = "::" if "::" in str(address) else "?"
+    base, mark, options = str(address).partition(mark) if is_remote(address) else (str(address), "", "")
     return f"{base.rstrip('/')}/{name}{mark}{options}"
 
 
