@@ -57,6 +57,9 @@ class StreamConfig:
     """Seed of the order; the epoch is mixed in."""
     threads: int = 1
     """Background threads that read and decode row groups."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """A file or row group that cannot be read or decoded, after the retries: `stop` ends the run with its name; `skip`
+    leaves it out, names and counts it, and lets rows of others take its place (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ or a glob is a log of train rows alone.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class Log:
     filesystem: pafs.FileSystem
     root: str | None
     """Folder of the log in `filesystem`; None for a single file or a glob."""
+    bad_files: dict[str, str] = field(default_factory=dict)
+    """Path -> what is wrong, of the files of train that were left out."""
 
     def num_ids(self, side: Side) -> int:
         return self.num_users if side == "user" else self.num_items
@@ -106,12 +109,22 @@ class Log:
         return table
 
 
-def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = True) -> Log:
+def open_log(
+    path: str | Path,
+    schema: Schema | None = None,
+    *,
+    pairs: bool = True,
+    skip_bad: bool = False,
+    bad: Mapping[str, str] | None = None,
+) -> Log:
     """Opens a log: a folder, a Parquet file or a glob, local or as a URI of a filesystem that pyarrow knows.
 
     Args:
         schema: which columns mean what; by default what the log's manifest says, else `Schema()`.
         pairs: refuse a log that has no user or no item column (an empty name in its schema).
+        skip_bad: leave out files of train that are not whole, instead of refusing the log. They keep their ordinals, so
+            that the sample of the others stays what it is.
+        bad: files of train to leave out in any case, as another rank's `Log.bad_files` says.
 
     Raises:
         InputError: nothing there, no rows, a file that is truncated or no Parquet, a column that is missing
@@ -120,6 +133,7 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
     """
     filesystem, inner = resolve(path)
     root, manifest = None, None
+    left_out = dict(bad or {})
     kind = None if is_glob(inner) else file_type(filesystem, inner)
     if kind in (None, pafs.FileType.File):
         parts = {"train": expand(filesystem, inner)}
@@ -131,7 +145,7 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
         parts = {part: _files_of(filesystem, found, part) for part in PARTS}
         if artifact.MANIFEST in found:
             manifest = artifact.read_manifest(path, KIND)
-            _check_files(filesystem, inner, manifest)
+            _check_files(filesystem, inner, manifest, parts["train"] if skip_bad else (), left_out)
         elif artifact.UNFINISHED in found:
             raise InputError(f"{path}: a write of this log did not end, or has not yet; expected a {artifact.MANIFEST}")
         if not parts["train"]:
@@ -142,7 +156,9 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
         schema = schema_from_manifest(manifest) if manifest else Schema()
     if pairs and not (schema.user and schema.item):
         raise InputError(f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here")
-    opened = {part: _open_part(filesystem, part, files, schema) for part, files in parts.items() if files}
+    opened = {
+        part: _open_part(filesystem, part, files, schema, skip_bad, left_out) for part, files in parts.items() if files
+    }
     for part, rows in opened.items():
         if rows.num_rows == 0:
             raise InputError(f"{rows.files[0].path}: no rows in {part}; expected at least one")
@@ -164,6 +180,7 @@ def open_log(path: str | Path, schema: Schema | None = None, *, pairs: bool = Tr
         manifest=manifest,
         filesystem=filesystem,
         root=root,
+        bad_files=left_out,
     )
 
 
@@ -187,17 +204,25 @@ def _files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part
     return sorted(files)
 
 
-def _check_files(filesystem: pafs.FileSystem, root: str, manifest: dict[str, Any]) -> None:
+def _check_files(
+    filesystem: pafs.FileSystem, root: str, manifest: dict[str, Any], may_fail: Sequence[str], bad: dict[str, str]
+) -> None:
+    """Raises InputError where a file is not the manifest's; one of `may_fail` that has another size becomes bad."""
     sizes = {file["name"]: file["size"] for file in manifest["files"]}
     infos = file_infos(filesystem, [f"{root}/{name}" for name in sizes])
     for (name, size), info in zip(sizes.items(), infos, strict=True):
         if info.type != pafs.FileType.File:
             raise InputError(f"{shown(filesystem, root)}/{name}: missing; the manifest names it")
         if info.size != size:
-            raise InputError(f"{shown(filesystem, root)}/{name}: {info.size} bytes; the manifest says {size}")
+            problem = f"{shown(filesystem, root)}/{name}: {info.size} bytes; the manifest says {size}"
+            if info.path not in may_fail:
+                raise InputError(problem)
+            bad[info.path] = problem
 
 
-def _open_part(filesystem: pafs.FileSystem, part: str, files: list[str], schema: Schema) -> Rows:
+def _open_part(
+    filesystem: pafs.FileSystem, part: str, files: list[str], schema: Schema, skip: bool, bad: dict[str, str]
+) -> Rows:
     if part == "test_negatives":
         columns = [Column(NEGATIVES.user, "id"), Column(NEGATIVES.item, "id"), Column("negatives", "ids")]
         return open_rows(filesystem, files, columns)
@@ -207,7 +232,7 @@ def _open_part(filesystem: pafs.FileSystem, part: str, files: list[str], schema:
     rest += [Column(name, "categorical") for name in schema.categorical]
     rest += [Column(name, "float") for name in schema.floats]
     if part == "train":
-        return open_rows(filesystem, files, ids + rest)
+        return open_rows(filesystem, files, ids + rest, skip=skip, bad=bad)
     return open_rows(filesystem, files, ids, rest)  # held-out rows may lack what only training needs
 
 

@@ -29,6 +29,7 @@ class RowFile:
     path: str
     size: int
     metadata: pq.FileMetaData
+    """None of a file whose row groups are not among those to read: it could not be opened, or they were read before."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -105,14 +106,18 @@ class Rows:
         where = self.where(group)
         return {name: decode(self.columns[name], table.column(name), where) for name in columns}
 
+    def read_or_skip(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged] | None:
+        """As `read`; None for a row group that is left out because it cannot be read (`bad_groups`)."""
+        return self.read(group, columns)
+
     def describe_files(self) -> list[dict[str, str | int]]:
-        """Name, size, rows and fingerprint of each file, for manifests."""
+        """Name, size, rows and fingerprint of each file, for manifests; of one that was left out, that it was."""
         return [
             {
                 "name": file.path,
                 "size": file.size,
-                "rows": file.metadata.num_rows,
-                "fingerprint": artifact.fingerprint(file.path, self.filesystem),
+                "rows": file.metadata.num_rows if file.metadata else 0,
+                "fingerprint": artifact.fingerprint(file.path, self.filesystem) if file.metadata else "left out",
             }
             for file in self.files
         ]
@@ -141,12 +146,14 @@ def iter_columns(
     selection = Selection(rows, sample, complement)
     mine = range(rank, len(rows.groups), world)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
-        ahead = pool.submit(rows.read, rows.groups[mine[0]], columns) if mine else None
+        ahead = pool.submit(rows.read_or_skip, rows.groups[mine[0]], columns) if mine else None
         for place, group in enumerate(mine):
             assert ahead is not None
             data = ahead.result()
             following = mine[place + 1 : place + 2]
-            ahead = pool.submit(rows.read, rows.groups[following[0]], columns) if following else None
+            ahead = pool.submit(rows.read_or_skip, rows.groups[following[0]], columns) if following else None
+            if data is None:
+                continue
             chosen = selection.of(group)
             yield data if chosen is None else {name: take(column, chosen) for name, column in data.items()}
 
@@ -156,12 +163,17 @@ def open_rows(
     paths: Sequence[str],
     required: Sequence[Column],
     optional: Sequence[Column] = (),
+    *,
+    skip: bool = False,
+    bad: dict[str, str] | None = None,
 ) -> Rows:
     """Reads the footers of the files, checks their columns and lists their row groups.
 
     Args:
         required: columns that every file must have.
         optional: columns that may be read where a file has them; then every file must.
+        skip: a file whose footer cannot be read has no row groups, instead of being an error.
+        bad: path -> what is wrong, of files to leave out in any case; with `skip` those that were found are added.
 
     Raises:
         InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or that
@@ -169,18 +181,37 @@ def open_rows(
     """
     if not paths:
         raise InputError("no Parquet file")
+    bad = {} if bad is None else bad
+
+    def open_one(path: str) -> RowFile:
+        if path not in bad:
+            try:
+                return _open_file(filesystem, path)
+            except InputError as error:
+                if not skip:
+                    raise
+                bad[path] = str(error)
+        return RowFile(path, 0, None)
+
     with ThreadPoolExecutor(max_workers=min(16, len(paths))) as pool:
-        files = tuple(pool.map(lambda path: _open_file(filesystem, path), sorted(paths)))
-    schemas = [(shown(filesystem, file.path), file.schema) for file in files]
+        files = tuple(pool.map(open_one, sorted(paths)))
+    schemas = [(shown(filesystem, file.path), file.schema) for file in files if file.metadata]
+    if not schemas:
+        raise InputError(f"{bad[files[0].path]}; nor can any other of the {len(files)} files be used")
     there = {name for _, schema in schemas for name in schema.names}
     columns = agree([*required, *(column for column in optional if column.name in there)], schemas)
-    groups = tuple(
+    return Rows(filesystem, files, groups_of(files), {column.name: column for column in columns})
+
+
+def groups_of(files: Sequence[RowFile], first: int = 0) -> tuple[RowGroup, ...]:
+    """The row groups that have rows, of the files from this ordinal on."""
+    return tuple(
         RowGroup(ordinal, group, file.metadata.row_group(group).num_rows)
         for ordinal, file in enumerate(files)
+        if ordinal >= first and file.metadata
         for group in range(file.metadata.num_row_groups)
         if file.metadata.row_group(group).num_rows
     )
-    return Rows(filesystem, files, groups, {column.name: column for column in columns})
 
 
 def _open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
@@ -211,7 +242,7 @@ def num_ids(rows: Rows, column: str) -> int:
 
     Raises InputError where the column holds a null or a negative id, naming the row.
     """
-    places = [_leaf(file.metadata, column) for file in rows.files]
+    places = [_leaf(file.metadata, column) if file.metadata else -1 for file in rows.files]
     largest = -1
     for group in rows.groups:
         stats = rows.files[group.file].metadata.row_group(group.group).column(places[group.file]).statistics

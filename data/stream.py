@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from recpress.data.bad_groups import ReplacingRows
 from recpress.data.blocks import BlockReader, Columns
 from recpress.data.columns import Jagged
 from recpress.data.config import SampleConfig, Schema, StreamConfig
@@ -101,6 +102,8 @@ class InteractionStream:
             if name not in rows.columns:
                 raise InputError(f"{rows.files[0].path}: no column '{name}'; expected {', '.join(rows.columns)}")
         self.selection = Selection(rows, sample, complement)
+        if config.on_bad_file == "skip":
+            self.rows = ReplacingRows.of(rows, selection=self.selection, seed=config.seed)
         if self.num_rows < world:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")

@@ -1,0 +1,98 @@
+"""Row groups that cannot be read or decoded, left out by choice (`stream.on_bad_file skip`), named and counted.
+
+Which rows a step sees follows from the row counts of the footers alone, so that all ranks have the same steps. A row
+group that turns out to be damaged would leave a hole in one rank's batches. The stream fills it with the rows of
+another row group of the sample, which the seed draws: steps, batch sizes and positions stay what they are, on all ranks
+and after a resume, and the rows that stand in count twice in that epoch. Whole passes over a log (counts of
+items, pairs of users) need no equal sizes, and there it is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from recpress.data.columns import Jagged, take
+from recpress.data.errors import InputError
+from recpress.data.rows import RowGroup, Rows
+from recpress.data.seeds import generator
+from recpress.data.selection import Selection
+
+TRIES = 8
+"""Row groups that fail one after the other before the stream gives up: then it is the storage, and no file."""
+Place = tuple[int, int]
+Lost = dict[Place, int]
+"""(file, row group) -> rows, of row groups that could not be read."""
+
+
+@dataclass(frozen=True)
+class TolerantRows(Rows):
+    """Rows whose damaged row groups are left out by `read_or_skip`, and remembered in `lost`."""
+
+    lost: Lost = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Rows, **more: object) -> TolerantRows:
+        """The same rows; what `rows` has lost already stays lost, in the same dictionary."""
+        parts = {part.name: getattr(rows, part.name) for part in fields(cls) if hasattr(rows, part.name)}
+        return cls(**parts | more)
+
+    def read_or_skip(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged] | None:
+        if (group.file, group.group) in self.lost:
+            return None
+        try:
+            return super().read(group, columns)
+        except InputError as error:
+            self._lose(group, error)
+            return None
+
+    def _lose(self, group: RowGroup, error: InputError) -> None:
+        named = any(file == group.file for file, _ in self.lost)
+        self.lost[group.file, group.group] = group.num_rows
+        if not named:
+            logging.getLogger("recpress").warning("left out: %s (said once a file)", error)
+
+
+@dataclass(frozen=True)
+class ReplacingRows(TolerantRows):
+    """Rows whose `read` always gives as many as the footer says: of another row group, where one is damaged."""
+
+    selection: Selection | None = None
+    """Which rows are read; None: all."""
+    seed: int = 0
+
+    def read(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged]:
+        """As `Rows.read`; at the places of a damaged group's members stand members of another one.
+
+        Raises InputError where TRIES others cannot be read either, or there is none.
+        """
+        found = self.read_or_skip(group, columns)
+        return self._instead(group, columns) if found is None else found
+
+    def _instead(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged]:
+        draw = generator(self.seed, "instead of", group.file, group.group)
+        tries = 0
+        for place in draw.permutation(len(self.groups)).tolist():
+            other, members = self.groups[place], self._members(place)
+            if (other.file, other.group) in self.lost or not len(members):
+                continue
+            found = self.read_or_skip(other, columns)
+            if found is not None:
+                wanted = self._members(self.groups.index(group))
+                rows = np.full(group.num_rows, members[0])
+                rows[wanted] = np.resize(draw.permutation(members), len(wanted))
+                return {name: take(column, rows) for name, column in found.items()}
+            tries += 1
+            if tries == TRIES:
+                break
+        raise InputError(
+            f"{self.where(group)}: cannot be read, and none that could stand in for it: {len(self.lost)} of "
+            f"{len(self.groups)} row groups are lost"
+        )
+
+    def _members(self, place: int) -> np.ndarray:
+        """The rows of `groups[place]` that are read."""
+        members = self.selection.of(place) if self.selection is not None else None
+        return np.arange(self.groups[place].num_rows) if members is None else members
