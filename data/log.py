@@ -116,6 +116,7 @@ def open_log(
     pairs: bool = True,
     skip_bad: bool = False,
     bad: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Log:
     """Opens a log: a folder, a Parquet file or a glob, local or as a URI of a filesystem that pyarrow knows.
 
@@ -125,6 +126,7 @@ def open_log(
         skip_bad: leave out files of train that are not whole, instead of refusing the log. They keep their ordinals, so
             that the sample of the others stays what it is.
         bad: files of train to leave out in any case, as another rank's `Log.bad_files` says.
+        only: the files of train, of a log that grows, instead of those that are there.
 
     Raises:
         InputError: nothing there, no rows, a file that is truncated or no Parquet, a column that is missing
@@ -142,7 +144,7 @@ def open_log(
     elif kind == pafs.FileType.Directory:
         root = inner
         found = list_folder(filesystem, inner)
-        parts = {part: _files_of(filesystem, found, part) for part in PARTS}
+        parts = {part: files_of(filesystem, found, part) for part in PARTS}
         if artifact.MANIFEST in found:
             manifest = artifact.read_manifest(path, KIND)
             _check_files(filesystem, inner, manifest, parts["train"] if skip_bad else (), left_out)
@@ -152,6 +154,8 @@ def open_log(
             raise InputError(f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob")
     else:
         raise InputError(f"{path}: no such file or folder")
+    if only is not None:
+        parts["train"] = list(only)
     if schema is None:
         schema = schema_from_manifest(manifest) if manifest else Schema()
     if pairs and not (schema.user and schema.item):
@@ -190,7 +194,8 @@ def schema_from_manifest(manifest: dict[str, Any]) -> Schema:
     return Schema(**{**fields, **lists})
 
 
-def _files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
+def files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
+    """Paths of the files of a part, by what was found in the log's folder; a writer's own (`.x`, `_x`) left out."""
     files = [
         info.path
         for name, info in found.items()
@@ -200,7 +205,7 @@ def _files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part
     ]
     if part in found and found[part].type == pafs.FileType.Directory:
         below = list_folder(filesystem, found[part].path).values()
-        files += [info.path for info in below if info.path.endswith(".parquet")]
+        files += [i.path for i in below if i.path.endswith(".parquet") and not i.base_name.startswith((".", "_"))]
     return sorted(files)
 
 

@@ -186,7 +186,7 @@ def open_rows(
     def open_one(path: str) -> RowFile:
         if path not in bad:
             try:
-                return _open_file(filesystem, path)
+                return open_file(filesystem, path)
             except InputError as error:
                 if not skip:
                     raise
@@ -214,7 +214,9 @@ def groups_of(files: Sequence[RowFile], first: int = 0) -> tuple[RowGroup, ...]:
     )
 
 
-def _open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
+def open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
+    """Reads the footer. Raises InputError where it cannot be read."""
+
     def read() -> RowFile:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
             return RowFile(path, source.size(), parquet.metadata)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from recpress.data.config import (
     IngestConfig,
     NegativesConfig,
@@ -111,6 +112,23 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least(0, steps=self.steps, minutes=self.minutes)
         at_least(1, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """Training that goes on with the files that come to a log (docs/log.md)."""
+
+    on: Annotated[bool, tyro.conf.arg(aliases=("--follow",))] = False
+    """After the epochs of the files that are there at the start, train once on each file that comes to the log. A
+    signal ends it, with a checkpoint to go on from, or --follow.idle-minutes, with a model."""
+    seconds: float = 30.0
+    """Seconds between two looks for new files."""
+    idle_minutes: float = 0.0
+    """Minutes without a new file after which the run ends; 0: never."""
+
+    def __post_init__(self) -> None:
+        at_least(0.01, seconds=self.seconds)
+        at_least(0, idle_minutes=self.idle_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +248,7 @@ class TrainConfig(NetworkConfig):
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    follow: FollowConfig = field(default_factory=FollowConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     stall_seconds: float = 600.0
     """A step, or a collective outside of steps, that takes longer ends the run, with the rank that stalls named."""
@@ -245,6 +264,16 @@ class TrainConfig(NetworkConfig):
     """Write TensorBoard scalars beside the JSON lines."""
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.follow.on and self.optimizer.schedule != "constant":
+            raise InputError(
+                f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and a log "
+                "that is followed has none; expected constant"
+            )
+        if self.follow.on and self.stop_after:
+            raise InputError("stop_after: expected 0 with follow, which goes on after the last epoch")
 
 
 @dataclass(frozen=True, kw_only=True)

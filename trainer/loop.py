@@ -24,6 +24,7 @@ from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import Snapshot
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.progress import Progress
+from recpress.trainer.source import Source
 from recpress.trainer.stopping import Decisions, StopSignal
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -93,6 +94,7 @@ def fit(
     description: str = "train",
     checkpoints: Checkpoints | None = None,
     heart: Heartbeat | None = None,
+    source: Source | None = None,
 ) -> FitResult:
     """Train `model`, whose forward gives (loss, detached loss), on the batches of each epoch.
 
@@ -104,12 +106,14 @@ def fit(
             `pin_memory` and `record_stream`.
         evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
         heart: told where the loop is.
+        source: what the batches come from: kept in checkpoints, its scalars logged, asked for more at the end.
 
     Raises:
         InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
         Preempted: a signal came; the checkpoint is written. On every rank, after the same step.
     """
     run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints, heart)
+    run.source = source
     with StopSignal() if checkpoints is not None else nullcontext(run.signal) as run.signal:
         try:
             if checkpoints is not None:
@@ -161,6 +165,8 @@ class _Run:
         self.epoch = 0
         self.step = 0
         """Steps of the epoch that are done."""
+        self.source: Source | None = None
+        self.kept = -1  # the step of the last checkpoint
         self.looked = False  # whether the evaluation before the first step is done
 
     def all(self, batches: Batches) -> None:
@@ -168,7 +174,7 @@ class _Run:
             self.look()
         self.looked = True
         self.epoch = max(self.epoch, 1)
-        while self.epoch <= self.config.epochs:
+        while self.another():
             stop = self.one_epoch(batches(self.epoch - 1, self.step))
             if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
                 stop = self.look()
@@ -182,6 +188,21 @@ class _Run:
             self.checkpoints.wait()
         if self.best is not None and self.config.keep_best:
             self.best.restore(self.model)
+
+    def another(self) -> bool:
+        """Whether there is another epoch; where the source grows, waits for one, or stops where a signal came."""
+        if self.source is None or not self.source.grows or self.epoch <= self.config.epochs:
+            return self.epoch <= self.config.epochs
+        if self.source.known(self.epoch - 1):
+            return True
+        if self.checkpoints is not None and (self.checkpoints.config.steps or self.checkpoints.config.minutes):
+            self.keep()  # files may be long in coming
+        self.heart.rest()
+        answer = self.source.wait(lambda: self.signal.name)
+        if answer == "stop":
+            self.keep()
+            self.stop()
+        return answer == "round"
 
     def one_epoch(self, batches: Iterable[Any]) -> bool:
         """Whether to stop early."""
@@ -219,16 +240,29 @@ class _Run:
         overdue = self.checkpoints.rank == 0 and self.checkpoints.overdue()
         stop, due = self.decisions.exchange(stop=self.signal.name is not None, checkpoint=overdue)
         if stop or due or self.checkpoints.due(self.result.steps):
-            self.flush()
-            self.heart.rest()
-            state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
-            self.checkpoints.save(state, self.numbers(), self.result.steps)
+            self.keep()
         if stop:
-            self.checkpoints.wait()
-            self.decisions.close()
-            name, where = self.signal.name or "a signal of another rank", self.checkpoints.last
-            kept = f"{where} is what the same command goes on from" if where else "no checkpoint could be written"
-            raise Preempted(f"stopped by {name} after step {self.result.steps}: {kept}")
+            self.stop()
+
+    def keep(self) -> None:
+        """Write a checkpoint, unless the last one is of this step."""
+        if self.checkpoints is None or self.kept == self.result.steps:
+            return
+        self.flush()
+        self.heart.rest()
+        state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
+        self.checkpoints.save(state, self.numbers(), self.result.steps)
+        self.kept = self.result.steps
+
+    def stop(self) -> None:
+        """Raise Preempted, once the checkpoint is written."""
+        assert self.checkpoints is not None
+        assert self.decisions is not None
+        self.checkpoints.wait()
+        self.decisions.close()
+        name, where = self.signal.name or "a signal of another rank", self.checkpoints.last
+        kept = f"{where} is what the same command goes on from" if where else "no checkpoint could be written"
+        raise Preempted(f"stopped by {name} after step {self.result.steps}: {kept}")
 
     def numbers(self) -> dict[str, Any]:
         """What a checkpoint says besides tensors; `resume` takes it."""
@@ -239,6 +273,7 @@ class _Run:
             "worse": self.worse,
             "best_step": None if self.best is None or self.result.best is None else int(self.result.best["step"]),
             "result": asdict(self.result),
+            "source": None if self.source is None else self.source.state(),
         }
 
     def resume(self, checkpoints: Checkpoints) -> None:
@@ -259,6 +294,9 @@ class _Run:
             torch.manual_seed(key("resumed", torch.initial_seed(), numbers["result"]["steps"], dist.get_rank()) >> 64)
         self.result = FitResult(**numbers["result"])
         self.epoch, self.step, self.worse, self.looked = numbers["epoch"], numbers["step"], numbers["worse"], True
+        self.kept = self.result.steps
+        if self.source is not None and numbers.get("source") is not None:
+            self.source.restore(numbers["source"])
         self.optimizer.resume(self.result.steps)
         if self.log:
             self.log.cut(self.result.steps)
@@ -311,6 +349,7 @@ class _Run:
         speed = rows * dist.get_world_size() / max(seconds, 1e-9)
         rate = self.optimizer.learning_rate
         self.progress.update(steps, loss=loss, learning_rate=rate, rows_per_second=speed)
+        lost = self.source.scalars() if self.source is not None else {}
         if self.log:
             self.log.write(
                 self.result.steps,
@@ -319,6 +358,7 @@ class _Run:
                     "train/learning_rate": rate,
                     "train/rows_per_second": speed,
                     "train/epoch": self.epoch,
+                    **lost,
                 },
             )
 

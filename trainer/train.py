@@ -9,28 +9,30 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from recpress.data import artifact, storage
 from recpress.data.batch import Batch
 from recpress.data.errors import InputError
-from recpress.data.log import Log, open_log
+from recpress.data.log import Log
 from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.stream import Interactions, InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
 from recpress.trainer.checkpoint import METRICS, Checkpoints
 from recpress.trainer.collectives import all_reduce
-from recpress.trainer.config import TrainConfig, chosen_schema
+from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed import Ranks, agreed, process_group, same_everywhere
 from recpress.trainer.evaluate import load_heldout, rank_heldout, show
+from recpress.trainer.follow import FollowedSource, first_round
 from recpress.trainer.id_maps import SIDES, HashArtifact, open_maps, save_maps
 from recpress.trainer.loop import FitConfig, FitResult, fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
+from recpress.trainer.source import Source, open_train_log
 from recpress.trainer.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.versions import versions
 
@@ -68,8 +70,9 @@ def train(config: TrainConfig) -> TrainResult:
     with process_group(config.device, config.stall_seconds) as ranks:
         begin = time.monotonic()
         same_everywhere(configuration=_digest(asdict(config)))
+        only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
+        log = open_train_log(config, only)
         with agreed():
-            log = open_log(config.data, chosen_schema(config.schema))
             factors = _factors(config, log)
             crossfit = _crossfit(config, factors)
             hashed = _hashed(config, log, factors)
@@ -84,6 +87,8 @@ def train(config: TrainConfig) -> TrainResult:
             artifact.check_target(config.out, config.overwrite)
         checkpoints = _checkpoints(config, log, stream, ranks)
         stream = _as_before(config, log, stream, checkpoints, ranks)
+        with agreed():
+            source = _source(config, log, stream, ranks)
         meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
         if hashed is not None:
             meta["hash"] = hashed.describe()
@@ -121,14 +126,15 @@ def train(config: TrainConfig) -> TrainResult:
             ):
                 fitted = fit(
                     model.dmp,
-                    TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
-                    lambda epoch, step: _batches(stream, model, epoch, step),
+                    TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
+                    lambda epoch, step: _batches(source.stream_of(epoch), model, epoch, step),
                     _fit_config(config),
                     device=ranks.device,
                     evaluate=evaluate if heldout is not None else None,
                     log=metrics_log,
                     checkpoints=checkpoints,
                     heart=ranks.heart,
+                    source=source,
                 )
             if crossfit:
                 put(False)
@@ -145,7 +151,8 @@ def train(config: TrainConfig) -> TrainResult:
                 table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
                 kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
                 meta |= {
-                    "rows": stream.num_rows,
+                    "rows": source.num_rows,
+                    **source.describe(),
                     "kept_positives": kept,
                     "steps": fitted.steps,
                     "skipped": fitted.skipped,
@@ -164,7 +171,7 @@ def train(config: TrainConfig) -> TrainResult:
             print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
             each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
             print(f"tables {table_bytes:,} bytes ({each})" + (f", maps {map_bytes:,} bytes" if maps else ""))
-    return TrainResult(fitted, metrics, stream.num_rows, setup_seconds, table_bytes, map_bytes)
+    return TrainResult(fitted, metrics, source.num_rows, setup_seconds, table_bytes, map_bytes)
 
 
 def _factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
@@ -223,6 +230,19 @@ def _stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | Non
     )
 
 
+def _source(config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks) -> Source:
+    if not config.follow.on:
+        return Source(stream, log.bad_files)
+    return FollowedSource(
+        config, log, stream, lambda rows: _stream(config, replace(log, train=rows), ranks, stream.global_batch)
+    )
+
+
+def _total_steps(config: TrainConfig, stream: InteractionStream) -> int:
+    """For the schedule and the time left; 0 where nobody knows."""
+    return 0 if config.follow.on else stream.steps_per_epoch * config.epochs
+
+
 def _model(
     config: TrainConfig,
     log: Log,
@@ -270,12 +290,21 @@ def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks
             "inputs": inputs,
             "global_batch": stream.global_batch,
         }
+    return Checkpoints(
+        config.checkpoint,
+        _checkpoint_folder(config),
+        describe,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+
+
+def _checkpoint_folder(config: TrainConfig) -> str:
     folder = config.checkpoint.folder or f"{config.out.rstrip('/')}.checkpoints"
     if storage.is_remote(folder):
         if config.checkpoint.folder:
             raise InputError(f"checkpoint.folder: {folder}, expected a folder of a disk that all ranks see")
         folder = str(storage.cache_folder() / f"checkpoints-{_digest(config.out)}")
-    return Checkpoints(config.checkpoint, folder, describe, say=lambda text: print(text, file=sys.stderr, flush=True))
+    return folder
 
 
 def _as_before(

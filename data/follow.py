@@ -1,0 +1,116 @@
+"""A log that grows: new files of a folder or a glob, taken once they are whole.
+
+A file is whole when its Parquet footer can be read: the footer is what a writer writes last. Files whose names begin
+with a dot or an underscore are a writer's own. What was taken is known by name, size and fingerprint, in *rounds*: the
+files known at the start are round 0, and each look that finds new ones makes the next. A file's ordinal, of which the
+sample of its rows is a function, counts from round to round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+from recpress.data import artifact
+from recpress.data.drift import agree
+from recpress.data.errors import InputError
+from recpress.data.files import expand, file_type, first_line, is_glob, list_folder, resolve, shown
+from recpress.data.log import files_of
+from recpress.data.rows import RowFile, Rows, groups_of, open_file
+
+Taken = dict[str, Any]
+"""`name`, `size` and `fingerprint` of a file, as a checkpoint keeps them."""
+
+
+@dataclass
+class GrowingLog:
+    """Where the train files of a log appear. Lists them; nothing is read but footers and fingerprints.
+
+    Raises:
+        InputError: what lies there cannot grow: one file, or a log whose manifest lists its files.
+    """
+
+    path: str
+    _unfinished: dict[str, int] = field(default_factory=dict, repr=False)
+    """Name -> size, of files that had no footer at the last look; -1 where that was said."""
+
+    def __post_init__(self) -> None:
+        self._filesystem, self._inner = resolve(self.path)
+        self._glob = is_glob(self._inner)
+        if self._glob:
+            return
+        if file_type(self._filesystem, self._inner) != pafs.FileType.Directory:
+            raise InputError(f"{self.path}: cannot be followed; expected a folder, or a glob, in which files appear")
+        if artifact.MANIFEST in list_folder(self._filesystem, self._inner):
+            raise InputError(
+                f"{self.path}: cannot be followed: its {artifact.MANIFEST} lists all of its files; expected a folder "
+                "without one, or a glob"
+            )
+
+    def new_files(self, taken: Container[str] = ()) -> list[Taken]:
+        """Whole files whose names are not in `taken`, by name.
+
+        Raises InputError where the filesystem does not answer.
+        """
+        found = []
+        for name in self._list():
+            if name in taken or name.rsplit("/", 1)[-1].startswith((".", "_")):
+                continue
+            try:
+                file = open_file(self._filesystem, name)
+                fingerprint = artifact.fingerprint(name, self._filesystem)
+            except (InputError, OSError, pa.ArrowException) as error:
+                self._not_whole(name, error)
+                continue
+            self._unfinished.pop(name, None)
+            found.append({"name": name, "size": file.size, "fingerprint": fingerprint})
+        return found
+
+    def _list(self) -> list[str]:
+        if self._glob:
+            return expand(self._filesystem, self._inner)
+        return files_of(self._filesystem, list_folder(self._filesystem, self._inner), "train")
+
+    def _not_whole(self, name: str, error: Exception) -> None:
+        """Says, once, that a file has not changed between two looks and is still not whole."""
+        size = self._filesystem.get_file_info(name).size or 0
+        before = self._unfinished.get(name)
+        if before == size:
+            logging.getLogger("recpress").warning(
+                "%s: not taken, not a whole Parquet file (yet): %s", shown(self._filesystem, name), first_line(error)
+            )
+        self._unfinished[name] = -1 if before in (size, -1) else size
+
+
+def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken]) -> Rows:
+    """The rows of the files of one round, as those of `base`, the rows of round 0.
+
+    Args:
+        before: files of all rounds before it: they are not opened, and may be gone.
+
+    Raises:
+        InputError: a file that is gone, changed, or does not fit the log: a column that is missing, or of another type.
+    """
+    opened = []
+    for file in files:
+        where = shown(base.filesystem, file["name"])
+        opened.append(open_file(base.filesystem, file["name"]))
+        found = artifact.fingerprint(file["name"], base.filesystem)
+        if found != file["fingerprint"]:
+            raise InputError(
+                f"{where}: has changed since it was taken (fingerprint {found}, was {file['fingerprint']}); expected a "
+                "log to which files are only added"
+            )
+    schemas = [(shown(base.filesystem, file.path), file.schema) for file in opened]
+    columns = agree(list(base.columns.values()), schemas)
+    every = (*(RowFile(file["name"], file["size"], None) for file in before), *opened)
+    return replace(
+        base,
+        files=every,
+        groups=groups_of(every, len(before)),
+        columns={column.name: column for column in columns},
+    )
