@@ -49,7 +49,7 @@ class TolerantRows(Rows):
             return None
 
     def _lose(self, group: RowGroup, error: InputError) -> None:
-        named = any(file == group.file for file, _ in self.lost)
+        named = any(file == group.file for file, _ in list(self.lost))  # a copy: other threads add to it
         self.lost[group.file, group.group] = group.num_rows
         if not named:
             logging.getLogger("recpress").warning("left out: %s (said once a file)", error)

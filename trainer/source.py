@@ -74,7 +74,7 @@ class Source:
         stream = self.stream
         return sum(
             selected_count(stream.sample, stream.complement, file, group, rows)
-            for (file, group), rows in self.lost.items()
+            for (file, group), rows in list(self.lost.items())  # a copy: the stream's threads add to it
         )
 
     def known(self, epoch: int) -> bool:
@@ -116,7 +116,7 @@ class Source:
 
     def state(self) -> dict[str, Any]:
         """JSON values, the same on every rank after `scalars`."""
-        return {"lost": [[*place, rows] for place, rows in sorted(self.lost.items())]}
+        return {"lost": [[*place, rows] for place, rows in sorted(list(self.lost.items()))]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what a checkpoint says."""
