@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def settings(root):
         "--data", str(root / "log"), "--out", str(root / "model"), "--model.tables.strategy", "random",
         "--model.tables.dim", "4", "--model.towers.kind", "mlp", "--model.towers.hidden", "4", "--sample.rate", "1",
         "--stream.batch-size", "32", "--epochs", "1", "--optimizer.schedule", "constant", "--no-tensorboard",
-        "--negatives.count", "4", "--checkpoint.steps", "5", "--follow", "--follow.seconds", "0.2",
+        "--negatives.count", "4", "--checkpoint.steps", "5", "--checkpoint.no-background", "--follow",
+        "--follow.seconds", "0.2",
     ]  # fmt: skip
 
 
@@ -87,15 +89,22 @@ class Run:
 
     def wait_for(self, step: int) -> None:
         """Until the ranks have trained on this step."""
-        deadline = time.monotonic() + 90
-        while not all((self.root / "seen" / f"{step:05d}-{rank}").exists() for rank in range(len(self.ranks))):
+        files = [self.root / "seen" / f"{step:05d}-{rank}" for rank in range(len(self.ranks))]
+        self._wait(lambda: all(file.exists() for file in files))
+
+    def wait_to_say(self, text: str) -> None:
+        self._wait(lambda: text in self.said())
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not done():
             assert time.monotonic() < deadline, self.said()
             assert all(rank.poll() is None for rank in self.ranks), self.said()
             time.sleep(0.05)
 
     def end(self) -> list[int]:
         try:
-            return [rank.wait(timeout=90) for rank in self.ranks]
+            return [rank.wait(timeout=120) for rank in self.ranks]
         finally:
             for rank in self.ranks:
                 rank.kill()
@@ -135,12 +144,11 @@ def test_each_row_once_through_kills_and_signals(tmp_path):
 
     run = Run(tmp_path)
     run.wait_for(23)  # the end of the round; then it waits
-    time.sleep(1.5)
+    run.wait_to_say("train-9.parquet: not taken, not a whole Parquet file (yet)")
     run.ranks[1].send_signal(signal.SIGTERM)
     assert run.end() == [75, 75], run.said()
     assert "step-00000015: step 15, epoch 2" in run.said()
     assert "stopped by" in run.said()
-    assert "train-9.parquet: not taken, not a whole Parquet file (yet)" in run.said()
     assert seen(tmp_path) == keys(range(1440))
     assert steps(tmp_path) == 23
 
