@@ -28,8 +28,12 @@ class Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Uniform random sample of the rows; membership is a function of seed and place in the log."""
+    """Random sample of the rows, each of them with the same probability; a pure function of the seed and the log."""
 
+    kind: Literal["rows", "block", "user"] = "rows"
+    """`rows`: each row for itself, whatever the order of the log; all of the log is read. `block`: whole row groups,
+    and nothing else is read; for logs that are shuffled (docs/sampling.md says what it costs elsewhere). `user`: the
+    same share of each user's rows; the column of users is read once before."""
     rate: float = 1.0
     """Share of the rows that are in the sample, in (0, 1]."""
     seed: int = 0

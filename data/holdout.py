@@ -82,6 +82,7 @@ def leave_one_out(
             log.num_items,
             vocabularies=old.get("vocabularies", {}),
             features=old.get("features", {}),
+            **({} if log.sample_of is None else {"sample_of": log.sample_of}),
             **(more or own | {"inputs": log.inputs()}),
         )
     return artifact.place(out)

@@ -97,6 +97,17 @@ class Log:
             return None
         return self._side_table(name, side)
 
+    @property
+    def sample_of(self) -> dict[str, Any] | None:
+        """Of a log that `recpress sample` wrote: the `sample`, and address (`log`), `rows` and `files` of the log that
+        it was drawn from."""
+        return (self.manifest or {}).get("sample_of")
+
+    @property
+    def is_part(self) -> bool:
+        """Whether train lacks rows of the log that it was drawn from: users have seen items that it does not show."""
+        return self.sample_of is not None and self.sample_of["sample"]["rate"] < 1
+
     def inputs(self) -> list[dict[str, Any]]:
         """Name, size, rows and fingerprint of each file of train, for manifests of what is made of it."""
         return self.train.describe_files()
@@ -171,7 +182,10 @@ def open_log(
     features = {name: entry["num_ids"] for name, entry in (manifest or {}).get("features", {}).items()}
     limits = features | {schema.user: users, schema.item: items}
     held_out = {NEGATIVES.user: users, NEGATIVES.item: items, "negatives": items}
-    opened = {part: _limited(rows, held_out if part == "test_negatives" else limits) for part, rows in opened.items()}
+    opened = {
+        part: _limited(rows, held_out, NEGATIVES) if part == "test_negatives" else _limited(rows, limits, schema)
+        for part, rows in opened.items()
+    }
     return Log(
         path=str(path),
         schema=schema,
@@ -268,7 +282,7 @@ def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | N
     return users, items
 
 
-def _limited(rows: Rows, limits: dict[str, int]) -> Rows:
-    """The same rows with the number of ids of each column, where it is known."""
+def _limited(rows: Rows, limits: dict[str, int], schema: Schema) -> Rows:
+    """The same rows with the column of users, and with the number of ids of each column where it is known."""
     columns = {name: replace(column, limit=limits.get(name)) for name, column in rows.columns.items()}
-    return replace(rows, columns=columns)
+    return replace(rows, columns=columns, user=schema.user or None)

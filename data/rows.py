@@ -57,6 +57,8 @@ class Rows:
     files: tuple[RowFile, ...]
     groups: tuple[RowGroup, ...]
     columns: dict[str, Column]
+    user: str | None = None
+    """The column of users, where there is one."""
 
     @property
     def num_rows(self) -> int:
@@ -133,7 +135,7 @@ def iter_columns(
     complement: bool = False,
 ) -> Iterator[dict[str, np.ndarray | Jagged]]:
     """The given columns, a row group at a time, each row group to exactly one rank (the j-th to rank j mod
-    world).
+    world, of those that may have selected rows; the others are not read).
 
     For stages that need no shuffled order. One row group is read ahead by a thread of its own.
 
@@ -144,7 +146,7 @@ def iter_columns(
         InputError: see `Rows.read`.
     """
     selection = Selection(rows, sample, complement)
-    mine = range(rank, len(rows.groups), world)
+    mine = selection.candidates[rank::world].tolist()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
         ahead = pool.submit(rows.read_or_skip, rows.groups[mine[0]], columns) if mine else None
         for place, group in enumerate(mine):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
-from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
+
+_PIECE = 1 << 13
 
 
 def key(*place: int | str) -> int:
@@ -48,44 +50,43 @@ def membership(seed: int, rate: float, file_ordinal: int, row_group: int, num_ro
     rate = check_rate(rate)
     if rate == 1.0:
         return np.arange(num_rows, dtype=np.int64)
-    # Raw bits rather than Generator.geometric, whose algorithm may change.
-    bits = philox("sample", seed, file_ordinal, row_group)
-    parts: list[np.ndarray] = []
-    last = -1  # the latest member
-    while last < num_rows:
-        mean = (num_rows - last) * rate
-        raw = bits.random_raw(int(mean + 4.0 * math.sqrt(mean)) + 16)
-        uniform = ((raw >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53  # in (0, 1]
-        gaps = np.minimum(np.floor(np.log(uniform) / math.log1p(-rate)), float(num_rows)).astype(np.int64)
-        members = last + np.cumsum(gaps + 1)
-        parts.append(members)
-        last = int(members[-1])
-    members = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    distances = list(_distances(seed, rate, file_ordinal, row_group, num_rows))
+    members = (np.cumsum(np.concatenate(distances)) - 1.0).astype(np.int64) if distances else np.empty(0, np.int64)
     return members[: np.searchsorted(members, num_rows)]
 
 
-def selected(
-    sample: SampleConfig | None, complement: bool, file_ordinal: int, row_group: int, num_rows: int
-) -> np.ndarray | None:
-    """Rows of one row group that are read: the sample, or with `complement` the rows that are not in it.
+def num_members(seed: int, rate: float, file_ordinal: int, row_group: int, num_rows: int) -> int:
+    """Size of `membership`, in a third of its time and without its memory."""
+    rate = check_rate(rate)
+    if rate == 1.0:
+        return num_rows
+    last, found = -1.0, 0
+    for distances in _distances(seed, rate, file_ordinal, row_group, num_rows):
+        reached = last + float(distances.sum())
+        if reached >= num_rows:
+            return found + int(np.searchsorted(last + np.cumsum(distances), num_rows))
+        last, found = reached, found + len(distances)
+    return found
 
-    `sample=None` is the sample of all rows. Returns sorted int64 indices, or None for all rows of the group.
+
+def _distances(seed: int, rate: float, file_ordinal: int, row_group: int, num_rows: int) -> Iterator[np.ndarray]:
+    """Distances from member to member, float64 (integers, exact), piece by piece until they lead past the row group.
+
+    The pieces are cut for the processor's cache, in which the same draws take a third of the time.
     """
-    if sample is None or check_rate(sample.rate) == 1.0:
-        return np.empty(0, dtype=np.int64) if complement else None
-    members = membership(sample.seed, sample.rate, file_ordinal, row_group, num_rows)
-    if not complement:
-        return members
-    others = np.ones(num_rows, dtype=bool)
-    others[members] = False
-    return np.flatnonzero(others)
-
-
-def selected_count(
-    sample: SampleConfig | None, complement: bool, file_ordinal: int, row_group: int, num_rows: int
-) -> int:
-    """Number of rows that `selected` gives, without reading data."""
-    if sample is None or check_rate(sample.rate) == 1.0:
-        return 0 if complement else num_rows
-    members = len(membership(sample.seed, sample.rate, file_ordinal, row_group, num_rows))
-    return num_rows - members if complement else members
+    # Raw bits rather than Generator.geometric, whose algorithm may change.
+    bits = philox("sample", seed, file_ordinal, row_group)
+    last = -1.0
+    while last < num_rows:
+        mean = (num_rows - last) * rate
+        raw = bits.random_raw(min(_PIECE, int(mean + 4.0 * math.sqrt(mean)) + 16))
+        raw >>= np.uint64(11)
+        distances = raw.view(np.int64) + 1.0
+        distances *= 2.0**-53  # uniform in (0, 1]
+        np.log(distances, out=distances)
+        distances /= math.log1p(-rate)
+        np.floor(distances, out=distances)
+        np.minimum(distances, float(num_rows), out=distances)
+        distances += 1.0
+        last += float(distances.sum())
+        yield distances

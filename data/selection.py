@@ -2,38 +2,90 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from recpress.data.sampling import selected, selected_count
+from recpress.data.block_sample import BlockSample
+from recpress.data.sampling import check_rate, membership, num_members
+from recpress.data.user_sample import UserSample
 
 if TYPE_CHECKING:
     from recpress.data.config import SampleConfig
     from recpress.data.rows import Rows
 
 
+class _Members(Protocol):
+    """A sample of the rows of a log."""
+
+    @property
+    def counts(self) -> np.ndarray: ...  # members of each row group, (groups,) int64
+
+    def members(self, group: int) -> np.ndarray | None: ...  # sorted int64 rows of it, None for all
+
+
+class RowSample:
+    """Each row for itself (see `recpress.data.sampling`); costs no memory, and 10 ns a member for `counts`."""
+
+    def __init__(self, rows: Rows, rate: float, seed: int) -> None:
+        self._places = [(seed, rate, group.file, group.group, group.num_rows) for group in rows.groups]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        return np.array([num_members(*place) for place in self._places], dtype=np.int64)
+
+    def members(self, group: int) -> np.ndarray | None:
+        return membership(*self._places[group])
+
+
 class Selection:
     """The rows of `rows` that are in a sample, or with `complement` those that are not; `sample=None` is all rows.
 
-    `counts` is known without reading data, so that the order of an epoch is arithmetic. Safe to share between threads.
+    A pure function of the files and the sample, the same for every rank. Safe to share between threads.
 
     Raises:
-        InputError: a sample rate outside (0, 1].
+        InputError: a sample rate outside (0, 1]; of a sample by user, what reading the column of users raises.
     """
 
     def __init__(self, rows: Rows, sample: SampleConfig | None, complement: bool = False) -> None:
-        self._rows, self._sample, self._complement = rows, sample, complement
-        self.counts = np.array(
-            [selected_count(sample, complement, group.file, group.group, group.num_rows) for group in rows.groups],
-            dtype=np.int64,
-        )
-        """Selected rows of each row group, in the order of `rows.groups`. (groups,) int64"""
+        self._sizes = np.array([group.num_rows for group in rows.groups], dtype=np.int64)
+        self._complement = complement
+        self._sample: _Members | None = None  # None: all rows
+        if sample is not None and check_rate(sample.rate) < 1.0:
+            if sample.kind == "block":
+                self._sample = BlockSample(self._sizes.tolist(), sample.rate, sample.seed)
+            elif sample.kind == "user":
+                self._sample = UserSample(rows, sample.rate, sample.seed)
+            else:
+                self._sample = RowSample(rows, sample.rate, sample.seed)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Selected rows of each row group, in the order of `rows.groups`, known without reading them; computed at
+        the first use. (groups,) int64"""
+        members = self._sizes if self._sample is None else self._sample.counts
+        return self._sizes - members if self._complement else members.copy()
 
     @property
     def num_rows(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def candidates(self) -> np.ndarray:
+        """Row groups that may have selected rows, without the draws that `counts` takes. Sorted int64"""
+        if isinstance(self._sample, RowSample):
+            return np.arange(len(self._sizes))
+        return np.flatnonzero(self.counts)
+
     def of(self, group: int) -> np.ndarray | None:
         """Selected rows of `rows.groups[group]`: sorted int64 places in the row group, or None for all of them."""
-        place = self._rows.groups[group]
-        return selected(self._sample, self._complement, place.file, place.group, place.num_rows)
+        members = None if self._sample is None else self._sample.members(group)
+        if not self._complement:
+            return members
+        if members is None:
+            return np.empty(0, dtype=np.int64)
+        if not len(members):
+            return None
+        others = np.ones(self._sizes[group], dtype=bool)
+        others[members] = False
+        return np.flatnonzero(others)

@@ -123,6 +123,16 @@ class FactorsArtifact:
         sample = self.manifest["crossfit"]
         return None if sample is None else SampleConfig(**sample)
 
+    def has_not_seen(self, log: Log, sample: SampleConfig) -> bool:
+        """Whether the cross-fitted factors have not seen the rows of this sample of the log.
+
+        The log may be the one that they were made from, or a sample of that, as `recpress sample` writes it.
+        """
+        made_from = _prints(self.manifest["log"]["files"])
+        if self.crossfit is None or log.sample_of is None or made_from == _prints(log.inputs()):
+            return self.crossfit == sample
+        return self.crossfit == SampleConfig(**log.sample_of["sample"]) and made_from == _prints(log.sample_of["files"])
+
     def table(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
         """(n, dim) float32, read by memory map; of remote factors, after fetching the files of this side."""
         return self._open(side, crossfit)
@@ -134,6 +144,10 @@ class FactorsArtifact:
     def _open(self, table: Table, crossfit: bool) -> FactorTable:
         below = f"{CROSSFIT}/" if crossfit else ""
         return FactorTable(artifact.fetch(self.path, self.manifest, f"{below}{table}-*") / below, table)
+
+
+def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(file["size"], file["fingerprint"]) for file in files]
 
 
 def open_factors(path: str, log: Log) -> FactorsArtifact:

@@ -46,6 +46,11 @@ COMMANDS = {
         "recpress.trainer.logs:split",
         "hold one row of each user out of a log",
     ),
+    "sample": Command(
+        "recpress.trainer.config:SampleCommand",
+        "recpress.trainer.logs:sample",
+        "write a sample of a log once, for the many runs that follow",
+    ),
     "factorize": Command(
         "recpress.trainer.config:FactorizeConfig",
         "recpress.trainer.factorize:factorize",

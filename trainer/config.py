@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from recpress.data.config import (
     IngestConfig,
+    LayoutConfig,
     NegativesConfig,
     SampleConfig,
     Schema,
@@ -163,6 +164,34 @@ class SplitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    """Write a sample of a log once, as a log of its own, for the many runs that follow.
+
+    `recpress train --data OUT --sample.rate 1` then trains on exactly the rows that `--data DATA` with these --sample
+    options would, and reads nothing else."""
+
+    data: str
+    """The log."""
+    out: str
+    """The log to write; must not exist unless --overwrite. Its train are the sampled rows with all their columns; the
+    held-out parts, side tables and vocabularies are copied."""
+    schema: Schema = field(default_factory=Schema)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
+    shuffle: bool = False
+    """Write the rows in a random order, by way of the local disk; otherwise in the order of the log. A shuffled log may
+    be sampled by --sample.kind block."""
+    shuffle_rows: int = 1 << 22
+    """Rows that are shuffled in memory at a time; up to three times as many are held."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """Files and row groups."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        at_least(1, shuffle_rows=self.shuffle_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FactorizeConfig:
     """Factorize the full interaction matrix of a log."""
 
@@ -179,6 +208,8 @@ class FactorizeConfig:
     """Above 0: also make factors that have not seen this share of the rows, for a network trained on it."""
     crossfit_seed: int = 0
     """Seed of that sample; the same as the network's --sample.seed."""
+    crossfit_kind: Literal["rows", "block", "user"] = "rows"
+    """Kind of that sample; the same as the network's --sample.kind."""
     crossfit_sweeps: int = 1
     """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
 
@@ -230,7 +261,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(NetworkConfig):
-    """Train the two-tower network on a uniform random sample of a log."""
+    """Train the two-tower network on a random sample of a log."""
 
     data: str
     """The log: a folder, file or glob."""

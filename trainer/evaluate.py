@@ -58,10 +58,17 @@ def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHel
     """The held-out rows that the protocol wants; `auto` prefers given negatives. Collective.
 
     Raises:
-        InputError: the log has no such rows. On every rank.
+        InputError: the log has no such rows; it is a sample, of whose users' items not all could be masked. On every
+            rank.
     """
     if config.protocol == "sampled" or (config.protocol == "auto" and log.test_negatives is not None):
         return sampled_from_log(log)
+    if log.is_part:
+        assert log.sample_of is not None
+        raise InputError(
+            f"{log.path}: a sample of {log.sample_of['log']}, so not all items that a user has seen could be masked; for "
+            "the protocol 'full' expected that log (ids are the same)"
+        )
     masked = ("train",) if log.val is None else ("train", "val")
     return full_from_log(log, masked=masked)
 

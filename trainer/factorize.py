@@ -51,7 +51,9 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             if config.method == "logistic" and (config.crossfit_rate or config.use_label):
                 given = "crossfit_rate" if config.crossfit_rate else "use_label"
                 raise InputError(f"{given}: expected method 'als'; 'logistic' has no such thing")
-        crossfit = SampleConfig(rate=config.crossfit_rate, seed=config.crossfit_seed) if config.crossfit_rate else None
+        crossfit = None
+        if config.crossfit_rate:
+            crossfit = SampleConfig(kind=config.crossfit_kind, rate=config.crossfit_rate, seed=config.crossfit_seed)
         meta: dict[str, Any] = {
             "log": describe_log(log),
             "config": asdict(config),

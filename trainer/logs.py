@@ -1,15 +1,31 @@
-"""The stages that write logs: `synth`, `synth-criteo`, `ingest` and `split`. One process each; no torch is needed."""
+"""The stages that write logs: `synth`, `synth-criteo`, `ingest`, `split` and `sample`.
+
+One process each; no torch is needed.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 from recpress.data import holdout as data_holdout
 from recpress.data import ingest as data_ingest
 from recpress.data import synth as data_synth
 from recpress.data import synth_criteo as data_synth_criteo
-from recpress.data.log import open_log
-from recpress.trainer.config import IngestCommand, SplitConfig, SynthCommand, SynthCriteoCommand, chosen_schema
+from recpress.data.config import SampleConfig
+from recpress.data.design import design_effects
+from recpress.data.log import Log, open_log
+from recpress.data.sample import write_sample
+from recpress.data.selection import Selection
+from recpress.trainer.config import (
+    IngestCommand,
+    SampleCommand,
+    SplitConfig,
+    SynthCommand,
+    SynthCriteoCommand,
+    chosen_schema,
+)
 
 
 def synth(config: SynthCommand) -> str | Path:
@@ -36,6 +52,49 @@ def split(config: SplitConfig) -> str | Path:
     return _describe(
         data_holdout.leave_one_out(log, config.out, by=config.by, seed=config.seed, negatives=config.negatives)
     )
+
+
+def sample(config: SampleCommand) -> str | Path:
+    """Write a sample of a log and say what it holds."""
+    log = open_log(config.data, chosen_schema(config.schema), pairs=False)
+    out = write_sample(
+        log,
+        config.out,
+        config.sample,
+        shuffle=config.shuffle,
+        shuffle_rows=config.shuffle_rows,
+        layout=config.layout,
+        overwrite=config.overwrite,
+    )
+    made, drawn = open_log(out, pairs=False), config.sample
+    rows, whole = made.train.num_rows, log.train.num_rows
+    if drawn.kind == "block" and drawn.rate < 1:
+        _describe_blocks(log, drawn)
+    print(
+        f"{out}: {rows:,} of the {whole:,} rows of {config.data} ({rows / whole:.2%}, kind {drawn.kind}, seed "
+        f"{drawn.seed}{', shuffled' if config.shuffle else ''}); to train on all of it: --data {out} --sample.rate 1"
+    )
+    return out
+
+
+def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
+    """Say, from the row groups that were drawn, whether drawing row groups was a good idea."""
+    schema = log.schema
+    names = [name for name in (schema.user, schema.item, schema.label, schema.time) if name]
+    counts = Selection(log.train, drawn).counts
+    sizes = np.array([group.num_rows for group in log.train.groups])
+    groups = np.flatnonzero(counts == sizes)[:64].tolist()
+    if len(groups) < 2 or not names:
+        return
+    effects = design_effects(log.train, names, groups)
+    each = ", ".join(f"{name} {effect.effect:,.1f}" for name, effect in effects.items())
+    print(f"design effect of a mean, from {len(groups)} row groups: {each}")
+    high = 1 + 5 * math.sqrt(2 / (len(groups) - 1))
+    if odd := [name for name, effect in effects.items() if effect.effect > high]:
+        print(
+            f"{log.path} is not shuffled: its row groups differ in {', '.join(odd)} by more than chance, and so may the "
+            "sample from the log; docs/sampling.md says what that means"
+        )
 
 
 def _describe(path: str | Path) -> str | Path:

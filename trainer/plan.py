@@ -284,7 +284,7 @@ def _job(config: PlanConfig) -> Job:
 def _row_vectors(config: PlanConfig, log: Log | None, factors: FactorsArtifact | None) -> bool:
     """Whether `recpress train` finds the vectors of the maps' rows stored; cross-fitted ones never are."""
     frozen = config.model.tables.strategy.startswith("init-freeze")
-    fits = factors is not None and frozen and factors.crossfit == config.sample
+    fits = factors is not None and log is not None and frozen and factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" or (config.crossfit == "auto" and fits):
         return False
     if not (log and config.hash):

@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> TrainResult:
         log = open_train_log(config, only)
         with agreed():
             factors = _factors(config, log)
-            crossfit = _crossfit(config, factors)
+            crossfit = _crossfit(config, log, factors)
             hashed = _hashed(config, log, factors)
             maps: dict[str, IdMap] = {}
             if hashed is not None:
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
             meta["hash"] = hashed.describe()
         with checkpoints:
             model = _model(config, log, features, factors, maps, ranks)
-            heldout = load_heldout(log, config.evaluation) if _has_heldout(config, log) else None
+            heldout = load_heldout(log, config.evaluation) if _has_heldout(config, log, ranks) else None
 
             def put(of_sample: bool) -> None:
                 """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
@@ -200,14 +200,15 @@ def _hashed(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> H
     return hashed
 
 
-def _crossfit(config: TrainConfig, factors: FactorsArtifact | None) -> bool:
+def _crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> bool:
     """Whether to train on factors that have not seen the sample."""
     if config.crossfit == "no" or factors is None:
         return False
     frozen = config.model.tables.strategy.startswith("init-freeze")
-    fits = factors.crossfit == config.sample
+    fits = factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" and not (frozen and fits):
-        want = f"factors made without this very sample ({config.sample})" if frozen else "frozen tables"
+        drawn = f"{config.sample}" if log.sample_of is None else f"{config.sample} of {log.path}, itself a sample"
+        want = f"factors made without this very sample ({drawn})" if frozen else "frozen tables"
         raise InputError(f"crossfit: expected {want}; {factors.path} was made without {factors.crossfit}")
     return frozen and fits
 
@@ -358,11 +359,16 @@ def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
     return rows
 
 
-def _has_heldout(config: TrainConfig, log: Log) -> bool:
+def _has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
     if log.test is None and log.test_negatives is None:
         if config.evaluation.every:
             raise InputError(f"{log.path}: no held-out rows; evaluation.every needs them")
         return False
+    look = config.evaluation
+    if log.is_part and log.test_negatives is None and look.protocol == "auto" and not look.every:
+        if ranks.rank == 0:
+            print(f"{log.path} is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of")
+        return False  # `load_heldout` says why
     return True
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
-from recpress.data.sampling import membership, selected, selected_count
+from recpress.data.sampling import membership, num_members
 
 RATES = [1e-9, 0.001, 0.1, 0.5, 0.9, 0.999999, 1.0]
 
@@ -75,16 +75,9 @@ def test_rate_outside_the_unit_interval_is_refused(rate):
     with pytest.raises(InputError, match=r"sample rate .* \(0, 1\]"):
         membership(0, rate, 0, 0, 10)
     with pytest.raises(InputError, match=r"sample\.rate"):
-        selected(SampleConfig(rate=rate), False, 0, 0, 10)
+        SampleConfig(rate=rate)
 
 
-@given(st.sampled_from([None, *RATES]), st.integers(0, 5), st.integers(0, 500))
-def test_sample_and_complement_split_the_rows(rate, seed, rows):
-    sample = None if rate is None else SampleConfig(rate=rate, seed=seed)
-    parts = []
-    for complement in (False, True):
-        chosen = selected(sample, complement, 3, 4, rows)
-        chosen = np.arange(rows) if chosen is None else chosen
-        assert selected_count(sample, complement, 3, 4, rows) == len(chosen)
-        parts.append(chosen)
-    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(rows))
+@given(st.integers(0, 5), st.sampled_from(RATES), st.sampled_from([0, 1, 7, 500, 8192, 40_000]))
+def test_the_number_of_members_without_the_members(seed, rate, rows):
+    assert num_members(seed, rate, 3, 4, rows) == len(membership(seed, rate, 3, 4, rows))
