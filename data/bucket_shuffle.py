@@ -50,8 +50,9 @@ class BucketShuffle:
     def tables(self) -> Iterator[pa.Table]:
         """The rows of one bucket after the other, each bucket's file removed as it is read."""
         self._deal()
+        written = self._paths[: len(self._writers)]  # none where no row came
         self.close()
-        for path in self._paths:
+        for path in written:
             with pa.ipc.open_stream(pa.OSFile(str(path))) as stream:
                 table = stream.read_all()
             os.remove(path)

@@ -66,8 +66,8 @@ def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHel
     if log.is_part:
         assert log.sample_of is not None
         raise InputError(
-            f"{log.path}: a sample of {log.sample_of['log']}, so not all items that a user has seen could be masked; for "
-            "the protocol 'full' expected that log (ids are the same)"
+            f"{log.path}: a sample of {log.sample_of['log']}, so not all items that a user has seen could be masked; "
+            "for the protocol 'full' expected that log (ids are the same)"
         )
     masked = ("train",) if log.val is None else ("train", "val")
     return full_from_log(log, masked=masked)

@@ -92,8 +92,8 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
     high = 1 + 5 * math.sqrt(2 / (len(groups) - 1))
     if odd := [name for name, effect in effects.items() if effect.effect > high]:
         print(
-            f"{log.path} is not shuffled: its row groups differ in {', '.join(odd)} by more than chance, and so may the "
-            "sample from the log; docs/sampling.md says what that means"
+            f"{log.path} is not shuffled: its row groups differ in {', '.join(odd)} by more than chance, and so may "
+            "the sample from the log; docs/sampling.md says what that means"
         )
 
 

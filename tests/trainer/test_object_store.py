@@ -9,6 +9,7 @@ import pytest
 from recpress.data import artifact, storage
 from recpress.data.config import SampleConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
+from recpress.data.log import open_log
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer import artifacts, logs
@@ -18,6 +19,7 @@ from recpress.trainer.config import (
     FactorizeConfig,
     HashStageConfig,
     IngestCommand,
+    SampleCommand,
     SplitConfig,
     TrainConfig,
 )
@@ -114,6 +116,21 @@ def test_logs_are_split_ingested_and_extended_there(base, tmp_path):
     logs.ingest(IngestCommand(input=f"{base}/raw", out=f"{base}/log2", extend=f"{base}/log", **columns))
     split = logs.split(SplitConfig(data=f"{base}/log", out=f"{base}/split", by="last", negatives=0))
     assert split == f"{base}/split"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_sample_is_written_there(base, tmp_path, shuffle):
+    drawn = {"sample": SampleConfig(kind="user", rate=0.3), "shuffle": shuffle}
+    for place in (base, str(tmp_path)):
+        synth(SMALL, f"{place}/log")
+        logs.sample(SampleCommand(data=f"{place}/log", out=f"{place}/part", **drawn))
+    there, here = (artifact.read_manifest(f"{place}/part") for place in (base, str(tmp_path)))
+    for key in ("contents", "files", "rows"):
+        assert there[key] == here[key]
+    assert {"train/part-00000.parquet", "test/part-00000.parquet", "items.parquet"} <= {
+        e["name"] for e in there["files"]
+    }
+    assert open_log(f"{base}/part").is_part
 
 
 def test_an_embedding_is_read_from_there(base, tmp_path):
