@@ -27,7 +27,7 @@ class BucketShuffle:
     Args:
         folder: for the buckets; made here, and as large as the rows are in Arrow's form, compressed by lz4.
         rows: how many rows will come, about.
-        rows_in_memory: rows of a bucket, about; up to three times as many are in memory. With more than 512 times as
+        rows_in_memory: rows of a bucket, about; up to five times as many are in memory. With more than 512 times as
             many rows in all, buckets are larger.
         seed: of the order, which depends on the tables and `rows_in_memory` too.
     """
@@ -54,9 +54,10 @@ class BucketShuffle:
         self.close()
         for path in written:
             with pa.ipc.open_stream(pa.OSFile(str(path))) as stream:
-                table = stream.read_all()
+                table = stream.read_all().combine_chunks()
             os.remove(path)
-            yield table.combine_chunks().take(pa.array(self._rng.permutation(table.num_rows)))
+            table = table.take(pa.array(self._rng.permutation(table.num_rows)))
+            yield table
 
     def close(self) -> None:
         for writer in self._writers:
@@ -66,8 +67,9 @@ class BucketShuffle:
     def _deal(self) -> None:
         if not self._waiting:
             return
-        table = pa.concat_tables(self._waiting).combine_chunks()
+        table = pa.concat_tables(self._waiting)
         self._waiting, self._num_waiting = [], 0
+        table = table.combine_chunks()
         buckets = self._rng.integers(len(self._paths), size=table.num_rows, dtype=np.uint16)
         bounds = np.concatenate(([0], np.cumsum(np.bincount(buckets, minlength=len(self._paths)))))
         table = table.take(pa.array(np.argsort(buckets, kind="stable")))

@@ -39,7 +39,7 @@ def write_sample(
     """Writes the log `out`, whose train is `sample` of the train of `log`.
 
     Reads each row group once that has rows of the sample. In memory are two row groups of the log and one of `out`;
-    with `shuffle`, up to three times `shuffle_rows` rows.
+    with `shuffle`, up to five times `shuffle_rows` rows.
 
     Args:
         shuffle: write the rows in a random order, a function of the files, the sample's seed and `shuffle_rows`.

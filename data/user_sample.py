@@ -5,7 +5,7 @@ the order of the log, adds `rate`, and is a member where the sum passes an integ
 is a member with probability exactly `rate`, users are independent of each other, and a user's members lie evenly over
 its history: of rows of one user that follow each other closely at most one is a member.
 
-That needs a pass over the column of users, in the order of the log: about 60 ns a row on one core beside the decoding,
+That needs a pass over the column of users, in the order of the log: about 80 ns a row on one core beside the decoding,
 and 8 bytes a user while it goes on. What it finds is kept as one bit a row (125 MB for a billion) in a file of the
 local cache (`storage.cache_folder`), which the ranks of a machine, and later runs on the same files, map into memory.
 """

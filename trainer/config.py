@@ -181,7 +181,7 @@ class SampleCommand:
     """Write the rows in a random order, by way of the local disk; otherwise in the order of the log. A shuffled log may
     be sampled by --sample.kind block."""
     shuffle_rows: int = 1 << 22
-    """Rows that are shuffled in memory at a time; up to three times as many are held."""
+    """Rows that are shuffled in memory at a time; up to five times as many are held."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
     overwrite: bool = False
