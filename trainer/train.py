@@ -85,6 +85,11 @@ def train(config: TrainConfig) -> TrainResult:
                 config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
             )
             artifact.check_target(config.out, config.overwrite)
+            if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
+                print(
+                    f"{config.data} is a sample already, of which this trains on {stream.num_rows:,} of "
+                    f"{log.train.num_rows:,} rows; --sample.rate 1 takes all of it"
+                )
         checkpoints = _checkpoints(config, log, stream, ranks)
         stream = _as_before(config, log, stream, checkpoints, ranks)
         with agreed():

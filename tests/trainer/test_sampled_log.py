@@ -140,6 +140,15 @@ def test_all_items_cannot_be_ranked_on_it(log, made, tmp_path, capsys):
     assert "held-out rows are ranked by `recpress evaluate`" in capsys.readouterr().out
 
 
+def test_a_sample_of_a_sample_is_pointed_out(made, tmp_path, capsys):
+    _, part, factors = made
+    rows = open_log(part).train.num_rows
+    result = train(network(part, tmp_path / "model", factors, SampleConfig(rate=0.5)))
+    note = f"is a sample already, of which this trains on {result.rows:,} of {rows:,} rows; --sample.rate 1"
+    assert note in capsys.readouterr().out
+    assert result.rows < rows
+
+
 def test_a_plan_counts_the_rows_of_each_kind(log, made):
     sample, part, factors = made
     rows = len(pairs(log, sample))
