@@ -200,27 +200,27 @@ def test_memory_is_that_of_row_groups_and_buckets_not_of_the_log(tmp_path):
 
 
 def test_the_design_effect_is_the_ratio_of_variances(tmp_path):
-    """On a log in the order of time and on a shuffled one: means over 400 samples of each kind."""
+    """On a log in the order of time and on a shuffled one: means over 200 samples of each kind."""
     rng = np.random.default_rng(1)
-    time = np.arange(20_000) / 100 + rng.normal(0, 20, 20_000)
+    time = np.arange(10_000) / 50 + rng.normal(0, 20, 10_000)
     ratios = {}
-    for name, order in (("sorted", np.arange(20_000)), ("shuffled", rng.permutation(20_000))):
+    for name, order in (("sorted", np.arange(10_000)), ("shuffled", rng.permutation(10_000))):
         folder = tmp_path / name
         folder.mkdir()
         columns = {"user_id": order % 50, "item_id": order % 70, "label": time[order]}
-        pq.write_table(pa.table(columns), folder / "train.parquet", row_group_size=200)
+        pq.write_table(pa.table(columns), folder / "train.parquet", row_group_size=100)
         log = open_log(folder, Schema(label="label"))
         values = np.concatenate([part["label"] for part in iter_columns(log.train, ["label"])])
         means = {"block": [], "rows": []}
         for kind, found in means.items():
-            for seed in range(400):
+            for seed in range(200):
                 found.append(values[members(log, SampleConfig(kind=kind, rate=0.1, seed=seed))].mean())
         ratio = np.var(means["block"]) / np.var(means["rows"])
         effect = design_effects(log.train, ["label"])["label"]
-        assert 0.75 < ratio / effect.effect < 1.33
-        assert effect.correlation == pytest.approx((effect.effect - 1) / 199)
+        assert 0.65 < ratio / effect.effect < 1.5
+        assert effect.correlation == pytest.approx((effect.effect - 1) / 99)
         ratios[name] = effect.effect
-    assert ratios["sorted"] > 100
+    assert ratios["sorted"] > 50
     assert 0.5 < ratios["shuffled"] < 1.5
 
 

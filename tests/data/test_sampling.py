@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
@@ -78,6 +78,7 @@ def test_rate_outside_the_unit_interval_is_refused(rate):
         SampleConfig(rate=rate)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.sampled_from(RATES), st.sampled_from([0, 1, 7, 500, 8192, 40_000]))
 def test_the_number_of_members_without_the_members(seed, rate, rows):
     assert num_members(seed, rate, 3, 4, rows) == len(membership(seed, rate, 3, 4, rows))
