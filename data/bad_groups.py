@@ -24,7 +24,7 @@ TRIES = 8
 """Row groups that fail one after the other before the stream gives up: then it is the storage, and no file."""
 Place = tuple[int, int]
 Lost = dict[Place, int]
-"""(file, row group) -> rows, of row groups that could not be read."""
+"""(file, row group) -> rows that are lost with it: all, until the stream comes to it; then those of the sample."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class ReplacingRows(TolerantRows):
             found = self.read_or_skip(other, columns)
             if found is not None:
                 wanted = self._members(self.groups.index(group))
+                self.lost[group.file, group.group] = len(wanted)
                 rows = np.full(group.num_rows, members[0])
                 rows[wanted] = np.resize(draw.permutation(members), len(wanted))
                 return {name: take(column, rows) for name, column in found.items()}

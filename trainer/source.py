@@ -11,7 +11,6 @@ import torch.distributed as dist
 from recpress.data.bad_groups import Lost, TolerantRows
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
-from recpress.data.sampling import selected_count
 from recpress.data.stream import InteractionStream
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed import agreed
@@ -71,11 +70,7 @@ class Source:
     @property
     def lost_rows(self) -> int:
         """Rows of the sample in the row groups that could not be read."""
-        stream = self.stream
-        return sum(
-            selected_count(stream.sample, stream.complement, file, group, rows)
-            for (file, group), rows in list(self.lost.items())  # a copy: the stream's threads add to it
-        )
+        return sum(list(self.lost.values()))  # a copy: the stream's threads add to it
 
     def known(self, epoch: int) -> bool:
         """Whether there is such an epoch, besides those of the configuration."""
@@ -111,7 +106,8 @@ class Source:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, dict(self.lost))
         for of_rank in everyone:
-            self.lost.update(of_rank)
+            for place, rows in of_rank.items():
+                self.lost[place] = min(rows, self.lost.get(place, rows))
         self._known = len({place for of_rank in everyone for place in of_rank})
 
     def state(self) -> dict[str, Any]:
