@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def publish(
     out: str | Path | None,
     settings: dict[str, Any],
     device: torch.device | str = "cpu",
+    plots: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Print `rows` as a table and, with `out`, write them to a JSON file for `recpress bench` and the report page.
 
@@ -51,6 +53,7 @@ def publish(
         question: what was asked, one line; the title of table and plots.
         rows: one dict a case, keys with units ("rows/s", "peak MB"); all may have the same keys.
         settings: the arguments that made them, JSON values.
+        plots: what the page draws of them, from `lines` and `bars`; without any it draws what it takes for a measure.
     """
     print(f"\n{question}\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -65,12 +68,47 @@ def publish(
         "settings": settings,
         "machine": machine(device),
         "rows": list(rows),
+        "plots": list(plots),
     }
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.tmp")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.rename(target)
+
+
+def lines(
+    x: Sequence[str],
+    y: Sequence[str],
+    by: Sequence[str],
+    *,
+    title: str,
+    at: dict[str, Any] | None = None,
+    only: dict[str, list[Any]] | None = None,
+) -> dict[str, Any]:
+    """A plot of each column of `y` against each column of `x`, a line for each value of the columns `by`.
+
+    Args:
+        at: where the rows vary several columns one at a time: the value of each while another one is varied.
+        only: column -> the values of the rows that are drawn.
+    """
+    return {"kind": "lines", "x": [*x], "y": [*y], "by": [*by], "title": title, "at": at or {}, "only": only or {}}
+
+
+def bars(
+    y: Sequence[str], by: Sequence[str], *, title: str, only: dict[str, list[Any]] | None = None
+) -> dict[str, Any]:
+    """A bar for each row, named by the columns `by`, side by side for each column of `y`."""
+    return {"kind": "bars", "y": [*y], "by": [*by], "title": title, "only": only or {}}
+
+
+def installed(package: str) -> bool:
+    """Whether a peer can be imported."""
+    return find_spec(package) is not None
+
+
+MISSING = "not installed: scripts/install.sh .venv bench"
+"""What the row of a peer says that is not there."""
 
 
 def settings_of(values: dict[str, Any], leave_out: Iterable[str] = ("out",)) -> dict[str, Any]:

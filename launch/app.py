@@ -26,13 +26,14 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def stage_app(stage: str, *, args: tuple[str, ...], **options: Any) -> specs.AppDef:
-    """`recpress STAGE ARGS` on every process; `options` as of `app`.
+    """`recpress STAGE ARGS` on every process; `options` as of `app`. A stage of two words is named by the first.
 
     Raises:
         ComponentValidationException: an argument or an option that cannot be used.
     """
-    _check(stage, args)
-    return app(stage, {"m": "recpress.trainer.cli"}, args=(stage, *args), **options)
+    words = stage.split()
+    _check(words, args)
+    return app(words[0], {"m": "recpress.trainer.cli"}, args=(*words, *args), **options)
 
 
 def app(
@@ -97,7 +98,7 @@ def app(
     return made
 
 
-def _check(stage: str, args: tuple[str, ...]) -> None:
+def _check(stage: list[str], args: tuple[str, ...]) -> None:
     """Let the stage read its arguments here, in the fraction of a second that it takes, rather than after the queue.
 
     Another process, because launch knows no other package of ours. Where they are not installed, or the --config file
@@ -106,7 +107,7 @@ def _check(stage: str, args: tuple[str, ...]) -> None:
     config = next((value for key, value in itertools.pairwise(args) if key == "--config"), None)
     if config is not None and not Path(config).exists():
         return
-    command = [sys.executable, "-m", "recpress.trainer.cli", "check", stage, *args]
+    command = [sys.executable, "-m", "recpress.trainer.cli", "check", *stage, *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
         raise ComponentValidationException((done.stderr or done.stdout).strip())

@@ -11,7 +11,7 @@ TorchX reads signatures and docstrings from the source of each function, so the 
 from typing import Dict, List, Optional  # TorchX reads annotations by these names
 
 import torchx
-from recpress.launch.app import app, stage_app
+from recpress.launch.app import stage_app
 from torchx import specs
 
 
@@ -202,7 +202,6 @@ def pipeline(
 
 def bench(
     *args: str,
-    script: str = "benchmarks/train_step.py",
     j: str = "1x1",
     cpu: int = 2,
     gpu: int = 0,
@@ -217,11 +216,10 @@ def bench(
     rdzv_timeout: int = 600,
     grace: int = 60,
 ) -> specs.AppDef:
-    """Measure: a script of benchmarks/ on every process; those that know no ranks on one, `-j 1x1`.
+    """Measure: `recpress bench run`; benchmarks that know no ranks on one process, `-j 1x1`.
 
     Args:
-        args: arguments of the script
-        script: the script, relative to where the job runs
+        args: arguments of `recpress bench run`; after another `--` those of the benchmark itself
         j: nodes x processes on each, as 2x8; MIN:MAXx8 for a number of nodes that may change
         cpu: CPU cores of a node
         gpu: GPUs of a node
@@ -236,5 +234,4 @@ def bench(
         rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
         grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 where torch is older than 2.12)
     """
-    options = locals()
-    return app("bench", {"script": options.pop("script")}, **options)
+    return stage_app("bench run", **locals())

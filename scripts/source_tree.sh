@@ -5,4 +5,4 @@ set -eu
 cd "$(dirname "$0")/.."
 rm -rf build/src
 mkdir -p build/src/recpress
-for folder in data modules trainer launch; do ln -s "../../../$folder" "build/src/recpress/$folder"; done
+for folder in data modules trainer launch benchmarks; do ln -s "../../../$folder" "build/src/recpress/$folder"; done

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from recpress.data.errors import InputError
@@ -23,6 +24,8 @@ class Command(NamedTuple):
     config: str
     stage: str
     summary: str
+    passes_on: bool = False
+    """Whether what stands after `--` goes to what it runs, as the field `args`."""
 
 
 COMMANDS = {
@@ -96,6 +99,22 @@ COMMANDS = {
         "recpress.trainer.compare_both:compare_both",
         "quality against bytes of table and rows read, with a report page",
     ),
+    "bench list": Command(
+        "recpress.trainer.bench_config:BenchListConfig",
+        "recpress.trainer.bench:list_benchmarks",
+        "list the benchmarks",
+    ),
+    "bench run": Command(
+        "recpress.trainer.bench_config:BenchRunConfig",
+        "recpress.trainer.bench:run",
+        "run benchmarks beside their peers, on this machine or as a job",
+        passes_on=True,
+    ),
+    "bench page": Command(
+        "recpress.trainer.bench_config:BenchPageConfig",
+        "recpress.trainer.bench:page",
+        "draw the results of benchmarks",
+    ),
 }
 
 EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them
@@ -160,17 +179,21 @@ def _config(name: str, rest: list[str]) -> object:
     from recpress.trainer import config_file
 
     config = _load(COMMANDS[name].config)
+    passed: list[str] = []
+    if COMMANDS[name].passes_on and "--" in rest:
+        rest, passed = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     known, rest = file_parser.parse_known_args(rest)
     if known.config is not None:
         rest = config_file.arguments(known.config, config, rest)
-    return tyro.cli(
+    made = tyro.cli(
         config,
         prog=f"recpress {name}",
         description=f"{COMMANDS[name].summary.capitalize()}. Options may be in a TOML file: --config FILE.",
         args=rest,
     )
+    return replace(made, args=tuple(passed)) if passed else made
 
 
 def _load(place: str):  # type: ignore[no-untyped-def]  # a dataclass or a function

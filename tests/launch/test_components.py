@@ -52,9 +52,11 @@ def test_a_component_runs_its_stage_on_every_process(stage):
     assert (role.resource.cpu, role.resource.memMB) == (4, 1000)
 
 
-def test_bench_runs_a_script():
-    (role,) = components.bench("--steps", "3", script="benchmarks/train_step.py", j="1x2").roles
-    assert role.args[-1].endswith("benchmarks/train_step.py --steps 3")
+def test_bench_runs_benchmarks_with_their_own_arguments():
+    (role,) = components.bench("training", "--size", "full", "--", "--steps", "3", j="1x2").roles
+    assert role.args[-1].endswith("-m recpress.trainer.cli bench run training --size full -- --steps 3")
+    with pytest.raises(ComponentValidationException, match="unknown benchmark 'trainin'"):
+        components.bench("trainin")
 
 
 def test_options_reach_torchrun_and_the_scheduler():

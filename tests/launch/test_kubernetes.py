@@ -23,7 +23,7 @@ RUNS = {
     "train": ("-j", "2x8", "-h", "h100_x8", "--max_retries", "3", "--", "--data", "/data/log", "--out", "/data/model"),
     "evaluate": ("-j", "1x8", "-h", "a100_x8", "--", "--data", "/data/log", "--model", "/data/model"),
     "pipeline": ("-j", "1:2x8", "-h", "h200_x8", "--", "--config", "/data/pipeline.toml"),
-    "bench": ("-j", "1x1", "-h", "a10g", "--", "--steps", "10"),
+    "bench": ("-j", "1x1", "-h", "a10g", "--", "training", "--out", "/data/bench"),
 }
 COMMON = ("--image", "recpress:1", "--mounts", "type=volume,src=claim,dst=/data")
 

@@ -1,0 +1,1 @@
+"""Measurements beside their peers, one file a question; `recpress bench` lists and runs them."""
