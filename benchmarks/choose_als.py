@@ -1,19 +1,20 @@
-"""Which ALS settings rank best on a validation part of train: `python benchmarks/choose_als.py --data LOG`.
+"""Which settings of ALS rank best, on a validation part of train?
+
+    python benchmarks/choose_als.py --data LOG
 
 One random row of each user is held out of train, with 99 negatives that the user never met; the test rows are not
 touched. Settings are drawn at random (uniform in the logarithm), so that a rerun with another seed tests the choice.
 """
 
 import argparse
-import json
 import math
 import random
 import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
+from recpress.benchmarks.common import publish, settings_of
 from recpress.data.holdout import leave_one_out
 from recpress.data.log import iter_columns, open_log
 from recpress.modules.als import ALS
@@ -21,7 +22,9 @@ from recpress.modules.config import ALSConfig
 from recpress.trainer.config import EvaluationConfig
 from recpress.trainer.evaluate import load_heldout, rank_heldout
 from recpress.trainer.evaluation import vectors_from_factors
-from tabulate import tabulate
+
+SMALL = ("--trials", "5", "--factors", "32")
+NEEDS = "a log: -- --data LOG"
 
 
 def draw(rng: random.Random, args: argparse.Namespace) -> ALSConfig:
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument("--regularization", type=float, nargs=2, default=[1.0, 60.0], help="range, average row")
     parser.add_argument("--exponents", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,9 +80,12 @@ def main() -> None:
             print(f"{trial + 1:3} NDCG@10 {metrics['NDCG@10']:.4f} HR@10 {metrics['HR@10']:.4f} {config}", flush=True)
     found.sort(key=lambda row: -row["NDCG@10"])
     columns = ["NDCG@10", "HR@10", "factors", "unobserved_weight", "regularization", "frequency_exponent", "seconds"]
-    print(tabulate([[row[name] for name in columns] for row in found[:10]], columns, floatfmt=".4g"))
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    publish(
+        "Settings of ALS, best first",
+        [{name: row[name] for name in columns} for row in found],
+        out=args.out,
+        settings=settings_of(vars(args), leave_out=("out", "data")),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Learned hashing of 26 features against the hashing trick: a DLRM on the made log with Criteo's columns.
+"""How good is a DLRM with fewer table rows, by learned maps and by the hashing trick? A made log, Criteo's columns.
 
     python benchmarks/criteo_hash.py --rows 1000000 --ids 400000 --seeds 0 1 2 --out criteo_hash.json
 
@@ -17,15 +17,15 @@ tables and of the maps. `planted` is the probability that the labels were drawn 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from recpress.benchmarks.common import lines, publish, settings_of
 from recpress.data.config import SynthCriteoConfig
 from recpress.data.formats import CATEGORIES, INTS
 from recpress.data.log import iter_columns, open_log
@@ -40,6 +40,8 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+SMALL = ("--rows", "60000", "--test-rows", "20000", "--ids", "20000", "--shares", "0.05", "--seeds", "0")
 
 DIM = 16
 RUNS = (
@@ -171,19 +173,28 @@ def compressed(
     }
 
 
-def line(name: str, split: str, runs: list[dict[str, float]]) -> str:
-    """One row of the table: means, and the spread from the lowest to the highest seed."""
-    cells = []
-    for key in ("auc", "normalized_entropy"):
-        values = [run[key] for run in runs]
-        cells.append(f"{statistics.mean(values):.4f} ({max(values) - min(values):.4f})")
-    table, id_map = (statistics.mean(run.get(key, 0) for run in runs) / 1e6 for key in ("table_bytes", "map_bytes"))
-    rows = int(statistics.mean(run.get("rows", 0) for run in runs))
-    return f"| {name} | {split} | {rows:,} | {' | '.join(cells)} | {table:.2f} | {id_map:.2f} |"
+def row(method: str, split: str, share: float, runs: list[dict[str, float]]) -> dict[str, Any]:
+    """One row of the table: means over seeds, and the spread from the lowest to the highest of them."""
+
+    def of(key: str) -> list[float]:
+        return [run.get(key, 0.0) for run in runs]
+
+    return {
+        "method": method,
+        "split of the rows": split,
+        "share of rows": share,
+        "rows": round(statistics.mean(of("rows"))),
+        "AUC": statistics.mean(of("auc")),
+        "spread of AUC": max(of("auc")) - min(of("auc")),
+        "normalized entropy": statistics.mean(of("normalized_entropy")),
+        "tables MB": statistics.mean(of("table_bytes")) / 1e6,
+        "maps MB": statistics.mean(of("map_bytes")) / 1e6,
+        "map seconds": statistics.mean(of("map_seconds")),
+    }
 
 
 def main() -> None:
-    """Make the log, run all, print the table, write the JSON after each run."""
+    """Make the log, run all, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--test-rows", type=int, default=200_000)
@@ -197,7 +208,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--table-learning-rate", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = SynthCriteoConfig(rows=args.rows, test_rows=args.test_rows, ids=args.ids)
@@ -208,29 +219,28 @@ def main() -> None:
     made = MadeCriteo(config)
     sizes = list(made.sizes)
     planted = torch.from_numpy(made.probabilities("test", 0, args.test_rows)).logit()
-    results: dict[str, list[dict[str, float]]] = {"planted||": [figures(planted, parts[1].label)]}
-
-    def add(key: str, run: dict[str, float]) -> None:
-        results.setdefault(key, []).append(run)
-        print(key, json.dumps(run), flush=True)
-        if args.out:
-            settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-            args.out.write_text(json.dumps({"settings": settings, "sizes": sizes, "results": results}, indent=1))
-
+    planted_figures = figures(planted, parts[1].label)
+    results: dict[tuple[str, str, float], list[dict[str, float]]] = {("planted", "", 1.0): [planted_figures]}
     for seed in args.seeds:
         whole = {"rows": sum(sizes), "table_bytes": 4 * DIM * sum(sizes), "map_bytes": 0}
-        add("full||", train(sizes, *parts, seed, args) | whole)
+        results.setdefault(("full", "", 1.0), []).append(train(sizes, *parts, seed, args) | whole)
         tables, seconds = id_tables(parts[0], sizes, seed, args)
-        print(f"warm-up {seconds:.1f} s", flush=True)
+        print(f"seed {seed}: warm-up {seconds:.1f} s", flush=True)
         for share in args.shares:
             for method, split in (run for run in RUNS if run[0] in args.methods):
                 run = compressed(method, split, int(share * sum(sizes)), tables, parts, seed, args)
-                add(f"{method}|{split}|{share}", run)
-    print("\n| method | split | rows | AUC (spread) | normalized entropy (spread) | tables MB | maps MB |")
-    print("|---|---|---|---|---|---|---|")
-    for key, runs in results.items():
-        method, split, share = key.split("|")
-        print(line(f"{method} {float(share):.0%}" if share else method, split, runs))
+                results.setdefault((method, split, share), []).append(run)
+                print(f"seed {seed}, {share:.0%} of the rows, {method}, {split}: AUC {run['auc']:.4f}", flush=True)
+    publish(
+        "Fewer rows of 26 tables: AUC and normalized entropy of a DLRM",
+        [row(*key, runs) for key, runs in results.items()],
+        out=args.out,
+        settings=settings_of(vars(args)),
+        plots=[
+            lines(["share of rows"], ["AUC", "normalized entropy"], ["method", "split of the rows"],
+                  title="Means over seeds", only={"method": args.methods}),
+        ],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,42 +1,46 @@
-"""`als` against the library `implicit` on CPU: same log, factors, sweeps, threads and objective.
+"""How long does `als` take, and in how much memory, beside the library `implicit`? Same log, sweeps and objective.
 
+    python benchmarks/factorization.py                                        # made logs of growing size
+    python benchmarks/factorization.py --made 64000000 256000000              # as far as the machine goes
     python benchmarks/factorization.py --data ml-1m=.../train.parquet gowalla=.../interactions.parquet
-    python benchmarks/factorization.py --made 20000 5000 1000000
 
-Each run is a process of its own; ours and theirs take turns. Ours is timed from arrays of ids (both CSRs are
-built within the time), theirs from a CSR that is ready. The objective is computed here for both, in float64:
+Each run is a process of its own for each rank; ours and theirs take turns. Ours is timed from arrays of ids (both CSRs
+are built within the time), theirs from a CSR that is ready; implicit knows no ranks. Made logs have 5
+users an item and 80 rows a user, of which those that are the same count once; one that would need more than half of
+the machine's memory is not run, and its row says so.
+The objective is computed here for all, in float64:
 
     sum_all s^2 + sum_interactions [(1 + confidence) (1 - s)^2 - s^2] + regularization (|X|^2 + |Y|^2) ,
 
-which is what implicit calls alpha = 1 + confidence. Memory is the peak above what the process held with the
-log loaded (Linux only), against its target: the log twice as CSR (int32 ids, float32 values, int64 offsets)
-and the factors.
+which is what implicit calls alpha = 1 + confidence. Memory is the peak of the heaviest rank above what it held with the
+log loaded (Linux only), against its target for one rank: the log twice as CSR (int32 ids, float32 values, int64
+offsets) and the factors.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
+from recpress.benchmarks.processes import PeakMemory, in_own_processes
+
+SMALL = ("--made", "100000", "400000", "--factors", "32", "--sweeps", "5", "--runs", "1")
 
 Log = tuple[np.ndarray, np.ndarray]
-ENGINES = ("recpress", "implicit")
+OURS, THEIRS = "recpress", "implicit"
 
 
-def load(source: str, made: list[int] | None) -> Log:
+def load(source: str | None, made: int) -> Log:
     """Distinct (user, item) pairs of a Parquet file (its `train` part where it has a split), or made ones."""
-    if made:
-        num_users, num_items, rows = made
+    if source is None:
+        rows, num_users, num_items = made, max(64, made // 80), max(64, made // 400)
         rng = np.random.default_rng(0)
         users = (num_users * rng.random(rows) ** 1.5).astype(np.int64)
         items = (num_items * rng.random(rows) ** 2.5).astype(np.int64)
@@ -51,20 +55,21 @@ def load(source: str, made: list[int] | None) -> Log:
     return (keys[order] >> 32).astype(np.int32), (keys[order] & 0xFFFFFFFF).astype(np.int32)
 
 
-def ours(log: Log, args: argparse.Namespace, factors: int, sweeps: int) -> Callable[[], tuple]:
-    """A fit of `als` that is ready to run."""
+def ours(log: Log, sizes: list[int], args: argparse.Namespace, factors: int, sweeps: int) -> Callable[[], tuple]:
+    """A fit of `als` that is ready to run, of the part of the log that this rank has."""
     import torch
+    import torch.distributed as dist
     from recpress.modules.als import ALS
     from recpress.modules.config import ALSConfig
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(max(1, args.threads // dist.get_world_size()))
     config = ALSConfig(
         factors=factors, sweeps=sweeps, confidence=args.confidence, regularization=args.regularization,
         solver=args.solver,
     )  # fmt: skip
 
     def fit() -> tuple:
-        als = ALS(config, int(log[0].max()) + 1, int(log[1].max()) + 1)
+        als = ALS(config, *sizes)
         als.add(*log)
         found = als.fit()
         return found.users.numpy(), found.items.numpy()
@@ -72,12 +77,12 @@ def ours(log: Log, args: argparse.Namespace, factors: int, sweeps: int) -> Calla
     return fit
 
 
-def theirs(log: Log, args: argparse.Namespace, factors: int, sweeps: int) -> Callable[[], tuple]:
+def theirs(log: Log, sizes: list[int], args: argparse.Namespace, factors: int, sweeps: int) -> Callable[[], tuple]:
     """A fit of `implicit` that is ready to run."""
     from implicit.cpu.als import AlternatingLeastSquares
     from scipy.sparse import csr_matrix
 
-    matrix = csr_matrix((np.ones(len(log[0]), np.float32), log))
+    matrix = csr_matrix((np.ones(len(log[0]), np.float32), log), shape=sizes)
 
     def fit() -> tuple:
         model = AlternatingLeastSquares(
@@ -101,123 +106,128 @@ def objective(log: Log, users: np.ndarray, items: np.ndarray, args: argparse.Nam
     return float(total)
 
 
-def memory(field: str) -> int:
-    """A line of /proc/self/status, in bytes; 0 where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+def needed_bytes(rows: int, factors: int) -> int:
+    """Of the log as arrays and twice as CSR, and of the factors, of all processes of a run together."""
+    users, items = rows // 80, rows // 400
+    return 3 * 8 * rows + 8 * (users + items) + 4 * factors * (users + items)
 
 
-def measure(engine: str, source: str, args: argparse.Namespace, factors: int) -> dict[str, float]:
-    """One timed run in this process."""
-    log, make = load(source, args.made), {"recpress": ours, "implicit": theirs}[engine]
+def fit_of(engine: str, log: Log, sizes: list[int], args: argparse.Namespace, factors: int) -> Callable[[], tuple]:
+    """A fit that is ready to run, in a process in which one has run."""
+    make = {OURS: ours, THEIRS: theirs}[engine]
     small = np.arange(64, dtype=np.int32)
-    make((small, small), args, factors, 1)()  # imports, thread pools, generated kernels
-    fit = make(log, args, factors, args.sweeps)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what loading freed would hide what the fit takes
-    if (peak := Path("/proc/self/clear_refs")).exists():
-        peak.write_text("5")  # the peak starts from here
-    before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
-    users, items = fit()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    used = memory("VmHWM") - before
+    make((small, small), [64, 64], args, factors, 1)()  # imports, thread pools, generated kernels
+    return make(log, sizes, args, factors, args.sweeps)
+
+
+def measured(engine: str, folder: str, sizes: list[int], args: argparse.Namespace, factors: int) -> dict[str, float]:
+    """One timed run on each rank; rank 0 has the figures of all."""
+    import torch.distributed as dist
+    from recpress.trainer.distributed import process_group
+
+    with process_group("cpu") as place:
+        users, items = (np.load(f"{folder}/{name}.npy") for name in ("users", "items"))
+        log = users[place.rank :: place.world], items[place.rank :: place.world]
+        fit = fit_of(engine, log, sizes, args, factors)
+        dist.barrier()
+        memory, wall, cpu = PeakMemory(), time.perf_counter(), time.process_time()
+        found = fit()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        parts: list[Any] = [None] * place.world
+        dist.gather_object((wall, cpu, memory.bytes, *found), parts if place.rank == 0 else None)
+    if place.rank:
+        return {}
+    x, y = (np.concatenate([part[side] for part in parts]) for side in (3, 4))
     return {
-        "seconds": wall,
-        "cpu_seconds": cpu,
-        "peak_bytes": used,
-        "objective": objective(log, users, items, args),
+        "seconds": max(part[0] for part in parts),
+        "CPU seconds": sum(part[1] for part in parts),
+        "peak MB": max(part[2] for part in parts) / 1e6,
+        "objective": objective((users, items), x, y, args),
     }
 
 
-def compare(name: str, source: str, args: argparse.Namespace, factors: int) -> dict:
-    """Medians of runs that take turns."""
-    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+def compare(name: str, source: str | None, made: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table of one log: medians of runs that take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = load(source, made)
+        sizes = [int(ids.max()) + 1 for ids in log]
+        np.save(f"{folder}/users.npy", log[0])
+        np.save(f"{folder}/items.npy", log[1])
+        number = len(log[0])
+        del log
+        return [row for factors in args.factors for row in of_factors(name, folder, number, sizes, args, factors)]
+
+
+def of_factors(
+    name: str, folder: str, number: int, sizes: list[int], args: argparse.Namespace, factors: int
+) -> list[dict[str, Any]]:
+    """Ours on each number of ranks, and implicit's."""
+    engines = [(OURS, ranks) for ranks in args.ranks]
+    if installed("implicit"):
+        engines.append((THEIRS, 1))
+    runs: dict[tuple[str, int], list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in range(args.runs):
-        for engine in ENGINES:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                runs[engine].append(pool.submit(measure, engine, source, args, factors).result())
-    log = load(source, args.made)
-    num_users, num_items = int(log[0].max()) + 1, int(log[1].max()) + 1
-    csr = 8 * len(log[0]) + 8 * (num_users + 1)
-    row: dict = {
-        "data": name,
-        "factors": factors,
-        "rows": len(log[0]),
-        "users": num_users,
-        "items": num_items,
-    }
-    row["memory_target_bytes"] = 2 * csr + 4 * factors * (num_users + num_items)
-    for engine in ENGINES:
-        row[engine] = {key: statistics.median(run[key] for run in runs[engine]) for key in runs[engine][0]}
-    for key in ("seconds", "cpu_seconds"):
-        row[f"{key}_ratio"] = statistics.median(
-            a[key] / b[key] for a, b in zip(runs["recpress"], runs["implicit"], strict=True)
-        )
-    row["runs"] = runs
-    return row
-
-
-HEAD = (
-    "data",
-    "factors",
-    "ours s",
-    "implicit s",
-    "ratio",
-    "CPU ratio",
-    "objective",
-    "implicit's",
-    "MB",
-    "implicit's",
-    "target",
-)
-
-
-def line(row: dict) -> tuple:
-    """Cells of one row of the table."""
-    a, b = row["recpress"], row["implicit"]
-    return (
-        row["data"], row["factors"], f"{a['seconds']:.2f}", f"{b['seconds']:.2f}",
-        f"{row['seconds_ratio']:.2f}", f"{row['cpu_seconds_ratio']:.2f}",
-        f"{a['objective']:.0f}", f"{b['objective']:.0f}",
-        f"{a['peak_bytes'] / 1e6:.0f}", f"{b['peak_bytes'] / 1e6:.0f}",
-        f"{row['memory_target_bytes'] / 1e6:.0f}",
-    )  # fmt: skip
+        for engine, ranks in engines:
+            runs[engine, ranks].append(in_own_processes(measured, ranks, engine, folder, sizes, args, factors)[0])
+    target = 2 * (8 * number + 8 * (sizes[0] + 1)) + 4 * factors * sum(sizes)
+    head = {"data": name, "rows": number, "users": sizes[0], "items": sizes[1], "factors": factors}
+    rows: list[dict[str, Any]] = []
+    for (engine, ranks), found in runs.items():
+        row: dict[str, Any] = head | {"engine": engine, "ranks": ranks}
+        row |= {key: statistics.median(run[key] for run in found) for key in found[0]}
+        row["target MB"] = target / 1e6
+        for word, key in (("time", "seconds"), ("CPU time", "CPU seconds"), ("memory", "peak MB")):
+            if theirs_ := runs.get((THEIRS, 1)):
+                pairs = zip(found, theirs_, strict=True)
+                row[f"{word} / implicit"] = statistics.median(a[key] / max(b[key], 1e-9) for a, b in pairs)
+        rows.append(row)
+    return rows if installed("implicit") else [*rows, head | {"engine": THEIRS, "note": MISSING}]
 
 
 def main() -> None:
     """Measure all, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PARQUET", help="logs to measure on")
-    parser.add_argument("--made", nargs=3, type=int, metavar=("USERS", "ITEMS", "ROWS"), help="a random log instead")
-    parser.add_argument("--factors", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--sweeps", type=int, default=15)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--made", nargs="*", type=int, default=[1_000_000, 4_000_000, 16_000_000, 32_000_000], metavar="ROWS",
+        help="random logs of so many rows, where no --data is given",
+    )  # fmt: skip
+    parser.add_argument("--factors", nargs="+", type=int, default=[64])
+    parser.add_argument("--sweeps", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="of ours; the threads are shared")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
     parser.add_argument("--confidence", type=float, default=3.0)
     parser.add_argument("--regularization", type=float, default=10.0)
     parser.add_argument("--solver", default="auto")
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
-    if bool(args.data) == bool(args.made) or not all("=" in data for data in args.data):
-        parser.error("expected --data NAME=PARQUET ... or --made USERS ITEMS ROWS")
+    if not all("=" in data for data in args.data):
+        parser.error("expected --data NAME=PARQUET ...")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as implicit asks for; it runs threads of its own
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    rows = []
-    print(" | ".join(HEAD), flush=True)
-    for data in args.data or ["made=made"]:
-        name, source = data.split("=", 1)
-        for factors in args.factors:
-            rows.append(compare(name, source, args, factors))
-            print(" | ".join(map(str, line(rows[-1]))), flush=True)
-    if args.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.json.write_text(
-            json.dumps(
-                {"settings": settings | {"data": [d.split("=")[0] for d in args.data]}, "rows": rows},
-                indent=1,
-            )
-        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows: list[dict[str, Any]] = []
+    for data in args.data:
+        name, _, source = data.partition("=")
+        rows += compare(name, source, 0, args)
+    for made in [] if args.data else args.made:
+        needs = needed_bytes(made, max(args.factors))
+        if needs > memory / 2:
+            note = f"not run: needs {needs / 1e9:.1f} GB, more than half of {memory / 1e9:.1f} GB"
+            rows.append({"data": "made", "rows": made, "note": note})
+        else:
+            rows += compare("made", None, made, args)
+    settings = settings_of(vars(args), leave_out=("out", "data"))
+    publish(
+        "Factorization: seconds and memory, beside implicit",
+        rows,
+        out=args.out,
+        settings=settings | {"data": [data.partition("=")[0] for data in args.data]},
+        plots=[
+            lines(["rows"], ["seconds", "peak MB"], ["engine", "ranks"], title="Sweeps over made logs",
+                  only={"data": ["made"], "factors": [args.factors[0]]}),
+        ],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

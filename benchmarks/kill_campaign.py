@@ -1,4 +1,4 @@
-"""Kill runs with SIGKILL at random steps until they have ended, and compare with a run that was left alone.
+"""Does a run that was killed at random steps end at the bits of one that was left alone?
 
     python benchmarks/kill_campaign.py --runs 50 --ranks 2 --out kill-campaign.json
 
@@ -28,10 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.data import batch as batch_module
 from recpress.trainer import optimizer as optimizer_module
 from recpress.trainer import train as train_module  # noqa: F401  # imported once, before the ranks are forked
 from recpress.trainer.cli import main as recpress
+
+SMALL = ("--runs", "3")
 
 SETTINGS = (
     *("--sample.rate", "1", "--epochs", "2", "--stream.batch-size", "64", "--no-tensorboard"),
@@ -129,7 +132,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="kill-campaign.json")
+    parser.add_argument("--out", help="JSON file")
     given = parser.parse_args()
     random.seed(given.seed)
     results: list[dict[str, Any]] = []
@@ -182,9 +185,21 @@ def main() -> int:
             )
             print(json.dumps(results[-1]), flush=True)
     passed = sum(r["same"] and not r["lost"] and not r["twice"] for r in results)
-    killed, lost, twice = (sum(r[name] for r in results) for name in ("killed", "lost", "twice"))
-    print(f"{passed} of {len(results)} runs end at the same bits; {killed} kills, rows lost {lost}, seen twice {twice}")
-    Path(given.out).write_text(json.dumps({"ranks": given.ranks, "steps": steps, "runs": results}, indent=1) + "\n")
+    rows = []
+    for strategy in STRATEGIES:
+        own = [r for r in results if r["strategy"] == strategy]
+        total = {name: sum(r[name] for r in own) for name in ("killed", "lost", "twice")}
+        rows.append(
+            {"tables": strategy, "runs": len(own), "kills": total["killed"], "same bits": sum(r["same"] for r in own)}
+            | {"rows lost": total["lost"], "rows seen twice": total["twice"]}
+        )
+    publish(
+        f"Killed and started again: {passed} of {len(results)} runs end at the bits of the quiet run",
+        rows,
+        out=given.out,
+        settings=settings_of(vars(given)) | {"steps": steps},
+        plots=[bars(["runs", "same bits"], ["tables"], title="Runs, and those that end at the same bits")],
+    )
     return 0 if passed == len(results) else 1
 
 

@@ -1,22 +1,20 @@
-"""The clustering behind `learned` and `cluster`: time, peak memory and distortion; and against faiss's k-means.
+"""How long does the clustering behind `learned` and `cluster` take, and in how much memory, beside faiss's k-means?
 
-    python benchmarks/map_build.py --faiss                             # 200,000 ids to 20,000 rows, both
-    python benchmarks/map_build.py --ids 10000000 --rows 1000000       # ours alone
+    python benchmarks/map_build.py                                                  # both, growing numbers of ids
+    python benchmarks/map_build.py --ids 10000000 --most-faiss 0                    # ours alone
 
 Made data: ids in a mixture of Gaussians, written to a temporary file and read by memory map; an id's count falls off
-as a power of its rank, and its weight is the root of its count. Each run is a process of its own, and ours and
-faiss's take turns. Both get the same weights, iterations and threads. Distortion is sum_i w_i |v_i - c_row(i)|^2 with
-each row the weighted mean of its ids, computed here for both, in float64. Memory is the peak above what the process
-held before the clustering, without the memory map's pages, which the system takes back where it needs them (Linux
-only); faiss wants the whole matrix in memory, which is counted. `threads` are those of both libraries. On a
-CPU that others use too, CPU seconds say more than seconds.
+as a power of its rank, and its weight is the root of its count. A tenth of the ids is the number of rows. Each run is a
+process of its own, and ours and faiss's take turns. Both get the same weights, iterations and threads. Distortion is
+sum_i w_i |v_i - c_row(i)|^2 with each row the weighted mean of its ids, computed here for both, in float64. Memory is
+the peak above what the process held before the clustering, without the memory map's pages, which the system takes back
+where it needs them (Linux only); faiss wants the whole matrix in memory, which is counted. faiss compares each id with
+each row, so that it is not run above `--most-faiss` ids.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 import threading
@@ -25,8 +23,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
+
+SMALL = ("--ids", "20000", "80000", "--most-faiss", "80000")
 
 BLOCK = 1 << 19
 """Ids that are made at a time."""
@@ -74,7 +76,7 @@ def _anonymous() -> int:
     return 0
 
 
-def ours(folder: Path, args: argparse.Namespace) -> Callable[[], np.ndarray]:
+def ours(folder: Path, rows: int, args: argparse.Namespace) -> Callable[[], np.ndarray]:
     """A clustering that is ready to run; returns the row of each id."""
     import torch
     from recpress.modules.hashing.clustering import cluster
@@ -90,13 +92,13 @@ def ours(folder: Path, args: argparse.Namespace) -> Callable[[], np.ndarray]:
             print(f"{time.strftime('%H:%M:%S')} {stage}: {done:,} of {total:,} ids", flush=True)
 
     def run() -> np.ndarray:
-        found = cluster(vectors, weights, args.rows, seed=0, iterations=args.iterations, progress=progress)
+        found = cluster(vectors, weights, rows, seed=0, iterations=args.iterations, progress=progress)
         return found.assignment.numpy()
 
     return run
 
 
-def theirs(folder: Path, args: argparse.Namespace) -> Callable[[], np.ndarray]:
+def theirs(folder: Path, rows: int, args: argparse.Namespace) -> Callable[[], np.ndarray]:
     """faiss's k-means, ready to run; returns the row of each id."""
     import faiss
 
@@ -107,8 +109,8 @@ def theirs(folder: Path, args: argparse.Namespace) -> Callable[[], np.ndarray]:
         vectors = np.load(folder / "vectors.npy")
         # No sampling: ours sees every id as well.
         means = faiss.Kmeans(
-            args.dim, args.rows, niter=args.iterations, seed=0, min_points_per_centroid=1,
-            max_points_per_centroid=args.ids,
+            args.dim, rows, niter=args.iterations, seed=0, min_points_per_centroid=1,
+            max_points_per_centroid=len(weights),
         )  # fmt: skip
         means.train(vectors, weights=weights)
         return means.index.search(vectors, 1)[1][:, 0]
@@ -119,19 +121,19 @@ def theirs(folder: Path, args: argparse.Namespace) -> Callable[[], np.ndarray]:
 ENGINES = {"recpress": ours, "faiss": theirs}
 
 
-def measured(engine: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def measured(engine: str, folder: Path, rows: int, args: argparse.Namespace) -> dict[str, float]:
     """One run in this process."""
-    run = ENGINES[engine](folder, args)
+    run = ENGINES[engine](folder, rows, args)
     with Peak() as peak:
         start, cpu = time.perf_counter(), time.process_time()
-        rows = run()
+        row_of = run()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     return {
         "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_mb": peak.bytes / 1e6,
-        "distortion": distortion(folder, rows.astype(np.int64), args.rows),
-        "rows_used": int((np.bincount(rows, minlength=args.rows) > 0).sum()),
+        "CPU seconds": cpu_seconds,
+        "peak MB": peak.bytes / 1e6,
+        "distortion": distortion(folder, row_of.astype(np.int64), rows),
+        "rows used": int((np.bincount(row_of, minlength=rows) > 0).sum()),
     }
 
 
@@ -148,51 +150,57 @@ def distortion(folder: Path, rows: np.ndarray, number: int) -> float:
     return total
 
 
+def compare(ids: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table for one number of ids: medians of runs that took turns."""
+    rows, engines, note = max(1, round(ids * args.share)), ["recpress"], ""
+    if ids > args.most_faiss:
+        note = f"not run above {args.most_faiss:,} ids"
+    elif not installed("faiss"):
+        note = MISSING
+    else:
+        engines.append("faiss")
+    found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        folder = Path(temporary)
+        make(folder, ids, args.dim)
+        for _ in range(args.runs):
+            for engine in engines:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    found[engine].append(pool.submit(measured, engine, folder, rows, args).result())
+    table: list[dict[str, Any]] = []
+    for engine, runs in found.items():
+        row: dict[str, Any] = {"ids": ids, "rows": rows, "engine": engine}
+        row |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for word, key in (
+            ("time", "seconds"), ("CPU time", "CPU seconds"), ("memory", "peak MB"), ("distortion", "distortion")
+        ):  # fmt: skip
+            if "faiss" in found:
+                pairs = zip(runs, found["faiss"], strict=True)
+                row[f"{word} / faiss"] = statistics.median(a[key] / max(b[key], 1e-9) for a, b in pairs)
+        table.append(row)
+    return [*table, {"ids": ids, "rows": rows, "engine": "faiss", "note": note}] if note else table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ids", type=int, default=200_000)
-    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--ids", type=int, nargs="+", default=[50_000, 200_000, 1_000_000])
+    parser.add_argument("--share", type=float, default=0.1, help="rows, as a share of the ids")
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of both libraries")
     parser.add_argument("--runs", type=int, default=1, help="of each engine, taking turns")
-    parser.add_argument("--faiss", action="store_true", help="compare with faiss (pip install faiss-cpu)")
+    parser.add_argument("--most-faiss", type=int, default=200_000, help="most ids with which faiss is run")
     parser.add_argument("--progress", action="store_true", help="a line now and then")
     parser.add_argument("--folder", help="where the made data lie for the time of the run")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
-    engines = ["recpress", *(["faiss"] if args.faiss else [])]
-    found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        folder = Path(temporary)
-        make(folder, args.ids, args.dim)
-        for _ in range(args.runs):
-            for engine in engines:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    found[engine].append(pool.submit(measured, engine, folder, args).result())
-    middle = {
-        engine: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for engine, runs in found.items()
-    }
-    result = {
-        **{k: v for k, v in vars(args).items() if k not in ("out", "folder", "progress", "faiss")},
-        "cpus": os.cpu_count(),
-        "engines": middle,
-    }
-    if args.faiss:
-        pairs = list(zip(found["recpress"], found["faiss"], strict=True))
-        result["ratio_to_faiss"] = {
-            key: round(statistics.median(a[key] / b[key] for a, b in pairs), 4)
-            for key in ("seconds", "cpu_seconds", "peak_mb", "distortion")
-        }
-    print(f"{'':10} {'seconds':>10} {'CPU s':>10} {'peak MB':>10} {'distortion':>14} {'rows used':>10}")
-    for engine, run in middle.items():
-        print(
-            f"{engine:10} {run['seconds']:10.1f} {run['cpu_seconds']:10.1f} {run['peak_mb']:10.0f} "
-            f"{run['distortion']:14.6g} {run['rows_used']:10.0f}"
-        )
-    print(json.dumps(result, indent=2))
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+    publish(
+        "Making a map: seconds, memory and distortion, beside faiss's k-means",
+        [row for ids in args.ids for row in compare(ids, args)],
+        out=args.out,
+        settings=settings_of(vars(args), leave_out=("out", "folder", "progress")),
+        plots=[lines(["ids"], ["CPU seconds", "peak MB"], ["engine"], title="A tenth of the ids as rows")],
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds from the kill of a worker to the first new step, on a Slurm of two nodes (root, Debian).
+"""How long is it from the kill of a worker to the first new step, on a Slurm of two nodes?
 
     python benchmarks/recovery.py --kills 5
 
@@ -11,7 +11,6 @@ the start of Python on all ranks, planning, loading the checkpoint and the step 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -22,11 +21,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the fixture of the cluster tests
 
+from recpress.benchmarks.common import publish, settings_of
 from recpress.data.config import SynthConfig
 from recpress.data.synth import synth
 
 from tests.cluster.conftest import Jobs
 from tests.cluster.slurm import NODES, Slurm, wait_until
+
+SMALL = ("--kills", "1")
+NEEDS = "a checkout, root, Debian and scripts/install-cluster.sh"
 
 
 def newest(out: Path) -> int:
@@ -85,15 +88,21 @@ def measure(kills: int, folder: Path) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the times")
+    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
         Path(folder).chmod(0o755)
         found = measure(args.kills, Path(folder))
-    print(f"submit to first step: {found['start'][0]} s")
-    print(f"kill to first new step: median {statistics.median(found['recovery'])} s of {found['recovery']}")
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    publish(
+        "Recovery: seconds to the first new step, two nodes of two ranks",
+        [
+            {"from": "torchx run", "seconds": found["start"][0], "runs": 1},
+            {"from": "kill -9 of a worker, median", "seconds": statistics.median(found["recovery"])}
+            | {"runs": args.kills, "least": min(found["recovery"]), "most": max(found["recovery"])},
+        ],
+        out=args.out,
+        settings=settings_of(vars(args)),
+    )
 
 
 if __name__ == "__main__":

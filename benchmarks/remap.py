@@ -1,35 +1,39 @@
-"""Speed of replacing ids by rows, and what it adds to a training step.
+"""How many ids a second does a map replace by rows, beside modulo and TorchRec's collision module?
 
     python benchmarks/remap.py --out remap.json
 
 Ids a second of `LearnedHash` on a batch of one feature (or of 26), and of `MappedHash` (memory-mapped, on the host),
 against `torch.remainder` on the same tensor and against TorchRec's sorted collision module in evaluation mode, whose
 table holds `--mch-ids` of the ids. Ids are uniform, which no log is, or fall off as 1 / rank with the frequent ones
-spread over the map. Runs are interleaved; ratios are medians of neighbours in time. A step is zero_grad, forward,
-backward, step of a DLRM with an EmbeddingBagCollection of the compressed size.
+spread over the map. Runs are interleaved; ratios are medians of neighbours in time. And what a map adds to a training
+step: zero_grad, forward, backward, step of a DLRM with an EmbeddingBagCollection of the compressed size.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash, MappedHash
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, MCHManagedCollisionModule
+
+SMALL = (
+    "--map-ids", "1000000", "--ids", "200000", "--runs", "7", "--step-ids", "100000", "--batch", "2048",
+    "--step-runs", "5",
+)  # fmt: skip
 
 FEATURES = 26
 
@@ -92,7 +96,8 @@ def ratio(these: list[float], those: list[float]) -> float:
 
 
 @torch.no_grad()
-def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device) -> dict[str, object]:
+def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device) -> list[dict[str, Any]]:
+    """A row of the table for each way of making rows of ids."""
     rows = size // 10
     id_map = made_map(size, rows, 1)
     ids = made_ids(kind, size, args.ids, 2).to(device)
@@ -122,14 +127,17 @@ def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device
             "TorchRec MCH, eval": lambda: mch(jagged),
         }
         seconds = interleaved(jobs, args.runs, device)
-    return {
-        "map_ids": size,
-        "ids": kind,
-        "mch_slots": slots,
-        "million_ids_per_second": {n: round(args.ids / statistics.median(s) / 1e6, 1) for n, s in seconds.items()},
-        "to_remainder": {n: ratio(s, seconds["torch.remainder"]) for n, s in seconds.items()},
-        "to_mch": {n: ratio(s, seconds["TorchRec MCH, eval"]) for n, s in seconds.items()},
-    }
+    return [
+        {
+            "what": name,
+            "ids of the map": size,
+            "ids": kind,
+            "M ids/s": args.ids / statistics.median(found) / 1e6,
+            "x torch.remainder": ratio(found, seconds["torch.remainder"]),
+            "x TorchRec MCH": ratio(found, seconds["TorchRec MCH, eval"]),
+        }
+        for name, found in seconds.items()
+    ]
 
 
 class Hashed(nn.Module):
@@ -151,7 +159,7 @@ class Batch:
         self.dense_features, self.sparse_features, self.labels = dense, sparse, labels
 
 
-def training_step(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
+def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The same tables and rows with and without the hash: without it, the ids are rows already."""
     size = args.step_ids
     maps = {f"f{i}": made_map(size, size // 10, i) for i in range(FEATURES)}
@@ -186,14 +194,16 @@ def training_step(args: argparse.Namespace, device: torch.device) -> dict[str, o
     jobs = {name: (lambda name=name: step(name, optimizers[name])) for name in subjects}
     jobs["hash alone"] = lambda: hashes(features["LearnedHash"])
     seconds = interleaved(jobs, args.step_runs, device)
-    return {
-        "map_ids_each": size,
-        "milliseconds": {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
-        "slower_by_percent": round(100 * (1 / ratio(seconds["LearnedHash"], seconds["plain"]) - 1), 2),
-        "hash_share_percent": round(
-            100 * statistics.median(h / p for h, p in zip(seconds["hash alone"], seconds["plain"], strict=True)), 2
-        ),
-    }
+    return [
+        {
+            "what": f"DLRM step: {name}",
+            "ids of the map": FEATURES * size,
+            "ids": "skewed",
+            "ms": 1e3 * statistics.median(found),
+            "ms / step without": statistics.median(a / b for a, b in zip(found, seconds["plain"], strict=True)),
+        }
+        for name, found in seconds.items()
+    ]
 
 
 def main() -> None:
@@ -211,27 +221,19 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     device = torch.device(args.device)
-    found = [lookups(args, size, kind, device) for size in args.map_ids for kind in ("uniform", "skewed")]
-    print(f"{'map':>12}  {'ids':8}  {'what':28}  {'M ids/s':>8}  {'x remainder':>11}  {'x MCH':>8}")
-    for one in found:
-        for name, speed in one["million_ids_per_second"].items():
-            print(
-                f"{one['map_ids']:>12,}  {one['ids']:8}  {name:28}  {speed:>8}  {one['to_remainder'][name]:>11}  "
-                f"{one['to_mch'][name]:>8}"
-            )
-    step = training_step(args, device)
-    print(f"training step: {step}")
-    result = {
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "torch": torch.__version__,
-        **{k: v for k, v in vars(args).items() if k not in ("out", "device")},
-        "lookups": found,
-        "training_step": step,
-    }
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+    rows = [row for size in args.map_ids for kind in ("uniform", "skewed") for row in lookups(args, size, kind, device)]
+    publish(
+        "Applying a map: ids a second, beside modulo and TorchRec's collision module",
+        rows + training_step(args, device),
+        out=args.out,
+        settings=settings_of(vars(args)) | {"threads": torch.get_num_threads()},
+        device=device,
+        plots=[
+            bars(["M ids/s"], ["what"], title=f"Map of {size:,} ids, ids that fall off",
+                 only={"ids": ["skewed"], "ids of the map": [size]})
+            for size in args.map_ids
+        ],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

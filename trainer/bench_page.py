@@ -222,8 +222,12 @@ def _lines(rows: list[Row], x: str, plot: dict[str, Any], name: str) -> Iterator
             axes.set_ylabel(measure)
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8.5, handlelength=1.6)
+        handles = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8.5, handlelength=1.6
+        )
         fixed = ", ".join(f"{key} {shown(value)}" for key, value in plot["at"].items() if key != x)
         caption = f"{plot['title']}: {' and '.join(measures)} against {x}" + (f"; {fixed}" if fixed else "") + "."
         yield Plot(plot_svg(figure, name), caption, caption)

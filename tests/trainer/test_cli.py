@@ -89,7 +89,8 @@ def test_every_command_has_help(name, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train", "--config", "none.toml"], ["train", "--nothing"]]
+    "arguments",
+    [["--help"], ["bench", "list"], ["train", "--help"], ["train", "--config", "none.toml"], ["train", "--nothing"]],
 )
 def test_help_and_config_errors_answer_without_torch(arguments):
     program = (
