@@ -34,7 +34,7 @@ from recpress.trainer.sharding import shard
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from train_step import made_batch
+from training import made_batch
 
 MODES = ("none", "beside", "waiting")
 

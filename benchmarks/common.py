@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
+from tabulate import tabulate  # type: ignore[import-untyped]
 
 FORMAT = 1
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow")

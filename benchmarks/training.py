@@ -47,7 +47,10 @@ from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard
 from torchrec import KeyedJaggedTensor
 
-SMALL = ("--table-rows", "100000", "400000", "--dims", "32", "--batches", "2048", "--steps", "8", "--runs", "1")
+SMALL = (
+    "--table-rows", "50000", "200000", "--dims", "32", "--batches", "1024", "--shares", "0.2", "--steps", "8",
+    "--runs", "1",
+)  # fmt: skip
 RANKS = True
 
 OURS, BARE, DENSE, SPARSE = "recpress", "bare TorchRec", "DDP, dense", "DDP, sparse"
@@ -75,10 +78,21 @@ class Case:
     share: float
     """Rows of a hashed table, as a share of the ids; 1 for the others."""
 
+    negatives: int
+    """Of each row."""
+
+    @property
+    def items(self) -> int:
+        """A fifth of the ids."""
+        return self.table_rows // 5
+
+    @property
+    def users(self) -> int:
+        return self.table_rows - self.items
+
     @property
     def sides(self) -> tuple[int, int]:
-        """Users, four fifths of the ids, and items."""
-        return self.table_rows - self.table_rows // 5, self.table_rows // 5
+        return self.users, self.items
 
     @property
     def storage(self) -> Storage:
@@ -95,6 +109,7 @@ class Case:
 def cases(args: argparse.Namespace) -> list[Case]:
     """The first value of each option is the base; the others are varied one at a time."""
     base = {"table_rows": args.table_rows[0], "dim": args.dims[0], "batch": args.batches[0], "ranks": args.ranks[0]}
+    common = {"negatives": args.negatives}
     points = [base]
     for name, values in zip(base, (args.table_rows, args.dims, args.batches, args.ranks), strict=True):
         points += [base | {name: value} for value in values[1:]]
@@ -103,7 +118,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for tables in args.tables:
             shares = args.shares if tables == "hashed" else [1.0]
             for share in shares if point is base else shares[:1]:
-                found += [Case(tables=tables, loop=loop, share=share, **point) for loop in LOOPS[tables]]
+                found += [Case(tables=tables, loop=loop, share=share, **point, **common) for loop in LOOPS[tables]]
     return found
 
 
@@ -120,21 +135,24 @@ class MadeFactors:
         return np.random.default_rng(0).normal(0, 0.3, (count, width)).astype(np.float32)
 
 
-def made_batch(case: Case, negatives: int, seed: int, device: torch.device) -> Batch:
-    """Ids fall off as 1 / rank, as those of a log do; negatives are uniform."""
+def made_batch(sizes: Any, seed: int, device: torch.device) -> Batch:
+    """Ids fall off as 1 / rank, as those of a log do; negatives are uniform.
+
+    Args:
+        sizes: has `users`, `items`, `batch` (rows) and `negatives` (of a row).
+    """
     rng = np.random.default_rng(seed)
-    num_users, num_items = case.sides
 
     def skewed(num: int, count: int) -> torch.Tensor:
         return torch.from_numpy((num ** rng.random(count) - 1).astype(np.int64).clip(0, num - 1))
 
-    drawn = torch.from_numpy(rng.integers(0, num_items, case.batch * negatives))
-    items = torch.cat([skewed(num_items, case.batch), drawn])
+    negatives = torch.from_numpy(rng.integers(0, sizes.items, sizes.batch * sizes.negatives))
+    users, items = skewed(sizes.users, sizes.batch), torch.cat([skewed(sizes.items, sizes.batch), negatives])
     return Batch(
-        keyed(USER, skewed(num_users, case.batch)),
+        keyed(USER, users),
         keyed(ITEM, items),
-        torch.ones(case.batch),
-        torch.full((len(items),), -float(np.log(num_items))),
+        torch.ones(sizes.batch),
+        torch.full((len(items),), -float(np.log(sizes.items))),
     ).to(device)
 
 
@@ -212,7 +230,7 @@ def measured(case: Case, args: argparse.Namespace) -> dict[str, float]:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     with process_group(args.device) as ranks:
-        batches = [made_batch(case, args.negatives, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
+        batches = [made_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
         cuda = ranks.device.type == "cuda"
         before = torch.cuda.memory_allocated() if cuda else 0
         memory = PeakMemory()

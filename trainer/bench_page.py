@@ -65,7 +65,7 @@ def read_results(folder: str | Path) -> list[Result]:
 def write_page(path: str | Path, results: Sequence[Result]) -> None:
     """Write the page as one HTML file. Raises InputError where it cannot be written."""
     machines = list(dict.fromkeys(_machine(result) for result in results))
-    head = [
+    head: list[Any] = [
         Tiles([(str(len(results)), "benchmarks"), *_size(results[0])]),
         Paragraph(
             "Each section is one question, with the peer measured in the same run. Times of a machine that others use "
