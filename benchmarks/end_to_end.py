@@ -192,8 +192,8 @@ def _row(run: Run, goal: float) -> dict[str, Any]:
     seconds = math.inf if reached is None else run.before.seconds + setup + reached["train_seconds"]
     row: dict[str, Any] = {
         "tables": run.tables,
-        "share of rows read": run.rate,
-        "share of table rows": run.share,
+        "sample rate": run.rate,
+        "table share": run.share,
         "seconds to quality": seconds,
         "before the network, s": run.before.seconds,
         "peak MB": max(run.before.peak_mb, run.memory),
@@ -239,11 +239,11 @@ def main() -> None:
         settings=settings_of(vars(args), leave_out=("out", "data")) | {"log": Path(args.data or "made").name},
         device="cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu",
         plots=[
-            bars(["seconds to quality", "peak MB"], ["tables", "share of rows read", "share of table rows"],
+            bars(["seconds to quality", "peak MB"], ["tables", "sample rate", "table share"],
                  title="To the same quality"),
-            lines(["share of rows read"], measures, ["tables", "share of table rows"], title="Sample rate",
+            lines(["sample rate"], measures, ["tables", "table share"], title="Sample rate",
                   only={"tables": ["factors, frozen", "hashed factors, frozen"]}),
-            lines(["share of table rows"], measures, ["tables", "share of rows read"], title="Compression",
+            lines(["table share"], measures, ["tables", "sample rate"], title="Compression",
                   only={"tables": ["hashed, random", "hashed factors, frozen"]}),
         ],
     )  # fmt: skip

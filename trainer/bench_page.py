@@ -31,7 +31,7 @@ from recpress.trainer.report import (
 
 FORMAT = 1
 _MARKERS = "osD^vP<>X*"
-_MEASURES = ("/s", "ratio", "seconds", "MB", " s", "bytes")
+_MEASURES = ("/s", "ratio", "seconds", "seconds to quality", "MB", " s", "ms", "bytes")
 """Endings of columns that are worth a bar where a benchmark says nothing of plots, the first ones first."""
 _MOST_BARS = 40
 Row = dict[str, Any]
@@ -164,7 +164,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _name(row: Row, columns: Sequence[str]) -> str:
-    return ", ".join(shown(row[column]) for column in columns if row.get(column) not in (None, ""))
+    said = ((column, row[column]) for column in columns if row.get(column) not in (None, ""))
+    return ", ".join(f"{column} {shown(value)}" if _is_number(value) else shown(value) for column, value in said)
 
 
 def _bars(rows: list[Row], plot: dict[str, Any], name: str) -> Iterator[Plot]:
@@ -220,7 +221,8 @@ def _lines(rows: list[Row], x: str, plot: dict[str, Any], name: str) -> Iterator
                     )
             _axis(axes, x, places)
             axes.set_ylabel(measure)
-            axes.set_ylim(bottom=0)
+            if measure.endswith(_MEASURES):  # an amount; of a quality the differences count
+                axes.set_ylim(0, 1.06 * axes.dataLim.y1)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         handles = {
             label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -239,7 +241,7 @@ def _axis(axes: Axes, x: str, places: list[float]) -> None:
     if places[0] > 0 and places[-1] / places[0] > 5:
         axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(places, [_short(place) for place in places])
+    axes.set_xticks(places, [shown(place) if place < 1e5 else _short(place) for place in places])
     axes.minorticks_off()
 
 

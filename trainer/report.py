@@ -179,6 +179,9 @@ td { text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; }
 td small { display: block; color: var(--muted); font-size: 0.8rem; }
 td b { color: var(--accent); }
+table.dense { font-size: 0.8rem; margin-top: 1rem; }
+.dense th { font-size: 0.76rem; vertical-align: bottom; }
+.dense th, .dense td { padding: 0.3rem 0.35rem; white-space: normal; }
 tr.marked td { background: var(--mark); }
 tr.marked td:first-child { font-weight: 600; box-shadow: inset 3px 0 var(--accent); }
 figure { margin: 1rem 0 0; max-width: 46rem; }
@@ -247,7 +250,7 @@ PAGE = """<!doctype html>
 {% endfor %}
 </div>
 {% elif kind == "Table" %}
-<table>
+<table{% if block.header|length > 7 %} class="dense"{% endif %}>
 {% if block.caption %}
 <caption>{{ block.caption }}</caption>
 {% endif %}

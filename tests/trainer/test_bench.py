@@ -142,6 +142,7 @@ def test_a_result_is_a_table_and_a_page_of_its_rows(tmp_path, capsys):
     assert "<script" not in text
     assert text.count("<figure") == 2  # one value of batch is no line
     assert "Speed: rows/s and peak MB against rows; batch 8." in text
+    assert "ours, rows 16,000" in text
     for cell in ("32,000", "1,234", "not installed", "yes"):
         assert f">{cell}<" in text
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text)
