@@ -35,6 +35,8 @@ def in_own_processes(function: Callable[..., Any], ranks: int, *args: Any) -> li
     Raises:
         RuntimeError: one of them failed; the others are ended.
     """
+    # A process that has threads of its own is not safe to fork, and pyarrow's allocator starts one.
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     number = next(_case)
