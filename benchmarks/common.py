@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate  # type: ignore[import-untyped]
 
 FORMAT = 1
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow")
@@ -58,7 +57,7 @@ def publish(
     print(f"\n{question}\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [[row.get(column, "") for column in columns] for row in rows]
-    print(tabulate(table, headers=columns, floatfmt=".4g", intfmt=","), flush=True)
+    print(_drawn(columns, table), flush=True)
     if out is None:
         return
     result = {
@@ -119,6 +118,17 @@ def settings_of(values: dict[str, Any], leave_out: Iterable[str] = ("out",)) -> 
         for name, value in values.items()
         if name not in leave_out
     }
+
+
+def _drawn(columns: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
+    try:
+        from tabulate import tabulate  # type: ignore[import-untyped]
+    except ImportError:  # a GPU machine where nothing can be installed
+        cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in table]
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        lines = [columns, ["-" * width for width in widths], *cells]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return tabulate(table, headers=columns, floatfmt=".4g", intfmt=",")
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,174 @@
+"""Is the stream as fast as the decoder, and how many times as fast as other readers?
+
+    OMP_NUM_THREADS=1 python benchmarks/reader.py --out benchmarks/results/reader.json
+
+The limit is bare pyarrow: as many Python threads, a whole row group each, nothing done with it. `of bare` is the
+seconds of bare decoding over those of the side, `ours is faster` the seconds of the side over those of ours with the
+first number of threads: medians over the rounds, in which all take turns, each time in a process of its own. CPU time
+is what a busy machine leaves comparable. Peak memory is over what the process has after its imports; `read` the bytes
+asked of the file, its footer included, as a share of its size.
+
+Of the peers, torchdata's StatefulDataLoader stands for what a TorchRec user would pick next: it is PyTorch's own
+answer to resuming, and with the plain loop in it, it makes the same calls as the read loop of TorchEasyRec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import made_logs
+import readers
+from common import publish, settings_of
+from made_logs import Made
+from measure import Cost, alone, cost, in_turns, ratio
+from recpress.data.config import SampleConfig, StreamConfig
+
+CASES = ("narrow", "narrow-1m", "uniform", "block", "wide", "lists")
+LOGS = {name: "narrow" if name in ("uniform", "block") else name for name in CASES}
+MISSING = "not installed: scripts/install.sh .venv bench"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A log, and how our stream reads it."""
+
+    title: str
+    made: Made
+    sample: SampleConfig | None = None
+
+
+def write_log(name: str, folder: Path, args: argparse.Namespace) -> Made:
+    if name == "wide":
+        return made_logs.wide(folder, args.wide_rows)
+    if name == "lists":
+        return made_logs.with_lists(folder, args.wide_rows)
+    return made_logs.narrow(folder, args.rows, 1_000_000 if name == "narrow-1m" else None)
+
+
+def make_case(name: str, made: Made) -> Case | str:
+    """The case, or why there is none."""
+    titles = {
+        "narrow": "2 ids, our layout",
+        "narrow-1m": "2 ids, row groups of 1 M",
+        "wide": "26 ids, 13 floats",
+        "lists": "2 ids, 1 list",
+    }
+    if name in titles:
+        return Case(titles[name], made)
+    if name == "uniform":
+        return Case("2 ids, 10 % of the rows", made, SampleConfig(rate=0.1))
+    if "kind" not in {field.name for field in fields(SampleConfig)}:
+        return "this version of recpress has no block sampling"
+    return Case("2 ids, 10 % of the row groups", made, SampleConfig(rate=0.1, kind="block"))  # type: ignore[call-arg]
+
+
+def sides(case: Case, args: argparse.Namespace) -> list[readers.Peer]:
+    """All that take turns: bare and ours by threads, then the peers."""
+    found = []
+    for threads in args.threads:
+        shuffled = StreamConfig(batch_size=args.batch, threads=threads)
+        found.append(readers.Peer(f"bare decoding, {threads}", readers.bare(case.made, threads)))
+        found.append(readers.Peer(f"recpress, {threads}", readers.ours(case.made, shuffled, case.sample)))
+    if args.no_peers:
+        return found
+    if case.sample is None:
+        return found + readers.peers(case.made, args.batch, args.seconds)
+    rate = case.sample.rate
+    return [*found, readers.Peer("iter_batches and a mask", readers.loop(case.made, args.batch, rate=rate))]
+
+
+def measured(peer: readers.Peer) -> Callable[[], Cost]:
+    """One reading in a process of its own."""
+
+    def inside() -> Cost:
+        readers.warmed()
+        return cost(peer.read, peer.workers)
+
+    return lambda: alone(inside)
+
+
+def rows_of(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The case's part of the table."""
+    everyone = sides(case, args)
+    runs = {peer.name: measured(peer) for peer in everyone if not peer.missing}
+    found = in_turns(runs, args.rounds)
+    table = []
+    for peer in everyone:
+        if peer.missing:
+            table.append({"case": case.title, "reader": peer.name, "note": MISSING})
+            continue
+        costs, threads = found[peer.name], args.threads[0]
+        if peer.name.startswith(("bare", "recpress")):
+            threads = int(peer.name.rpartition(" ")[2])
+        limit, best = found[f"bare decoding, {threads}"], found[f"recpress, {args.threads[0]}"]
+        table.append(
+            {
+                "case": case.title,
+                "reader": peer.name,
+                "M rows/s": statistics.median(c.done / c.wall for c in costs) / 1e6,
+                "M rows/CPU s": statistics.median(c.done / c.cpu for c in costs) / 1e6,
+                "of bare, wall": ratio(limit, costs, "wall"),
+                "of bare, CPU": ratio(limit, costs, "cpu"),
+                "ours is faster, wall": ratio(costs, best, "wall"),
+                "ours is faster, CPU": ratio(costs, best, "cpu"),
+                "peak MB": statistics.median(c.peak for c in costs) / 1e6,
+                "read %": statistics.median(100 * c.read / case.made.size for c in costs),
+            }
+        )
+    return table
+
+
+def imported() -> None:
+    """Imports the peers that there are, so that no measured process has to."""
+    for name in ("datasets", "torchdata.stateful_dataloader"):
+        with suppress(ImportError):
+            importlib.import_module(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rows", type=int, default=8_000_000, help="of the narrow logs")
+    parser.add_argument("--wide-rows", type=int, default=1_000_000, help="of the wide log and of that with lists")
+    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for the peers that are slow")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    table: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = f"{folder}/hf"
+        imported()
+        made: dict[str, Made] = {}
+        for name in args.cases:
+            log = LOGS[name]
+            if log not in made:
+                made[log] = alone(write_log, log, Path(folder) / log, args)
+            case = make_case(name, made[log])
+            if isinstance(case, str):
+                table.append({"case": name, "reader": "recpress", "note": case})
+                continue
+            table += rows_of(case, args)
+            print(f"{case.title}: done", flush=True)
+    publish(
+        "How near to bare decoding does the stream read, and how far from it do others?",
+        table,
+        out=args.out,
+        settings=settings_of(vars(args)),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Does the stream's memory stay where its formula says, for as long as it runs?
+
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --out benchmarks/results/soak.json
+
+Epoch after epoch of a made log, as fast as they come, or with `--rows-per-second` no faster than a trainer would take
+them. Once a second the process's anonymous memory is read; what it had before the stream began is taken off. The slope
+is that of a straight line through the samples after the first fifth of the time. `bound` is what the stream promises
+for its configuration, `InteractionStream.memory_bound()`, where this version has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import made_logs
+import numpy as np
+import readers
+from common import publish, settings_of
+from measure import alone, memory
+from recpress.data.config import SampleConfig, StreamConfig
+from recpress.data.log import open_log
+from recpress.data.stream import InteractionStream
+
+
+def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[str, object]:
+    """Runs the stream for the minutes; a row of the table."""
+    readers.warmed()
+    config = StreamConfig(batch_size=args.batch, threads=args.threads, buffer_rows=args.buffer_rows)
+    log = open_log(folder, made.schema, pairs=False)
+    sample = SampleConfig(rate=args.rate)
+    before, began = memory("RssAnon"), time.monotonic()
+    end, due, rows, epoch = began + 60 * args.minutes, began, 0, 0
+    samples: list[tuple[float, int]] = []
+    bound = None
+    while time.monotonic() < end:
+        stream = InteractionStream(log.train, log.schema, config, sample=sample, epoch=epoch)
+        if hasattr(stream, "memory_bound"):
+            bound = stream.memory_bound()
+        for batch in stream:
+            rows += batch.size
+            if (now := time.monotonic()) >= due:
+                samples.append((now - began, memory("RssAnon") - before))
+                due = now + args.every
+            if args.rows_per_second and (wait := began + rows / args.rows_per_second - now) > 0:
+                time.sleep(min(wait, 1.0))
+            if now >= end:
+                break
+        epoch += 1
+    at, used = np.array(samples, dtype=np.float64).T
+    late = at >= at[-1] / 5
+    slope = np.polyfit(at[late], used[late], 1)[0] if late.sum() > 1 else float("nan")
+    return {
+        "minutes": args.minutes,
+        "epochs": epoch,
+        "M rows": rows / 1e6,
+        "M rows/s": rows / at[-1] / 1e6,
+        "most MB": used.max() / 1e6,
+        "at the end MB": used[-1] / 1e6,
+        "bound MB": None if bound is None else bound / 1e6,
+        "most / bound": None if bound is None else used.max() / bound,
+        "MB/hour": slope * 3600 / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between looks at the memory")
+    parser.add_argument("--shapes", nargs="+", choices=("narrow", "wide", "lists"), default=["narrow"])
+    parser.add_argument("--rows", type=int, default=8_000_000, help="of the log, and of an epoch")
+    parser.add_argument("--rate", type=float, default=1.0, help="of the sample")
+    parser.add_argument("--rows-per-second", type=float, help="no faster than this")
+    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--buffer-rows", type=int, default=StreamConfig().buffer_rows)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in args.shapes:
+            make = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs.with_lists}[shape]
+            made = alone(make, Path(folder) / shape, args.rows)
+            table.append({"log": shape, **alone(soak, Path(folder) / shape, made, args)})
+    publish(
+        "Does the stream's memory stay within its bound, and flat?",
+        table,
+        out=args.out,
+        settings=settings_of(vars(args)),
+    )
+
+
+if __name__ == "__main__":
+    main()
