@@ -1,6 +1,6 @@
 """Is the stream as fast as the decoder, and how many times as fast as other readers?
 
-    OMP_NUM_THREADS=1 python benchmarks/reader.py --out benchmarks/results/reader.json
+    OMP_NUM_THREADS=1 python benchmarks/reader.py --out runs/reader.json
 
 The limit is bare pyarrow: as many Python threads, a whole row group each, nothing done with it. `of bare` is the
 seconds of bare decoding over those of the side, `ours is faster` the seconds of the side over those of ours with the

@@ -1,6 +1,6 @@
 """How long does it take to go on in the middle of a long log? Seconds until the first batch.
 
-    OMP_NUM_THREADS=1 python benchmarks/resume.py --rows 100000000 --out benchmarks/results/resume.json
+    OMP_NUM_THREADS=1 python benchmarks/resume.py --rows 100000000 --out runs/resume.json
 
 The log is one file of 4 M rows under as many names as it takes, by hard links: each has a footer and row groups of its
 own, and only the bytes on the disk are shared. Steps are drawn at random, the same for all sides; each is resumed in a

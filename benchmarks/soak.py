@@ -1,6 +1,6 @@
 """Does the stream's memory stay where its formula says, for as long as it runs?
 
-    OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --out benchmarks/results/soak.json
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --out runs/soak.json
 
 Epoch after epoch of a made log, as fast as they come, or with `--rows-per-second` no faster than a trainer would take
 them. Once a second the process's anonymous memory is read; what it had before the stream began is taken off. The slope

@@ -492,12 +492,9 @@ class _Build:
         if old.need_indices():
             raise ValueError("compress: an EmbeddingCollection with need_indices=True would return rows for ids")
         hashes = LearnedHash(mapped, unknown=self.unknown, packed=self.packed)
-        new = EmbeddingCollection(
-            kept,
-            device=_META,
-            use_gather_select=old.use_gather_select(),
-            use_gather_select_per_sharding=old.use_gather_select_per_sharding(),
-        )
+        options = ("use_gather_select", "use_gather_select_per_sharding")
+        same = {name: getattr(old, name)() for name in options if hasattr(old, name)}  # TorchRec 1.6 lacks the second
+        new = EmbeddingCollection(kept, device=_META, **same)
         hashes = hashes.to(old.device) if old.device.type != "meta" else hashes
         return CompressedEmbeddingCollection(hashes, new, old.device)
 

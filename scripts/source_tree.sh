@@ -3,6 +3,6 @@
 # and for machines where nothing can be installed: PYTHONPATH=build/src
 set -eu
 cd "$(dirname "$0")/.."
-rm -rf build/src
 mkdir -p build/src/recpress
-for folder in data modules trainer launch benchmarks; do ln -s "../../../$folder" "build/src/recpress/$folder"; done
+mkdir -p build/src/recpress
+for folder in data modules trainer launch benchmarks; do ln -sfn "../../../$folder" "build/src/recpress/$folder"; done

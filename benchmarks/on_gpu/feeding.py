@@ -1,0 +1,87 @@
+"""The stream feeding the train loop: how much of a step is waiting for data."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import made_logs
+import torch
+from recpress.data.batch import Batch, BatchBuilder
+from recpress.data.config import StreamConfig
+from recpress.data.log import open_log
+from recpress.data.negatives import UniformNegatives
+from recpress.data.stream import Interactions, InteractionStream
+
+from on_gpu.training import KINDS, Subject, sizes, timed
+
+
+class Clocked:
+    """Batches, with the seconds that the loop stood still for them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(self._batches, None)
+            self.seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+
+def pinned(rows: Interactions) -> Interactions:
+    """The same in page-locked memory, from which a copy to the device does not wait."""
+    columns = {name: getattr(rows, name) for name in ("user", "item", "label")}
+    return replace(rows, **{name: None if x is None else x.pin_memory() for name, x in columns.items()})
+
+
+def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    """Three times over the same steps: batches that lie on the device already, and the stream with ordinary and with
+    pinned memory. `waiting %` is the host's time for the next batch (decoding that is not ahead, and assembly), and
+    `slower %` what the stream adds to the steps' wall time: the device waits only as far as that is above zero."""
+    args, table = sizes(tiny), []
+    steps = 8 if tiny else 300
+    args.users, args.items, args.dim = 1_000_000, 100_000, 4 if tiny else args.dim  # the ids of the made log
+    with tempfile.TemporaryDirectory() as folder:
+        made = made_logs.narrow(Path(folder), max(args.batch * steps, 1000))
+        log = open_log(folder, made.schema)
+        for kind in KINDS[:1] if tiny else KINDS[:3]:
+            subject = Subject(kind, args, device)
+            builder = BatchBuilder(UniformNegatives(args.items, args.negatives), device=device)
+
+            def stream(threads: int, pin: bool, builder: BatchBuilder = builder) -> Iterator[Batch]:
+                config = StreamConfig(batch_size=args.batch, threads=threads)
+                found: Iterable[Interactions] = InteractionStream(log.train, log.schema, config)
+                found = islice(found, steps)
+                return map(builder, map(pinned, found) if pin else found)
+
+            ready = list(stream(2, False))
+            subject.fit(ready[:3])  # warms up
+            alone = timed(subject.fit, ready, device)
+            table.append({"tables": kind.name, "batches": "ready on the device", "ms a step": 1e3 * alone / steps})
+            del ready
+            for threads in (1,) if tiny else (1, 2, 4):
+                for pin in (False, True) if device.type == "cuda" else (False,):
+                    batches = Clocked(stream(threads, pin))
+                    took = timed(subject.fit, batches, device)
+                    table.append(
+                        {
+                            "tables": kind.name,
+                            "batches": f"stream, {threads} threads{', pinned' if pin else ''}",
+                            "ms a step": 1e3 * took / steps,
+                            "M rows/s": args.batch * steps / took / 1e6,
+                            "waiting %": 100 * batches.seconds / took,
+                            "slower %": 100 * (took / alone - 1),
+                        }
+                    )
+            del subject
+    return table

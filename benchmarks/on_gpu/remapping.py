@@ -1,0 +1,53 @@
+"""Ids replaced by rows: ids a second, and what share of the memory's bandwidth that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recpress.modules.learned_hash import LearnedHash
+from remap import FEATURES, keyed, made_ids, made_map
+
+from on_gpu.device import Ceilings, Job, seconds
+
+ID_BYTES, ENTRY_BYTES = 8, 4
+
+
+@torch.no_grad()
+def rows(device: torch.device, best: Ceilings, tiny: bool) -> list[dict[str, Any]]:
+    """`useful` bytes are an id read, its entry of the map read, a row written. A map far larger than the cache moves a
+    whole sector (32 bytes on NVIDIA's) for each entry of 4."""
+    table = []
+    count = 1 << (12 if tiny else 23)
+    for size in (1 << 12,) if tiny else (1_000_000, 100_000_000):
+        for kind in ("uniform", "skewed"):
+            ids = made_ids(kind, size, count, 2).to(device)
+            one = keyed(ids, 1)
+            per_key = size // FEATURES
+            many = keyed(ids.remainder(per_key), FEATURES)
+            one_map = made_map(size, max(1, size // 10), 1)
+            maps = {f"f{k}": made_map(per_key, max(1, per_key // 10), k) for k in range(FEATURES)}
+            plain, packed = (LearnedHash({"f0": one_map}, packed=p).to(device) for p in (False, True))
+            for_many = LearnedHash(maps).to(device)
+            two = LearnedHash({"f0": made_map(size, max(1, size // 10), 1, ways=2)}).to(device)
+            jobs: dict[str, tuple[Job, int]] = {  # name -> job, bytes of map and of result an id
+                "torch.remainder": (lambda i=ids: torch.remainder(i, 1000), ID_BYTES),  # type: ignore[misc]
+                "LearnedHash": (lambda m=plain, i=one: m(i), ENTRY_BYTES + ID_BYTES),  # type: ignore[misc]
+                "26 features at once": (lambda m=for_many, i=many: m(i), ENTRY_BYTES + ID_BYTES),  # type: ignore[misc]
+                "two rows an id": (lambda m=two, i=one: m(i), 2 * (ENTRY_BYTES + ID_BYTES)),  # type: ignore[misc]
+                "bit-packed": (lambda m=packed, i=one: m(i), ENTRY_BYTES + ID_BYTES),  # type: ignore[misc]
+            }
+            for name, (job, more) in jobs.items():
+                took = seconds(job, device, runs=7)
+                useful = len(ids) * (ID_BYTES + more)
+                table.append(
+                    {
+                        "map, ids": size,
+                        "ids": kind,
+                        "what": name,
+                        "M ids/s": len(ids) / took / 1e6,
+                        "useful GB/s": useful / took / 1e9,
+                        "of copy %": 100 * useful / took / best.copy,
+                    }
+                )
+    return table
