@@ -124,7 +124,11 @@ def _drawn(columns: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
     try:
         from tabulate import tabulate  # type: ignore[import-untyped]
     except ImportError:  # a GPU machine where nothing can be installed
-        cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in table]
+
+        def shown(cell: Any) -> str:
+            return "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+        cells = [[shown(cell) for cell in line] for line in table]
         widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
         lines = [columns, ["-" * width for width in widths], *cells]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
