@@ -207,12 +207,13 @@ def _drain(made: Made, batches: Iterable[Columns], limit: float | None = None, s
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to read, by its name in the table. `package`: what it needs beyond recpress."""
+    """A way to read, by its name in the table. `package`: what it needs beyond recpress; `slow`: reads a part."""
 
     name: str
     read: Read
     workers: int = 0
     package: str | None = None
+    slow: bool = False
 
     @property
     def missing(self) -> bool:
@@ -226,8 +227,10 @@ def peers(made: Made, size: int, seconds: float) -> list[Peer]:
         Peer("iter_batches, DataLoader, 2 workers", loop(made, size, 2), workers=2),
         Peer("torchdata StatefulDataLoader", stateful(made, size), package="torchdata"),
         Peer("datasets, arrow .iter(batch)", hugging_face(made, size, "arrow"), package="datasets"),
-        Peer("datasets, torch .iter(batch)", hugging_face(made, size, "torch", seconds), package="datasets"),
+        Peer("datasets, torch .iter(batch)", hugging_face(made, size, "torch", seconds), package="datasets", slow=True),
     ]
     if not made.lists:  # torch's collate cannot make batches of lists of any length
-        found.append(Peer("datasets, torch, rows", hugging_face(made, size, "rows", seconds), package="datasets"))
+        found.append(
+            Peer("datasets, torch, rows", hugging_face(made, size, "rows", seconds), package="datasets", slow=True)
+        )
     return found

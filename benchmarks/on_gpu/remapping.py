@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,22 +21,21 @@ def rows(device: torch.device, best: Ceilings, tiny: bool) -> list[dict[str, Any
     table = []
     count = 1 << (12 if tiny else 23)
     for size in (1 << 12,) if tiny else (1_000_000, 100_000_000):
+        per_key = size // FEATURES
+        one_map = made_map(size, max(1, size // 10), 1)
+        maps = {f"f{k}": made_map(per_key, max(1, per_key // 10), k) for k in range(FEATURES)}
+        plain, packed = (LearnedHash({"f0": one_map}, packed=p).to(device) for p in (False, True))
+        for_many = LearnedHash(maps).to(device)
+        two = LearnedHash({"f0": made_map(size, max(1, size // 10), 1, ways=2)}).to(device)
         for kind in ("uniform", "skewed"):
             ids = made_ids(kind, size, count, 2).to(device)
-            one = keyed(ids, 1)
-            per_key = size // FEATURES
-            many = keyed(ids.remainder(per_key), FEATURES)
-            one_map = made_map(size, max(1, size // 10), 1)
-            maps = {f"f{k}": made_map(per_key, max(1, per_key // 10), k) for k in range(FEATURES)}
-            plain, packed = (LearnedHash({"f0": one_map}, packed=p).to(device) for p in (False, True))
-            for_many = LearnedHash(maps).to(device)
-            two = LearnedHash({"f0": made_map(size, max(1, size // 10), 1, ways=2)}).to(device)
+            one, many = keyed(ids, 1), keyed(ids.remainder(per_key), FEATURES)
             jobs: dict[str, tuple[Job, int]] = {  # name -> job, bytes of map and of result an id
-                "torch.remainder": (lambda i=ids: torch.remainder(i, 1000), ID_BYTES),  # type: ignore[misc]
-                "LearnedHash": (lambda m=plain, i=one: m(i), ENTRY_BYTES + ID_BYTES),  # type: ignore[misc]
-                "26 features at once": (lambda m=for_many, i=many: m(i), ENTRY_BYTES + ID_BYTES),  # type: ignore[misc]
-                "two rows an id": (lambda m=two, i=one: m(i), 2 * (ENTRY_BYTES + ID_BYTES)),  # type: ignore[misc]
-                "bit-packed": (lambda m=packed, i=one: m(i), ENTRY_BYTES + ID_BYTES),  # type: ignore[misc]
+                "torch.remainder": (partial(torch.remainder, ids, 1000), ID_BYTES),
+                "LearnedHash": (partial(plain, one), ENTRY_BYTES + ID_BYTES),
+                "26 features at once": (partial(for_many, many), ENTRY_BYTES + ID_BYTES),
+                "two rows an id": (partial(two, one), 2 * (ENTRY_BYTES + ID_BYTES)),
+                "bit-packed": (partial(packed, one), ENTRY_BYTES + ID_BYTES),
             }
             for name, (job, more) in jobs.items():
                 took = seconds(job, device, runs=7)

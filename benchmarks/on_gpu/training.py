@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,9 +148,5 @@ def profiled(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     batches = [made_batch(args, seed, device) for seed in range(args.steps)]
     for kind in KINDS[:3]:
         subject = Subject(kind, args, device)
-        table += kernels(
-            lambda s=subject: s.bare(batches),  # type: ignore[misc]
-            device,
-            f"{args.steps} steps, {kind.name}",
-        )
+        table += kernels(partial(subject.bare, batches), device, f"{args.steps} steps, {kind.name}")
     return table
