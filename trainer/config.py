@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-import tyro
 from recpress.data.config import (
     IngestConfig,
     LayoutConfig,
@@ -27,6 +26,13 @@ from recpress.modules.config import (
     TowersConfig,
     TwoTowerConfig,
 )
+
+try:
+    from tyro.conf import arg
+except ImportError:  # only the command line needs it, and a GPU machine without a network may lack it
+    _FOLLOW = None
+else:
+    _FOLLOW = arg(aliases=("--follow",))
 
 
 def at_least(limit: float, **values: float) -> None:
@@ -119,7 +125,7 @@ class CheckpointConfig:
 class FollowConfig:
     """Training that goes on with the files that come to a log (docs/log.md)."""
 
-    on: Annotated[bool, tyro.conf.arg(aliases=("--follow",))] = False
+    on: Annotated[bool, _FOLLOW] = False
     """After the epochs of the files that are there at the start, train once on each file that comes to the log. A
     signal ends it, with a checkpoint to go on from, or --follow.idle-minutes, with a model."""
     seconds: float = 30.0
