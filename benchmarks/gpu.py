@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import publish, settings_of
-from on_gpu import factorization, feeding, remapping, training
-from on_gpu.device import Ceilings, ceilings
+from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.on_gpu import factorization, feeding, remapping, training
+from recpress.benchmarks.on_gpu.device import Ceilings, ceilings
 from recpress.trainer.distributed import process_group
 
+NEEDS = "a GPU; writes one file a question: bash benchmarks/gpu.sh"
 QUESTIONS = {
     "factorization": "How much of the device does a sweep of als use?",
     "remap": "How many ids a second does a map replace?",
@@ -58,7 +59,8 @@ def main() -> int:
         device, began = ranks.device, time.perf_counter()
 
         def put(name: str, question: str, rows: list[dict[str, Any]]) -> None:
-            out = None if args.out is None else args.out / f"gpu_{name}.json"
+            folder = args.out.parent if args.out and args.out.suffix else args.out  # `recpress bench` names a file
+            out = None if folder is None else folder / f"gpu_{name}.json"
             publish(question, rows, out=out, settings=settings, device=device)
 
         best = ceilings(device, args.tiny)

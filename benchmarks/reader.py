@@ -25,16 +25,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import made_logs
-import readers
-from common import publish, settings_of
-from made_logs import Made
-from measure import Cost, alone, cost, in_turns, ratio
+from recpress.benchmarks import made_logs, readers
+from recpress.benchmarks.common import MISSING, publish, settings_of
+from recpress.benchmarks.made_logs import Made
+from recpress.benchmarks.measure import Cost, alone, cost, in_turns, ratio
 from recpress.data.config import SampleConfig, StreamConfig
 
 CASES = ("narrow", "narrow-1m", "uniform", "block", "wide", "lists")
 LOGS = {name: "narrow" if name in ("uniform", "block") else name for name in CASES}
-MISSING = "not installed: scripts/install.sh .venv bench"
+SMALL = ("--cases", "narrow", "wide", "--rows", "500000", "--wide-rows", "50000", "--rounds", "1", "--seconds", "0.2")
 
 
 @dataclass(frozen=True)

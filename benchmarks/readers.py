@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from made_logs import Made
+from recpress.benchmarks.made_logs import Made
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.log import open_log
 from recpress.data.side_table import JaggedColumn

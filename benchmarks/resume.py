@@ -17,18 +17,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import made_logs
 import numpy as np
 import pyarrow.parquet as pq
-import readers
-from common import publish, settings_of
-from made_logs import Made
-from measure import Cost, alone, cost
-from reader import MISSING, imported
+from recpress.benchmarks import made_logs, readers
+from recpress.benchmarks.common import MISSING, publish, settings_of
+from recpress.benchmarks.made_logs import Made
+from recpress.benchmarks.measure import Cost, alone, cost
+from recpress.benchmarks.reader import imported
 from recpress.data.config import StreamConfig
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
 
+SMALL = ("--rows", "8000000", "--file-rows", "500000", "--steps", "2")
 Resume = Callable[[int], float]
 """Goes on at this step, and returns after the first batch."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import publish, settings_of
+from recpress.benchmarks.common import publish, settings_of
 from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
@@ -35,6 +35,7 @@ from recpress.data.synth import synth
 from recpress.trainer.config import CompareCadcConfig, TrainConfig
 from recpress.trainer.train import train
 
+SMALL = ("--rows", "4194304")
 ORDERS = ("user", "time")
 
 

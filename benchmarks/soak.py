@@ -15,14 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import made_logs
 import numpy as np
-import readers
-from common import publish, settings_of
-from measure import alone, memory
+from recpress.benchmarks import made_logs, readers
+from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.measure import alone, memory
 from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
+
+SMALL = ("--minutes", "0.3", "--rows", "1000000")
+FULL = ("--minutes", "10")
 
 
 def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[str, object]:

@@ -4,5 +4,4 @@
 set -eu
 cd "$(dirname "$0")/.."
 mkdir -p build/src/recpress
-mkdir -p build/src/recpress
 for folder in data modules trainer launch benchmarks; do ln -sfn "../../../$folder" "build/src/recpress/$folder"; done

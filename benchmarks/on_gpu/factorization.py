@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from recpress.benchmarks.on_gpu.device import Ceilings, kernels
 from recpress.modules.als import ALS, SweepReport
 from recpress.modules.config import ALSConfig
-
-from on_gpu.device import Ceilings, kernels
 
 SWEEPS = 8
 

@@ -10,15 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import made_logs
 import torch
+from recpress.benchmarks import made_logs
+from recpress.benchmarks.on_gpu.training import KINDS, Subject, sizes, timed
 from recpress.data.batch import Batch, BatchBuilder
 from recpress.data.config import StreamConfig
 from recpress.data.log import open_log
 from recpress.data.negatives import UniformNegatives
 from recpress.data.stream import Interactions, InteractionStream
-
-from on_gpu.training import KINDS, Subject, sizes, timed
 
 
 class Clocked:

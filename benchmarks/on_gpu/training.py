@@ -12,6 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from recpress.benchmarks.on_gpu.device import kernels, synchronize
+from recpress.benchmarks.remap import made_map
+from recpress.benchmarks.training import made_batch
 from recpress.data.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
@@ -21,10 +24,6 @@ from recpress.trainer.loop import FitConfig, fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard
-from remap import made_map
-from train_step import made_batch
-
-from on_gpu.device import kernels, synchronize
 
 
 @dataclass(frozen=True)

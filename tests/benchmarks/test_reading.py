@@ -1,19 +1,11 @@
 """The readers that are compared give the same rows, and what is measured of a shuffle is what it says."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import made_logs
-import measure
-import readers
-import resume
-import shuffle
+from recpress.benchmarks import made_logs, measure, readers, resume, shuffle
 from recpress.data.config import StreamConfig
 
 
