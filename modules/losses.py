@@ -11,6 +11,7 @@ import math
 
 import torch
 from recpress.modules.config import LossConfig
+from recpress.modules.predictions import WatchedLoss
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,7 +43,7 @@ def pair_scores(
     return (users * positives).sum(1), of_negatives, positives
 
 
-class BinaryCrossEntropy(nn.Module):
+class BinaryCrossEntropy(WatchedLoss):
     """Mean over all pairs of the cross-entropy of sigmoid(logit): against the label, and against 0 for
     negatives.
 
@@ -70,7 +71,10 @@ class BinaryCrossEntropy(nn.Module):
             excluded: (B, N) where the negatives are shared.
         """
         positive, negative, _ = pair_scores(users, items, excluded is not None)
-        for_positive, losses = self.logits(positive), F.softplus(self.logits(negative))
+        for_positive, for_negative = self.logits(positive), self.logits(negative)
+        if self.told(positive):
+            self.tell_pairs(for_positive, for_negative, label, excluded)
+        losses = F.softplus(for_negative)
         pairs: int | torch.Tensor = positive.numel() + negative.numel()
         if excluded is not None:
             losses = losses.masked_fill(excluded, 0.0)
@@ -80,7 +84,7 @@ class BinaryCrossEntropy(nn.Module):
         return total / pairs
 
 
-class SampledSoftmax(nn.Module):
+class SampledSoftmax(WatchedLoss):
     """Mean over the rows of -log softmax of the positive among sampled items, corrected by their log q.
 
     The softmax's denominator over all items is estimated by
@@ -119,22 +123,29 @@ class SampledSoftmax(nn.Module):
         positive, negative, of_positives = pair_scores(users, items, excluded is not None)
         scale, target = self.log_scale.exp(), item_ids[:rows, None]
         per_row = (1, -1) if excluded is not None else (rows, -1)
-        scores = [scale * negative - log_q[rows:].view(per_row)]
+        log_qs = [log_q[rows:].view(per_row)]
+        scores = [scale * negative - log_qs[0]]
         taken = [item_ids[rows:].view(per_row) == target]
         if excluded is not None:
             taken[0] = taken[0] | excluded
         count = negative.shape[1]
         if self.in_batch:
-            scores.append(scale * users @ of_positives.T - log_q[None, :rows])
+            log_qs.append(log_q[None, :rows])
+            scores.append(scale * users @ of_positives.T - log_qs[1])
             taken.append(item_ids[None, :rows] == target)  # its own row among them
             count += rows - 1
-        candidates = torch.cat(scores, 1) + (self.offset - math.log(max(count, 1)))
+        offset = self.offset - math.log(max(count, 1))
+        candidates = torch.cat(scores, 1) + offset
         candidates = candidates.masked_fill(torch.cat(taken, 1), -torch.inf)
         for_positive = scale * positive
-        losses = torch.logsumexp(torch.cat([for_positive[:, None], candidates], 1), 1) - for_positive
+        total = torch.logsumexp(torch.cat([for_positive[:, None], candidates], 1), 1)
+        if self.told(positive):
+            correction = offset - torch.cat([each.expand(log_qs[0].shape[0], -1) for each in log_qs], 1)
+            self.tell_choice(for_positive, candidates, correction, total, label)
+        losses = total - for_positive
         return (losses * label).sum() / label.sum().clamp(min=1e-12)
 
 
-def make_loss(config: LossConfig, num_items: int) -> nn.Module:
+def make_loss(config: LossConfig, num_items: int) -> WatchedLoss:
     """The loss that the configuration names."""
     return BinaryCrossEntropy(config) if config.kind == "bce" else SampledSoftmax(config, num_items)

@@ -46,6 +46,11 @@ class Checkpoint:
     """Content of `run.json`."""
     manifest: dict[str, Any]
 
+    def has(self, state: storage.State) -> bool:
+        """Whether it has all of these tensors, with these shapes; not collective."""
+        kept = storage.names(self.path)
+        return all(kept.get(name) == tuple(value.shape) for name, value in state.items())
+
     def load(self, state: storage.State, group: dist.ProcessGroup | None) -> None:
         """Fill the tensors of `state`. Collective.
 
@@ -322,7 +327,8 @@ ALLOWED = (
     "factors",
     "hash",
 )
-"""Keys of the configuration that may change between stop and resume, with all of `checkpoint`. What lies at `data`,
+ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
+"""Keys of the configuration that may change between stop and resume, and whole sections of it. What lies at `data`,
 `factors` and `hash` must be the same."""
 
 
@@ -338,13 +344,13 @@ def check_same_run(found: Checkpoint | None, now: Mapping[str, Any]) -> None:
     changed = [
         key
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in ALLOWED and not key.startswith(("checkpoint.", "watch."))
+        if before.get(key) != after.get(key) and key not in ALLOWED and not key.startswith(ALLOWED_SECTIONS)
     ]
     if changed:
         each = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed)
         raise InputError(
             f"{found.path}: written with other settings ({each}). When a run goes on, only {', '.join(ALLOWED)} and "
-            "checkpoint.* and watch.* may change; to start anew: --checkpoint.no-resume"
+            "checkpoint.*, watch.*, metrics.* and profile.* may change; to start anew: --checkpoint.no-resume"
         )
     for name in sorted(made["inputs"].keys() | now["inputs"].keys()):
         if made["inputs"].get(name) != now["inputs"].get(name):

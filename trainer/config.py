@@ -81,20 +81,30 @@ class EvaluationConfig:
     k: tuple[int, ...] = (10,)
     """Cut-offs of HR@K, NDCG@K and Recall@K."""
     every: int = 0
-    """Epochs between evaluations while training; 0 evaluates at the end alone."""
+    """Epochs between evaluations while training; with --evaluation.every-steps 0 too, only the end is evaluated."""
+    every_steps: int = 0
+    """Steps between evaluations while training, besides those by epochs; 0: none."""
     metric: str = "NDCG@10"
     """What early stopping and the best checkpoint go by."""
     patience: int = 0
     """Stop after so many evaluations without a better one and keep the best weights; 0 runs all epochs."""
 
     def __post_init__(self) -> None:
-        at_least(0, every=self.every, patience=self.patience)
+        at_least(0, every=self.every, every_steps=self.every_steps, patience=self.patience)
         if not self.k:
             raise InputError("evaluation.k: expected at least one cut-off")
         for k in self.k:
             at_least(1, k=k)
-        if self.patience and not self.every:
-            raise InputError("evaluation.patience: expected evaluation.every, the epochs between evaluations")
+        if self.patience and not self.while_training:
+            raise InputError(
+                "evaluation.patience: expected evaluation.every, the epochs between evaluations, or "
+                "evaluation.every_steps, the steps"
+            )
+
+    @property
+    def while_training(self) -> bool:
+        """Whether there are evaluations before the last step: the best weights are kept then."""
+        return self.every > 0 or self.every_steps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +160,33 @@ class WatchConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"watch.port is {self.port}, expected 0 to 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """TorchRec's metrics (NE, AUC, calibration, throughput) of the rows that are trained on."""
+
+    window: int = 100_000
+    """They are of the last so many pairs of user and item, all ranks together; 0: no such metrics."""
+    negatives: int = 4
+    """Negatives of each row that are measured, with weights that make up for the others; 0: all, which is slow with
+    many."""
+
+    def __post_init__(self) -> None:
+        at_least(0, window=self.window, negatives=self.negatives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A trace and a table of where the time of some steps goes (torch.profiler)."""
+
+    steps: int = 0
+    """Steps to profile; 0: none."""
+    start: int = 20
+    """Steps of this start of the run before them, in which kernels and buffers are made."""
+
+    def __post_init__(self) -> None:
+        at_least(0, steps=self.steps, start=self.start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +324,8 @@ class TrainConfig(NetworkConfig):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     follow: FollowConfig = field(default_factory=FollowConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
     """A step, or a collective outside of steps, that takes longer ends the run, with the rank that stalls named."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -6,9 +6,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,19 @@ from recpress.trainer import run_state
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.distributed import WAITING_FOR_DATA, Heartbeat
 from recpress.trainer.errors import Preempted
+from recpress.trainer.interval import Interval
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import Snapshot
 from recpress.trainer.optimizer import TrainOptimizer
+from recpress.trainer.profiling import Profiler
 from recpress.trainer.progress import Progress
 from recpress.trainer.source import Source
 from recpress.trainer.stopping import Decisions, StopSignal
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+if TYPE_CHECKING:
+    from recpress.trainer.rec_metrics import RecMetrics
 
 Evaluate = Callable[[], Mapping[str, float]]
 Batches = Callable[[int, int], Iterable[Any]]
@@ -95,6 +100,9 @@ def fit(
     checkpoints: Checkpoints | None = None,
     heart: Heartbeat | None = None,
     source: Source | None = None,
+    metrics: RecMetrics | None = None,
+    profiler: Profiler | None = None,
+    stream_stats: Callable[[], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Train `model`, whose forward gives (loss, detached loss), on the batches of each epoch.
 
@@ -107,6 +115,9 @@ def fit(
         evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
         heart: told where the loop is.
         source: what the batches come from: kept in checkpoints, its scalars logged, asked for more at the end.
+        metrics: of the rows that are trained on; logged with the losses and kept in checkpoints.
+        profiler: of some steps.
+        stream_stats: name -> value of the stream of this rank, logged as `stream/NAME`.
 
     Raises:
         InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
@@ -114,11 +125,16 @@ def fit(
     """
     run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints, heart)
     run.source = source
+    run.metrics, run.stream_stats = metrics, stream_stats
+    profiled: AbstractContextManager[Any] = nullcontext()
+    if profiler is not None:
+        profiler.say, profiled = run.progress.say, profiler
     with StopSignal() if checkpoints is not None else nullcontext(run.signal) as run.signal:
         try:
             if checkpoints is not None:
                 run.resume(checkpoints)
-            run.all(batches)
+            with profiled as run.profiler:
+                run.all(batches)
         finally:
             run.progress.close()
             run.heart.rest()
@@ -160,8 +176,11 @@ class _Run:
         self.taken: deque[int] = deque()  # rows of the batches that the pipeline has taken and not yet trained on
         self.best: Snapshot | None = None
         self.worse = 0
-        self.mark = time.monotonic()
+        self.interval = Interval()
         self.marked_rows = 0
+        self.metrics: RecMetrics | None = None
+        self.profiler: Profiler | None = None
+        self.stream_stats: Callable[[], Mapping[str, float]] | None = None
         self.epoch = 0
         self.step = 0
         """Steps of the epoch that are done."""
@@ -174,7 +193,7 @@ class _Run:
             self.look()
         self.looked = True
         self.epoch = max(self.epoch, 1)
-        while self.another():
+        while not self.over() and self.another():
             stop = self.one_epoch(batches(self.epoch - 1, self.step))
             if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
                 stop = self.look()
@@ -208,7 +227,8 @@ class _Run:
         """Whether to stop early."""
         self.model.train()
         iterator = self.counted(batches)
-        self.mark, self.marked_rows = time.monotonic(), self.result.rows
+        self.interval.restart()
+        self.marked_rows = self.result.rows
         stop = False
         while not stop:
             self.heart.at(self.result.steps + 1, "in the step")
@@ -220,12 +240,18 @@ class _Run:
             self.result.rows += self.taken.popleft()
             self.result.steps += 1
             self.step += 1
+            if self.metrics is not None:
+                self.metrics.step()
             if self.result.steps % self.config.log_every == 0:
                 self.flush()
             if self.config.evaluate_steps and self.result.steps % self.config.evaluate_steps == 0:
                 self.flush()
                 stop = self.look()
             self.checkpoint()
+            if self.profiler is not None:
+                self.heart.rest()
+                with self.interval.pause(named=False):
+                    self.profiler.step()
         self.heart.rest()
         self.flush()
         if stop:  # batches that the pipeline has taken already are dropped
@@ -251,6 +277,7 @@ class _Run:
         self.flush()
         self.heart.rest()
         state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
+        state |= self.metrics.state() if self.metrics is not None else {}
         self.checkpoints.save(state, self.numbers(), self.result.steps)
         self.kept = self.result.steps
 
@@ -287,7 +314,12 @@ class _Run:
             self.best = Snapshot.take(self.model)
         state, own = run_state.everything(self.model, self.optimizer), run_state.random_states(self.device)
         same = numbers["world"] == dist.get_world_size()
-        found.load(state | own if same else state, checkpoints.group)
+        watched = self.metrics.state() if self.metrics is not None and same else {}
+        if not found.has(watched):  # written without metrics, or with another window
+            watched = {}
+        found.load(state | own | watched if same else state, checkpoints.group)
+        if self.metrics is not None and watched:
+            self.metrics.load(watched)
         if same:
             run_state.restore_random(own, self.device)
         else:  # there is no telling what another number of ranks would have drawn
@@ -308,7 +340,8 @@ class _Run:
         iterator = iter(batches)
         while True:
             self.heart.at(self.result.steps + 1, WAITING_FOR_DATA)
-            batch = next(iterator, None)
+            with self.interval.waiting():
+                batch = next(iterator, None)
             if batch is None:
                 return
             self.heart.at(self.result.steps + 1, "in the step")
@@ -332,7 +365,12 @@ class _Run:
                 "such batches out)"
             )
         kept = losses.cpu()[finite]
-        total = torch.tensor([float(kept.sum()), float(len(kept)), float(steps - len(kept))], dtype=torch.float64)
+        seconds, waited = self.interval.end()
+        waits = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        waits[dist.get_rank()] = waited
+        total = torch.tensor(
+            [float(kept.sum()), float(len(kept)), float(steps - len(kept)), *waits], dtype=torch.float64
+        )
         dist.all_reduce(total)
         loss = float(total[0] / total[1]) if total[1] else math.nan
         if total[2]:
@@ -341,40 +379,43 @@ class _Run:
                 f"steps {self.result.steps - steps + 1} to {self.result.steps}: {int(total[2])} batches without a "
                 f"finite loss were skipped, {self.result.skipped} in all"
             )
-        now = time.monotonic()
-        seconds, self.mark = now - self.mark, now
         rows, self.marked_rows = self.result.rows - self.marked_rows, self.result.rows
         self.result.train_seconds += seconds
         self.result.losses.append(loss)
         speed = rows * dist.get_world_size() / max(seconds, 1e-9)
         rate = self.optimizer.learning_rate
-        self.progress.update(steps, loss=loss, learning_rate=rate, rows_per_second=speed)
-        lost = self.source.scalars() if self.source is not None else {}
+        scalars = {
+            "train/loss": loss,
+            "train/learning_rate": rate,
+            "train/rows_per_second": speed,
+            "train/epoch": self.epoch,
+            "train/waiting": float(total[3:].mean()),
+            "train/waiting_slowest": float(total[3:].max()),
+        }
+        if self.metrics is not None:
+            scalars |= {f"train/{name}": value for name, value in self.metrics.compute().items()}
+        if self.stream_stats is not None:
+            scalars |= {f"stream/{name}": float(value) for name, value in self.stream_stats().items()}
+        if self.source is not None:
+            scalars |= self.source.scalars()
+        self.progress.update(steps, scalars)
         if self.log:
-            self.log.write(
-                self.result.steps,
-                {
-                    "train/loss": loss,
-                    "train/learning_rate": rate,
-                    "train/rows_per_second": speed,
-                    "train/epoch": self.epoch,
-                    **lost,
-                },
-            )
+            self.log.write(self.result.steps, scalars)
 
     def look(self) -> bool:
-        """Evaluate, remember the best; whether patience is over."""
-        if self.evaluate is None:
+        """Evaluate, remember the best; whether patience is over. Once a step."""
+        seen = self.result.evaluations
+        if self.evaluate is None or (seen and seen[-1]["step"] == self.result.steps):
             return False
         start = time.monotonic()
         self.heart.rest()
-        self.pipeline.detach()
-        self.model.eval()
-        metrics = dict(self.evaluate())
-        self.model.train()
-        self.pipeline.attach()
+        with self.interval.pause():
+            self.pipeline.detach()
+            self.model.eval()
+            metrics = dict(self.evaluate())
+            self.model.train()
+            self.pipeline.attach()
         self.result.evaluate_seconds += time.monotonic() - start
-        self.mark += time.monotonic() - start
         if self.config.metric not in metrics:
             known = ", ".join(metrics)
             raise InputError(f"metric {self.config.metric!r} is not among those of the evaluation: {known}")
@@ -401,4 +442,8 @@ class _Run:
                     self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
             return False
         self.worse += 1
+        return self.over()
+
+    def over(self) -> bool:
+        """Whether patience is."""
         return 0 < self.config.patience <= self.worse

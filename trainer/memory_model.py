@@ -108,7 +108,7 @@ class Job:
     group_rows: int
     """Rows of the largest row group."""
     keep_best: bool = False
-    """A copy of the best weights is held (evaluation.every)."""
+    """A copy of the best weights is held (evaluation.every, evaluation.every_steps)."""
     row_vectors: bool = True
     """The vectors of the maps' rows are stored beside them, and need not be worked out on each rank."""
 

@@ -276,7 +276,7 @@ def _job(config: PlanConfig) -> Job:
         rows=rows,
         sampled=sampled,
         group_rows=min(group, rows) if rows else group,
-        keep_best=config.evaluation.every > 0,
+        keep_best=config.evaluation.while_training,
         row_vectors=_row_vectors(config, log, factors),
     )
 

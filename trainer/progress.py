@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/rows_per_second": "{:,.0f} rows/s",
+    "train/waiting": "waiting {:.0%}",
+    "train/ne": "NE {:.3f}",
+    "train/auc": "AUC {:.3f}",
+}
+
 
 class Progress:
-    """Steps done, with loss, learning rate, rows/s and the time left; silent on other ranks than 0, or without `show`.
+    """Steps done, with loss, learning rate, rows/s, the share of the time that is spent waiting for data, TorchRec's
+    metrics where there are some, and the time left; silent on other ranks than 0, or without `show`.
 
     Where standard error is no terminal (the log file of a scheduler) each update is a line of its own.
     """
@@ -30,10 +41,10 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def update(self, steps: int, *, loss: float, learning_rate: float, rows_per_second: float) -> None:
-        """Advance by `steps`."""
+    def update(self, steps: int, scalars: Mapping[str, float]) -> None:
+        """Advance by `steps`; of the scalars those that `_SHOWN` names are shown."""
         self._done += steps
-        numbers = f"loss {loss:.4f}, lr {learning_rate:.2e}, {rows_per_second:,.0f} rows/s"
+        numbers = ", ".join(form.format(scalars[name]) for name, form in _SHOWN.items() if name in scalars)
         self._bar.set_postfix_str(numbers, refresh=False)
         self._bar.update(steps)
         if self._bar.disable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
@@ -13,7 +14,8 @@ from recpress.data.errors import InputError
 class Endpoint:
     """Serves, from a thread, the last value of each scalar.
 
-    `train/NAME` is the gauge `recpress_train_NAME`; `evaluate/NAME` is `recpress_evaluation{metric="NAME"}`; besides
+    `train/NAME` is the gauge `recpress_train_NAME`, and `stream/NAME` likewise; `evaluate/NAME` is
+    `recpress_evaluation{metric="NAME"}`; besides
     `recpress_step` and the counter `recpress_checkpoint_failures_total`, which `failures` gives at each request.
 
     Raises:
@@ -42,7 +44,8 @@ class Endpoint:
                 self._evaluation.labels(short).set(value)
                 continue
             if name not in self._train:
-                self._train[name] = Gauge(f"recpress_{name.replace('/', '_')}", name, registry=self._registry)
+                series = f"recpress_{re.sub('[^a-zA-Z0-9_]', '_', name)}"
+                self._train[name] = Gauge(series, name, registry=self._registry)
             self._train[name].set(value)
 
     def close(self) -> None:

@@ -32,12 +32,14 @@ from recpress.trainer.loop import FitConfig, FitResult, fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
+from recpress.trainer.profiling import Profiler
 from recpress.trainer.source import Source, open_train_log
 from recpress.trainer.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.versions import versions
 
 if TYPE_CHECKING:
     from recpress.trainer.prometheus import Endpoint
+    from recpress.trainer.rec_metrics import RecMetrics
 
 
 @dataclass
@@ -140,6 +142,8 @@ def train(config: TrainConfig) -> TrainResult:
                     checkpoints=checkpoints,
                     heart=ranks.heart,
                     source=source,
+                    metrics=_rec_metrics(config, model, stream, ranks),
+                    profiler=_profiler(config, checkpoints, ranks),
                 )
             if crossfit:
                 put(False)
@@ -343,6 +347,22 @@ def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> It
             made.close()
 
 
+def _rec_metrics(
+    config: TrainConfig, model: ShardedTwoTower, stream: InteractionStream, ranks: Ranks
+) -> RecMetrics | None:
+    if not config.metrics.window:
+        return None
+    from recpress.trainer.rec_metrics import RecMetrics  # slow to import: torchmetrics
+
+    return RecMetrics(config.metrics, model.module.loss, rows=stream.global_batch, device=ranks.device)
+
+
+def _profiler(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Profiler | None:
+    if not config.profile.steps:
+        return None
+    return Profiler(config.profile, checkpoints.folder / METRICS, ranks.device)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -366,11 +386,11 @@ def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
 
 def _has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
     if log.test is None and log.test_negatives is None:
-        if config.evaluation.every:
-            raise InputError(f"{log.path}: no held-out rows; evaluation.every needs them")
+        if config.evaluation.while_training:
+            raise InputError(f"{log.path}: no held-out rows; evaluation.every and evaluation.every_steps need them")
         return False
     look = config.evaluation
-    if log.is_part and log.test_negatives is None and look.protocol == "auto" and not look.every:
+    if log.is_part and log.test_negatives is None and look.protocol == "auto" and not look.while_training:
         if ranks.rank == 0:
             print(f"{log.path} is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of")
         return False  # `load_heldout` says why
@@ -382,9 +402,10 @@ def _fit_config(config: TrainConfig) -> FitConfig:
     return FitConfig(
         epochs=min(config.stop_after or config.epochs, config.epochs),
         evaluate_every=look.every,
-        evaluate_first=look.every > 0,
+        evaluate_steps=look.every_steps,
+        evaluate_first=look.while_training,
         metric=look.metric,
         patience=look.patience,
         on_nonfinite=config.on_nonfinite,
-        keep_best=look.every > 0,
+        keep_best=look.while_training,
     )

@@ -11,7 +11,8 @@ def lines():
     stream = io.StringIO()
     progress = Progress(100, "train", stream=stream)
     progress.skip(50)
-    progress.update(25, loss=0.5, learning_rate=1e-3, rows_per_second=12_345.0)
+    scalars = {"train/loss": 0.5, "train/learning_rate": 1e-3, "train/rows_per_second": 12_345.0, "train/epoch": 1}
+    progress.update(25, scalars | {"train/waiting": 0.032, "train/ne": 0.81234, "train/auc": 0.9})
     progress.say("epoch 1, step 75: HR@10 0.5")
     progress.close()
     return dist.get_rank(), stream.getvalue()
@@ -20,7 +21,7 @@ def lines():
 def test_a_file_gets_plain_lines_and_only_from_rank_0():
     first, second = run_on_ranks(lines, 2)
     status, said = first[1].splitlines()
-    assert status.startswith("train: step 75 of 100 (75%), loss 0.5000, lr 1.00e-03, 12,345 rows/s, 00:0")
+    assert status.startswith("train: step 75 of 100 (75%), loss 0.5000, lr 1.00e-03, 12,345 rows/s, waiting 3%, NE 0.812, AUC 0.900, 00:0")
     assert status.endswith(" left")
     assert said == "epoch 1, step 75: HR@10 0.5"
     assert "\r" not in first[1]
