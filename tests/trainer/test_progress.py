@@ -21,7 +21,9 @@ def lines():
 def test_a_file_gets_plain_lines_and_only_from_rank_0():
     first, second = run_on_ranks(lines, 2)
     status, said = first[1].splitlines()
-    assert status.startswith("train: step 75 of 100 (75%), loss 0.5000, lr 1.00e-03, 12,345 rows/s, waiting 3%, NE 0.812, AUC 0.900, 00:0")
+    assert status.startswith(
+        "train: step 75 of 100 (75%), loss 0.5000, lr 1.00e-03, 12,345 rows/s, waiting 3%, NE 0.812, AUC 0.900, 00:0"
+    )
     assert status.endswith(" left")
     assert said == "epoch 1, step 75: HR@10 0.5"
     assert "\r" not in first[1]
