@@ -28,7 +28,8 @@ from recpress.trainer import run_state
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.config import CheckpointConfig, OptimizerConfig
 from recpress.trainer.distributed import process_group
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard
 from tabulate import tabulate

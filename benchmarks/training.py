@@ -41,7 +41,8 @@ from recpress.modules.rows import round_up
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.distributed import process_group
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard

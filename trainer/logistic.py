@@ -16,7 +16,8 @@ from recpress.modules.logistic import LogisticMF
 from recpress.modules.two_tower import SideSpec
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.distributed import Ranks, agreed
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard
 from recpress.trainer.vectors import tower_vectors

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from recpress.trainer import run_state
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.distributed import WAITING_FOR_DATA, Heartbeat
 from recpress.trainer.errors import Preempted
+from recpress.trainer.fit_config import FitConfig, FitResult
 from recpress.trainer.interval import Interval
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import Snapshot
@@ -37,53 +38,6 @@ if TYPE_CHECKING:
 Evaluate = Callable[[], Mapping[str, float]]
 Batches = Callable[[int, int], Iterable[Any]]
 """(epoch, first step) -> the batches of the epoch from that step on; both are counted from 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """How long to train and how often to look."""
-
-    epochs: int = 1
-    evaluate_every: int = 0
-    """Epochs between evaluations; 0: none while training."""
-    evaluate_steps: int = 0
-    """Steps between evaluations, besides; 0: none."""
-    evaluate_first: bool = False
-    """Evaluate before the first step: residual towers start with the factorization's own ranking."""
-    metric: str = "NDCG@10"
-    """What is best, of the metrics that the evaluation returns; the larger the better."""
-    patience: int = 0
-    """Stop after so many evaluations without a better one; 0: never."""
-    keep_best: bool = True
-    """End with the weights of the best evaluation."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss that is NaN or infinite ends the run, or its batch changes nothing and is counted."""
-    log_every: int = 50
-    """Steps between log lines; also between checks of the losses, each of which waits for the device."""
-
-
-@dataclass
-class FitResult:
-    """What a run did."""
-
-    steps: int = 0
-    rows: int = 0
-    """Positive rows that this rank trained on."""
-    train_seconds: float = 0.0
-    """Without evaluations."""
-    evaluate_seconds: float = 0.0
-    skipped: int = 0
-    """Batches of all ranks whose loss was not finite."""
-    losses: list[float] = field(default_factory=list)
-    """Mean over the ranks, of every log interval."""
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    """Each with its step, epoch and train_seconds."""
-    best: dict[str, float] | None = None
-
-    @property
-    def rows_per_second(self) -> float:
-        """Of this rank, evaluations left out."""
-        return self.rows / max(self.train_seconds, 1e-9)
 
 
 def fit(

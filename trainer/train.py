@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,10 @@ from recpress.trainer.collectives import all_reduce
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed import Ranks, agreed, process_group, same_everywhere
 from recpress.trainer.evaluate import load_heldout, rank_heldout, show
+from recpress.trainer.fit_config import FitConfig, FitResult
 from recpress.trainer.follow import FollowedSource, first_round
 from recpress.trainer.id_maps import SIDES, HashArtifact, open_maps, save_maps
-from recpress.trainer.loop import FitConfig, FitResult, fit
+from recpress.trainer.loop import fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
@@ -144,6 +145,7 @@ def train(config: TrainConfig) -> TrainResult:
                     source=source,
                     metrics=_rec_metrics(config, model, stream, ranks),
                     profiler=_profiler(config, checkpoints, ranks),
+                    stream_stats=_stream_stats(source),
                 )
             if crossfit:
                 put(False)
@@ -361,6 +363,13 @@ def _profiler(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Pr
     if not config.profile.steps:
         return None
     return Profiler(config.profile, checkpoints.folder / METRICS, ranks.device)
+
+
+def _stream_stats(source: Source) -> Callable[[], Mapping[str, float]] | None:
+    """What the stream says of itself, where it does: its `stats()` has `as_dict()`, name -> number."""
+    if not hasattr(source.stream, "stats"):
+        return None
+    return lambda: getattr(source.stream, "stats")().as_dict()  # noqa: B009 (streams need not have it)
 
 
 def _digest(value: Any) -> str:

@@ -13,7 +13,8 @@ from recpress.trainer import run_state
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.errors import Preempted
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 
 from tests.ranks import run_on_ranks
 from tests.trainer.small import CPU, batches, digest, sharded

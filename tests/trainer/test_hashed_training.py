@@ -24,8 +24,9 @@ from recpress.trainer.artifacts import describe_log
 from recpress.trainer.config import EvaluateConfig, FactorizeConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.evaluate import evaluate
 from recpress.trainer.factorize import factorize
+from recpress.trainer.fit_config import FitConfig
 from recpress.trainer.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
-from recpress.trainer.loop import FitConfig, _Run
+from recpress.trainer.loop import _Run
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard
 from recpress.trainer.train import train

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.metrics_log import MetricsLog
 
 from tests.ranks import run_on_ranks

@@ -5,7 +5,8 @@ import pytest
 import torch
 from recpress.data.errors import InputError
 from recpress.modules.two_tower import TwoTower
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.model_state import Snapshot, load_weights, save_weights
 from recpress.trainer.vectors import id_features, tower_vectors
 

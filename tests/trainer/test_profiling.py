@@ -11,7 +11,8 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.two_tower import TwoTower
 from recpress.trainer import step_parts as parts
 from recpress.trainer.config import OptimizerConfig, ProfileConfig
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.profiling import Profiler
 from recpress.trainer.sharding import shard

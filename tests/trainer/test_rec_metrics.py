@@ -11,7 +11,8 @@ from recpress.modules.predictions import Predictions
 from recpress.trainer import run_state
 from recpress.trainer.checkpoint import METRICS, Checkpoints
 from recpress.trainer.config import CheckpointConfig, MetricsConfig
-from recpress.trainer.loop import FitConfig, fit
+from recpress.trainer.fit_config import FitConfig
+from recpress.trainer.loop import fit
 from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.rec_metrics import RecMetrics
 
