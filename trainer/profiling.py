@@ -125,7 +125,7 @@ def table(found: dict[str, Any]) -> str:
     """The breakdown as text."""
     ranks = "1 rank" if found["ranks"] == 1 else f"mean of {found['ranks']} ranks"
     lines = [
-        f"{found['steps']} steps of {found['step_ms']:.1f} ms with the profiler on, {ranks}, {found['device']}",
+        f"{found['steps']} step{'s' * (found['steps'] > 1)} of {found['step_ms']:.1f} ms with the profiler on, {ranks}, {found['device']}",
         f"{'':22}{'ms a step':>10}{'share':>8}{'slowest rank':>22}",
     ]
     for part, numbers in found["parts"].items():
