@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,24 +78,35 @@ class Profiler:
         steps = min(self._done - self.config.start, self.config.steps)
         if steps < 1:
             return
+        try:
+            mine: dict[str, float] | str = self._write_trace(made, steps)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk, say, is no reason to end the run
+            mine = f"rank {self.rank}: {error}"
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, mine)
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+            problem = next((found for found in everyone if isinstance(found, str)), None)
+            self.say(f"warning: no profile: {problem}" if problem else self._write_breakdown(everyone, steps))
+
+    def _write_trace(self, made: profile, steps: int) -> dict[str, float]:
+        """The parts of a step of this rank, and `step`: its milliseconds by the clock of the loop."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / TRACE.format(self.rank)
         partial = self.folder / f".{trace.name}.tmp.gz"
         made.export_chrome_trace(str(partial))
         with gzip.open(partial) as file:
             parts = step_parts(json.load(file)["traceEvents"], steps)
         partial.replace(trace)
-        measured = (self._marks[self.config.start + steps] - self._marks[self.config.start]) * 1000 / steps
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, {"step": measured, **parts})
-        if self.rank == 0:
-            found = self._summary(everyone, steps)
-            partial = self.folder / f".{BREAKDOWN}.tmp"
-            partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
-            os.replace(partial, self.folder / BREAKDOWN)
-            self.say(f"{table(found)}\nprofile: {self.folder} (traces open in https://ui.perfetto.dev)")
+        seconds = self._marks[self.config.start + steps] - self._marks[self.config.start]
+        return {"step": 1000 * seconds / steps, **parts}
+
+    def _write_breakdown(self, everyone: list[dict[str, float]], steps: int) -> str:
+        """The table as text."""
+        found = self._summary(everyone, steps)
+        partial = self.folder / f".{BREAKDOWN}.tmp"
+        partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        partial.replace(self.folder / BREAKDOWN)
+        return f"{table(found)}\nprofile: {self.folder} (traces open in https://ui.perfetto.dev)"
 
     def _summary(self, everyone: list[dict[str, float]], steps: int) -> dict[str, Any]:
         """What BREAKDOWN holds: times in milliseconds a step."""
@@ -123,9 +133,10 @@ class Profiler:
 
 def table(found: dict[str, Any]) -> str:
     """The breakdown as text."""
+    steps = "1 step" if found["steps"] == 1 else f"{found['steps']} steps"
     ranks = "1 rank" if found["ranks"] == 1 else f"mean of {found['ranks']} ranks"
     lines = [
-        f"{found['steps']} step{'s' * (found['steps'] > 1)} of {found['step_ms']:.1f} ms with the profiler on, {ranks}, {found['device']}",
+        f"{steps} of {found['step_ms']:.1f} ms with the profiler on, {ranks}, {found['device']}",
         f"{'':22}{'ms a step':>10}{'share':>8}{'slowest rank':>22}",
     ]
     for part, numbers in found["parts"].items():

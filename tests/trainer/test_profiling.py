@@ -206,3 +206,18 @@ def fails(folder):
 def test_a_run_that_fails_leaves_no_part_of_a_profile(tmp_path):
     run_on_ranks(fails, 1, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def without_a_folder(folder):
+    (Path(folder) / "profile").touch()
+    said = []
+    with Profiler(ProfileConfig(steps=2, start=1), folder, small.CPU) as profiler:
+        profiler.say = said.append
+        for _ in range(6):
+            profiler.step()
+    return said
+
+
+def test_a_profile_that_cannot_be_written_is_said_and_the_run_goes_on(tmp_path):
+    [[said]] = run_on_ranks(without_a_folder, 1, tmp_path)
+    assert said.startswith("warning: no profile: rank 0: [Errno 17] File exists")
