@@ -46,6 +46,11 @@ MANIFEST = "manifest.json"
 UNFINISHED = ".recpress-unfinished"
 """Marks, on an object store, a folder that is being written; without a manifest beside it, what is left of that."""
 
+
+class UnknownVersion(InputError):
+    """An artifact that another release wrote."""
+
+
 _WHOLE = 1 << 20  # files up to this size are hashed whole
 _PIECE = 1 << 18  # of larger ones this much at the head and at the tail: a Parquet footer lies in the tail
 
@@ -210,13 +215,21 @@ def read_manifest(
             return bytes(file.read())
 
     try:
-        manifest = json.loads(retried(filesystem, name, read))
+        blob = retried(filesystem, name, read)
     except OSError as error:
         remote = not isinstance(filesystem, pafs.LocalFileSystem)
         if remote and not isinstance(error, FileNotFoundError):
             raise InputError(f"{name}: cannot be read: {first_line(error)}") from error
         of_kind = f"a finished artifact of kind '{kind}'" if kind else "a finished artifact"
         raise InputError(f"{path}: no {MANIFEST}; expected {of_kind}") from error
+    return parse_manifest(blob, path, kind)
+
+
+def parse_manifest(blob: bytes, path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest that `blob` is, of the artifact at `path`. Raises InputError as `read_manifest` does."""
+    name = storage.join(path, MANIFEST)
+    try:
+        manifest = json.loads(blob)
     except ValueError as error:
         raise InputError(f"{name}: not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != "recpress":
@@ -224,7 +237,7 @@ def read_manifest(
     if kind is not None and manifest.get("kind") != kind:
         raise InputError(f"{path}: an artifact of kind '{manifest.get('kind')}'; expected kind '{kind}'")
     if manifest.get("version") != FORMAT_VERSION:
-        raise InputError(
+        raise UnknownVersion(
             f"{path}: format version {manifest.get('version')}; this release reads version {FORMAT_VERSION}"
         )
     return manifest

@@ -23,6 +23,7 @@ from recpress.data.errors import InputError
 from recpress.data.files import first_line, is_remote, resolve, retried, shown
 
 __all__ = [
+    "beside",
     "cached_file",
     "fetch_file",
     "is_remote",
@@ -47,6 +48,12 @@ def join(address: str | Path, name: str) -> str:
     mark = "::" if "::" in str(address) else "?"
     base, mark, options = str(address).partition(mark) if is_remote(address) else (str(address), "", "")
     return f"{base.rstrip('/')}/{name}{mark}{options}"
+
+
+def beside(address: str | Path, suffix: str) -> str:
+    """The address with `suffix` at the end of its last name; options of a URI stay at its end."""
+    base, mark, options = str(address).partition("?") if is_remote(address) else (str(address), "", "")
+    return f"{base.rstrip('/')}{suffix}{mark}{options}"
 
 
 def read_bytes(address: str | Path) -> bytes:

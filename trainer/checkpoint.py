@@ -3,7 +3,8 @@
 A checkpoint is an artifact, a folder `step-00000100`: what DCP wrote of the tensors (`checkpoint_storage`), `run.json`
 with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and sha256
 of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
-referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept.
+referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept. They lie on
+a disk or on an object store (`checkpoint_places`).
 
 Writing takes place beside training: the state is copied in memory between two steps, and a thread writes the copy, over
 a process group of its own.
@@ -11,40 +12,41 @@ a process group of its own.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from recpress.data import artifact
 from recpress.data.errors import InputError
 from recpress.trainer import checkpoint_storage as storage
+from recpress.trainer.checkpoint_places import RUN, Damaged, describe, place
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.errors import Preempted
+from recpress.trainer.same_run import check_same_run
 from torch.distributed.checkpoint.api import CheckpointException
 
-KIND = "checkpoint"
-RUN = "run.json"
-METRICS = "metrics"
-"""Folder, beside the checkpoints, of the metrics of a run that is not finished."""
-_NAME = re.compile(r"(step|best)-(\d{8,})")
+PATIENCE = timedelta(hours=2)
+"""How long the ranks wait for the slowest to write, upload, fetch or check its part."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A whole checkpoint."""
 
-    path: Path
+    path: str
+    """Its folder, or its address."""
+    files: Path
+    """Folder on this machine where its files are."""
     run: dict[str, Any]
     """Content of `run.json`."""
     manifest: dict[str, Any]
+    best: Checkpoint | None = None
+    """The weights of the best evaluation, which it refers to."""
 
     def has(self, state: storage.State) -> bool:
         """Whether it has all of these tensors, with these shapes; not collective."""
@@ -58,7 +60,7 @@ class Checkpoint:
             InputError: a tensor is missing or has another shape. On every rank.
         """
         try:
-            storage.load(state, self.path, group)
+            storage.load(state, self.files, group)
         except CheckpointException as error:
             raise InputError(f"{self.path}: does not fit this run: {_reason(error)}") from error
 
@@ -67,7 +69,7 @@ class Checkpoints:
     """The checkpoints in one folder, which all ranks see. Every method is collective unless it says otherwise.
 
     Args:
-        folder: made where it is missing.
+        folder: a path, or the address of an object store; made where it is missing.
         describe: what a checkpoint says of the run that wrote it, JSON values.
         say: takes warnings, on rank 0.
 
@@ -85,28 +87,38 @@ class Checkpoints:
         describe: Mapping[str, Any],
         say: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.folder, self.describe, self._say = config, Path(folder), dict(describe), say
-        self.group = dist.new_group(backend="gloo")
+        self.config, self.describe, self._say = config, dict(describe), say
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         """Of the writing thread, and of loading."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.place = place(folder, self.rank)
         self.failures = 0
-        self.last: Path | None = None
-        """The newest whole one that this run wrote or started from."""
+        self.last: str | None = None
+        """The newest `step-*` that this run wrote or started from."""
         self._staged = storage.Staged()
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
         self._due = time.monotonic()
-        self._on_rank_0(lambda: _prepare(self.folder))
+        self._on_rank_0(self.place.prepare)
         self.start: Checkpoint | None = None
         """What this run goes on from."""
         if config.resume:
-            self.start = self.newest()
-            if self.start is not None:
-                self._on_rank_0(lambda: check_same_run(self.start, self.describe))
+            self.start = found = self.newest()
+            if found is not None:
+                self._on_rank_0(lambda: check_same_run(found.path, found.manifest, self.describe))
         else:
-            self.clear()
-        if self.start is None:
-            self._on_rank_0(lambda: shutil.rmtree(self.folder / METRICS, ignore_errors=True))
+            self._on_rank_0(self.place.clear)
+        self._on_rank_0(lambda: self.place.restore(self.start.files if self.start else None))
+
+    @property
+    def folder(self) -> str:
+        """Path or address."""
+        return str(self.place.folder)
+
+    @property
+    def metrics(self) -> Path:
+        """Local folder of the metrics while the run is not finished; they go on where it goes on."""
+        return self.place.metrics
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -115,13 +127,18 @@ class Checkpoints:
         if kind is None or isinstance(error, Preempted):
             return
         # Not collective: other ranks may be gone, and so may the checkpoint that is being written.
-        if self.rank == 0 and self.last is None and not _listed(self.folder, "step"):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.rank == 0 and self.last is None:
+            self.place.forget()
 
     def finish(self) -> None:
         """Remove the folder: the run is over and its result is whole."""
         self.wait()
-        self._on_rank_0(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+        dist.barrier(group=self.group)
+        try:
+            self.place.remove_all()
+        except InputError as error:  # of rank 0
+            self._say(f"warning: the checkpoints of this run, which is over, could not be removed: {error}")
+        dist.barrier(group=self.group)
 
     # ---- when
 
@@ -138,7 +155,8 @@ class Checkpoints:
     def save(self, state: storage.State, run: Mapping[str, Any], step: int, *, best: bool = False) -> None:
         """Copy the state and start to write the copy; waits for the checkpoint before it, if that is not written yet.
 
-        What goes wrong while writing (no space left, say) stops nothing: it is said by the next call, or by `wait`.
+        What goes wrong while writing (no space left, say, or a store that fails) stops nothing: it is said by the next
+        call, or by `wait`.
 
         Args:
             run: numbers of the run, JSON values, the same on every rank.
@@ -147,9 +165,9 @@ class Checkpoints:
         self.wait()
         self._due = time.monotonic()
         self._staged.copy(state)
-        target = self.folder / f"{'best' if best else 'step'}-{step:08d}"
+        name = f"{'best' if best else 'step'}-{step:08d}"
         self._writer = threading.Thread(
-            target=self._write, args=(dict(state), dict(run), target), name="checkpoint", daemon=True
+            target=self._write, args=(dict(state), dict(run), name), name="checkpoint", daemon=True
         )
         self._writer.start()
         if not self.config.background:
@@ -168,43 +186,39 @@ class Checkpoints:
                 self._say(f"warning: a checkpoint was not written: {self._problem}; the run goes on, {instead}")
             self._problem = None
 
-    def _write(self, state: storage.State, run: dict[str, Any], target: Path) -> None:
+    def _write(self, state: storage.State, run: dict[str, Any], name: str) -> None:
         tmp: Path | None = None
         try:
-            tmp = self._on_rank_0(lambda: _begin(target))
-            storage.save(state, self._staged, tmp, self.group)
-            files = self._together(lambda: self._describe_own(tmp, run))
-
-            def commit() -> None:
-                meta = self.describe | {"files": {name: what for part in files for name, what in part.items()}}
-                artifact.commit(tmp, target, KIND, meta)
-                self._prune()
-
-            self._on_rank_0(commit)
-            self.last = target
+            tmp = folder = self.place.staging(self._on_rank_0(lambda: self.place.begin(name)))
+            storage.save(state, self._staged, folder, self.group)
+            parts = self._together(lambda: self._put(folder, name, run))
+            meta = self.describe | {"files": {file: what for part in parts for file, what in part.items()}}
+            self._on_rank_0(lambda: self.place.commit(folder, name, meta))
+            if name.startswith("step"):
+                self.last = self.place.at(name)
+            if self.rank == 0:
+                self._prune(name)
         except (Exception, CheckpointException) as error:
-            self._problem = f"{target}: {_reason(error)}"
-            if tmp is not None and self.rank == 0:
-                artifact.abort(tmp)
+            self._problem = f"{self.place.at(name)}: {_reason(error)}"
+        finally:
+            if tmp is not None:
+                self.place.end(tmp)
 
-    def _describe_own(self, tmp: Path, run: dict[str, Any]) -> dict[str, Any]:
-        """Size and checksum of the files that this rank wrote."""
-        mine = sorted(tmp.glob(f"__{self.rank}_*"))
+    def _put(self, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
+        """Bring the files that this rank wrote to their place; their sizes and checksums."""
+        mine = sorted(path.name for path in folder.glob(f"__{self.rank}_*"))
         if self.rank == 0:
-            (tmp / RUN).write_text(json.dumps(run), encoding="utf-8")
-            mine += [tmp / storage.TENSORS, tmp / RUN]
-        return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+            (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
+            mine += [storage.TENSORS, RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
+        found = {file: describe(folder / file) for file in mine}
+        self.place.put(folder, name, mine)
+        return found
 
-    def _prune(self) -> None:
-        """Remove all but the last `keep`, and the weights of best evaluations that none of them refers to."""
-        steps = _listed(self.folder, "step")
-        for path in steps[: -self.config.keep]:
-            shutil.rmtree(path, ignore_errors=True)
-        bests = _listed(self.folder, "best")
-        wanted = {best for path in steps[-self.config.keep :] if (best := _best_of(path)) is not None}
-        for path in bests[:-1]:  # the newest may be of a step that is not written yet
-            if path.name not in wanted:
-                shutil.rmtree(path, ignore_errors=True)
+    def _prune(self, name: str) -> None:
+        try:
+            self.place.prune(name, self.config.keep)
+        except InputError as error:  # of a store; the next one tries again
+            self._say(f"warning: old checkpoints could not be removed: {error}")
 
     # ---- finding
 
@@ -212,73 +226,32 @@ class Checkpoints:
         """The newest checkpoint that is whole; damaged ones are passed over with a warning.
 
         Raises:
-            InputError: one of another version of the format. On every rank.
+            InputError: one of another version of the format; a store that does not answer. On every rank.
         """
-        names = self._on_rank_0(lambda: [path.name for path in _listed(self.folder, "step")])
-        for name in reversed(names):
-            path = self.folder / name
-            found, problem = self._verified(path)
-            if found is not None and (best := found.run.get("best_step")) is not None:
-                problem = self._verified(self.best_path(best))[1]
-            if problem is None:
-                self.last = path
+        for name in reversed(self._on_rank_0(self.place.steps)):
+            found = self._verified(name)
+            if isinstance(found, Checkpoint):
+                self.last = found.path
                 return found
             if self.rank == 0:
-                self._say(f"warning: {path} is not whole and is passed over: {problem}")
+                self._say(f"warning: {self.place.at(name)} is not whole and is passed over: {found}")
         return None
 
-    def best_path(self, step: int) -> Path:
-        """Where the weights of the best evaluation, of this step, lie."""
-        return self.folder / f"best-{step:08d}"
-
-    def best(self, step: int) -> Checkpoint:
-        """The weights of the best evaluation, which `newest` has verified."""
-        path = self.best_path(step)
-        return Checkpoint(path, {}, artifact.read_manifest(path, KIND))
-
-    def _verified(self, path: Path) -> tuple[Checkpoint | None, str | None]:
-        """(checkpoint, None), or (None, what is wrong); each rank reads a part of the files."""
-
-        def read() -> tuple[dict[str, Any], dict[str, Any]] | str:
-            try:
-                manifest = json.loads((path / artifact.MANIFEST).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                return f"{path / artifact.MANIFEST}: {_reason(error)}"
-            if isinstance(manifest, dict) and manifest.get("version") not in (None, artifact.FORMAT_VERSION):
-                artifact.read_manifest(path, KIND)  # raises: not damaged, but of another version
-            try:
-                artifact.read_manifest(path, KIND)
-                run = json.loads((path / RUN).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                return _reason(error)
-            return manifest, run
-
-        found = self._on_rank_0(read)
+    def _verified(self, name: str) -> Checkpoint | str:
+        """A checkpoint with the best weights that it refers to, or what is wrong; each rank checks a part."""
+        found = self._on_rank_0(lambda: _or_damage(lambda: self.place.read(name)))
         if isinstance(found, str):
-            return None, found
+            return found
         manifest, run = found
-
-        def check() -> str | None:
-            for name in sorted(manifest["files"])[self.rank :: self.world]:
-                want, file = manifest["files"][name], path / name
-                if not file.is_file() or file.stat().st_size != want["size"]:
-                    have = file.stat().st_size if file.is_file() else "missing"
-                    return f"{file}: expected {want['size']} bytes, is {have}"
-                if _sha256(file) != want["sha256"]:
-                    return f"{file}: does not have the checksum that its manifest says"
-            return None
-
-        problem = next((text for text in self._together(check) if text), None)
-        return (None, problem) if problem else (Checkpoint(path, run, manifest), None)
-
-    def clear(self) -> None:
-        """Remove all checkpoints, and what killed runs left of unfinished ones."""
-
-        def remove() -> None:
-            for path in [*_listed(self.folder, "step"), *_listed(self.folder, "best")]:
-                shutil.rmtree(path, ignore_errors=True)
-
-        self._on_rank_0(remove)
+        problems = self._together(lambda: _or_damage(lambda: self.place.check(name, manifest, self.world)))
+        for problem in problems:
+            if problem is not None:
+                return str(problem)
+        step = run.get("best_step")
+        best = None if step is None else self._verified(f"best-{step:08d}")
+        if isinstance(best, str):
+            return best
+        return Checkpoint(self.place.at(name), self.place.files(name, manifest), run, manifest, best)
 
     # ---- ranks
 
@@ -310,104 +283,12 @@ class Checkpoints:
         return [made for made, _ in everyone]
 
 
-ALLOWED = (
-    "out",
-    "overwrite",
-    "device",
-    "tensorboard",
-    "stop_after",
-    "stall_seconds",
-    "on_nonfinite",
-    "evaluation.patience",
-    "stream.threads",
-    "stream.on_bad_file",
-    "follow.seconds",
-    "follow.idle_minutes",
-    "data",
-    "factors",
-    "hash",
-)
-ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
-"""Keys of the configuration that may change between stop and resume, and whole sections of it. What lies at `data`,
-`factors` and `hash` must be the same."""
-
-
-def check_same_run(found: Checkpoint | None, now: Mapping[str, Any]) -> None:
-    """Raise InputError where `found` was written by a run with other settings, another log, factors or maps.
-
-    Args:
-        now: `config` (nested, JSON values), and `inputs`: name -> fingerprint, of this run.
-    """
-    assert found is not None
-    made = found.manifest
-    before, after = dict(_flat(made["config"])), dict(_flat(json.loads(json.dumps(now["config"]))))
-    changed = [
-        key
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in ALLOWED and not key.startswith(ALLOWED_SECTIONS)
-    ]
-    if changed:
-        each = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed)
-        raise InputError(
-            f"{found.path}: written with other settings ({each}). When a run goes on, only {', '.join(ALLOWED)} and "
-            "checkpoint.*, watch.*, metrics.* and profile.* may change; to start anew: --checkpoint.no-resume"
-        )
-    for name in sorted(made["inputs"].keys() | now["inputs"].keys()):
-        if made["inputs"].get(name) != now["inputs"].get(name):
-            raise InputError(
-                f"{found.path}: written with another {name}: fingerprint {made['inputs'].get(name)}, now "
-                f"{now['inputs'].get(name)}; to start anew: --checkpoint.no-resume"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _prepare(folder: Path) -> None:
-    """Make the folder, and remove what killed runs left in it under temporary names."""
+def _or_damage(work: Callable[[], Any]) -> Any:
+    """What `work` makes, or, as text, what is damaged."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(".*.tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot hold checkpoints: {error.strerror}; expected a writable folder") from error
-
-
-def _begin(target: Path) -> Path:
-    if target.exists():  # a damaged one that was passed over, or one that a resumed run comes to again
-        shutil.rmtree(target)
-    return artifact.begin(target)
-
-
-def _listed(folder: Path, kind: str) -> list[Path]:
-    """Checkpoints by step."""
-    found = []
-    for path in folder.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and match[1] == kind:
-            found.append((int(match[2]), path))
-    return [path for _, path in sorted(found)]
-
-
-def _best_of(path: Path) -> str | None:
-    try:
-        step = json.loads((path / RUN).read_text(encoding="utf-8")).get("best_step")
-    except (OSError, ValueError):
-        return None
-    return None if step is None else f"best-{step:08d}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return work()
+    except Damaged as damage:
+        return str(damage)
 
 
 def _reason(error: BaseException) -> str:

@@ -121,8 +121,9 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest whole checkpoint; otherwise remove what is there and start anew."""
     folder: str | None = None
-    """Where they lie, seen by all ranks; by default --out with `.checkpoints` after it. The metrics of the run are
-    there too while it runs. Removed once the model is written."""
+    """Where they lie: a folder of a disk that all ranks see, or of an object store (`s3://...`); by default --out with
+    `.checkpoints` after it. Removed once the model is written. The metrics of the run are in its `metrics` while it
+    runs; with a store, on the disk of rank 0, and a copy in each checkpoint."""
     background: bool = True
     """Write beside training, from a copy in host memory of what training changes; otherwise training waits."""
 

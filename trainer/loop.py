@@ -263,8 +263,8 @@ class _Run:
         if found is None:
             return
         numbers = found.run
-        if numbers["best_step"] is not None and self.config.keep_best:
-            checkpoints.best(numbers["best_step"]).load(run_state.weights(self.model), checkpoints.group)
+        if found.best is not None and self.config.keep_best:
+            found.best.load(run_state.weights(self.model), checkpoints.group)
             self.best = Snapshot.take(self.model)
         state, own = run_state.everything(self.model, self.optimizer), run_state.random_states(self.device)
         same = numbers["world"] == dist.get_world_size()

@@ -21,7 +21,7 @@ from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.stream import Interactions, InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
-from recpress.trainer.checkpoint import METRICS, Checkpoints
+from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.collectives import all_reduce
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed import Ranks, agreed, process_group, same_everywhere
@@ -124,13 +124,12 @@ def train(config: TrainConfig) -> TrainResult:
 
             put(crossfit)
             setup_seconds = time.monotonic() - begin
-            if ranks.rank == 0 and config.tensorboard:
-                print(f"metrics while it runs: tensorboard --logdir {checkpoints.folder}", flush=True)
+            if ranks.rank == 0 and (config.tensorboard or storage.is_remote(checkpoints.folder)):
+                viewer = "tensorboard --logdir " if config.tensorboard else ""
+                print(f"metrics while it runs: {viewer}{checkpoints.metrics}", flush=True)
             with (
                 _endpoint(config, checkpoints, ranks) as endpoint,
-                MetricsLog(
-                    checkpoints.folder / METRICS, tensorboard=config.tensorboard, endpoint=endpoint
-                ) as metrics_log,
+                MetricsLog(checkpoints.metrics, tensorboard=config.tensorboard, endpoint=endpoint) as metrics_log,
             ):
                 fitted = fit(
                     model.dmp,
@@ -158,7 +157,7 @@ def train(config: TrainConfig) -> TrainResult:
                     if maps and ranks.rank == 0:
                         save_maps(maps, tmp / MAPS)
                     if ranks.rank == 0:
-                        shutil.copytree(checkpoints.folder / METRICS, tmp, dirs_exist_ok=True)
+                        shutil.copytree(checkpoints.metrics, tmp, dirs_exist_ok=True)
                 table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
                 kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
                 meta |= {
@@ -311,12 +310,7 @@ def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks
 
 
 def _checkpoint_folder(config: TrainConfig) -> str:
-    folder = config.checkpoint.folder or f"{config.out.rstrip('/')}.checkpoints"
-    if storage.is_remote(folder):
-        if config.checkpoint.folder:
-            raise InputError(f"checkpoint.folder: {folder}, expected a folder of a disk that all ranks see")
-        folder = str(storage.cache_folder() / f"checkpoints-{_digest(config.out)}")
-    return folder
+    return config.checkpoint.folder or storage.beside(config.out, ".checkpoints")
 
 
 def _as_before(

@@ -72,7 +72,7 @@ class Jobs:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ class Jobs:
         handle = self.torchx("run", "-s", "slurm", "--workspace", "", name, *common, "--", *args)
         return handle.strip().splitlines()[-1].rpartition("/")[2]
 
-    def wait(self, job: str, *states: str, seconds: float = 150.0) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 400.0) -> str:
         """Return when the job is in one of the states (by default: has ended); its state."""
         states = states or ENDED
         try:

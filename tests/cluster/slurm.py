@@ -85,7 +85,7 @@ grant all on slurm_accounting.* to 'slurm'@'localhost';
 """
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0, every: float = 0.1) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120.0, every: float = 0.1) -> None:
     """Return when the condition holds; TimeoutError naming `what` where it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -148,7 +148,7 @@ class Slurm:
                 self.run(["scontrol", "update", f"nodename={node}", "state=resume"])
             return state in ("idle", "mix", "alloc")
 
-        wait_until(ready, f"{node} is ready", 60)
+        wait_until(ready, f"{node} is ready", 240)
 
     def kill_node(self, node: str) -> None:
         """As if its power was cut: the link goes first, so that no peer hears a connection close."""

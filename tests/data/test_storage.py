@@ -55,6 +55,8 @@ def test_bytes_files_and_folders(base, tmp_path):
 def test_options_stay_at_the_end_of_an_address():
     assert storage.join("s3://bucket/a/?region=x", "b/c") == "s3://bucket/a/b/c?region=x"
     assert storage.join("/tmp/a", "b?") == "/tmp/a/b?"
+    assert storage.beside("s3://bucket/a/?region=x", ".b") == "s3://bucket/a.b?region=x"
+    assert storage.beside("/tmp/a/", ".b") == "/tmp/a.b"
 
 
 def test_an_artifact_comes_back_as_it_was(base):

@@ -15,6 +15,7 @@ from recpress.modules.config import ALSConfig
 from recpress.trainer import artifacts, logs
 from recpress.trainer.cli import main
 from recpress.trainer.config import (
+    CheckpointConfig,
     EvaluateConfig,
     FactorizeConfig,
     HashStageConfig,
@@ -59,6 +60,7 @@ def stages(base: str, local: str) -> dict[str, float]:
                 out=f"{base}/model",
                 sample=SampleConfig(rate=0.5),
                 stream=StreamConfig(batch_size=64),
+                checkpoint=CheckpointConfig(steps=2),
                 epochs=1,
                 tensorboard=False,
                 device="cpu",
@@ -87,6 +89,8 @@ def test_all_stages_do_there_what_they_do_on_local_disk(base, tmp_path):
         assert contents[0] == contents[1]
         assert contents[0]
     assert os.listdir(tmp_path / "tmp-0") == []  # nothing is left behind
+    assert storage.list_files(f"{base}/model.checkpoints") == {}
+    assert not list((tmp_path / "cache").glob("checkpoints-*"))
 
 
 def apart(base: str, local: str) -> tuple[dict[str, float], list[str]]:
@@ -166,9 +170,10 @@ def test_one_line_on_the_command_line(base, s3, capfd):  # noqa: F811
     synth(SMALL, f"{base}/log")
     assert main(["evaluate", "--data", f"{base}/log", "--model", f"{base}/model"]) == 2
     assert f"error: {base}/model: no manifest.json" in capfd.readouterr().err
-    arguments = ["--out", f"{base}/model", "--model.tables.strategy", "random", "--checkpoint.folder", f"{base}/ckpt"]
-    assert main(["train", "--data", f"{base}/log", *arguments]) == 2
-    assert f"error: checkpoint.folder: {base}/ckpt, expected a folder of a disk" in capfd.readouterr().err
+    arguments = ["--out", f"{base}/model", "--model.tables.strategy", "random"]
+    with s3.failing("denied", "PUT .*model.checkpoints/"):
+        assert main(["train", "--data", f"{base}/log", *arguments]) == 2
+    assert f"error: {base}/model.checkpoints: cannot hold checkpoints: " in capfd.readouterr().err
     with s3.failing("denied", "GET .*log/"):
         assert main(["evaluate", "--data", f"{base}/log", "--model", f"{base}/model"]) == 2
     assert f"error: {base}/log/manifest.json: cannot be read: AWS Error ACCESS_DENIED" in capfd.readouterr().err

@@ -1,0 +1,66 @@
+"""Whether a checkpoint is one of this run: the same settings, log, factors and maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from recpress.data.errors import InputError
+
+ALLOWED = (
+    "out",
+    "overwrite",
+    "device",
+    "tensorboard",
+    "stop_after",
+    "stall_seconds",
+    "on_nonfinite",
+    "evaluation.patience",
+    "stream.threads",
+    "stream.on_bad_file",
+    "follow.seconds",
+    "follow.idle_minutes",
+    "data",
+    "factors",
+    "hash",
+)
+ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
+"""Keys of the configuration that may change between stop and resume, and whole sections of it. What lies at `data`,
+`factors` and `hash` must be the same."""
+
+
+def check_same_run(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError where the checkpoint at `path` was written by a run with other settings, another log, factors or
+    maps.
+
+    Args:
+        made: its manifest.
+        now: `config` (nested, JSON values), and `inputs`: name -> fingerprint, of this run.
+    """
+    before, after = dict(_flat(made["config"])), dict(_flat(json.loads(json.dumps(now["config"]))))
+    changed = [
+        key
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in ALLOWED and not key.startswith(ALLOWED_SECTIONS)
+    ]
+    if changed:
+        each = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed)
+        raise InputError(
+            f"{path}: written with other settings ({each}). When a run goes on, only {', '.join(ALLOWED)} and "
+            "checkpoint.*, watch.*, metrics.* and profile.* may change; to start anew: --checkpoint.no-resume"
+        )
+    for name in sorted(made["inputs"].keys() | now["inputs"].keys()):
+        if made["inputs"].get(name) != now["inputs"].get(name):
+            raise InputError(
+                f"{path}: written with another {name}: fingerprint {made['inputs'].get(name)}, now "
+                f"{now['inputs'].get(name)}; to start anew: --checkpoint.no-resume"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
