@@ -11,17 +11,19 @@ as these: `ms a step` says how long.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shutil
 import statistics
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.training import made_batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer import run_state
@@ -32,10 +34,9 @@ from recpress.trainer.fit_config import FitConfig
 from recpress.trainer.loop import fit
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.sharding import shard
-from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from training import made_batch
+SMALL = ("--gigabytes", "0.1", "--steps", "20", "--repeat", "2")
+RANKS = True
 
 MODES = ("none", "beside", "waiting")
 
@@ -44,20 +45,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, kind, default in (
         ("gigabytes", float, 1.0), ("dim", int, 128), ("batch", int, 2048), ("negatives", int, 4),
-        ("steps", int, 100), ("repeat", int, 5), ("folder", str, "checkpoint-bench"), ("out", str, None),
+        ("steps", int, 100), ("repeat", int, 4), ("folder", str, "checkpoint-bench"), ("out", str, None),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--strategy", choices=("random", "init-freeze"), default="random")
     args = parser.parse_args()
     args.items = 50_000
     args.users = int(args.gigabytes * 1e9 / (4 * args.dim)) - args.items
+    if args.users < 1:
+        parser.error(f"--gigabytes {args.gigabytes}: expected at least {4e-9 * args.dim * (args.items + 1):.2g}")
+    if Path(args.folder).exists():
+        parser.error(f"--folder {args.folder}: exists; expected a new one, which is removed at the end")
     torch.set_num_threads(1)
     with process_group("auto") as ranks:
-        result = measure(args, ranks.device)
+        try:
+            row = measure(args, ranks.device)
+        finally:
+            if ranks.rank == 0:
+                shutil.rmtree(args.folder, ignore_errors=True)
         if ranks.rank == 0:
-            print(tabulate([list(result["shown"].values())], headers=list(result["shown"]), floatfmt=".3g"))
-            if args.out:
-                Path(args.out).write_text(json.dumps(vars(args) | result, indent=1) + "\n")
+            question = f"What a checkpoint every {args.steps} steps costs, and GB/s beside dd"
+            publish(question, [row], out=args.out, settings=settings_of(vars(args), ("out", "folder")),
+                    device=ranks.device)  # fmt: skip
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -76,32 +85,24 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     optimizer = TrainOptimizer(dmp, OptimizerConfig(), args.steps)
     batches = [made_batch(args, 1000 * dist.get_rank() + seed, device) for seed in range(min(args.steps, 20))]
     describe: dict[str, Any] = {"config": {}, "inputs": {}, "global_batch": 0}
+    checkpoints = Checkpoints(CheckpointConfig(resume=False, keep=1), args.folder, describe)
 
     def stretch(mode: str) -> float:
         """Seconds of `steps` steps, of the slowest rank. The checkpoint begins with them, so that its writing lies
         beside them; what is left of it at their end is waited for, and counts."""
-        config = CheckpointConfig(steps=args.steps + 1, minutes=0, resume=False, background=mode == "beside")
-        checkpoints = held[mode]
-        if checkpoints is not None:
-            object.__setattr__(checkpoints, "config", config)
+        checkpoints.config = CheckpointConfig(keep=1, background=mode == "beside")
         state = run_state.everything(dmp, optimizer)
         dist.barrier()
         start = time.perf_counter()
-        if checkpoints is not None:
+        if mode != "none":
             checkpoints.save(state, {}, 1)
         fit(
             dmp, optimizer, lambda epoch, first: (batches[k % len(batches)] for k in range(args.steps)),
             FitConfig(log_every=args.steps), device=device, show_progress=False,
         )  # fmt: skip
-        if checkpoints is not None:
-            checkpoints.wait()
-        seconds = torch.tensor(time.perf_counter() - start)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return float(seconds)
+        checkpoints.wait()
+        return slowest(time.perf_counter() - start)
 
-    held: dict[str, Checkpoints | None] = {"none": None}
-    for mode in MODES[1:]:
-        held[mode] = Checkpoints(CheckpointConfig(resume=False), f"{args.folder}/{mode}", describe)
     stretch("none")
     stretch("beside")  # makes the buffers of the copy
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -109,52 +110,55 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for mode in MODES:
             times[mode].append(stretch(mode))
     cost = {
-        mode: statistics.median((a - b) / b for a, b in zip(times[mode], times["none"], strict=True))
-        for mode in MODES[1:]
+        mode: sorted(100 * (a - b) / b for a, b in zip(times[mode], times["none"], strict=True)) for mode in MODES[1:]
     }
-    path = Path(args.folder) / "beside" / "step-00000001"
-    total = sum(file.stat().st_size for file in path.iterdir())
-    checkpoints = held["waiting"]
-    assert checkpoints is not None
+    total = sum(file.stat().st_size for file in (Path(args.folder) / "step-00000001").iterdir())
     state = run_state.everything(dmp, optimizer)
     copy = seconds_of(lambda: checkpoints._staged.copy(state))
-    object.__setattr__(checkpoints, "config", CheckpointConfig(background=False))
+    checkpoints.config = CheckpointConfig(keep=1, background=False)
     save = seconds_of(lambda: checkpoints.save(state, {}, 1))
 
     def load() -> None:
-        found = Checkpoints(CheckpointConfig(), f"{args.folder}/waiting", describe).start
+        found = checkpoints.newest()  # verifies the checksums
         assert found is not None
         found.load(state, checkpoints.group)
 
     read = seconds_of(load)
+    if checkpoints.failures:
+        raise RuntimeError(f"{checkpoints.failures} checkpoints were not written")
     disk = dd(Path(args.folder) / "dd", total) if dist.get_rank() == 0 else (0.0, 0.0)
-    shown = {
-        "strategy": args.strategy,
+    return {
+        "tables": args.strategy,
         "tables GB": args.gigabytes,
         "checkpoint GB": total / 1e9,
         "ranks": dist.get_world_size(),
         "ms a step": 1e3 * statistics.median(times["none"]) / args.steps,
-        "cost beside": cost["beside"],
-        "cost waiting": cost["waiting"],
+        "cost beside %": statistics.median(cost["beside"]),
+        "from, to": f"{cost['beside'][0]:.1f}, {cost['beside'][-1]:.1f}",
+        "cost waiting %": statistics.median(cost["waiting"]),
         "copy s": copy,
         "save GB/s": total / 1e9 / save,
         "dd write GB/s": disk[0],
         "verify and load GB/s": total / 1e9 / read,
         "dd read GB/s": disk[1],
     }
-    return {"shown": shown, "times": times}
 
 
-def seconds_of(work: Any) -> float:
+def slowest(seconds: float) -> float:
+    """Of the ranks."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
     """Median of three, of the slowest rank."""
     found = []
     for _ in range(3):
         dist.barrier()
         start = time.perf_counter()
         work()
-        seconds = torch.tensor(time.perf_counter() - start)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        found.append(float(seconds))
+        found.append(slowest(time.perf_counter() - start))
     return statistics.median(found)
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from recpress.benchmarks.common import publish, settings_of
 from recpress.data import artifact
 from recpress.data.config import SynthConfig
 from recpress.data.log import open_log
@@ -40,8 +41,7 @@ from recpress.trainer.id_maps import HASH, ROW_VECTORS, save_maps
 from recpress.trainer.plan import plan
 from recpress.trainer.plan_config import PlanConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import publish, settings_of
+SMALL = ("--mb", "100", "--ranks", "1", "--kinds", "random", "frozen fp32")
 
 DIM, SHARE = 128, 0.25
 KINDS = {

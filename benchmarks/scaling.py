@@ -39,12 +39,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.training import OURS, Case, Subject, made_batch
 from recpress.trainer import sharding
 from recpress.trainer.distributed import process_group
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import publish, settings_of
-from train_step import STRATEGIES, Subject, made_batch
+SMALL = (
+    "--table-rows", "25000", "--dim", "32", "--batch", "1024", "--steps", "8", "--stretches", "1", "--rounds", "1",
+)  # fmt: skip
 
 NODES = ("rpscale1", "rpscale2")
 NETWORK = "10.213.78"
@@ -53,20 +55,18 @@ ONE, NODE, SPACES = "1 rank", "2 ranks, 1 node", "2 ranks, 2 nodes"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=200_000)
-    parser.add_argument("--items", type=int, default=50_000)
+    parser.add_argument("--table-rows", type=int, default=250_000, help="ids of users and items together")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--hidden", type=int, nargs="*", default=[256])
     parser.add_argument("--batch", type=int, default=4096, help="of all ranks together")
     parser.add_argument("--negatives", type=int, default=4)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="init-train")
+    parser.add_argument("--tables", choices=("trained", "frozen fp32"), default="trained")
     parser.add_argument("--steps", type=int, default=30, help="of a stretch")
     parser.add_argument("--stretches", type=int, default=3, help="of a case in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="JSON file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is a rank: where its result goes
     args = parser.parse_args()
-    args.storage, args.loss = "fp32", "bce"
     if args.worker:
         work(args)
     else:
@@ -82,15 +82,18 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     with process_group("cpu") as ranks:
-        args.batch //= ranks.world
-        batches = [made_batch(args, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
-        subjects = {"ours": Subject(args.strategy, args, ranks.device)}
+        case = Case(
+            tables=args.tables, loop=OURS, table_rows=args.table_rows, dim=args.dim, batch=args.batch // ranks.world,
+            ranks=ranks.world, share=1.0, negatives=args.negatives,
+        )  # fmt: skip
+        batches = [made_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
+        subjects = {"ours": Subject(case, tuple(args.hidden), ranks.device)}
         if ranks.world == 2 and interface == "lo":
             default = sharding.DefaultDataParallelWrapper()
             with mock.patch.object(sharding, "DefaultDataParallelWrapper", return_value=default):
-                subjects["default"] = Subject(args.strategy, args, ranks.device)
+                subjects["default"] = Subject(case, tuple(args.hidden), ranks.device)
         for subject in subjects.values():
-            subject.fit(batches)  # warms up
+            subject.train(batches)  # warms up
         found: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
         for _ in range(args.stretches):
             for name, subject in subjects.items():
@@ -107,7 +110,7 @@ def stretch(subject: Subject, batches: list[Any], interface: str) -> dict[str, f
     dist.barrier()
     before = sent(interface)
     wall, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
-    subject.fit(batches)
+    subject.train(batches)
     wall, thread, process = time.perf_counter() - wall, time.thread_time() - thread, time.process_time() - process
     dist.barrier()
     own = {"step": wall, "compute": thread, "waiting": wall - thread, "exchange CPU": process - thread}
@@ -122,7 +125,7 @@ def stretch(subject: Subject, batches: list[Any], interface: str) -> dict[str, f
 def transfer(subject: Subject, batches: list[Any]) -> dict[str, float]:
     """Collectives a step, and seconds a step that they take on the rank that comes last to each."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        subject.fit(batches)
+        subject.train(batches)
     events = sorted((e for e in profile.events() or [] if e.name.startswith("gloo:")), key=lambda e: e.time_range.start)
     mine: dict[str, list[float]] = {}
     for event in events:
@@ -202,8 +205,8 @@ def run(args: argparse.Namespace, places: list[str | None]) -> dict[str, Any]:
     apart = len(set(places)) > 1
     options = [str(Path(__file__).resolve())]
     for name, value in vars(args).items():
-        if name not in ("out", "worker", "storage", "loss"):
-            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if name not in ("out", "worker"):
+            options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"MASTER_ADDR": f"{NETWORK}.1" if apart else "127.0.0.1", "OMP_NUM_THREADS": "1"}
         environment |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(places))}

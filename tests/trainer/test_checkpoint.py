@@ -134,6 +134,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, how):
     assert tuple(after) == quiet[:4]
 
 
+def a_later_one_is_damaged(folder):
+    crashed(folder, crash=11)
+    os.truncate(Path(folder) / "step-00000009" / "run.json", 5)
+    with pytest.raises(Killed):
+        train(folder, crash=9, keep=1, steps=4)
+    return sorted(path.name for path in Path(folder).glob("step-*"))
+
+
+def test_a_damaged_one_of_a_later_step_is_not_kept_instead_of_a_whole_one(tmp_path):
+    assert run_on_ranks(a_later_one_is_damaged, 1, tmp_path) == [["step-00000008"]]
+
+
 def whole(folder, save):
     """All of the state, gathered from the ranks, as rank 0 sees it; from a checkpoint, or after 5 steps saved to it."""
     dmp, optimizer = sharded("init-train", layout="row_wise")
