@@ -4,7 +4,7 @@ A checkpoint is an artifact, a folder `step-00000100`: what DCP wrote of the ten
 with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and sha256
 of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
 referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept. They lie on
-a disk or on an object store (`checkpoint_places`).
+a disk (`checkpoint_places`) or on an object store (`checkpoint_remote`).
 
 Writing takes place beside training: the state is copied in memory between two steps, and a thread writes the copy, over
 a process group of its own.
@@ -23,8 +23,10 @@ from typing import Any
 
 import torch.distributed as dist
 from recpress.data.errors import InputError
+from recpress.data.storage import is_remote
 from recpress.trainer import checkpoint_storage as storage
-from recpress.trainer.checkpoint_places import RUN, Damaged, describe, place
+from recpress.trainer.checkpoint_places import RUN, Damaged, LocalPlace, Place, describe
+from recpress.trainer.checkpoint_remote import RemotePlace
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.errors import Preempted
 from recpress.trainer.same_run import check_same_run
@@ -91,7 +93,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         """Of the writing thread, and of loading."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.place = place(folder, self.rank)
+        self.place: Place = (RemotePlace if is_remote(folder) else LocalPlace)(str(folder), self.rank)
         self.failures = 0
         self.last: str | None = None
         """The newest `step-*` that this run wrote or started from."""
@@ -113,7 +115,7 @@ class Checkpoints:
     @property
     def folder(self) -> str:
         """Path or address."""
-        return str(self.place.folder)
+        return self.place.folder
 
     @property
     def metrics(self) -> Path:

@@ -1,15 +1,13 @@
-"""Where checkpoints lie: in a folder of a disk that all ranks see, or in one of an object store.
+"""Where checkpoints lie: what a place has to do, and a folder of a disk that all ranks see.
 
-On a disk the ranks write into one temporary folder, which is renamed. A store renames nothing: each rank writes its
-files into a folder of its own machine and uploads them, and a checkpoint is whole exactly when its manifest is there,
-which is written last. Nothing here is collective; each method says which ranks call it.
+On a disk the ranks write into one temporary folder, which is renamed. `checkpoint_remote` has the object stores.
+Nothing here is collective; each method says which ranks call it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -25,7 +23,8 @@ RUN = "run.json"
 """The numbers of the run: position in the log, schedule, results."""
 METRICS = "metrics"
 """Folder of the metrics of a run that is not finished."""
-_NAME = re.compile(r"(step|best)-(\d{8,})")
+NAME = re.compile(r"(step|best)-(\d{8,})")
+"""Of a checkpoint."""
 
 
 class Damaged(Exception):
@@ -38,7 +37,7 @@ class Place(ABC):
     metrics: Path
     """Local folder for the metrics of the run; rank 0 writes there."""
 
-    def __init__(self, folder: str | Path, rank: int) -> None:
+    def __init__(self, folder: str, rank: int) -> None:
         self.folder, self.rank = folder, rank
 
     def at(self, name: str) -> str:
@@ -174,7 +173,7 @@ class Place(ABC):
 class LocalPlace(Place):
     """A folder of a disk that all ranks see."""
 
-    def __init__(self, folder: str | Path, rank: int) -> None:
+    def __init__(self, folder: str, rank: int) -> None:
         super().__init__(folder, rank)
         self.path = Path(folder)
         self.metrics = self.path / METRICS
@@ -194,7 +193,7 @@ class LocalPlace(Place):
 
     def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
         for file in sorted(manifest["files"])[self.rank :: world]:
-            _check(self.path / name / file, manifest["files"][file], self.path / name / file)
+            check_file(self.path / name / file, manifest["files"][file], self.path / name / file)
 
     def files(self, name: str, manifest: Mapping[str, Any]) -> Path:
         return self.path / name
@@ -229,7 +228,7 @@ class LocalPlace(Place):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _found(self) -> dict[str, bool]:
-        names = [path.name for path in self.path.iterdir() if _NAME.fullmatch(path.name)]
+        names = [path.name for path in self.path.iterdir() if NAME.fullmatch(path.name)]
         return {name: (self.path / name / artifact.MANIFEST).is_file() for name in names}
 
     def _bytes(self, name: str, file: str) -> bytes:
@@ -239,133 +238,18 @@ class LocalPlace(Place):
             raise Damaged(f"{self.path / name / file}: {error.strerror}") from error
 
 
-class RemotePlace(Place):
-    """A folder of an object store; `work` is a local folder, of each machine its own.
-
-    A machine fetches all files of a checkpoint once, whatever its ranks need of it.
-    """
-
-    def __init__(self, folder: str, rank: int) -> None:
-        super().__init__(folder, rank)
-        key = hashlib.sha256(folder.encode()).hexdigest()[:16]
-        self.work = storage.cache_folder() / f"checkpoints-{key}"
-        self.metrics = self.work / METRICS
-
-    def prepare(self) -> None:
-        probe = storage.join(self.folder, ".writable")
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            storage.write_bytes(probe, b"")
-            storage.remove(probe)
-        except (OSError, InputError) as error:
-            raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
-
-    def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
-            return
-        wanted, there = manifest["files"], storage.list_files(self.at(name))
-        for file, want in sorted(wanted.items()):
-            if there.get(file) != want["size"]:
-                have = there.get(file, "missing")
-                raise Damaged(f"{storage.join(self.at(name), file)}: expected {want['size']} bytes, is {have}")
-        folder = self.files(name, manifest)
-        with storage.locked(folder):
-            for file, want in sorted(wanted.items()):
-                _fetch(storage.join(self.at(name), file), folder / file, want)
-
-    def files(self, name: str, manifest: Mapping[str, Any]) -> Path:
-        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-        return self.work / "fetched" / f"{name}-{key}"
-
-    def begin(self, name: str) -> str:
-        self.remove(name)
-        return ""
-
-    def staging(self, begun: str) -> Path:
-        folder = self.work / f"staging-{self.rank}"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(self.work / "fetched", ignore_errors=True)  # all ranks have loaded what they went on from
-        return folder
-
-    def put(self, staging: Path, name: str, files: Iterable[str]) -> None:
-        for file in files:
-            storage.upload_file(staging / file, storage.join(self.at(name), file))
-
-    def commit(self, staging: Path, name: str, meta: dict[str, Any]) -> None:
-        artifact.publish(self.at(name), KIND, meta, [{"name": file, **what} for file, what in meta["files"].items()])
-
-    def end(self, staging: Path) -> None:
-        shutil.rmtree(staging, ignore_errors=True)
-
-    def besides(self, staging: Path) -> list[str]:
-        """The metrics until now, so that another machine can go on with them."""
-        if not self.metrics.is_dir():
-            return []
-        shutil.copytree(self.metrics, staging / METRICS)
-        return [str(path.relative_to(staging)) for path in sorted((staging / METRICS).rglob("*")) if path.is_file()]
-
-    def restore(self, files: Path | None) -> None:
-        shutil.rmtree(self.metrics, ignore_errors=True)
-        if files is not None and (files / METRICS).is_dir():
-            shutil.copytree(files / METRICS, self.metrics)
-
-    def remove(self, name: str) -> None:
-        storage.remove(storage.join(self.at(name), artifact.MANIFEST))  # from here on it is not whole
-        storage.remove_folder(self.at(name))
-
-    def remove_all(self) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        if self.rank == 0:
-            self.clear()
-
-    def forget(self) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def _found(self) -> dict[str, bool]:
-        found: dict[str, bool] = {}
-        for path in storage.list_files(self.folder):
-            name, _, file = path.partition("/")
-            if _NAME.fullmatch(name):
-                found[name] = found.get(name, False) or file == artifact.MANIFEST
-        return found
-
-    def _bytes(self, name: str, file: str) -> bytes:
-        try:
-            return storage.read_bytes(storage.join(self.at(name), file))
-        except FileNotFoundError as error:
-            raise Damaged(f"no {file}") from error
-
-
-def place(folder: str | Path, rank: int) -> Place:
-    """Where the checkpoints of `folder`, a path or an address, lie."""
-    return RemotePlace(str(folder), rank) if storage.is_remote(folder) else LocalPlace(folder, rank)
-
-
 def describe(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _check(path: Path, want: Mapping[str, Any], shown: object) -> None:
+def check_file(path: Path, want: Mapping[str, Any], shown: object) -> None:
     """Raise Damaged where a local file is not the one that the manifest lists."""
     have = path.stat().st_size if path.is_file() else "missing"
     if have != want["size"]:
         raise Damaged(f"{shown}: expected {want['size']} bytes, is {have}")
     if _sha256(path) != want["sha256"]:
         raise Damaged(f"{shown}: does not have the checksum that its manifest says")
-
-
-def _fetch(address: str, path: Path, want: Mapping[str, Any]) -> None:
-    """Make `path` a copy, and check it. Raises Damaged."""
-    for last in (False, True):  # once more: it may have been damaged on its way
-        if not path.exists():
-            storage.fetch_file(address, path)
-        try:
-            return _check(path, want, address)
-        except Damaged:
-            path.unlink()
-            if last:
-                raise
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 from recpress.data import storage
 from recpress.data.errors import InputError
 from recpress.trainer.checkpoint import Checkpoints
-from recpress.trainer.checkpoint_places import RemotePlace
+from recpress.trainer.checkpoint_remote import RemotePlace
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.loop import FitConfig, fit
 from recpress.trainer.metrics_log import MetricsLog
