@@ -1,4 +1,4 @@
-"""What checkpoints cost: training with and without them, and GB/s of saving and loading beside `dd` on the same disk.
+"""What does a checkpoint cost, and how fast is it saved and loaded beside `dd` on the same disk?
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out checkpoint.json
 

@@ -1,4 +1,4 @@
-"""From one rank to two, and from one node to two: rows/s of the same training, and where a step's time goes.
+"""How do rows/s grow from one rank to two, and what does a second node cost a step?
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out scaling.json        # as root for the two nodes
 
