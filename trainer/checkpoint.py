@@ -52,7 +52,7 @@ class Checkpoint:
 
     def has(self, state: storage.State) -> bool:
         """Whether it has all of these tensors, with these shapes; not collective."""
-        kept = storage.names(self.path)
+        kept = storage.names(self.files)
         return all(kept.get(name) == tuple(value.shape) for name, value in state.items())
 
     def load(self, state: storage.State, group: dist.ProcessGroup | None) -> None:

@@ -356,7 +356,7 @@ def _rec_metrics(
 def _profiler(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Profiler | None:
     if not config.profile.steps:
         return None
-    return Profiler(config.profile, checkpoints.folder / METRICS, ranks.device)
+    return Profiler(config.profile, checkpoints.metrics, ranks.device)
 
 
 def _stream_stats(source: Source) -> Callable[[], Mapping[str, float]] | None:
