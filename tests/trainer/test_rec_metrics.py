@@ -9,7 +9,7 @@ import torch.distributed as dist
 from recpress.modules.losses import make_loss
 from recpress.modules.predictions import Predictions
 from recpress.trainer import run_state
-from recpress.trainer.checkpoint import METRICS, Checkpoints
+from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.config import CheckpointConfig, MetricsConfig
 from recpress.trainer.fit_config import FitConfig
 from recpress.trainer.loop import fit
@@ -140,14 +140,14 @@ def run(folder, crash=None, window=150):
     metrics = None
     if window:
         metrics = RecMetrics(MetricsConfig(window=window), module.loss, rows=32, device=CPU)
-    with checkpoints, MetricsLog(checkpoints.folder / METRICS, tensorboard=False) as log:
+    with checkpoints, MetricsLog(checkpoints.metrics, tensorboard=False) as log:
         try:
             config, given = FitConfig(epochs=3, log_every=3), {"checkpoints": checkpoints, "metrics": metrics}
             fit(dmp, optimizer, batches, config, device=CPU, show_progress=False, log=log, **given)
         except Killed:
             checkpoints.wait()
             return None
-    lines = [json.loads(line) for line in (checkpoints.folder / METRICS / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (checkpoints.metrics / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "train/ne", "train/auc", "train/calibration")
     assert run_state.weights(dmp)
     return digest(dmp), [[line.get(name) for name in names] for line in lines if line["step"] % 3 == 0]
