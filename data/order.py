@@ -2,19 +2,26 @@
 
 1. The row groups that have rows in the sample are shuffled and laid end to end: the *line* of N rows.
 2. The line is cut into L *lanes*, stretches of equal length. A batch takes an equal share from each lane.
-3. A lane is cut into blocks of about buffer_rows / L rows, and the rows of a block are permuted.
-4. Step k is the global batch of G = world * batch_size rows that takes the next G / L rows of every lane, in
-   the order of the lanes; rank r has the rows [r * batch_size, (r + 1) * batch_size) of it.
+3. The steps are cut into equal *rounds* of about buffer_rows rows. The rows of a lane that belong to a round, its
+   *block*, are the next ones of its stretch.
+4. A block is cut into *tiles* of about TILE_ROWS rows, each of which gives the same number of rows to every step of
+   the round: which ones, and where in the batch, is a permutation (`recpress.data.shuffle`).
+5. Step k is the global batch of G = world * batch_size rows, in it the lanes, in them the tiles, one after the other;
+   rank r has the rows [r * batch_size, (r + 1) * batch_size) of it.
 
-Neither the rank, nor the number of ranks, nor where a run began is in 1 to 3: the rows of a step depend on
+Neither the rank, nor the number of ranks, nor where a run began is in 1 to 4: the rows of a step depend on
 the global batch size alone, and a position is two integers, epoch and step. Since a rank's rows of each batch
 come from its own lanes, ranks share the decoding: where the number of ranks divides that of the lanes, a row
 group is decoded by one rank, or by those between which a cut lies. Where there are more ranks than lanes (and
 there are never more lanes than row groups), the ranks of a lane all decode it.
 
+A batch so is a stratified sample of a round: of lanes and tiles as many rows each, of a tile a uniform sample. A log
+that fits in one tile is permuted uniformly.
+
 Tail: the T = N mod G rows that remain make one last, smaller step with T // world rows on each rank, so that
 all ranks have equal batches and end together; the fewer than `world` rows that cannot be dealt out evenly are
-dropped from the epoch, others in each epoch. With one rank every row comes exactly once.
+dropped from the epoch, others in each epoch. Its rows are drawn from the last round. With one rank every row comes
+exactly once.
 
 Without shuffling there is one lane and no permutation: the order of the files, decoded by every rank that
 needs it.
@@ -22,21 +29,28 @@ needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from recpress.data.sampling import key
+from recpress.data.sampling import philox
+from recpress.data.shuffle import Pool, members
+
+TILE_ROWS = 1 << 14
+"""Rows that a tile has at most, unless a round has more steps: small enough for a processor's cache."""
+_PLAIN_ROWS = 1 << 17
+"""Rows of a round without shuffling, at most."""
+_STEPS = 1 << 16
+"""Steps of a round, at most."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one row group that belong to one block: rows [first, first + count) of the group's sample are,
-    before the block's permutation, its rows from `offset` on."""
+    """Rows of one row group that belong to one block: rows [first, first + count) of the group's sample are
+    the block's rows from `offset` on."""
 
     lane: int
-    block: int
+    round: int
     first: int
     offset: int
     count: int
@@ -67,6 +81,10 @@ class EpochOrder:
 
     _known: dict = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool(self.seed, self.epoch)
+
     def __post_init__(self) -> None:
         assert min(self.global_batch, self.buffer_rows, self.max_lanes) > 0
 
@@ -76,7 +94,10 @@ class EpochOrder:
     def groups(self) -> np.ndarray:
         """Row groups that have rows, in the order of this epoch. int64"""
         groups = np.flatnonzero(self.counts)
-        return self._generator("groups").permutation(groups) if self.shuffle else groups
+        if not self.shuffle:
+            return groups
+        keys = philox("groups", self.seed, self.epoch).random_raw(len(groups))
+        return groups[np.argsort(keys, kind="stable")]
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -165,93 +186,138 @@ class EpochOrder:
         self._known[rank, world, tail] = found
         return found
 
-    # ---- blocks
+    # ---- rounds
 
     @cached_property
-    def block_rows(self) -> int:
-        return max(1, self.buffer_rows // self.lanes)
+    def num_rounds(self) -> int:
+        rows = self.buffer_rows if self.shuffle else min(self.buffer_rows, _PLAIN_ROWS)
+        longest = max(1, min(_STEPS, rows // self.global_batch))
+        return max(1, -(-self.full_steps // longest))
 
-    def block_of(self, lane: int, position: int) -> int:
-        """The block of the lane that holds a position."""
-        first = self._first_block(lane)
-        return 0 if position < first else 1 + (position - first) // self.block_rows
+    def round_steps(self, number: int) -> tuple[int, int]:
+        """Full steps [first, end) of a round. The last one has the rows of the smaller last step, too."""
+        return tuple(self.full_steps * k // self.num_rounds for k in (number, number + 1))  # type: ignore[return-value]
 
-    def block_bounds(self, lane: int, block: int) -> tuple[int, int]:
-        """The lane's positions [first, end) that a block holds."""
-        head, rows = self._first_block(lane), self.lane_rows(lane)
-        first = 0 if block == 0 else head + (block - 1) * self.block_rows
-        return first, min(head + block * self.block_rows, rows)
+    def round_of(self, step: int) -> int:
+        if step >= self.full_steps:
+            return self.num_rounds - 1
+        return ((step + 1) * self.num_rounds - 1) // self.full_steps
 
-    def _first_block(self, lane: int) -> int:
-        # Lanes begin with blocks of different sizes, or all would need their next block at the same step.
-        rows = self.lane_rows(lane)
-        return rows if rows <= self.block_rows else max(1, self.block_rows * (lane + 1) // self.lanes)
+    @cached_property
+    def round_rows(self) -> int:
+        """Rows of a round on all ranks, at most."""
+        return -(-self.full_steps // self.num_rounds) * self.global_batch + self._tail
 
-    def _block_line(self, lane: int, block: int) -> tuple[int, int]:
+    def _tail_of(self, lane: int, number: int) -> int:
+        """Rows of the last, smaller step in a block."""
+        return int(np.diff(self._tail_cuts)[lane]) if number == self.num_rounds - 1 else 0
+
+    def block_bounds(self, lane: int, number: int) -> tuple[int, int]:
+        """The lane's positions [first, end) that it has in a round."""
+        first, end = (step * int(self._share[lane]) for step in self.round_steps(number))
+        return first, end + self._tail_of(lane, number)
+
+    def _block_line(self, lane: int, number: int) -> tuple[int, int]:
         """The block's stretch of the line. Odd lanes run backwards: lanes that share the row group at their
         common cut then both need it at their beginning, or both at their end, and it is decoded once."""
-        first, end = self.block_bounds(lane, block)
+        first, end = self.block_bounds(lane, number)
         if self.shuffle and lane % 2:
             low = int(self._lane_starts[lane + 1])
             return low - end, low - first
         low = int(self._lane_starts[lane])
         return low + first, low + end
 
-    def permutation(self, lane: int, block: int) -> np.ndarray:
-        """Place in the block of each of its rows: row k of its stretch of the line goes to place p[k]."""
-        first, end = self.block_bounds(lane, block)
-        if not self.shuffle:
-            return np.arange(end - first)
-        return self._generator("block", lane, block).permutation(end - first)
+    # ---- where the rows of a block go
+
+    def lane_slots(self, lane: int) -> tuple[int, int]:
+        """Places of the global batch that a lane fills in full steps: [first, end)."""
+        return int(self._full_cuts[lane]), int(self._full_cuts[lane + 1])
+
+    def places(self, lane: int, number: int, first: int, count: int, stride: int, low: int = 0) -> np.ndarray:
+        """Where the rows [first, first + count) of a block go: step of the round * stride + place in the global batch
+        - low.
+
+        The step after the round's full ones is the smaller last step of the epoch. (count,) int64
+        """
+        places = np.empty(count, dtype=np.int64)
+        begin, end = self.round_steps(number)
+        steps, share, tail = end - begin, int(self._share[lane]), self._tail_of(lane, number)
+        tiles = max(1, min(share, -(-steps * share // TILE_ROWS))) if self.shuffle else 1
+        bits = philox("block", self.seed, self.epoch, lane, number).random_raw(2 * tiles) if self.shuffle else None
+        at = 0  # of the tile in the block
+        for tile in range(tiles):
+            begin_slot, end_slot = share * tile // tiles, share * (tile + 1) // tiles
+            tail_low, tail_high = tail * tile // tiles, tail * (tile + 1) // tiles
+            width, extra = end_slot - begin_slot, tail_high - tail_low
+            rows = steps * width + extra
+            one, other = max(at, first), min(at + rows, first + count)
+            if one < other:
+                shift = int(self._full_cuts[lane]) + begin_slot
+                if extra or bits is None:
+                    found = self._plain(steps, width, stride, extra, int(self._tail_cuts[lane]) + tail_low - shift)
+                    if bits is not None:
+                        found = found[self.pool.permutation(rows, int(bits[2 * tile]) % members(rows))]
+                else:
+                    found = self.pool.places(steps, width, stride, int(bits[2 * tile]) % members(rows))
+                turn = int(bits[2 * tile + 1]) % rows if bits is not None else 0
+                _add_turned(found, turn, shift - low, one - at, places[one - first : other - first])
+            at += rows
+        return places
+
+    @staticmethod
+    def _plain(steps: int, width: int, stride: int, extra: int, tail: int) -> np.ndarray:
+        """Addresses of a tile's rows in the order of the steps; those of the last, smaller step begin at `tail`."""
+        grid = np.arange(steps)[:, None] * stride + np.arange(width)
+        return np.concatenate((grid.ravel(), steps * stride + tail + np.arange(extra)))
 
     # ---- what a rank decodes
 
     def visits(self, rank: int, world: int, start: int = 0) -> list[Visit]:
         """The row groups that a rank decodes from step `start` on, each once, in the order of need."""
         visits: dict[int, Visit] = {}
-        parts = ((self._needed_at(lane, block, start), lane, block) for lane, block in self._blocks(rank, world, start))
-        for step, lane, block in sorted(parts):
-            low, high = self._block_line(lane, block)
-            at = int(np.searchsorted(self._starts, low, side="right")) - 1
-            while at < len(self.groups) and self._starts[at] < high:
-                first, end = max(low, int(self._starts[at])), min(high, int(self._starts[at + 1]))
-                group = int(self.groups[at])
-                visit = visits.setdefault(group, Visit(group, step))
-                visit.parts.append(Part(lane, block, first - int(self._starts[at]), first - low, end - first))
-                at += 1
+        for number in range(self.round_of(start), self.num_rounds):
+            step = max(start, self.round_steps(number)[0])
+            for lane in self._lanes_of(rank, world, number, start):
+                low, high = self._block_line(lane, number)
+                at = int(np.searchsorted(self._starts, low, side="right")) - 1
+                while at < len(self.groups) and self._starts[at] < high:
+                    first, end = max(low, int(self._starts[at])), min(high, int(self._starts[at + 1]))
+                    group = int(self.groups[at])
+                    visit = visits.setdefault(group, Visit(group, step))
+                    visit.parts.append(Part(lane, number, first - int(self._starts[at]), first - low, end - first))
+                    at += 1
         return list(visits.values())
 
-    def _needed_at(self, lane: int, block: int, start: int) -> int:
-        share = int(self._share[lane])
-        step = self.block_bounds(lane, block)[0] // share if share else self.full_steps
-        return max(start, min(step, self.full_steps))
-
-    def _blocks(self, rank: int, world: int, start: int) -> Iterator[tuple[int, int]]:
-        """Blocks (lane, block) that hold rows which the rank reads from step `start` on."""
-        full = {lane for lane, _, _ in self.slices(0, rank, world)} if start < self.full_steps else set()
-        tail = {lane for lane, _, _ in self.slices(self.full_steps, rank, world)}
-        for lane in sorted(full | tail):
-            share, end = int(self._share[lane]), self.lane_rows(lane)
-            low = (start if lane in full else self.full_steps) * share
-            high = end if lane in tail else self.full_steps * share
-            if low < high:
-                last = self.block_of(lane, high - 1)
-                yield from ((lane, block) for block in range(self.block_of(lane, low), last + 1))
+    def _lanes_of(self, rank: int, world: int, number: int, start: int) -> list[int]:
+        """Lanes of which a rank has rows in a round, from step `start` on."""
+        found: set[int] = set()
+        if max(start, self.round_steps(number)[0]) < self.round_steps(number)[1]:
+            found |= {lane for lane, _, _ in self.slices(0, rank, world)}
+        if number == self.num_rounds - 1 and start < self.num_steps(world):
+            found |= {lane for lane, _, _ in self.slices(self.full_steps, rank, world)}
+        return sorted(found)
 
     # ---- the definition, row by row: what the stream is tested against
 
     def locate(self, step: int, rank: int, world: int) -> np.ndarray:
         """The rank's rows of a step: (rows, 2) int64, row group and place in the group's sample."""
+        number = self.round_of(step)
+        step_of_round = step - self.round_steps(number)[0]
+        first = self.first_position(step, rank, world) - step * self.global_batch
         found = [np.empty((0, 2), dtype=np.int64)]
-        for lane, first, end in self.slices(step, rank, world):
-            for block in range(self.block_of(lane, first), self.block_of(lane, end - 1) + 1):
-                low, high = self.block_bounds(lane, block)
-                back = np.argsort(self.permutation(lane, block))
-                places = back[max(first, low) - low : min(end, high) - low]
-                line = self._block_line(lane, block)[0] + places
-                at = np.searchsorted(self._starts, line, side="right") - 1
-                found.append(np.stack([self.groups[at], line - self._starts[at]], axis=1))
+        for lane, _, _ in self.slices(step, rank, world):
+            low, high = self._block_line(lane, number)
+            places = self.places(lane, number, 0, high - low, self.global_batch) - step_of_round * self.global_batch
+            mine = np.flatnonzero((places >= first) & (places < first + self.step_rows(step, world)))
+            line = low + mine[np.argsort(places[mine])]
+            at = np.searchsorted(self._starts, line, side="right") - 1
+            found.append(np.stack([self.groups[at], line - self._starts[at]], axis=1))
         return np.concatenate(found)
 
-    def _generator(self, *place: int | str) -> np.random.Generator:
-        return np.random.Generator(np.random.SFC64(key("order", self.seed, self.epoch, *place)))
+
+def _add_turned(values: np.ndarray, turn: int, shift: int, first: int, out: np.ndarray) -> None:
+    """out[k] = values[(first + turn + k) mod n] + shift."""
+    begin = (first + turn) % len(values)
+    head = min(len(out), len(values) - begin)
+    np.add(values[begin : begin + head], shift, out=out[:head])
+    np.add(values[: len(out) - head], shift, out=out[head:])

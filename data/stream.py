@@ -1,22 +1,22 @@
 """A log as a stream of shuffled, sampled batches: each rank's share, in an order that is a pure function.
 
-What a step holds is said in `recpress.data.order`; reading is in `recpress.data.blocks`. No data is read to
+What a step holds is said in `recpress.data.order`; reading is in `recpress.data.read_ahead`. No data is read to
 know how many steps there are, and a run that resumes starts at a step: nothing before it is replayed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
 import torch
 from recpress.data.bad_groups import ReplacingRows
-from recpress.data.blocks import BlockReader, Columns
-from recpress.data.columns import Jagged
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
 from recpress.data.order import EpochOrder
+from recpress.data.read_ahead import ReadAhead
+from recpress.data.rounds import Round, Table
 from recpress.data.rows import Rows
 from recpress.data.selection import Selection
 from recpress.data.side_table import JaggedColumn
@@ -40,6 +40,8 @@ class Interactions:
     place for any number of ranks with the same global batch (but for the last, smaller step)."""
     size: int
     """B."""
+    tables: list[Table] = field(default_factory=list, repr=False)
+    """The dense columns once more, those of one type together as they lie in memory: (columns, B) each."""
 
 
 class InteractionStream:
@@ -145,80 +147,53 @@ class InteractionStream:
         order, steps, epoch = self.order, self._steps(), self.epoch
         if not steps:
             return
-        reader = BlockReader(
+        reader = ReadAhead(
             self.rows,
             self.columns,
             order,
-            order.visits(self.rank, self.world, steps[0]),
+            rank=self.rank,
+            world=self.world,
             selection=self.selection,
             threads=self.config.threads,
             start=steps[0],
         )
         with reader:
-            held: dict[int, tuple[Columns, int, int]] = {}  # lane -> its block in hand and the block's bounds
+            held: Round | None = None
+            number = -1
             for step in steps:
                 reader.check()
-                pieces = []
-                for lane, first, end in order.slices(step, self.rank, self.world):
-                    while first < end:
-                        if lane not in held or first >= held[lane][2]:
-                            number = order.block_of(lane, first)
-                            reader.release(lane, number)
-                            held[lane] = (reader.block(lane, number, step), *order.block_bounds(lane, number))
-                        columns, low, high = held[lane]
-                        stop = min(end, high)
-                        pieces.append((columns, first - low, stop - low))
-                        first = stop
-                yield self._batch(pieces, epoch, step)
+                if held is None or order.round_of(step) != number:
+                    number, held = order.round_of(step), None
+                    reader.release(number)
+                    held = reader.round(number, step)
+                yield self._batch(held, epoch, step)
 
-    def _batch(self, pieces: list[tuple[Columns, int, int]], epoch: int, step: int) -> Interactions:
+    def _batch(self, made: Round, epoch: int, step: int) -> Interactions:
         schema = self.schema
+        tables, lists, size = made.batch(step)
+        found: dict[str, torch.Tensor | JaggedColumn] = dict(lists)
+        for names, values in tables:
+            found.update(zip(names, values.unbind(0), strict=True))
 
-        def column(name: str | None) -> torch.Tensor | None:
-            if not name or name not in self.columns:
-                return None
-            return torch.from_numpy(_join([_dense(data, name)[first:end] for data, first, end in pieces]))
+        def dense(name: str | None) -> torch.Tensor | None:
+            column = found.get(name) if name else None
+            assert not isinstance(column, JaggedColumn)
+            return column
 
-        categorical: dict[str, torch.Tensor | JaggedColumn] = {}
-        for name in schema.categorical:
-            if name in self.columns:
-                lists = isinstance(pieces[0][0][name], Jagged)
-                found = _join_lists(name, pieces) if lists else column(name)
-                assert found is not None
-                categorical[name] = found
-        floats = [values for name in schema.floats if (values := column(name)) is not None]
+        floats = [column for name in schema.floats if (column := dense(name)) is not None]
         return Interactions(
-            user=column(schema.user),
-            item=column(schema.item),
-            label=column(schema.label),
-            time=column(schema.time),
-            categorical=categorical,
+            user=dense(schema.user),
+            item=dense(schema.item),
+            label=dense(schema.label),
+            time=dense(schema.time),
+            categorical={name: found[name] for name in schema.categorical if name in found},
             floats=torch.stack(floats, dim=1) if floats else None,
             epoch=epoch,
             step=step,
             position=self.order.first_position(step, self.rank, self.world),
-            size=sum(end - first for _, first, end in pieces),
+            size=size,
+            tables=tables,
         )
-
-
-def _dense(data: Columns, name: str) -> np.ndarray:
-    column = data[name]
-    assert isinstance(column, np.ndarray)
-    return column
-
-
-def _join(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def _join_lists(name: str, pieces: list[tuple[Columns, int, int]]) -> JaggedColumn:
-    lengths, values = [], []
-    for data, first, end in pieces:
-        column = data[name]
-        assert isinstance(column, Jagged)
-        lengths.append(np.diff(column.offsets[first : end + 1]))
-        values.append(column.values[column.offsets[first] : column.offsets[end]])
-    return JaggedColumn(torch.from_numpy(_join(values)), torch.from_numpy(_join(lengths)))
 
 
 class StreamDataset(IterableDataset):
@@ -240,4 +215,20 @@ class StreamDataset(IterableDataset):
             return iter(self.stream)
         stream = InteractionStream.__new__(InteractionStream)
         stream.__dict__.update(self.stream.__dict__, worker=info.id, workers=info.num_workers)
-        return iter(stream)
+        return map(_alone, stream)
+
+
+def _alone(batch: Interactions) -> Interactions:
+    """The batch in memory of its own: a view would send the whole round to the other process."""
+
+    def own(value: Any) -> Any:
+        match value:
+            case torch.Tensor():
+                return value.clone()
+            case JaggedColumn():
+                return JaggedColumn(value.values.clone(), value.lengths.clone())
+            case dict():
+                return {name: own(part) for name, part in value.items()}
+        return value
+
+    return replace(batch, **{name: own(value) for name, value in vars(batch).items() if name != "tables"}, tables=[])

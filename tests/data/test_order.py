@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -88,11 +89,11 @@ def test_visits_bring_every_row_that_a_rank_needs_in_time(counts, world, batch, 
         assert sum(end - first for _, first, end in slices) == order.step_rows(step, world)
         for row in order.locate(step, rank, world).tolist():
             assert first_seen[tuple(row)] <= step
-    # Blocks are complete: the consumer waits for whole blocks.
+    # Blocks are complete: the consumer waits for whole rounds.
     filled: dict[tuple[int, int], int] = {}
     for visit in visits:
         for part in visit.parts:
-            filled[part.lane, part.block] = filled.get((part.lane, part.block), 0) + part.count
+            filled[part.lane, part.round] = filled.get((part.lane, part.round), 0) + part.count
     for place, count in filled.items():
         low, high = order.block_bounds(*place)
         assert count == high - low
@@ -164,10 +165,13 @@ def test_known_order():
     order = EpochOrder(np.array([4, 3]), 2, seed=0, epoch=1)
     assert np.concatenate(epoch(order, 1)).tolist() == [
         [1, 1],
-        [0, 2],
-        [1, 0],
         [0, 1],
         [1, 2],
-        [0, 3],
         [0, 0],
+        [1, 0],
+        [0, 2],
+        [0, 3],
     ]
+    large = EpochOrder(np.array([3000, 0, 500, 40_000]), 64, seed=3, epoch=2, buffer_rows=8192, max_lanes=4)
+    rows = np.concatenate([large.locate(step, 1, 2) for step in (0, 7, 300, large.num_steps(2) - 1)])
+    assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "ca4bba6eb1831b8e"

@@ -1,0 +1,170 @@
+"""Background reading: threads decode row groups and write their rows to their places in the rounds of batches.
+
+A thread decodes a whole row group with Arrow's own threads off (the fastest way that was measured), and writes each
+column straight to its place in the batches. A round is ready once it has all of its rows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from recpress.data.columns import take
+from recpress.data.order import EpochOrder, Visit
+from recpress.data.rounds import Columns, Round
+from recpress.data.rows import Rows
+from recpress.data.selection import Selection
+
+
+class ReadAhead:
+    """Reads the rounds that one rank needs, ahead of their use, in threads of its own.
+
+    Holds the rows of two rounds, and in addition one row group's sampled rows for each of the rank's lanes.
+    `close` (or leaving the `with`) ends the threads; an error in a thread is raised by the next `round`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        columns: Sequence[str],
+        order: EpochOrder,
+        *,
+        rank: int,
+        world: int,
+        selection: Selection,
+        threads: int,
+        start: int,
+    ) -> None:
+        self._rows, self._columns, self._order = rows, list(columns), order
+        self._rank, self._world = rank, world
+        self._selection = selection
+        self._visits = order.visits(rank, world, start)
+        self._next = 0
+        self._step = start
+        self._changed = threading.Condition()
+        self._filling: dict[int, Round] = {}
+        self._ready: dict[int, Round] = {}
+        self._error: BaseException | None = None
+        self._closed = False
+        self._held = 0  # rows decoded or being decoded and not yet released
+        self._floor = 0  # the first round that is still wanted
+        parts = [part for visit in self._visits for part in visit.parts]
+        self._rows_of: Counter[int] = Counter()
+        for part in parts:
+            self._rows_of[part.round] += part.count
+        largest = max((int(order.counts[visit.group]) for visit in self._visits), default=0)
+        most = max(self._rows_of.values(), default=0)
+        self._limit = 2 * most + len({part.lane for part in parts}) * largest
+        self._threads = [
+            threading.Thread(target=self._run, name=f"recpress-stream-{k}", daemon=True) for k in range(threads)
+        ]
+
+    def __enter__(self) -> ReadAhead:
+        atexit.register(self.close)  # Arrow must not be at work when the interpreter goes
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads, after the row groups that they are decoding."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self._ready.clear()
+        self._filling.clear()
+        atexit.unregister(self.close)
+
+    # ---- the consumer
+
+    def check(self) -> None:
+        """Raises what a thread has raised."""
+        if self._error is not None:
+            raise self._error
+
+    def round(self, number: int, step: int) -> Round:
+        """The rows of a round, which step `step` needs; waits for it. Raises what a thread has raised."""
+        with self._changed:
+            self._step = step
+            self._changed.notify_all()
+            while number not in self._ready:
+                self.check()
+                assert not self._closed
+                self._changed.wait()
+            return self._ready[number]
+
+    def release(self, number: int) -> None:
+        """Forgets the rounds before this one, also those that are not read yet."""
+        with self._changed:
+            self._floor = number
+            for place in [place for place in self._ready if place < number]:
+                self._drop(place)
+
+    def _drop(self, number: int) -> None:
+        self._ready.pop(number, None)
+        self._held -= self._rows_of[number]
+        self._changed.notify_all()
+
+    # ---- the threads
+
+    def _run(self) -> None:
+        while (visit := self._take()) is not None:
+            try:
+                self._decode(visit)
+            except BaseException as error:  # to the consumer, whatever it is
+                error.add_note(f"while reading {self._rows.where(self._rows.groups[visit.group])}")
+                with self._changed:
+                    self._error = self._error or error
+                    self._closed = True
+                    self._changed.notify_all()
+
+    def _take(self) -> Visit | None:
+        """The next row group, once there is room for it or the consumer cannot go on without it."""
+        with self._changed:
+            while True:
+                if self._closed or self._next == len(self._visits):
+                    return None
+                visit = self._visits[self._next]
+                rows = sum(part.count for part in visit.parts)
+                if self._held + rows <= self._limit or visit.step <= self._step + 1:
+                    self._next += 1
+                    self._held += rows
+                    return visit
+                self._changed.wait()
+
+    def _decode(self, visit: Visit) -> None:
+        group = self._rows.groups[visit.group]
+        columns = self._rows.read(group, self._columns)
+        chosen = self._selection.of(visit.group)
+        if chosen is not None:
+            columns = {name: take(column, chosen) for name, column in columns.items()}
+        for part in visit.parts:
+            with self._changed:
+                if self._closed:
+                    return
+                made = self._filling.get(part.round) or self._filling.setdefault(
+                    part.round, self._new_round(part.round, columns)
+                )
+            made.fill(part, columns)
+            with self._changed:
+                made.missing -= part.count
+                if made.missing:
+                    continue
+                del self._filling[part.round]
+            made.finish()
+            with self._changed:
+                if part.round < self._floor:
+                    self._drop(part.round)
+                else:
+                    self._ready[part.round] = made
+                    self._changed.notify_all()
+
+    def _new_round(self, number: int, columns: Columns) -> Round:
+        return Round(self._order, number, self._rank, self._world, columns, self._rows_of[number])
