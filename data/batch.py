@@ -179,12 +179,13 @@ class BatchBuilder:
         )
 
     def _ones(self, keys: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if (keys, stride) not in self._shapes:
+        found = self._shapes.get((keys, stride))  # once: another thread may clear it
+        if found is None:
             if len(self._shapes) > 16:  # sizes of all kinds, as an evaluation may have
                 self._shapes.clear()
             lengths = torch.ones(keys * stride, dtype=torch.int64, device=self.device)
-            self._shapes[keys, stride] = lengths, torch.arange(keys * stride + 1, device=self.device)
-        return self._shapes[keys, stride]
+            found = self._shapes[keys, stride] = lengths, torch.arange(keys * stride + 1, device=self.device)
+        return found
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)

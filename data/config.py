@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,17 +54,28 @@ class StreamConfig:
     shuffle: bool = True
     """Shuffle files, row groups and rows; otherwise the order of the files."""
     buffer_rows: int = 1 << 20
-    """Rows that are shuffled together; bounds the memory of the stream."""
+    """Rows of all ranks that are shuffled together; bounds the memory of the stream (see docs/stream.md)."""
     lanes: int = 8
     """Stretches of the shuffled log that each batch draws from evenly (see `recpress.data.order`). A multiple
     of the number of ranks shares the decoding among them; a row group for each lane is in memory."""
     seed: int = 0
     """Seed of the order; the epoch is mixed in."""
-    threads: int = 1
-    """Background threads that read and decode row groups."""
+    threads: int = 0
+    """Background threads that read and decode row groups. 0: half of the processor's cores that this rank has (of
+    those of its machine, divided by LOCAL_WORLD_SIZE), at least 1, at most 4."""
+    ready: int = 2
+    """Batches that a thread makes ahead of the training step; 0: batches are made between the steps."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """A file or row group that cannot be read or decoded, after the retries: `stop` ends the run with its name; `skip`
     leaves it out, names and counts it, and lets rows of others take its place (docs/log.md)."""
+
+    @property
+    def chosen_threads(self) -> int:
+        """`threads`, or what 0 means on this machine."""
+        if self.threads:
+            return self.threads
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2))
 
 
 @dataclass(frozen=True, kw_only=True)

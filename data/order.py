@@ -36,7 +36,9 @@ import numpy as np
 from recpress.data.sampling import philox
 from recpress.data.shuffle import Pool, members
 
-TILE_ROWS = 1 << 14
+ORDER_VERSION = 2
+"""Changes where the order does: a run cannot go on in another."""
+TILE_ROWS = 1 << 13
 """Rows that a tile has at most, unless a round has more steps: small enough for a processor's cache."""
 _PLAIN_ROWS = 1 << 17
 """Rows of a round without shuffling, at most."""
@@ -79,7 +81,8 @@ class EpochOrder:
     buffer_rows: int = 1 << 20
     max_lanes: int = 8
 
-    _known: dict = field(default_factory=dict, repr=False, compare=False)
+    _known_ranges: dict = field(default_factory=dict, repr=False, compare=False)
+    _known_tiles: dict = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def pool(self) -> Pool:
@@ -173,8 +176,8 @@ class EpochOrder:
 
     def _ranges(self, rank: int, world: int, tail: bool) -> list[tuple[int, int, int, int]]:
         """Where a rank's rows of a batch come from: (lane, rows of it in a full batch, first, end)."""
-        if (rank, world, tail) in self._known:
-            return self._known[rank, world, tail]
+        if (found := self._known_ranges.get((rank, world, tail))) is not None:
+            return found
         rows, cuts = (self._tail, self._tail_cuts) if tail else (self.global_batch, self._full_cuts)
         first = rank * rows // world
         end = first + rows // world
@@ -183,7 +186,7 @@ class EpochOrder:
             low, high = max(first, int(cuts[lane])), min(end, int(cuts[lane + 1]))
             if low < high:
                 found.append((lane, int(self._share[lane]), low - int(cuts[lane]), high - int(cuts[lane])))
-        self._known[rank, world, tail] = found
+        self._known_ranges[rank, world, tail] = found
         return found
 
     # ---- rounds
@@ -233,42 +236,57 @@ class EpochOrder:
         """Places of the global batch that a lane fills in full steps: [first, end)."""
         return int(self._full_cuts[lane]), int(self._full_cuts[lane + 1])
 
-    def places(self, lane: int, number: int, first: int, count: int, stride: int, low: int = 0) -> np.ndarray:
+    def places(
+        self,
+        lane: int,
+        number: int,
+        first: int,
+        count: int,
+        stride: int,
+        low: int = 0,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Where the rows [first, first + count) of a block go: step of the round * stride + place in the global batch
         - low.
 
-        The step after the round's full ones is the smaller last step of the epoch. (count,) int64
+        The step after the round's full ones is the smaller last step of the epoch. (count,) int64, in `out` if given
         """
-        places = np.empty(count, dtype=np.int64)
+        places = np.empty(count, dtype=np.int64) if out is None else out[:count]
         begin, end = self.round_steps(number)
         steps, share, tail = end - begin, int(self._share[lane]), self._tail_of(lane, number)
-        tiles = max(1, min(share, -(-steps * share // TILE_ROWS))) if self.shuffle else 1
-        bits = philox("block", self.seed, self.epoch, lane, number).random_raw(2 * tiles) if self.shuffle else None
+        tiles, bits = self._tiles(lane, number)
         at = 0  # of the tile in the block
         for tile in range(tiles):
-            begin_slot, end_slot = share * tile // tiles, share * (tile + 1) // tiles
-            tail_low, tail_high = tail * tile // tiles, tail * (tile + 1) // tiles
-            width, extra = end_slot - begin_slot, tail_high - tail_low
+            slot, next_slot = share * tile // tiles, share * (tile + 1) // tiles
+            tail_slot, next_tail = tail * tile // tiles, tail * (tile + 1) // tiles
+            width, extra = next_slot - slot, next_tail - tail_slot
             rows = steps * width + extra
             one, other = max(at, first), min(at + rows, first + count)
             if one < other:
-                shift = int(self._full_cuts[lane]) + begin_slot
-                if extra or bits is None:
-                    found = self._plain(steps, width, stride, extra, int(self._tail_cuts[lane]) + tail_low - shift)
-                    if bits is not None:
-                        found = found[self.pool.permutation(rows, int(bits[2 * tile]) % members(rows))]
-                else:
-                    found = self.pool.places(steps, width, stride, int(bits[2 * tile]) % members(rows))
-                turn = int(bits[2 * tile + 1]) % rows if bits is not None else 0
-                _add_turned(found, turn, shift - low, one - at, places[one - first : other - first])
+                member, turn = (bits[2 * tile] % members(rows), bits[2 * tile + 1] % rows) if bits else (None, 0)
+                found, last = self.pool.places(steps, width, extra, stride, member)
+                shift, piece = int(self._full_cuts[lane]) + slot - low, places[one - first : other - first]
+                begin = (one - at + turn) % rows
+                _add_turned(found, begin, shift, piece)
+                if extra:
+                    last = (last - begin) % rows
+                    piece[last[last < len(piece)]] += int(self._tail_cuts[lane]) + tail_slot - low - shift
             at += rows
         return places
 
-    @staticmethod
-    def _plain(steps: int, width: int, stride: int, extra: int, tail: int) -> np.ndarray:
-        """Addresses of a tile's rows in the order of the steps; those of the last, smaller step begin at `tail`."""
-        grid = np.arange(steps)[:, None] * stride + np.arange(width)
-        return np.concatenate((grid.ravel(), steps * stride + tail + np.arange(extra)))
+    def _tiles(self, lane: int, number: int) -> tuple[int, list[int]]:
+        """How many tiles a block has, and two random numbers for each."""
+        if (known := self._known_tiles.get((lane, number))) is None:
+            begin, end = self.round_steps(number)
+            share = int(self._share[lane])
+            tiles, bits = 1, list[int]()
+            if self.shuffle:
+                tiles = max(1, min(share, -(-(end - begin) * share // TILE_ROWS)))
+                bits = philox("block", self.seed, self.epoch, lane, number).random_raw(2 * tiles).tolist()
+            if len(self._known_tiles) > 1000:
+                self._known_tiles.clear()
+            self._known_tiles[lane, number] = known = tiles, bits
+        return known
 
     # ---- what a rank decodes
 
@@ -315,9 +333,8 @@ class EpochOrder:
         return np.concatenate(found)
 
 
-def _add_turned(values: np.ndarray, turn: int, shift: int, first: int, out: np.ndarray) -> None:
-    """out[k] = values[(first + turn + k) mod n] + shift."""
-    begin = (first + turn) % len(values)
+def _add_turned(values: np.ndarray, begin: int, shift: int, out: np.ndarray) -> None:
+    """out[k] = values[(begin + k) mod n] + shift."""
     head = min(len(out), len(values) - begin)
     np.add(values[begin : begin + head], shift, out=out[:head])
     np.add(values[: len(out) - head], shift, out=out[head:])

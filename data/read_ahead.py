@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 
 from recpress.data.columns import take
 from recpress.data.order import EpochOrder, Visit
-from recpress.data.rounds import Columns, Round
+from recpress.data.ranges import SPENT
+from recpress.data.rounds import Columns, Round, Spare
 from recpress.data.rows import Rows
 from recpress.data.selection import Selection
+from recpress.data.stream_stats import Meter
 
 
 class ReadAhead:
@@ -36,10 +39,12 @@ class ReadAhead:
         selection: Selection,
         threads: int,
         start: int,
+        meter: Meter,
+        spare: Spare,
     ) -> None:
         self._rows, self._columns, self._order = rows, list(columns), order
         self._rank, self._world = rank, world
-        self._selection = selection
+        self._selection, self._meter, self._spare = selection, meter, spare
         self._visits = order.visits(rank, world, start)
         self._next = 0
         self._step = start
@@ -137,14 +142,31 @@ class ReadAhead:
                     self._next += 1
                     self._held += rows
                     return visit
+                began = time.perf_counter()
                 self._changed.wait()
+                self._meter.add(room=time.perf_counter() - began)
 
     def _decode(self, visit: Visit) -> None:
         group = self._rows.groups[visit.group]
+        SPENT.bytes, SPENT.seconds = 0, 0.0
+        times = [time.perf_counter()]
         columns = self._rows.read(group, self._columns)
+        times.append(time.perf_counter())
         chosen = self._selection.of(visit.group)
         if chosen is not None:
             columns = {name: take(column, chosen) for name, column in columns.items()}
+        times.append(time.perf_counter())
+        self._meter.add(
+            bytes=SPENT.bytes,
+            read=SPENT.seconds,
+            decode=times[1] - times[0] - SPENT.seconds,
+            sample=times[2] - times[1],
+        )
+        self._deal(visit, columns)
+        self._meter.add(shuffle=time.perf_counter() - times[2])
+
+    def _deal(self, visit: Visit, columns: Columns) -> None:
+        """Writes the rows of a row group to their rounds."""
         for part in visit.parts:
             with self._changed:
                 if self._closed:
@@ -167,4 +189,4 @@ class ReadAhead:
                     self._changed.notify_all()
 
     def _new_round(self, number: int, columns: Columns) -> Round:
-        return Round(self._order, number, self._rank, self._world, columns, self._rows_of[number])
+        return Round(self._order, number, self._rank, self._world, columns, self._rows_of[number], self._spare)

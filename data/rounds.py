@@ -7,6 +7,8 @@ would share a few lines of the processor's cache.
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,8 +21,21 @@ from recpress.data.side_table import JaggedColumn
 
 Columns = dict[str, np.ndarray | Jagged]
 
+_UNUSED = sys.getrefcount([np.empty(0)][0]) + 1
 _SPREAD = 32
 """Elements that batches lie apart besides, modulo twice as many."""
+
+
+_CHUNK = 1 << 15
+"""Rows that are written at once: their addresses stay in the processor's cache for all columns."""
+_LOCAL = threading.local()
+
+
+def _scratch() -> np.ndarray:
+    """Memory for the addresses of a chunk, the thread's own."""
+    if not hasattr(_LOCAL, "places"):
+        _LOCAL.places = np.empty(_CHUNK, dtype=np.int64)
+    return _LOCAL.places
 
 
 class Table(NamedTuple):
@@ -38,15 +53,58 @@ class _Buffer:
     """Elements from a batch to the next."""
 
 
+class Spare:
+    """Memory that is used again once no batch in it is left: new memory has to be cleared by the kernel first, which
+    takes as long as filling it. Shared by threads.
+
+    Args:
+        pin: page-locked memory, from which CUDA copies beside the computation. It is left to torch's own cache, which
+            knows when a copy has ended.
+    """
+
+    def __init__(self, pin: bool = False) -> None:
+        self._pin = pin
+        self._lock = threading.Lock()
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, kind: np.dtype, elements: int) -> torch.Tensor:
+        """A tensor of one dimension, with anything in it."""
+        if self._pin:
+            return torch.empty(elements, dtype=torch.from_numpy(np.empty(0, dtype=kind)).dtype, pin_memory=True)
+        size = elements * kind.itemsize
+        with self._lock:
+            # The list and the call refer to an array; the memory of tensors does, too.
+            free = [place for place in range(len(self._arrays)) if sys.getrefcount(self._arrays[place]) == _UNUSED]
+            fitting = [place for place in free if len(self._arrays[place]) >= size]
+            if fitting:
+                array = self._arrays[min(fitting, key=lambda place: len(self._arrays[place]))]
+            else:
+                for place in reversed(free):  # too small for the rounds of now
+                    del self._arrays[place]
+                array = np.empty(size, dtype=np.uint8)
+                self._arrays.append(array)
+            return torch.from_numpy(array[:size].view(kind))
+
+
 class Round:
     """One rank's rows of a round, while they come in and until the last batch of it is given out.
 
     Args:
         columns: the first rows that came; they tell the types.
         missing: rows that have to come.
+        spare: memory of rounds that are over.
     """
 
-    def __init__(self, order: EpochOrder, number: int, rank: int, world: int, columns: Columns, missing: int) -> None:
+    def __init__(
+        self,
+        order: EpochOrder,
+        number: int,
+        rank: int,
+        world: int,
+        columns: Columns,
+        missing: int,
+        spare: Spare,
+    ) -> None:
         self._order, self._number, self.missing = order, number, missing
         self._first_step, end = order.round_steps(number)
         self._full = end - self._first_step
@@ -70,8 +128,7 @@ class Round:
                 by_type.setdefault(column.dtype, []).append(name)
         for kind, names in by_type.items():
             stride = _spread(len(names) * self._width)
-            flat = np.empty(len(self._sizes) * stride, dtype=kind)
-            self._buffers.append(_Buffer(tuple(names), torch.from_numpy(flat), stride))
+            self._buffers.append(_Buffer(tuple(names), spare.take(kind, len(self._sizes) * stride), stride))
 
     # ---- rows that come in
 
@@ -82,10 +139,15 @@ class Round:
             for name, column in columns.items()
             if not isinstance(column, Jagged)
         }
-        for buffer in self._buffers:
-            if self._order.shuffle:
-                self._scatter(part, buffer, rows)
-            else:
+        if self._order.shuffle:
+            sources = {name: _tensor(column) for name, column in rows.items()}
+            for first in range(0, part.count, _CHUNK):
+                count = min(_CHUNK, part.count - first)
+                chunk = Part(part.lane, part.round, first, part.offset + first, count)
+                for buffer in self._buffers:
+                    self._scatter(chunk, buffer, sources)
+        else:
+            for buffer in self._buffers:
                 self._copy(part, buffer, rows)
         if self._lists:
             kept, places = self._mine(part, self._width)
@@ -94,19 +156,21 @@ class Round:
                 assert isinstance(column, Jagged)
                 pieces.append((places, column.take(kept + part.first)))
 
-    def _scatter(self, part: Part, buffer: _Buffer, rows: dict[str, np.ndarray]) -> None:
-        kept, places = None, None
+    def _scatter(self, part: Part, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
+        kept = None
         low, high = self._order.lane_slots(part.lane)
         inside = self._lows[0] <= low and high <= self._lows[0] + self._sizes[0]
         if self._alone or (inside and not self._last):
-            places = self._order.places(
-                part.lane, part.round, part.offset, part.count, buffer.stride, 0 if self._alone else self._lows[0]
-            )
+            base = 0 if self._alone else self._lows[0]
+            place = part.lane, part.round, part.offset, part.count
+            index = torch.from_numpy(self._order.places(*place, buffer.stride, base, out=_scratch()))
         else:
-            kept, places = self._mine(part, buffer.stride)
-        index = torch.from_numpy(places)
+            rows, places = self._mine(part, buffer.stride)
+            kept, index = torch.from_numpy(rows), torch.from_numpy(places)
         for number, name in enumerate(buffer.names):
-            source = _tensor(rows[name] if kept is None else rows[name][kept])
+            source = sources[name][part.first : part.first + part.count]
+            if kept is not None:
+                source = source[kept]
             begin = number * self._width
             target = buffer.flat.narrow(0, begin, len(buffer.flat) - begin)
             target.scatter_(0, index, source if source.dtype == target.dtype else source.to(target.dtype))

@@ -17,9 +17,9 @@ from functools import lru_cache
 import numpy as np
 from recpress.data.sampling import philox
 
-POOL = 8
+POOL = 4
 """Permutations of one size, at most."""
-POOL_ROWS = 1 << 17
+POOL_ROWS = 1 << 15
 """Rows of all permutations of one size together; of a larger one there is one."""
 
 
@@ -39,7 +39,7 @@ class Pool:
         self._seed, self._epoch = seed, epoch
         self._whole: dict[tuple[int, int], np.ndarray] = {}
         # Each block asks for the same few: a thread that misses computes what another would.
-        self._cached = lru_cache(maxsize=8 * POOL)(self._places)
+        self._cached = lru_cache(maxsize=16 * POOL)(self._places)
 
     def permutation(self, rows: int, member: int) -> np.ndarray:
         """Place of each of `rows` rows. (rows,) int64"""
@@ -52,14 +52,24 @@ class Pool:
         whole = self._whole[size, member]
         return whole if rows == size else whole[whole < rows]  # of a uniform one also uniform
 
-    def places(self, steps: int, width: int, stride: int, member: int) -> np.ndarray:
-        """Addresses of steps * width rows that go to `width` neighbouring places in each of `steps` rows of a buffer,
-        `stride` apart. (steps * width,) int64"""
-        return self._cached(steps, width, stride, member)
+    def places(
+        self, steps: int, width: int, extra: int, stride: int, member: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses of rows that go to `width` neighbouring places in each of `steps` rows of a buffer, `stride` apart,
+        and to `extra` in the next; without `member` in order.
 
-    def _places(self, steps: int, width: int, stride: int, member: int) -> np.ndarray:
-        step, place = np.divmod(self.permutation(steps * width, member), width)
-        return step * stride + place
+        Returns: addresses (steps * width + extra,), and which of them are among the last `extra`. int64
+        """
+        return self._cached(steps, width, extra, stride, member)
+
+    def _places(
+        self, steps: int, width: int, extra: int, stride: int, member: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        grid = np.arange(steps)[:, None] * stride + np.arange(width)
+        places = np.concatenate((grid.ravel(), steps * stride + np.arange(extra)))
+        if member is not None:
+            places = places[self.permutation(len(places), member)]
+        return places, np.flatnonzero(places >= steps * stride) if extra else np.empty(0, dtype=np.int64)
 
 
 @lru_cache(maxsize=4 * POOL)

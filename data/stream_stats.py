@@ -1,0 +1,75 @@
+"""What a stream does, at any moment: rows and bytes a second, and where the time goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+
+THREAD_WORK = ("read", "decode", "sample", "shuffle", "room")
+"""What the reading threads do; `room` is waiting until the consumer has taken what is ready."""
+CONSUMER_WORK = ("assemble", "wait")
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Of the time since the last call of `InteractionStream.stats`, on this rank."""
+
+    seconds: float
+    rows_per_second: float
+    """Rows given out."""
+    bytes_per_second: float
+    """Compressed bytes of the columns that were read, with holes between them of up to 256 KiB."""
+    read: float
+    """Share of the reading threads' time until the bytes of a row group are in memory: disk or network."""
+    decode: float
+    """... until they are checked columns."""
+    sample: float
+    """... to choose and take the rows of the sample."""
+    shuffle: float
+    """... to write the rows to their places in the batches."""
+    room: float
+    """... waiting for room: the consumer is the slower one."""
+    assemble: float
+    """Share of the consumer's time to make batches of what is ready."""
+    wait: float
+    """... waiting for data: the reading threads are the slower ones."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Meter:
+    """Adds up times of several threads; costs under a microsecond a time. Each thread has counters of its own."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._all: list[dict[str, float]] = []
+        self._last: dict[str, float] = {}
+        self._mark = time.perf_counter()
+
+    def add(self, **amounts: float) -> None:
+        counters = getattr(self._own, "counters", None)
+        if counters is None:
+            counters = self._own.counters = {}
+            self._all.append(counters)
+        for name, amount in amounts.items():
+            counters[name] = counters.get(name, 0.0) + amount
+
+    def stats(self, threads: int) -> StreamStats:
+        """Since the last call."""
+        now, total = time.perf_counter(), dict[str, float]()
+        for counters in list(self._all):
+            for name, amount in counters.copy().items():
+                total[name] = total.get(name, 0.0) + amount
+        seconds = max(now - self._mark, 1e-9)
+        since = {name: amount - self._last.get(name, 0.0) for name, amount in total.items()}
+        self._mark, self._last = now, total
+        shares = {name: since.get(name, 0.0) / seconds / threads for name in THREAD_WORK}
+        shares |= {name: since.get(name, 0.0) / seconds for name in CONSUMER_WORK}
+        return StreamStats(
+            seconds=seconds,
+            rows_per_second=since.get("rows", 0.0) / seconds,
+            bytes_per_second=since.get("bytes", 0.0) / seconds,
+            **shares,
+        )

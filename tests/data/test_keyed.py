@@ -1,0 +1,126 @@
+import itertools
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from recpress.data.background import in_background
+from recpress.data.config import Schema, StreamConfig
+from recpress.data.errors import InputError
+from recpress.data.keyed import KeyedBatches
+from recpress.data.log import open_log
+from recpress.data.stream import InteractionStream
+
+ROWS = 500
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    user = np.arange(ROWS)
+    price = user.astype(np.float32)
+    price[7] = np.nan
+    columns = {
+        "user_id": user,
+        "item_id": user * 7 % 101,
+        "label": (user % 2).astype(np.float32),
+        "kind": user % 5,
+        "tags": pa.array([list(range(u, u + u % 3)) for u in user.tolist()], pa.list_(pa.int64())),
+        "price": price,
+        "age": -user.astype(np.float64),
+    }
+    pq.write_table(pa.table(columns), folder / "train.parquet", row_group_size=60)
+    return open_log(folder, Schema(label="label", categorical=("kind", "tags"), floats=("price", "age")))
+
+
+def batches(log, keys=None, ready=2, **kwargs):
+    config = StreamConfig(batch_size=64, buffer_rows=200, ready=ready, threads=2)
+    return KeyedBatches(InteractionStream(log.train, log.schema, config), keys, **kwargs)
+
+
+@pytest.mark.parametrize("ready", [0, 1, 3])
+@pytest.mark.parametrize("keys", [["user_id", "item_id"], ["kind", "user_id"], ["tags", "item_id", "kind"]])
+def test_features_are_the_columns(log, keys, ready):
+    made = batches(log, keys, ready)
+    seen = 0
+    for rows, batch in zip(made.stream, made, strict=True):
+        size = rows.size
+        assert batch.features.keys() == keys
+        assert batch.features.stride() == size
+        columns = {"user_id": rows.user, "item_id": rows.item, **rows.categorical}
+        for name in keys:
+            found = batch.features[name]
+            if name == "tags":
+                assert torch.equal(found.values(), columns[name].values)
+                assert torch.equal(found.lengths(), columns[name].lengths)
+            else:
+                assert torch.equal(found.values(), columns[name])
+                assert torch.equal(found.lengths(), torch.ones(size, dtype=torch.int64))
+        assert torch.equal(batch.dense, rows.floats.nan_to_num(0.0))
+        assert torch.equal(batch.label, rows.label)
+        seen += size
+    assert seen == ROWS
+
+
+def test_values_that_lie_together_are_not_copied(log):
+    made = batches(log, ["user_id", "item_id", "kind"], ready=0)
+    rows = next(iter(made.stream))
+    values = made.keyed(rows).features.values()
+    assert values.data_ptr() == rows.user.data_ptr()
+
+
+def test_transforms_run_before_the_batch(log):
+    made = batches(log, ["user_id", "tags"], transforms={"user_id": lambda ids: ids // 2, "tags": lambda ids: ids + 1})
+    for rows, batch in zip(made.stream, made, strict=True):
+        assert torch.equal(batch.features["user_id"].values(), rows.user // 2)
+        assert torch.equal(batch.features["tags"].values(), rows.categorical["tags"].values + 1)
+
+
+def test_keys_that_cannot_be(log):
+    with pytest.raises(InputError, match="key 'price'"):
+        batches(log, ["price"])
+    with pytest.raises(InputError, match="transform of column 'kind'"):
+        batches(log, ["user_id"], transforms={"kind": torch.neg})
+    with pytest.raises(InputError, match="'user_id' made"):
+        next(iter(batches(log, ["user_id"], transforms={"user_id": lambda ids: ids[1:]})))
+
+
+# ---- the thread
+
+
+def test_background_is_map_and_bounded():
+    taken = []
+
+    def items():
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+
+    results = in_background(lambda number: number * 2, items(), 3)
+    assert [next(results) for _ in range(5)] == [0, 2, 4, 6, 8]
+    threading.Event().wait(0.3)
+    assert len(taken) <= 5 + 3 + 2
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("recpress-stream")]
+
+
+def test_background_raises_what_the_work_raises():
+    def work(number):
+        if number == 2:
+            raise InputError("two")
+        return number
+
+    results = in_background(work, iter(range(5)), 2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(InputError, match="two"):
+        next(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("recpress-stream")]
+
+
+def test_threads_of_stream_and_batches_end_together(log):
+    results = iter(batches(log))
+    next(results)
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("recpress-stream")]
