@@ -29,8 +29,10 @@ needs it.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from recpress.data.sampling import philox
@@ -67,6 +69,15 @@ class Visit:
     parts: list[Part] = field(default_factory=list)
 
 
+class _Block(NamedTuple):
+    """The tiles of a block: each list has a number for each of them, and where the last one ends."""
+
+    starts: list[int]  # in the block
+    slots: list[int]  # in the global batch
+    tail_slots: list[int]  # in the smaller last one
+    bits: list[int]  # two random numbers a tile
+
+
 @dataclass(frozen=True)
 class EpochOrder:
     """The order of one epoch. Everything here is arithmetic on row counts; no data is read."""
@@ -82,7 +93,7 @@ class EpochOrder:
     max_lanes: int = 8
 
     _known_ranges: dict = field(default_factory=dict, repr=False, compare=False)
-    _known_tiles: dict = field(default_factory=dict, repr=False, compare=False)
+    _known_blocks: dict = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def pool(self) -> Pool:
@@ -253,40 +264,43 @@ class EpochOrder:
         """
         places = np.empty(count, dtype=np.int64) if out is None else out[:count]
         begin, end = self.round_steps(number)
-        steps, share, tail = end - begin, int(self._share[lane]), self._tail_of(lane, number)
-        tiles, bits = self._tiles(lane, number)
-        at = 0  # of the tile in the block
-        for tile in range(tiles):
-            slot, next_slot = share * tile // tiles, share * (tile + 1) // tiles
-            tail_slot, next_tail = tail * tile // tiles, tail * (tile + 1) // tiles
-            width, extra = next_slot - slot, next_tail - tail_slot
-            rows = steps * width + extra
-            one, other = max(at, first), min(at + rows, first + count)
+        block = self._block(lane, number)
+        tile = bisect.bisect_right(block.starts, first) - 1
+        while tile < len(block.starts) - 1 and block.starts[tile] < first + count:
+            at, after = block.starts[tile], block.starts[tile + 1]
+            slot, width = block.slots[tile], block.slots[tile + 1] - block.slots[tile]
+            extra, rows = block.tail_slots[tile + 1] - block.tail_slots[tile], after - at
+            one, other = max(at, first), min(after, first + count)
             if one < other:
-                member, turn = (bits[2 * tile] % members(rows), bits[2 * tile + 1] % rows) if bits else (None, 0)
-                found, last = self.pool.places(steps, width, extra, stride, member)
-                shift, piece = int(self._full_cuts[lane]) + slot - low, places[one - first : other - first]
-                begin = (one - at + turn) % rows
-                _add_turned(found, begin, shift, piece)
+                bits = block.bits[2 * tile : 2 * tile + 2]
+                member, turn = (bits[0] % members(rows), bits[1] % rows) if bits else (None, 0)
+                found, last = self.pool.places(end - begin, width, extra, stride, member)
+                piece = places[one - first : other - first]
+                turn = (one - at + turn) % rows
+                _add_turned(found, turn, slot - low, piece)
                 if extra:
-                    last = (last - begin) % rows
-                    piece[last[last < len(piece)]] += int(self._tail_cuts[lane]) + tail_slot - low - shift
-            at += rows
+                    last = (last - turn) % rows
+                    piece[last[last < len(piece)]] += block.tail_slots[tile] - slot
+            tile += 1
         return places
 
-    def _tiles(self, lane: int, number: int) -> tuple[int, list[int]]:
-        """How many tiles a block has, and two random numbers for each."""
-        if (known := self._known_tiles.get((lane, number))) is None:
+    def _block(self, lane: int, number: int) -> _Block:
+        if (found := self._known_blocks.get((lane, number))) is None:
             begin, end = self.round_steps(number)
-            share = int(self._share[lane])
-            tiles, bits = 1, list[int]()
-            if self.shuffle:
-                tiles = max(1, min(share, -(-(end - begin) * share // TILE_ROWS)))
-                bits = philox("block", self.seed, self.epoch, lane, number).random_raw(2 * tiles).tolist()
-            if len(self._known_tiles) > 1000:
-                self._known_tiles.clear()
-            self._known_tiles[lane, number] = known = tiles, bits
-        return known
+            steps, share, tail = end - begin, int(self._share[lane]), self._tail_of(lane, number)
+            tiles = max(1, min(share, -(-steps * share // TILE_ROWS))) if self.shuffle else 1
+            cuts, tail_cuts = (np.arange(tiles + 1) * rows // tiles for rows in (share, tail))
+            bits = philox("block", self.seed, self.epoch, lane, number).random_raw(2 * tiles) if self.shuffle else None
+            found = _Block(
+                starts=(steps * cuts + tail_cuts).tolist(),
+                slots=(int(self._full_cuts[lane]) + cuts).tolist(),
+                tail_slots=(int(self._tail_cuts[lane]) + tail_cuts).tolist(),
+                bits=[] if bits is None else bits.tolist(),
+            )
+            if len(self._known_blocks) > 1000:
+                self._known_blocks.clear()
+            self._known_blocks[lane, number] = found
+        return found
 
     # ---- what a rank decodes
 

@@ -21,6 +21,36 @@ from recpress.data.selection import Selection
 from recpress.data.stream_stats import Meter
 
 
+class Ahead:
+    """What one rank reads from a step on, and how far ahead of its use: arithmetic, no data."""
+
+    def __init__(self, order: EpochOrder, rank: int, world: int, start: int) -> None:
+        self.order, self.start = order, start
+        self.visits = order.visits(rank, world, start)
+        parts = [part for visit in self.visits for part in visit.parts]
+        self.rows_of: Counter[int] = Counter()
+        """Rows of each round."""
+        for part in parts:
+            self.rows_of[part.round] += part.count
+        self.largest = max((int(order.counts[visit.group]) for visit in self.visits), default=0)
+        """Selected rows of a row group."""
+        self.limit = 2 * max(self.rows_of.values(), default=0) + len({part.lane for part in parts}) * self.largest
+        """Rows that are read and not yet given out."""
+
+    def most_rounds(self) -> int:
+        """Rounds that are in memory at a time, whole or in part."""
+        floor, top, held, most = self.order.round_of(self.start), 0, 0, 0
+        for visit in self.visits:
+            rows = sum(part.count for part in visit.parts)
+            while held + rows > self.limit and self.order.round_of(visit.step) > floor:
+                held -= self.rows_of[floor]
+                floor += 1
+            held += rows
+            top = max(top, *(part.round for part in visit.parts))
+            most = max(most, top - floor + 1)
+        return most
+
+
 class ReadAhead:
     """Reads the rounds that one rank needs, ahead of their use, in threads of its own.
 
@@ -45,7 +75,8 @@ class ReadAhead:
         self._rows, self._columns, self._order = rows, list(columns), order
         self._rank, self._world = rank, world
         self._selection, self._meter, self._spare = selection, meter, spare
-        self._visits = order.visits(rank, world, start)
+        ahead = Ahead(order, rank, world, start)
+        self._visits, self._rows_of, self._limit = ahead.visits, ahead.rows_of, ahead.limit
         self._next = 0
         self._step = start
         self._changed = threading.Condition()
@@ -55,13 +86,6 @@ class ReadAhead:
         self._closed = False
         self._held = 0  # rows decoded or being decoded and not yet released
         self._floor = 0  # the first round that is still wanted
-        parts = [part for visit in self._visits for part in visit.parts]
-        self._rows_of: Counter[int] = Counter()
-        for part in parts:
-            self._rows_of[part.round] += part.count
-        largest = max((int(order.counts[visit.group]) for visit in self._visits), default=0)
-        most = max(self._rows_of.values(), default=0)
-        self._limit = 2 * most + len({part.lane for part in parts}) * largest
         self._threads = [
             threading.Thread(target=self._run, name=f"recpress-stream-{k}", daemon=True) for k in range(threads)
         ]

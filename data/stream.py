@@ -16,8 +16,9 @@ from recpress.data.bad_groups import ReplacingRows
 from recpress.data.background import in_background
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
+from recpress.data.memory import memory_bound
 from recpress.data.order import EpochOrder
-from recpress.data.read_ahead import ReadAhead
+from recpress.data.read_ahead import Ahead, ReadAhead
 from recpress.data.rounds import Round, Spare, Table
 from recpress.data.rows import Rows
 from recpress.data.selection import Selection
@@ -124,6 +125,19 @@ class InteractionStream:
         """Rows and bytes a second and where the time went, since the last call (at first: since the stream was
         made). May be called from any thread, at any moment."""
         return self._meter.stats(self.config.chosen_threads)
+
+    def memory_bound(self) -> int:
+        """Bytes of host memory that an iteration takes, at most: docs/stream.md states the formula. Of lists the mean
+        length of the log is assumed. Nothing is read."""
+        return memory_bound(
+            self.rows,
+            self.columns,
+            Ahead(self.order, self.rank, self.world, self.start_step),
+            rank_rows=-(-self.order.round_rows // self.world),
+            batch_rows=-(-self.global_batch // self.world),
+            threads=self.config.chosen_threads,
+            ready=self.config.ready,
+        )
 
     @property
     def num_rows(self) -> int:

@@ -229,7 +229,7 @@ def rank_lines(
         activations: `activation_bytes`, which does not depend on the ranks.
     """
     device: Place = "device" if cuda else "host"
-    network, negatives = job.network, job.network.negatives
+    negatives = job.network.negatives
     batch, items = job.strides
     strides = {"user": batch, "item": items}
     trained = [s for s in shards if s.storage is None]
@@ -283,18 +283,26 @@ def rank_lines(
     lines.append(
         Line("batches", PIPELINE * one, f"{PIPELINE} x (ids, lengths, offsets, labels, masks)", device, "train")
     )
-    columns = 8 * 2 + (4 if network.use_label else 0)
-    mine = -(-job.sampled // world) if job.sampled else network.stream.buffer_rows
-    rate = job.sampled / job.rows if job.rows else 1.0
-    lanes = -(-network.stream.lanes // world)
-    held = min(mine, network.stream.buffer_rows + lanes * round(rate * job.group_rows))
-    decode = network.stream.threads * job.group_rows * columns * 2
+    lines += _stream_lines(job, world)
     lines += [
-        Line("stream", held * columns, "(buffer_rows + lanes x row group) x bytes a row", "host", "train"),
-        Line("decoding", decode, "threads x row group x bytes a row x 2", "host", "always"),
         Line("freed, kept by malloc", ALLOCATOR, "glibc: 2 x 32 MiB", "host", "always"),
     ]
     return lines + _load_lines(job, model, shards, cuda)
+
+
+def _stream_lines(job: Job, world: int) -> list[Line]:
+    """`data.memory` without a log: rounds that are in memory, whole or in part, and row groups that are decoded."""
+    network = job.network
+    config, row = network.stream, 8 * 2 + (4 if network.use_label else 0)
+    rate = job.sampled / job.rows if job.rows else 1.0
+    ahead = rate * job.group_rows * config.lanes  # rows of all ranks that row groups bring beyond a round
+    held = 3 * config.buffer_rows + 2 * ahead
+    held = min(held, job.sampled or held) / world
+    decode = job.group_rows * row * 2 + rate * job.group_rows * row
+    return [
+        Line("stream", round(held * row), "(3 buffer_rows + 2 lanes x row group) / ranks x B a row", "host", "train"),
+        Line("decoding", round(config.chosen_threads * decode), "threads x row group x B a row x 2", "host", "always"),
+    ]
 
 
 def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) -> list[Line]:
