@@ -50,7 +50,8 @@ def _bytes_a_row(rows: Rows, name: str) -> float:
 
 
 def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
-    """Of one row group: the bytes of its column chunks, two pages, and what they are decoded and converted to."""
+    """Of one row group: the bytes of its column chunks, two pages, what they are decoded to
+    (twice: while it grows) and converted to."""
     place, total = rows.groups[group], 0
     schema = rows.files[place.file].metadata.schema.to_arrow_schema()
     for name in columns:
@@ -60,7 +61,7 @@ def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
         wanted = 4 if role in ("label", "float") else 8
         for chunk in _chunks(rows, place.file, place.group, name):
             converted = 0 if width == wanted else wanted
-            total += chunk.num_values * (width + converted) + chunk.total_compressed_size
+            total += chunk.num_values * (2 * width + converted) + chunk.total_compressed_size
             total += 2 * min(_PAGE, chunk.total_uncompressed_size)  # dictionary and data
     return total
 

@@ -218,7 +218,7 @@ def test_built_on_the_device_or_moved_there(log, tables):
 
 
 def test_the_data_layer_imports_no_torchrec():
-    """All but `recpress.data.batch` stay free of it: its import takes seconds."""
+    """All but `recpress.data.batch` and `recpress.data.keyed` stay free of it: its import takes seconds."""
     code = (
         "import sys, recpress.data.stream, recpress.data.negatives, recpress.data.side_table;"
         "sys.exit('torchrec' in sys.modules)"
