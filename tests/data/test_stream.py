@@ -407,7 +407,7 @@ def watch():
     while not end.wait(0.002):
         most = max(most, anonymous())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 for batch in stream:
     pass
@@ -420,7 +420,8 @@ print(most - before, stream.memory_bound())
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_stays_below_the_bound(tmp_path):
     numbers(tmp_path, 3_000_000, 1 << 17)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-X", "faulthandler", "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     peak, bound = map(int, done.stdout.split())
     assert peak <= bound
     assert peak >= 0.5 * bound  # a bound that says something
