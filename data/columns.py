@@ -117,15 +117,12 @@ def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[
     raise InputError(f"{where}, row {row_of(place) if row_of else place}: id {ids[place]}{fault}")
 
 
-def decode(column: Column, data: pa.ChunkedArray, where: str, proved: bool = False) -> np.ndarray | Jagged:
+def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Jagged:
     """Checks a column of one row group and returns it as numpy, without a copy where Arrow allows.
 
     Ids and categories come as int64, times as int64 or float64 (as `column.time` says; else timestamps in their own
     unit), labels and floats as float32. A missing float is NaN. Lists come as Jagged; a missing list of categories is
     an empty one.
-
-    Args:
-        proved: it is known that the ids are in range; they are not looked at.
 
     Raises:
         InputError: a null where there may be none, an id that is negative or too large, NaN in a label, a row
@@ -143,7 +140,7 @@ def decode(column: Column, data: pa.ChunkedArray, where: str, proved: bool = Fal
         row = int(np.argmax(pc.is_null(array).to_numpy(zero_copy_only=False)))
         raise InputError(f"{where}, row {row}: null; expected {_EXPECTED[column.role]}")
     if column.role in ("id", "categorical"):
-        return _integers(array, column.limit, where, proved)
+        return _integers(array, column.limit, where)
     if column.role == "time":
         return _times(column, array, where)
     if pa.types.is_decimal(array.type):  # Arrow multiplies by 0.001, say, which float32 rounds: 3.000 became 3.0000002
@@ -198,8 +195,7 @@ def _cast(array: pa.Array, kind: pa.DataType, where: str) -> pa.Array:
         raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
-def _integers(array: pa.Array, limit: int | None, where: str, proved: bool) -> np.ndarray:
+def _integers(array: pa.Array, limit: int | None, where: str) -> np.ndarray:
     ids = _cast(array, pa.int64(), where).to_numpy(zero_copy_only=False)
-    if not proved:
-        check_ids(ids, limit, where)
+    check_ids(ids, limit, where)
     return ids

@@ -42,7 +42,8 @@ def memory_bound(
 
 def _bytes_a_row(rows: Rows, name: str) -> float:
     """Of a column in a round."""
-    kind = rows.files[0].metadata.schema.to_arrow_schema().field(name).type
+    first = rows.files[rows.groups[0].file]  # a file that was left out has no footer
+    kind = first.metadata.schema.to_arrow_schema().field(name).type
     if not pa.types.is_nested(kind):
         return 4 if rows.columns[name].role in ("label", "float") else 8
     values = sum(chunk.num_values for group in rows.groups for chunk in _chunks(rows, group.file, group.group, name))

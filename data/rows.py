@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +60,6 @@ class Rows:
     columns: dict[str, Column]
     user: str | None = None
     """The column of users, where there is one."""
-    _known_places: dict[int, dict[str, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
@@ -105,19 +104,7 @@ class Rows:
                 raise InputError(f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}")
         table = self.read_table(group, columns)
         where = self.where(group)
-        row_group = self.files[group.file].metadata.row_group(group.group)
-        places = self._places(group.file)
-        return {
-            name: decode(self.columns[name], table.column(name), where, _proved(self.columns[name], row_group, places))
-            for name in columns
-        }
-
-    def _places(self, file: int) -> dict[str, int]:
-        """Ordinals of the columns of a file that are no lists."""
-        if file not in self._known_places:
-            schema = self.files[file].metadata.schema
-            self._known_places[file] = {schema.column(place).path: place for place in range(len(schema))}
-        return self._known_places[file]
+        return {name: decode(self.columns[name], table.column(name), where) for name in columns}
 
     def read_or_skip(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged] | None:
         """As `read`; None for a row group that is left out because it cannot be read (`bad_groups`)."""
@@ -241,16 +228,6 @@ def open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
         remote = isinstance(error, OSError) and not isinstance(filesystem, pafs.LocalFileSystem)
         problem = "cannot be read" if remote else "not a whole Parquet file"
         raise InputError(f"{where}: {problem}: {first_line(error)}") from error
-
-
-def _proved(column: Column, group: pq.RowGroupMetaData, places: dict[str, int]) -> bool:
-    """Whether the footer's statistics show that all ids of a row group are in range, so that nobody has to look."""
-    if column.role not in ("id", "categorical") or column.name not in places:
-        return False
-    found = group.column(places[column.name]).statistics
-    if found is None or not found.has_min_max or not found.has_null_count:
-        return False
-    return found.null_count == 0 and found.min >= 0 and (column.limit is None or found.max < column.limit)
 
 
 def read_whole(filesystem: pafs.FileSystem, path: str) -> pa.Table:

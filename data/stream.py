@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from recpress.data.bad_groups import ReplacingRows
 from recpress.data.background import in_background
+from recpress.data.bad_groups import ReplacingRows
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
 from recpress.data.memory import memory_bound
