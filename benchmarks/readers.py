@@ -1,7 +1,8 @@
 """Ways to read Parquet into KeyedJaggedTensors: bare decoding, our stream, and what else a TorchRec user would take.
 
-All but the bare one end in the same thing, made by `Assembler` from a batch's columns: a KeyedJaggedTensor of the
-ids, the label and the floats. Peers read in the order of the file; none of them has our shuffle.
+All but the bare one end in the same thing: a KeyedJaggedTensor of the ids, the label and the floats, made by the stream
+itself (`KeyedBatches`), of the peers' columns by `Assembler`. Peers read in the order of the file; none of them has our
+shuffle.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from recpress.benchmarks.made_logs import Made
 from recpress.data.config import SampleConfig, Schema, StreamConfig
+from recpress.data.keyed import KeyedBatches
 from recpress.data.log import open_log
 from recpress.data.side_table import JaggedColumn
 from recpress.data.stream import InteractionStream
@@ -43,8 +45,8 @@ class Assembler:
         made = self.made
         label = columns[made.label]
         assert isinstance(label, torch.Tensor)
-        floats = columns.get("floats")
-        if floats is None and made.floats:
+        floats = None
+        if made.floats:
             floats = torch.stack([columns[name] for name in made.floats], dim=1)  # type: ignore[arg-type]
         parts = [columns[key] for key in made.keys]
         values = [part.values if isinstance(part, JaggedColumn) else part for part in parts]
@@ -69,6 +71,10 @@ class Assembler:
             keys = len(self.made.keys)
             self._kept[size] = torch.ones(keys * size, dtype=torch.int64), torch.arange(keys * size + 1)
         return self._kept[size]
+
+
+def hand_over(features: KeyedJaggedTensor, label: torch.Tensor, floats: torch.Tensor | None) -> None:
+    """Where every reader leaves its batches: a trainer would take them here, and tests look at them."""
 
 
 def warmed() -> None:
@@ -100,18 +106,14 @@ def bare(made: Made, threads: int) -> Read:
 
 
 def ours(made: Made, config: StreamConfig, sample: SampleConfig | None = None) -> Read:
-    """The stream."""
+    """The stream, all features on."""
 
     def read() -> float:
         log = open_log(made.folder, made.schema, pairs=False)
-        assemble = Assembler(made)
-        for batch in InteractionStream(log.train, log.schema, config, sample=sample):
-            columns: Columns = dict(batch.categorical)
-            named = ((made.schema.user, batch.user), (made.schema.item, batch.item), (made.label, batch.label))
-            columns |= {name: column for name, column in named if column is not None}
-            if batch.floats is not None:
-                columns["floats"] = batch.floats
-            assemble(columns)
+        stream = InteractionStream(log.train, log.schema, config, sample=sample)
+        for batch in KeyedBatches(stream, made.keys):
+            assert batch.label is not None
+            hand_over(batch.features, batch.label, batch.dense)
         return log.train.num_rows
 
     return read
@@ -199,7 +201,9 @@ def _drain(made: Made, batches: Iterable[Columns], limit: float | None = None, s
     """All batches, or those of the first `limit` seconds."""
     assemble, rows, end = Assembler(made), 0.0, None if limit is None else time.perf_counter() + limit
     for columns in batches:
-        rows += len(assemble(columns)[1]) * scale
+        features, label, floats = assemble(columns)
+        hand_over(features, label, floats)
+        rows += len(label) * scale
         if end is not None and time.perf_counter() > end:
             break
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from recpress.data.batch import Batch, BatchBuilder
 from recpress.data.config import StreamConfig
 from recpress.data.log import open_log
 from recpress.data.negatives import UniformNegatives
-from recpress.data.stream import Interactions, InteractionStream
+from recpress.data.stream import InteractionStream
 
 
 class Clocked:
@@ -37,12 +36,6 @@ class Clocked:
             yield batch
 
 
-def pinned(rows: Interactions) -> Interactions:
-    """The same in page-locked memory, from which a copy to the device does not wait."""
-    columns = {name: getattr(rows, name) for name in ("user", "item", "label")}
-    return replace(rows, **{name: None if x is None else x.pin_memory() for name, x in columns.items()})
-
-
 def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     """Three times over the same steps: batches that lie on the device already, and the stream with ordinary and with
     pinned memory. `waiting %` is the host's time for the next batch (decoding that is not ahead, and assembly), and
@@ -59,9 +52,8 @@ def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
 
             def stream(threads: int, pin: bool, builder: BatchBuilder = builder) -> Iterator[Batch]:
                 config = StreamConfig(batch_size=args.batch, threads=threads)
-                found: Iterable[Interactions] = InteractionStream(log.train, log.schema, config)
-                found = islice(found, steps)
-                return map(builder, map(pinned, found) if pin else found)
+                found = InteractionStream(log.train, log.schema, config, pin_memory=pin)
+                return map(builder, islice(found.map(lambda rows: rows), steps))
 
             ready = list(stream(2, False))
             subject.fit(ready[:3])  # warms up
