@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+from recpress.data.order import TILE_ROWS
 from recpress.data.read_ahead import Ahead
 from recpress.data.rows import Rows
 
@@ -27,7 +28,8 @@ def memory_bound(
     threads: int,
     ready: int,
 ) -> int:
-    """(rounds + 1) x rows of a round x bytes a row + threads x a row group while it is decoded + batches.
+    """(rounds + 1) x rows of a round x bytes a row + threads x a row group while it is decoded and while it is written
+    + tiles + batches.
 
     Args:
         rank_rows: rows of a round on this rank.
@@ -35,9 +37,12 @@ def memory_bound(
     """
     row = sum(_bytes_a_row(rows, name) for name in columns)
     floats = 4 * sum(rows.columns[name].role == "float" for name in columns)
-    decoding = max((_decoding(rows, visit.group, columns) for visit in ahead.visits), default=0) + ahead.largest * row
+    decoding = max((_decoding(rows, visit.group, columns) for visit in ahead.visits), default=0)
+    written = (2 * threads + 1) * ahead.largest * row  # one lies between those that decode and those that write
+    begun = ahead.lanes * min(TILE_ROWS, rank_rows) * row
     batches = (ready + _PIPELINE) * batch_rows * floats
-    return round((ahead.most_rounds() + 1) * rank_rows * row + threads * decoding + batches + _KEPT)
+    rounds = (ahead.most_rounds() + 1) * rank_rows * row
+    return round(rounds + threads * decoding + written + begun + batches + _KEPT)
 
 
 def _bytes_a_row(rows: Rows, name: str) -> float:

@@ -30,6 +30,7 @@ needs it.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -40,7 +41,7 @@ from recpress.data.shuffle import Pool, members
 
 ORDER_VERSION = 2
 """Changes where the order does: a run cannot go on in another."""
-TILE_ROWS = 1 << 13
+TILE_ROWS = 1 << 15
 """Rows that a tile has at most, unless a round has more steps: small enough for a processor's cache."""
 _PLAIN_ROWS = 1 << 17
 """Rows of a round without shuffling, at most."""
@@ -67,6 +68,28 @@ class Visit:
     group: int
     step: int
     parts: list[Part] = field(default_factory=list)
+
+
+class Tile(NamedTuple):
+    """Rows of a block that lie in one tile."""
+
+    first: int
+    """Of the rows that were asked for."""
+    count: int
+    number: int
+    """Of the tile in the block."""
+    begin: int
+    """Place of the first row in the tile."""
+    rows: int
+    """Of the whole tile."""
+    slot: int
+    """Place in the global batch from which on the tile gives `width` rows to each full step of the round."""
+    width: int
+    extra: int
+    """Rows for the smaller last step, from `tail_slot` on."""
+    tail_slot: int
+    index: np.ndarray
+    """Which row of the tile is the k-th, step by step. (rows,) int64"""
 
 
 class _Block(NamedTuple):
@@ -247,22 +270,13 @@ class EpochOrder:
         """Places of the global batch that a lane fills in full steps: [first, end)."""
         return int(self._full_cuts[lane]), int(self._full_cuts[lane + 1])
 
-    def places(
-        self,
-        lane: int,
-        number: int,
-        first: int,
-        count: int,
-        stride: int,
-        low: int = 0,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Where the rows [first, first + count) of a block go: step of the round * stride + place in the global batch
-        - low.
+    def places(self, lane: int, number: int, first: int, count: int) -> np.ndarray:
+        """Where the rows [first, first + count) of a block go: step of the round * global_batch + place in the global
+        batch. (count,) int64
 
-        The step after the round's full ones is the smaller last step of the epoch. (count,) int64, in `out` if given
+        The step after the round's full ones is the smaller last step of the epoch.
         """
-        places = np.empty(count, dtype=np.int64) if out is None else out[:count]
+        places = np.empty(count, dtype=np.int64)
         begin, end = self.round_steps(number)
         block = self._block(lane, number)
         tile = bisect.bisect_right(block.starts, first) - 1
@@ -272,17 +286,29 @@ class EpochOrder:
             extra, rows = block.tail_slots[tile + 1] - block.tail_slots[tile], after - at
             one, other = max(at, first), min(after, first + count)
             if one < other:
-                bits = block.bits[2 * tile : 2 * tile + 2]
-                member, turn = (bits[0] % members(rows), bits[1] % rows) if bits else (None, 0)
-                found, last = self.pool.places(end - begin, width, extra, stride, member)
-                piece = places[one - first : other - first]
-                turn = (one - at + turn) % rows
-                _add_turned(found, turn, slot - low, piece)
-                if extra:
-                    last = (last - turn) % rows
-                    piece[last[last < len(piece)]] += block.tail_slots[tile] - slot
+                grid = self.pool.grid(end - begin, width, extra, self.global_batch)
+                turned = np.arange(one - at, other - at)
+                if block.bits:
+                    member, turn = block.bits[2 * tile] % members(rows), block.bits[2 * tile + 1] % rows
+                    turned = (self.pool.permutation(rows, member)[turned] + turn) % rows
+                last = turned >= (end - begin) * width  # of the smaller last step
+                places[one - first : other - first] = grid[turned] + np.where(last, block.tail_slots[tile], slot)
             tile += 1
         return places
+
+    def tiles(self, lane: int, number: int, first: int, count: int) -> Iterator[Tile]:
+        """The rows [first, first + count) of a block, tile by tile: what `places` says, from the other side; of an
+        order that is shuffled."""
+        block = self._block(lane, number)
+        tile = bisect.bisect_right(block.starts, first) - 1
+        at, end = first, first + count
+        while at < end:
+            begin, after = block.starts[tile], block.starts[tile + 1]
+            slot, width, rows = block.slots[tile], block.slots[tile + 1] - block.slots[tile], after - begin
+            tail, extra = block.tail_slots[tile], block.tail_slots[tile + 1] - block.tail_slots[tile]
+            index = self.pool.sources(rows, block.bits[2 * tile] % members(rows), block.bits[2 * tile + 1] % rows)
+            yield Tile(at - first, min(after, end) - at, tile, at - begin, rows, slot, width, extra, tail, index)
+            at, tile = min(after, end), tile + 1
 
     def _block(self, lane: int, number: int) -> _Block:
         if (found := self._known_blocks.get((lane, number))) is None:
@@ -339,16 +365,9 @@ class EpochOrder:
         found = [np.empty((0, 2), dtype=np.int64)]
         for lane, _, _ in self.slices(step, rank, world):
             low, high = self._block_line(lane, number)
-            places = self.places(lane, number, 0, high - low, self.global_batch) - step_of_round * self.global_batch
+            places = self.places(lane, number, 0, high - low) - step_of_round * self.global_batch
             mine = np.flatnonzero((places >= first) & (places < first + self.step_rows(step, world)))
             line = low + mine[np.argsort(places[mine])]
             at = np.searchsorted(self._starts, line, side="right") - 1
             found.append(np.stack([self.groups[at], line - self._starts[at]], axis=1))
         return np.concatenate(found)
-
-
-def _add_turned(values: np.ndarray, begin: int, shift: int, out: np.ndarray) -> None:
-    """out[k] = values[(begin + k) mod n] + shift."""
-    head = min(len(out), len(values) - begin)
-    np.add(values[begin : begin + head], shift, out=out[:head])
-    np.add(values[: len(out) - head], shift, out=out[head:])

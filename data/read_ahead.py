@@ -1,7 +1,8 @@
-"""Background reading: threads decode row groups and write their rows to their places in the rounds of batches.
+"""Background reading: threads decode row groups, others write their rows to their places in the rounds of batches.
 
-A thread decodes a whole row group with Arrow's own threads off (the fastest way that was measured), and writes each
-column straight to its place in the batches. A round is ready once it has all of its rows.
+A thread decodes a whole row group with Arrow's own threads off (the fastest way that was measured) and hands it to a
+thread that writes each column to its place in the batches: writing waits for memory, decoding computes. A round is
+ready once it has all of its rows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from recpress.data.columns import take
 from recpress.data.order import EpochOrder, Visit
@@ -34,7 +36,9 @@ class Ahead:
             self.rows_of[part.round] += part.count
         self.largest = max((int(order.counts[visit.group]) for visit in self.visits), default=0)
         """Selected rows of a row group."""
-        self.limit = 2 * max(self.rows_of.values(), default=0) + len({part.lane for part in parts}) * self.largest
+        self.lanes = len({part.lane for part in parts})
+        """Of which the rank reads."""
+        self.limit = 2 * max(self.rows_of.values(), default=0) + self.lanes * self.largest
         """Rows that are read and not yet given out."""
 
     def most_rounds(self) -> int:
@@ -54,7 +58,8 @@ class Ahead:
 class ReadAhead:
     """Reads the rounds that one rank needs, ahead of their use, in threads of its own.
 
-    Holds the rows of two rounds, and in addition one row group's sampled rows for each of the rank's lanes.
+    Holds the rows of two rounds, and in addition one row group's sampled rows for each of the rank's lanes. There are
+    `threads` that decode and as many that write; one row group at most lies between them.
     `close` (or leaving the `with`) ends the threads; an error in a thread is raised by the next `round`.
     """
 
@@ -86,8 +91,12 @@ class ReadAhead:
         self._closed = False
         self._held = 0  # rows decoded or being decoded and not yet released
         self._floor = 0  # the first round that is still wanted
+        self._decoded: deque[tuple[Visit, Columns]] = deque()
+        self._decoding = threads  # threads that may still hand over a row group
         self._threads = [
-            threading.Thread(target=self._run, name=f"recpress-stream-{k}", daemon=True) for k in range(threads)
+            threading.Thread(target=work, name=f"recpress-stream-{name}-{k}", daemon=True)
+            for name, work in (("decode", self._decode_all), ("write", self._write_all))
+            for k in range(threads)
         ]
 
     def __enter__(self) -> ReadAhead:
@@ -109,6 +118,7 @@ class ReadAhead:
                 thread.join()
         self._ready.clear()
         self._filling.clear()
+        self._decoded.clear()
         atexit.unregister(self.close)
 
     # ---- the consumer
@@ -143,16 +153,54 @@ class ReadAhead:
 
     # ---- the threads
 
-    def _run(self) -> None:
-        while (visit := self._take()) is not None:
-            try:
-                self._decode(visit)
-            except BaseException as error:  # to the consumer, whatever it is
-                error.add_note(f"while reading {self._rows.where(self._rows.groups[visit.group])}")
-                with self._changed:
-                    self._error = self._error or error
-                    self._closed = True
-                    self._changed.notify_all()
+    def _decode_all(self) -> None:
+        try:
+            while (visit := self._take()) is not None:
+                with self._told(visit):
+                    self._hand_over(visit, self._decode(visit))
+        finally:
+            with self._changed:
+                self._decoding -= 1
+                self._changed.notify_all()
+
+    def _write_all(self) -> None:
+        while (found := self._next_decoded()) is not None:
+            visit, columns = found
+            began = time.perf_counter()
+            with self._told(visit):
+                self._deal(visit, columns)
+            self._meter.add(shuffle=time.perf_counter() - began)
+
+    @contextmanager
+    def _told(self, visit: Visit) -> Iterator[None]:
+        """Lets the consumer know of an error, whatever it is."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"while reading {self._rows.where(self._rows.groups[visit.group])}")
+            with self._changed:
+                self._error = self._error or error
+                self._closed = True
+                self._changed.notify_all()
+
+    def _hand_over(self, visit: Visit, columns: Columns) -> None:
+        """To the threads that write, once they have taken what was handed over before."""
+        began = time.perf_counter()
+        with self._changed:
+            while self._decoded and not self._closed:
+                self._changed.wait()
+            self._decoded.append((visit, columns))
+            self._changed.notify_all()
+        self._meter.add(room=time.perf_counter() - began)
+
+    def _next_decoded(self) -> tuple[Visit, Columns] | None:
+        with self._changed:
+            while not self._decoded:
+                if self._closed or not self._decoding:
+                    return None
+                self._changed.wait()
+            self._changed.notify_all()
+            return self._decoded.popleft()
 
     def _take(self) -> Visit | None:
         """The next row group, once there is room for it or the consumer cannot go on without it."""
@@ -170,7 +218,7 @@ class ReadAhead:
                 self._changed.wait()
                 self._meter.add(room=time.perf_counter() - began)
 
-    def _decode(self, visit: Visit) -> None:
+    def _decode(self, visit: Visit) -> Columns:
         group = self._rows.groups[visit.group]
         SPENT.bytes, SPENT.seconds = 0, 0.0
         times = [time.perf_counter()]
@@ -186,8 +234,7 @@ class ReadAhead:
             decode=times[1] - times[0] - SPENT.seconds,
             sample=times[2] - times[1],
         )
-        self._deal(visit, columns)
-        self._meter.add(shuffle=time.perf_counter() - times[2])
+        return columns
 
     def _deal(self, visit: Visit, columns: Columns) -> None:
         """Writes the rows of a row group to their rounds."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from recpress.data.columns import Jagged
-from recpress.data.order import EpochOrder, Part
+from recpress.data.order import TILE_ROWS, EpochOrder, Part, Tile
 from recpress.data.side_table import JaggedColumn
 
 Columns = dict[str, np.ndarray | Jagged]
@@ -26,16 +26,16 @@ _SPREAD = 32
 """Elements that batches lie apart besides, modulo twice as many."""
 
 
-_CHUNK = 1 << 15
-"""Rows that are written at once: their addresses stay in the processor's cache for all columns."""
 _LOCAL = threading.local()
 
 
-def _scratch() -> np.ndarray:
-    """Memory for the addresses of a chunk, the thread's own."""
-    if not hasattr(_LOCAL, "places"):
-        _LOCAL.places = np.empty(_CHUNK, dtype=np.int64)
-    return _LOCAL.places
+def _scratch(kind: torch.dtype, rows: int) -> torch.Tensor:
+    """Memory of the thread's own, for the rows of a tile."""
+    if not hasattr(_LOCAL, "known"):
+        _LOCAL.known = {}
+    if len(_LOCAL.known.get(kind, ())) < rows:
+        _LOCAL.known[kind] = torch.empty(max(rows, TILE_ROWS), dtype=kind)
+    return _LOCAL.known[kind][:rows]
 
 
 class Table(NamedTuple):
@@ -51,6 +51,14 @@ class _Buffer:
     flat: torch.Tensor
     stride: int
     """Elements from a batch to the next."""
+
+
+@dataclass
+class _Begun:
+    """A tile of which a part has come."""
+
+    columns: dict[str, torch.Tensor]
+    missing: int
 
 
 class Spare:
@@ -117,6 +125,8 @@ class Round:
             self._lows.append(order.first_position(tail, rank, world) - tail * order.global_batch)
         self._alone = world == 1
         self._width = max(self._sizes)
+        self._lock = threading.Lock()
+        self._tiles_begun: dict[tuple[int, int], _Begun] = {}
         self._buffers: list[_Buffer] = []
         self._lists: dict[str, list[tuple[np.ndarray, Jagged]]] = {}
         self._done: dict[str, tuple[Jagged, np.ndarray]] = {}
@@ -141,11 +151,15 @@ class Round:
         }
         if self._order.shuffle:
             sources = {name: _tensor(column) for name, column in rows.items()}
-            for first in range(0, part.count, _CHUNK):
-                count = min(_CHUNK, part.count - first)
-                chunk = Part(part.lane, part.round, first, part.offset + first, count)
+            if self._whole(part.lane):
+                for tile in self._order.tiles(part.lane, part.round, part.offset, part.count):
+                    if tile.count == tile.rows:
+                        self._gather(tile, sources)
+                    else:
+                        self._collect(part.lane, tile, sources)
+            else:
                 for buffer in self._buffers:
-                    self._scatter(chunk, buffer, sources)
+                    self._scatter(part, buffer, sources)
         else:
             for buffer in self._buffers:
                 self._copy(part, buffer, rows)
@@ -156,21 +170,49 @@ class Round:
                 assert isinstance(column, Jagged)
                 pieces.append((places, column.take(kept + part.first)))
 
-    def _scatter(self, part: Part, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
-        kept = None
-        low, high = self._order.lane_slots(part.lane)
+    def _whole(self, lane: int) -> bool:
+        """Whether all rows of the lane in this round are the rank's."""
+        low, high = self._order.lane_slots(lane)
         inside = self._lows[0] <= low and high <= self._lows[0] + self._sizes[0]
-        if self._alone or (inside and not self._last):
-            base = 0 if self._alone else self._lows[0]
-            place = part.lane, part.round, part.offset, part.count
-            index = torch.from_numpy(self._order.places(*place, buffer.stride, base, out=_scratch()))
-        else:
-            rows, places = self._mine(part, buffer.stride)
-            kept, index = torch.from_numpy(rows), torch.from_numpy(places)
+        return self._alone or (inside and not self._last)
+
+    def _gather(self, tile: Tile, sources: dict[str, torch.Tensor]) -> None:
+        """Writes a whole tile: in its new order to the processor's cache, from there to its stretch of each batch."""
+        index, low = torch.from_numpy(tile.index), 0 if self._alone else self._lows[0]
+        for buffer in self._buffers:
+            for number, name in enumerate(buffer.names):
+                source = sources[name][tile.first : tile.first + tile.count]
+                ordered = _scratch(source.dtype, tile.count)
+                torch.index_select(source, 0, index, out=ordered)
+                begin = number * self._width - low
+                target = buffer.flat.as_strided((self._full, tile.width), (buffer.stride, 1), begin + tile.slot)
+                target.copy_(ordered[: tile.rows - tile.extra].view(self._full, tile.width))
+                if tile.extra:
+                    begin += self._full * buffer.stride + tile.tail_slot
+                    buffer.flat[begin : begin + tile.extra] = ordered[tile.rows - tile.extra :]
+
+    def _collect(self, lane: int, tile: Tile, sources: dict[str, torch.Tensor]) -> None:
+        """Keeps rows of a tile that a row group has a part of, until all are there."""
+        with self._lock:
+            held = self._tiles_begun.get((lane, tile.number))
+            if held is None:
+                empty = {name: torch.empty(tile.rows, dtype=column.dtype) for name, column in sources.items()}
+                held = self._tiles_begun[lane, tile.number] = _Begun(empty, tile.rows)
+        for name, column in sources.items():
+            held.columns[name][tile.begin : tile.begin + tile.count] = column[tile.first : tile.first + tile.count]
+        with self._lock:
+            held.missing -= tile.count
+            if held.missing:
+                return
+            del self._tiles_begun[lane, tile.number]
+        self._gather(tile._replace(first=0, count=tile.rows), held.columns)
+
+    def _scatter(self, part: Part, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
+        """Writes the rank's rows of a lane that it shares with other ranks."""
+        rows, places = self._mine(part, buffer.stride)
+        kept, index = torch.from_numpy(rows), torch.from_numpy(places)
         for number, name in enumerate(buffer.names):
-            source = sources[name][part.first : part.first + part.count]
-            if kept is not None:
-                source = source[kept]
+            source = sources[name][kept]
             begin = number * self._width
             target = buffer.flat.narrow(0, begin, len(buffer.flat) - begin)
             target.scatter_(0, index, source if source.dtype == target.dtype else source.to(target.dtype))
@@ -178,7 +220,7 @@ class Round:
     def _mine(self, part: Part, stride: int) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a part are the rank's, and the addresses that they go to."""
         batch = self._order.global_batch
-        places = self._order.places(part.lane, part.round, part.offset, part.count, batch)
+        places = self._order.places(part.lane, part.round, part.offset, part.count)
         step, slot = np.divmod(places, batch)
         slot -= np.array(self._lows)[step]
         kept = np.flatnonzero((slot >= 0) & (slot < np.array(self._sizes)[step]))

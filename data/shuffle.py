@@ -3,11 +3,11 @@
 A permutation is the order of random keys: random high bits, the place in the low ones. That is uniform, and the same
 on every version of numpy (raw bits are stable, and a sort is a sort), but takes 40 ns a row; decoding takes 7 ns a
 column. So a seed makes a few of them (`_base`), an epoch a few more by composing two of them, one rotated (1 ns a
-row), and a use takes one of these and rotates it by a random amount (0.3 ns).
+row), and a use takes one of these and rotates the places by a random amount, which costs nothing.
 
 What that keeps: each row of a use goes to each place with the same probability, and two rows of different uses meet
 with the probability that independent permutations would give. What it does not: the orders of many uses together are
-not independent.
+not independent; rows at the same two places of two uses of one permutation end as far apart in both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recpress.data.sampling import philox
 
 POOL = 4
 """Permutations of one size, at most."""
-POOL_ROWS = 1 << 15
+POOL_ROWS = 1 << 17
 """Rows of all permutations of one size together; of a larger one there is one."""
 
 
@@ -37,9 +37,10 @@ class Pool:
 
     def __init__(self, seed: int, epoch: int) -> None:
         self._seed, self._epoch = seed, epoch
-        self._whole: dict[tuple[int, int], np.ndarray] = {}
         # Each block asks for the same few: a thread that misses computes what another would.
-        self._cached = lru_cache(maxsize=16 * POOL)(self._places)
+        self._whole: dict[tuple[int, int], np.ndarray] = {}
+        self._inverse: dict[tuple[int, int], np.ndarray] = {}
+        self._cached = lru_cache(maxsize=16)(_grid)
 
     def permutation(self, rows: int, member: int) -> np.ndarray:
         """Place of each of `rows` rows. (rows,) int64"""
@@ -52,24 +53,23 @@ class Pool:
         whole = self._whole[size, member]
         return whole if rows == size else whole[whole < rows]  # of a uniform one also uniform
 
-    def places(
-        self, steps: int, width: int, extra: int, stride: int, member: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses of rows that go to `width` neighbouring places in each of `steps` rows of a buffer, `stride` apart,
-        and to `extra` in the next; without `member` in order.
+    def sources(self, rows: int, member: int, turn: int) -> np.ndarray:
+        """Which row goes to each place, where row k goes to place (permutation[k] + turn) mod rows. (rows,) int64,
+        not to be written to."""
+        if (rows, member) not in self._inverse:
+            inverse = np.argsort(self.permutation(rows, member), kind="stable")
+            self._inverse[rows, member] = np.concatenate((inverse, inverse))  # of which any turn is a part
+        return self._inverse[rows, member][rows - turn : 2 * rows - turn]
 
-        Returns: addresses (steps * width + extra,), and which of them are among the last `extra`. int64
-        """
-        return self._cached(steps, width, extra, stride, member)
+    def grid(self, steps: int, width: int, extra: int, stride: int) -> np.ndarray:
+        """Addresses of `width` neighbouring places in each of `steps` rows of a buffer, `stride` apart, and of `extra`
+        in the next. (steps * width + extra,) int64, not to be written to."""
+        return self._cached(steps, width, extra, stride)
 
-    def _places(
-        self, steps: int, width: int, extra: int, stride: int, member: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        grid = np.arange(steps)[:, None] * stride + np.arange(width)
-        places = np.concatenate((grid.ravel(), steps * stride + np.arange(extra)))
-        if member is not None:
-            places = places[self.permutation(len(places), member)]
-        return places, np.flatnonzero(places >= steps * stride) if extra else np.empty(0, dtype=np.int64)
+
+def _grid(steps: int, width: int, extra: int, stride: int) -> np.ndarray:
+    places = np.arange(steps)[:, None] * stride + np.arange(width)
+    return np.concatenate((places.ravel(), steps * stride + np.arange(extra)))
 
 
 @lru_cache(maxsize=4 * POOL)

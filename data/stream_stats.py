@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 
 THREAD_WORK = ("read", "decode", "sample", "shuffle", "room")
-"""What the reading threads do; `room` is waiting until the consumer has taken what is ready."""
+"""What the reading threads do, those that decode and, `shuffle`, as many that write."""
 CONSUMER_WORK = ("assemble", "wait")
 
 
@@ -21,19 +21,19 @@ class StreamStats:
     bytes_per_second: float
     """Compressed bytes of the columns that were read, with holes between them of up to 256 KiB."""
     read: float
-    """Share of the reading threads' time until the bytes of a row group are in memory: disk or network."""
+    """Share of the decoding threads' time until the bytes of a row group are in memory: disk or network."""
     decode: float
     """... until they are checked columns."""
     sample: float
     """... to choose and take the rows of the sample."""
     shuffle: float
-    """... to write the rows to their places in the batches."""
+    """Share of the writing threads' time to put the rows in their places in the batches."""
     room: float
-    """... waiting for room: the consumer is the slower one."""
+    """Share of the decoding threads' time without room for more: writing or the consumer is the slower one."""
     assemble: float
     """Share of the consumer's time to make batches of what is ready."""
     wait: float
-    """... waiting for data: the reading threads are the slower ones."""
+    """... waiting for data: reading is the slower one."""
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
