@@ -38,6 +38,7 @@ def memory_bound(
     row = sum(_bytes_a_row(rows, name) for name in columns)
     floats = 4 * sum(rows.columns[name].role == "float" for name in columns)
     decoding = max((_decoding(rows, visit.group, columns) for visit in ahead.visits), default=0)
+    decoding *= 2  # allocators keep what one thread allocated and another freed
     written = (2 * threads + 1) * ahead.largest * row  # one lies between those that decode and those that write
     begun = ahead.lanes * min(TILE_ROWS, rank_rows) * row
     batches = (ready + _PIPELINE) * batch_rows * floats

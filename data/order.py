@@ -70,7 +70,8 @@ class Visit:
     parts: list[Part] = field(default_factory=list)
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True)
+class Tile:
     """Rows of a block that lie in one tile."""
 
     first: int

@@ -7,9 +7,11 @@ would share a few lines of the processor's cache.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -89,9 +91,19 @@ class Spare:
             else:
                 for place in reversed(free):  # too small for the rounds of now
                     del self._arrays[place]
-                array = np.empty(size, dtype=np.uint8)
+                array = _mapped(size)
                 self._arrays.append(array)
             return torch.from_numpy(array[:size].view(kind))
+
+
+def _mapped(size: int) -> np.ndarray:
+    """Bytes from the system itself, which gets them back with the array: the C library would keep them, in the heap of
+    a thread that may be gone."""
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 class Round:
@@ -205,7 +217,7 @@ class Round:
             if held.missing:
                 return
             del self._tiles_begun[lane, tile.number]
-        self._gather(tile._replace(first=0, count=tile.rows), held.columns)
+        self._gather(replace(tile, first=0, count=tile.rows), held.columns)
 
     def _scatter(self, part: Part, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
         """Writes the rank's rows of a lane that it shares with other ranks."""
