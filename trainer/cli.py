@@ -168,6 +168,8 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     words = [argument for argument in arguments if not argument.startswith("-")]
+    if words and (group := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]):
+        parser.error(f"'{' '.join(words[:2])}': expected one of {', '.join(group)}")
     if words:
         parser.error(f"unknown command '{' '.join(words[:2])}', expected one of: {', '.join(COMMANDS)}")
     parser.parse_args(arguments or ["--help"])

@@ -298,10 +298,11 @@ def _stream_lines(job: Job, world: int) -> list[Line]:
     ahead = rate * job.group_rows * config.lanes  # rows of all ranks that row groups bring beyond a round
     held = 3 * config.buffer_rows + 2 * ahead
     held = min(held, job.sampled or held) / world
-    decode = job.group_rows * row * 2 + rate * job.group_rows * row
+    threads, group = config.chosen_threads, job.group_rows * row
+    decode = threads * 4 * group + (2 * threads + 1) * rate * group
     return [
         Line("stream", round(held * row), "(3 buffer_rows + 2 lanes x row group) / ranks x B a row", "host", "train"),
-        Line("decoding", round(config.chosen_threads * decode), "threads x row group x B a row x 2", "host", "always"),
+        Line("decoding", round(decode), "(4 threads + (2 threads + 1) x rate) x row group x B a row", "host", "always"),
     ]
 
 

@@ -74,6 +74,10 @@ def test_an_unknown_command_and_an_unknown_option_name_what_there_is(capsys):
     assert stop.value.code == 2
     assert "factorize" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 2
+    assert "'bench': expected one of bench list, bench run, bench page" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
         main(["factorize", "--data", "a", "--out", "b", "--als.factrs", "3"])
     assert stop.value.code == 2
     output = capsys.readouterr()
