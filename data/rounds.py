@@ -26,8 +26,6 @@ Columns = dict[str, np.ndarray | Jagged]
 _UNUSED = sys.getrefcount([np.empty(0)][0]) + 1
 _SPREAD = 32
 """Elements that batches lie apart besides, modulo twice as many."""
-
-
 _LOCAL = threading.local()
 
 
