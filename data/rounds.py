@@ -123,7 +123,7 @@ class Round:
         missing: int,
         spare: Spare,
     ) -> None:
-        self._order, self._number, self.missing = order, number, missing
+        self._order, self.missing = order, missing
         self._first_step, end = order.round_steps(number)
         self._full = end - self._first_step
         self._last = number == order.num_rounds - 1
