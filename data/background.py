@@ -27,28 +27,26 @@ def in_background(
     if ahead < 1:
         yield from map(make, items)
         return
-    results: queue.Queue[tuple[str, object]] = queue.Queue(ahead)
+    # Two queues in C: one of Python's own with a limit takes a lock and a condition for each item.
+    results: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each result that there is room for
+    for _ in range(ahead):
+        room.put(None)
     stop = threading.Event()
-
-    def put(kind: str, value: object) -> bool:
-        while not stop.is_set():
-            try:
-                results.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def run() -> None:
         given = iter(items)
         try:
             for item in given:
-                if not put("made", make(item)):
+                made = make(item)
+                room.get()
+                if stop.is_set():
                     break
+                results.put(("made", made))
             else:
-                put("end", None)
+                results.put(("end", None))
         except BaseException as error:  # to the consumer, whatever it is
-            put("error", error)
+            results.put(("error", error))
         finally:
             if (close := getattr(given, "close", None)) is not None:
                 close()
@@ -57,6 +55,7 @@ def in_background(
 
     def end() -> None:
         stop.set()
+        room.put(None)
         if thread.is_alive():
             thread.join()
 
@@ -72,6 +71,7 @@ def in_background(
             if kind == "error":
                 assert isinstance(value, BaseException)
                 raise value
+            room.put(None)
             yield value  # type: ignore[misc]
     finally:
         end()

@@ -54,7 +54,7 @@ class Jagged(NamedTuple):
 
 
 def take(column: np.ndarray | Jagged, rows: np.ndarray) -> np.ndarray | Jagged:
-    return column.take(rows) if isinstance(column, Jagged) else column[rows]
+    return column.take(rows)
 
 
 def check_type(column: Column, schema: pa.Schema, where: str) -> None:
@@ -148,8 +148,10 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
         return _times(column, array, where)
     if pa.types.is_decimal(array.type):  # Arrow multiplies by 0.001, say, which float32 rounds: 3.000 became 3.0000002
         array = array.cast(pa.float64())
-    values = array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    if column.role == "label" and np.isnan(values).any():
+    if array.type != pa.float32():
+        array = array.cast(pa.float32(), safe=False)
+    values = array.to_numpy(zero_copy_only=False)
+    if column.role == "label" and len(values) and np.isnan(values.max()):  # one NaN makes it NaN
         raise InputError(f"{where}, row {int(np.argmax(np.isnan(values)))}: NaN; expected a number")
     return values
 
@@ -192,6 +194,8 @@ def _times(column: Column, array: pa.Array, where: str) -> np.ndarray:
 
 def _cast(array: pa.Array, kind: pa.DataType, where: str) -> pa.Array:
     """Raises InputError where a value does not fit: unsigned above 2 ** 63, say."""
+    if array.type == kind:
+        return array
     try:
         return array.cast(kind)
     except pa.ArrowInvalid as error:

@@ -84,7 +84,8 @@ class ReadAhead:
         self._visits, self._rows_of, self._limit = ahead.visits, ahead.rows_of, ahead.limit
         self._next = 0
         self._step = start
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed, self._decoded_some, self._wrote_some = (threading.Condition(lock) for _ in range(3))
         self._filling: dict[int, Round] = {}
         self._ready: dict[int, Round] = {}
         self._error: BaseException | None = None
@@ -111,8 +112,7 @@ class ReadAhead:
     def close(self) -> None:
         """Ends the threads, after the row groups that they are decoding."""
         with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+            self._end()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -120,6 +120,12 @@ class ReadAhead:
         self._filling.clear()
         self._decoded.clear()
         atexit.unregister(self.close)
+
+    def _end(self) -> None:
+        """With the lock."""
+        self._closed = True
+        for condition in (self._changed, self._decoded_some, self._wrote_some):
+            condition.notify_all()
 
     # ---- the consumer
 
@@ -161,7 +167,7 @@ class ReadAhead:
         finally:
             with self._changed:
                 self._decoding -= 1
-                self._changed.notify_all()
+                self._decoded_some.notify_all()
 
     def _write_all(self) -> None:
         while (found := self._next_decoded()) is not None:
@@ -180,17 +186,16 @@ class ReadAhead:
             error.add_note(f"while reading {self._rows.where(self._rows.groups[visit.group])}")
             with self._changed:
                 self._error = self._error or error
-                self._closed = True
-                self._changed.notify_all()
+                self._end()
 
     def _hand_over(self, visit: Visit, columns: Columns) -> None:
         """To the threads that write, once they have taken what was handed over before."""
         began = time.perf_counter()
         with self._changed:
             while self._decoded and not self._closed:
-                self._changed.wait()
+                self._wrote_some.wait()
             self._decoded.append((visit, columns))
-            self._changed.notify_all()
+            self._decoded_some.notify()
         self._meter.add(room=time.perf_counter() - began)
 
     def _next_decoded(self) -> tuple[Visit, Columns] | None:
@@ -198,8 +203,8 @@ class ReadAhead:
             while not self._decoded:
                 if self._closed or not self._decoding:
                     return None
-                self._changed.wait()
-            self._changed.notify_all()
+                self._decoded_some.wait()
+            self._wrote_some.notify()
             return self._decoded.popleft()
 
     def _take(self) -> Visit | None:

@@ -29,13 +29,13 @@ _SPREAD = 32
 _LOCAL = threading.local()
 
 
-def _scratch(kind: torch.dtype, rows: int) -> torch.Tensor:
+def _scratch(use: str, kind: torch.dtype, rows: int) -> torch.Tensor:
     """Memory of the thread's own, for the rows of a tile."""
     if not hasattr(_LOCAL, "known"):
         _LOCAL.known = {}
-    if len(_LOCAL.known.get(kind, ())) < rows:
-        _LOCAL.known[kind] = torch.empty(max(rows, TILE_ROWS), dtype=kind)
-    return _LOCAL.known[kind][:rows]
+    if len(_LOCAL.known.get((use, kind), ())) < rows:
+        _LOCAL.known[use, kind] = torch.empty(max(rows, TILE_ROWS), dtype=kind)
+    return _LOCAL.known[use, kind][:rows]
 
 
 class Table(NamedTuple):
@@ -57,7 +57,8 @@ class _Buffer:
 class _Begun:
     """A tile of which a part has come."""
 
-    columns: dict[str, torch.Tensor]
+    memory: dict[str, torch.Tensor]
+    """Of a tile or longer."""
     missing: int
 
 
@@ -74,6 +75,21 @@ class Spare:
         self._pin = pin
         self._lock = threading.Lock()
         self._arrays: list[np.ndarray] = []
+        self._tiles: list[dict[str, torch.Tensor]] = []
+
+    def take_tile(self, rows: int, sources: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Memory for `rows` rows or more of the same columns as `sources`, with anything in it."""
+        with self._lock:
+            if self._tiles:
+                tile = self._tiles.pop()
+                if all(name in tile and len(tile[name]) >= rows for name in sources):
+                    return tile
+        return {name: torch.empty(max(rows, TILE_ROWS), dtype=column.dtype) for name, column in sources.items()}
+
+    def give_tile(self, tile: dict[str, torch.Tensor]) -> None:
+        """Which may be used again."""
+        with self._lock:
+            self._tiles.append(tile)
 
     def take(self, kind: np.dtype, elements: int) -> torch.Tensor:
         """A tensor of one dimension, with anything in it."""
@@ -123,7 +139,7 @@ class Round:
         missing: int,
         spare: Spare,
     ) -> None:
-        self._order, self.missing = order, missing
+        self._order, self.missing, self._spare = order, missing, spare
         self._first_step, end = order.round_steps(number)
         self._full = end - self._first_step
         self._last = number == order.num_rounds - 1
@@ -186,13 +202,16 @@ class Round:
         inside = self._lows[0] <= low and high <= self._lows[0] + self._sizes[0]
         return self._alone or (inside and not self._last)
 
-    def _gather(self, tile: Tile, sources: dict[str, torch.Tensor]) -> None:
-        """Writes a whole tile: in its new order to the processor's cache, from there to its stretch of each batch."""
+    def _gather(self, tile: Tile, sources: dict[str, torch.Tensor], near: bool = False) -> None:
+        """Writes a whole tile: into the processor's cache (unless it is `near`), there in its new order, and to its
+        stretch of each batch."""
         index, low = torch.from_numpy(tile.index), 0 if self._alone else self._lows[0]
         for buffer in self._buffers:
             for number, name in enumerate(buffer.names):
                 source = sources[name][tile.first : tile.first + tile.count]
-                ordered = _scratch(source.dtype, tile.count)
+                if not near:  # in its own order, which is faster than in another
+                    source = _scratch("near", source.dtype, tile.count).copy_(source)
+                ordered = _scratch("ordered", source.dtype, tile.count)
                 torch.index_select(source, 0, index, out=ordered)
                 begin = number * self._width - low
                 target = buffer.flat.as_strided((self._full, tile.width), (buffer.stride, 1), begin + tile.slot)
@@ -206,16 +225,17 @@ class Round:
         with self._lock:
             held = self._tiles_begun.get((lane, tile.number))
             if held is None:
-                empty = {name: torch.empty(tile.rows, dtype=column.dtype) for name, column in sources.items()}
-                held = self._tiles_begun[lane, tile.number] = _Begun(empty, tile.rows)
+                held = _Begun(self._spare.take_tile(tile.rows, sources), tile.rows)
+                self._tiles_begun[lane, tile.number] = held
         for name, column in sources.items():
-            held.columns[name][tile.begin : tile.begin + tile.count] = column[tile.first : tile.first + tile.count]
+            held.memory[name][tile.begin : tile.begin + tile.count] = column[tile.first : tile.first + tile.count]
         with self._lock:
             held.missing -= tile.count
             if held.missing:
                 return
             del self._tiles_begun[lane, tile.number]
-        self._gather(replace(tile, first=0, count=tile.rows), held.columns)
+        self._gather(replace(tile, first=0, count=tile.rows), held.memory, near=True)
+        self._spare.give_tile(held.memory)
 
     def _scatter(self, part: Part, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
         """Writes the rank's rows of a lane that it shares with other ranks."""
@@ -266,29 +286,37 @@ class Round:
     # ---- batches that go out
 
     @cached_property
-    def _views(self) -> list[tuple[torch.Tensor, ...]]:
-        """Of each buffer, its batches."""
+    def _views(self) -> list[tuple[_Buffer, tuple[torch.Tensor, ...], list[tuple[torch.Tensor, ...]]]]:
+        """Of each buffer, its batches whole and column by column: made for all batches at once, which is cheaper."""
         found = []
-        for names, flat, stride in ((b.names, b.flat, b.stride) for b in self._buffers):
-            shape = (len(self._sizes), len(names), self._width)
-            found.append(flat.as_strided(shape, (stride, self._width, 1)).unbind(0))
+        for buffer in self._buffers:
+            shape = (len(self._sizes), len(buffer.names), self._width)
+            whole = buffer.flat.as_strided(shape, (buffer.stride, self._width, 1))
+            columns = [column.unbind(0) for column in whole.unbind(1)]
+            found.append((buffer, whole.unbind(0), columns))
         return found
 
-    def batch(self, step: int) -> tuple[list[Table], dict[str, JaggedColumn], int]:
-        """The rank's rows of a step: columns by type, lists by name, and how many rows."""
+    def batch(self, step: int) -> tuple[list[Table], dict[str, torch.Tensor | JaggedColumn], int]:
+        """The rank's rows of a step: the dense columns by type, all columns by name, and how many rows."""
         place = step - self._first_step
         size = self._sizes[place]
         tables = []
-        for buffer, views in zip(self._buffers, self._views, strict=True):
-            values = views[place]
-            tables.append(Table(buffer.names, values if size == self._width else values[:, :size]))
-        lists = {}
+        named: dict[str, torch.Tensor | JaggedColumn] = {}
+        for buffer, whole, single in self._views:
+            values = whole[place]
+            if size == self._width:
+                for name, batches in zip(buffer.names, single, strict=True):
+                    named[name] = batches[place]
+            else:
+                values = values[:, :size]
+                named.update(zip(buffer.names, values.unbind(0), strict=True))
+            tables.append(Table(buffer.names, values))
         for name, (column, bounds) in self._done.items():
             offsets = column.offsets[bounds[place] : bounds[place + 1] + 1]
-            lists[name] = JaggedColumn(
+            named[name] = JaggedColumn(
                 torch.from_numpy(column.values[offsets[0] : offsets[-1]]), torch.from_numpy(np.diff(offsets))
             )
-        return tables, lists, size
+        return tables, named, size
 
 
 def _spread(elements: int) -> int:

@@ -57,7 +57,8 @@ class Pool:
         """Which row goes to each place, where row k goes to place (permutation[k] + turn) mod rows. (rows,) int64,
         not to be written to."""
         if (rows, member) not in self._inverse:
-            inverse = np.argsort(self.permutation(rows, member), kind="stable")
+            inverse = np.empty(rows, dtype=np.int64)
+            inverse[self.permutation(rows, member)] = np.arange(rows)
             self._inverse[rows, member] = np.concatenate((inverse, inverse))  # of which any turn is a part
         return self._inverse[rows, member][rows - turn : 2 * rows - turn]
 

@@ -223,10 +223,7 @@ class InteractionStream:
 
     def _batch(self, made: Round, epoch: int, step: int) -> Interactions:
         schema = self.schema
-        tables, lists, size = made.batch(step)
-        found: dict[str, torch.Tensor | JaggedColumn] = dict(lists)
-        for names, values in tables:
-            found.update(zip(names, values.unbind(0), strict=True))
+        tables, found, size = made.batch(step)
 
         def dense(name: str | None) -> torch.Tensor | None:
             column = found.get(name) if name else None
