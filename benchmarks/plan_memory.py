@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.data import artifact
 from recpress.data.config import SynthConfig
 from recpress.data.log import open_log
@@ -73,7 +73,15 @@ def main() -> None:
                         print(json.dumps(found[-1]), flush=True)
     worst = max(abs(row["error %"]) for row in found)
     question = f"recpress plan against the measured peak of a rank: at most {worst:.1f} % off"
-    publish(question, found, out=args.out, settings=settings_of(vars(args)))
+    publish(
+        question,
+        found,
+        out=args.out,
+        settings=settings_of(vars(args)),
+        plots=[
+            bars(["plan MiB", "measured MiB"], ["MB a rank", "ranks", "tables", "checkpoints"], title="Peak of a rank")
+        ],
+    )
 
 
 def make(folder: Path, table_bytes: int) -> None:
