@@ -31,7 +31,7 @@ from torchrec.distributed.types import ShardingPlan
 
 MIB = 1 << 20
 PROCESS = 293 * MIB
-"""Anonymous memory of a process after `import recpress.trainer.train`; torch 2.13 + torchrec 1.8, CPU."""
+"""Anonymous memory of a process that has imported all that a training takes; torch 2.13 + torchrec 1.8, CPU."""
 ALLOCATOR = 64 * MIB
 """What glibc may keep of freed memory: twice the largest block that it takes from the heap (mallopt(3))."""
 PIPELINE = 3
