@@ -87,7 +87,7 @@ def sides(case: Case, args: argparse.Namespace) -> list[readers.Peer]:
 
 def measured(peer: readers.Peer) -> Callable[[], Cost]:
     """Two readings in a process of its own: memory and bytes of the first, time of the second, when the memory that
-    Arrow and torch keep for themselves is there already, as it is in all but the first seconds of a long run."""
+    Arrow, torch and the stream keep is there already, as it is in all but the first seconds of a long run."""
 
     def inside() -> Cost:
         readers.warmed()

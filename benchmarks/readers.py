@@ -106,15 +106,19 @@ def bare(made: Made, threads: int) -> Read:
 
 
 def ours(made: Made, config: StreamConfig, sample: SampleConfig | None = None) -> Read:
-    """The stream, all features on."""
+    """The stream, all features on; each reading is the next epoch of the same stream."""
+    streams: list[InteractionStream] = []
 
     def read() -> float:
-        log = open_log(made.folder, made.schema, pairs=False)
-        stream = InteractionStream(log.train, log.schema, config, sample=sample)
+        if not streams:
+            log = open_log(made.folder, made.schema, pairs=False)
+            streams.append(InteractionStream(log.train, log.schema, config, sample=sample))
+        stream = streams[0]
         for batch in KeyedBatches(stream, made.keys):
             assert batch.label is not None
             hand_over(batch.features, batch.label, batch.dense)
-        return log.train.num_rows
+        stream.set_epoch(stream.epoch + 1)
+        return stream.rows.num_rows
 
     return read
 
