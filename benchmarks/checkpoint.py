@@ -5,7 +5,8 @@
 Tables of --gigabytes (users x --dim, random or frozen) are trained on batches that lie in memory. Stretches of --steps
 steps with one checkpoint in each, written beside training and written while training waits, alternate with stretches
 without any; the cost is the median of (with - without) / without over neighbours in time. It is that of steps as long
-as these: `ms a step` says how long.
+as these: `ms a step` says how long. The same of the processor time of all ranks, `of CPU time`, is what writing takes
+where the ranks keep all cores busy, whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -87,13 +88,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     describe: dict[str, Any] = {"config": {}, "inputs": {}, "global_batch": 0}
     checkpoints = Checkpoints(CheckpointConfig(resume=False, keep=1), args.folder, describe)
 
-    def stretch(mode: str) -> float:
-        """Seconds of `steps` steps, of the slowest rank. The checkpoint begins with them, so that its writing lies
-        beside them; what is left of it at their end is waited for, and counts."""
+    def stretch(mode: str) -> tuple[float, float]:
+        """Seconds of `steps` steps, of the slowest rank, and of the processors, of all ranks. The checkpoint begins
+        with them, so that its writing lies beside them; what is left of it at their end is waited for, and counts."""
         checkpoints.config = CheckpointConfig(keep=1, background=mode == "beside")
         state = run_state.everything(dmp, optimizer)
         dist.barrier()
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         if mode != "none":
             checkpoints.save(state, {}, 1)
         fit(
@@ -101,17 +102,21 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             FitConfig(log_every=args.steps), device=device, show_progress=False,
         )  # fmt: skip
         checkpoints.wait()
-        return slowest(time.perf_counter() - start)
+        used = torch.tensor(time.process_time() - computed, dtype=torch.float64)
+        dist.all_reduce(used)
+        return slowest(time.perf_counter() - start), float(used)
 
     stretch("none")
     stretch("beside")  # makes the buffers of the copy
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
+    computed: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(args.repeat):
         for mode in MODES:
-            times[mode].append(stretch(mode))
-    cost = {
-        mode: sorted(100 * (a - b) / b for a, b in zip(times[mode], times["none"], strict=True)) for mode in MODES[1:]
-    }
+            seconds, used = stretch(mode)
+            times[mode].append(seconds)
+            computed[mode].append(used)
+    cost = {mode: sorted(shares(times[mode], times["none"])) for mode in MODES[1:]}
+    of_cpu = shares(computed["beside"], computed["none"])
     total = sum(file.stat().st_size for file in (Path(args.folder) / "step-00000001").iterdir())
     state = run_state.everything(dmp, optimizer)
     copy = seconds_of(lambda: checkpoints._staged.copy(state))
@@ -135,6 +140,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "ms a step": 1e3 * statistics.median(times["none"]) / args.steps,
         "cost beside %": statistics.median(cost["beside"]),
         "from, to": f"{cost['beside'][0]:.1f}, {cost['beside'][-1]:.1f}",
+        "of CPU time %": statistics.median(of_cpu),
+        "CPU s a checkpoint": statistics.median(of_cpu) / 100 * statistics.median(computed["none"]),
+        "CPU from, to": f"{min(of_cpu):.1f}, {max(of_cpu):.1f}",
         "cost waiting %": statistics.median(cost["waiting"]),
         "copy s": copy,
         "save GB/s": total / 1e9 / save,
@@ -142,6 +150,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "verify and load GB/s": total / 1e9 / read,
         "dd read GB/s": disk[1],
     }
+
+
+def shares(costly: list[float], plain: list[float]) -> list[float]:
+    """By how many percent more, of neighbours in time."""
+    return [100 * (a - b) / b for a, b in zip(costly, plain, strict=True)]
 
 
 def slowest(seconds: float) -> float:

@@ -225,8 +225,14 @@ def read_manifest(
     return parse_manifest(blob, path, kind)
 
 
-def parse_manifest(blob: bytes, path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """The manifest that `blob` is, of the artifact at `path`. Raises InputError as `read_manifest` does."""
+def parse_manifest(
+    blob: bytes, path: str | Path, kind: str | None = None, version: int = FORMAT_VERSION
+) -> dict[str, Any]:
+    """The manifest that `blob` is, of the artifact at `path`. Raises InputError as `read_manifest` does.
+
+    Args:
+        version: of a kind that has versions of its own, and puts its `version` into `meta` when it writes.
+    """
     name = storage.join(path, MANIFEST)
     try:
         manifest = json.loads(blob)
@@ -236,10 +242,8 @@ def parse_manifest(blob: bytes, path: str | Path, kind: str | None = None) -> di
         raise InputError(f"{name}: not a manifest of recpress")
     if kind is not None and manifest.get("kind") != kind:
         raise InputError(f"{path}: an artifact of kind '{manifest.get('kind')}'; expected kind '{kind}'")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise UnknownVersion(
-            f"{path}: format version {manifest.get('version')}; this release reads version {FORMAT_VERSION}"
-        )
+    if manifest.get("version") != version:
+        raise UnknownVersion(f"{path}: format version {manifest.get('version')}; this release reads version {version}")
     return manifest
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: whole or absent, verified before use, the newest whole one found again.
 
-A checkpoint is an artifact, a folder `step-00000100`: what DCP wrote of the tensors (`checkpoint_storage`), `run.json`
-with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and sha256
-of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
+A checkpoint is an artifact, a folder `step-00000100`: the tensors as DCP cuts them (`checkpoint_storage`), `run.json`
+with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and
+checksum of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
 referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept. They lie on
 a disk (`checkpoint_places`) or on an object store (`checkpoint_remote`).
 
@@ -25,8 +25,10 @@ import torch.distributed as dist
 from recpress.data.errors import InputError
 from recpress.data.storage import is_remote
 from recpress.trainer import checkpoint_storage as storage
-from recpress.trainer.checkpoint_places import RUN, Damaged, LocalPlace, Place, describe
+from recpress.trainer.checkpoint_bytes import describe
+from recpress.trainer.checkpoint_places import RUN, VERSION, Damaged, LocalPlace, Place
 from recpress.trainer.checkpoint_remote import RemotePlace
+from recpress.trainer.checkpoint_staged import Staged, State
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.errors import Preempted
 from recpress.trainer.same_run import check_same_run
@@ -50,12 +52,12 @@ class Checkpoint:
     best: Checkpoint | None = None
     """The weights of the best evaluation, which it refers to."""
 
-    def has(self, state: storage.State) -> bool:
+    def has(self, state: State) -> bool:
         """Whether it has all of these tensors, with these shapes; not collective."""
         kept = storage.names(self.files)
         return all(kept.get(name) == tuple(value.shape) for name, value in state.items())
 
-    def load(self, state: storage.State, group: dist.ProcessGroup | None) -> None:
+    def load(self, state: State, group: dist.ProcessGroup | None) -> None:
         """Fill the tensors of `state`. Collective.
 
         Raises:
@@ -97,7 +99,7 @@ class Checkpoints:
         self.failures = 0
         self.last: str | None = None
         """The newest `step-*` that this run wrote or started from."""
-        self._staged = storage.Staged()
+        self._staged = Staged()
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
         self._due = time.monotonic()
@@ -154,7 +156,7 @@ class Checkpoints:
 
     # ---- writing
 
-    def save(self, state: storage.State, run: Mapping[str, Any], step: int, *, best: bool = False) -> None:
+    def save(self, state: State, run: Mapping[str, Any], step: int, *, best: bool = False) -> None:
         """Copy the state and start to write the copy; waits for the checkpoint before it, if that is not written yet.
 
         What goes wrong while writing (no space left, say, or a store that fails) stops nothing: it is said by the next
@@ -188,13 +190,13 @@ class Checkpoints:
                 self._say(f"warning: a checkpoint was not written: {self._problem}; the run goes on, {instead}")
             self._problem = None
 
-    def _write(self, state: storage.State, run: dict[str, Any], name: str) -> None:
+    def _write(self, state: State, run: dict[str, Any], name: str) -> None:
         tmp: Path | None = None
         try:
             tmp = folder = self.place.staging(self._on_rank_0(lambda: self.place.begin(name)))
-            storage.save(state, self._staged, folder, self.group)
-            parts = self._together(lambda: self._put(folder, name, run))
-            meta = self.describe | {"files": {file: what for part in parts for file, what in part.items()}}
+            mine = storage.save(state, self._staged, folder, self.group)
+            parts = self._together(lambda: self._put(folder, name, run, mine))
+            meta = self.describe | {"version": VERSION, "files": {k: v for part in parts for k, v in part.items()}}
             self._on_rank_0(lambda: self.place.commit(folder, name, meta))
             if name.startswith("step"):
                 self.last = self.place.at(name)
@@ -206,14 +208,15 @@ class Checkpoints:
             if tmp is not None:
                 self.place.end(tmp)
 
-    def _put(self, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
-        """Bring the files that this rank wrote to their place; their sizes and checksums."""
-        mine = sorted(path.name for path in folder.glob(f"__{self.rank}_*"))
+    def _put(self, folder: Path, name: str, run: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+        """Bring the files of this rank to their place, those with its tensors (`mine`) and, on rank 0, the small ones;
+        their sizes and checksums."""
+        found = dict(mine)
         if self.rank == 0:
             (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
-            mine += [storage.TENSORS, RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
-        found = {file: describe(folder / file) for file in mine}
-        self.place.put(folder, name, mine)
+            small = [storage.TENSORS, RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
+            found |= {file: describe(folder / file) for file in small}
+        self.place.put(folder, name, found)
         return found
 
     def _prune(self, name: str) -> None:

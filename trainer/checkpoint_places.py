@@ -6,7 +6,6 @@ Nothing here is collective; each method says which ranks call it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,8 +16,11 @@ from typing import Any
 
 from recpress.data import artifact, storage
 from recpress.data.errors import InputError
+from recpress.trainer.checkpoint_bytes import CHECKSUM, checksum
 
 KIND = "checkpoint"
+VERSION = 2
+"""Of the format. 1 had tensors as torch.save writes them, and sha256."""
 RUN = "run.json"
 """The numbers of the run: position in the log, schedule, results."""
 METRICS = "metrics"
@@ -59,7 +61,7 @@ class Place(ABC):
         """
         blob = self._bytes(name, artifact.MANIFEST)
         try:
-            manifest = artifact.parse_manifest(blob, self.at(name), KIND)
+            manifest = artifact.parse_manifest(blob, self.at(name), KIND, VERSION)
             for file in manifest["files"]:
                 if file.startswith("/") or ".." in file.split("/"):
                     raise Damaged(f"its manifest lists {file!r}, expected names below the folder")
@@ -75,7 +77,7 @@ class Place(ABC):
 
     @abstractmethod
     def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
-        """Compare size and sha256 of this rank's share of the files. Every rank.
+        """Compare size and checksum of this rank's share of the files. Every rank.
 
         Raises:
             Damaged: a file is missing, or is another one.
@@ -238,23 +240,13 @@ class LocalPlace(Place):
             raise Damaged(f"{self.path / name / file}: {error.strerror}") from error
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
 def check_file(path: Path, want: Mapping[str, Any], shown: object) -> None:
     """Raise Damaged where a local file is not the one that the manifest lists."""
     have = path.stat().st_size if path.is_file() else "missing"
     if have != want["size"]:
         raise Damaged(f"{shown}: expected {want['size']} bytes, is {have}")
-    if _sha256(path) != want["sha256"]:
+    if checksum(path) != want[CHECKSUM]:
         raise Damaged(f"{shown}: does not have the checksum that its manifest says")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step(name: str) -> int:

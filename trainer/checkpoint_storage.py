@@ -1,74 +1,50 @@
-"""torch.distributed.checkpoint (DCP) on plain files: tensors as DCP writes them, its metadata as JSON.
+"""torch.distributed.checkpoint (DCP) on plain files: the bytes of the tensors, and where they lie as JSON.
 
-DCP cuts a state into one part a rank and puts it together again on any number of ranks. Its own `.metadata` file is a
-pickle, which loading would execute; here the same facts are in `tensors.json`, and a file of tensors is read with
-weights_only=True. States are flat: name -> tensor or ShardedTensor.
+DCP cuts a state into one part a rank and puts it together again on any number of ranks. Its own files are pickles,
+which cost a copy and a slow checksum to write, and loading `.metadata` would execute it. Here `tensors-0.bin` of rank 0
+has the bytes of the tensors as they lie in memory (little-endian), and `tensors.json` says which, where, and of which
+shape. States are flat: name -> tensor or ShardedTensor.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from recpress.trainer import checkpoint_bytes
+from recpress.trainer.checkpoint_staged import Staged, State
 from torch.distributed import checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 TENSORS = "tensors.json"
-State = dict[str, Any]
-"""Name -> tensor (replicated, or of one rank alone) or ShardedTensor."""
+_BLOCK = 4 << 20  # bytes that are read at a time
 
 
-class Staged:
-    """A copy of the state in host memory, whose buffers serve for one copy after the other."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, state: State) -> None:
-        """Copy what this rank holds of the state."""
-        wanted = {(name, place): tensor for name, value in state.items() for place, tensor in _parts(value)}
-        for key in self._buffers.keys() - wanted.keys():
-            del self._buffers[key]
-        for key, tensor in wanted.items():
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                self._buffers[key] = tensor.detach().to("cpu", copy=True)
-            else:
-                buffer.copy_(tensor)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
-    def find(self, name: str, place: tuple[int, ...]) -> torch.Tensor:
-        """The copy of the part of `name` that begins at `place`."""
-        return self._buffers[name, place]
-
-
-def save(state: State, staged: Staged, folder: Path, group: dist.ProcessGroup | None) -> None:
+def save(state: State, staged: Staged, folder: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
     """Write the copy `staged` of `state` into `folder`, which all ranks see; only names and shapes are read of `state`.
 
-    Collective over `group`.
+    Collective over `group`. Returns what a manifest says of the files that this rank wrote, `tensors.json` excepted.
 
     Raises:
         CheckpointException: a rank could not write. On every rank.
     """
-    dcp.save(
-        dict(state), storage_writer=_Writer(folder), planner=_StagedPlanner(staged), process_group=group, no_dist=False
-    )
+    writer = _Writer(folder, staged, dist.get_rank(group))
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.save(dict(state), storage_writer=writer, planner=planner, process_group=group, no_dist=False)
+    return writer.written
 
 
 def load(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -89,63 +65,146 @@ def names(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["size"]) for name, entry in _read(folder).items()}
 
 
-def _parts(value: torch.Tensor | ShardedTensor) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    if isinstance(value, ShardedTensor):
-        return [(tuple(shard.metadata.shard_offsets), shard.tensor) for shard in value.local_shards()]
-    return [((0,) * value.dim(), value)]
+@dataclass(frozen=True)
+class _Lies:
+    """Where the bytes of a part are."""
+
+    file: str
+    at: int
+    length: int
+    """In bytes."""
+    sizes: tuple[int, ...] = ()
+    """Shape of the part."""
+    dtype: torch.dtype = torch.uint8
 
 
-class _StagedPlanner(dcp.DefaultSavePlanner):
-    """Plans by the state and takes the values from its copy, so that training can go on meanwhile."""
+class _Writer(dcp.StorageWriter):
+    def __init__(self, folder: Path, staged: Staged, rank: int) -> None:
+        self.folder, self.staged, self.file = folder, staged, f"tensors-{rank}.bin"
+        self.written: dict[str, dict[str, Any]] = {}
 
-    def __init__(self, staged: Staged) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._staged = staged
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass  # one writer, one checkpoint
 
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._staged.find(index.fqn, tuple(index.offset or ()))
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
 
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return plan
 
-class _Writer(dcp.FileSystemWriter):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, single_file_per_rank=True, sync_files=True)
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        return plans
 
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        parts = {item.index: (item.index.fqn, tuple(item.index.offset or ())) for item in plan.items}
+        pieces, found = self.staged.file(parts.values())
+        if pieces:
+            self.written[self.file] = checkpoint_bytes.write(self.folder / self.file, pieces)
+        lies = {index: _Lies(self.file, *found[part]) for index, part in parts.items()}
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(index, where.length, where) for index, where in lies.items()])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write what there is and where it lies; called on the coordinator, after all ranks have written."""
-        places = {result.index: result.storage_data for results_of_rank in results for result in results_of_rank}
+        lies = {
+            result.index: result.storage_data for of_rank in results for result in of_rank if result.size_in_bytes
+        }  # an empty part may begin where another does
         content: dict[str, Any] = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
             chunks = []
             for chunk in entry.chunks:
-                place = places[MetadataIndex(name, chunk.offsets)]
+                if not chunk.sizes.numel():
+                    continue
+                where = lies[MetadataIndex(name, chunk.offsets)]
                 chunks.append(
                     {
                         "offsets": list(chunk.offsets),
                         "sizes": list(chunk.sizes),
-                        "file": place.relative_path,
-                        "at": place.offset,
-                        "length": place.length,
+                        "file": where.file,
+                        "at": where.at,
+                        "length": where.length,
                     }
                 )
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             content[name] = {"dtype": dtype, "size": list(entry.size), "chunks": chunks}
-        (Path(self.path) / TENSORS).write_text(json.dumps(content), encoding="utf-8")
+        (self.folder / TENSORS).write_text(json.dumps(content), encoding="utf-8")
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(dcp.StorageReader):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lies: dict[MetadataIndex, _Lies] = {}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass  # one reader, one checkpoint
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors: dict[str, Any] = {}
-        places = {}
-        for name, entry in _read(Path(self.path)).items():
+        for name, entry in _read(self.folder).items():
             chunks = []
-            for chunk in entry["chunks"]:
-                offsets = torch.Size(chunk["offsets"])
-                chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(chunk["sizes"])))
-                places[MetadataIndex(name, offsets)] = _StorageInfo(chunk["file"], chunk["at"], chunk["length"])
             dtype = getattr(torch, entry["dtype"])
+            for chunk in entry["chunks"]:
+                offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
+                chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+                where = _Lies(chunk["file"], chunk["at"], chunk["length"], tuple(sizes), dtype)
+                self.lies[MetadataIndex(name, offsets)] = where
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["size"]), chunks)
-        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))
+        return Metadata(tensors)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+        return plans
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            target = planner.resolve_tensor(item).detach()
+            _fill(target, self.folder, self.lies[item.storage_index], item.storage_offsets)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def _fill(target: torch.Tensor, folder: Path, part: _Lies, offsets: tuple[int, ...]) -> None:
+    """Fill `target` with the slice of `part` that has its shape and begins at `offsets`, some rows at a time."""
+    if target.dim() == 0:
+        target, part, offsets = target[None], replace(part, sizes=(1,)), (0,)
+    row = part.length // part.sizes[0]
+    step = max(1, _BLOCK // row)
+    block = torch.empty(min(step, len(target)) * row, dtype=torch.uint8)
+    with open(folder / part.file, "rb", buffering=0) as file:
+        file.seek(part.at + offsets[0] * row)
+        for rows in target.split(step):
+            wanted = block[: len(rows) * row]
+            _read_into(wanted.numpy().data, file)
+            found = wanted.view(part.dtype).view(len(rows), *part.sizes[1:])
+            for dim in range(1, rows.dim()):
+                found = found.narrow(dim, offsets[dim], rows.shape[dim])
+            rows.copy_(found)
+
+
+def _read_into(buffer: memoryview, file: Any) -> None:
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise ValueError(f"{file.name}: ends too early")
+        buffer = buffer[count:]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from recpress.modules.losses import BinaryCrossEntropy
 from recpress.modules.predictions import Predictions, WatchedLoss
-from recpress.trainer.checkpoint_storage import State
+from recpress.trainer.checkpoint_staged import State
 from recpress.trainer.config import MetricsConfig
 from torchrec.metrics.auc import AUCMetric
 from torchrec.metrics.calibration import CalibrationMetric

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from recpress.modules.two_tower import CountCodes
-from recpress.trainer.checkpoint_storage import State
+from recpress.trainer.checkpoint_staged import State
 from recpress.trainer.optimizer import TrainOptimizer
 from torch import nn
 

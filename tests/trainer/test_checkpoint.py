@@ -110,7 +110,7 @@ def test_the_last_ones_are_kept_and_the_weights_of_the_best_evaluation(tmp_path)
 def damage(folder, how):
     crashed(folder, crash=11)
     newest = Path(folder) / "step-00000009"
-    shard = newest / "__0_0.distcp"
+    shard = newest / "tensors-0.bin"
     if how == "flipped bit":
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
@@ -232,7 +232,7 @@ def test_another_version_of_the_format_is_refused(tmp_path):
     run_on_ranks(crashed, 1, tmp_path, "init-freeze-plus", 5)
     path = tmp_path / "step-00000003" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(InputError, match="format version 99; this release reads version 1"):
+    with pytest.raises(InputError, match="format version 99; this release reads version 2"):
         run_with(tmp_path, {})
 
 

@@ -95,9 +95,9 @@ def test_what_a_killed_rank_had_not_uploaded_is_passed_over(base, quiet_on_two):
 def test_a_store_that_fails_for_a_moment_costs_no_checkpoint(base, s3, quiet, monkeypatch, fault):  # noqa: F811
     monkeypatch.setenv("RECPRESS_STORAGE_PATIENCE", "30")
     listing = "none" if fault == "stall" else "GET .*list-type"  # a stall takes its time
-    with s3.failing(fault, "PUT .*step-00000006/__0", times=1), s3.failing(fault, listing, times=1, after=3):
+    with s3.failing(fault, "PUT .*step-00000006/tensors-0", times=1), s3.failing(fault, listing, times=1, after=3):
         assert run_on_ranks(train, 1, base)[0] == quiet
-    assert s3.count(f"PUT .*{base.rpartition('/')[2]}/step-00000006/__0") >= 2
+    assert s3.count(f"PUT .*{base.rpartition('/')[2]}/step-00000006/tensors-0") >= 2
 
 
 def through_faults(folder, server, match):
@@ -107,7 +107,7 @@ def through_faults(folder, server, match):
 
 @pytest.mark.parametrize(
     "match",
-    ["PUT .*step-00000009/__0", "PUT .*step-00000009/manifest", "GET .*step-00000009"],
+    ["PUT .*step-00000009/tensors-0", "PUT .*step-00000009/manifest", "GET .*step-00000009"],
     ids=["upload", "manifest", "listing"],
 )
 def test_a_store_that_goes_on_failing_costs_one_checkpoint_and_no_step(base, s3, quiet, match):  # noqa: F811
@@ -127,12 +127,12 @@ def kept(folder):
 def test_only_the_last_ones_are_kept(base):
     left, files = run_on_ranks(kept, 1, base)[0]
     assert left == ["best-00000006", "step-00000012", "step-00000015"]
-    assert {name.partition("/")[2] for name in files} == {"__0_0.distcp", "tensors.json", "run.json", "manifest.json"}
+    assert {name.partition("/")[2] for name in files} == {"tensors-0.bin", "tensors.json", "run.json", "manifest.json"}
 
 
 def damage(folder, how):
     crashed(folder, crash=11)
-    file = f"{folder}/step-00000009/__0_0.distcp"
+    file = f"{folder}/step-00000009/tensors-0.bin"
     content = storage.read_bytes(file)
     if how == "truncated":
         storage.write_bytes(file, content[: len(content) // 2])
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base, quiet, how
 
 def resumed_through_short_answers(folder, server):
     crashed(folder, crash=11)
-    with server.failing("short", "GET .*step-00000009/__0", times=1):
+    with server.failing("short", "GET .*step-00000009/tensors-0", times=1):
         return train(folder)
 
 
