@@ -5,8 +5,9 @@
 Tables of --gigabytes (users x --dim, random or frozen) are trained on batches that lie in memory. Stretches of --steps
 steps with one checkpoint in each, written beside training and written while training waits, alternate with stretches
 without any; the cost is the median of (with - without) / without over neighbours in time. It is that of steps as long
-as these: `ms a step` says how long. The same of the processor time of all ranks, `of CPU time`, is what writing takes
-where the ranks keep all cores busy, whatever else the machine does.
+as these: `ms a step` says how long. `CPU s a checkpoint` is the processor time of copying and writing, of all ranks,
+and `of CPU time` its share of that of a stretch without: what a checkpoint costs where the ranks keep all cores busy,
+whatever else the machine does meanwhile.
 """
 
 from __future__ import annotations
@@ -87,14 +88,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     batches = [made_batch(args, 1000 * dist.get_rank() + seed, device) for seed in range(min(args.steps, 20))]
     describe: dict[str, Any] = {"config": {}, "inputs": {}, "global_batch": 0}
     checkpoints = Checkpoints(CheckpointConfig(resume=False, keep=1), args.folder, describe)
+    spent = [0.0]  # of the processor by this rank's copies and writing
+    checkpoints._staged.copy = computing(checkpoints._staged.copy, spent)  # type: ignore[method-assign]
+    checkpoints._write = computing(checkpoints._write, spent)  # type: ignore[method-assign]
 
     def stretch(mode: str) -> tuple[float, float]:
-        """Seconds of `steps` steps, of the slowest rank, and of the processors, of all ranks. The checkpoint begins
-        with them, so that its writing lies beside them; what is left of it at their end is waited for, and counts."""
+        """Seconds of `steps` steps, of the slowest rank, and of the processors, of all ranks: of everything without a
+        checkpoint, of the checkpoint with one. It begins with the steps, so that its writing lies beside them; what is
+        left of it at their end is waited for, and counts."""
         checkpoints.config = CheckpointConfig(keep=1, background=mode == "beside")
         state = run_state.everything(dmp, optimizer)
         dist.barrier()
-        start, computed = time.perf_counter(), time.process_time()
+        start, before, spent[0] = time.perf_counter(), time.process_time(), 0.0
         if mode != "none":
             checkpoints.save(state, {}, 1)
         fit(
@@ -102,9 +107,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             FitConfig(log_every=args.steps), device=device, show_progress=False,
         )  # fmt: skip
         checkpoints.wait()
-        used = torch.tensor(time.process_time() - computed, dtype=torch.float64)
+        seconds = time.perf_counter() - start
+        used = torch.tensor(time.process_time() - before if mode == "none" else spent[0], dtype=torch.float64)
         dist.all_reduce(used)
-        return slowest(time.perf_counter() - start), float(used)
+        return slowest(seconds), float(used)
 
     stretch("none")
     stretch("beside")  # makes the buffers of the copy
@@ -115,8 +121,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             seconds, used = stretch(mode)
             times[mode].append(seconds)
             computed[mode].append(used)
-    cost = {mode: sorted(shares(times[mode], times["none"])) for mode in MODES[1:]}
-    of_cpu = shares(computed["beside"], computed["none"])
+    cost = {
+        mode: sorted(100 * (a - b) / b for a, b in zip(times[mode], times["none"], strict=True)) for mode in MODES[1:]
+    }
+    of_cpu = [100 * a / b for a, b in zip(computed["beside"], computed["none"], strict=True)]
     total = sum(file.stat().st_size for file in (Path(args.folder) / "step-00000001").iterdir())
     state = run_state.everything(dmp, optimizer)
     copy = seconds_of(lambda: checkpoints._staged.copy(state))
@@ -141,8 +149,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "cost beside %": statistics.median(cost["beside"]),
         "from, to": f"{cost['beside'][0]:.1f}, {cost['beside'][-1]:.1f}",
         "of CPU time %": statistics.median(of_cpu),
-        "CPU s a checkpoint": statistics.median(of_cpu) / 100 * statistics.median(computed["none"]),
-        "CPU from, to": f"{min(of_cpu):.1f}, {max(of_cpu):.1f}",
+        "CPU s a checkpoint": statistics.median(computed["beside"]),
         "cost waiting %": statistics.median(cost["waiting"]),
         "copy s": copy,
         "save GB/s": total / 1e9 / save,
@@ -152,9 +159,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
-def shares(costly: list[float], plain: list[float]) -> list[float]:
-    """By how many percent more, of neighbours in time."""
-    return [100 * (a - b) / b for a, b in zip(costly, plain, strict=True)]
+def computing(work: Callable[..., None], spent: list[float]) -> Callable[..., None]:
+    """`work` that adds the seconds of the processor of its thread."""
+
+    def counted(*args: Any) -> None:
+        start = time.thread_time()
+        work(*args)
+        spent[0] += time.thread_time() - start
+
+    return counted
 
 
 def slowest(seconds: float) -> float:
