@@ -231,9 +231,10 @@ def run_with(folder, what):
 def test_another_version_of_the_format_is_refused(tmp_path):
     run_on_ranks(crashed, 1, tmp_path, "init-freeze-plus", 5)
     path = tmp_path / "step-00000003" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(InputError, match="format version 99; this release reads version 2"):
-        run_with(tmp_path, {})
+    for version in (1, 99):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+        with pytest.raises(InputError, match=f"step-00000003: format version {version}; this release reads version 2"):
+            run_with(tmp_path, {})
 
 
 def test_a_folder_that_cannot_hold_checkpoints_is_named(tmp_path):
