@@ -180,7 +180,7 @@ def test_parts_with_much_between_them_are_two_writes():
     staged, far = Staged(), torch.arange(100_000, dtype=torch.int32)
     state = {"a": torch.full((10,), 7.0), "between": far, "b": torch.full((1030,), 9.0)}
     staged.copy(state)
-    pieces, found = staged.file([("a", (0,)), ("b", (0,))])
+    pieces, found = staged.file([("b", (0,)), ("a", (0,))])
     assert [len(piece) for piece in pieces] in ([PAGE, 2 * PAGE], [PAGE, PAGE * 3])
     content = b"".join(pieces)
     for name in "ab":
