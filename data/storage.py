@@ -40,6 +40,8 @@ T = TypeVar("T")
 PIECE = 32 << 20
 """Bytes that one read fetches, and one write sends."""
 THREADS = 8
+AHEAD = 4
+"""Pieces of an upload that are on their way; pyarrow would take all of a file into memory where a store is slow."""
 
 
 def join(address: str | Path, name: str) -> str:
@@ -94,8 +96,12 @@ def upload_file(local: str | Path, address: str) -> None:
 
     def upload(filesystem: pafs.FileSystem, path: str) -> None:
         with open(local, "rb") as source, filesystem.open_output_stream(path) as stream:
+            sent = 0
             while piece := source.read(PIECE):
                 stream.write(piece)
+                sent += 1
+                if sent % AHEAD == 0:
+                    stream.flush()  # waits for them
         found = filesystem.get_file_info(path)
         if found.size != size:
             raise OSError(f"{found.size} bytes arrived of {size}")

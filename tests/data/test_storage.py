@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 
 import numpy as np
@@ -168,6 +169,16 @@ def test_an_operation_outlives_more_failures_than_one_request_may_have(base, s3,
     with s3.failing("reset", "GET .*file", times=5) as rule:
         assert storage.read_bytes(f"{base}/file") == b"data"
     assert rule.times == 0
+
+
+def test_a_file_waits_on_disk_and_not_in_memory_for_a_store_that_takes_nothing(base, s3, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(storage, "PIECE", 10 << 20)
+    monkeypatch.setattr(storage, "AHEAD", 2)
+    (tmp_path / "large").write_bytes(bytes(60 << 20))
+    with s3.failing("unavailable", "PUT .*partNumber="), pytest.raises(InputError, match="large: cannot be written"):
+        storage.upload_file(tmp_path / "large", f"{base}/large")
+    found = [re.search(r"large.*partNumber=(\d+)", request) for request in s3.requests]
+    assert {match[1] for match in found if match} == {"1", "2"}
 
 
 def test_what_cannot_pass_is_not_tried_again(base, s3):  # noqa: F811
