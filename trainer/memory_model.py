@@ -34,6 +34,8 @@ PROCESS = 293 * MIB
 """Anonymous memory of a process that has imported all that a training takes; torch 2.13 + torchrec 1.8, CPU."""
 ALLOCATOR = 64 * MIB
 """What glibc may keep of freed memory: twice the largest block that it takes from the heap (mallopt(3))."""
+UPLOAD = 224 * MIB
+"""What `data.storage.upload_file` holds: 211 and 221 MiB of files of 256 and 512 MiB (measured, pyarrow 26)."""
 PIPELINE = 3
 """Batches that TrainPipelineSparseDist holds: in the step, in the exchange of ids, on the way to the device."""
 Place = Literal["device", "host"]
@@ -109,6 +111,8 @@ class Job:
     """Rows of the largest row group."""
     keep_best: bool = False
     """A copy of the best weights is held (evaluation.every, evaluation.every_steps)."""
+    uploads: bool = False
+    """Checkpoints lie on an object store."""
     row_vectors: bool = True
     """The vectors of the maps' rows are stored beside them, and need not be worked out on each rank."""
 
@@ -263,6 +267,9 @@ def rank_lines(
     staged = trained_bytes + state + 3 * dense
     formula = "trainable tables, optimizer state, dense weights and 2 Adam moments"
     lines.append(Line("copy for checkpoints", staged, formula, "host", "checkpoint"))
+    if job.uploads:
+        formula = f"at most {UPLOAD // MIB} MiB (measured), whatever its size"
+        lines.append(Line("upload of a checkpoint", min(staged, UPLOAD), formula, "host", "checkpoint"))
     lines += _negatives_lines(job, device)
     wide = sum(strides[s.side] * s.width for s in shards) * 4 * world
     whole = sum(strides[t.side] * t.width for t in tables_of(model)) * 4

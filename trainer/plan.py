@@ -13,6 +13,7 @@ import torch
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.data.selection import Selection
+from recpress.data.storage import is_remote
 from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.artifacts import FactorsArtifact, open_factors
 from recpress.trainer.config import chosen_schema
@@ -277,6 +278,7 @@ def _job(config: PlanConfig) -> Job:
         sampled=sampled,
         group_rows=min(group, rows) if rows else group,
         keep_best=config.evaluation.while_training,
+        uploads=is_remote(config.checkpoint.folder or config.out),
         row_vectors=_row_vectors(config, log, factors),
     )
 

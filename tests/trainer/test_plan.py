@@ -12,7 +12,7 @@ from recpress.modules.config import ALSConfig, TablesConfig, TowersConfig, TwoTo
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash
 from recpress.trainer.cli import main
-from recpress.trainer.config import FactorizeConfig, TrainConfig
+from recpress.trainer.config import CheckpointConfig, FactorizeConfig, TrainConfig
 from recpress.trainer.factorize import factorize
 from recpress.trainer.memory_model import MapShape, MetaTowers, activation_bytes, peak, rank_lines, shards_by_rank
 from recpress.trainer.plan import MOST_RANKS, _job, assess, plan, smallest
@@ -52,6 +52,17 @@ def test_trained_tables_have_four_bytes_of_state_a_row():
     assert line(lines, "trainable tables") == 1_100_000 * 512
     assert line(lines, "optimizer state") == 1_100_000 * 4
     assert not any(entry["name"] == "frozen tables" for entry in lines)
+
+
+def test_uploads_take_memory_where_checkpoints_go_to_a_store():
+    def upload(**changes):
+        return [entry["bytes"] for entry in one_rank(**changes) if entry["name"] == "upload of a checkpoint"]
+
+    remote = CheckpointConfig(folder="s3://bucket/run")
+    assert upload(strategy="random") == upload(strategy="random", checkpoint=CheckpointConfig(folder="run")) == []
+    assert upload(strategy="random", checkpoint=remote) == upload(strategy="random", out="s3://bucket/x") == [224 << 20]
+    small = one_rank(checkpoint=remote)  # frozen tables are not in it
+    assert line(small, "upload of a checkpoint") == line(small, "copy for checkpoints") < 224 << 20
 
 
 @pytest.mark.parametrize(("strategy", "trained"), [("random", 1_100_000 * 516), ("init-freeze", 0)])
