@@ -4,6 +4,7 @@
 
 The same global batch is trained on in one process, by two ranks on one node, and by two ranks in two network namespaces
 that a veth pair joins (each with its loopback only besides); cases take turns, --rounds times, each in new processes.
+A round takes about a minute on two quiet cores; a run that is interrupted (Ctrl-C, SIGTERM) shows what it has.
 Of every case, a step, the slower rank:
 
 - compute: CPU time of the main thread, which runs forward, backward and optimizer;
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096, help="of all ranks together")
     parser.add_argument("--negatives", type=int, default=4)
     parser.add_argument("--tables", choices=("trained", "frozen fp32"), default="trained")
-    parser.add_argument("--steps", type=int, default=30, help="of a stretch")
-    parser.add_argument("--stretches", type=int, default=3, help="of a case in a round")
+    parser.add_argument("--steps", type=int, default=20, help="of a stretch")
+    parser.add_argument("--stretches", type=int, default=2, help="of a case in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="JSON file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is a rank: where its result goes
@@ -154,25 +155,35 @@ def sent(interface: str) -> int:
 def drive(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
     runs: dict[str, list[dict[str, Any]]] = {}
-    with nodes() as (found, reason):
-        if not found:
-            print(f"without {SPACES}: {reason}", flush=True)
-        first = found[:1] or [None]
-        cases: dict[str, list[str | None]] = {ONE: first, NODE: 2 * first}
-        if found:
-            cases[SPACES] = list(found)
-        for number in range(args.rounds):
-            for case, places in cases.items():
-                runs.setdefault(case, []).append(run(args, places))
-                each = [1e3 * s["step"] for s in runs[case][-1]["stretches"]["ours"]]
-                print(f"round {number + 1}, {case}: {statistics.median(each):.1f} ms a step", flush=True)
+    try:
+        with nodes() as (found, reason):
+            if not found:
+                print(f"without {SPACES}: {reason}", flush=True)
+            first = found[:1] or [None]
+            cases: dict[str, list[str | None]] = {ONE: first, NODE: 2 * first}
+            if found:
+                cases[SPACES] = list(found)
+            for number in range(args.rounds):
+                for case, places in cases.items():
+                    result = run(args, places)
+                    runs.setdefault(case, []).append(result)
+                    each = [1e3 * s["step"] for s in result["stretches"]["ours"]]
+                    print(f"round {number + 1}, {case}: {statistics.median(each):.1f} ms a step", flush=True)
+    finally:
+        if runs:
+            report(args, runs)  # what there is, of a run that is interrupted
+
+
+def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The table of all cases that have run."""
     rows = [row(case, runs, args.batch) for case in runs]
     ratios = [
         ours["step"] / default["step"]
-        for result in runs[NODE]
+        for result in runs.get(NODE, [])
         for ours, default in zip(result["stretches"]["ours"], result["stretches"]["default"], strict=True)
     ]
-    rows[1]["DDP's bucket setting"] = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
+    if ratios:
+        rows[1]["DDP's bucket setting"] = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
     publish("1 rank, 2 ranks, 2 nodes: rows/s, and a step of the slower rank", rows, out=args.out,
             settings=settings_of(vars(args), ("out", "worker")))  # fmt: skip
 
@@ -184,10 +195,11 @@ def row(case: str, runs: dict[str, list[dict[str, Any]]], batch: int) -> dict[st
     ratio = statistics.median(
         statistics.median(s["step"] for s in alone["stretches"]["ours"])
         / statistics.median(s["step"] for s in these["stretches"]["ours"])
-        for alone, these in zip(runs[ONE], runs[case], strict=True)
+        for alone, these in zip(runs[ONE], runs[case], strict=False)  # the last round may be cut off
     )
     return {
         "case": case,
+        "rounds": len(runs[case]),
         "rows/s": round(batch / median("step")),
         "ratio to 1 rank": round(ratio, 3),
         "step ms": 1e3 * median("step"),
