@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from recpress.trainer.checkpoint_bytes import describe
 from recpress.trainer.config import ProfileConfig
 from recpress.trainer.step_parts import PARTS, step_parts
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -27,7 +28,7 @@ class Profiler:
     Used in a `with` around the loop, `step` after each step; a run that ends by an error writes nothing.
 
     Args:
-        folder: of the run's metrics, seen by all ranks.
+        folder: of the run's metrics; that of rank 0 gets the traces of all ranks.
     """
 
     def __init__(self, config: ProfileConfig, folder: str | Path, device: torch.device) -> None:
@@ -84,8 +85,10 @@ class Profiler:
             mine = f"rank {self.rank}: {error}"
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine)
+        problem = next((found for found in everyone if isinstance(found, str)), None)
+        if problem is None:
+            self._bring_traces()
         if self.rank == 0:
-            problem = next((found for found in everyone if isinstance(found, str)), None)
             self.say(f"warning: no profile: {problem}" if problem else self._write_breakdown(everyone, steps))
 
     def _write_trace(self, made: profile, steps: int) -> dict[str, float]:
@@ -99,6 +102,28 @@ class Profiler:
         partial.replace(trace)
         seconds = self._marks[self.config.start + steps] - self._marks[self.config.start]
         return {"step": 1000 * seconds / steps, **parts}
+
+    def _bring_traces(self) -> None:
+        """To the folder of rank 0, which is kept, from ranks that have no common disk with it; one after the other."""
+        trace = self.folder / TRACE.format(self.rank)
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, describe(trace))
+        wanted = [[self.rank == 0 and not self._has(rank, said) for rank, said in enumerate(everyone)]]
+        dist.broadcast_object_list(wanted, 0)
+        for rank in [rank for rank, asked in enumerate(wanted[0]) if asked]:
+            content: list[Any] = [None]
+            if self.rank == rank:
+                dist.send_object_list([trace.read_bytes()], 0, device=torch.device("cpu"))
+            elif self.rank == 0:
+                dist.recv_object_list(content, rank, device=torch.device("cpu"))
+                try:
+                    (self.folder / TRACE.format(rank)).write_bytes(content[0])
+                except OSError as error:
+                    self.say(f"warning: no trace of rank {rank}: {error}")
+
+    def _has(self, rank: int, said: dict[str, Any]) -> bool:
+        trace = self.folder / TRACE.format(rank)
+        return trace.is_file() and describe(trace) == said
 
     def _write_breakdown(self, everyone: list[dict[str, float]], steps: int) -> str:
         """The table as text."""

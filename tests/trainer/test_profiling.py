@@ -171,6 +171,23 @@ def test_a_run_on_two_ranks_says_where_its_steps_went_and_ends_at_the_same_bits(
     assert slowest["slowest_ms"] == found["by_rank"][slowest["slowest_rank"]][parts.LOOKUP]
 
 
+def profiled_apart(folder):
+    """Each rank is a machine of its own; on that of rank 0 lies an older trace."""
+    own = Path(folder) / str(torch.distributed.get_rank())
+    (own / "profile").mkdir(parents=True)
+    (own / "profile" / "trace-rank-1.json.gz").write_bytes(b"of another profile")
+    dmp, optimizer = small.sharded("init-train")
+    profiler = Profiler(ProfileConfig(steps=2, start=1), own, small.CPU)
+    fit(dmp, optimizer, small.batches, FitConfig(), device=small.CPU, show_progress=False, profiler=profiler)
+
+
+def test_traces_of_other_machines_come_to_rank_0(tmp_path):
+    run_on_ranks(profiled_apart, 2, tmp_path)
+    names = [sorted(path.name for path in (tmp_path / rank / "profile").iterdir()) for rank in "01"]
+    assert names == [["breakdown.json", "trace-rank-0.json.gz", "trace-rank-1.json.gz"], ["trace-rank-1.json.gz"]]
+    assert read(tmp_path / "0", 1) == read(tmp_path / "1", 1)
+
+
 def test_a_run_that_ends_before_has_the_steps_that_there_were(tmp_path):
     run_on_ranks(profiled, 1, tmp_path, 50, 0)
     found = json.loads((tmp_path / "profile" / "breakdown.json").read_text())
