@@ -30,7 +30,7 @@ from recpress.trainer.checkpoint_places import RUN, VERSION, Damaged, LocalPlace
 from recpress.trainer.checkpoint_remote import RemotePlace
 from recpress.trainer.checkpoint_staged import Staged, State
 from recpress.trainer.config import CheckpointConfig
-from recpress.trainer.errors import Preempted
+from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted
 from recpress.trainer.same_run import check_same_run
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -171,7 +171,7 @@ class Checkpoints:
         self._staged.copy(state)
         name = f"{'best' if best else 'step'}-{step:08d}"
         self._writer = threading.Thread(
-            target=self._write, args=(dict(state), dict(run), name), name="checkpoint", daemon=True
+            target=self._write, args=(dict(state), dict(run), name), name=CHECKPOINT_THREAD, daemon=True
         )
         self._writer.start()
         if not self.config.background:

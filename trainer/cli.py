@@ -6,16 +6,21 @@ Imports no torch: the stage is imported after its configuration has been read.
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from recpress.data.errors import InputError
-from recpress.trainer.errors import PREEMPTED_STATUS, Preempted, RankFailed
+from recpress.trainer.errors import CHECKPOINT_THREAD, PREEMPTED_STATUS, Preempted, RankFailed
+
+LEAVE_SECONDS = 3.0
+"""How long a process that ends by an error lets a checkpoint be written."""
 
 
 class Command(NamedTuple):
@@ -145,11 +150,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         rank = os.environ.get("RANK")
         print(f"recpress{f' [rank {rank}]' if rank else ''}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return _leaving(2)
     except KeyboardInterrupt:
         print("recpress: interrupted", file=sys.stderr)
-        return 130
+        return _leaving(130)
+    except Exception:
+        _leaving(1)
+        raise
     return 0
+
+
+def _leaving(status: int) -> int:
+    """`status`, with which this process will end soon, even where a checkpoint is on its way to a store that does not
+    answer: at its exit pyarrow waits for all requests, up to a minute."""
+
+    def leave(writer: threading.Thread) -> None:
+        writer.join(LEAVE_SECONDS)
+        if writer.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    for thread in threading.enumerate():
+        if thread.name == CHECKPOINT_THREAD:
+            atexit.register(leave, thread)  # before pyarrow's, which was registered when it was imported
+    return status
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:

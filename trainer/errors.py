@@ -11,3 +11,6 @@ class Preempted(RuntimeError):
 
 PREEMPTED_STATUS = 75
 """Exit status of a run that was preempted: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+CHECKPOINT_THREAD = "checkpoint"
+"""Name of the thread that writes a checkpoint, which a process that ends by an error does not wait for."""

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,3 +228,37 @@ def test_a_place_that_cannot_be_written_is_named(base, s3):  # noqa: F811
 
 def opened(folder):
     Checkpoints(CheckpointConfig(), folder, DESCRIBE)
+
+
+ENDS_BY_AN_ERROR = """
+import sys, time
+import torch
+from recpress.data.errors import InputError
+from recpress.trainer import cli
+from recpress.trainer.checkpoint import Checkpoints
+from recpress.trainer.config import CheckpointConfig
+from recpress.trainer.distributed import process_group
+from tests.trainer.test_checkpoint import DESCRIBE
+
+def stage(folder):
+    with process_group("cpu"), Checkpoints(CheckpointConfig(), folder, DESCRIBE) as checkpoints:
+        checkpoints.save({"a": torch.ones(10)}, {}, 1)
+        time.sleep(1)
+        raise InputError("of the test") if sys.argv[2] == "user" else KeyError("of the test")
+
+cli._command = lambda arguments: ("train", arguments)
+cli._config = lambda name, rest: rest[0]
+cli._load = lambda place: stage
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("error", "status", "said"), [("user", 2, "error: of the test"), ("ours", 1, "KeyError: 'of")])
+def test_an_error_does_not_wait_for_a_store_that_stalls(base, s3, monkeypatch, error, status, said):  # noqa: F811
+    monkeypatch.setenv("RECPRESS_STORAGE_TIMEOUT", "600")
+    command = [sys.executable, "-W", "ignore", "-c", ENDS_BY_AN_ERROR, base, error]
+    with s3.failing("stall", "PUT .*step-00000001/tensors"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert s3.count(f"PUT .*{base.rpartition('/')[2]}/step-00000001/tensors") == 1  # it was on its way
