@@ -149,7 +149,9 @@ class _Reader(dcp.StorageReader):
         tensors: dict[str, Any] = {}
         for name, entry in _read(self.folder).items():
             chunks = []
-            dtype = getattr(torch, entry["dtype"])
+            dtype = getattr(torch, entry["dtype"], None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{self.folder / TENSORS}: tensor '{name}': no such type {entry['dtype']!r}")
             for chunk in entry["chunks"]:
                 offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
                 chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
