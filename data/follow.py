@@ -9,7 +9,7 @@ sample of its rows is a function, counts from round to round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from recpress.data.drift import agree
 from recpress.data.errors import InputError
 from recpress.data.files import expand, file_type, first_line, is_glob, list_folder, resolve, shown
 from recpress.data.log import files_of
-from recpress.data.rows import RowFile, Rows, groups_of, open_file
+from recpress.data.rows import RowFile, Rows, groups_of, num_ids, open_file
 
 Taken = dict[str, Any]
 """`name`, `size` and `fingerprint` of a file, as a checkpoint keeps them."""
@@ -86,11 +86,12 @@ class GrowingLog:
         self._unfinished[name] = -1 if before in (size, -1) else size
 
 
-def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken]) -> Rows:
+def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken], *, any_id: Collection[str] = ()) -> Rows:
     """The rows of the files of one round, as those of `base`, the rows of round 0.
 
     Args:
         before: files of all rounds before it: they are not opened, and may be gone.
+        any_id: columns whose ids may be larger than those of round 0.
 
     Raises:
         InputError: a file that is gone, changed, or does not fit the log: a column that is missing, or of another type.
@@ -106,7 +107,8 @@ def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken]) -> R
                 "log to which files are only added"
             )
     schemas = [(shown(base.filesystem, file.path), file.schema) for file in opened]
-    columns = agree(list(base.columns.values()), schemas)
+    known = [replace(column, limit=None) if column.name in any_id else column for column in base.columns.values()]
+    columns = agree(known, schemas)
     every = (*(RowFile(file["name"], file["size"], None) for file in before), *opened)
     return replace(
         base,
@@ -114,3 +116,25 @@ def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken]) -> R
         groups=groups_of(every, len(before)),
         columns={column.name: column for column in columns},
     )
+
+
+def refuse_new_ids(rows: Rows, advice: Mapping[str, str]) -> None:
+    """Look in the footers for ids that are not below the limit of their column, before any row is trained on.
+
+    Args:
+        advice: column -> what to do about it, which ends the message.
+
+    Raises:
+        InputError: there is one; its file, row group, row and id, and the advice.
+    """
+    for name, what in advice.items():
+        column = rows.columns[name]
+        free = replace(rows, columns=rows.columns | {name: replace(column, limit=None)})
+        if column.limit is None or num_ids(free, name) <= column.limit:
+            continue
+        for group in rows.groups:
+            if num_ids(replace(free, groups=(group,)), name) > column.limit:
+                try:
+                    rows.read(group, [name])
+                except InputError as error:
+                    raise InputError(f"{error}; {what}") from error

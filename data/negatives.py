@@ -103,7 +103,8 @@ class PopularityNegatives(Negatives):
     """An item is drawn in proportion to count ** power (Mikolov et al. 2013: 0.75).
 
     An item without a count is never drawn; its `log_q` is that of an item with a count of 1, so that
-    corrections by it stay finite. Holds 12 bytes an item.
+    corrections by it stay finite; so is that of a positive beyond `counts` (new in a log that grows). Holds 12 bytes an
+    item.
 
     Args:
         counts: (num_items,) occurrences of each item.
@@ -126,7 +127,8 @@ class PopularityNegatives(Negatives):
         weights = torch.where(counts > 0, counts.double() ** power, 0.0)
         prob, alias = alias_table(weights.numpy())
         self._prob, self._alias = torch.from_numpy(prob), torch.from_numpy(alias)
-        self._log_q = (torch.where(counts > 0, weights, 1.0).log() - weights.sum().log()).float()
+        rare = torch.ones(1, dtype=torch.float64)  # the last one, for items beyond the counts
+        self._log_q = (torch.cat([torch.where(counts > 0, weights, 1.0), rare]).log() - weights.sum().log()).float()
 
     def items(self, uniform: torch.Tensor) -> torch.Tensor:
         self._move(uniform.device)
@@ -136,7 +138,7 @@ class PopularityNegatives(Negatives):
 
     def log_q(self, items: torch.Tensor) -> torch.Tensor:
         self._move(items.device)
-        return self._log_q[items]
+        return self._log_q[items.clamp(max=self.num_items)]
 
     def _move(self, device: torch.device) -> None:
         if self._log_q.device != device:

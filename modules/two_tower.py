@@ -279,8 +279,9 @@ class CountCodes(nn.Module):
         self.span.copy_(torch.tensor([low, step]))
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        """(B, 1) float32 of the ids of a batch, one in each bag."""
-        codes = self.codes[features[self.key].values()]
+        """(B, 1) float32 of the ids of a batch, one in each bag; an id beyond the table has the smallest number."""
+        ids = features[self.key].values()
+        codes = self.codes[ids.clamp(max=len(self.codes) - 1)].masked_fill(ids >= len(self.codes), 0)
         return (self.span[0] + self.span[1] * codes.float()).unsqueeze(1)
 
 

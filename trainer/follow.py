@@ -17,15 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from recpress.data import storage
+from recpress.data.batch import Batch
 from recpress.data.errors import InputError
-from recpress.data.follow import GrowingLog, Taken, open_round
-from recpress.data.log import Log
+from recpress.data.follow import GrowingLog, Taken, open_round, refuse_new_ids
+from recpress.data.log import Log, Side
 from recpress.data.rows import Rows
 from recpress.data.selection import Selection
 from recpress.data.stream import InteractionStream
+from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed import agreed
+from recpress.trainer.id_maps import SIDES
 from recpress.trainer.source import Next, Source
+from recpress.trainer.unknown_ids import UnknownIds
 
 TICK = 1.0
 """Seconds between two answers to a signal, while the run waits for files."""
@@ -63,8 +67,12 @@ def _of_checkpoints(folder: str) -> list[str] | None:
 class FollowedSource(Source):
     """The rows of a log that grows.
 
+    Ids that came since the start get the row that a map has for ids that it does not know, and are counted, where their
+    side has a map; otherwise they are refused.
+
     Args:
         make: rows of a round -> its stream on this rank.
+        maps: "user", "item" -> the map of its ids.
     """
 
     grows = True
@@ -75,9 +83,16 @@ class FollowedSource(Source):
         log: Log,
         stream: InteractionStream,
         make: Callable[[Rows], InteractionStream],
+        maps: Mapping[str, IdMap] | None = None,
     ) -> None:
         super().__init__(stream, log.bad_files)
         self.config, self._base, self._make = config, log.train, make
+        refused = {side: _advice(config, side, side in (maps or {})) for side in SIDES}
+        self._advice = {log.column(side): text for side, text in refused.items() if text}
+        self._any_id = [log.column(side) for side in SIDES if not refused[side]]
+        known: dict[str, int] = {side: log.num_ids(side) for side in SIDES if not refused[side]}
+        self.unknown = UnknownIds(known) if known else None
+        self._said = dict.fromkeys(known, 0)
         self.rounds: list[list[Taken]] = [
             [{key: file[key] for key in ("name", "size", "fingerprint")} for file in log.inputs()]
         ]
@@ -102,6 +117,7 @@ class FollowedSource(Source):
         return epoch - self.config.epochs + 1 < len(self.rounds)
 
     def wait(self, signal: Callable[[], str | None]) -> Next:
+        self._say_unknown()
         began, looked = time.monotonic(), float("-inf")
         follow = self.config.follow
         while True:
@@ -135,7 +151,7 @@ class FollowedSource(Source):
 
     def _count(self, files: Sequence[Taken]) -> int:
         try:
-            rows = open_round(self._base, self._before(len(self.rounds)), files)
+            rows = open_round(self._base, self._before(len(self.rounds)), files, any_id=self._any_id)
         except InputError:  # found by all ranks in `stream_of`, and said there
             return dist.get_world_size()
         return Selection(rows, self.stream.sample).num_rows
@@ -157,14 +173,64 @@ class FollowedSource(Source):
         return [file for files in self.rounds[:number] for file in files]
 
     def _open(self, number: int) -> Rows:
-        return open_round(self._base, self._before(number), self.rounds[number])
+        rows = open_round(self._base, self._before(number), self.rounds[number], any_id=self._any_id)
+        if not self.skips:  # otherwise their row groups are left out
+            refuse_new_ids(rows, self._advice)
+        return rows
+
+    def take(self, batch: Batch) -> None:
+        if self.unknown is not None:
+            self.unknown.take(batch)
+
+    def trained(self) -> None:
+        if self.unknown is not None:
+            self.unknown.trained()
+
+    def drop(self) -> None:
+        if self.unknown is not None:
+            self.unknown.drop()
+
+    def scalars(self) -> dict[str, float]:
+        counts = {} if self.unknown is None else self.unknown.share()
+        return super().scalars() | {f"hash/unknown_{side}s": float(rows) for side, rows in counts.items()}
+
+    def _say_unknown(self) -> None:
+        """What the round that has just ended had."""
+        total: dict[str, int] = {} if self.unknown is None else self.unknown.total
+        if total != self._said and dist.get_rank() == 0:
+            each = ", ".join(
+                f"{rows - self._said[side]:,} rows with {side}s that the map does not know ({rows:,} in all)"
+                for side, rows in total.items()
+            )
+            print(f"round {len(self.rounds) - 1}: {each}; these share hashed rows", file=sys.stderr, flush=True)
+        self._said = dict(total)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"rounds": self.rounds}
+        unknown = {} if self.unknown is None else {"unknown_ids": dict(self.unknown.total)}
+        return super().describe() | {"rounds": self.rounds} | unknown
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"rounds": self.rounds, "round_rows": self._rows}
+        unknown = {} if self.unknown is None else {"unknown_ids": dict(self.unknown.total)}
+        return super().state() | {"rounds": self.rounds, "round_rows": self._rows} | unknown
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self.rounds, self._rows = list(state["rounds"]), list(state["round_rows"])
+        if self.unknown is not None:
+            self.unknown.restore(state.get("unknown_ids", {}))
+            self._said = dict(self.unknown.total)
+
+
+def _advice(config: TrainConfig, side: Side, mapped: bool) -> str | None:
+    """What to do about an id of a later round that the tables of this side do not have; None: its map has a row."""
+    features = config.user_features if side == "user" else config.item_features
+    if mapped and features:
+        return f"{side}s.parquet was read at the start and has no {', '.join(features)} of it: start a new run"
+    if mapped:
+        return None
+    if config.model.tables.strategy == "random":
+        again = "start a new run with this file in the log, with larger tables"
+    else:
+        again = "factorize the log with this file, and start a new run from these factors"
+    rows = f"the table has the {side}s of the files of the start"
+    return f"{rows}: give maps (--hash), where new ones share rows, or {again}"

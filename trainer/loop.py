@@ -192,6 +192,8 @@ class _Run:
                 break
             self.pending.append(loss)
             self.result.rows += self.taken.popleft()
+            if self.source is not None:
+                self.source.trained()
             self.result.steps += 1
             self.step += 1
             if self.metrics is not None:
@@ -211,6 +213,8 @@ class _Run:
         if stop:  # batches that the pipeline has taken already are dropped
             self.pipeline.reset()
             self.taken.clear()
+            if self.source is not None:
+                self.source.drop()
         return stop
 
     def checkpoint(self) -> None:
@@ -300,6 +304,8 @@ class _Run:
                 return
             self.heart.at(self.result.steps + 1, "in the step")
             self.taken.append(batch.label.shape[0])
+            if self.source is not None:
+                self.source.take(batch)
             yield batch
 
     def flush(self) -> None:

@@ -17,6 +17,8 @@ _SHOWN = {
     "train/waiting": "waiting {:.0%}",
     "train/ne": "NE {:.3f}",
     "train/auc": "AUC {:.3f}",
+    "hash/unknown_users": "{:,.0f} unknown users",
+    "hash/unknown_items": "{:,.0f} unknown items",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from recpress.data.bad_groups import Lost, TolerantRows
+from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.data.stream import InteractionStream
@@ -79,6 +80,15 @@ class Source:
     def wait(self, signal: Callable[[], str | None]) -> Next:
         """Until there is another round, a signal came on any rank, or there will be none. Collective."""
         return "end"
+
+    def take(self, batch: Batch) -> None:
+        """The pipeline takes a batch."""
+
+    def trained(self) -> None:
+        """The oldest batch that was taken is trained on."""
+
+    def drop(self) -> None:
+        """Batches that were taken will not be trained on."""
 
     def scalars(self) -> dict[str, float]:
         """What was lost so far, on all ranks together. Collective."""

@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoints = _checkpoints(config, log, stream, ranks)
         stream = _as_before(config, log, stream, checkpoints, ranks)
         with agreed():
-            source = _source(config, log, stream, ranks)
+            source = _source(config, log, stream, ranks, maps)
         meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
         if hashed is not None:
             meta["hash"] = hashed.describe()
@@ -243,11 +243,13 @@ def _stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | Non
     )
 
 
-def _source(config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks) -> Source:
+def _source(
+    config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks, maps: Mapping[str, IdMap]
+) -> Source:
     if not config.follow.on:
         return Source(stream, log.bad_files)
     return FollowedSource(
-        config, log, stream, lambda rows: _stream(config, replace(log, train=rows), ranks, stream.global_batch)
+        config, log, stream, lambda rows: _stream(config, replace(log, train=rows), ranks, stream.global_batch), maps
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from recpress.data.bad_groups import TolerantRows
 from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
-from recpress.data.follow import GrowingLog, open_round
+from recpress.data.follow import GrowingLog, open_round, refuse_new_ids
 from recpress.data.log import open_log
 from recpress.data.sampling import membership
 from recpress.data.stream import InteractionStream
@@ -125,3 +125,27 @@ def test_a_file_that_changed_or_does_not_fit_is_named(folder):
         list(InteractionStream(rows, SCHEMA, StreamConfig(batch_size=8, shuffle=False)))
     coarse = open_round(log.train, before, round_of(time=pa.array(np.arange(30), pa.timestamp("s"))))
     assert coarse.read(coarse.groups[0], ["time"])["time"].tolist() == [1000 * second for second in range(10)]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_new_ids_are_refused_by_name_or_taken(folder, statistics):
+    log = open_log(folder, SCHEMA)
+    growing = GrowingLog(str(folder))
+    before = growing.new_files()
+    users = np.arange(30) + 40  # from row 10 on they are new
+    times = pa.array(np.arange(30), pa.timestamp("ms"))
+    new = pa.table({"user_id": users, "item_id": users % 7, "time": times})
+    pq.write_table(new, folder / "train-1.parquet", row_group_size=10, write_statistics=statistics)
+    files = growing.new_files({file["name"] for file in before})
+
+    rows = open_round(log.train, before, files)
+    refuse_new_ids(rows, {"item_id": "items may not"})  # there is none
+    message = r"train-1.parquet, row group 1, column 'user_id', row 0: id 50 is outside the vocabulary of 50 ids; do so"
+    with pytest.raises(InputError, match=message):
+        refuse_new_ids(rows, {"item_id": "items may not", "user_id": "do so"})
+
+    rows = open_round(log.train, before, files, any_id=["user_id"])
+    refuse_new_ids(rows, {"user_id": "do so"})
+    for sample in (None, SampleConfig(kind="user", rate=1.0)):
+        stream = InteractionStream(rows, SCHEMA, StreamConfig(batch_size=8), sample=sample)
+        assert sorted(user for batch in stream for user in batch.user.tolist()) == users.tolist()

@@ -183,6 +183,11 @@ def test_pairs_that_do_not_fit_are_refused():
         PositivePairs.of_pairs(np.array([2**40]), np.array([0]), 2**30)
 
 
+def test_an_item_beyond_the_counts_is_as_likely_as_one_with_a_count_of_1():
+    negatives = PopularityNegatives(np.array([4, 1, 0, 9]), count=2, power=0.5)
+    torch.testing.assert_close(negatives.log_q(torch.tensor([0, 4, 70])).exp(), torch.tensor([2.0, 1.0, 1.0]) / 6)
+
+
 def test_log_q_of_in_batch_items_is_their_share_of_the_rows():
     counts = np.bincount([7, 7, 8, 9, 9, 9, 9, 9], minlength=10)
     log_q = InBatchNegatives(counts).log_q(torch.tensor([7, 8, 7, 9]))

@@ -6,7 +6,7 @@ import torch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.shared_rows import SharedVectors, shared_rows
-from recpress.modules.two_tower import MappedRows, SideSpec, TwoTower
+from recpress.modules.two_tower import CountCodes, MappedRows, SideSpec, TwoTower
 from torchrec import KeyedJaggedTensor
 
 USERS, ITEMS, DIM = 9, 7, 6  # a dimension that is padded to 8
@@ -272,3 +272,11 @@ def test_a_map_that_does_not_fit_is_refused():
         build(map=id_map(8))
     with pytest.raises(ValueError, match="a feature of the users is called 'user_rows'"):
         build(map=id_map(USERS), categorical={"user_rows": 3})
+
+
+def test_an_id_beyond_the_map_counts_as_the_rarest():
+    spec = SideSpec(key="user", rows=4, dim=DIM, counted=True, map=id_map(4))
+    codes = CountCodes(spec)
+    codes.load("user_count", torch.tensor([[3.0], [-1.0], [0.5], [1.0]]))
+    found = codes(keyed(user=torch.tensor([0, 4, 1, 900])))
+    torch.testing.assert_close(found[:, 0], torch.tensor([3.0, -1.0, -1.0, -1.0]))

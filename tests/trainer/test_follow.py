@@ -15,8 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from recpress.data import artifact
 from recpress.data.errors import InputError
-from recpress.trainer.config import FollowConfig, OptimizerConfig, TrainConfig
+from recpress.data.log import open_log
+from recpress.modules.config import ALSConfig, TablesConfig, TwoTowerConfig
+from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.artifacts import describe_log
+from recpress.trainer.config import FactorizeConfig, FollowConfig, OptimizerConfig, TrainConfig
+from recpress.trainer.factorize import factorize
+from recpress.trainer.follow import _advice
+from recpress.trainer.id_maps import HASH, save_maps
 
 USERS, ITEMS = 60, 40
 # Notes what each step trains on, in a file that the same step of a later process overwrites.
@@ -162,6 +171,98 @@ def test_each_row_once_through_kills_and_signals(tmp_path):
     assert names == [["train-0.parquet", "train-1.parquet"], ["train-2.parquet"], ["train-9.parquet"]]
     assert (manifest["rows"], manifest["steps"]) == (1640, 27)
     assert not (tmp_path / "model.checkpoints").exists()
+
+
+def write_maps(root):
+    """Of the ids of the log as it is: 8 rows for the users, 6 for the items."""
+    log = open_log(root / "log")
+    maps = {}
+    for side, rows in (("user", 8), ("item", 6)):
+        of_ids = torch.arange(log.num_ids(side), dtype=torch.int32)[:, None] % rows
+        maps[side] = IdMap(rows=of_ids, num_rows=rows, vocabulary=log.vocabulary_fingerprint(side))
+    with artifact.writing(root / "maps", HASH, {"log": describe_log(log)}) as tmp:
+        save_maps(maps, tmp)
+
+
+def with_new_ids(numbers, users, items):
+    """`table` with this many users, then this many items, that the first files do not have."""
+    found = {name: column.to_numpy().copy() for name, column in zip(("user", "item"), table(numbers), strict=True)}
+    found["user"][:users] += USERS
+    found["item"][users : users + items] += ITEMS
+    order = np.random.default_rng(1).permutation(len(found["user"]))
+    return pa.table({f"{name}_id": column[order] for name, column in found.items()})
+
+
+def test_maps_take_ids_that_came_since_and_each_is_counted_once(tmp_path):
+    log = tmp_path / "log"
+    log.mkdir()
+    pq.write_table(table(range(600)), log / "train-0.parquet", row_group_size=200)
+    write_maps(tmp_path)
+    als = ALSConfig(factors=4, sweeps=1, confidence=1.0, regularization=1.0)
+    factorize(FactorizeConfig(data=str(log), out=str(tmp_path / "factors"), als=als))
+    options = (
+        "--hash", str(tmp_path / "maps"), "--factors", str(tmp_path / "factors"), "--model.tables.strategy",
+        "init-freeze", "--model.towers.kind", "residual", "--model.loss.kind", "softmax", "--model.loss.in-batch",
+        "--negatives.reject-positives", "--negatives.shared",
+    )  # fmt: skip
+
+    run = Run(tmp_path, *options, step_to_die=18)  # 10 steps of the first file, then 10 of the next
+    run.wait_for(10)
+    pq.write_table(with_new_ids(range(600, 1240), users=37, items=11), log / ".coming", row_group_size=100)
+    os.rename(log / ".coming", log / "train-1.parquet")
+    assert run.end()[1] == -signal.SIGKILL, run.said()
+
+    run = Run(tmp_path, *options, "--follow.idle-minutes", "0.03")
+    assert run.end() == [0, 0], run.said()
+    assert "step-00000015: step 15" in run.said()
+    assert "rows with users that the map does not know (37 in all)" in run.said()
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    assert manifest["unknown_ids"] == {"user": 37, "item": 11}
+    assert (manifest["rows"], manifest["steps"]) == (1240, 20)
+    last = json.loads((tmp_path / "model" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["hash/unknown_users"], last["hash/unknown_items"]) == (37.0, 11.0)
+    assert np.isfinite(last["train/loss"])
+
+
+def test_without_maps_new_ids_are_refused_before_a_row_of_their_round(tmp_path):
+    log = tmp_path / "log"
+    log.mkdir()
+    pq.write_table(table(range(600)), log / "train-0.parquet")
+    run = Run(tmp_path, world=1)
+    run.wait_for(1)
+    pq.write_table(with_new_ids(range(600, 700), users=1, items=0), log / ".coming", row_group_size=20)
+    os.rename(log / ".coming", log / "train-1.parquet")
+    assert run.end() == [2], run.said()
+    last = run.said().splitlines()[-1]
+    assert "train-1.parquet, row group " in last
+    assert "is outside the vocabulary of 60 ids; the table has the users of the files of the start: give maps" in last
+    assert last.endswith("or start a new run with this file in the log, with larger tables")
+    assert steps(tmp_path) == 19
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mapped", "features", "text"),
+    [
+        ("random", True, (), None),
+        ("init-freeze", True, (), None),
+        ("random", True, ("age",), "users.parquet was read at the start and has no age of it: start a new run"),
+        ("random", False, (), "start a new run with this file in the log, with larger tables"),
+        ("init-freeze", False, (), "factorize the log with this file, and start a new run from these factors"),
+        ("init-train", False, (), "factorize the log with this file, and start a new run from these factors"),
+    ],
+)
+def test_what_to_do_about_new_ids(strategy, mapped, features, text):
+    config = TrainConfig(
+        data="log",
+        out="out",
+        model=TwoTowerConfig(tables=TablesConfig(strategy=strategy)),
+        user_features=features,
+        optimizer=OptimizerConfig(schedule="constant"),
+        follow=FollowConfig(on=True),
+    )
+    found = _advice(config, "user", mapped)
+    assert (found is None) == (text is None)
+    assert text is None or found.endswith(text)
 
 
 def test_settings_that_need_an_end_are_refused():
