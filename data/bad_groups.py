@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from recpress.data.columns import Jagged, take
@@ -19,6 +20,9 @@ from recpress.data.errors import InputError
 from recpress.data.rows import RowGroup, Rows
 from recpress.data.seeds import generator
 from recpress.data.selection import Selection
+
+if TYPE_CHECKING:
+    from recpress.data.log import Log
 
 TRIES = 8
 """Row groups that fail one after the other before the stream gives up: then it is the storage, and no file."""
@@ -45,14 +49,35 @@ class TolerantRows(Rows):
         try:
             return super().read(group, columns)
         except InputError as error:
-            self._lose(group, error)
+            self.lose(group, error)
             return None
 
-    def _lose(self, group: RowGroup, error: InputError) -> None:
+    def lose(self, group: RowGroup, error: InputError, rows: int | None = None) -> None:
+        """Leave a row group out from here on, with so many rows, else all of it; says so, once a file."""
         named = any(file == group.file for file, _ in list(self.lost))  # a copy: other threads add to it
-        self.lost[group.file, group.group] = group.num_rows
+        self.lost[group.file, group.group] = group.num_rows if rows is None else rows
         if not named:
             logging.getLogger("recpress").warning("left out: %s (said once a file)", error)
+
+
+def left_out(log: Log) -> dict[str, Any]:
+    """What the manifest of what is made of a log says of files and row groups of train that were left out so far;
+    nothing where none may be."""
+    if not isinstance(log.train, TolerantRows):
+        return {}
+    lost = dict(log.train.lost)
+    return {"bad_files": dict(log.bad_files), "bad_row_groups": len(lost), "lost_rows": sum(lost.values())}
+
+
+def in_words(log: Log) -> str | None:
+    """The same as a line for the end of a stage; None where nothing was left out."""
+    found = left_out(log)
+    if not found or not (found["bad_files"] or found["bad_row_groups"]):
+        return None
+    return (
+        f"{log.path}: left out what could not be read: {len(found['bad_files'])} files, and {found['bad_row_groups']} "
+        f"row groups of others, with {found['lost_rows']:,} rows"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 from recpress.data import artifact, storage
+from recpress.data.bad_groups import TolerantRows, left_out
 from recpress.data.bucket_shuffle import BucketShuffle
 from recpress.data.config import LayoutConfig, SampleConfig
 from recpress.data.errors import InputError
@@ -45,9 +46,12 @@ def write_sample(
         shuffle: write the rows in a random order, a function of the files, the sample's seed and `shuffle_rows`.
         shuffle_rows: rows of a bucket (see `BucketShuffle`); buckets lie beside `out`, or in TMPDIR where it is remote.
 
+    Of a log with `TolerantRows`, row groups that cannot be read, or whose types cannot be converted, are left out, and
+    the manifest says so (`bad_groups.left_out`).
+
     Raises:
-        InputError: no row is in the sample, a file that lacks a column or has it with a type that cannot be converted,
-            what reading the log raises.
+        InputError: no row is in the sample, or none can be read; a file that lacks a column or has it with a type that
+            cannot be converted; what reading the log raises.
     """
     if shuffle_rows < 1:
         raise InputError(f"shuffle_rows is {shuffle_rows}; expected at least 1")
@@ -65,6 +69,8 @@ def write_sample(
             tables = _shuffled(tables, tmp / ".buckets", selection.num_rows, shuffle_rows, sample.seed)
         for table in tables:
             writer.part("train").write(table)
+        if not writer.part("train").rows:
+            raise InputError(f"{log.path}: none of the row groups that have rows of the sample can be read")
         shutil.rmtree(tmp / ".buckets", ignore_errors=True)
         copied = _copy(log, tmp)
         meta |= writer.manifest(
@@ -76,6 +82,7 @@ def write_sample(
             made_by="sample",
             shuffled=shuffle,
             sample_of=_sample_of(log, sample),
+            **left_out(log),
         )
         meta["files"] += [artifact.describe_file(tmp / name, name) for name in copied]
     return artifact.place(out)
@@ -91,12 +98,17 @@ def _sample_of(log: Log, sample: SampleConfig) -> dict[str, Any]:
 def _sampled(log: Log, selection: Selection) -> Iterator[pa.Table]:
     """The selected rows of each row group that has some, the next one read ahead."""
     rows = log.train
-    schema = rows.files[0].metadata.schema.to_arrow_schema().remove_metadata()
+    schema = next(file for file in rows.files if file.metadata).schema.remove_metadata()
 
-    def read(place: int) -> pa.Table:
-        group = rows.groups[place]
-        table = _conformed(rows.read_table(group, schema.names), schema, rows.where(group))
-        chosen = selection.of(place)
+    def read(place: int) -> pa.Table | None:
+        group, chosen = rows.groups[place], selection.of(place)
+        try:
+            table = _conformed(rows.read_table(group, schema.names), schema, rows.where(group))
+        except InputError as error:
+            if not isinstance(rows, TolerantRows):
+                raise
+            rows.lose(group, error, group.num_rows if chosen is None else len(chosen))
+            return None
         return table if chosen is None else table.take(pa.array(chosen))
 
     groups = selection.candidates.tolist()
@@ -106,7 +118,8 @@ def _sampled(log: Log, selection: Selection) -> Iterator[pa.Table]:
             table = ahead.result()
             if following is not None:
                 ahead = pool.submit(read, following)
-            yield table
+            if table is not None:
+                yield table
 
 
 def _conformed(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import uuid
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,8 +116,10 @@ def _cached(rows: Rows, rate: float, seed: int, size: int) -> np.ndarray:
 
 
 def _bits(rows: Rows, rate: float, seed: int, size: int) -> np.ndarray:
-    from recpress.data.rows import iter_columns  # which itself selects rows
+    from recpress.data.rows import Rows, iter_columns  # which itself selects rows
 
+    # A row group that is left out would change what is drawn of its users elsewhere: none may be.
+    rows = Rows(**{part.name: getattr(rows, part.name) for part in fields(Rows)})
     assert rows.user is not None
     bits = np.empty(size, dtype=np.uint8)
     marker = Marker(rate, seed, rows.columns[rows.user].limit or 0)

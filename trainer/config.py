@@ -226,6 +226,9 @@ class SampleCommand:
     be sampled by --sample.kind block."""
     shuffle_rows: int = 1 << 22
     """Rows that are shuffled in memory at a time; up to five times as many are held."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """A file or row group of train that cannot be read, after the retries: `stop` ends the stage with its name; `skip`
+    leaves its rows out, names and counts it (docs/log.md)."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
     overwrite: bool = False
@@ -259,6 +262,9 @@ class FactorizeConfig:
 
     use_label: bool = False
     """Let the label scale the confidence of a row; otherwise every row counts one."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
+    its rows out, names and counts it (docs/log.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the sweeps run."""
     overwrite: bool = False
@@ -423,6 +429,16 @@ def _tuned_network() -> NetworkConfig:
     )
 
 
+def _whole_log(**networks: NetworkConfig) -> None:
+    """Raise InputError where a network of a comparison is to go on without what cannot be read."""
+    for name, network in networks.items():
+        if network.stream.on_bad_file != "stop":
+            raise InputError(
+                f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop: all that is compared is "
+                "made of the same rows"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareCadcConfig:
     """The strategies of the CADC paper side by side, over several seeds, with a report page."""
@@ -464,6 +480,9 @@ class CompareCadcConfig:
     overwrite: bool = False
     """Replace an existing --out."""
 
+    def __post_init__(self) -> None:
+        _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HashStageConfig(HashConfig):
@@ -500,6 +519,9 @@ class HashStageConfig(HashConfig):
     """Write the vector of each row too, the best fit of its ids' embedding; `recpress train` starts from them."""
     extend: str | None = None
     """Maps of an earlier part of this log: its ids keep their rows, new ones get the nearest or a hashed one."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
+    its rows out of the counts and the warm-up, names and counts it (docs/log.md)."""
     schema: Schema = field(default_factory=Schema)
     overwrite: bool = False
     """Replace an existing --out."""
@@ -593,6 +615,7 @@ class CompareBothConfig:
     """Replace an existing --out."""
 
     def __post_init__(self) -> None:
+        _whole_log(frozen=self.frozen)
         for name in ("levels", "rates"):
             bad = [value for value in getattr(self, name) if not 0 < value <= 1]
             if bad:

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
-from recpress.data.log import SIDES, Log, iter_columns, open_log
+from recpress.data.log import SIDES, Log, iter_columns
 from recpress.modules.als import ALS, SweepReport
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import FactorizeConfig, chosen_schema
+from recpress.trainer.damaged_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.distributed import Ranks, agreed, process_group
 from tqdm import tqdm
 
@@ -44,8 +45,9 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         InputError: the log or the settings cannot be used; `out` exists. On every rank; nothing is written.
     """
     with process_group(config.device) as ranks:
+        skip = config.on_bad_file == "skip"
+        log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip)
         with agreed():
-            log = open_log(config.data, chosen_schema(config.schema))
             if config.use_label and not log.schema.label:
                 raise InputError("use_label: expected schema.label, the column that scales the confidence")
             if config.method == "logistic" and (config.crossfit_rate or config.use_label):
@@ -70,7 +72,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
                 without, _ = _fit(config, log, ranks, without=crossfit, start=factors)
                 without.save(tmp / CROSSFIT)
                 result.crossfit_seconds = time.monotonic() - begin
-            meta |= {"dim": factors.dim, "seconds": asdict(result)}
+            meta |= {"dim": factors.dim, "seconds": asdict(result), **describe_lost(log)}
     if ranks.rank == 0:
         print(
             f"{config.out}: {log.num_users:,} users and {log.num_items:,} items x {factors.dim} "
@@ -94,6 +96,7 @@ def _fit(
     with agreed():
         for users, items, values in _read(config, log, ranks, without):
             model.add(users, items, values)
+    share_lost(log)
     sweeps: list[tuple[float, float]] = []
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
@@ -152,12 +155,13 @@ def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Fact
     from recpress.trainer.logistic import factorize_logistic  # imports torchrec, which als does not need
 
     began = time.monotonic()
-    factors, losses = factorize_logistic(config.logistic, log, ranks)
+    factors, losses = factorize_logistic(config.logistic, log, ranks, on_bad_file=config.on_bad_file)
     seconds = (time.monotonic() - began) / max(1, len(losses))
     if ranks.rank == 0:
         for epoch, loss in enumerate(losses, 1):
             print(f"epoch {epoch} of {len(losses)}: mean cross-entropy {loss:.6g}")
     factors.user_counts, factors.item_counts = _counts(log, ranks)
+    share_lost(log)
     return factors, [(loss, seconds * epoch) for epoch, loss in enumerate(losses, 1)]
 
 

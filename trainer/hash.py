@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from recpress.data import artifact, storage
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
-from recpress.data.log import Log, iter_columns, open_log
+from recpress.data.log import Log, iter_columns
 from recpress.modules.hashing.extend import extend_map, row_centres
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
@@ -27,6 +26,7 @@ from recpress.modules.shared_rows import shared_rows
 from recpress.modules.warmup import warm_up
 from recpress.trainer.artifacts import describe_log, open_factors, shared_artifact
 from recpress.trainer.config import HashStageConfig, chosen_schema
+from recpress.trainer.damaged_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.distributed import agreed, process_group
 from recpress.trainer.embeddings import read_embedding
 from recpress.trainer.hash_report import format_bytes
@@ -64,8 +64,9 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
     """
     began = time.monotonic()
     with process_group("cpu") as ranks:
+        skip, schema = config.on_bad_file == "skip", chosen_schema(config.schema)
+        log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
         with agreed():
-            log = open_log(config.data, chosen_schema(config.schema), pairs=not config.features)
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
         with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite) as tmp:
             reports: list[TableReport] = []
@@ -77,7 +78,8 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
                         raise InputError(str(error)) from error
             if ranks.rank == 0:
                 meta["tables"] = {report.name: asdict(report) for report in reports}
-            dist.barrier()
+            share_lost(log)
+            meta |= describe_lost(log)
     result = HashStageResult(reports, time.monotonic() - began)
     if ranks.rank == 0:
         for report in reports:

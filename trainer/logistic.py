@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from recpress.data.batch import ITEM, USER, Batch, BatchBuilder
@@ -33,6 +34,7 @@ def factorize_logistic(
     *,
     without: SampleConfig | None = None,
     batch_size: int = 4096,
+    on_bad_file: Literal["stop", "skip"] = "stop",
 ) -> tuple[Factors, list[float]]:
     """Train on the rows of a log; (factors with the biases folded in, mean cross-entropy of each epoch).
     Collective.
@@ -40,6 +42,7 @@ def factorize_logistic(
     Args:
         without: leave the rows of this sample out.
         batch_size: rows of a batch on each rank.
+        on_bad_file: with `skip` rows of other row groups take the place of those that cannot be read.
 
     Raises:
         InputError: what is wrong in the log or the settings; a loss that is not finite.
@@ -48,7 +51,7 @@ def factorize_logistic(
         stream = InteractionStream(
             log.train,
             log.schema,
-            StreamConfig(batch_size=batch_size, seed=config.seed),
+            StreamConfig(batch_size=batch_size, seed=config.seed, on_bad_file=on_bad_file),
             sample=without,
             complement=without is not None,
             rank=ranks.rank,

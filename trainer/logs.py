@@ -6,6 +6,7 @@ One process each; no torch is needed.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from recpress.data import holdout as data_holdout
 from recpress.data import ingest as data_ingest
 from recpress.data import synth as data_synth
 from recpress.data import synth_criteo as data_synth_criteo
+from recpress.data.bad_groups import TolerantRows, in_words
 from recpress.data.config import SampleConfig
 from recpress.data.design import design_effects
 from recpress.data.log import Log, open_log
@@ -56,7 +58,10 @@ def split(config: SplitConfig) -> str | Path:
 
 def sample(config: SampleCommand) -> str | Path:
     """Write a sample of a log and say what it holds."""
-    log = open_log(config.data, chosen_schema(config.schema), pairs=False)
+    skip = config.on_bad_file == "skip"
+    log = open_log(config.data, chosen_schema(config.schema), pairs=False, skip_bad=skip)
+    if skip:
+        log = replace(log, train=TolerantRows.of(log.train))
     out = write_sample(
         log,
         config.out,
@@ -74,6 +79,8 @@ def sample(config: SampleCommand) -> str | Path:
         f"{out}: {rows:,} of the {whole:,} rows of {config.data} ({rows / whole:.2%}, kind {drawn.kind}, seed "
         f"{drawn.seed}{', shuffled' if config.shuffle else ''}); to train on all of it: --data {out} --sample.rate 1"
     )
+    if line := in_words(log):
+        print(line)
     return out
 
 
@@ -83,7 +90,9 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
     names = [name for name in (schema.user, schema.item, schema.label, schema.time) if name]
     counts = Selection(log.train, drawn).counts
     sizes = np.array([group.num_rows for group in log.train.groups])
-    groups = np.flatnonzero(counts == sizes)[:64].tolist()
+    lost = log.train.lost if isinstance(log.train, TolerantRows) else {}
+    whole = [(place, log.train.groups[place]) for place in np.flatnonzero(counts == sizes).tolist()]
+    groups = [place for place, group in whole if (group.file, group.group) not in lost][:64]
     if len(groups) < 2 or not names:
         return
     effects = design_effects(log.train, names, groups)

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from recpress.data.bad_groups import Lost, TolerantRows
 from recpress.data.batch import Batch
-from recpress.data.errors import InputError
-from recpress.data.log import Log, open_log
 from recpress.data.stream import InteractionStream
-from recpress.trainer.config import TrainConfig, chosen_schema
-from recpress.trainer.distributed import agreed
 
 Next = Literal["round", "stop", "end"]
-
-
-def open_train_log(config: TrainConfig, only: list[str] | None = None) -> Log:
-    """The log; with `stream.on_bad_file skip` without the files that any rank cannot open. Collective.
-
-    Args:
-        only: the files of train, of a log that is followed.
-
-    Raises:
-        InputError: see `open_log`. On every rank.
-    """
-    schema, skip = chosen_schema(config.schema), config.stream.on_bad_file == "skip"
-    with agreed():
-        log = open_log(config.data, schema, skip_bad=skip, only=only)
-    if not skip:
-        return log
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, log.bad_files)
-    bad = {path: why for of_rank in everyone for path, why in of_rank.items()}
-    with agreed():
-        if any(of_rank.keys() != bad.keys() for of_rank in everyone):
-            log = open_log(config.data, schema, skip_bad=True, bad=bad, only=only)
-            if log.bad_files.keys() != bad.keys():
-                raise InputError(f"{config.data}: files can be read at one moment and not at the next; try again later")
-    return replace(log, train=TolerantRows.of(log.train))
 
 
 class Source:

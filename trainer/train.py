@@ -24,7 +24,8 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.collectives import all_reduce
-from recpress.trainer.config import TrainConfig
+from recpress.trainer.config import TrainConfig, chosen_schema
+from recpress.trainer.damaged_log import open_on_all_ranks
 from recpress.trainer.distributed import Ranks, agreed, process_group, same_everywhere
 from recpress.trainer.evaluate import load_heldout, rank_heldout, show
 from recpress.trainer.fit_config import FitConfig, FitResult
@@ -35,7 +36,7 @@ from recpress.trainer.metrics_log import MetricsLog
 from recpress.trainer.model_state import save_weights
 from recpress.trainer.optimizer import TrainOptimizer
 from recpress.trainer.profiling import Profiler
-from recpress.trainer.source import Source, open_train_log
+from recpress.trainer.source import Source
 from recpress.trainer.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.versions import versions
 
@@ -75,7 +76,8 @@ def train(config: TrainConfig) -> TrainResult:
         begin = time.monotonic()
         same_everywhere(configuration=_digest(asdict(config)))
         only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
-        log = open_train_log(config, only)
+        skip = config.stream.on_bad_file == "skip"
+        log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
         with agreed():
             factors = _factors(config, log)
             crossfit = _crossfit(config, log, factors)

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer import source
+from recpress.trainer import damaged_log
 from recpress.trainer.config import OptimizerConfig, TrainConfig
-from recpress.trainer.source import open_train_log
 from recpress.trainer.train import train
 
 from tests.ranks import run_on_ranks
@@ -90,7 +89,7 @@ def test_stop_names_the_row_group(tmp_path):
 
 def open_apart(root):
     """One rank cannot open a file that the other can."""
-    whole = source.open_log
+    whole = damaged_log.open_log
 
     def broken(*args, **kwargs):
         log = whole(*args, **kwargs)
@@ -99,8 +98,8 @@ def open_apart(root):
             return whole(*args, **kwargs | {"bad": {path: f"{path}: cannot be read"}})
         return log
 
-    source.open_log = broken
-    log = open_train_log(config(root, "skip"))
+    damaged_log.open_log = broken
+    log = damaged_log.open_on_all_ranks(str(root / "log"), None, skip=True)
     return [os.path.basename(path) for path in log.bad_files], log.train.num_rows
 
 
