@@ -9,86 +9,27 @@ report.load(model)      # sharding discards the rows of every table, TorchRec's 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+from recpress.modules.compress_report import CompressReport, TableReport
+from recpress.modules.compressed_collections import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+    UnweightedHash,
+)
 from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash, Unknown
-from recpress.modules.rows import RowSource, blocks, check_source, local_shards, round_up
+from recpress.modules.rows import RowSource, check_source, round_up
+from recpress.modules.shared_rows import warm_rows
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.types import ShardedModule
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
-from torchrec.modules.embedding_modules import get_embedding_names_by_table
+from torchrec.modules.embedding_configs import PoolingType
 
 _META = torch.device("meta")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableReport:
-    """What became of one table; bytes are those of its rows, without optimizer state."""
-
-    table: str
-    kind: str
-    """`shared`, `frozen` or `frozen, shared`."""
-    rows_before: int
-    rows_after: int
-    bytes_before: int
-    bytes_after: int
-    map_bytes: int
-    """Of the map as each rank holds it; 0 where another table of this report has the same map."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class CompressReport:
-    """What `compress` did; `str(report)` is a table. Holds the new rows until it is dropped."""
-
-    tables: list[TableReport]
-    rows: dict[str, RowSource] = field(repr=False)
-    """Every table of the collections that were replaced -> its rows, as they are now."""
-
-    def load(self, model: nn.Module) -> None:
-        """Fill the tables of `model`, which was sharded after `compress`: each rank its own shards.
-
-        DistributedModelParallel makes new rows for every table; without this call the frozen ones have none.
-
-        Raises:
-            ValueError: the model has none of the compressed collections, or a table has no rows to load (its weights
-                were on the device "meta" when the model was compressed).
-        """
-        found = [
-            m
-            for m in model.modules()
-            if isinstance(m, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
-        ]
-        if not found:
-            raise ValueError("compress: the model to load has no compressed collection")
-        for module in found:
-            for table in module.tables():
-                if table not in self.rows:
-                    raise ValueError(f"table {table!r}: it had no rows to load when the model was compressed")
-                module.load(table, self.rows[table])
-
-    def __str__(self) -> str:
-        head = ("table", "what", "rows", "", "bytes", "", "map bytes")
-        body = [
-            (t.table, t.kind, f"{t.rows_before:,}", f"{t.rows_after:,}", f"{t.bytes_before:,}", f"{t.bytes_after:,}",
-             f"{t.map_bytes:,}")
-            for t in self.tables
-        ]  # fmt: skip
-        sums = [sum(getattr(t, name) for t in self.tables) for name in
-                ("rows_before", "rows_after", "bytes_before", "bytes_after", "map_bytes")]  # fmt: skip
-        lines = [head, *body, ("all", "", *(f"{s:,}" for s in sums))]
-        widths = [max(len(line[c]) for line in lines) for c in range(len(head))]
-        text = []
-        for line in lines:
-            names = [line[c].ljust(widths[c]) for c in (0, 1)]
-            numbers = [line[c].rjust(widths[c]) for c in range(2, len(head))]
-            text.append("  ".join(names + numbers).rstrip())
-        kept = (sums[3] + sums[4]) / max(1, sums[2])
-        return "\n".join([*text, f"bytes kept, maps included: {100 * kept:.1f} %"])
 
 
 def compress(
@@ -145,213 +86,6 @@ def compress(
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, made[module])
     return model, CompressReport(tables=build.report, rows=build.rows)
-
-
-def warm_rows(
-    source: RowSource,
-    id_map: IdMap,
-    counts: torch.Tensor | None = None,
-    *,
-    table: str = "",
-    mean_pooled: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows (num_rows, dim) float32, which of them some id has (num_rows,) bool) from one row for each id, read once.
-
-    `shared_rows.shared_rows` solves two rows an id by least squares, in memory; here a table of any size is gone
-    through in blocks, for training goes on from these rows.
-
-    A row is the mean of what its ids ask of it, weighted by their counts (alike, where all are 0). An id with one row
-    asks for its own vector x. With several rows of weights w_k it asks of each w_k x / sum(w^2), the smallest vectors
-    whose weighted sum is x: of two unweighted rows, half of x each. With mean pooling, which divides by the number of
-    rows, it asks for x.
-
-    Raises:
-        ValueError: counts that do not fit or are negative; values of `source` that are not finite.
-    """
-    num_ids = id_map.num_ids
-    check_source(source, table, num_ids, source.shape[-1])
-    if counts is None:
-        counts = torch.ones(num_ids)
-    if counts.shape != (num_ids,):
-        raise ValueError(f"table {table!r}: counts have shape {tuple(counts.shape)}, expected ({num_ids},)")
-    if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-        raise ValueError(f"table {table!r}: counts hold a negative number, NaN or infinity")
-    counts = counts.double().cpu()
-    total = torch.zeros(id_map.num_rows, dtype=torch.float64)
-    members = torch.zeros(id_map.num_rows, dtype=torch.float64)
-    for way in range(id_map.ways):
-        total.index_add_(0, id_map.rows[:, way].long(), counts)
-        members.index_add_(0, id_map.rows[:, way].long(), torch.ones(num_ids, dtype=torch.float64))
-    found = torch.zeros(id_map.num_rows, source.shape[1])
-    for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
-        part = slice(first, first + len(block))
-        weights = torch.ones(len(block), id_map.ways) if id_map.weights is None else id_map.weights[part].float()
-        share = weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
-        if mean_pooled:
-            share = torch.ones_like(share)
-        for way in range(id_map.ways):
-            rows = id_map.rows[part, way].long()
-            of_row = torch.where(total[rows] > 0, counts[part] / total[rows], 1 / members[rows]).float()
-            found.index_add_(0, rows, block * (of_row * share[:, way])[:, None])
-    return found, members > 0
-
-
-class CompressedEmbeddingBagCollection(nn.Module):
-    """Takes the place of an EmbeddingBagCollection: maps ids, looks trainable and frozen tables up, joins them."""
-
-    def __init__(
-        self,
-        configs: list[EmbeddingBagConfig],
-        hashes: LearnedHash | None,
-        trainable: EmbeddingBagCollection | None,
-        frozen: FrozenEmbeddingBagCollection | None,
-        device: torch.device,
-    ) -> None:
-        """configs: of all tables in the old order, with the rows that they have now."""
-        super().__init__()
-        self.hashes, self.trainable, self.frozen = hashes, trainable, frozen
-        self._configs, self._device = configs, device
-        self._frozen_tables = set() if frozen is None else {t.name for t in frozen.tables()}
-        self._is_weighted = (trainable is not None and trainable.is_weighted()) or (
-            frozen is not None and frozen.weighted
-        )
-        kept = [c for c in configs if c.name not in self._frozen_tables]
-        frozen_features = [f for c in configs if c.name in self._frozen_tables for f in c.feature_names]
-        part_names = dict(zip([c.name for c in kept], get_embedding_names_by_table(kept), strict=True))
-        # For each output: its key, its width, its key in the part that has it, the feature whose length divides it.
-        self._outputs: list[tuple[str, int, bool, str, str]] = []
-        for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True):
-            is_frozen = config.name in self._frozen_tables
-            for index, (name, feature) in enumerate(zip(names, config.feature_names, strict=True)):
-                if is_frozen:
-                    inner = f"{feature}@{config.name}" if frozen_features.count(feature) > 1 else feature
-                else:
-                    inner = part_names[config.name][index]
-                divide = feature if is_frozen and config.pooling == PoolingType.MEAN else ""
-                self._outputs.append((name, config.embedding_dim, is_frozen, inner, divide))
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """As the EmbeddingBagCollection whose place it takes."""
-        if self.hashes is not None:
-            features = self.hashes(features)
-        if self.frozen is None:
-            assert self.trainable is not None
-            return self.trainable(features)
-        frozen = self.frozen(features)
-        trained = None if self.trainable is None else self.trainable(features)
-        return _join(frozen, trained, features, self._outputs)
-
-    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """All tables in the old order, with the rows that they have now."""
-        return self._configs
-
-    def is_weighted(self) -> bool:
-        return self._is_weighted
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    def tables(self) -> list[str]:
-        return [config.name for config in self._configs]
-
-    def load(self, table: str, source: RowSource) -> None:
-        """Fill a table, plain or sharded, from its new rows (num_rows, dim)."""
-        if table in self._frozen_tables:
-            assert self.frozen is not None
-            self.frozen.load(table, source)
-        else:
-            assert self.trainable is not None
-            _fill(self.trainable.state_dict()[f"embedding_bags.{table}.weight"], table, source)
-
-
-class CompressedEmbeddingCollection(nn.Module):
-    """Takes the place of an EmbeddingCollection: maps ids, then looks them up."""
-
-    def __init__(self, hashes: LearnedHash, trainable: EmbeddingCollection, device: torch.device) -> None:
-        super().__init__()
-        self.hashes, self.trainable = hashes, trainable
-        self._configs, self._device = trainable.embedding_configs(), device
-
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """As the EmbeddingCollection whose place it takes."""
-        return self.trainable(self.hashes(features))
-
-    def embedding_configs(self) -> list[EmbeddingConfig]:
-        return self._configs
-
-    def embedding_dim(self) -> int:
-        return self._configs[0].embedding_dim
-
-    def embedding_names_by_table(self) -> list[list[str]]:
-        return get_embedding_names_by_table(self._configs)
-
-    def need_indices(self) -> bool:
-        return False
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    def tables(self) -> list[str]:
-        return [config.name for config in self._configs]
-
-    def load(self, table: str, source: RowSource) -> None:
-        """Fill a table, plain or sharded, from its new rows (num_rows, dim)."""
-        _fill(self.trainable.state_dict()[f"embeddings.{table}.weight"], table, source)
-
-
-class _UnweightedHash(LearnedHash):
-    """Before tables that took no per-sample weights, and take those of their maps now."""
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        if features.weights_or_none() is not None:
-            variable = features.variable_stride_per_key()
-            features = KeyedJaggedTensor(
-                keys=features.keys(),
-                values=features.values(),
-                lengths=features.lengths_or_none(),
-                offsets=features.offsets_or_none(),
-                stride=None if variable else features.stride(),
-                stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
-                length_per_key=features.length_per_key_or_none(),
-                inverse_indices=features.inverse_indices_or_none(),
-            )
-        return super().forward(features)
-
-
-@torch.fx.wrap
-def _join(
-    frozen: KeyedTensor,
-    trained: KeyedTensor | None,
-    features: KeyedJaggedTensor,
-    outputs: list[tuple[str, int, bool, str, str]],
-) -> KeyedTensor:
-    """Columns of both parts in the order of `outputs`; a leaf of torch.fx, so that the pipeline can trace past it.
-
-    Raises:
-        ValueError: the keys of the batch have strides of their own, which frozen tables do not know.
-    """
-    if features.variable_stride_per_key():
-        raise ValueError("compress: a batch with another stride for each key cannot look up in frozen tables")
-    values = []
-    for _, dim, is_frozen, name, divide in outputs:
-        part = frozen if is_frozen else trained
-        assert part is not None
-        value = part[name]
-        value = value if value.shape[1] == dim else value[:, :dim]  # a frozen table's dimension is padded
-        if divide:
-            value = value / features[divide].lengths().clamp_min(1)[:, None]
-        values.append(value)
-    return KeyedTensor([o[0] for o in outputs], [o[1] for o in outputs], torch.cat(values, 1))
-
-
-def _fill(weight: Any, table: str, source: RowSource) -> None:
-    check_source(source, table, weight.shape[0], weight.shape[1])
-    for (rows, columns), local in local_shards(weight):
-        for first, block in blocks(source, table, rows, columns):
-            with torch.no_grad():
-                local[first - rows[0] : first - rows[0] + len(block)].copy_(block)
 
 
 def _places(model: nn.Module, named: set[str]) -> dict[nn.Module, list[str]]:
@@ -457,7 +191,7 @@ class _Build:
                 raise ValueError(f"table {config.name!r}: mean pooling takes no per-sample weights, and {whose}")
         hashes = None
         if mapped:
-            kind = _UnweightedHash if weighted_maps and not old.is_weighted() else LearnedHash
+            kind = UnweightedHash if weighted_maps and not old.is_weighted() else LearnedHash
             hashes = kind(mapped, unknown=self.unknown, packed=self.packed)
             hashes = hashes.to(old.device) if old.device.type != "meta" else hashes
         frozen = [

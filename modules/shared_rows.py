@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.rows import RowSource, blocks
+from recpress.modules.rows import RowSource, blocks, check_source
 from recpress.modules.shared_als import SharedRows
 
 
@@ -49,6 +49,55 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
     if id_map.ways == 1:
         return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
     return SharedRows(id_map).fit(torch.cat(kept), torch.cat(kept_weights))
+
+
+def warm_rows(
+    source: RowSource,
+    id_map: IdMap,
+    counts: torch.Tensor | None = None,
+    *,
+    table: str = "",
+    mean_pooled: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows (num_rows, dim) float32, which of them some id has (num_rows,) bool) from one row for each id, read once.
+
+    `shared_rows` solves two rows an id by least squares, in memory; here a table of any size is gone through in blocks,
+    for training goes on from these rows.
+
+    A row is the mean of what its ids ask of it, weighted by their counts (alike, where all are 0). An id with one row
+    asks for its own vector x. With several rows of weights w_k it asks of each w_k x / sum(w^2), the smallest vectors
+    whose weighted sum is x: of two unweighted rows, half of x each. With mean pooling, which divides by the number of
+    rows, it asks for x.
+
+    Raises:
+        ValueError: counts that do not fit or are negative; values of `source` that are not finite.
+    """
+    num_ids = id_map.num_ids
+    check_source(source, table, num_ids, source.shape[-1])
+    if counts is None:
+        counts = torch.ones(num_ids)
+    if counts.shape != (num_ids,):
+        raise ValueError(f"table {table!r}: counts have shape {tuple(counts.shape)}, expected ({num_ids},)")
+    if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
+        raise ValueError(f"table {table!r}: counts hold a negative number, NaN or infinity")
+    counts = counts.double().cpu()
+    total = torch.zeros(id_map.num_rows, dtype=torch.float64)
+    members = torch.zeros(id_map.num_rows, dtype=torch.float64)
+    for way in range(id_map.ways):
+        total.index_add_(0, id_map.rows[:, way].long(), counts)
+        members.index_add_(0, id_map.rows[:, way].long(), torch.ones(num_ids, dtype=torch.float64))
+    found = torch.zeros(id_map.num_rows, source.shape[1])
+    for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
+        part = slice(first, first + len(block))
+        weights = torch.ones(len(block), id_map.ways) if id_map.weights is None else id_map.weights[part].float()
+        share = weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
+        if mean_pooled:
+            share = torch.ones_like(share)
+        for way in range(id_map.ways):
+            rows = id_map.rows[part, way].long()
+            of_row = torch.where(total[rows] > 0, counts[part] / total[rows], 1 / members[rows]).float()
+            found.index_add_(0, rows, block * (of_row * share[:, way])[:, None])
+    return found, members > 0
 
 
 def add_members(

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recpress.modules.compress import CompressedEmbeddingBagCollection, compress, warm_rows
+from recpress.modules.compress import compress
+from recpress.modules.compressed_collections import CompressedEmbeddingBagCollection
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.shared_rows import warm_rows
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.inference.modules import quantize_inference_model
