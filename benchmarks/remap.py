@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.learned_hash import LearnedHash, MappedHash
+from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.mapped_hash import MappedHash
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM, DLRMTrain

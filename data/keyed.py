@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
-"""Ids (n,) int64 -> as many ids, such as `recpress.modules.learned_hash.MappedHash`."""
+"""Ids (n,) int64 -> as many ids, such as `recpress.modules.mapped_hash.MappedHash`."""
 
 
 @dataclass

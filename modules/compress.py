@@ -20,8 +20,8 @@ from recpress.modules.compressed_collections import (
     UnweightedHash,
 )
 from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.learned_hash import LearnedHash, Unknown
+from recpress.modules.hashing.id_map import IdMap, Unknown
+from recpress.modules.learned_hash import LearnedHash
 from recpress.modules.rows import RowSource, check_source, round_up
 from recpress.modules.shared_rows import warm_rows
 from torch import nn

@@ -1,45 +1,23 @@
 """Apply maps of ids in front of any embedding tables: KeyedJaggedTensor -> KeyedJaggedTensor, no parameters.
 
-`LearnedHash` is the module for models; `MappedHash` gives the same rows on the host, from a memory-mapped map,
-for data workers.
+On the host, for data workers, `mapped_hash.MappedHash` gives the same rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import numpy as np
 import torch
-from recpress.modules.hashing.id_map import IdMap, universal_hash
+from recpress.modules.hash_layout import Layout, PlacedMap
+from recpress.modules.hashing.id_map import IdMap, Unknown
+from recpress.modules.packed_rows import decode, pack
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
-Unknown = Literal["hash", "error"]
 _CHUNK = 1 << 16
 """Ids that a packed map decodes at a time on a CPU, so that the intermediate tensors stay in its cache."""
-
-
-@dataclass(frozen=True)
-class _Map:
-    """One IdMap and where it lies in the module's buffers."""
-
-    num_ids: int
-    num_rows: int
-    ways: int
-    seed: int
-    start: int
-    """First entry in `rows`, or first bit in the packed words."""
-    bits: int
-    weight_start: int
-    """First entry in `weights`; -1 where the map has none."""
-
-    def hashed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows (n, ways) int32 of ids that the map does not cover."""
-        return universal_hash(ids, self.num_rows, self.seed, self.ways)
 
 
 class LearnedHash(nn.Module):
@@ -69,13 +47,13 @@ class LearnedHash(nn.Module):
         if unknown not in ("hash", "error"):
             raise ValueError(f"learned hash: unknown is {unknown!r}, expected 'hash' or 'error'")
         self.unknown, self.packed = unknown, packed
-        self._map_of: dict[str, _Map] = {}
-        placed: dict[IdMap, _Map] = {}
+        self._map_of: dict[str, PlacedMap] = {}
+        placed: dict[IdMap, PlacedMap] = {}
         start = weight_start = 0
         for key, id_map in maps.items():
             if id_map not in placed:  # IdMaps compare by identity
                 weighted = id_map.weights is not None
-                placed[id_map] = _Map(
+                placed[id_map] = PlacedMap(
                     num_ids=id_map.num_ids,
                     num_rows=id_map.num_rows,
                     ways=id_map.ways,
@@ -87,12 +65,12 @@ class LearnedHash(nn.Module):
                 start += id_map.rows.numel() * (id_map.bits if packed else 1)
                 weight_start += id_map.rows.numel() * weighted
             self._map_of[key] = placed[id_map]
-        rows = _packed(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
+        rows = pack(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
         weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("weights", torch.cat(weights) if weights else torch.ones(1), persistent=False)
         self.register_buffer("_unknown", torch.zeros(len(self._map_of), dtype=torch.int64), persistent=False)
-        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._layouts: dict[tuple[str, ...], Layout] = {}
         self.rows: torch.Tensor
         self.weights: torch.Tensor
         self._unknown: torch.Tensor
@@ -141,7 +119,7 @@ class LearnedHash(nn.Module):
             self._hash(rows, ids, unknown, how_many, layout, lengths)
         return _rebuilt(features, rows.to(ids.dtype), weights, each, layout)
 
-    def _layout(self, keys: list[str]) -> _Layout:
+    def _layout(self, keys: list[str]) -> Layout:
         found = self._layouts.get(tuple(keys))
         if found is None:
             missing = [key for key in self._map_of if key not in keys]
@@ -149,11 +127,11 @@ class LearnedHash(nn.Module):
                 raise ValueError(
                     f"learned hash: the batch has no feature {missing[0]!r}, which has a map; it has {keys}"
                 )
-            found = self._layouts[tuple(keys)] = _Layout(keys, self._map_of)
+            found = self._layouts[tuple(keys)] = Layout(keys, self._map_of)
         return found
 
     def _unknown_ids(
-        self, ids: torch.Tensor, layout: _Layout, lengths: list[int]
+        self, ids: torch.Tensor, layout: Layout, lengths: list[int]
     ) -> tuple[torch.Tensor | None, list[int]]:
         """(which ids of mapped features their map does not cover, (n,) bool, or None for none; how many of each key).
 
@@ -184,7 +162,7 @@ class LearnedHash(nn.Module):
         self._unknown += per_key[layout.positions].to(self._unknown.device)
         return bad, per_key.tolist()
 
-    def _gather_cpu(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
+    def _gather_cpu(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
         """One fbgemm call for each run of features whose maps lie in ascending order, mostly one for all."""
         parts: list[torch.Tensor] = []
         at = first = 0
@@ -197,20 +175,18 @@ class LearnedHash(nn.Module):
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _gather(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
+    def _gather(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
         starts = layout.per_id("starts", lengths, known)
         mapped = starts >= 0
         rows = self.rows[torch.where(mapped, starts + known, 0)]
         return torch.where(mapped, rows.to(known.dtype), known)
 
-    def _unpack(self, known: torch.Tensor, layout: _Layout, lengths: list[int]) -> torch.Tensor:
+    def _unpack(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for key, part in zip(layout.keys, known.split(lengths), strict=True):
             at = self._map_of.get(key)
             chunks = [part] if at is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
-            parts += (
-                chunks if at is None else [_decode(self.rows, at.start, at.bits, c).to(known.dtype) for c in chunks]
-            )
+            parts += chunks if at is None else [decode(self.rows, at.start, at.bits, c).to(known.dtype) for c in chunks]
         return torch.cat(parts)
 
     def _weigh(
@@ -218,7 +194,7 @@ class LearnedHash(nn.Module):
         known: torch.Tensor,
         unknown: torch.Tensor | None,
         weights: torch.Tensor | None,
-        layout: _Layout,
+        layout: Layout,
         lengths: list[int],
     ) -> torch.Tensor:
         parts: list[torch.Tensor] = []
@@ -239,7 +215,7 @@ class LearnedHash(nn.Module):
         ids: torch.Tensor,
         unknown: torch.Tensor,
         how_many: list[int],
-        layout: _Layout,
+        layout: Layout,
         lengths: list[int],
     ) -> None:
         """Write hashed rows into `rows` where ids are unknown."""
@@ -257,85 +233,7 @@ class LearnedHash(nn.Module):
                 row.index_copy_(0, where, at.hashed(part.index_select(0, where)).to(row.dtype))
 
 
-class _Layout:
-    """What follows from the order of a batch's keys, and is the same for each batch that has it."""
-
-    def __init__(self, keys: list[str], map_of: Mapping[str, _Map]) -> None:
-        maps = [map_of.get(key) for key in keys]
-        self.keys = list(keys)
-        self.ways = [1 if m is None else m.ways for m in maps]
-        self.max_ways = max(self.ways)
-        self.positions = [keys.index(key) for key in map_of]
-        self.mapped_sizes = [None if m is None else m.num_ids for m in maps]
-        self.weighted = any(m is not None and m.weight_start >= 0 for m in maps)
-        self._per_key = {
-            "sizes": [-1 if m is None else m.num_ids for m in maps],
-            "starts": [-1 if m is None else m.start for m in maps],
-        }
-        self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
-        self.runs = _runs(maps)
-
-    def entries(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Ids -> places in the rows of their map, `ways` for each id."""
-        parts = [
-            (part[:, None] * ways + torch.arange(ways, device=ids.device, dtype=ids.dtype)).reshape(-1)
-            for part, ways in self._parts(ids, lengths)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def repeat(self, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Values of ids -> of entries."""
-        if self.max_ways == 1:
-            return values
-        parts = [part[:, None].expand(-1, ways).reshape(-1) for part, ways in self._parts(values, lengths)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _parts(self, values: torch.Tensor, lengths: list[int]) -> list[tuple[torch.Tensor, int]]:
-        """Pieces whose ids all have the same number of rows."""
-        if min(self.ways) == self.max_ways:
-            return [(values, self.max_ways)]
-        return list(zip(values.split(lengths), self.ways, strict=True))
-
-    def per_id(self, name: str, lengths: list[int], like: torch.Tensor) -> torch.Tensor:
-        """A number of each key, repeated for each of its ids: (n,) int64."""
-        if torch.compiler.is_exporting():  # a tensor made while exporting must not outlive it
-            values = torch.tensor(self._per_key[name], device=like.device)
-        else:
-            if (name, like.device) not in self._tensors:
-                self._tensors[name, like.device] = torch.tensor(self._per_key[name], device=like.device)
-            values = self._tensors[name, like.device]
-        counts = torch.tensor(lengths, device=like.device)
-        return torch.repeat_interleave(values, counts, output_size=like.numel())
-
-
-def _runs(maps: list[_Map | None]) -> list[tuple[int, torch.Tensor]]:
-    """Split the keys into runs for fbgemm's `pruned_array_lookup`: (end of the run, where each map starts).
-
-    That operator takes feature t's map from starts[t] on, and passes its ids through where starts[t + 1] is not
-    larger. So in a run the starts ascend; a map that two features share begins a new run.
-    """
-    runs: list[tuple[int, torch.Tensor]] = []
-    starts: list[int] = []
-    end = 0  # of the last map in this run
-    for index, one in enumerate(maps):
-        if one is None:
-            starts.append(end)
-            continue
-        if starts and one.start < end:
-            runs.append((index, torch.tensor([*starts, end])))
-            starts, end = [], 0
-        # Features without a map before this one start where it starts, so that their range is empty.
-        for back in range(len(starts) - 1, -1, -1):
-            if starts[back] != end:
-                break
-            starts[back] = one.start
-        starts.append(one.start)
-        end = one.start + one.num_ids * one.ways
-    runs.append((len(maps), torch.tensor([*starts, end])))
-    return runs
-
-
-def _unknown_on_cpu(ids: torch.Tensor, layout: _Layout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
+def _unknown_on_cpu(ids: torch.Tensor, layout: Layout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
     """(which ids their map does not cover, whether there are any); where there are none, the first is empty.
 
     The least and the largest id of a feature cost a tenth of its look-up; a mask is made where they tell of a need.
@@ -358,7 +256,7 @@ def _rebuilt(
     values: torch.Tensor,
     weights: torch.Tensor | None,
     length_per_key: list[int],
-    layout: _Layout,
+    layout: Layout,
 ) -> KeyedJaggedTensor:
     """`features` with other values; what it had worked out already is kept, so that nobody does it twice."""
     lengths, offsets = features.lengths_or_none(), features.offsets_or_none()
@@ -379,120 +277,3 @@ def _rebuilt(
         length_per_key=length_per_key,
         inverse_indices=features.inverse_indices_or_none(),
     )
-
-
-def _packed(maps: Mapping[IdMap, _Map]) -> torch.Tensor:
-    """Rows of all maps, `bits` bits each, one after the other from the lowest bit on, in int32 words.
-
-    One word more than is filled, so that a number's second word always exists.
-    """
-    total = sum(m.rows.numel() * m.bits for m in maps)
-    words = np.zeros(-(-total // 32) + 1, np.uint32)
-    for id_map, at in maps.items():
-        flat = id_map.rows.reshape(-1)
-        step = 32 << 15  # entries; a multiple of 32, so that only the map's first word is shared with what precedes
-        for first in range(0, len(flat), step):
-            values = flat[first : first + step].numpy().astype(np.uint64)
-            position = at.start + (first + np.arange(len(values), dtype=np.int64)) * at.bits
-            shifted = values << (position & 31).astype(np.uint64)
-            word = position >> 5
-            base, size = int(word[0]), int(word[-1]) - int(word[0]) + 2
-            block = np.zeros(size, np.uint32)
-            # Numbers of a word have no bit in common, so their sum is their union.
-            for part, offset in ((shifted & 0xFFFFFFFF, 0), (shifted >> np.uint64(32), 1)):
-                np.bitwise_or.at(block, word - base + offset, part.astype(np.uint32))
-            words[base : base + size] |= block
-    return torch.from_numpy(words.view(np.int32))
-
-
-def _decode(words: torch.Tensor, start: int, bits: int, entries: torch.Tensor) -> torch.Tensor:
-    """Numbers (n,) int64 of `bits` <= 31 bits, from bit `start` on, at the places `entries`."""
-    shift = entries.long() * bits + start
-    word = shift >> 5
-    shift &= 31
-    high = words.index_select(0, word + 1).long()
-    low = words.index_select(0, word).long()
-    low &= 0xFFFFFFFF
-    high <<= 32
-    low |= high
-    low >>= shift
-    low &= (1 << bits) - 1
-    return low
-
-
-class MappedHash:
-    """The same rows as `LearnedHash`, on the host: one memory-mapped copy of the maps for all processes of a machine.
-
-    Data workers apply it to ids before they make batches. It can be pickled: only the folders travel.
-
-    Args:
-        folders: feature key -> folder that `IdMap.save` wrote.
-        unknown: as in `LearnedHash`.
-
-    Raises:
-        ValueError: a folder is not a whole map; when called, a feature without a map, or, for `unknown="error"`, an
-            id that its map does not cover.
-    """
-
-    def __init__(self, folders: Mapping[str, str | Path], *, unknown: Unknown = "hash") -> None:
-        if unknown not in ("hash", "error"):
-            raise ValueError(f"mapped hash: unknown is {unknown!r}, expected 'hash' or 'error'")
-        self.unknown = unknown
-        self._folders = {key: str(folder) for key, folder in folders.items()}
-        self._maps = {key: IdMap.load(folder) for key, folder in self._folders.items()}
-        self._unknown = dict.fromkeys(self._maps, 0)
-
-    def rows(self, key: str, ids: Any) -> tuple[Any, Any]:
-        """Rows (n, ways) of ids (n,), of their dtype, and weights (n, ways) float32, None where the map has none.
-
-        numpy arrays for a numpy array, tensors for a tensor.
-        """
-        if key not in self._maps:
-            raise ValueError(f"mapped hash: feature {key!r} has no map; there are {sorted(self._maps)}")
-        id_map = self._maps[key]
-        given = torch.as_tensor(ids)
-        rows, weights, unknown = look_up(id_map, given)
-        if unknown is not None:
-            if self.unknown == "error":
-                first = int(given[int(unknown.nonzero()[0])])
-                raise ValueError(f"mapped hash: feature {key!r} has the id {first}, expected 0 to {id_map.num_ids - 1}")
-            self._unknown[key] += int(unknown.sum())
-        if isinstance(ids, torch.Tensor):
-            return rows, weights
-        return rows.numpy(), None if weights is None else weights.numpy()
-
-    def unknown_counts(self) -> dict[str, int]:
-        """Feature key -> ids that the map did not cover, in this process."""
-        return dict(self._unknown)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folders": self._folders, "unknown": self.unknown}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folders"], unknown=state["unknown"])  # type: ignore[misc]
-
-
-def look_up(
-    id_map: IdMap, ids: torch.Tensor, rows_of: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(rows (n, ways), weights (n, ways) or None, which ids the map does not cover (n,) or None) of ids (n,).
-
-    rows_of: `id_map.rows` on another device, that of the ids. Synchronises where that is CUDA.
-    """
-    unknown, known = None, ids
-    if len(ids):
-        low, high = torch.aminmax(ids)
-        if int(low) < 0 or int(high) >= id_map.num_ids:
-            unknown = (ids < 0) | (ids >= id_map.num_ids)
-            known = ids.masked_fill(unknown, 0)
-
-    def of(table: torch.Tensor) -> torch.Tensor:
-        columns = [table[:, way].index_select(0, known) for way in range(id_map.ways)]
-        return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
-
-    rows = of(id_map.rows if rows_of is None else rows_of).to(ids.dtype)
-    weights = None if id_map.weights is None else of(id_map.weights).float()
-    if unknown is not None:
-        rows = torch.where(unknown[:, None], id_map.hashed(ids).to(ids.dtype), rows)
-        weights = None if weights is None else weights.masked_fill(unknown[:, None], 1.0)
-    return rows, weights, unknown

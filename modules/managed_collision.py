@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.learned_hash import Unknown, look_up
+from recpress.modules.hashing.id_map import IdMap, Unknown
+from recpress.modules.mapped_hash import look_up
 from torchrec import JaggedTensor
 from torchrec.modules.mc_modules import ManagedCollisionModule
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+
+Unknown = Literal["hash", "error"]
+"""What becomes of an id that a map does not cover: the row of `IdMap.hashed`, or an error."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.learned_hash import LearnedHash, MappedHash
+from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.mapped_hash import MappedHash
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.inference.modules import quantize_inference_model
