@@ -32,18 +32,14 @@ from recpress.benchmarks.processes import PeakMemory, in_own_processes
 from recpress.data.config import SampleConfig, SynthConfig
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer.config import (
-    CompareCadcConfig,
-    EvaluateConfig,
-    EvaluationConfig,
-    FactorizeConfig,
-    HashStageConfig,
-    NetworkConfig,
-    TrainConfig,
-)
+from recpress.trainer.compare_config import CompareCadcConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig
 from recpress.trainer.evaluate import evaluate
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.hash import make_maps
+from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.train import TrainResult, train
 
 SMALL = (

@@ -32,7 +32,8 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
 from recpress.data.synth import synth
-from recpress.trainer.config import CompareCadcConfig, TrainConfig
+from recpress.trainer.compare_config import CompareCadcConfig
+from recpress.trainer.config import TrainConfig
 from recpress.trainer.train import train
 
 SMALL = ("--rows", "4194304")

@@ -35,37 +35,37 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "synth": Command(
-        "recpress.trainer.config:SynthCommand",
+        "recpress.trainer.logs_config:SynthCommand",
         "recpress.trainer.logs:synth",
         "write a made log with planted tastes",
     ),
     "synth-criteo": Command(
-        "recpress.trainer.config:SynthCriteoCommand",
+        "recpress.trainer.logs_config:SynthCriteoCommand",
         "recpress.trainer.logs:synth_criteo",
         "write a made log with Criteo's columns",
     ),
     "ingest": Command(
-        "recpress.trainer.config:IngestCommand",
+        "recpress.trainer.logs_config:IngestCommand",
         "recpress.trainer.logs:ingest",
         "convert a public format or a table to a log",
     ),
     "split": Command(
-        "recpress.trainer.config:SplitConfig",
+        "recpress.trainer.logs_config:SplitConfig",
         "recpress.trainer.logs:split",
         "hold one row of each user out of a log",
     ),
     "sample": Command(
-        "recpress.trainer.config:SampleCommand",
+        "recpress.trainer.logs_config:SampleCommand",
         "recpress.trainer.logs:sample",
         "write a sample of a log once, for the many runs that follow",
     ),
     "factorize": Command(
-        "recpress.trainer.config:FactorizeConfig",
+        "recpress.trainer.factorize_config:FactorizeConfig",
         "recpress.trainer.factorize:factorize",
         "factorize the interactions of a log",
     ),
     "hash": Command(
-        "recpress.trainer.config:HashStageConfig",
+        "recpress.trainer.hash_config:HashStageConfig",
         "recpress.trainer.hash:make_maps",
         "map the ids of tables to fewer rows, by counts and an embedding",
     ),
@@ -75,7 +75,7 @@ COMMANDS = {
         "train the two-tower network on a sample",
     ),
     "evaluate": Command(
-        "recpress.trainer.config:EvaluateConfig",
+        "recpress.trainer.evaluate_config:EvaluateConfig",
         "recpress.trainer.evaluate:evaluate",
         "rank held-out rows with a checkpoint or with factors",
     ),
@@ -90,17 +90,17 @@ COMMANDS = {
         "say what a training run needs of a cluster that need not exist: sharding plan, memory, smallest size",
     ),
     "compare cadc": Command(
-        "recpress.trainer.config:CompareCadcConfig",
+        "recpress.trainer.compare_config:CompareCadcConfig",
         "recpress.trainer.compare_cadc:compare_cadc",
         "all strategies of the CADC paper in one run, with a report page",
     ),
     "compare hash": Command(
-        "recpress.trainer.config:CompareHashConfig",
+        "recpress.trainer.compare_config:CompareHashConfig",
         "recpress.trainer.compare_hash:compare_hash",
         "all hashing methods with one backbone and one budget, with a report page",
     ),
     "compare both": Command(
-        "recpress.trainer.config:CompareBothConfig",
+        "recpress.trainer.compare_config:CompareBothConfig",
         "recpress.trainer.compare_both:compare_both",
         "quality against bytes of table and rows read, with a report page",
     ),

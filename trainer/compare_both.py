@@ -22,12 +22,15 @@ from recpress.modules.rows import round_up
 from recpress.modules.shared_als import SharedRows
 from recpress.trainer.artifacts import FactorsArtifact, open_factors, shared_artifact
 from recpress.trainer.both_report import BothResult, Point, format_both_table, write_both_report
-from recpress.trainer.config import CompareBothConfig, FactorizeConfig, HashStageConfig, TrainConfig, chosen_schema
+from recpress.trainer.compare_config import CompareBothConfig
+from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed import agreed, process_group
 from recpress.trainer.evaluate import load_heldout, rank_heldout
 from recpress.trainer.evaluation import vectors_from_factors
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.hash import make_maps, root
+from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.id_maps import SIDES, open_maps
 from recpress.trainer.train import train
 from recpress.trainer.versions import versions

@@ -18,12 +18,15 @@ from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.trainer.artifacts import shared_artifact
+from recpress.trainer.compare_config import CompareCadcConfig
 from recpress.trainer.compare_report import write_compare_report
-from recpress.trainer.config import CompareCadcConfig, EvaluateConfig, FactorizeConfig, TrainConfig, chosen_schema
+from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed import agreed, process_group
 from recpress.trainer.evaluate import evaluate, load_heldout, rank_heldout, show
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.evaluation import vectors_from_factors
 from recpress.trainer.factorize import FactorizeResult, factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.results import (
     CompareResult,
     CurvePoint,

@@ -26,7 +26,8 @@ from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.split import split_rows
 from recpress.modules.interactions import InteractionBuilder
 from recpress.modules.shared_als import SharedALS
-from recpress.trainer.config import CompareHashConfig, chosen_schema
+from recpress.trainer.compare_config import CompareHashConfig
+from recpress.trainer.config import chosen_schema
 from recpress.trainer.evaluation import evaluate_full, vectors_from_factors
 from recpress.trainer.hash import root
 from recpress.trainer.hash_report import HashMethodResult, HashResult, format_hash_table, write_hash_report

@@ -9,8 +9,9 @@ from recpress.data import artifact, storage
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
-from recpress.trainer.config import EvaluateConfig, EvaluationConfig, chosen_schema
+from recpress.trainer.config import EvaluationConfig, chosen_schema
 from recpress.trainer.distributed import agreed, process_group
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.evaluation import VectorFn, evaluate_full, evaluate_sampled, vectors_from_factors
 from recpress.trainer.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
 

@@ -21,9 +21,10 @@ from recpress.data.log import SIDES, Log, iter_columns
 from recpress.modules.als import ALS, SweepReport
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
-from recpress.trainer.config import FactorizeConfig, chosen_schema
+from recpress.trainer.config import chosen_schema
 from recpress.trainer.damaged_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.distributed import Ranks, agreed, process_group
+from recpress.trainer.factorize_config import FactorizeConfig
 from tqdm import tqdm
 
 

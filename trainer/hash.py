@@ -25,10 +25,11 @@ from recpress.modules.rows import RowSource, blocks, check_source
 from recpress.modules.shared_rows import shared_rows
 from recpress.modules.warmup import warm_up
 from recpress.trainer.artifacts import describe_log, open_factors, shared_artifact
-from recpress.trainer.config import HashStageConfig, chosen_schema
+from recpress.trainer.config import chosen_schema
 from recpress.trainer.damaged_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.distributed import agreed, process_group
 from recpress.trainer.embeddings import read_embedding
+from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.hash_report import format_bytes
 from recpress.trainer.heldout import read_pairs
 from recpress.trainer.id_maps import HASH, ROW_VECTORS, SIDES, open_maps

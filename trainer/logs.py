@@ -20,14 +20,8 @@ from recpress.data.design import design_effects
 from recpress.data.log import Log, open_log
 from recpress.data.sample import write_sample
 from recpress.data.selection import Selection
-from recpress.trainer.config import (
-    IngestCommand,
-    SampleCommand,
-    SplitConfig,
-    SynthCommand,
-    SynthCriteoCommand,
-    chosen_schema,
-)
+from recpress.trainer.config import chosen_schema
+from recpress.trainer.logs_config import IngestCommand, SampleCommand, SplitConfig, SynthCommand, SynthCriteoCommand
 
 
 def synth(config: SynthCommand) -> str | Path:

@@ -7,7 +7,10 @@ from typing import Literal
 
 from recpress.data.config import Schema
 from recpress.data.errors import InputError
-from recpress.trainer.config import EvaluateConfig, FactorizeConfig, HashStageConfig, TrainConfig
+from recpress.trainer.config import TrainConfig
+from recpress.trainer.evaluate_config import EvaluateConfig
+from recpress.trainer.factorize_config import FactorizeConfig
+from recpress.trainer.hash_config import HashStageConfig
 
 StageConfig = FactorizeConfig | HashStageConfig | TrainConfig | EvaluateConfig
 StageName = Literal["factorize", "hash", "train", "evaluate"]

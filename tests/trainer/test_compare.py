@@ -9,7 +9,7 @@ from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig
 from recpress.trainer.compare_cadc import STRATEGIES, compare_cadc
-from recpress.trainer.config import CompareCadcConfig
+from recpress.trainer.compare_config import CompareCadcConfig
 from recpress.trainer.results import load_result
 
 

@@ -11,8 +11,9 @@ from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.compare_both import compare_both
+from recpress.trainer.compare_config import CompareBothConfig, CompareHashConfig
 from recpress.trainer.compare_hash import NAMES, compare_hash
-from recpress.trainer.config import CompareBothConfig, CompareHashConfig, EvaluationConfig, NetworkConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig
 
 from tests.ranks import run_on_ranks
 

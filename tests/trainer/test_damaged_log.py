@@ -13,19 +13,15 @@ from recpress.data.log import open_log
 from recpress.modules.config import ALSConfig, LogisticConfig
 from recpress.modules.factors import FactorTable
 from recpress.trainer.cli import main
-from recpress.trainer.config import (
-    CompareBothConfig,
-    CompareCadcConfig,
-    FactorizeConfig,
-    HashStageConfig,
-    NetworkConfig,
-    SampleCommand,
-    StreamConfig,
-)
+from recpress.trainer.compare_config import CompareBothConfig, CompareCadcConfig
+from recpress.trainer.config import NetworkConfig, StreamConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.hash import make_maps
+from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.id_maps import open_maps
 from recpress.trainer.logs import sample
+from recpress.trainer.logs_config import SampleCommand
 
 from tests.ranks import run_on_ranks
 

@@ -22,8 +22,9 @@ from recpress.data.log import open_log
 from recpress.modules.config import ALSConfig, TablesConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import describe_log
-from recpress.trainer.config import FactorizeConfig, FollowConfig, OptimizerConfig, TrainConfig
+from recpress.trainer.config import FollowConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.follow import _advice
 from recpress.trainer.id_maps import HASH, save_maps
 

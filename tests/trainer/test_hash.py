@@ -18,9 +18,10 @@ from recpress.data.log import open_log
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer.artifacts import open_factors
-from recpress.trainer.config import FactorizeConfig, HashStageConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.hash import make_maps
+from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.id_maps import open_maps
 
 from tests.ranks import run_on_ranks

@@ -21,9 +21,11 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.shared_rows import shared_rows
 from recpress.modules.two_tower import TwoTower
 from recpress.trainer.artifacts import describe_log
-from recpress.trainer.config import EvaluateConfig, FactorizeConfig, OptimizerConfig, TrainConfig
+from recpress.trainer.config import OptimizerConfig, TrainConfig
 from recpress.trainer.evaluate import evaluate
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.fit_config import FitConfig
 from recpress.trainer.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.loop import _Run

@@ -14,19 +14,14 @@ from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer import artifacts, logs
 from recpress.trainer.cli import main
-from recpress.trainer.config import (
-    CheckpointConfig,
-    EvaluateConfig,
-    FactorizeConfig,
-    HashStageConfig,
-    IngestCommand,
-    SampleCommand,
-    SplitConfig,
-    TrainConfig,
-)
+from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.evaluate import evaluate
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.hash import make_maps
+from recpress.trainer.hash_config import HashStageConfig
+from recpress.trainer.logs_config import IngestCommand, SampleCommand, SplitConfig
 from recpress.trainer.train import train
 
 from tests.ranks import run_on_ranks

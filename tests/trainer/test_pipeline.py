@@ -10,8 +10,10 @@ from recpress.data.errors import InputError
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.cli import main
-from recpress.trainer.config import FactorizeConfig, HashStageConfig, TrainConfig
+from recpress.trainer.config import TrainConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
+from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.pipeline import pipeline
 from recpress.trainer.pipeline_config import PipelineConfig
 from recpress.trainer.train import train

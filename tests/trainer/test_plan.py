@@ -12,8 +12,9 @@ from recpress.modules.config import ALSConfig, TablesConfig, TowersConfig, TwoTo
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.learned_hash import LearnedHash
 from recpress.trainer.cli import main
-from recpress.trainer.config import CheckpointConfig, FactorizeConfig, TrainConfig
+from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.memory_model import MapShape, MetaTowers, activation_bytes, peak, rank_lines, shards_by_rank
 from recpress.trainer.plan import MOST_RANKS, _job, assess, plan, smallest
 from recpress.trainer.plan_config import ClusterConfig, PlanConfig

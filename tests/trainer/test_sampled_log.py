@@ -14,9 +14,11 @@ from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.artifacts import open_factors
 from recpress.trainer.cli import main
-from recpress.trainer.config import EvaluateConfig, EvaluationConfig, FactorizeConfig, TrainConfig
+from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.evaluate import evaluate
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.plan import _job
 from recpress.trainer.plan_config import PlanConfig
 from recpress.trainer.train import train

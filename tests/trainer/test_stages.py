@@ -17,9 +17,11 @@ from recpress.data.errors import InputError
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.factors import FactorTable
-from recpress.trainer.config import EvaluateConfig, EvaluationConfig, FactorizeConfig, TrainConfig
+from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.evaluate import evaluate
+from recpress.trainer.evaluate_config import EvaluateConfig
 from recpress.trainer.factorize import factorize
+from recpress.trainer.factorize_config import FactorizeConfig
 from recpress.trainer.train import train
 
 from tests.ranks import run_on_ranks

@@ -1,0 +1,179 @@
+"""Configuration of `recpress compare`. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from recpress.data.config import Schema, StreamConfig, SynthConfig
+from recpress.data.errors import InputError
+from recpress.modules.config import ALSConfig, HashConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig
+
+
+def _random_network() -> NetworkConfig:
+    """On random tables: the same loss, little dropout, a constant rate, stopped where it no longer gets better."""
+    return NetworkConfig(
+        stream=StreamConfig(batch_size=4096),
+        model=TwoTowerConfig(
+            tables=TablesConfig(strategy="random", dim=64),
+            towers=TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
+            loss=NetworkConfig().model.loss,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
+        epochs=40,
+    )
+
+
+def _tuned_network() -> NetworkConfig:
+    """On factors that are trained on: as on frozen ones, the tables by small steps."""
+    frozen = NetworkConfig()
+    return replace(
+        frozen,
+        model=replace(frozen.model, tables=TablesConfig(strategy="init-train")),
+        optimizer=replace(frozen.optimizer, table_learning_rate=0.01),
+    )
+
+
+def _whole_log(**networks: NetworkConfig) -> None:
+    """Raise InputError where a network of a comparison is to go on without what cannot be read."""
+    for name, network in networks.items():
+        if network.stream.on_bad_file != "stop":
+            raise InputError(
+                f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop: all that is compared is "
+                "made of the same rows"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCadcConfig:
+    """The strategies of the CADC paper side by side, over several seeds, with a report page."""
+
+    data: str | None = None
+    """The log, with held-out rows; without one a made log is written and used."""
+    out: str = "runs/compare-cadc"
+    """Folder of the report, the results as JSON, and all factors and models; must not exist unless --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed has its own sample, factorization and networks."""
+    rate: float = 0.1
+    """Share of the rows that the networks are trained on."""
+    als: ALSConfig = field(
+        default_factory=lambda: ALSConfig(
+            factors=192,
+            sweeps=12,
+            confidence=1.0,
+            unobserved_weight=0.15,
+            regularization=0.0105,
+            frequency_exponent=1.0,
+        )
+    )
+    """The defaults were chosen on a validation part of MovieLens-1M (benchmarks/README.md)."""
+    crossfit_sweeps: int = 1
+    """Sweeps without the sample that make the factors to train on."""
+    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    random: NetworkConfig = field(default_factory=_random_network)
+    tuned: NetworkConfig = field(default_factory=_tuned_network)
+    """The network on factors that are trained on."""
+    choose: bool = True
+    """Choose each network's number of epochs, up to --*.epochs, on one row a user that is held out of train."""
+    patience: int = 3
+    """Epochs without a better one after which the choice is made."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything runs."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareHashConfig:
+    """All hashing methods side by side on one log: one backbone, one budget of rows, several seeds, a report page."""
+
+    data: str | None = None
+    """The log, with test rows and, to choose on, val rows; without one a made log is written and used."""
+    out: str = "runs/compare-hash"
+    """Folder of the report and the results as JSON; must not exist unless --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    methods: tuple[str, ...] = (
+        "modulo", "double", "frequency", "hybrid", "quotient-remainder", "louvain", "co-cluster", "cluster", "learned",
+        "learned-2",
+    )  # fmt: skip
+    """Methods, by name; `learned-2`: learned with two weighted rows an id."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed has its own factorization and its own maps."""
+    share: float = 0.2
+    """Budget of rows, users and items together, as a share of the ids."""
+    rows: int = 0
+    """The budget itself; 0: --share."""
+    als: ALSConfig = field(
+        default_factory=lambda: ALSConfig(
+            factors=64,
+            sweeps=9,
+            confidence=1.0,
+            unobserved_weight=0.02,
+            regularization=0.01,
+            frequency_exponent=1.0,
+        )
+    )
+    """The backbone, with a row for each id and with shared rows alike."""
+    hash: HashConfig = field(default_factory=HashConfig)
+    """What the methods have in common; what is chosen overrides it."""
+    user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
+    """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
+    privates: tuple[float, ...] = (0.25, 0.75)
+    """Shares of private rows that are tried, besides a half."""
+    powers: tuple[float, ...] = (0.0, 0.25, 1.0)
+    """Powers of the count that are tried, besides --hash.power."""
+    sweeps: tuple[int, ...] = (0, 1, 3)
+    """Sweeps with shared rows that are tried; 0 leaves the rows nearest to the full factors."""
+    choose_users: int = 4000
+    """Users on whose validation rows settings are chosen."""
+    metric: str = "Recall@10"
+    """What they are chosen by."""
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareBothConfig:
+    """Both savings together: quality against the bytes of the tables and against the rows read, with a report page."""
+
+    data: str | None = None
+    """The log, with held-out rows; without one a made log is written and used."""
+    out: str = "runs/compare-both"
+    """Folder of the report, the results as JSON, and all factors, maps and models; must not exist unless
+    --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    synth: SynthConfig = field(default_factory=SynthConfig)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed has its own sample, factorization, maps and networks."""
+    levels: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
+    """Bytes of the tables, maps included, as shares of those of full float32 tables."""
+    rates: tuple[float, ...] = (0.1, 1.0)
+    """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
+    als: ALSConfig = field(default_factory=lambda: CompareCadcConfig().als)
+    """The defaults are those of `compare cadc`."""
+    power: float = 0.5
+    """An id weighs as much as this power of its count, in maps and in the distortion."""
+    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
+    """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything runs; maps are made on the CPU."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        _whole_log(frozen=self.frozen)
+        for name in ("levels", "rates"):
+            bad = [value for value in getattr(self, name) if not 0 < value <= 1]
+            if bad:
+                raise InputError(f"{name}: {bad[0]}, expected numbers in (0, 1]")

@@ -1,0 +1,49 @@
+"""Configuration of `recpress factorize`. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recpress.data.config import Schema
+from recpress.data.errors import InputError
+from recpress.modules.config import ALSConfig, LogisticConfig
+from recpress.trainer.config import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizeConfig:
+    """Factorize the full interaction matrix of a log."""
+
+    data: str
+    """The log: a folder, file or glob."""
+    out: str
+    """Folder of the factors; must not exist unless --overwrite."""
+    schema: Schema = field(default_factory=Schema)
+    method: Literal["als", "logistic"] = "als"
+    """`als`: weighted least squares; `logistic`: cross-entropy with sampled negatives."""
+    als: ALSConfig = field(default_factory=ALSConfig)
+    logistic: LogisticConfig = field(default_factory=LogisticConfig)
+    crossfit_rate: float = 0.0
+    """Above 0: also make factors that have not seen this share of the rows, for a network trained on it."""
+    crossfit_seed: int = 0
+    """Seed of that sample; the same as the network's --sample.seed."""
+    crossfit_kind: Literal["rows", "block", "user"] = "rows"
+    """Kind of that sample; the same as the network's --sample.kind."""
+    crossfit_sweeps: int = 1
+    """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
+
+    use_label: bool = False
+    """Let the label scale the confidence of a row; otherwise every row counts one."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
+    its rows out, names and counts it (docs/log.md)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the sweeps run."""
+    overwrite: bool = False
+    """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crossfit_rate < 1:
+            raise InputError(f"crossfit_rate is {self.crossfit_rate}, expected a number in [0, 1)")
+        at_least(1, crossfit_sweeps=self.crossfit_sweeps)
