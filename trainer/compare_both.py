@@ -29,7 +29,8 @@ from recpress.trainer.evaluate import load_heldout, rank_heldout
 from recpress.trainer.evaluation import vectors_from_factors
 from recpress.trainer.factorize import factorize
 from recpress.trainer.factorize_config import FactorizeConfig
-from recpress.trainer.hash import make_maps, root
+from recpress.trainer.hash import make_maps
+from recpress.trainer.hash_budget import root
 from recpress.trainer.hash_config import HashStageConfig
 from recpress.trainer.id_maps import SIDES, open_maps
 from recpress.trainer.train import train

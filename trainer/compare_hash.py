@@ -29,7 +29,7 @@ from recpress.modules.shared_als import SharedALS
 from recpress.trainer.compare_config import CompareHashConfig
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.evaluation import evaluate_full, vectors_from_factors
-from recpress.trainer.hash import root
+from recpress.trainer.hash_budget import root
 from recpress.trainer.hash_report import HashMethodResult, HashResult, format_hash_table, write_hash_report
 from recpress.trainer.heldout import FullHeldout, Pairs, full_from_pairs, read_pairs
 from recpress.trainer.versions import versions
