@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
-from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
+from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection
+from recpress.modules.frozen_sharded import ShardedFrozenEmbeddingBagCollection
 from recpress.modules.rows import local_shards
 from torch import nn
 

@@ -9,12 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from recpress.modules.frozen import (
-    QUANTIZED,
-    FrozenEmbeddingBagCollection,
-    FrozenEmbeddingBagCollectionSharder,
-    Storage,
-)
+from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, Storage
+from recpress.modules.frozen_sharded import FrozenEmbeddingBagCollectionSharder
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
