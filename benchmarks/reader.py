@@ -31,8 +31,8 @@ from recpress.benchmarks.made_logs import Made
 from recpress.benchmarks.measure import Cost, alone, cost, in_turns, ratio
 from recpress.data.config import SampleConfig, StreamConfig
 
-CASES = ("narrow", "narrow-1m", "uniform", "block", "wide", "lists")
-LOGS = {name: "narrow" if name in ("uniform", "block") else name for name in CASES}
+CASES = ("narrow", "narrow-1m", "uniform", "uniform-1m", "block", "wide", "lists")
+LOGS = {name: name for name in CASES} | {"uniform": "narrow", "uniform-1m": "narrow-1m", "block": "narrow"}
 SMALL = ("--cases", "narrow", "wide", "--rows", "500000", "--wide-rows", "50000", "--rounds", "1", "--seconds", "0.2")
 
 
@@ -57,14 +57,14 @@ def make_case(name: str, made: Made) -> Case | str:
     """The case, or why there is none."""
     titles = {
         "narrow": "2 ids, our layout",
-        "narrow-1m": "2 ids, row groups of 1 M",
+        "narrow-1m": "2 ids, pyarrow's layout",
         "wide": "26 ids, 13 floats",
         "lists": "2 ids, 1 list",
     }
     if name in titles:
         return Case(titles[name], made)
-    if name == "uniform":
-        return Case("2 ids, 10 % of the rows", made, SampleConfig(rate=0.1))
+    if name in ("uniform", "uniform-1m"):
+        return Case(titles[LOGS[name]] + ", 10 % of the rows", made, SampleConfig(rate=0.1))
     if "kind" not in {field.name for field in fields(SampleConfig)}:
         return "this version of recpress has no block sampling"
     return Case("2 ids, 10 % of the row groups", made, SampleConfig(rate=0.1, kind="block"))  # type: ignore[call-arg]
