@@ -30,8 +30,10 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed.types import ShardingPlan
 
 MIB = 1 << 20
-PROCESS = 293 * MIB
-"""Anonymous memory of a process that has imported all that a training takes; torch 2.13 + torchrec 1.8, CPU."""
+PROCESS = 262 * MIB
+"""Anonymous memory of a process after `import recpress.trainer.train`; torch 2.13 + torchrec 1.8, CPU."""
+METRICS = 31 * MIB
+"""What `torchmetrics` adds, which is imported when the tables are loaded."""
 ALLOCATOR = 64 * MIB
 """What glibc may keep of freed memory: twice the largest block that it takes from the heap (mallopt(3))."""
 UPLOAD = 224 * MIB
@@ -113,6 +115,8 @@ class Job:
     """A copy of the best weights is held (evaluation.every, evaluation.every_steps)."""
     uploads: bool = False
     """Checkpoints lie on an object store."""
+    metrics: bool = False
+    """TorchRec's metrics are computed."""
     row_vectors: bool = True
     """The vectors of the maps' rows are stored beside them, and need not be worked out on each rank."""
 
@@ -241,6 +245,8 @@ def rank_lines(
     trained_bytes, state = sum(s.nbytes(cuda) for s in trained), sum(4 * s.rows for s in trained)
     frozen_bytes = sum(s.nbytes(cuda) for s in frozen)
     lines = [Line("process", PROCESS, "torch, torchrec and recpress imported (measured)", "host", "always")]
+    if job.metrics:
+        lines.append(Line("metrics", METRICS, "torchmetrics imported (measured)", "host", "train"))
     if cuda:
         lines.append(Line("CUDA context", context, "--cluster.context-gib (assumed)", "device", "always"))
     if trained:

@@ -279,6 +279,7 @@ def _job(config: PlanConfig) -> Job:
         group_rows=min(group, rows) if rows else group,
         keep_best=config.evaluation.while_training,
         uploads=is_remote(config.checkpoint.folder or config.out),
+        metrics=bool(config.metrics.window),
         row_vectors=_row_vectors(config, log, factors),
     )
 
