@@ -12,7 +12,7 @@ from recpress.data.rows import Rows
 
 _PAGE = 1 << 20
 """Bytes of a page of a column chunk, as writers make them."""
-_KEPT = 16 << 20
+KEPT = 16 << 20
 """Permutations, addresses, and what the allocators keep of what was freed."""
 _PIPELINE = 3
 """Batches that training itself holds."""
@@ -43,7 +43,7 @@ def memory_bound(
     begun = ahead.lanes * min(TILE_ROWS, rank_rows) * row
     batches = (ready + _PIPELINE) * batch_rows * floats
     rounds = (ahead.most_rounds() + 1) * rank_rows * row
-    return round(rounds + threads * decoding + written + begun + batches + _KEPT)
+    return round(rounds + threads * decoding + written + begun + batches + KEPT)
 
 
 def _bytes_a_row(rows: Rows, name: str) -> float:

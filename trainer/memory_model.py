@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 from recpress.data.batch import ITEM, USER
+from recpress.data.memory import KEPT
 from recpress.modules.config import TwoTowerConfig
 from recpress.modules.frozen import FrozenEmbeddingBagCollection, row_bytes
 from recpress.modules.hashing.id_map import IdMap
@@ -316,6 +317,7 @@ def _stream_lines(job: Job, world: int) -> list[Line]:
     return [
         Line("stream", round(held * row), "(3 buffer_rows + 2 lanes x row group) / ranks x B a row", "host", "train"),
         Line("decoding", round(decode), "(4 threads + (2 threads + 1) x rate) x row group x B a row", "host", "always"),
+        Line("kept in threads' heaps", KEPT, "glibc: of what reading threads have freed (measured)", "host", "always"),
     ]
 
 
@@ -325,9 +327,8 @@ def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) ->
     maps = [side.map for side in (job.user, job.item) if side.map is not None]
     largest = max((4 * s.rows * s.width for s in shards if _is_loaded(job, s)), default=0)
     if largest:
-        blocks = 3 if maps and job.row_vectors else 4
-        formula = f"{blocks} blocks of 32 MiB: {'file, ' if blocks == 4 else ''}copy, this block and the last"
-        lines.append(Line("loading tables", blocks * min(BLOCK_BYTES, largest), formula, "host", "load"))
+        formula = "4 blocks of 32 MiB: file, copy, this block and the last"
+        lines.append(Line("loading tables", 4 * min(BLOCK_BYTES, largest), formula, "host", "load"))
     if maps and job.dim is not None and not job.row_vectors:
         whole = {table.table: table for table in tables_of(model)}
         sides = [("user", job.user), ("item", job.item)]

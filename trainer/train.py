@@ -21,6 +21,7 @@ from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.order import ORDER_VERSION
 from recpress.data.stream import Interactions, InteractionStream
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.interactions import give_back
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
 from recpress.trainer.checkpoint import Checkpoints
 from recpress.trainer.collectives import all_reduce
@@ -125,7 +126,9 @@ def train(config: TrainConfig) -> TrainResult:
                     put(True)
                 return metrics
 
+            give_back()  # what reading the pairs took, before the tables come
             put(crossfit)
+            give_back()
             setup_seconds = time.monotonic() - begin
             if ranks.rank == 0 and (config.tensorboard or storage.is_remote(checkpoints.folder)):
                 viewer = "tensorboard --logdir " if config.tensorboard else ""
