@@ -78,12 +78,14 @@ class Spare:
         self._tiles: list[dict[str, torch.Tensor]] = []
 
     def take_tile(self, rows: int, sources: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Memory for `rows` rows or more of the same columns as `sources`, with anything in it."""
+        """Memory for `rows` rows or more of columns with the names and types of `sources`, with anything in it."""
         with self._lock:
-            if self._tiles:
-                tile = self._tiles.pop()
-                if all(name in tile and len(tile[name]) >= rows for name in sources):
-                    return tile
+            tile = self._tiles.pop() if self._tiles else {}
+        kept = {name: tile.get(name) for name in sources}
+        if all(
+            have is not None and have.dtype == sources[name].dtype and len(have) >= rows for name, have in kept.items()
+        ):
+            return tile
         return {name: torch.empty(max(rows, TILE_ROWS), dtype=column.dtype) for name, column in sources.items()}
 
     def give_tile(self, tile: dict[str, torch.Tensor]) -> None:
