@@ -110,10 +110,6 @@ class Jobs:
         found = self.slurm.processes(node, f"recpress.trainer.cli {command}")
         return [pid for pid in found if b"torchrun" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    def soon(self, job: str) -> None:
-        """Let a job that was requeued start now rather than when Slurm thinks fit."""
-        self.slurm.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
-
 
 @pytest.fixture(scope="session")
 def jobs(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:

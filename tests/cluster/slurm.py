@@ -27,7 +27,8 @@ SlurmctldHost={host}({controller})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# cred_expire is how long a job that was requeued waits before it may start again (Slurm's default: 120 s)
+# cred_expire is how long a job that was requeued waits before it may start again (Slurm's default: 120 s); started
+# earlier by hand, it can meet "Job credential revoked" on the node, and FAILED is where it stays
 AuthInfo=socket={folder}/munge/socket,cred_expire=10
 CredType=cred/munge
 SlurmctldPort=17000

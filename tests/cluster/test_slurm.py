@@ -113,7 +113,6 @@ def test_a_lost_node(jobs: Jobs, slurm: Slurm, log: str, factors: str, quiet: di
         jobs.wait(job, "PENDING", "REQUEUED", seconds=240)
     finally:
         slurm.start_node(NODES[1])
-    jobs.soon(job)
     went_on(jobs, job, fresh / "model", quiet)
 
 
@@ -143,13 +142,8 @@ def test_a_link_that_is_down_for_longer_than_a_step_may_take(
     slurm.link(NODES[1], up=True)
     wait_until(lambda: " stalled" in jobs.log(job) or "all ranks wait" in jobs.log(job), "a rank is named", 120)
 
-    def anew() -> bool:
-        """torchrun may start the ranks again by itself; or the job fails, and TorchX's script requeues it."""
-        if jobs.slurm.state(job).startswith(("PENDING", "REQUEUED")):
-            jobs.soon(job)
-        return "goes on from" in jobs.log(job)
-
-    wait_until(anew, "the job is started anew", 240, every=1)
+    # torchrun may start the ranks again by itself; or the job fails, and TorchX's script requeues it
+    wait_until(lambda: "goes on from" in jobs.log(job), "the job is started anew", 240, every=1)
     went_on(jobs, job, fresh / "model", quiet)
 
 
@@ -160,7 +154,6 @@ def test_scancel_and_requeue(
     started(jobs, job, fresh / "model")
     slurm.run(["scontrol", "requeue", job])
     jobs.wait(job, "PENDING", "REQUEUED", "COMPLETING", seconds=240)
-    jobs.soon(job)
     went_on(jobs, job, fresh / "model", quiet)
 
     cancelled = jobs.submit("train", *training(log, factors, fresh / "other" / "model"))
@@ -183,6 +176,5 @@ def test_a_signal_before_the_time_is_up(
     assert "SIGUSR1: stopping after this step" in said
     step = re.search(r"stopped by .* after step (\d+): ", said)
     assert step is not None, said
-    jobs.soon(job)
     went_on(jobs, job, fresh / "model", quiet)
     assert f"goes on from {fresh}/model.checkpoints/step-{int(step[1]):08d}" in jobs.log(job)
