@@ -28,14 +28,14 @@ from recpress.benchmarks.common import publish, settings_of
 from recpress.benchmarks.training import made_batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower import SideSpec, TwoTower
-from recpress.trainer import run_state
-from recpress.trainer.checkpoint import Checkpoints
+from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import CheckpointConfig, OptimizerConfig
-from recpress.trainer.distributed import process_group
-from recpress.trainer.fit_config import FitConfig
-from recpress.trainer.loop import fit
-from recpress.trainer.optimizer import TrainOptimizer
-from recpress.trainer.sharding import shard
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.loop import run_state
+from recpress.trainer.loop.config import FitConfig
+from recpress.trainer.loop.fit import fit
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
 
 SMALL = ("--gigabytes", "0.1", "--steps", "20", "--repeat", "2")
 RANKS = True

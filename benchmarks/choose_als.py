@@ -20,8 +20,8 @@ from recpress.data.log import iter_columns, open_log
 from recpress.modules.als import ALS
 from recpress.modules.config import ALSConfig
 from recpress.trainer.config import EvaluationConfig
-from recpress.trainer.evaluate import load_heldout, rank_heldout
-from recpress.trainer.evaluation import vectors_from_factors
+from recpress.trainer.evaluate.ranking import vectors_from_factors
+from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 
 SMALL = ("--trials", "5", "--factors", "32")
 NEEDS = "a log: -- --data LOG"

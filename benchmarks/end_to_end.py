@@ -32,15 +32,15 @@ from recpress.benchmarks.processes import PeakMemory, in_own_processes
 from recpress.data.config import SampleConfig, SynthConfig
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer.compare_config import CompareCadcConfig
+from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig
-from recpress.trainer.evaluate import evaluate
-from recpress.trainer.evaluate_config import EvaluateConfig
-from recpress.trainer.factorize import factorize
-from recpress.trainer.factorize_config import FactorizeConfig
-from recpress.trainer.hash import make_maps
-from recpress.trainer.hash_config import HashStageConfig
-from recpress.trainer.train import TrainResult, train
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.stage import evaluate
+from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.hash.config import HashStageConfig
+from recpress.trainer.hash.stage import make_maps
+from recpress.trainer.train.stage import TrainResult, train
 
 SMALL = (
     "--users", "1000", "--items", "500", "--rows", "40000", "--factors", "32", "--sweeps", "6", "--epochs", "4",

@@ -123,7 +123,7 @@ def fit_of(engine: str, log: Log, sizes: list[int], args: argparse.Namespace, fa
 def measured(engine: str, folder: str, sizes: list[int], args: argparse.Namespace, factors: int) -> dict[str, float]:
     """One timed run on each rank; rank 0 has the figures of all."""
     import torch.distributed as dist
-    from recpress.trainer.distributed import process_group
+    from recpress.trainer.distributed.process_group import process_group
 
     with process_group("cpu") as place:
         users, items = (np.load(f"{folder}/{name}.npy") for name in ("users", "items"))

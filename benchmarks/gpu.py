@@ -22,7 +22,7 @@ import torch
 from recpress.benchmarks.common import publish, settings_of
 from recpress.benchmarks.on_gpu import factorization, feeding, remapping, training
 from recpress.benchmarks.on_gpu.device import Ceilings, ceilings
-from recpress.trainer.distributed import process_group
+from recpress.trainer.distributed.process_group import process_group
 
 NEEDS = "a GPU; writes one file a question: bash benchmarks/gpu.sh"
 QUESTIONS = {

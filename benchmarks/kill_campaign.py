@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.data import batch as batch_module
-from recpress.trainer import optimizer as optimizer_module
-from recpress.trainer import train as train_module  # noqa: F401  # imported once, before the ranks are forked
 from recpress.trainer.cli import main as recpress
+from recpress.trainer.loop import optimizer as optimizer_module
+from recpress.trainer.train import stage as train_module  # noqa: F401  # imported once, before the ranks are forked
 
 SMALL = ("--runs", "3")
 

@@ -37,9 +37,9 @@ from recpress.data.synth import synth
 from recpress.modules.factors import shard_name
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import FACTORS, describe_log
-from recpress.trainer.id_maps import HASH, ROW_VECTORS, save_maps
-from recpress.trainer.plan import plan
-from recpress.trainer.plan_config import PlanConfig
+from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS, save_maps
+from recpress.trainer.plan.config import PlanConfig
+from recpress.trainer.plan.stage import plan
 
 SMALL = ("--mb", "100", "--ranks", "1", "--kinds", "random", "frozen fp32")
 

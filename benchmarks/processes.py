@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["recpress.trainer.train", "recpress.trainer.factorize", "recpress.trainer.hash"]
+_PRELOAD = ["recpress.trainer.train.stage", "recpress.trainer.factorize.stage", "recpress.trainer.hash.stage"]
 _case = itertools.count(1)
 SECONDS = 900.0
 """Longest that a case may take; one that takes longer hangs."""

@@ -13,9 +13,10 @@ Of every case, a step, the slower rank:
 - transfer: durations of the step's collectives, each on the rank that came last to it, which waits for nobody (from a
   profile of a stretch that is not timed; they overlap with compute); MB sent: by the counters of the network interface.
 
-`DDP's bucket setting` is the cost of find_unused_parameters, with which trainer/sharding.py keeps DDP from arranging
-its buckets anew, against TorchRec's default: stretches of both take turns in the processes of `2 ranks, 1 node`.
-Namespaces need root and iproute2; without, that case is left out, and the bytes on loopback are the whole machine's.
+`DDP's bucket setting` is the cost of find_unused_parameters, with which trainer/model/sharding.py keeps DDP from
+arranging its buckets anew, against TorchRec's default: stretches of both take turns in the processes of `2 ranks, 1
+node`. Namespaces need root and iproute2; without, that case is left out, and the bytes on loopback are the whole
+machine's.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ import torch
 import torch.distributed as dist
 from recpress.benchmarks.common import publish, settings_of
 from recpress.benchmarks.training import OURS, Case, Subject, made_batch
-from recpress.trainer import sharding
-from recpress.trainer.distributed import process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.model import sharding
 
 SMALL = (
     "--table-rows", "25000", "--dim", "32", "--batch", "1024", "--steps", "8", "--stretches", "1", "--rounds", "1",

@@ -32,9 +32,9 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
 from recpress.data.synth import synth
-from recpress.trainer.compare_config import CompareCadcConfig
+from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.config import TrainConfig
-from recpress.trainer.train import train
+from recpress.trainer.train.stage import train
 
 SMALL = ("--rows", "4194304")
 ORDERS = ("user", "time")

@@ -40,12 +40,12 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import round_up
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
-from recpress.trainer.distributed import process_group
-from recpress.trainer.fit_config import FitConfig
-from recpress.trainer.loop import fit
-from recpress.trainer.metrics_log import MetricsLog
-from recpress.trainer.optimizer import TrainOptimizer
-from recpress.trainer.sharding import shard
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.loop.config import FitConfig
+from recpress.trainer.loop.fit import fit
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
+from recpress.trainer.watch.metrics_log import MetricsLog
 from torchrec import KeyedJaggedTensor
 
 SMALL = (

@@ -15,7 +15,7 @@ from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.modules.factors import FactorTable, Table
-from recpress.trainer.distributed import agreed
+from recpress.trainer.distributed.process_group import agreed
 
 FACTORS = "factors"
 MODEL = "model"

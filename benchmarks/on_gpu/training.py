@@ -20,10 +20,10 @@ from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoT
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
-from recpress.trainer.loop import FitConfig, fit
-from recpress.trainer.metrics_log import MetricsLog
-from recpress.trainer.optimizer import TrainOptimizer
-from recpress.trainer.sharding import shard
+from recpress.trainer.loop.fit import FitConfig, fit
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
+from recpress.trainer.watch.metrics_log import MetricsLog
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def compressed(kind: str) -> tuple[nn.Module, Any]:
 
 def sharded_and_pipelined() -> None:
     import torch.distributed as dist
-    from recpress.trainer.sharding import shard
+    from recpress.trainer.model.sharding import shard
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
     device, rank = torch.device("cpu"), dist.get_rank()

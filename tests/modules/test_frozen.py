@@ -101,7 +101,7 @@ def weighted_sums(storage):
 
 
 def sharded(layout):
-    from recpress.trainer.sharding import shard
+    from recpress.trainer.model.sharding import shard
 
     found = []
     for storage in STORAGES:
@@ -127,7 +127,7 @@ def sharded(layout):
 
 
 def check_weights_travel(storage, layout):
-    from recpress.trainer.sharding import shard
+    from recpress.trainer.model.sharding import shard
 
     model = shard(
         OverTables(storage, "meta", weighted=True), CPU, batch_size=4, sharding_types=dict.fromkeys("ab", layout)

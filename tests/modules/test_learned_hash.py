@@ -273,7 +273,7 @@ def sharded_and_pipelined() -> None:
 
 def one_layout(layout: str) -> None:
     import torch.distributed as dist
-    from recpress.trainer.sharding import shard
+    from recpress.trainer.model.sharding import shard
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
     rank, device = dist.get_rank(), torch.device("cpu")

@@ -125,7 +125,7 @@ def test_maps_that_it_cannot_apply() -> None:
 def on_ranks(folder: str, save: bool) -> None:
     import torch.distributed as dist
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from recpress.trainer.sharding import TableSharder
+    from recpress.trainer.model.sharding import TableSharder
     from torch.distributed import checkpoint
     from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
     from torchrec.distributed.mc_modules import ManagedCollisionCollectionSharder

@@ -11,8 +11,8 @@ from recpress.data.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
-from recpress.trainer.optimizer import TrainOptimizer
-from recpress.trainer.sharding import shard
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
 from torchrec import KeyedJaggedTensor
 
 CPU = torch.device("cpu")

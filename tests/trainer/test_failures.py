@@ -18,7 +18,8 @@ WORKER = """
 import os, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from recpress.trainer import distributed, optimizer
+from recpress.trainer.distributed import process_group as distributed
+from recpress.trainer.loop import optimizer
 from recpress.trainer.cli import main
 
 what, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -12,17 +12,18 @@ from recpress.data.errors import InputError
 from recpress.data.log import open_log
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer import artifacts, logs
+from recpress.trainer import artifacts
 from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, TrainConfig
-from recpress.trainer.evaluate import evaluate
-from recpress.trainer.evaluate_config import EvaluateConfig
-from recpress.trainer.factorize import factorize
-from recpress.trainer.factorize_config import FactorizeConfig
-from recpress.trainer.hash import make_maps
-from recpress.trainer.hash_config import HashStageConfig
-from recpress.trainer.logs_config import IngestCommand, SampleCommand, SplitConfig
-from recpress.trainer.train import train
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.stage import evaluate
+from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.hash.config import HashStageConfig
+from recpress.trainer.hash.stage import make_maps
+from recpress.trainer.logs import stages as logs
+from recpress.trainer.logs.config import IngestCommand, SampleCommand, SplitConfig
+from recpress.trainer.train.stage import train
 
 from tests.ranks import run_on_ranks
 from tests.s3_server import s3  # noqa: F401  # a fixture
@@ -133,7 +134,7 @@ def test_a_sample_is_written_there(base, tmp_path, shuffle):
 
 
 def test_an_embedding_is_read_from_there(base, tmp_path):
-    from recpress.trainer.embeddings import read_embedding
+    from recpress.trainer.hash.embeddings import read_embedding
 
     matrix = np.arange(12, dtype=np.float32).reshape(4, 3)
     np.save(tmp_path / "x.npy", matrix)

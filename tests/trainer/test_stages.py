@@ -18,11 +18,11 @@ from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.factors import FactorTable
 from recpress.trainer.config import EvaluationConfig, TrainConfig
-from recpress.trainer.evaluate import evaluate
-from recpress.trainer.evaluate_config import EvaluateConfig
-from recpress.trainer.factorize import factorize
-from recpress.trainer.factorize_config import FactorizeConfig
-from recpress.trainer.train import train
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.stage import evaluate
+from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.train.stage import train
 
 from tests.ranks import run_on_ranks
 

@@ -1,0 +1,162 @@
+"""The loop: what it trains, what it leaves alone, when it stops, and that it does the same thing twice."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from recpress.data.errors import InputError
+from recpress.trainer.loop.config import FitConfig
+from recpress.trainer.loop.fit import fit
+from recpress.trainer.watch.metrics_log import MetricsLog
+
+from tests.ranks import run_on_ranks
+from tests.trainer.small import CPU, batches, digest, frozen_bits, sharded
+
+
+def train(strategy, kind="residual", **settings):
+    dmp, optimizer = sharded(strategy, kind)
+    result = fit(dmp, optimizer, batches, FitConfig(epochs=2, **settings), device=CPU, show_progress=False)
+    return dmp, result
+
+
+def learns_and_repeats():
+    found = {}
+    for strategy in ("random", "init-train", "init-freeze", "init-freeze-plus"):
+        first, result = train(strategy, log_every=3)
+        again, _ = train(strategy)
+        assert digest(first) == digest(again), strategy
+        assert result.losses[-1] < result.losses[0], strategy
+        found[strategy] = result.losses
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_losses_fall_and_the_same_seed_gives_the_same_bits(world):
+    per_rank = run_on_ranks(learns_and_repeats, world)
+    assert all(losses == per_rank[0] for losses in per_rank)  # the mean over the ranks, on all of them
+
+
+def frozen_after_training():
+    found = []
+    for layout in ("row_wise", "table_wise"):
+        dmp, optimizer = sharded("init-freeze-plus", layout=layout)
+        before, weights = frozen_bits(dmp), digest(dmp)
+        fit(dmp, optimizer, batches, FitConfig(epochs=2), device=CPU, show_progress=False)
+        assert digest(dmp) != weights
+        assert all(torch.equal(a, b) for a, b in zip(before, frozen_bits(dmp), strict=True))
+        held = [key for key in dmp.fused_optimizer.state_dict()["state"] if "plus" not in key]
+        assert not held
+        assert not any("frozen" in name for name, _ in dmp.named_parameters())
+        found.append(sum(len(bits) for bits in before))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_frozen_tables_keep_their_bits_and_have_no_state(world):
+    rows = run_on_ranks(frozen_after_training, world)
+    assert [sum(each) for each in zip(*rows, strict=True)] == [70, 70]  # 40 users, 30 items
+
+
+def evaluates(folder):
+    dmp, optimizer = sharded("init-freeze")
+    start, calls, seen = digest(dmp), [], []
+
+    def evaluate():
+        assert not dmp.training
+        seen.append(digest(dmp))
+        calls.append(1)
+        # the third is the best, and then it falls; only rank 0's number counts
+        value = [0.1, 0.2, 0.3, 0.2, 0.1, 0.0, 0.0][len(calls) - 1] + dist.get_rank()
+        return {"NDCG@10": value}
+
+    settings = FitConfig(epochs=5, evaluate_every=1, evaluate_steps=4, evaluate_first=True, patience=2, log_every=2)
+    with MetricsLog(folder) as log:
+        result = fit(dmp, optimizer, batches, settings, device=CPU, evaluate=evaluate, log=log, show_progress=False)
+    assert seen[0] == start
+    assert digest(dmp) == seen[2] != seen[4]
+    # at the start, after step 4, at the end of epoch 1 (6), after step 8 and at the end of epoch 2 (12)
+    assert [int(e["step"]) for e in result.evaluations] == [0, 4, 6, 8, 12]
+    assert result.steps == 12
+    assert result.best["step"] == 6
+    return result.steps
+
+
+def test_early_stopping_and_the_best_weights(tmp_path):
+    assert run_on_ranks(evaluates, 2, str(tmp_path)) == [12, 12]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "evaluate/NDCG@10" in line] == [0, 4, 6, 8, 12]
+    losses = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in losses] == [2, 4, 6, 8, 10, 12]
+    assert all(math.isfinite(line["train/loss"]) and line["train/rows_per_second"] > 0 for line in losses)
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+def looking_changes_nothing():
+    plain, _ = train("init-train")
+    looked, _ = train("init-train", evaluate_steps=2, keep_best=False, metric="m")
+    dmp, optimizer = sharded("init-train")
+    settings = FitConfig(epochs=2, evaluate_steps=2, keep_best=False, metric="m")
+    fit(dmp, optimizer, batches, settings, device=CPU, evaluate=lambda: {"m": 0.0}, show_progress=False)
+    return digest(plain) == digest(looked) == digest(dmp)
+
+
+def test_evaluating_in_the_middle_of_an_epoch_leaves_the_training_as_it_was():
+    assert run_on_ranks(looking_changes_nothing, 2) == [True, True]
+
+
+def meets_nan(bad_rank):
+    dmp, optimizer = sharded("init-freeze")
+    bad = 4 if dist.get_rank() == bad_rank else None
+    fit(
+        dmp,
+        optimizer,
+        lambda epoch, first: batches(epoch, first, bad_step=bad if epoch == 1 else None),
+        FitConfig(epochs=2, log_every=3),
+        device=CPU,
+        show_progress=False,
+    )
+
+
+def test_a_loss_that_is_no_number_names_its_step():
+    with pytest.raises(InputError, match=r"step 11 of epoch 2: the loss is nan"):
+        run_on_ranks(meets_nan, 1, 0)
+
+
+def skips(strategy, bad_step):
+    """Weights and result of a run over two epochs; the rank has a batch with a NaN label, or leaves that batch out."""
+    dmp, optimizer = sharded(strategy)
+    made = {0: batches(0, bad_step=bad_step), 1: batches(1)}
+    if bad_step is None:
+        del made[0][4]
+    settings = FitConfig(epochs=2, log_every=4, on_nonfinite="skip")
+    result = fit(dmp, optimizer, lambda epoch, _: made[epoch], settings, device=CPU, show_progress=False)
+    return digest(dmp), result.skipped, all(map(math.isfinite, result.losses))
+
+
+@pytest.mark.parametrize("strategy", ["init-train", "init-freeze-plus"])
+def test_a_batch_without_a_finite_loss_can_be_left_out(strategy):
+    (left_out,) = run_on_ranks(skips, 1, strategy, 4)
+    (without,) = run_on_ranks(skips, 1, strategy, None)
+    assert left_out == (without[0], 1, True)
+
+
+def skips_on_one(strategy):
+    return skips(strategy, 4 if dist.get_rank() == 1 else 99)
+
+
+def test_a_bad_batch_on_one_rank_is_counted_on_all_and_spoils_nothing():
+    (first, second) = run_on_ranks(skips_on_one, 2, "init-train")
+    assert first[1:] == second[1:] == (1, True)
+
+
+def wants_another_metric():
+    dmp, optimizer = sharded("init-freeze")
+    settings = FitConfig(evaluate_every=1, metric="NDCG@7")
+    fit(dmp, optimizer, batches, settings, device=CPU, evaluate=lambda: {"HR@10": 0.0}, show_progress=False)
+
+
+def test_a_metric_that_is_not_there_is_an_error():
+    with pytest.raises(InputError, match=r"metric 'NDCG@7' is not among those of the evaluation: HR@10"):
+        run_on_ranks(wants_another_metric, 1)

@@ -1,0 +1,129 @@
+"""The stages in one process group: what is whole is skipped, what does not fit is one error."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
+from recpress.data.errors import InputError
+from recpress.data.synth import synth
+from recpress.modules.config import ALSConfig, LossConfig, TowersConfig, TwoTowerConfig
+from recpress.trainer.cli import main
+from recpress.trainer.config import TrainConfig
+from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.hash.config import HashStageConfig
+from recpress.trainer.pipeline.config import PipelineConfig
+from recpress.trainer.pipeline.stage import pipeline
+from recpress.trainer.train.stage import train
+
+from tests.ranks import run_on_ranks
+
+ALS = ALSConfig(factors=8, sweeps=2)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    made = SynthConfig(users=300, items=200, rows=6_000, tastes=4, tastes_per_user=2)
+    return str(synth(made, tmp_path_factory.mktemp("log") / "log"))
+
+
+def settings(log, out, **changes):
+    chosen = {
+        "stages": ("factorize", "hash", "train", "evaluate"),
+        "factorize": FactorizeConfig(data="", out="", als=ALS),
+        "hash": HashStageConfig(data="", out="", share=0.5),
+        "train": TrainConfig(
+            data="",
+            out="",
+            stream=StreamConfig(batch_size=256),
+            negatives=NegativesConfig(count=16, shared=True),
+            model=TwoTowerConfig(towers=TowersConfig(kind="mlp", hidden=(8,), dim=8), loss=LossConfig(kind="softmax")),
+            sample=SampleConfig(rate=0.5),
+            epochs=1,
+            tensorboard=False,
+        ),
+    }
+    return PipelineConfig(data=log, out=str(out), **{**chosen, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(log, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pipeline") / "run"
+    assert pipeline(settings(log, out)) == ["factorize", "hash", "train", "evaluate"]
+    return out
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The finished run under its own name, whatever a test did to it before."""
+    kept = tmp_path / "kept"
+    shutil.copytree(done, kept)
+    yield done
+    shutil.rmtree(done)
+    shutil.copytree(kept, done)
+
+
+def weights(model):
+    return {str(p.relative_to(model)): p.read_bytes() for p in sorted((model / "weights").rglob("*")) if p.is_file()}
+
+
+def test_it_makes_what_the_stages_make_one_by_one(log, done, tmp_path):
+    alone = settings(log, done, stages=("factorize", "train")).chosen()
+    factorize(replace(alone["factorize"], out=str(tmp_path / "factors")))
+    hashed = str(done / "maps")
+    train(replace(alone["train"], factors=str(tmp_path / "factors"), hash=hashed, out=str(tmp_path / "model")))
+    assert weights(tmp_path / "model") == weights(done / "model")
+    assert "HR@10" in (done / "metrics.json").read_text()
+
+
+def test_it_goes_on_at_the_first_stage_that_is_missing(log, copy):
+    before = weights(copy / "model")
+    assert pipeline(settings(log, copy)) == []
+    shutil.rmtree(copy / "model")
+    (copy / "metrics.json").unlink()
+    assert pipeline(settings(log, copy)) == ["train", "evaluate"]
+    assert weights(copy / "model") == before
+
+
+def test_another_setting_than_the_artifact_was_made_with_is_named(log, done):
+    other = settings(log, done, factorize=FactorizeConfig(data="", out="", als=replace(ALS, factors=16)))
+    with pytest.raises(InputError, match=r"factors: made with factorize\.als\.factors = 8 \(now 16\); remove it"):
+        pipeline(other)
+
+
+def test_a_later_result_without_an_earlier_one_is_refused(log, copy):
+    shutil.rmtree(copy / "factors")
+    with pytest.raises(InputError, match=r"maps: is there, but .*factors, which comes before it, is not"):
+        pipeline(settings(log, copy))
+    assert not (copy / "factors").exists()
+
+
+def test_two_ranks_go_on_together(log, copy):
+    (copy / "metrics.json").unlink()
+    assert run_on_ranks(pipeline, 2, settings(log, copy)) == [["evaluate"]] * 2
+
+
+def test_one_file_says_it_all(log, tmp_path):
+    path = tmp_path / "pipeline.toml"
+    path.write_text(
+        f'data = "{log}"\nout = "{tmp_path / "run"}"\nstages = ["factorize", "evaluate"]\n'
+        "[factorize.als]\nfactors = 8\nsweeps = 1\n[evaluate.evaluation]\nk = [5]\n"
+    )
+    assert main(["pipeline", "--config", str(path)]) == 0
+    assert "HR@5" in (tmp_path / "run" / "metrics.json").read_text()
+    assert sorted(p.name for p in Path(tmp_path / "run").iterdir()) == ["factors", "metrics.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ()}, "stages: none"),
+        ({"stages": ("train", "train")}, "each once"),
+        ({"train": TrainConfig(data="", out="", overwrite=True)}, r"train\.overwrite"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        PipelineConfig(data="log", out="out", **changes)

@@ -1,0 +1,1 @@
+"""`recpress bench`: the benchmarks there are, their runs and the page of what they found."""

@@ -1,0 +1,306 @@
+"""Checkpoints of a run: whole or absent, verified before use, the newest whole one found again.
+
+A checkpoint is an artifact, a folder `step-00000100`: the tensors as DCP cuts them (`checkpoint_storage`), `run.json`
+with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and
+checksum of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
+referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept. They lie on
+a disk (`checkpoint_places`) or on an object store (`checkpoint_remote`).
+
+Writing takes place beside training: the state is copied in memory between two steps, and a thread writes the copy, over
+a process group of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from recpress.data.errors import InputError
+from recpress.data.storage import is_remote
+from recpress.trainer.checkpoint import storage
+from recpress.trainer.checkpoint.file_bytes import describe
+from recpress.trainer.checkpoint.places import RUN, VERSION, Damaged, LocalPlace, Place
+from recpress.trainer.checkpoint.remote import RemotePlace
+from recpress.trainer.checkpoint.same_run import check_same_run
+from recpress.trainer.checkpoint.staged import Staged, State
+from recpress.trainer.config import CheckpointConfig
+from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted
+from torch.distributed.checkpoint.api import CheckpointException
+
+PATIENCE = timedelta(hours=2)
+"""How long the ranks wait for the slowest to write, upload, fetch or check its part."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    path: str
+    """Its folder, or its address."""
+    files: Path
+    """Folder on this machine where its files are."""
+    run: dict[str, Any]
+    """Content of `run.json`."""
+    manifest: dict[str, Any]
+    best: Checkpoint | None = None
+    """The weights of the best evaluation, which it refers to."""
+
+    def has(self, state: State) -> bool:
+        """Whether it has all of these tensors, with these shapes; not collective."""
+        kept = storage.names(self.files)
+        return all(kept.get(name) == tuple(value.shape) for name, value in state.items())
+
+    def load(self, state: State, group: dist.ProcessGroup | None) -> None:
+        """Fill the tensors of `state`. Collective.
+
+        Raises:
+            InputError: a tensor is missing or has another shape. On every rank.
+        """
+        try:
+            storage.load(state, self.files, group)
+        except CheckpointException as error:
+            raise InputError(f"{self.path}: does not fit this run: {_reason(error)}") from error
+
+
+class Checkpoints:
+    """The checkpoints in one folder, which all ranks see. Every method is collective unless it says otherwise.
+
+    Args:
+        folder: a path, or the address of an object store; made where it is missing.
+        describe: what a checkpoint says of the run that wrote it, JSON values.
+        say: takes warnings, on rank 0.
+
+    A run that goes on finds the newest whole one in `start`. Used in a `with`, which leaves nothing behind where the
+    run wrote no checkpoint and ended by an error.
+
+    Raises:
+        InputError: the folder cannot be made or written to; what is in it is of another run. On every rank.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        folder: str | Path,
+        describe: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.describe, self._say = config, dict(describe), say
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        """Of the writing thread, and of loading."""
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.place: Place = (RemotePlace if is_remote(folder) else LocalPlace)(str(folder), self.rank)
+        self.failures = 0
+        self.last: str | None = None
+        """The newest `step-*` that this run wrote or started from."""
+        self._staged = Staged()
+        self._writer: threading.Thread | None = None
+        self._problem: str | None = None
+        self._due = time.monotonic()
+        self._on_rank_0(self.place.prepare)
+        self.start: Checkpoint | None = None
+        """What this run goes on from."""
+        if config.resume:
+            self.start = found = self.newest()
+            if found is not None:
+                self._on_rank_0(lambda: check_same_run(found.path, found.manifest, self.describe))
+        else:
+            self._on_rank_0(self.place.clear)
+        self._on_rank_0(lambda: self.place.restore(self.start.files if self.start else None))
+
+    @property
+    def folder(self) -> str:
+        """Path or address."""
+        return self.place.folder
+
+    @property
+    def metrics(self) -> Path:
+        """Local folder of the metrics while the run is not finished; they go on where it goes on."""
+        return self.place.metrics
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None or isinstance(error, Preempted):
+            return
+        # Not collective: other ranks may be gone, and so may the checkpoint that is being written.
+        if self.rank == 0 and self.last is None:
+            self.place.forget()
+
+    def finish(self) -> None:
+        """Remove the folder: the run is over and its result is whole."""
+        self.wait()
+        dist.barrier(group=self.group)
+        try:
+            self.place.remove_all()
+        except InputError as error:  # of rank 0
+            self._say(f"warning: the checkpoints of this run, which is over, could not be removed: {error}")
+        dist.barrier(group=self.group)
+
+    # ---- when
+
+    def due(self, step: int) -> bool:
+        """Whether the steps say so; not collective, the same on every rank."""
+        return bool(self.config.steps) and step % self.config.steps == 0
+
+    def overdue(self) -> bool:
+        """Whether the minutes say so; not collective, by the clock of this rank."""
+        return bool(self.config.minutes) and time.monotonic() - self._due > 60 * self.config.minutes
+
+    # ---- writing
+
+    def save(self, state: State, run: Mapping[str, Any], step: int, *, best: bool = False) -> None:
+        """Copy the state and start to write the copy; waits for the checkpoint before it, if that is not written yet.
+
+        What goes wrong while writing (no space left, say, or a store that fails) stops nothing: it is said by the next
+        call, or by `wait`.
+
+        Args:
+            run: numbers of the run, JSON values, the same on every rank.
+            best: weights of the best evaluation, for `step-*` to refer to.
+        """
+        self.wait()
+        self._due = time.monotonic()
+        self._staged.copy(state)
+        name = f"{'best' if best else 'step'}-{step:08d}"
+        self._writer = threading.Thread(
+            target=self._write, args=(dict(state), dict(run), name), name=CHECKPOINT_THREAD, daemon=True
+        )
+        self._writer.start()
+        if not self.config.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written, or could not be, which is said and counted; not collective."""
+        if self._writer is None:
+            return
+        self._writer.join()
+        self._writer = None
+        if self._problem is not None:
+            self.failures += 1
+            if self.rank == 0:
+                instead = f"the last whole one is {self.last}" if self.last else "there is none before it"
+                self._say(f"warning: a checkpoint was not written: {self._problem}; the run goes on, {instead}")
+            self._problem = None
+
+    def _write(self, state: State, run: dict[str, Any], name: str) -> None:
+        tmp: Path | None = None
+        try:
+            tmp = folder = self.place.staging(self._on_rank_0(lambda: self.place.begin(name)))
+            mine = storage.save(state, self._staged, folder, self.group)
+            parts = self._together(lambda: self._put(folder, name, run, mine))
+            meta = self.describe | {"version": VERSION, "files": {k: v for part in parts for k, v in part.items()}}
+            self._on_rank_0(lambda: self.place.commit(folder, name, meta))
+            if name.startswith("step"):
+                self.last = self.place.at(name)
+            if self.rank == 0:
+                self._prune(name)
+        except (Exception, CheckpointException) as error:
+            self._problem = f"{self.place.at(name)}: {_reason(error)}"
+        finally:
+            if tmp is not None:
+                self.place.end(tmp)
+
+    def _put(self, folder: Path, name: str, run: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+        """Bring the files of this rank to their place, those with its tensors (`mine`) and, on rank 0, the small ones;
+        their sizes and checksums."""
+        found = dict(mine)
+        if self.rank == 0:
+            (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
+            small = [storage.TENSORS, RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
+            found |= {file: describe(folder / file) for file in small}
+        self.place.put(folder, name, found)
+        return found
+
+    def _prune(self, name: str) -> None:
+        try:
+            self.place.prune(name, self.config.keep)
+        except InputError as error:  # of a store; the next one tries again
+            self._say(f"warning: old checkpoints could not be removed: {error}")
+
+    # ---- finding
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; damaged ones are passed over with a warning.
+
+        Raises:
+            InputError: one of another version of the format; a store that does not answer. On every rank.
+        """
+        for name in reversed(self._on_rank_0(self.place.steps)):
+            found = self._verified(name)
+            if isinstance(found, Checkpoint):
+                self.last = found.path
+                return found
+            if self.rank == 0:
+                self._say(f"warning: {self.place.at(name)} is not whole and is passed over: {found}")
+        return None
+
+    def _verified(self, name: str) -> Checkpoint | str:
+        """A checkpoint with the best weights that it refers to, or what is wrong; each rank checks a part."""
+        found = self._on_rank_0(lambda: _or_damage(lambda: self.place.read(name)))
+        if isinstance(found, str):
+            return found
+        manifest, run = found
+        problems = self._together(lambda: _or_damage(lambda: self.place.check(name, manifest, self.world)))
+        for problem in problems:
+            if problem is not None:
+                return str(problem)
+        step = run.get("best_step")
+        best = None if step is None else self._verified(f"best-{step:08d}")
+        if isinstance(best, str):
+            return best
+        return Checkpoint(self.place.at(name), self.place.files(name, manifest), run, manifest, best)
+
+    # ---- ranks
+
+    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 makes, or its InputError, on every rank."""
+        result: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                result = [work(), None]
+            except (OSError, ValueError) as error:
+                result = [None, _reason(error)]
+        dist.broadcast_object_list(result, 0, group=self.group)
+        if result[1] is not None:
+            raise InputError(result[1])
+        return result[0]
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """What each rank makes, or the InputError of the lowest that could not."""
+        mine: tuple[Any, str | None]
+        try:
+            mine = (work(), None)
+        except (OSError, ValueError) as error:
+            mine = (None, f"rank {self.rank}: {_reason(error)}")
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, mine, group=self.group)
+        for _, problem in everyone:
+            if problem is not None:
+                raise InputError(problem)
+        return [made for made, _ in everyone]
+
+
+def _or_damage(work: Callable[[], Any]) -> Any:
+    """What `work` makes, or, as text, what is damaged."""
+    try:
+        return work()
+    except Damaged as damage:
+        return str(damage)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause, in one line."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {_reason(cause)}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,129 @@
+"""Checkpoints on an object store.
+
+A store renames nothing: each rank writes its files into a folder of its own machine and uploads them, and a checkpoint
+is whole exactly when its manifest is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from recpress.data import artifact, storage
+from recpress.data.errors import InputError
+from recpress.trainer.checkpoint.places import KIND, METRICS, NAME, Damaged, Place, check_file
+
+
+class RemotePlace(Place):
+    """A folder of an object store; `work` is a local folder, of each machine its own.
+
+    A machine fetches all files of a checkpoint once, whatever its ranks need of it.
+    """
+
+    def __init__(self, folder: str, rank: int) -> None:
+        super().__init__(folder, rank)
+        key = hashlib.sha256(folder.encode()).hexdigest()[:16]
+        self.work = storage.cache_folder() / f"checkpoints-{key}"
+        self.metrics = self.work / METRICS
+
+    def prepare(self) -> None:
+        probe = storage.join(self.folder, ".writable")
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            storage.write_bytes(probe, b"")
+            storage.remove(probe)
+        except (OSError, InputError) as error:
+            raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
+
+    def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            return
+        wanted, there = manifest["files"], storage.list_files(self.at(name))
+        for file, want in sorted(wanted.items()):
+            if there.get(file) != want["size"]:
+                have = there.get(file, "missing")
+                raise Damaged(f"{storage.join(self.at(name), file)}: expected {want['size']} bytes, is {have}")
+        folder = self.files(name, manifest)
+        with storage.locked(folder):
+            for file, want in sorted(wanted.items()):
+                _fetch(storage.join(self.at(name), file), folder / file, want)
+
+    def files(self, name: str, manifest: Mapping[str, Any]) -> Path:
+        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+        return self.work / "fetched" / f"{name}-{key}"
+
+    def begin(self, name: str) -> str:
+        self.remove(name)
+        return ""
+
+    def staging(self, begun: str) -> Path:
+        folder = self.work / f"staging-{self.rank}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.work / "fetched", ignore_errors=True)  # all ranks have loaded what they went on from
+        return folder
+
+    def put(self, staging: Path, name: str, files: Iterable[str]) -> None:
+        for file in files:
+            storage.upload_file(staging / file, storage.join(self.at(name), file))
+
+    def commit(self, staging: Path, name: str, meta: dict[str, Any]) -> None:
+        artifact.publish(self.at(name), KIND, meta, [{"name": file, **what} for file, what in meta["files"].items()])
+
+    def end(self, staging: Path) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def besides(self, staging: Path) -> list[str]:
+        """The metrics until now, so that another machine can go on with them."""
+        if not self.metrics.is_dir():
+            return []
+        shutil.copytree(self.metrics, staging / METRICS)
+        return [str(path.relative_to(staging)) for path in sorted((staging / METRICS).rglob("*")) if path.is_file()]
+
+    def restore(self, files: Path | None) -> None:
+        shutil.rmtree(self.metrics, ignore_errors=True)
+        if files is not None and (files / METRICS).is_dir():
+            shutil.copytree(files / METRICS, self.metrics)
+
+    def remove(self, name: str) -> None:
+        storage.remove(storage.join(self.at(name), artifact.MANIFEST))  # from here on it is not whole
+        storage.remove_folder(self.at(name))
+
+    def remove_all(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self.rank == 0:
+            self.clear()
+
+    def forget(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _found(self) -> dict[str, bool]:
+        found: dict[str, bool] = {}
+        for path in storage.list_files(self.folder):
+            name, _, file = path.partition("/")
+            if NAME.fullmatch(name):
+                found[name] = found.get(name, False) or file == artifact.MANIFEST
+        return found
+
+    def _bytes(self, name: str, file: str) -> bytes:
+        try:
+            return storage.read_bytes(storage.join(self.at(name), file))
+        except FileNotFoundError as error:
+            raise Damaged(f"no {file}") from error
+
+
+def _fetch(address: str, path: Path, want: Mapping[str, Any]) -> None:
+    """Make `path` a copy, and check it. Raises Damaged."""
+    for last in (False, True):  # once more: it may have been damaged on its way
+        if not path.exists():
+            storage.fetch_file(address, path)
+        try:
+            return check_file(path, want, address)
+        except Damaged:
+            path.unlink()
+            if last:
+                raise

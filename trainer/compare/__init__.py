@@ -1,0 +1,1 @@
+"""`recpress compare`: methods side by side, and their report pages."""

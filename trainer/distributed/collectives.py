@@ -1,0 +1,83 @@
+"""The few collectives that evaluation needs. Each also works without a process group, as world size 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from recpress.trainer.distributed.process_group import agreed
+from torch import Tensor
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank and number of ranks of the default process group; (0, 1) where there is none."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def communication_device() -> torch.device:
+    """Where the default process group takes its tensors: the CPU, unless it knows nccl alone."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The tensor reduced over the ranks, on its own device; the argument may be overwritten."""
+    if rank_and_world()[1] == 1:
+        return tensor
+    moved = tensor.to(communication_device()).contiguous()
+    dist.all_reduce(moved, op)
+    return moved.to(tensor.device)
+
+
+def all_gather(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, which have one shape, in order of rank, on the device of the argument."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [tensor]
+    moved = tensor.to(communication_device()).contiguous()
+    out = [torch.empty_like(moved) for _ in range(world)]
+    dist.all_gather(out, moved)
+    return [part.to(tensor.device) for part in out]
+
+
+def all_gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """One-dimensional arrays of all ranks, of any lengths: result[r][j] is array j of rank r."""
+    if rank_and_world()[1] == 1:
+        return [list(arrays)]
+    lengths = torch.stack(all_gather(torch.tensor([len(array) for array in arrays])))  # (world, arrays)
+    gathered = []
+    for j, array in enumerate(arrays):
+        padded = np.zeros(int(lengths[:, j].max()), dtype=array.dtype)
+        padded[: len(array)] = array
+        parts = all_gather(torch.from_numpy(padded))
+        gathered.append([part.numpy()[: int(lengths[r, j])] for r, part in enumerate(parts)])
+    return [list(of_rank) for of_rank in zip(*gathered, strict=True)]
+
+
+def exchange(arrays: Sequence[np.ndarray], owner: np.ndarray) -> list[np.ndarray]:
+    """Sends row k of each array to rank owner[k]; what arrives is by sending rank, then by its rows."""
+    _, world = rank_and_world()
+    if world == 1:
+        return list(arrays)
+    order = np.argsort(owner, kind="stable")
+    device = communication_device()
+    sent = torch.from_numpy(np.bincount(owner, minlength=world)).to(device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    out_splits, in_splits = received.tolist(), sent.tolist()
+    result = []
+    for array in arrays:
+        rows = torch.from_numpy(array[order]).to(device)
+        arrived = rows.new_empty(sum(out_splits))
+        dist.all_to_all_single(arrived, rows, out_splits, in_splits)
+        result.append(arrived.cpu().numpy())
+    return result
+
+
+def same_error_everywhere() -> AbstractContextManager[None]:
+    """`distributed.agreed` where there is a process group; otherwise an error is everywhere already."""
+    return agreed() if dist.is_initialized() else nullcontext()

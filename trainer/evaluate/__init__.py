@@ -1,0 +1,1 @@
+"""`recpress evaluate`: held-out rows, ranked over sharded tables."""

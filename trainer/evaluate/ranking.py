@@ -1,0 +1,362 @@
+"""Ranking metrics of a model over sharded tables, the same on any number of ranks.
+
+Each rank keeps the item vectors of a run of item chunks and ranks nothing alone: for a chunk of users, every
+rank counts the competitors among its own items that score at least as high as the held-out items, and the
+counts are added up. Three things make the answer independent of the number of ranks, of chunks and of the
+order of addition:
+
+- users and items pass through the model in chunks of fixed content and shape, wherever they are computed;
+- a score is a float64 dot product rounded to float32, so that two ways to add up the same terms do not break
+  a tie;
+- metrics of users are added up as integers, in units of 2**-32.
+
+Ties count against the model. Memory a rank: its share of the item vectors (float32), one user chunk of every
+rank and a block of scores (chunk x item_chunk); never users x items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from recpress.data.columns import Jagged
+from recpress.data.errors import InputError
+from recpress.modules import ranking_metrics
+from recpress.modules.factors import FactorTable, RowBlocks
+from recpress.trainer.distributed.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
+from recpress.trainer.evaluate.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
+from torch import Tensor
+
+VectorFn = Callable[[Tensor], Tensor]
+"""ids (B,) int64 -> vectors (B, D), always the same B. May be collective: all ranks call it equally often."""
+
+CPU = torch.device("cpu")
+ITEM_CHUNK = 4096
+_PAIRS = 1 << 10  # pairs scored together, always padded to as many: one shape, one order of addition
+_UNIT = 1 << 32
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
+def evaluate_sampled(
+    heldout: SampledHeldout,
+    user_vectors: VectorFn,
+    item_vectors: VectorFn,
+    ks: Sequence[int] = (10,),
+    *,
+    item_chunk: int = ITEM_CHUNK,
+    device: torch.device = CPU,
+) -> dict[str, float]:
+    """Ranks each held-out item among its negatives. Collective; the same result on every rank.
+
+    Args:
+        ks: cut-offs K.
+        item_chunk: items for each call of item_vectors.
+        device: where scores are computed, and where the callables get their ids.
+
+    Returns:
+        "HR@K", "NDCG@K", "Recall@K" for each K, "MRR", "AUC" (means over the cases), "cases" and
+        `heldout.facts`.
+
+    Raises:
+        InputError: nothing is held out; a vector that is not finite, naming its user or item. On every rank.
+    """
+    ranker = _Ranker(heldout, user_vectors, item_vectors, item_chunk, device)
+    negatives = heldout.negatives
+
+    def ahead(vectors: Tensor, arrays: Sequence[np.ndarray], target_scores: Tensor) -> Tensor:
+        lengths, values = arrays
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        mine, scores = ranker.items.pair_scores(vectors, rows, values)
+        rows_here = torch.from_numpy(rows[mine]).to(scores.device)
+        return torch.bincount(rows_here[scores >= target_scores[rows_here]], minlength=len(lengths))
+
+    def competitors(start: int, stop: int) -> np.ndarray:
+        return negatives.lengths[start:stop]
+
+    def arrays_of(start: int, stop: int) -> list[np.ndarray]:
+        return [negatives.lengths[start:stop], _values(negatives, start, stop)]
+
+    return ranker.run(arrays_of, ahead, competitors, ks)
+
+
+def evaluate_full(
+    heldout: FullHeldout,
+    user_vectors: VectorFn,
+    item_vectors: VectorFn,
+    ks: Sequence[int] = (10,),
+    *,
+    item_chunk: int = ITEM_CHUNK,
+    device: torch.device = CPU,
+) -> dict[str, float]:
+    """Ranks all items that the user has not seen. Collective; the same result on every rank.
+
+    Of several held-out items of a user none counts against another in AUC, and they take different positions
+    in the ranking; Recall@K = hits / min(K, held-out items of the user), and NDCG is normalized likewise. A
+    user without any competitor (only seen and held-out items) has no AUC and is left out of its mean.
+
+    Arguments, result and errors as in `evaluate_sampled`; means are over users with held-out items.
+    """
+    ranker = _Ranker(heldout, user_vectors, item_vectors, item_chunk, device)
+    targets, seen = heldout.targets, heldout.seen
+
+    def ahead(vectors: Tensor, arrays: Sequence[np.ndarray], target_scores: Tensor) -> Tensor:
+        target_lengths, target_items, seen_lengths, seen_items = arrays
+        target_rows = np.repeat(np.arange(len(target_lengths)), target_lengths)
+        hidden_rows = np.concatenate([target_rows, np.repeat(np.arange(len(seen_lengths)), seen_lengths)])
+        hidden_items = np.concatenate([target_items, seen_items])
+        return ranker.items.count_ahead(vectors, target_rows, target_scores, hidden_rows, hidden_items)
+
+    def competitors(start: int, stop: int) -> np.ndarray:
+        return heldout.num_items - targets.lengths[start:stop] - seen.lengths[start:stop]
+
+    def arrays_of(start: int, stop: int) -> list[np.ndarray]:
+        arrays = []
+        for lists in (targets, seen):
+            arrays += [lists.lengths[start:stop], _values(lists, start, stop)]
+        return arrays
+
+    return ranker.run(arrays_of, ahead, competitors, ks)
+
+
+def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn:
+    """Rows of a whole table, (n, D), which may lie on disk."""
+    if isinstance(factors, Tensor):
+        return lambda ids: factors[ids.to(factors.device)]
+    return lambda ids: torch.from_numpy(np.asarray(factors[ids.cpu().numpy()])).to(ids.device)
+
+
+def vectors_from_shard(block: Tensor, num_rows: int) -> VectorFn:
+    """Rows of a table of num_rows that lies over the ranks by `RowBlocks` (as `Factors` do); collective.
+
+    Args:
+        block: the rows of this rank, (at most RowBlocks.block, D).
+    """
+    rank, world = rank_and_world()
+    start = RowBlocks(num_rows, world).start(rank)
+
+    def lookup(ids: Tensor) -> Tensor:
+        asked = torch.stack(all_gather(ids))  # (world, B)
+        found = block.new_zeros(*asked.shape, block.shape[1])
+        mine = (asked >= start) & (asked < start + len(block))
+        found[mine.to(block.device)] = block[(asked[mine] - start).to(block.device)]
+        return all_reduce(found)[rank]
+
+    return lookup
+
+
+class _Ranker:
+    """What the protocols share: in a round each rank brings one chunk of cases, and all count together."""
+
+    def __init__(
+        self,
+        heldout: Heldout,
+        user_vectors: VectorFn,
+        item_vectors: VectorFn,
+        item_chunk: int,
+        device: torch.device,
+    ):
+        if heldout.num_cases == 0:
+            raise InputError("nothing is held out: no user has an item to rank")
+        self.heldout = heldout
+        self.user_vectors = user_vectors
+        self.device = device
+        self.items = _ItemShard(item_vectors, heldout.num_items, item_chunk, self.device)
+
+    @torch.no_grad()
+    def run(
+        self,
+        arrays_of: Callable[[int, int], list[np.ndarray]],
+        ahead: Callable[[Tensor, Sequence[np.ndarray], Tensor], Tensor],
+        competitors: Callable[[int, int], np.ndarray],
+        ks: Sequence[int],
+    ) -> dict[str, float]:
+        """Adds up the metrics of all cases.
+
+        Args:
+            arrays_of: what every rank must know of the cases [start, stop) of this rank, beside users and
+                targets.
+            ahead: user vectors (chunk, D), such arrays, scores of the targets (T,) -> for each target, how
+                many competitors among the items of this rank rank ahead of it, (T,) int64.
+            competitors: number of competitors of each of the cases [start, stop) of this rank.
+        """
+        heldout, (rank, _) = self.heldout, rank_and_world()
+        sums: dict[str, list[int]] = {}
+        for number in range(heldout.chunks_per_rank):
+            start = min(number * heldout.chunk, len(heldout.users))
+            stop = min(start + heldout.chunk, len(heldout.users))
+            vectors = self._user_chunk(heldout.users[start:stop])
+            targets = [heldout.targets.lengths[start:stop], _values(heldout.targets, start, stop)]
+            known = all_gather_arrays([heldout.users[start:stop], *targets, *arrays_of(start, stop)])
+            self._check_users(vectors, [arrays[0] for arrays in known])
+            scores = all_reduce(torch.cat([self._target_scores(v, a) for v, a in zip(vectors, known, strict=True)]))
+            sizes = [len(arrays[2]) for arrays in known]
+            per_rank = scores.split(sizes)
+            counts = all_reduce(
+                torch.cat([ahead(v, a[3:], s) for v, a, s in zip(vectors, known, per_rank, strict=True)])
+            )
+            rows = torch.from_numpy(np.repeat(np.arange(stop - start), targets[0]))
+            values = user_metrics(
+                per_rank[rank].cpu(),
+                counts.split(sizes)[rank].cpu(),
+                rows,
+                torch.from_numpy(competitors(start, stop)),
+                ks,
+            )
+            for name, value in values.items():
+                present = value[~value.isnan()]
+                total = sums.setdefault(name, [0, 0])
+                total[0] += int(torch.round(present * _UNIT).long().sum())
+                total[1] += len(present)
+        reduced = all_reduce(torch.tensor(list(sums.values()))).tolist()
+        result = {
+            name: total / (count * _UNIT) if count else float("nan")
+            for name, (total, count) in zip(sums, reduced, strict=True)
+        }
+        return {
+            **result,
+            "cases": float(heldout.num_cases),
+            **{k: float(v) for k, v in heldout.facts.items()},
+        }
+
+    def _user_chunk(self, users: np.ndarray) -> list[Tensor]:
+        """The vectors of each rank's chunk of users, (chunk, D) each; rows beyond the users are zero."""
+        ids = torch.zeros(self.heldout.chunk, dtype=torch.int64)
+        ids[: len(users)] = torch.from_numpy(users)
+        vectors = self.user_vectors(ids.to(self.device)).detach().to(self.device, torch.float32)
+        if vectors.shape != (len(ids), self.items.dim):
+            raise ValueError(
+                f"user vectors {tuple(vectors.shape)}; expected ({len(ids)}, {self.items.dim}) as for items"
+            )
+        vectors = vectors.clone()
+        vectors[len(users) :] = 0
+        return all_gather(vectors)
+
+    def _check_users(self, vectors: list[Tensor], users: list[np.ndarray]) -> None:
+        for of_rank, ids in zip(vectors, users, strict=True):
+            norm = of_rank.double().norm(dim=1)
+            bad = ~(norm * self.items.largest_norm < _LARGEST)  # others cannot overflow (Cauchy-Schwarz)
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                why = "is too large" if norm[row].isfinite() else "is not finite"
+                raise InputError(f"user {ids[row]}: its scores are not finite, because its vector {why}")
+
+    def _target_scores(self, vectors: Tensor, arrays: Sequence[np.ndarray]) -> Tensor:
+        """Scores of the targets among the items of this rank, (T,); the others are 0."""
+        _, lengths, items, *_ = arrays
+        mine, scores = self.items.pair_scores(vectors, np.repeat(np.arange(len(lengths)), lengths), items)
+        result = scores.new_zeros(len(items))
+        result[torch.from_numpy(mine).to(result.device)] = scores
+        return result
+
+
+class _ItemShard:
+    """The item vectors of this rank: whole chunks, so that a block of scores is the same on any rank."""
+
+    def __init__(self, item_vectors: VectorFn, num_items: int, item_chunk: int, device: torch.device):
+        rank, world = rank_and_world()
+        chunks = ceil_div(ceil_div(num_items, item_chunk), world)
+        self.chunk = item_chunk
+        self.start = min(rank * chunks * item_chunk, num_items)
+        self.stop = min(self.start + chunks * item_chunk, num_items)
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for first in range(rank * chunks * item_chunk, (rank + 1) * chunks * item_chunk, item_chunk):
+                ids = torch.arange(first, first + item_chunk, device=device)
+                ids[ids >= num_items] = 0
+                parts.append(item_vectors(ids).detach().to(device, torch.float32))
+        self.vectors = torch.cat(parts)  # (chunks * item_chunk, D); rows beyond the items hold item 0
+        self.dim = self.vectors.shape[1]
+        norms = self.vectors.double().norm(dim=1)[: self.stop - self.start]
+        bad = (~norms.isfinite()).nonzero()
+        first_bad = int(bad[0]) + self.start if len(bad) else num_items
+        first_bad = int(all_reduce(torch.tensor([first_bad]), dist.ReduceOp.MIN))
+        if first_bad < num_items:
+            raise InputError(f"item {first_bad}: its vector is not finite")
+        largest = norms.max().cpu() if len(norms) else torch.tensor(0.0, dtype=torch.float64)
+        self.largest_norm = float(all_reduce(largest.reshape(1), dist.ReduceOp.MAX))
+
+    def pair_scores(self, vectors: Tensor, rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Which of the pairs (row item) have their item here, and the scores of those, float32."""
+        mine = np.flatnonzero((items >= self.start) & (items < self.stop))
+        scores = torch.empty(len(mine), dtype=torch.float32, device=vectors.device)
+        users = vectors.double()
+        for first in range(0, len(mine), _PAIRS):
+            pairs = mine[first : first + _PAIRS]
+            places = np.zeros((2, _PAIRS), dtype=np.int64)
+            places[0, : len(pairs)] = rows[pairs]
+            places[1, : len(pairs)] = items[pairs] - self.start
+            row, item = torch.from_numpy(places).to(vectors.device)
+            products = users[row] * self.vectors[item]  # (_PAIRS, D) float64, exact
+            scores[first : first + len(pairs)] = products.sum(dim=1)[: len(pairs)].float()
+        return mine, scores
+
+    def count_ahead(
+        self,
+        vectors: Tensor,
+        target_rows: np.ndarray,
+        target_scores: Tensor,
+        hidden_rows: np.ndarray,
+        hidden_items: np.ndarray,
+    ) -> Tensor:
+        """For each target, how many items of this rank score at least as high, (T,) int64.
+
+        Args:
+            vectors: (B, D).
+            target_rows, target_scores: row of vectors and score of each target, (T,), the targets of a row
+                together.
+            hidden_rows, hidden_items: pairs that do not count.
+        """
+        if len(target_rows) == 0:
+            return torch.zeros(0, dtype=torch.int64, device=vectors.device)
+        device, size = vectors.device, len(vectors)
+        lengths = np.bincount(target_rows, minlength=size)
+        order = np.argsort(-lengths, kind="stable")  # rows with many targets first: target j compares a prefix of them
+        place_of_row = np.argsort(order)
+        column = np.arange(len(target_rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        cells = torch.from_numpy(np.stack([place_of_row[target_rows], column])).to(device)
+        thresholds = torch.full((int(lengths.max()), size, 1), torch.inf, device=device)
+        thresholds[cells[1], cells[0], 0] = target_scores
+        prefix = [int(np.sum(lengths > j)) for j in range(len(thresholds))]
+        counts = torch.zeros(thresholds.shape[:2], dtype=torch.int64, device=device)
+
+        here = np.flatnonzero((hidden_items >= self.start) & (hidden_items < self.stop))
+        here = here[np.argsort(hidden_items[here], kind="stable")]
+        hidden = np.stack([place_of_row[hidden_rows[here]], hidden_items[here] - self.start])
+        users = vectors[torch.from_numpy(order).to(device)].double()
+        for first in range(0, self.stop - self.start, self.chunk):
+            scores = (users @ self.vectors[first : first + self.chunk].double().T).float()  # (B, chunk)
+            scores[:, self.stop - self.start - first :] = -torch.inf
+            low, high = np.searchsorted(hidden[1], (first, first + self.chunk))
+            rows, items = torch.from_numpy(hidden[:, low:high]).to(device)
+            scores[rows, items - first] = -torch.inf
+            for j, stop in enumerate(prefix):
+                ahead = (scores[:stop] >= thresholds[j, :stop]).view(torch.uint8)  # bytes add up faster than bools
+                counts[j, :stop] += ahead.sum(dim=1, dtype=torch.int32)
+        return counts[cells[1], cells[0]]
+
+
+def user_metrics(
+    scores: Tensor, ahead: Tensor, rows: Tensor, competitors: Tensor, ks: Sequence[int]
+) -> dict[str, Tensor]:
+    """All metrics of each user, (U,) float64, from the scores of the held-out items and the counts ahead of
+    them.
+
+    Args:
+        scores, ahead, rows: (T,); see `ranking_metrics.positions_in_ranking`.
+        competitors: number of competitors of each user, (U,).
+    """
+    positions, users = ranking_metrics.positions_in_ranking(scores, ahead, rows), len(competitors)
+    values = {}
+    for k in ks:
+        values[f"HR@{k}"] = ranking_metrics.hit_rate(positions, rows, users, k)
+        values[f"NDCG@{k}"] = ranking_metrics.ndcg(positions, rows, users, k)
+        values[f"Recall@{k}"] = ranking_metrics.recall(positions, rows, users, k)
+    values["MRR"] = ranking_metrics.reciprocal_rank(positions, rows, users)
+    values["AUC"] = ranking_metrics.ranking_auc(ahead, rows, competitors)
+    return values
+
+
+def _values(lists: Jagged, start: int, stop: int) -> np.ndarray:
+    return lists.values[lists.offsets[start] : lists.offsets[stop]]

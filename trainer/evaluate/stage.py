@@ -1,0 +1,94 @@
+"""`recpress evaluate`: a checkpoint or factors, and held-out rows -> ranking metrics."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from recpress.data import artifact, storage
+from recpress.data.errors import InputError
+from recpress.data.log import Log, open_log
+from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
+from recpress.trainer.config import EvaluationConfig, chosen_schema
+from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
+from recpress.trainer.evaluate.ranking import VectorFn, evaluate_full, evaluate_sampled, vectors_from_factors
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Rank the held-out rows of a log; the same metrics on any number of ranks.
+
+    Raises:
+        InputError: the log has no held-out rows, or the model is of another vocabulary. On every rank.
+    """
+    with process_group(config.device) as ranks:
+        with agreed():
+            log = open_log(config.data, chosen_schema(config.schema))
+            kind = kind_of(config.model)
+        heldout = load_heldout(log, config.evaluation)
+        if kind == FACTORS:
+            with agreed():
+                factors = open_factors(config.model, log)
+                user, item = (vectors_from_factors(factors.table(side)) for side in ("user", "item"))
+        else:
+            from recpress.trainer.model.two_tower import load_model  # imports torchrec, which factors do not need
+
+            model = load_model(config.model, log, ranks)
+            user, item = model.vectors("user"), model.vectors("item")
+        metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
+        if ranks.rank == 0:
+            print(f"{config.model}: {show(metrics)}")
+            if config.out is not None:
+                storage.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
+    return metrics
+
+
+def kind_of(path: str) -> str:
+    """`factors` or `model`: what the artifact at `path` is. Raises InputError where it is neither."""
+    kind = str(artifact.read_manifest(path).get("kind"))
+    if kind not in (FACTORS, MODEL):
+        raise InputError(
+            f"{path}: an artifact of kind '{kind}'; expected factors of `recpress factorize` or a model of "
+            "`recpress train`"
+        )
+    return kind
+
+
+def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHeldout:
+    """The held-out rows that the protocol wants; `auto` prefers given negatives. Collective.
+
+    Raises:
+        InputError: the log has no such rows; it is a sample, of whose users' items not all could be masked. On every
+            rank.
+    """
+    if config.protocol == "sampled" or (config.protocol == "auto" and log.test_negatives is not None):
+        return sampled_from_log(log)
+    if log.is_part:
+        assert log.sample_of is not None
+        raise InputError(
+            f"{log.path}: a sample of {log.sample_of['log']}, so not all items that a user has seen could be masked; "
+            "for the protocol 'full' expected that log (ids are the same)"
+        )
+    masked = ("train",) if log.val is None else ("train", "val")
+    return full_from_log(log, masked=masked)
+
+
+def rank_heldout(
+    heldout: SampledHeldout | FullHeldout,
+    user: VectorFn,
+    item: VectorFn,
+    config: EvaluationConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """Metrics of the vectors on held-out rows. Collective; the same on every rank."""
+    if isinstance(heldout, SampledHeldout):
+        return evaluate_sampled(heldout, user, item, config.k, device=device)
+    return evaluate_full(heldout, user, item, config.k, device=device)
+
+
+def show(metrics: dict[str, float]) -> str:
+    """The metrics in one line, then how many cases they are of and what was left out."""
+    counts = {name: int(value) for name, value in metrics.items() if name.islower() and (value or name == "cases")}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
+    return shown + "".join(f", {value:,} {name.replace('_', ' ')}" for name, value in counts.items())

@@ -1,0 +1,1 @@
+"""`recpress factorize`: log -> factors, by ALS or as a logistic model."""

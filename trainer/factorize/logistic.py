@@ -1,0 +1,100 @@
+"""The logistic factorization as a stage: the same stream, sharding and loop as the network's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from recpress.data.batch import ITEM, USER, Batch, BatchBuilder
+from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
+from recpress.data.log import Log
+from recpress.data.negatives import make_negatives
+from recpress.data.stream import InteractionStream
+from recpress.modules.config import LogisticConfig
+from recpress.modules.factors import Factors
+from recpress.modules.logistic import LogisticMF
+from recpress.modules.two_tower import SideSpec
+from recpress.trainer.config import OptimizerConfig
+from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.loop.config import FitConfig
+from recpress.trainer.loop.fit import fit
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.vectors import tower_vectors
+
+BIAS_RATE = 0.01
+"""Adam's learning rate of the one number that is not in a table."""
+
+
+def factorize_logistic(
+    config: LogisticConfig,
+    log: Log,
+    ranks: Ranks,
+    *,
+    without: SampleConfig | None = None,
+    batch_size: int = 4096,
+    on_bad_file: Literal["stop", "skip"] = "stop",
+) -> tuple[Factors, list[float]]:
+    """Train on the rows of a log; (factors with the biases folded in, mean cross-entropy of each epoch).
+    Collective.
+
+    Args:
+        without: leave the rows of this sample out.
+        batch_size: rows of a batch on each rank.
+        on_bad_file: with `skip` rows of other row groups take the place of those that cannot be read.
+
+    Raises:
+        InputError: what is wrong in the log or the settings; a loss that is not finite.
+    """
+    with agreed():
+        stream = InteractionStream(
+            log.train,
+            log.schema,
+            StreamConfig(batch_size=batch_size, seed=config.seed, on_bad_file=on_bad_file),
+            sample=without,
+            complement=without is not None,
+            rank=ranks.rank,
+            world=ranks.world,
+            columns=[log.schema.user, log.schema.item],
+        )
+        negatives = make_negatives(
+            NegativesConfig(kind="uniform", count=config.negatives, seed=config.seed), log.num_items
+        )
+        builder = BatchBuilder(negatives, device=ranks.device)
+    torch.manual_seed(config.seed)
+    model = LogisticMF(
+        config,
+        SideSpec(key=USER, rows=log.num_users),
+        SideSpec(key=ITEM, rows=log.num_items),
+        tables_device="meta",
+    )
+    dmp = shard(model, ranks.device, batch_size=batch_size, learning_rate=config.learning_rate, seed=config.seed)
+    steps = stream.steps_per_epoch
+    optimizer = TrainOptimizer(dmp, OptimizerConfig(dense="adam", learning_rate=BIAS_RATE), steps * config.epochs)
+
+    def batches(epoch: int, first_step: int) -> Iterator[Batch]:
+        stream.set_epoch(epoch, first_step)
+        return map(builder, stream)
+
+    result = fit(
+        dmp,
+        optimizer,
+        batches,
+        FitConfig(epochs=config.epochs, log_every=steps),
+        device=ranks.device,
+        description="logistic",
+    )
+    dmp.eval()
+    module = dmp.module
+    assert isinstance(module, LogisticMF)
+    users, items = (tower_vectors(module, side, device=ranks.device) for side in ("user", "item"))
+    factors = Factors(
+        users=users,
+        items=items,
+        num_users=log.num_users,
+        num_items=log.num_items,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    return factors, result.losses

@@ -1,0 +1,181 @@
+"""`recpress factorize`: log -> factors, sharded over the ranks."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from recpress.data.config import SampleConfig
+from recpress.data.errors import InputError
+from recpress.data.log import SIDES, Log, iter_columns
+from recpress.modules.als import ALS, SweepReport
+from recpress.modules.factors import Factors, RowBlocks
+from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
+from recpress.trainer.config import chosen_schema
+from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
+from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.logs.damaged import describe_lost, open_on_all_ranks, share_lost
+from tqdm import tqdm
+
+
+@dataclass
+class FactorizeResult:
+    """What a factorization took, and how its objective fell."""
+
+    seconds: float
+    """Reading the log and all sweeps, without cross-fitting and saving."""
+    crossfit_seconds: float
+    sweeps: list[tuple[float, float]] = field(default_factory=list)
+    """Objective after each sweep (of `logistic`, mean loss of each epoch), and seconds since the first began."""
+
+
+def factorize(config: FactorizeConfig) -> FactorizeResult:
+    """Factorize the train rows of a log and write the factors to `config.out`.
+
+    Raises:
+        InputError: the log or the settings cannot be used; `out` exists. On every rank; nothing is written.
+    """
+    with process_group(config.device) as ranks:
+        skip = config.on_bad_file == "skip"
+        log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip)
+        with agreed():
+            if config.use_label and not log.schema.label:
+                raise InputError("use_label: expected schema.label, the column that scales the confidence")
+            if config.method == "logistic" and (config.crossfit_rate or config.use_label):
+                given = "crossfit_rate" if config.crossfit_rate else "use_label"
+                raise InputError(f"{given}: expected method 'als'; 'logistic' has no such thing")
+        crossfit = None
+        if config.crossfit_rate:
+            crossfit = SampleConfig(kind=config.crossfit_kind, rate=config.crossfit_rate, seed=config.crossfit_seed)
+        meta: dict[str, Any] = {
+            "log": describe_log(log),
+            "config": asdict(config),
+            "crossfit": None if crossfit is None else asdict(crossfit),
+        }
+        with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite) as tmp:
+            begin = time.monotonic()
+            factors, sweeps = _fit(config, log, ranks)
+            result = FactorizeResult(time.monotonic() - begin, 0.0, sweeps)
+            factors.save(tmp)
+            if crossfit is not None:
+                begin = time.monotonic()
+                (tmp / CROSSFIT).mkdir(exist_ok=True)
+                without, _ = _fit(config, log, ranks, without=crossfit, start=factors)
+                without.save(tmp / CROSSFIT)
+                result.crossfit_seconds = time.monotonic() - begin
+            meta |= {"dim": factors.dim, "seconds": asdict(result), **describe_lost(log)}
+    if ranks.rank == 0:
+        print(
+            f"{config.out}: {log.num_users:,} users and {log.num_items:,} items x {factors.dim} "
+            f"in {result.seconds:.1f} s" + (f" + {result.crossfit_seconds:.1f} s cross-fitted" if crossfit else "")
+        )
+    return result
+
+
+def _fit(
+    config: FactorizeConfig,
+    log: Log,
+    ranks: Ranks,
+    *,
+    without: SampleConfig | None = None,
+    start: Factors | None = None,
+) -> tuple[Factors, list[tuple[float, float]]]:
+    if config.method == "logistic":
+        return _fit_logistic(config, log, ranks)
+    als = config.als if start is None else replace(config.als, sweeps=config.crossfit_sweeps)
+    model = ALS(als, log.num_users, log.num_items, device=ranks.device)
+    with agreed():
+        for users, items, values in _read(config, log, ranks, without):
+            model.add(users, items, values)
+    share_lost(log)
+    sweeps: list[tuple[float, float]] = []
+    began = time.monotonic()
+    description = "als" if start is None else "als, without the sample"
+    hidden = None if ranks.rank == 0 else True  # None: hidden where there is no terminal
+    with _stop_on_interrupt() as asked, tqdm(total=als.sweeps, desc=description, unit="sweep", disable=hidden) as bar:
+
+        def on_sweep(report: SweepReport) -> bool:
+            sweeps.append((report.objective, time.monotonic() - began))
+            bar.update()
+            bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
+            if ranks.rank == 0:
+                bar.write(
+                    f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
+                    f"{report.seconds:.2f} s, {report.eta:.0f} s left"
+                )
+            return asked.is_set()
+
+        return model.fit(on_sweep, start), sweeps
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C (SIGINT) asks to stop after this sweep and keep what it gave; a second one interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield asked
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("stopping after this sweep; once more to interrupt", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _read(
+    config: FactorizeConfig, log: Log, ranks: Ranks, without: SampleConfig | None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """This rank's share of the row groups: users, items, and the labels where they count."""
+    schema = log.schema
+    columns = [schema.user, schema.item] + ([schema.label] if config.use_label and schema.label else [])
+    chunks = iter_columns(
+        log.train, columns, rank=ranks.rank, world=ranks.world, sample=without, complement=without is not None
+    )
+    for data in chunks:
+        yield data[schema.user], data[schema.item], data[columns[2]] if config.use_label else None
+
+
+def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Factors, list[tuple[float, float]]]:
+    from recpress.trainer.factorize.logistic import factorize_logistic  # imports torchrec, which als does not need
+
+    began = time.monotonic()
+    factors, losses = factorize_logistic(config.logistic, log, ranks, on_bad_file=config.on_bad_file)
+    seconds = (time.monotonic() - began) / max(1, len(losses))
+    if ranks.rank == 0:
+        for epoch, loss in enumerate(losses, 1):
+            print(f"epoch {epoch} of {len(losses)}: mean cross-entropy {loss:.6g}")
+    factors.user_counts, factors.item_counts = _counts(log, ranks)
+    share_lost(log)
+    return factors, [(loss, seconds * epoch) for epoch, loss in enumerate(losses, 1)]
+
+
+def _counts(log: Log, ranks: Ranks) -> list[torch.Tensor]:
+    """Rows of each user and of each item of this rank, float32; while it counts, a rank holds 8 bytes an id."""
+    found = []
+    for side in SIDES:
+        counts = torch.zeros(log.num_ids(side), dtype=torch.int64)
+        with agreed():
+            for data in iter_columns(log.train, [log.column(side)], rank=ranks.rank, world=ranks.world):
+                here = torch.from_numpy(np.bincount(data[log.column(side)]))
+                counts[: len(here)] += here
+        dist.all_reduce(counts)
+        block = RowBlocks(log.num_ids(side), ranks.world)
+        found.append(counts[block.start(ranks.rank) : block.stop(ranks.rank)].float())
+    return found

@@ -1,0 +1,1 @@
+"""`recpress hash`: budget, tables and maps of ids, made or extended."""

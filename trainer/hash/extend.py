@@ -1,0 +1,86 @@
+"""`recpress hash --extend`: the maps of an earlier part of a log, with the ids that came since."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from recpress.data import artifact, storage
+from recpress.data.errors import InputError
+from recpress.data.log import Log
+from recpress.modules.hashing.extend import extend_map, row_centres
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.pairs import extend_pairs
+from recpress.modules.hashing.problem import IdTable
+from recpress.modules.rows import RowSource
+from recpress.modules.shared_rows import shared_rows
+from recpress.trainer.hash.id_maps import open_maps
+
+
+def extended_maps(path: str, log: Log, tables: list[IdTable]) -> list[IdMap]:
+    """The maps at `path`, with the ids of `tables` that they do not have.
+
+    Raises:
+        InputError: no map of a table, or one of another vocabulary than that which the log extends.
+    """
+    before = open_maps(path, None)
+    made = []
+    for table in tables:
+        old = before.map(table.name)
+        _check_extends(path, log, table, old)
+        if table.num_ids < old.num_ids:
+            raise InputError(
+                f"{path}: table {table.name!r} covers {old.num_ids} ids, and {log.path} has "
+                f"{table.num_ids}; expected a log that extends the one it was made for"
+            )
+        source = table.embedding
+        if source is None or table.num_ids == old.num_ids:
+            made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
+            continue
+        before_ids, arrived = _Range(source, 0, old.num_ids), _Range(source, old.num_ids, table.num_ids)
+        if old.ways == 2 and old.weights is not None:
+            counts = None if table.counts is None else table.counts[: old.num_ids, None]
+            centres = shared_rows(old, before_ids, counts, table.name)
+            made.append(extend_pairs(old, table.num_ids, arrived, centres, vocabulary=table.vocabulary))
+        elif old.ways == 1:
+            centres = row_centres(old, before_ids, _head(table.counts, old.num_ids))
+            made.append(extend_map(old, table.num_ids, centres=centres, embedding=arrived, vocabulary=table.vocabulary))
+        else:
+            made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
+    return made
+
+
+def _check_extends(path: str, log: Log, table: IdTable, old: IdMap) -> None:
+    """Raise InputError where the log's ids are known by a vocabulary that does not begin with the map's."""
+    manifest = log.manifest or {}
+    if table.name not in manifest.get("vocabularies", {}) and table.name not in manifest.get("features", {}):
+        return  # the log came with dense ids, and only their number can be compared
+    extends = manifest.get("extends", {})
+    parent = extends.get("vocabularies", {}).get(table.name)
+    if extends and table.name in manifest.get("features", {}):
+        with contextlib.suppress(OSError, InputError):  # the log before is gone: then nothing says what it was
+            file = manifest["features"][table.name]["vocabulary"]
+            parent = artifact.fingerprint(storage.join(extends["log"], file))
+    if old.vocabulary not in (None, table.vocabulary, parent):
+        raise InputError(
+            f"{path}: table {table.name!r} was made for another vocabulary than that which "
+            f"{log.path} extends; the same ids mean others"
+        )
+
+
+class _Range:
+    """Rows first to last - 1 of a source."""
+
+    def __init__(self, source: RowSource, first: int, last: int) -> None:
+        self._source, self._first = source, first
+        self.shape = (last - first, source.shape[1])
+
+    def __getitem__(self, index: Any) -> Any:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._source[self._first + start : self._first + stop, columns]
+
+
+def _head(counts: torch.Tensor | None, number: int) -> torch.Tensor | None:
+    return None if counts is None else counts[:number].clamp_min(0.1)

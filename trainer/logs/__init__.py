@@ -1,0 +1,1 @@
+"""The stages that write logs, and logs that are read without their damaged parts."""

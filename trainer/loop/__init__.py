@@ -1,0 +1,1 @@
+"""The train loop, for any sharded model: steps, optimizer, stopping, what a checkpoint holds."""

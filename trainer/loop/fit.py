@@ -1,0 +1,409 @@
+"""The train loop: TorchRec's pipeline, evaluation at intervals, early stopping, logs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from recpress.data.errors import InputError
+from recpress.data.sampling import key
+from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.two_tower import TwoTower
+from recpress.trainer.checkpoint.checkpoints import Checkpoints
+from recpress.trainer.distributed.process_group import WAITING_FOR_DATA, Heartbeat
+from recpress.trainer.errors import Preempted
+from recpress.trainer.loop import run_state
+from recpress.trainer.loop.config import FitConfig, FitResult
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.source import Source
+from recpress.trainer.loop.stopping import Decisions, StopSignal
+from recpress.trainer.model.weights import Snapshot
+from recpress.trainer.watch.interval import Interval
+from recpress.trainer.watch.metrics_log import MetricsLog
+from recpress.trainer.watch.profiling import Profiler
+from recpress.trainer.watch.progress import Progress
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+if TYPE_CHECKING:
+    from recpress.trainer.watch.rec_metrics import RecMetrics
+
+Evaluate = Callable[[], Mapping[str, float]]
+Batches = Callable[[int, int], Iterable[Any]]
+"""(epoch, first step) -> the batches of the epoch from that step on; both are counted from 0."""
+
+
+def fit(
+    model: DistributedModelParallel,
+    optimizer: TrainOptimizer,
+    batches: Batches,
+    config: FitConfig,
+    *,
+    device: torch.device,
+    evaluate: Evaluate | None = None,
+    log: MetricsLog | None = None,
+    show_progress: bool = True,
+    description: str = "train",
+    checkpoints: Checkpoints | None = None,
+    heart: Heartbeat | None = None,
+    source: Source | None = None,
+    metrics: RecMetrics | None = None,
+    profiler: Profiler | None = None,
+    stream_stats: Callable[[], Mapping[str, float]] | None = None,
+) -> FitResult:
+    """Train `model`, whose forward gives (loss, detached loss), on the batches of each epoch.
+
+    With `checkpoints` it goes on from `checkpoints.start`, writes them as their configuration says, and stops on
+    SIGTERM and SIGUSR1 with one more.
+
+    Args:
+        batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`,
+            `pin_memory` and `record_stream`.
+        evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
+        heart: told where the loop is.
+        source: what the batches come from: kept in checkpoints, its scalars logged, asked for more at the end.
+        metrics: of the rows that are trained on; logged with the losses and kept in checkpoints.
+        profiler: of some steps.
+        stream_stats: name -> value of the stream of this rank, logged as `stream/NAME`.
+
+    Raises:
+        InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
+        Preempted: a signal came; the checkpoint is written. On every rank, after the same step.
+    """
+    run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints, heart)
+    run.source = source
+    run.metrics, run.stream_stats = metrics, stream_stats
+    profiled: AbstractContextManager[Any] = nullcontext()
+    if profiler is not None:
+        profiler.say, profiled = run.progress.say, profiler
+    with StopSignal() if checkpoints is not None else nullcontext(run.signal) as run.signal:
+        try:
+            if checkpoints is not None:
+                run.resume(checkpoints)
+            with profiled as run.profiler:
+                run.all(batches)
+        finally:
+            run.progress.close()
+            run.heart.rest()
+    return run.result
+
+
+class _Run:
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimizer: TrainOptimizer,
+        config: FitConfig,
+        device: torch.device,
+        evaluate: Evaluate | None,
+        log: MetricsLog | None,
+        show_progress: bool,
+        description: str,
+        checkpoints: Checkpoints | None,
+        heart: Heartbeat | None,
+    ) -> None:
+        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.evaluate, self.log = evaluate, log
+        self.checkpoints, self.heart = checkpoints, heart or Heartbeat()
+        self.signal = StopSignal()
+        self.decisions = Decisions() if checkpoints is not None else None
+        self.result = FitResult()
+        self.progress = Progress(optimizer.total_steps or None, description, show_progress)
+        # Without pipeline_postproc, lookups behind a map of ids would leave the pipeline, with a warning alone.
+        mapped = any(isinstance(module, LearnedHash) for module in model.modules())
+        self.pipeline = TrainPipelineSparseDist(
+            model, optimizer, device, execute_all_batches=True, pipeline_postproc=mapped
+        )
+        if config.on_nonfinite == "skip":
+            optimizer.skip_nonfinite = True
+            for module in model.modules():
+                if isinstance(module, TwoTower):
+                    module.skip_nonfinite = True
+        self.pending: list[torch.Tensor] = []
+        self.taken: deque[int] = deque()  # rows of the batches that the pipeline has taken and not yet trained on
+        self.best: Snapshot | None = None
+        self.worse = 0
+        self.interval = Interval()
+        self.marked_rows = 0
+        self.metrics: RecMetrics | None = None
+        self.profiler: Profiler | None = None
+        self.stream_stats: Callable[[], Mapping[str, float]] | None = None
+        self.epoch = 0
+        self.step = 0
+        """Steps of the epoch that are done."""
+        self.source: Source | None = None
+        self.kept = -1  # the step of the last checkpoint
+        self.looked = False  # whether the evaluation before the first step is done
+
+    def all(self, batches: Batches) -> None:
+        if self.config.evaluate_first and not self.looked:
+            self.look()
+        self.looked = True
+        self.epoch = max(self.epoch, 1)
+        while not self.over() and self.another():
+            stop = self.one_epoch(batches(self.epoch - 1, self.step))
+            if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
+                stop = self.look()
+            if stop:
+                break
+            self.epoch, self.step = self.epoch + 1, 0
+        self.pipeline.detach()  # the model is used without a pipeline from here on
+        if self.decisions is not None:
+            self.decisions.close()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        if self.best is not None and self.config.keep_best:
+            self.best.restore(self.model)
+
+    def another(self) -> bool:
+        """Whether there is another epoch; where the source grows, waits for one, or stops where a signal came."""
+        if self.source is None or not self.source.grows or self.epoch <= self.config.epochs:
+            return self.epoch <= self.config.epochs
+        if self.source.known(self.epoch - 1):
+            return True
+        if self.checkpoints is not None and (self.checkpoints.config.steps or self.checkpoints.config.minutes):
+            self.keep()  # files may be long in coming
+        self.heart.rest()
+        answer = self.source.wait(lambda: self.signal.name)
+        if answer == "stop":
+            self.keep()
+            self.stop()
+        return answer == "round"
+
+    def one_epoch(self, batches: Iterable[Any]) -> bool:
+        """Whether to stop early."""
+        self.model.train()
+        iterator = self.counted(batches)
+        self.interval.restart()
+        self.marked_rows = self.result.rows
+        stop = False
+        while not stop:
+            self.heart.at(self.result.steps + 1, "in the step")
+            try:
+                loss = self.pipeline.progress(iterator)
+            except StopIteration:
+                break
+            self.pending.append(loss)
+            self.result.rows += self.taken.popleft()
+            if self.source is not None:
+                self.source.trained()
+            self.result.steps += 1
+            self.step += 1
+            if self.metrics is not None:
+                self.metrics.step()
+            if self.result.steps % self.config.log_every == 0:
+                self.flush()
+            if self.config.evaluate_steps and self.result.steps % self.config.evaluate_steps == 0:
+                self.flush()
+                stop = self.look()
+            self.checkpoint()
+            if self.profiler is not None:
+                self.heart.rest()
+                with self.interval.pause(named=False):
+                    self.profiler.step()
+        self.heart.rest()
+        self.flush()
+        if stop:  # batches that the pipeline has taken already are dropped
+            self.pipeline.reset()
+            self.taken.clear()
+            if self.source is not None:
+                self.source.drop()
+        return stop
+
+    def checkpoint(self) -> None:
+        """After a step: write a checkpoint where one is due, and stop where a signal came."""
+        if self.checkpoints is None or self.decisions is None:
+            return
+        overdue = self.checkpoints.rank == 0 and self.checkpoints.overdue()
+        stop, due = self.decisions.exchange(stop=self.signal.name is not None, checkpoint=overdue)
+        if stop or due or self.checkpoints.due(self.result.steps):
+            self.keep()
+        if stop:
+            self.stop()
+
+    def keep(self) -> None:
+        """Write a checkpoint, unless the last one is of this step."""
+        if self.checkpoints is None or self.kept == self.result.steps:
+            return
+        self.flush()
+        self.heart.rest()
+        state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
+        state |= self.metrics.state() if self.metrics is not None else {}
+        self.checkpoints.save(state, self.numbers(), self.result.steps)
+        self.kept = self.result.steps
+
+    def stop(self) -> None:
+        """Raise Preempted, once the checkpoint is written."""
+        assert self.checkpoints is not None
+        assert self.decisions is not None
+        self.checkpoints.wait()
+        self.decisions.close()
+        name, where = self.signal.name or "a signal of another rank", self.checkpoints.last
+        kept = f"{where} is what the same command goes on from" if where else "no checkpoint could be written"
+        raise Preempted(f"stopped by {name} after step {self.result.steps}: {kept}")
+
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint says besides tensors; `resume` takes it."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "world": dist.get_world_size(),
+            "worse": self.worse,
+            "best_step": None if self.best is None or self.result.best is None else int(self.result.best["step"]),
+            "result": asdict(self.result),
+            "source": None if self.source is None else self.source.state(),
+        }
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        found = checkpoints.start
+        if found is None:
+            return
+        numbers = found.run
+        if found.best is not None and self.config.keep_best:
+            found.best.load(run_state.weights(self.model), checkpoints.group)
+            self.best = Snapshot.take(self.model)
+        state, own = run_state.everything(self.model, self.optimizer), run_state.random_states(self.device)
+        same = numbers["world"] == dist.get_world_size()
+        watched = self.metrics.state() if self.metrics is not None and same else {}
+        if not found.has(watched):  # written without metrics, or with another window
+            watched = {}
+        found.load(state | own | watched if same else state, checkpoints.group)
+        if self.metrics is not None and watched:
+            self.metrics.load(watched)
+        if same:
+            run_state.restore_random(own, self.device)
+        else:  # there is no telling what another number of ranks would have drawn
+            torch.manual_seed(key("resumed", torch.initial_seed(), numbers["result"]["steps"], dist.get_rank()) >> 64)
+        self.result = FitResult(**numbers["result"])
+        self.epoch, self.step, self.worse, self.looked = numbers["epoch"], numbers["step"], numbers["worse"], True
+        self.kept = self.result.steps
+        if self.source is not None and numbers.get("source") is not None:
+            self.source.restore(numbers["source"])
+        self.optimizer.resume(self.result.steps)
+        if self.log:
+            self.log.cut(self.result.steps)
+        self.progress.skip(self.result.steps)
+        self.progress.say(f"goes on from {found.path}: step {self.result.steps}, epoch {self.epoch}")
+
+    def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, as the pipeline takes them."""
+        iterator = iter(batches)
+        while True:
+            self.heart.at(self.result.steps + 1, WAITING_FOR_DATA)
+            with self.interval.waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            self.heart.at(self.result.steps + 1, "in the step")
+            self.taken.append(batch.label.shape[0])
+            if self.source is not None:
+                self.source.take(batch)
+            yield batch
+
+    def flush(self) -> None:
+        """Read the losses since the last time: the one place where the host waits for the device."""
+        if not self.pending:
+            return
+        losses = torch.stack(self.pending).double()
+        steps = len(self.pending)
+        self.pending = []
+        finite = torch.isfinite(losses).cpu()
+        if not bool(finite.all()) and self.config.on_nonfinite == "stop":
+            step = self.result.steps - steps + 1 + int((~finite).nonzero()[0])
+            value = float(losses[step - 1 - self.result.steps + steps])
+            raise InputError(
+                f"step {step} of epoch {self.epoch}: the loss is {value}, expected a finite number; "
+                "lower the learning rate, or look for NaN in labels, features and factors (--on-nonfinite skip leaves "
+                "such batches out)"
+            )
+        kept = losses.cpu()[finite]
+        seconds, waited = self.interval.end()
+        waits = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        waits[dist.get_rank()] = waited
+        total = torch.tensor(
+            [float(kept.sum()), float(len(kept)), float(steps - len(kept)), *waits], dtype=torch.float64
+        )
+        dist.all_reduce(total)
+        loss = float(total[0] / total[1]) if total[1] else math.nan
+        if total[2]:
+            self.result.skipped += int(total[2])
+            self.progress.say(
+                f"steps {self.result.steps - steps + 1} to {self.result.steps}: {int(total[2])} batches without a "
+                f"finite loss were skipped, {self.result.skipped} in all"
+            )
+        rows, self.marked_rows = self.result.rows - self.marked_rows, self.result.rows
+        self.result.train_seconds += seconds
+        self.result.losses.append(loss)
+        speed = rows * dist.get_world_size() / max(seconds, 1e-9)
+        rate = self.optimizer.learning_rate
+        scalars = {
+            "train/loss": loss,
+            "train/learning_rate": rate,
+            "train/rows_per_second": speed,
+            "train/epoch": self.epoch,
+            "train/waiting": float(total[3:].mean()),
+            "train/waiting_slowest": float(total[3:].max()),
+        }
+        if self.metrics is not None:
+            scalars |= {f"train/{name}": value for name, value in self.metrics.compute().items()}
+        if self.stream_stats is not None:
+            scalars |= {f"stream/{name}": float(value) for name, value in self.stream_stats().items()}
+        if self.source is not None:
+            scalars |= self.source.scalars()
+        self.progress.update(steps, scalars)
+        if self.log:
+            self.log.write(self.result.steps, scalars)
+
+    def look(self) -> bool:
+        """Evaluate, remember the best; whether patience is over. Once a step."""
+        seen = self.result.evaluations
+        if self.evaluate is None or (seen and seen[-1]["step"] == self.result.steps):
+            return False
+        start = time.monotonic()
+        self.heart.rest()
+        with self.interval.pause():
+            self.pipeline.detach()
+            self.model.eval()
+            metrics = dict(self.evaluate())
+            self.model.train()
+            self.pipeline.attach()
+        self.result.evaluate_seconds += time.monotonic() - start
+        if self.config.metric not in metrics:
+            known = ", ".join(metrics)
+            raise InputError(f"metric {self.config.metric!r} is not among those of the evaluation: {known}")
+        found = {
+            **metrics,
+            "step": self.result.steps,
+            "epoch": self.epoch,
+            "train_seconds": self.result.train_seconds,
+        }
+        self.result.evaluations.append(found)
+        if self.log:
+            self.log.write(self.result.steps, {f"evaluate/{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
+        self.progress.say(f"epoch {self.epoch}, step {self.result.steps}: {shown}")
+        value = torch.tensor([metrics[self.config.metric]], dtype=torch.float64)
+        dist.broadcast(value, 0)  # the ranks must agree to the last bit on what is best
+        best = -math.inf if self.result.best is None else self.result.best[self.config.metric]
+        if float(value) > best:
+            self.result.best = {**found, self.config.metric: float(value)}
+            self.worse = 0
+            if self.config.keep_best:
+                self.best = Snapshot.take(self.model)
+                if self.checkpoints is not None:
+                    self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
+            return False
+        self.worse += 1
+        return self.over()
+
+    def over(self) -> bool:
+        """Whether patience is."""
+        return 0 < self.config.patience <= self.worse

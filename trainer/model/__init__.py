@@ -1,0 +1,1 @@
+"""The sharded two-tower network: tables placed by TorchRec's planner, weights, vectors."""

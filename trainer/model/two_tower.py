@@ -1,0 +1,219 @@
+"""The two-tower network of a log: features, tables, sharded model; trained by `train`, ranked by `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from recpress.data import artifact
+from recpress.data.batch import ITEM, USER, BatchBuilder
+from recpress.data.errors import InputError
+from recpress.data.log import Log
+from recpress.data.negatives import Negatives, UniformNegatives
+from recpress.data.side_table import SideTable
+from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.rows import LogCounts
+from recpress.modules.two_tower import SideSpec, TwoTower
+from recpress.trainer.artifacts import MODEL, FactorsArtifact, check_vocabulary
+from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.evaluate.ranking import VectorFn
+from recpress.trainer.hash.id_maps import HashArtifact, load_maps
+from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.weights import load_weights
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+WEIGHTS = "weights"
+MAPS = "maps"
+"""Folder, inside a model, of the maps that compress its tables."""
+Side = Literal["user", "item"]
+SIDES: tuple[Side, Side] = ("user", "item")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Side tables that join the towers, each held whole by every rank."""
+
+    user: SideTable | None
+    item: SideTable | None
+
+    @classmethod
+    def of(cls, log: Log, user: Sequence[str], item: Sequence[str]) -> Features:
+        """The named columns of `users.parquet` and `items.parquet`; raises InputError where one is missing."""
+        return cls(_side_table(log, "user", user), _side_table(log, "item", item))
+
+
+@dataclass
+class ShardedTwoTower:
+    """A two-tower network under DistributedModelParallel, with what turns ids into its input."""
+
+    dmp: DistributedModelParallel
+    builder: BatchBuilder
+
+    @property
+    def module(self) -> TwoTower:
+        module = self.dmp.module
+        return module.module if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
+
+    def vectors(self, side: Side) -> VectorFn:
+        """Ids -> vectors in eval mode. Collective: every rank calls it equally often."""
+        features = self.builder.users if side == "user" else self.builder.items
+        lookup = self.module.user_vectors if side == "user" else self.module.item_vectors
+
+        def vectors(ids: torch.Tensor) -> torch.Tensor:
+            return lookup(*features(ids)).float()
+
+        return vectors
+
+    def load_factors(
+        self, factors: FactorsArtifact, *, crossfit: bool = False, hashed: HashArtifact | None = None
+    ) -> None:
+        """Fill the tables of ids and of log counts, each rank its own shards.
+
+        Tables with a map take the rows that stand best for the factors of the ids that share them, weighted by count.
+
+        Args:
+            crossfit: from the factors that have not seen a sample; their counts are scaled to those of all rows.
+            hashed: where the maps come from; the row vectors that it has are taken as they are, but for `crossfit`,
+                since they have seen the sample.
+
+        Raises:
+            ValueError: a shard is missing or damaged; shapes that do not fit.
+        """
+        mapped = [side for side in SIDES if getattr(self.module, side).map is not None]
+        counts = [factors.counts(side, crossfit=crossfit) if side in mapped else None for side in SIDES]
+        given = [hashed.rows(side) if hashed and side in mapped and not crossfit else None for side in SIDES]
+        tables = (factors.table(side, crossfit=crossfit) for side in SIDES)
+        self.module.load_factors(*tables, counts=counts, rows=given)
+        if not self.module.user.counted:
+            return
+        logs = [LogCounts(factors.counts(side)) for side in SIDES]
+        if crossfit and factors.crossfit is not None:
+            share = 1.0 - factors.crossfit.rate
+            logs = [
+                LogCounts(factors.counts(side, crossfit=True), share=share, like=like)
+                for side, like in zip(SIDES, logs, strict=True)
+            ]
+        self.module.load_counts(*logs)
+
+
+def build(
+    config: TwoTowerConfig,
+    log: Log,
+    features: Features,
+    ranks: Ranks,
+    *,
+    dim: int | None,
+    negatives: Negatives,
+    shared_negatives: bool = False,
+    item_counts: Any = None,
+    batch_size: int,
+    table_learning_rate: float,
+    seed: int,
+    maps: Mapping[str, IdMap] | None = None,
+) -> ShardedTwoTower:
+    """A network with random weights, sharded by TorchRec's planner. Collective.
+
+    Args:
+        dim: of the factors; None for `random`.
+        batch_size: rows of a batch on each rank, for the planner.
+        maps: "user", "item" -> the map that compresses the id tables of this side.
+
+    Raises:
+        InputError: a strategy that needs factors without them; tables that do not fit into memory.
+    """
+    torch.manual_seed(seed)
+    counted = dim is not None and config.towers.kind == "residual"
+    with agreed():
+        module = TwoTower(
+            config,
+            _spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
+            _spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
+            tables_device="meta",
+        )
+    dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
+    builder = BatchBuilder(
+        negatives,
+        shared=shared_negatives,
+        item_counts=item_counts,
+        user_table=features.user,
+        item_table=features.item,
+        device=ranks.device,
+    )
+    return ShardedTwoTower(dmp, builder)
+
+
+def describe_model(
+    config: TwoTowerConfig, dim: int | None, user: Sequence[str], item: Sequence[str], maps: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a manifest says of a model, enough for `load_model` to build it again."""
+    return {
+        "two_tower": asdict(config),
+        "dim": dim,
+        "user_features": list(user),
+        "item_features": list(item),
+        "maps": list(maps),
+    }
+
+
+def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
+    """The model that `recpress train` wrote to `path`, on these ranks, in eval mode. Collective.
+
+    Raises:
+        InputError: no such model, another vocabulary, a damaged file. On every rank.
+    """
+    with agreed():
+        manifest = artifact.read_manifest(path, MODEL)
+        check_vocabulary(path, manifest, log)
+        try:
+            model = manifest["model"]
+            parts = dict(model["two_tower"])
+            parts["towers"]["hidden"] = tuple(parts["towers"]["hidden"])
+            config = TwoTowerConfig(
+                tables=TablesConfig(**parts["tables"]),
+                towers=TowersConfig(**parts["towers"]),
+                loss=LossConfig(**parts["loss"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
+        features = Features.of(log, model["user_features"], model["item_features"])
+        folder = artifact.fetch(path, manifest, f"{WEIGHTS}/*", f"{MAPS}/*")
+        maps = load_maps(folder / MAPS, model.get("maps", ()), log)
+    sharded = build(
+        config,
+        log,
+        features,
+        ranks,
+        dim=model["dim"],
+        negatives=UniformNegatives(log.num_items, 1),
+        batch_size=1024,
+        table_learning_rate=0.0,
+        seed=0,
+        maps=maps,
+    )
+    with agreed():
+        load_weights(sharded.dmp, folder / WEIGHTS)
+    sharded.dmp.eval()
+    return sharded
+
+
+def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
+    if not names:
+        return None
+    table = log.features(side)
+    where = f"{log.path}/{side}s.parquet"
+    if table is None:
+        raise InputError(f"{where}: missing; expected it for the {side} features {', '.join(names)}")
+    floats = set(SideTable.from_arrow(table, categorical=(), where=where).float_names)
+    return SideTable.from_arrow(
+        table, [name for name in names if name not in floats], [name for name in names if name in floats], where
+    )
+
+
+def _spec(
+    key: str, rows: int, dim: int | None, table: SideTable | None, counted: bool, id_map: IdMap | None
+) -> SideSpec:
+    spec = SideSpec(key=key, rows=rows, dim=dim, counted=counted, map=id_map)
+    return spec if table is None else replace(spec, categorical=table.num_values(), floats=len(table.float_names))

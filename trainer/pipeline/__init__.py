@@ -1,0 +1,1 @@
+"""`recpress pipeline`: the stages one after the other."""

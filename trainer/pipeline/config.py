@@ -1,0 +1,76 @@
+"""Configuration of `recpress pipeline`. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from recpress.data.config import Schema
+from recpress.data.errors import InputError
+from recpress.trainer.config import TrainConfig
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.hash.config import HashStageConfig
+
+StageConfig = FactorizeConfig | HashStageConfig | TrainConfig | EvaluateConfig
+StageName = Literal["factorize", "hash", "train", "evaluate"]
+ORDER: tuple[StageName, ...] = ("factorize", "hash", "train", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """The stages one after the other, in one process group. What is whole already is not made again."""
+
+    data: str
+    """The log: a folder, file or glob."""
+    out: str
+    """Folder of what the stages make: factors, maps, model, metrics.json."""
+    stages: tuple[StageName, ...] = ("factorize", "train", "evaluate")
+    """Which stages, whatever the order they are named in."""
+    schema: Schema = field(default_factory=Schema)
+    """Columns of the log, for every stage."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the stages run; maps are made on the CPU."""
+    factorize: FactorizeConfig = field(default_factory=lambda: FactorizeConfig(data="", out=""))
+    """Of every stage: the log, the schema, the device and the folders are the pipeline's where they are not given."""
+    hash: HashStageConfig = field(default_factory=lambda: HashStageConfig(data="", out=""))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(data="", out=""))
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(data="", model=""))
+
+    def __post_init__(self) -> None:
+        if not self.stages or len(set(self.stages)) != len(self.stages):
+            raise InputError(f"stages: {', '.join(self.stages) or 'none'}; expected at least one, each once")
+        for name in ("factorize", "hash", "train"):
+            if getattr(self, name).overwrite:
+                raise InputError(f"{name}.overwrite: a pipeline makes what is not there; remove the folder instead")
+
+    def chosen(self) -> dict[StageName, StageConfig]:
+        """The stages to run, in order, each with its whole configuration."""
+        factors = self.factorize.out or f"{self.out}/factors"
+        maps = self.hash.out or f"{self.out}/maps"
+        model = self.train.out or f"{self.out}/model"
+        made = factors if "factorize" in self.stages else None
+        starts = made if self.train.model.tables.strategy != "random" else None
+        every: dict[StageName, StageConfig] = {
+            "factorize": replace(self.factorize, out=factors),
+            "hash": replace(self.hash, out=maps, factors=self.hash.factors or made),
+            "train": replace(
+                self.train,
+                out=model,
+                factors=self.train.factors or starts,
+                hash=self.train.hash or (maps if "hash" in self.stages else None),
+            ),
+            "evaluate": replace(
+                self.evaluate,
+                model=self.evaluate.model or (model if "train" in self.stages else factors),
+                out=self.evaluate.out or f"{self.out}/metrics.json",
+            ),
+        }
+        return {name: self._common(every[name]) for name in ORDER if name in self.stages}
+
+    def _common(self, config: StageConfig) -> StageConfig:
+        schema = self.schema if config.schema == Schema() else config.schema
+        config = replace(config, data=config.data or self.data, schema=schema)
+        if not isinstance(config, HashStageConfig) and config.device == "auto":
+            config = replace(config, device=self.device)
+        return config

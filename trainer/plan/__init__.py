@@ -1,0 +1,1 @@
+"""`recpress plan`: sharding plan and memory for a cluster that need not exist."""

@@ -1,0 +1,1 @@
+"""Report pages and results as plain data, for comparisons and benchmarks."""
