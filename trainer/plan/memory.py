@@ -8,29 +8,15 @@ live: `setup` (pairs of the log are collected), `load` (tables are filled), `tra
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from recpress.data.batch import ITEM, USER
 from recpress.data.memory import KEPT
-from recpress.modules.config import TwoTowerConfig
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, row_bytes
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.losses import make_loss
 from recpress.modules.rows import BLOCK_BYTES
-from recpress.modules.towers import TowerInput
-from recpress.modules.two_tower import SideSpec, make_side
-from recpress.trainer.config import NetworkConfig
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.types import ShardingPlan
+from recpress.trainer.plan.job import Job
+from recpress.trainer.plan.shards import MetaTowers, Shard, tables_of
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 PROCESS = 262 * MIB
 """Anonymous memory of a process after `import recpress.trainer.train.stage`; torch 2.13 + torchrec 1.8, CPU."""
 METRICS = 31 * MIB
@@ -56,176 +42,6 @@ class Line:
     formula: str
     place: Place
     phase: Phase = "run"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapShape:
-    """The sizes of an IdMap, which is all that a plan needs of it."""
-
-    num_ids: int
-    num_rows: int
-    ways: int = 1
-    weight_bytes: int = 0
-    """Of one weight; 0: the map has none."""
-
-    @property
-    def weights(self) -> bool | None:
-        """As in IdMap: None where there are none."""
-        return True if self.weight_bytes else None
-
-    @classmethod
-    def of(cls, id_map: IdMap) -> MapShape:
-        width = 0 if id_map.weights is None else id_map.weights.element_size()
-        return cls(num_ids=id_map.num_ids, num_rows=id_map.num_rows, ways=id_map.ways, weight_bytes=width)
-
-    @property
-    def nbytes(self) -> int:
-        """As LearnedHash holds it: int32 rows, and the weights."""
-        return self.num_ids * self.ways * (4 + self.weight_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """What is known of users, or of items."""
-
-    ids: int
-    map: MapShape | None = None
-    categorical: dict[str, int] = field(default_factory=dict)
-    """Further categorical features of the side table: name -> number of values."""
-    floats: int = 0
-    feature_bytes: int = 0
-    """Of the side table, which each rank holds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A training run, with or without its log."""
-
-    network: NetworkConfig
-    dim: int | None
-    """Of the factors; None for `random`."""
-    user: Side
-    item: Side
-    rows: int
-    """Interactions of the log, before sampling; 0: unknown."""
-    sampled: int
-    """Of the sample; 0: unknown."""
-    group_rows: int
-    """Rows of the largest row group."""
-    keep_best: bool = False
-    """A copy of the best weights is held (evaluation.every, evaluation.every_steps)."""
-    uploads: bool = False
-    """Checkpoints lie on an object store."""
-    metrics: bool = False
-    """TorchRec's metrics are computed."""
-    row_vectors: bool = True
-    """The vectors of the maps' rows are stored beside them, and need not be worked out on each rank."""
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Users and items of a batch of one rank."""
-        batch, negatives = self.network.stream.batch_size, self.network.negatives
-        if negatives.kind == "in-batch":
-            return batch, batch
-        return batch, batch + negatives.count * (1 if negatives.shared else batch)
-
-    def with_tables(self, config: TwoTowerConfig, dim: int | None, share: float | None, ways: int) -> Job:
-        """The same run with other tables; `share`: behind maps to so many of the ids, None: without maps."""
-
-        def mapped(side: Side) -> Side:
-            if share is None:
-                return replace(side, map=None)
-            rows = max(1, round(side.ids * share))
-            return replace(
-                side,
-                map=MapShape(num_ids=side.ids, num_rows=rows, ways=ways, weight_bytes=2 if ways > 1 else 0),
-            )
-
-        network = replace(self.network, model=config)
-        return replace(self, network=network, dim=dim, user=mapped(self.user), item=mapped(self.item))
-
-
-class MetaTowers(nn.Module):
-    """The tables and towers of a TwoTower on the device "meta": shapes without memory, for the planner."""
-
-    def __init__(self, job: Job) -> None:
-        """
-        Raises:
-            ValueError: see TwoTower.
-        """
-        super().__init__()
-        config, meta = job.network.model, torch.device("meta")
-        counted = job.dim is not None and config.towers.kind == "residual"
-        sides = []
-        for key, side in ((USER, job.user), (ITEM, job.item)):
-            sides.append(
-                SideSpec(
-                    key=key,
-                    rows=side.ids,
-                    dim=job.dim,
-                    counted=counted,
-                    categorical=side.categorical,
-                    floats=side.floats,
-                    map=cast(IdMap, side.map),
-                )
-            )
-        self.counted = counted
-        with meta:
-            self.user_frozen, self.user_tables, self.user_tower = make_side("user", config, sides[0], meta)
-            self.item_frozen, self.item_tables, self.item_tower = make_side("item", config, sides[1], meta)
-            self.loss = make_loss(config.loss, job.item.ids)
-
-    def dense(self) -> list[nn.Parameter]:
-        """What every rank holds whole, and trains."""
-        return [p for part in (self.user_tower, self.item_tower, self.loss) for p in part.parameters()]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a table on one rank."""
-
-    table: str
-    side: Literal["user", "item"]
-    rows: int
-    width: int
-    storage: str | None
-    """None: trainable."""
-
-    def nbytes(self, cuda: bool) -> int:
-        """As it is stored; int4 rows on CUDA are padded to 16 bytes."""
-        if self.storage is None:
-            return self.rows * self.width * 4
-        row = row_bytes(self.storage, self.width)  # type: ignore[arg-type]
-        return self.rows * (-(-row // 16) * 16 if cuda and self.storage == "int4" else row)
-
-
-def tables_of(model: MetaTowers) -> Iterator[Shard]:
-    """Each table as one whole shard."""
-    for side in ("user", "item"):
-        frozen, trained = getattr(model, f"{side}_frozen"), getattr(model, f"{side}_tables")
-        if isinstance(frozen, FrozenEmbeddingBagCollection):
-            for t in frozen.tables():
-                yield Shard(t.name, side, t.rows, t.dim, t.storage)
-        if isinstance(trained, EmbeddingBagCollection):
-            for c in trained.embedding_bag_configs():
-                yield Shard(c.name, side, c.num_embeddings, c.embedding_dim, None)
-
-
-def shards_by_rank(model: MetaTowers, layout: ShardingPlan, world: int) -> list[list[Shard]]:
-    """What each rank holds under a plan."""
-    tables = {table.table: table for table in tables_of(model)}
-    ranks: list[list[Shard]] = [[] for _ in range(world)]
-    for module in layout.plan.values():
-        for name, how in cast(Any, module).items():
-            for shard in how.sharding_spec.shards:
-                rows, width = shard.shard_sizes
-                ranks[shard.placement.rank()].append(replace(tables[name], rows=rows, width=width))
-    return ranks
-
-
-def even_shards(model: MetaTowers, world: int) -> list[Shard]:
-    """What a rank holds where each table is cut into equal blocks of rows."""
-    return [replace(table, rows=-(-table.rows // world)) for table in tables_of(model)]
 
 
 def rank_lines(
@@ -398,62 +214,6 @@ def peak(lines: list[Line], place: Place) -> int:
     return max(peaks(lines, place).values())
 
 
-class _Peak(TorchDispatchMode):
-    """Follows the bytes of the tensors that live; on the device "meta" nothing is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
-        return found
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._drop, key, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def activation_bytes(job: Job, model: MetaTowers) -> int:
-    """Most bytes of tensors in forward and backward of towers and loss, run on tensors without memory."""
-    batch, items = job.strides
-    training = job.network.model.tables.strategy != "init-freeze"
-    negatives = job.network.negatives
-
-    def given(tower: TowerInput, size: int) -> tuple[dict, dict, Any, Any]:
-        results: dict[str, dict[str, torch.Tensor]] = {"frozen": {}, "tables": {}}
-        for (where, key), width in [(tower.base, tower.dim), *tower.others]:
-            wants = where == "tables" and training
-            results[where][key] = torch.empty(size, width, device="meta", requires_grad=wants)
-        count = torch.empty(size, 1, device="meta") if tower.count == "given" else None
-        if tower.count not in (None, "given"):
-            where, key = cast(tuple[Literal["frozen", "tables"], str], tower.count)
-            results[where][key] = torch.empty(size, 4, device="meta")
-        floats = torch.empty(size, tower.floats, device="meta") if tower.floats else None
-        return results["frozen"], results["tables"], floats, count
-
-    inputs = given(model.user_tower.given, batch), given(model.item_tower.given, items)
-    label, log_q = torch.empty(batch, device="meta"), torch.empty(items, device="meta")
-    ids = torch.empty(items, dtype=torch.int64, device="meta")
-    mask = torch.empty(batch, negatives.count, dtype=torch.bool, device="meta") if negatives.shared else None
-    with _Peak() as tracked:
-        users, _ = cast(Any, model.user_tower)(*inputs[0])
-        vectors, _ = cast(Any, model.item_tower)(*inputs[1])
-        loss = model.loss(users, vectors, label, log_q, ids, mask)
-        loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return tracked.most
+def gib(size: float) -> str:
+    """In GiB, with two digits behind the point below 100."""
+    return f"{size / GIB:,.2f}" if size < 100 * GIB else f"{size / GIB:,.0f}"

@@ -19,8 +19,8 @@ from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import PlanConfig
-from recpress.trainer.plan.stage import _job
 from recpress.trainer.train.stage import train
 
 from tests.ranks import run_on_ranks
@@ -154,8 +154,8 @@ def test_a_sample_of_a_sample_is_pointed_out(made, tmp_path, capsys):
 def test_a_plan_counts_the_rows_of_each_kind(log, made):
     sample, part, factors = made
     rows = len(pairs(log, sample))
-    of_log = _job(PlanConfig(data=log, factors=factors, sample=sample))
-    of_part = _job(PlanConfig(data=part, factors=factors, sample=SampleConfig(rate=1.0)))
+    of_log = job_of(PlanConfig(data=log, factors=factors, sample=sample))
+    of_part = job_of(PlanConfig(data=part, factors=factors, sample=SampleConfig(rate=1.0)))
     assert of_log.sampled == of_part.sampled == rows
     assert of_log.row_vectors == of_part.row_vectors is False  # both would train on cross-fitted factors
 

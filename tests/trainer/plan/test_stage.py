@@ -15,9 +15,14 @@ from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.plan.activations import activation_bytes
+from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import ClusterConfig, PlanConfig
-from recpress.trainer.plan.memory import MapShape, MetaTowers, activation_bytes, peak, rank_lines, shards_by_rank
-from recpress.trainer.plan.stage import MOST_RANKS, _job, assess, plan, smallest
+from recpress.trainer.plan.job import MapShape
+from recpress.trainer.plan.memory import peak, rank_lines
+from recpress.trainer.plan.shards import MetaTowers, shards_by_rank
+from recpress.trainer.plan.sizing import MOST_RANKS, assess, smallest
+from recpress.trainer.plan.stage import plan
 from recpress.trainer.train.stage import train
 from torch import nn
 
@@ -86,7 +91,7 @@ def test_a_map_is_as_large_as_the_module_that_holds_it(ways, weighted):
 def test_dense_part_is_that_of_the_network():
     towers = TowersConfig(kind="mlp", hidden=(32,), dim=16)
     made = config()
-    job = _job(replace(made, model=replace(made.model, towers=towers)))
+    job = job_of(replace(made, model=replace(made.model, towers=towers)))
     model = MetaTowers(job)
     tower = 128 * 32 + 32 + 32 * 16 + 16
     assert sum(p.numel() for p in model.dense()) == 2 * tower + 2  # + scale and offset of the logit
@@ -98,7 +103,7 @@ def test_activations_are_those_of_a_known_network():
     made = config(negatives=NegativesConfig(count=4))
     sizes = []
     for batch in (1000, 2000):
-        job = _job(replace(made, stream=StreamConfig(batch_size=batch)))
+        job = job_of(replace(made, stream=StreamConfig(batch_size=batch)))
         sizes.append(activation_bytes(job, MetaTowers(job)))
     assert sizes[1] / sizes[0] == pytest.approx(2, rel=0.05)
     hidden = 2000 * (1 + 5) * 256 * 4  # of users and items
@@ -106,7 +111,7 @@ def test_activations_are_those_of_a_known_network():
 
 
 def test_all_rows_lie_on_some_rank_and_the_heaviest_rank_is_shown():
-    job = _job(config(users=10_000_000))
+    job = job_of(config(users=10_000_000))
     model, cluster = MetaTowers(job), ClusterConfig(nodes=2, ranks_per_node=4, memory_gib=8)
     need = assess(job, model, cluster, 0)
     assert need.problem is None
@@ -126,7 +131,7 @@ def test_what_does_not_fit_is_told(capsys):
 
 
 def test_no_number_of_ranks_helps_where_a_replicated_part_is_too_large():
-    job = _job(config(rows=20_000_000_000))  # 160 GB of pairs on each rank
+    job = job_of(config(rows=20_000_000_000))  # 160 GB of pairs on each rank
     model = MetaTowers(job)
     found = smallest(job, model, ClusterConfig(), 0)
     assert found.ranks is None
@@ -134,7 +139,7 @@ def test_no_number_of_ranks_helps_where_a_replicated_part_is_too_large():
 
 
 def test_the_smallest_cluster_fits_and_a_smaller_one_does_not():
-    job = _job(config(users=600_000_000))  # 307 GB: 56 GiB of tables a GPU at most
+    job = job_of(config(users=600_000_000))  # 307 GB: 56 GiB of tables a GPU at most
     model = MetaTowers(job)
     found = smallest(job, model, ClusterConfig(ranks_per_node=8), 0)
     assert found.checked
@@ -163,7 +168,7 @@ def test_a_log_and_its_factors_say_the_sizes(log, tmp_path):
     factors = str(tmp_path / "factors")
     factorize(FactorizeConfig(data=log, out=factors, als=ALSConfig(factors=16, sweeps=2)))
     made = PlanConfig(data=log, factors=factors, sample=SampleConfig(rate=0.5))
-    job = _job(made)
+    job = job_of(made)
     assert (job.user.ids, job.item.ids, job.rows, job.dim) == (300, 200, 9_000, 16)
     assert job.sampled == pytest.approx(4500, rel=0.1)
     options = {"data": log, "factors": factors, "out": str(tmp_path / "model"), "tensorboard": False}
@@ -176,7 +181,7 @@ def shard_sizes():
     """What two ranks hold of a random table, and what the plan said they would."""
     from recpress.trainer.model.sharding import shard
 
-    job = _job(config(users=4000, items=1000, strategy="random"))
+    job = job_of(config(users=4000, items=1000, strategy="random"))
     model = MetaTowers(job)
     cluster = ClusterConfig(device="cpu", ranks_per_node=2, host_memory_gib=2)
     need = assess(job, model, cluster, 0)
