@@ -7,36 +7,36 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from recpress.data import artifact, storage
-from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.order import ORDER_VERSION
-from recpress.data.stream import Interactions, InteractionStream
+from recpress.data.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.interactions import give_back
-from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, open_factors, shared_artifact
+from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, shared_artifact
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, same_everywhere
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout, show
-from recpress.trainer.hash.id_maps import SIDES, HashArtifact, open_maps, save_maps
+from recpress.trainer.hash.id_maps import SIDES, save_maps
 from recpress.trainer.logs.damaged import open_on_all_ranks
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
-from recpress.trainer.loop.source import Source
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.model.weights import save_weights
-from recpress.trainer.train.follow import FollowedSource, first_round
+from recpress.trainer.train.follow import first_round
+from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, has_heldout
+from recpress.trainer.train.rows import make_batches, make_source, make_stream, stream_as_before, stream_stats
 from recpress.trainer.versions import versions
 from recpress.trainer.watch.metrics_log import MetricsLog
 from recpress.trainer.watch.profiling import Profiler
@@ -80,14 +80,14 @@ def train(config: TrainConfig) -> TrainResult:
         skip = config.stream.on_bad_file == "skip"
         log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
         with agreed():
-            factors = _factors(config, log)
-            crossfit = _crossfit(config, log, factors)
-            hashed = _hashed(config, log, factors)
+            factors = choose_factors(config, log)
+            crossfit = choose_crossfit(config, log, factors)
+            hashed = choose_maps(config, log, factors)
             maps: dict[str, IdMap] = {}
             if hashed is not None:
                 maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps}
             features = Features.of(log, config.user_features, config.item_features)
-            stream = _stream(config, log, ranks)
+            stream = make_stream(config, log, ranks)
             model_config = describe_model(
                 config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
             )
@@ -98,15 +98,15 @@ def train(config: TrainConfig) -> TrainResult:
                     f"{log.train.num_rows:,} rows; --sample.rate 1 takes all of it"
                 )
         checkpoints = _checkpoints(config, log, stream, ranks)
-        stream = _as_before(config, log, stream, checkpoints, ranks)
+        stream = stream_as_before(config, log, stream, checkpoints, ranks)
         with agreed():
-            source = _source(config, log, stream, ranks, maps)
+            source = make_source(config, log, stream, ranks, maps)
         meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
         if hashed is not None:
             meta["hash"] = hashed.describe()
         with checkpoints:
             model = _model(config, log, features, factors, maps, ranks)
-            heldout = load_heldout(log, config.evaluation) if _has_heldout(config, log, ranks) else None
+            heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
 
             def put(of_sample: bool) -> None:
                 """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
@@ -140,7 +140,7 @@ def train(config: TrainConfig) -> TrainResult:
                 fitted = fit(
                     model.dmp,
                     TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
-                    lambda epoch, step: _batches(source.stream_of(epoch), model, epoch, step),
+                    lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
                     _fit_config(config),
                     device=ranks.device,
                     evaluate=evaluate if heldout is not None else None,
@@ -150,7 +150,7 @@ def train(config: TrainConfig) -> TrainResult:
                     source=source,
                     metrics=_rec_metrics(config, model, stream, ranks),
                     profiler=_profiler(config, checkpoints, ranks),
-                    stream_stats=_stream_stats(source),
+                    stream_stats=stream_stats(source),
                 )
             if crossfit:
                 put(False)
@@ -188,74 +188,6 @@ def train(config: TrainConfig) -> TrainResult:
             each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
             print(f"tables {table_bytes:,} bytes ({each})" + (f", maps {map_bytes:,} bytes" if maps else ""))
     return TrainResult(fitted, metrics, source.num_rows, setup_seconds, table_bytes, map_bytes)
-
-
-def _factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
-    if config.model.tables.strategy == "random":
-        if config.factors is not None:
-            raise InputError("factors: given, but model.tables.strategy is 'random', which takes none")
-        return None
-    if config.factors is None:
-        raise InputError(f"factors: missing; model.tables.strategy '{config.model.tables.strategy}' starts from them")
-    return open_factors(config.factors, log)
-
-
-def _hashed(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> HashArtifact | None:
-    if config.hash is None:
-        return None
-    hashed = open_maps(config.hash, log)
-    if not any(side in hashed.maps for side in SIDES):
-        raise InputError(f"{config.hash}: maps {', '.join(hashed.maps)}, expected a map of users or items")
-    for side in SIDES:
-        rows = hashed.rows(side)
-        if factors is not None and rows is not None and rows.shape[1] != factors.dim:
-            raise InputError(
-                f"{config.hash}: the vectors of the {side} rows have dimension {rows.shape[1]}, expected that of "
-                f"{factors.path}, {factors.dim}"
-            )
-    return hashed
-
-
-def _crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> bool:
-    """Whether to train on factors that have not seen the sample."""
-    if config.crossfit == "no" or factors is None:
-        return False
-    frozen = config.model.tables.strategy.startswith("init-freeze")
-    fits = factors.has_not_seen(log, config.sample)
-    if config.crossfit == "yes" and not (frozen and fits):
-        drawn = f"{config.sample}" if log.sample_of is None else f"{config.sample} of {log.path}, itself a sample"
-        want = f"factors made without this very sample ({drawn})" if frozen else "frozen tables"
-        raise InputError(f"crossfit: expected {want}; {factors.path} was made without {factors.crossfit}")
-    return frozen and fits
-
-
-def _stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | None = None) -> InteractionStream:
-    columns = [log.schema.user, log.schema.item]
-    if config.use_label:
-        if not log.schema.label:
-            raise InputError("use_label: expected schema.label, a column of labels in [0, 1]")
-        columns.append(log.schema.label)
-    return InteractionStream(
-        log.train,
-        log.schema,
-        config.stream,
-        sample=config.sample,
-        rank=ranks.rank,
-        world=ranks.world,
-        global_batch=global_batch,
-        columns=columns,
-        pin_memory=ranks.device.type == "cuda",
-    )
-
-
-def _source(
-    config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks, maps: Mapping[str, IdMap]
-) -> Source:
-    if not config.follow.on:
-        return Source(stream, log.bad_files)
-    return FollowedSource(
-        config, log, stream, lambda rows: _stream(config, replace(log, train=rows), ranks, stream.global_batch), maps
-    )
 
 
 def _total_steps(config: TrainConfig, stream: InteractionStream) -> int:
@@ -323,20 +255,6 @@ def _checkpoint_folder(config: TrainConfig) -> str:
     return config.checkpoint.folder or storage.beside(config.out, ".checkpoints")
 
 
-def _as_before(
-    config: TrainConfig, log: Log, stream: InteractionStream, checkpoints: Checkpoints, ranks: Ranks
-) -> InteractionStream:
-    """The stream of the run that goes on: where the number of ranks has changed, its global batch stays."""
-    if checkpoints.start is None or checkpoints.start.manifest["global_batch"] == stream.global_batch:
-        return stream
-    rows = int(checkpoints.start.manifest["global_batch"])
-    checkpoints.describe["global_batch"] = rows
-    if ranks.rank == 0:
-        print(f"other ranks than before: a step still has {rows:,} rows, {rows // ranks.world:,} on each", flush=True)
-    with agreed():
-        return _stream(config, log, ranks, rows)
-
-
 @contextmanager
 def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Iterator[Endpoint | None]:
     """The Prometheus endpoint, on rank 0, where one is asked for."""
@@ -369,48 +287,8 @@ def _profiler(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Pr
     return Profiler(config.profile, checkpoints.metrics, ranks.device)
 
 
-def _stream_stats(source: Source) -> Callable[[], Mapping[str, float]] | None:
-    """What the stream says of itself, where it does: its `stats()` has `as_dict()`, name -> number."""
-    if not hasattr(source.stream, "stats"):
-        return None
-    return lambda: getattr(source.stream, "stats")().as_dict()  # noqa: B009 (streams need not have it)
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, step: int) -> Iterator[Batch]:
-    """Made in the stream's thread; on CUDA only checked there: kernels belong to the pipeline's own CUDA stream."""
-    stream.set_epoch(epoch, step)
-    if model.builder.device.type == "cuda":
-        return map(model.builder, stream.map(lambda rows: _checked(rows, stream)))
-    return stream.map(lambda rows: model.builder(_checked(rows, stream)))
-
-
-def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
-    """Raise InputError where a label is no target of cross-entropy: a rating of 5, say."""
-    if rows.label is not None:
-        low, high = (float(x) for x in torch.aminmax(rows.label))
-        if low < 0 or high > 1:
-            raise InputError(
-                f"column '{stream.schema.label}': a label of {low if low < 0 else high:g} at position {rows.position} "
-                "of the epoch or after it; --use-label expects numbers in [0, 1]"
-            )
-    return rows
-
-
-def _has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
-    if log.test is None and log.test_negatives is None:
-        if config.evaluation.while_training:
-            raise InputError(f"{log.path}: no held-out rows; evaluation.every and evaluation.every_steps need them")
-        return False
-    look = config.evaluation
-    if log.is_part and log.test_negatives is None and look.protocol == "auto" and not look.while_training:
-        if ranks.rank == 0:
-            print(f"{log.path} is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of")
-        return False  # `load_heldout` says why
-    return True
 
 
 def _fit_config(config: TrainConfig) -> FitConfig:

@@ -35,11 +35,11 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from recpress.trainer.loop import optimizer
-from recpress.trainer.train import stage as train
+from recpress.trainer.train import rows as train_rows
 from recpress.trainer.cli import main
 
 seen, rank, step_to_die = sys.argv[1], os.environ["RANK"], int(sys.argv[2])
-ahead, checked, take = [], train._checked, optimizer.TrainOptimizer.step
+ahead, checked, take = [], train_rows._checked, optimizer.TrainOptimizer.step
 
 def noted(rows, stream):
     ahead.append((rows.user * 1000 + rows.item).tolist())
@@ -52,7 +52,7 @@ def step(self):
     if self.steps == step_to_die and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 
-train._checked, optimizer.TrainOptimizer.step = noted, step
+train_rows._checked, optimizer.TrainOptimizer.step = noted, step
 sys.exit(main(sys.argv[3:]))
 """
 

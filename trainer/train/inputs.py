@@ -1,0 +1,65 @@
+"""What a training run starts from, and whether it fits together: factors, maps, cross-fitted or not, held-out rows."""
+
+from __future__ import annotations
+
+from recpress.data.errors import InputError
+from recpress.data.log import Log
+from recpress.trainer.artifacts import FactorsArtifact, open_factors
+from recpress.trainer.config import TrainConfig
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.hash.id_maps import SIDES, HashArtifact, open_maps
+
+
+def choose_factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
+    """Those that the tables start from; None where they start at random. Raises InputError where they do not fit."""
+    if config.model.tables.strategy == "random":
+        if config.factors is not None:
+            raise InputError("factors: given, but model.tables.strategy is 'random', which takes none")
+        return None
+    if config.factors is None:
+        raise InputError(f"factors: missing; model.tables.strategy '{config.model.tables.strategy}' starts from them")
+    return open_factors(config.factors, log)
+
+
+def choose_maps(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> HashArtifact | None:
+    """The maps that the tables lie behind, if any. Raises InputError where they do not fit the factors."""
+    if config.hash is None:
+        return None
+    hashed = open_maps(config.hash, log)
+    if not any(side in hashed.maps for side in SIDES):
+        raise InputError(f"{config.hash}: maps {', '.join(hashed.maps)}, expected a map of users or items")
+    for side in SIDES:
+        rows = hashed.rows(side)
+        if factors is not None and rows is not None and rows.shape[1] != factors.dim:
+            raise InputError(
+                f"{config.hash}: the vectors of the {side} rows have dimension {rows.shape[1]}, expected that of "
+                f"{factors.path}, {factors.dim}"
+            )
+    return hashed
+
+
+def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> bool:
+    """Whether to train on factors that have not seen the sample."""
+    if config.crossfit == "no" or factors is None:
+        return False
+    frozen = config.model.tables.strategy.startswith("init-freeze")
+    fits = factors.has_not_seen(log, config.sample)
+    if config.crossfit == "yes" and not (frozen and fits):
+        drawn = f"{config.sample}" if log.sample_of is None else f"{config.sample} of {log.path}, itself a sample"
+        want = f"factors made without this very sample ({drawn})" if frozen else "frozen tables"
+        raise InputError(f"crossfit: expected {want}; {factors.path} was made without {factors.crossfit}")
+    return frozen and fits
+
+
+def has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
+    """Whether rows are ranked, while it trains or at the end. Raises InputError where they are missing."""
+    if log.test is None and log.test_negatives is None:
+        if config.evaluation.while_training:
+            raise InputError(f"{log.path}: no held-out rows; evaluation.every and evaluation.every_steps need them")
+        return False
+    look = config.evaluation
+    if log.is_part and log.test_negatives is None and look.protocol == "auto" and not look.while_training:
+        if ranks.rank == 0:
+            print(f"{log.path} is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of")
+        return False  # `load_heldout` says why
+    return True

@@ -1,0 +1,95 @@
+"""The rows of a training run: the stream, what follows it in a log that grows, and the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from recpress.data.batch import Batch
+from recpress.data.errors import InputError
+from recpress.data.log import Log
+from recpress.data.stream import Interactions, InteractionStream
+from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.checkpoint.checkpoints import Checkpoints
+from recpress.trainer.config import TrainConfig
+from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.loop.source import Source
+from recpress.trainer.model.two_tower import ShardedTwoTower
+from recpress.trainer.train.follow import FollowedSource
+
+
+def make_stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | None = None) -> InteractionStream:
+    """The stream of this rank; `global_batch`: rows of a step on all ranks, where it is not by `batch_size`."""
+    columns = [log.schema.user, log.schema.item]
+    if config.use_label:
+        if not log.schema.label:
+            raise InputError("use_label: expected schema.label, a column of labels in [0, 1]")
+        columns.append(log.schema.label)
+    return InteractionStream(
+        log.train,
+        log.schema,
+        config.stream,
+        sample=config.sample,
+        rank=ranks.rank,
+        world=ranks.world,
+        global_batch=global_batch,
+        columns=columns,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def stream_as_before(
+    config: TrainConfig, log: Log, stream: InteractionStream, checkpoints: Checkpoints, ranks: Ranks
+) -> InteractionStream:
+    """The stream of the run that goes on: where the number of ranks has changed, its global batch stays."""
+    if checkpoints.start is None or checkpoints.start.manifest["global_batch"] == stream.global_batch:
+        return stream
+    rows = int(checkpoints.start.manifest["global_batch"])
+    checkpoints.describe["global_batch"] = rows
+    if ranks.rank == 0:
+        print(f"other ranks than before: a step still has {rows:,} rows, {rows // ranks.world:,} on each", flush=True)
+    with agreed():
+        return make_stream(config, log, ranks, rows)
+
+
+def make_source(
+    config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks, maps: Mapping[str, IdMap]
+) -> Source:
+    """What the loop takes rows from: the stream for all epochs, or rounds of the files of a log that grows."""
+    if not config.follow.on:
+        return Source(stream, log.bad_files)
+    return FollowedSource(
+        config,
+        log,
+        stream,
+        lambda rows: make_stream(config, replace(log, train=rows), ranks, stream.global_batch),
+        maps,
+    )
+
+
+def make_batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, step: int) -> Iterator[Batch]:
+    """Made in the stream's thread; on CUDA only checked there: kernels belong to the pipeline's own CUDA stream."""
+    stream.set_epoch(epoch, step)
+    if model.builder.device.type == "cuda":
+        return map(model.builder, stream.map(lambda rows: _checked(rows, stream)))
+    return stream.map(lambda rows: model.builder(_checked(rows, stream)))
+
+
+def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
+    """Raise InputError where a label is no target of cross-entropy: a rating of 5, say."""
+    if rows.label is not None:
+        low, high = (float(x) for x in torch.aminmax(rows.label))
+        if low < 0 or high > 1:
+            raise InputError(
+                f"column '{stream.schema.label}': a label of {low if low < 0 else high:g} at position {rows.position} "
+                "of the epoch or after it; --use-label expects numbers in [0, 1]"
+            )
+    return rows
+
+
+def stream_stats(source: Source) -> Callable[[], Mapping[str, float]] | None:
+    """What the stream says of itself, where it does: its `stats()` has `as_dict()`, name -> number."""
+    if not hasattr(source.stream, "stats"):
+        return None
+    return lambda: getattr(source.stream, "stats")().as_dict()  # noqa: B009 (streams need not have it)
