@@ -174,7 +174,10 @@ def of_factors(
     runs: dict[tuple[str, int], list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in range(args.runs):
         for engine, ranks in engines:
-            runs[engine, ranks].append(in_own_processes(measured, ranks, engine, folder, sizes, args, factors)[0])
+            figures = in_own_processes(measured, ranks, engine, folder, sizes, args, factors)[0]
+            runs[engine, ranks].append(figures)
+            words = f"{name}, {number:,} rows, {factors} factors, {engine}, ranks {ranks}"
+            print(f"{words}: {figures['seconds']:.1f} s", flush=True)
     target = 2 * (8 * number + 8 * (sizes[0] + 1)) + 4 * factors * sum(sizes)
     head = {"data": name, "rows": number, "users": sizes[0], "items": sizes[1], "table rows": sum(sizes)}
     head |= {"factors": factors}

@@ -20,6 +20,7 @@ each row, so that it is not run above `--most-faiss` ids.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import threading
@@ -191,6 +192,8 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             for engine in engines:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                     found[engine].append(pool.submit(measured, engine, folder, case, args).result())
+                words = f"{case.ids:,} ids x {case.dim}, {engine}, threads {case.threads}"
+                print(f"{words}: {found[engine][-1]['seconds']:.1f} s", flush=True)
     table: list[dict[str, Any]] = []
     for engine, runs in found.items():
         row = head | {"engine": engine}
@@ -219,6 +222,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the made data lie for the time of the run")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin, on cores that others use, take minutes
     todo = cases(args)
     publish(
         "Making a map: seconds, memory and distortion, beside faiss's k-means",
