@@ -29,6 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,14 @@ def objective(log: Log, users: np.ndarray, items: np.ndarray, args: argparse.Nam
     """In float64, without all pairs: sum_all s^2 = trace(X'X Y'Y)."""
     x, y = users.astype(np.float64), items.astype(np.float64)
     total = ((x.T @ x) * (y.T @ y)).sum() + args.regularization * ((x * x).sum() + (y * y).sum())
-    for first in range(0, len(log[0]), 1 << 16):
+
+    def of_rows(first: int) -> float:
         part = slice(first, first + (1 << 16))
         s = np.einsum("nd,nd->n", x[log[0][part]], y[log[1][part]])
-        total += (args.confidence * (1 - s) ** 2 + 1 - 2 * s).sum()
-    return float(total)
+        return (args.confidence * (1 - s) ** 2 + 1 - 2 * s).sum()
+
+    with ThreadPoolExecutor(args.threads) as pool:
+        return float(total + sum(pool.map(of_rows, range(0, len(log[0]), 1 << 16))))
 
 
 def needed_bytes(rows: int, factors: int) -> int:
@@ -200,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PARQUET", help="logs to measure on")
     parser.add_argument(
-        "--made", nargs="*", type=int, default=[4_000_000, 1_000_000, 16_000_000, 64_000_000], metavar="ROWS",
+        "--made", nargs="*", type=int, default=[4_000_000, 1_000_000, 16_000_000, 48_000_000], metavar="ROWS",
         help="random logs of so many rows, where no --data is given; the first is the base",
     )  # fmt: skip
     parser.add_argument("--factors", nargs="+", type=int, default=[64, 32, 128], help="the first is the base")
