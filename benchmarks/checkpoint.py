@@ -1,6 +1,6 @@
 """What does a checkpoint cost, and how fast is it saved and loaded beside `dd` on the same disk?
 
-Takes 17 s small; full a few minutes, alone on two cores.
+Takes 15 s small, 3 minutes full (reckoned, not timed), alone on two cores.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out checkpoint.json
 

@@ -1,6 +1,6 @@
 """What does each kind of sample read, and how well does it estimate the log, in the order of time or shuffled?
 
-Takes 5 s small, 1 minute full, alone on two cores.
+Takes 5 s small, 1 minute full (reckoned, not timed), alone on two cores.
 
     python benchmarks/sampling.py --rows 3000000 --out runs/sampling.json
 

@@ -1,6 +1,6 @@
 """Does the stream's memory stay where its formula says, for as long as it runs?
 
-Takes 10 s small, 11 minutes full, alone on two cores.
+Takes 10 s small, 10 minutes full, alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --out runs/soak.json
 

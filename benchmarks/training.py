@@ -1,6 +1,6 @@
 """How fast is a training step, and in how much memory? Our loop, a bare TorchRec loop, and nn.EmbeddingBag under DDP.
 
-Takes 45 s small, 6 minutes full, alone on two cores.
+Takes 45 s small, 6 minutes full (reckoned, not timed), alone on two cores.
 
     python benchmarks/training.py --out training.json          # or under torchrun, on its processes
 
