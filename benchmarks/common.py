@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -66,6 +67,7 @@ def publish(
         "question": question,
         "settings": settings,
         "machine": machine(device),
+        "seconds": _seconds_since_start(),
         "rows": list(rows),
         "plots": list(plots),
     }
@@ -133,6 +135,15 @@ def _drawn(columns: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
         lines = [columns, ["-" * width for width in widths], *cells]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return tabulate(table, headers=columns, floatfmt=".4g", intfmt=",")
+
+
+def _seconds_since_start() -> float | None:
+    """Of this process; None where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 1)
+    except (OSError, ValueError, AttributeError, IndexError):
+        return None
 
 
 def _cpu_model() -> str:

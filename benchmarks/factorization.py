@@ -1,13 +1,17 @@
 """How long does `als` take, and in how much memory, beside the library `implicit`? Same log, sweeps and objective.
 
+Takes 10 s small, 5 minutes full (reckoned, not timed), alone on two cores.
+
     python benchmarks/factorization.py                                        # made logs of growing size
-    python benchmarks/factorization.py --made 64000000 256000000              # as far as the machine goes
+    python benchmarks/factorization.py --made 256000000 --sweeps 2            # as far as the machine goes
     python benchmarks/factorization.py --data ml-1m=.../train.parquet gowalla=.../interactions.parquet
 
-Each run is a process of its own for each rank; ours and theirs take turns. Ours is timed from arrays of ids (both CSRs
-are built within the time), theirs from a CSR that is ready; implicit knows no ranks. Made logs have 5
-users an item and 80 rows a user, of which those that are the same count once; one that would need more than half of
-the machine's memory is not run, and its row says so.
+Each run is a process of its own for each rank; ours, on each number of `--ranks`, and theirs take turns. Ours is timed
+from arrays of ids (both CSRs are built within the time), theirs from a CSR that is ready; implicit knows no ranks. Made
+logs have 5 users an item and 80 rows a user, of which those that are the same count once, so that the tables grow with
+the log; the first one is factorized with each number of `--factors`, the others with the first of them. One that would
+need more than half of the machine's memory is not run, and its row says so. `rows/s` are rows of the log times sweeps
+over seconds, `table rows` users and items.
 The objective is computed here for all, in float64:
 
     sum_all s^2 + sum_interactions [(1 + confidence) (1 - s)^2 - s^2] + regularization (|X|^2 + |Y|^2) ,
@@ -25,13 +29,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 
-SMALL = ("--made", "100000", "400000", "--factors", "32", "--sweeps", "5", "--runs", "1")
+SMALL = ("--made", "400000", "100000", "--factors", "32", "16", "--sweeps", "3")
 
 Log = tuple[np.ndarray, np.ndarray]
 OURS, THEIRS = "recpress", "implicit"
@@ -99,11 +104,14 @@ def objective(log: Log, users: np.ndarray, items: np.ndarray, args: argparse.Nam
     """In float64, without all pairs: sum_all s^2 = trace(X'X Y'Y)."""
     x, y = users.astype(np.float64), items.astype(np.float64)
     total = ((x.T @ x) * (y.T @ y)).sum() + args.regularization * ((x * x).sum() + (y * y).sum())
-    for first in range(0, len(log[0]), 1 << 16):
+
+    def of_rows(first: int) -> float:
         part = slice(first, first + (1 << 16))
         s = np.einsum("nd,nd->n", x[log[0][part]], y[log[1][part]])
-        total += (args.confidence * (1 - s) ** 2 + 1 - 2 * s).sum()
-    return float(total)
+        return (args.confidence * (1 - s) ** 2 + 1 - 2 * s).sum()
+
+    with ThreadPoolExecutor(args.threads) as pool:
+        return float(total + sum(pool.map(of_rows, range(0, len(log[0]), 1 << 16))))
 
 
 def needed_bytes(rows: int, factors: int) -> int:
@@ -146,8 +154,10 @@ def measured(engine: str, folder: str, sizes: list[int], args: argparse.Namespac
     }
 
 
-def compare(name: str, source: str | None, made: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table of one log: medians of runs that take turns."""
+def compare(
+    name: str, source: str | None, made: int, widths: list[int], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of the table of one log, with each number of factors of `widths`: medians of runs that take turns."""
     with tempfile.TemporaryDirectory() as folder:
         log = load(source, made)
         sizes = [int(ids.max()) + 1 for ids in log]
@@ -155,7 +165,7 @@ def compare(name: str, source: str | None, made: int, args: argparse.Namespace) 
         np.save(f"{folder}/items.npy", log[1])
         number = len(log[0])
         del log
-        return [row for factors in args.factors for row in of_factors(name, folder, number, sizes, args, factors)]
+        return [row for factors in widths for row in of_factors(name, folder, number, sizes, args, factors)]
 
 
 def of_factors(
@@ -168,13 +178,18 @@ def of_factors(
     runs: dict[tuple[str, int], list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in range(args.runs):
         for engine, ranks in engines:
-            runs[engine, ranks].append(in_own_processes(measured, ranks, engine, folder, sizes, args, factors)[0])
+            figures = in_own_processes(measured, ranks, engine, folder, sizes, args, factors)[0]
+            runs[engine, ranks].append(figures)
+            words = f"{name}, {number:,} rows, {factors} factors, {engine}, ranks {ranks}"
+            print(f"{words}: {figures['seconds']:.1f} s", flush=True)
     target = 2 * (8 * number + 8 * (sizes[0] + 1)) + 4 * factors * sum(sizes)
-    head = {"data": name, "rows": number, "users": sizes[0], "items": sizes[1], "factors": factors}
+    head = {"data": name, "rows": number, "users": sizes[0], "items": sizes[1], "table rows": sum(sizes)}
+    head |= {"factors": factors}
     rows: list[dict[str, Any]] = []
     for (engine, ranks), found in runs.items():
         row: dict[str, Any] = head | {"engine": engine, "ranks": ranks}
         row |= {key: statistics.median(run[key] for run in found) for key in found[0]}
+        row["rows/s"] = number * args.sweeps / row["seconds"]
         row["target MB"] = target / 1e6
         for word, key in (("time", "seconds"), ("CPU time", "CPU seconds"), ("memory", "peak MB")):
             if theirs_ := runs.get((THEIRS, 1)):
@@ -189,11 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PARQUET", help="logs to measure on")
     parser.add_argument(
-        "--made", nargs="*", type=int, default=[1_000_000, 4_000_000, 16_000_000, 32_000_000], metavar="ROWS",
-        help="random logs of so many rows, where no --data is given",
+        "--made", nargs="*", type=int, default=[4_000_000, 1_000_000, 16_000_000, 48_000_000], metavar="ROWS",
+        help="random logs of so many rows, where no --data is given; the first is the base",
     )  # fmt: skip
-    parser.add_argument("--factors", nargs="+", type=int, default=[64])
-    parser.add_argument("--sweeps", type=int, default=10)
+    parser.add_argument("--factors", nargs="+", type=int, default=[64, 32, 128], help="the first is the base")
+    parser.add_argument("--sweeps", type=int, default=5)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="of ours; the threads are shared")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
@@ -209,14 +224,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for data in args.data:
         name, _, source = data.partition("=")
-        rows += compare(name, source, 0, args)
+        rows += compare(name, source, 0, args.factors, args)
     for made in [] if args.data else args.made:
-        needs = needed_bytes(made, max(args.factors))
+        widths = args.factors if made == args.made[0] else args.factors[:1]
+        needs = needed_bytes(made, max(widths))
         if needs > memory / 2:
             note = f"not run: needs {needs / 1e9:.1f} GB, more than half of {memory / 1e9:.1f} GB"
             rows.append({"data": "made", "rows": made, "note": note})
         else:
-            rows += compare("made", None, made, args)
+            rows += compare("made", None, made, widths, args)
     settings = settings_of(vars(args), leave_out=("out", "data"))
     publish(
         "Factorization: seconds and memory, beside implicit",
@@ -224,8 +240,8 @@ def main() -> None:
         out=args.out,
         settings=settings | {"data": [data.partition("=")[0] for data in args.data]},
         plots=[
-            lines(["rows"], ["seconds", "peak MB"], ["engine", "ranks"], title="Sweeps over made logs",
-                  only={"data": ["made"], "factors": [args.factors[0]]}),
+            lines(["table rows", "factors"], ["rows/s", "peak MB"], ["engine", "ranks"], title="Made logs",
+                  at={"table rows": rows[0].get("table rows"), "factors": args.factors[0]}, only={"data": ["made"]}),
         ],
     )  # fmt: skip
 

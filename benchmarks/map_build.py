@@ -1,11 +1,16 @@
 """How long does the clustering behind `learned` and `cluster` take, and in how much memory, beside faiss's k-means?
 
+Takes 10 s small, 6 minutes full (reckoned, not timed), alone on two cores.
+
     python benchmarks/map_build.py                                                  # both, growing numbers of ids
-    python benchmarks/map_build.py --ids 10000000 --most-faiss 0                    # ours alone
+    python benchmarks/map_build.py --ids 100000000 --iterations 5                   # as far as the machine goes
 
 Made data: ids in a mixture of Gaussians, written to a temporary file and read by memory map; an id's count falls off
 as a power of its rank, and its weight is the root of its count. A tenth of the ids is the number of rows. Each run is a
-process of its own, and ours and faiss's take turns. Both get the same weights, iterations and threads. Distortion is
+process of its own, and ours and faiss's take turns. Both get the same weights, iterations and threads; the first value
+of each option is the base, and ids, the length of their vectors and threads are varied one at a time. One rank makes
+the maps of a job, whatever the number of its ranks, so that there are none to vary. `ids/s` are ids times iterations
+over seconds. Distortion is
 sum_i w_i |v_i - c_row(i)|^2 with each row the weighted mean of its ids, computed here for both, in float64. Memory is
 the peak above what the process held before the clustering, without the memory map's pages, which the system takes back
 where it needs them (Linux only); faiss wants the whole matrix in memory, which is counted. faiss compares each id with
@@ -15,6 +20,7 @@ each row, so that it is not run above `--most-faiss` ids.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import threading
@@ -23,15 +29,25 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
 
-SMALL = ("--ids", "20000", "80000", "--most-faiss", "80000")
+SMALL = ("--ids", "20000", "5000", "--dims", "16", "8", "--iterations", "5")
 
 BLOCK = 1 << 19
 """Ids that are made at a time."""
+
+
+class Case(NamedTuple):
+    """What is clustered."""
+
+    ids: int
+    dim: int
+    """Numbers of an id's vector."""
+    threads: int
+    rows: int
 
 
 def make(folder: Path, ids: int, dim: int, seed: int = 0) -> None:
@@ -76,12 +92,12 @@ def _anonymous() -> int:
     return 0
 
 
-def ours(folder: Path, rows: int, args: argparse.Namespace) -> Callable[[], np.ndarray]:
+def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.ndarray]:
     """A clustering that is ready to run; returns the row of each id."""
     import torch
     from recpress.modules.hashing.clustering import cluster
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(case.threads)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     weights = torch.from_numpy(np.load(folder / "weights.npy"))
     shown = [time.perf_counter()]
@@ -92,24 +108,24 @@ def ours(folder: Path, rows: int, args: argparse.Namespace) -> Callable[[], np.n
             print(f"{time.strftime('%H:%M:%S')} {stage}: {done:,} of {total:,} ids", flush=True)
 
     def run() -> np.ndarray:
-        found = cluster(vectors, weights, rows, seed=0, iterations=args.iterations, progress=progress)
+        found = cluster(vectors, weights, case.rows, seed=0, iterations=args.iterations, progress=progress)
         return found.assignment.numpy()
 
     return run
 
 
-def theirs(folder: Path, rows: int, args: argparse.Namespace) -> Callable[[], np.ndarray]:
+def theirs(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.ndarray]:
     """faiss's k-means, ready to run; returns the row of each id."""
     import faiss
 
-    faiss.omp_set_num_threads(args.threads)
+    faiss.omp_set_num_threads(case.threads)
     weights = np.load(folder / "weights.npy")
 
     def run() -> np.ndarray:
         vectors = np.load(folder / "vectors.npy")
         # No sampling: ours sees every id as well.
         means = faiss.Kmeans(
-            args.dim, rows, niter=args.iterations, seed=0, min_points_per_centroid=1,
+            case.dim, case.rows, niter=args.iterations, seed=0, min_points_per_centroid=1,
             max_points_per_centroid=len(weights),
         )  # fmt: skip
         means.train(vectors, weights=weights)
@@ -121,9 +137,9 @@ def theirs(folder: Path, rows: int, args: argparse.Namespace) -> Callable[[], np
 ENGINES = {"recpress": ours, "faiss": theirs}
 
 
-def measured(engine: str, folder: Path, rows: int, args: argparse.Namespace) -> dict[str, float]:
+def measured(engine: str, folder: Path, case: Case, args: argparse.Namespace) -> dict[str, float]:
     """One run in this process."""
-    run = ENGINES[engine](folder, rows, args)
+    run = ENGINES[engine](folder, case, args)
     with Peak() as peak:
         start, cpu = time.perf_counter(), time.process_time()
         row_of = run()
@@ -132,8 +148,8 @@ def measured(engine: str, folder: Path, rows: int, args: argparse.Namespace) -> 
         "seconds": seconds,
         "CPU seconds": cpu_seconds,
         "peak MB": peak.bytes / 1e6,
-        "distortion": distortion(folder, row_of.astype(np.int64), rows),
-        "rows used": int((np.bincount(row_of, minlength=rows) > 0).sum()),
+        "distortion": distortion(folder, row_of.astype(np.int64), case.rows),
+        "rows used": int((np.bincount(row_of, minlength=case.rows) > 0).sum()),
     }
 
 
@@ -150,10 +166,19 @@ def distortion(folder: Path, rows: np.ndarray, number: int) -> float:
     return total
 
 
-def compare(ids: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table for one number of ids: medians of runs that took turns."""
-    rows, engines, note = max(1, round(ids * args.share)), ["recpress"], ""
-    if ids > args.most_faiss:
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The first value of each option is the base; the others are varied one at a time."""
+    base = {"ids": args.ids[0], "dim": args.dims[0], "threads": args.threads[0]}
+    varied = {"ids": args.ids, "dim": args.dims, "threads": args.threads}
+    points = [base, *(base | {name: value} for name, values in varied.items() for value in values[1:])]
+    return [Case(**point, rows=max(1, round(point["ids"] * args.share))) for point in points]
+
+
+def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the table of one case: medians of runs that took turns."""
+    engines, note = ["recpress"], ""
+    head: dict[str, Any] = {"ids": case.ids, "rows": case.rows, "dim": case.dim, "threads": case.threads}
+    if case.ids > args.most_faiss:
         note = f"not run above {args.most_faiss:,} ids"
     elif not installed("faiss"):
         note = MISSING
@@ -162,15 +187,18 @@ def compare(ids: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
-        make(folder, ids, args.dim)
+        make(folder, case.ids, case.dim)
         for _ in range(args.runs):
             for engine in engines:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    found[engine].append(pool.submit(measured, engine, folder, rows, args).result())
+                    found[engine].append(pool.submit(measured, engine, folder, case, args).result())
+                words = f"{case.ids:,} ids x {case.dim}, {engine}, threads {case.threads}"
+                print(f"{words}: {found[engine][-1]['seconds']:.1f} s", flush=True)
     table: list[dict[str, Any]] = []
     for engine, runs in found.items():
-        row: dict[str, Any] = {"ids": ids, "rows": rows, "engine": engine}
+        row = head | {"engine": engine}
         row |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        row["ids/s"] = case.ids * args.iterations / row["seconds"]
         for word, key in (
             ("time", "seconds"), ("CPU time", "CPU seconds"), ("memory", "peak MB"), ("distortion", "distortion")
         ):  # fmt: skip
@@ -178,29 +206,34 @@ def compare(ids: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                 pairs = zip(runs, found["faiss"], strict=True)
                 row[f"{word} / faiss"] = statistics.median(a[key] / max(b[key], 1e-9) for a, b in pairs)
         table.append(row)
-    return [*table, {"ids": ids, "rows": rows, "engine": "faiss", "note": note}] if note else table
+    return [*table, head | {"engine": "faiss", "note": note}] if note else table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ids", type=int, nargs="+", default=[50_000, 200_000, 1_000_000])
+    parser.add_argument("--ids", type=int, nargs="+", default=[200_000, 50_000, 1_000_000, 10_000_000])
     parser.add_argument("--share", type=float, default=0.1, help="rows, as a share of the ids")
-    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="of an id's vector")
     parser.add_argument("--iterations", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1, help="of both libraries")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of both libraries")
     parser.add_argument("--runs", type=int, default=1, help="of each engine, taking turns")
     parser.add_argument("--most-faiss", type=int, default=200_000, help="most ids with which faiss is run")
     parser.add_argument("--progress", action="store_true", help="a line now and then")
     parser.add_argument("--folder", help="where the made data lie for the time of the run")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin, on cores that others use, take minutes
+    todo = cases(args)
     publish(
         "Making a map: seconds, memory and distortion, beside faiss's k-means",
-        [row for ids in args.ids for row in compare(ids, args)],
+        [row for case in todo for row in compare(case, args)],
         out=args.out,
         settings=settings_of(vars(args), leave_out=("out", "folder", "progress")),
-        plots=[lines(["ids"], ["CPU seconds", "peak MB"], ["engine"], title="A tenth of the ids as rows")],
-    )
+        plots=[
+            lines(["ids", "dim", "threads"], ["ids/s", "peak MB"], ["engine"], title="A tenth of the ids as rows",
+                  at={"ids": todo[0].ids, "dim": todo[0].dim, "threads": todo[0].threads}),
+        ],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ number of state for each value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class PlainTwoTower:
         if tables_of:
             self.optimizers.append(torch.optim.Adagrad(tables_of, lr=optimizer.table_learning_rate, eps=1e-8))
 
-    def train(self, batches: list[Any]) -> None:
+    def train(self, batches: Iterable[Any]) -> None:
         """The loop that anybody would write."""
         self.model.train()
         for batch in batches:

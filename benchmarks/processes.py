@@ -37,6 +37,7 @@ def in_own_processes(function: Callable[..., Any], ranks: int, *args: Any) -> li
     """
     # A process that has threads of its own is not safe to fork, and pyarrow's allocator starts one.
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of a setting of ours, on each rank of each case
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     number = next(_case)

@@ -1,5 +1,7 @@
 """How long does it take to go on in the middle of a long log? Seconds until the first batch.
 
+Takes 5 s small, half a minute full (reckoned, not timed), alone on two cores.
+
     OMP_NUM_THREADS=1 python benchmarks/resume.py --rows 100000000 --out runs/resume.json
 
 The log is one file of 4 M rows under as many names as it takes, by hard links: each has a footer and row groups of its

@@ -1,5 +1,7 @@
 """How do rows/s grow from one rank to two, and what does a second node cost a step?
 
+Takes 20 s small, 3 minutes full, alone on two cores.
+
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out scaling.json        # as root for the two nodes
 
 The same global batch is trained on in one process, by two ranks on one node, and by two ranks in two network namespaces
@@ -42,7 +44,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from recpress.benchmarks.common import publish, settings_of
-from recpress.benchmarks.training import OURS, Case, Subject, made_batch
+from recpress.benchmarks.loops import OURS, Case, Subject, made_batch
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.model import sharding
 
@@ -103,6 +105,8 @@ def work(args: argparse.Namespace) -> None:
         result: dict[str, Any] = {"stretches": found, "collectives": 0, "transfer": 0.0}
         if ranks.world > 1:
             result |= transfer(subjects["ours"], batches)
+        for subject in subjects.values():
+            subject.close()
         if ranks.rank == 0:
             Path(args.worker).write_text(json.dumps(result), encoding="utf-8")
 

@@ -1,5 +1,7 @@
 """How well does the stream shuffle, and does the rest matter to training?
 
+Takes 5 s small, 1 minute full (reckoned, not timed), alone on two cores.
+
     OMP_NUM_THREADS=1 python benchmarks/shuffle.py --out runs/shuffle.json
 
 First question: a log whose column is the row's own place goes through one epoch. `moved` is the mean distance of a

@@ -1,5 +1,7 @@
 """Does the stream's memory stay where its formula says, for as long as it runs?
 
+Takes 10 s small, 10 minutes full, alone on two cores.
+
     OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --out runs/soak.json
 
 Epoch after epoch of a made log, as fast as they come, or with `--rows-per-second` no faster than a trainer would take
@@ -23,7 +25,7 @@ from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
 
-SMALL = ("--minutes", "0.3", "--rows", "1000000")
+SMALL = ("--minutes", "0.1", "--every", "0.2", "--rows", "1000000")
 FULL = ("--minutes", "10")
 
 

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from recpress.benchmarks.loops import made_batch
 from recpress.benchmarks.on_gpu.device import kernels, synchronize
 from recpress.benchmarks.remap import made_map
-from recpress.benchmarks.training import made_batch
 from recpress.data.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap

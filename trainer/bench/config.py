@@ -1,9 +1,10 @@
 """`recpress bench`: which benchmarks there are, and its options. Free of torch, and of the benchmarks themselves.
 
-A benchmark is a file of `recpress.benchmarks` that can be run. Its first line says what it asks; it takes `--out FILE`,
-and says with constants, which are read without running it, how `recpress bench run` calls it:
+A benchmark is a file of `recpress.benchmarks` that can be run. The first line of its docstring says what it asks, the
+paragraph that begins with "Takes " how long its sizes take; it takes `--out FILE`, and says with constants, which are
+read without running it, how `recpress bench run` calls it:
 
-- `SMALL`, `FULL`: its arguments with `--size small` (a minute or less) and `--size full`;
+- `SMALL`, `FULL`: its arguments with `--size small` (half a minute or less) and `--size full`;
 - `NEEDS`: what it takes that a machine may not have; `recpress bench run all` leaves it out;
 - `RANKS`: True where it runs on the processes that torchrun started; others run on one.
 """
@@ -30,6 +31,8 @@ class Benchmark:
     name: str
     path: Path
     summary: str
+    takes: str = ""
+    """How long, in its own words."""
     small: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
     needs: str = ""
@@ -64,7 +67,7 @@ def chosen(names: tuple[str, ...]) -> list[Benchmark]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchListConfig:
-    """List the benchmarks."""
+    """List the benchmarks: what each asks, and how long it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,8 @@ class BenchRunConfig:
     out: str = "runs/bench"
     """Folder of the results, NAME.json each, and of report.html, which shows all that are in it."""
     size: Literal["small", "full"] = "small"
-    """`small`: a minute or less each; `full`: what benchmarks/README.md has, up to a quarter of an hour each."""
+    """`small`: seconds each, to see that everything works; `full`: for figures, minutes each (`recpress bench list`
+    says how many)."""
     args: tyro.conf.Suppress[tuple[str, ...]] = ()
     """What stands after `--`: arguments for the benchmarks themselves."""
 
@@ -108,5 +112,6 @@ def _read(path: Path) -> Benchmark | None:
             name = node.targets[0].id
             if name in ("SMALL", "FULL", "NEEDS", "RANKS"):
                 said[name.lower()] = ast.literal_eval(node.value)
-    summary = (ast.get_docstring(tree) or path.stem).partition("\n\n")[0].replace("\n", " ").rstrip(".")
-    return Benchmark(name=path.stem, path=path, summary=summary, **said)
+    paragraphs = [part.replace("\n", " ") for part in (ast.get_docstring(tree) or path.stem).split("\n\n")]
+    takes = next((part for part in paragraphs if part.startswith("Takes ")), "")
+    return Benchmark(name=path.stem, path=path, summary=paragraphs[0].rstrip("."), takes=takes, **said)

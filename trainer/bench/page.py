@@ -47,6 +47,8 @@ class Result:
     machine: dict[str, Any]
     rows: list[Row]
     plots: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
+    """That the benchmark took, start and end included."""
 
     @property
     def columns(self) -> list[str]:
@@ -77,7 +79,7 @@ def write_page(path: str | Path, results: Sequence[Result]) -> None:
         blocks: list[Any] = [*_plots(result), _table(result)]
         if len(machines) > 1:
             blocks.append(Facts([("Machine", _machine(result))]))
-        blocks.append(Code(json.dumps(result.settings, indent=1), f"Settings of {result.benchmark}"))
+        blocks.append(Code(json.dumps(result.settings, indent=1), _settings(result)))
         sections.append(Section(result.question, blocks))
     facts = [("Machine" if len(machines) == 1 else f"Machine {place}", name) for place, name in enumerate(machines, 1)]
     sections.append(Section("Where it ran", [Facts(facts)]))
@@ -90,12 +92,19 @@ def _read(path: Path) -> Result:
         if found["format"] != FORMAT:
             raise InputError(f"{path}: format {found['format']}, expected {FORMAT}")
         names = ("benchmark", "question", "settings", "machine", "rows")
-        return Result(**{name: found[name] for name in names}, plots=found.get("plots", []))
+        return Result(
+            **{name: found[name] for name in names}, plots=found.get("plots", []), seconds=found.get("seconds")
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"{path}: not a result of `recpress bench run`: {reason}") from None
+
+
+def _settings(result: Result) -> str:
+    took = "" if result.seconds is None else f", which took {result.seconds:,.0f} s"
+    return f"Settings of {result.benchmark}{took}"
 
 
 def _size(result: Result) -> list[tuple[str, str]]:

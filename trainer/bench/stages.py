@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from recpress.data.errors import InputError
@@ -15,18 +16,21 @@ PAGE = "report.html"
 
 
 def list_benchmarks(config: BenchListConfig) -> None:
-    """Print one line a benchmark."""
+    """Print a benchmark's question, and how long it takes."""
     known = benchmarks()
     width = max(map(len, known)) + 2
     for benchmark in known.values():
         words = benchmark.summary + (f" (needs {benchmark.needs})" if benchmark.needs else "")
         print(textwrap.fill(words, 110, initial_indent=f"{benchmark.name:{width}}", subsequent_indent=" " * width))
+        if benchmark.takes:
+            print(textwrap.fill(benchmark.takes, 110, initial_indent=" " * width, subsequent_indent=" " * width))
 
 
 def run(config: BenchRunConfig) -> None:
     """Run the benchmarks one after the other, then draw the page of all results in `config.out`.
 
-    A benchmark that fails does not keep the others from running. On the processes of torchrun, one benchmark a job.
+    A benchmark that fails does not keep the others from running; how long each took is printed. On the processes of
+    torchrun, one benchmark a job.
 
     Raises:
         InputError: an unknown name; a benchmark that knows no ranks on several processes; some have failed.
@@ -40,17 +44,20 @@ def run(config: BenchRunConfig) -> None:
         )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed, took = [], {}
     for benchmark in todo:
         size = benchmark.small if config.size == "small" else benchmark.full
         words = [str(benchmark.path), *size, *config.args, "--out", str(out / f"{benchmark.name}.json")]
         if first:
             print(f"\n== {benchmark.name} ==", flush=True)
+        began = time.monotonic()
         done = subprocess.run([sys.executable, *words], check=False)
+        took[benchmark.name] = time.monotonic() - began
         if done.returncode:
             failed.append(f"{benchmark.name} (exit status {done.returncode})")
     if first:
         page(BenchPageConfig(folder=config.out))
+        print(f"seconds: {', '.join(f'{name} {seconds:.0f}' for name, seconds in took.items())}", flush=True)
     if failed:
         raise InputError(f"failed: {', '.join(failed)}; what they said stands above")
 

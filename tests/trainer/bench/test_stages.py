@@ -17,6 +17,9 @@ from recpress.trainer.cli import main
 HOSTILE = "<script>alert('x')</script>"
 MADE = '''"""What does it ask?
 
+Takes two shakes of
+a tail.
+
 More.
 """
 import pathlib, sys
@@ -60,6 +63,8 @@ def test_the_list_has_a_line_for_each_benchmark(capsys):
     for name, benchmark in benchmarks().items():
         assert re.search(rf"^{name} +\S", out, re.MULTILINE)
         assert benchmark.summary.split()[0] in out
+        assert re.match(r"Takes .+ small", benchmark.takes) or benchmark.needs, name
+        assert benchmark.takes.split(",")[0] in out
     assert not {"common", "processes", "plain_torch", "__init__"} & set(benchmarks())
 
 
@@ -94,6 +99,7 @@ def test_all_leaves_out_what_needs_something_special(made):
     assert [benchmark.name for benchmark in chosen(("all",))] == ["bad", "good"]
     assert [benchmark.name for benchmark in chosen(("special", "good", "special"))] == ["special", "good"]
     assert chosen(("good",))[0].summary == "What does it ask?"
+    assert chosen(("good",))[0].takes == "Takes two shakes of a tail."
 
 
 def test_sizes_and_own_arguments_reach_a_benchmark_and_a_failure_does_not_stop_the_others(made, tmp_path, capfd):
@@ -104,6 +110,7 @@ def test_sizes_and_own_arguments_reach_a_benchmark_and_a_failure_does_not_stop_t
         run(BenchRunConfig(names=("bad", "good"), out=str(out), size="full", args=("--steps", "3")))
     assert (out / "good.txt").read_text() == "--size many --steps 3 --out"
     assert "How fast?" in (out / "report.html").read_text()
+    assert re.search(r"^seconds: bad \d+, good \d+$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_on_several_processes_one_benchmark_that_knows_ranks_runs(made, tmp_path, monkeypatch):
@@ -119,13 +126,16 @@ def test_on_several_processes_one_benchmark_that_knows_ranks_runs(made, tmp_path
 
 def test_a_benchmark_runs_through(tmp_path):
     out = str(tmp_path / "bench")
-    words = ["--ids", "400", "--most-faiss", "0", "--iterations", "2"]
+    words = ["--ids", "400", "--dims", "4", "--threads", "1", "--most-faiss", "0", "--iterations", "2"]
     assert main(["bench", "run", "map_build", "--out", out, "--", *words]) == 0
     (found,) = read_results(out)
     ours, peer = found.rows
     assert (ours["engine"], ours["rows"], peer["note"]) == ("recpress", 40, "not run above 0 ids")
     assert ours["rows used"] <= 40
-    assert "faiss" in (tmp_path / "bench" / "report.html").read_text()
+    assert 0.1 < found.seconds < 600
+    text = (tmp_path / "bench" / "report.html").read_text()
+    assert "faiss" in text
+    assert f"Settings of map_build, which took {found.seconds:,.0f} s" in text
 
 
 def test_a_result_is_a_table_and_a_page_of_its_rows(tmp_path, capsys):
