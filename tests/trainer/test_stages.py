@@ -1,5 +1,6 @@
 """The main job, stage by stage, on a small made log: on one rank, on two, and on bad input."""
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
 from recpress.data.synth import synth
@@ -23,6 +25,7 @@ from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.train.stage import train
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import run_on_ranks
 
@@ -275,3 +278,18 @@ def test_bad_data_on_one_rank_ends_all_ranks_with_the_place(tmp_path, damage):
     assert "recpress [rank 0]: error:" in done.stderr
     assert "recpress [rank 1]: error:" in done.stderr
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_no_model_outlives_its_process_group(log, factors, tmp_path, monkeypatch):
+    """DDP's reducer would hold the group, whose destructor could then wait for gloo's threads for ever."""
+    left = []
+    destroy = dist.destroy_process_group
+
+    def look():
+        left.append([type(found) for found in gc.get_objects() if type(found) is DistributedDataParallel])
+        destroy()
+
+    monkeypatch.setattr(dist, "destroy_process_group", look)
+    train(network(log, tmp_path / "model", factors, epochs=1))
+    evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model")))
+    assert left == [[], []]

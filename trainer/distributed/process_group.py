@@ -8,6 +8,7 @@ rank that stalls and its step.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -72,7 +73,10 @@ class Ranks:
 def process_group(device: str = "auto", stall_seconds: float = 600.0) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be the only rank; leave them at the end.
 
-    Inside another such block (a stage that runs stages) it is that block's group.
+    Inside another such block (a stage that runs stages) it is that block's group. Models are made in a function that is
+    called in the block, so that they are gone at its end. Else DDP's reducer is the last that holds the group, whose
+    destructor then runs with the GIL and waits for gloo's threads, of which one may wait for the GIL to let go of a
+    tensor: a deadlock, seen once in some 200 runs.
 
     Args:
         device: `auto` (CUDA where there is one), `cpu` or `cuda`.
@@ -105,6 +109,7 @@ def process_group(device: str = "auto", stall_seconds: float = 600.0) -> Iterato
         yield ranks
         if watch:
             dist.barrier()  # a rank that is done waits here, so that it hears of a failure of the others
+        gc.collect()  # models in cycles
     except Preempted:  # all ranks stop together
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
 from recpress.trainer.config import EvaluationConfig, chosen_schema
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
 from recpress.trainer.evaluate.ranking import VectorFn, evaluate_full, evaluate_sampled, vectors_from_factors
@@ -23,24 +23,29 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         InputError: the log has no held-out rows, or the model is of another vocabulary. On every rank.
     """
     with process_group(config.device) as ranks:
-        with agreed():
-            log = open_log(config.data, chosen_schema(config.schema))
-            kind = kind_of(config.model)
-        heldout = load_heldout(log, config.evaluation)
-        if kind == FACTORS:
-            with agreed():
-                factors = open_factors(config.model, log)
-                user, item = (vectors_from_factors(factors.table(side)) for side in ("user", "item"))
-        else:
-            from recpress.trainer.model.two_tower import load_model  # imports torchrec, which factors do not need
+        return _evaluate(config, ranks)
 
-            model = load_model(config.model, log, ranks)
-            user, item = model.vectors("user"), model.vectors("item")
-        metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
-        if ranks.rank == 0:
-            print(f"{config.model}: {show(metrics)}")
-            if config.out is not None:
-                storage.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
+
+def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
+    """`evaluate` within its process group, which outlives the model: see `process_group`."""
+    with agreed():
+        log = open_log(config.data, chosen_schema(config.schema))
+        kind = kind_of(config.model)
+    heldout = load_heldout(log, config.evaluation)
+    if kind == FACTORS:
+        with agreed():
+            factors = open_factors(config.model, log)
+            user, item = (vectors_from_factors(factors.table(side)) for side in ("user", "item"))
+    else:
+        from recpress.trainer.model.two_tower import load_model  # imports torchrec, which factors do not need
+
+        model = load_model(config.model, log, ranks)
+        user, item = model.vectors("user"), model.vectors("item")
+    metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
+    if ranks.rank == 0:
+        print(f"{config.model}: {show(metrics)}")
+        if config.out is not None:
+            storage.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 
 

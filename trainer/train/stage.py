@@ -74,119 +74,124 @@ def train(config: TrainConfig) -> TrainResult:
         Preempted: a signal stopped the run, after a checkpoint.
     """
     with process_group(config.device, config.stall_seconds) as ranks:
-        begin = time.monotonic()
-        same_everywhere(configuration=_digest(asdict(config)))
-        only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
-        skip = config.stream.on_bad_file == "skip"
-        log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
-        with agreed():
-            factors = choose_factors(config, log)
-            crossfit = choose_crossfit(config, log, factors)
-            hashed = choose_maps(config, log, factors)
-            maps: dict[str, IdMap] = {}
-            if hashed is not None:
-                maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps}
-            features = Features.of(log, config.user_features, config.item_features)
-            stream = make_stream(config, log, ranks)
-            model_config = describe_model(
-                config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
-            )
-            artifact.check_target(config.out, config.overwrite)
-            if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
-                print(
-                    f"{config.data} is a sample already, of which this trains on {stream.num_rows:,} of "
-                    f"{log.train.num_rows:,} rows; --sample.rate 1 takes all of it"
-                )
-        checkpoints = _checkpoints(config, log, stream, ranks)
-        stream = stream_as_before(config, log, stream, checkpoints, ranks)
-        with agreed():
-            source = make_source(config, log, stream, ranks, maps)
-        meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
+        return _train(config, ranks)
+
+
+def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
+    """`train` within its process group, which outlives the model: see `process_group`."""
+    begin = time.monotonic()
+    same_everywhere(configuration=_digest(asdict(config)))
+    only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
+    skip = config.stream.on_bad_file == "skip"
+    log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
+    with agreed():
+        factors = choose_factors(config, log)
+        crossfit = choose_crossfit(config, log, factors)
+        hashed = choose_maps(config, log, factors)
+        maps: dict[str, IdMap] = {}
         if hashed is not None:
-            meta["hash"] = hashed.describe()
-        with checkpoints:
-            model = _model(config, log, features, factors, maps, ranks)
-            heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
+            maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps}
+        features = Features.of(log, config.user_features, config.item_features)
+        stream = make_stream(config, log, ranks)
+        model_config = describe_model(
+            config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
+        )
+        artifact.check_target(config.out, config.overwrite)
+        if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
+            print(
+                f"{config.data} is a sample already, of which this trains on {stream.num_rows:,} of "
+                f"{log.train.num_rows:,} rows; --sample.rate 1 takes all of it"
+            )
+    checkpoints = _checkpoints(config, log, stream, ranks)
+    stream = stream_as_before(config, log, stream, checkpoints, ranks)
+    with agreed():
+        source = make_source(config, log, stream, ranks, maps)
+    meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
+    if hashed is not None:
+        meta["hash"] = hashed.describe()
+    with checkpoints:
+        model = _model(config, log, features, factors, maps, ranks)
+        heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
 
-            def put(of_sample: bool) -> None:
-                """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
-                if factors is not None:
-                    with agreed():
-                        model.load_factors(factors, crossfit=of_sample, hashed=hashed)
+        def put(of_sample: bool) -> None:
+            """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
+            if factors is not None:
+                with agreed():
+                    model.load_factors(factors, crossfit=of_sample, hashed=hashed)
 
-            def evaluate() -> dict[str, float]:
-                if crossfit:
-                    put(False)
-                model.dmp.eval()
-                assert heldout is not None
-                metrics = rank_heldout(
-                    heldout, model.vectors("user"), model.vectors("item"), config.evaluation, ranks.device
-                )
-                if crossfit:
-                    put(True)
-                return metrics
-
-            give_back()  # what reading the pairs took, before the tables come
-            put(crossfit)
-            give_back()
-            setup_seconds = time.monotonic() - begin
-            if ranks.rank == 0 and (config.tensorboard or storage.is_remote(checkpoints.folder)):
-                viewer = "tensorboard --logdir " if config.tensorboard else ""
-                print(f"metrics while it runs: {viewer}{checkpoints.metrics}", flush=True)
-            with (
-                _endpoint(config, checkpoints, ranks) as endpoint,
-                MetricsLog(checkpoints.metrics, tensorboard=config.tensorboard, endpoint=endpoint) as metrics_log,
-            ):
-                fitted = fit(
-                    model.dmp,
-                    TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
-                    lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
-                    _fit_config(config),
-                    device=ranks.device,
-                    evaluate=evaluate if heldout is not None else None,
-                    log=metrics_log,
-                    checkpoints=checkpoints,
-                    heart=ranks.heart,
-                    source=source,
-                    metrics=_rec_metrics(config, model, stream, ranks),
-                    profiler=_profiler(config, checkpoints, ranks),
-                    stream_stats=stream_stats(source),
-                )
+        def evaluate() -> dict[str, float]:
             if crossfit:
                 put(False)
-                crossfit = False
-            metrics = evaluate() if heldout is not None else {}
-            with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
-                (tmp / WEIGHTS).mkdir(exist_ok=True)
-                save_weights(model.dmp, tmp / WEIGHTS)
-                with agreed():
-                    if maps and ranks.rank == 0:
-                        save_maps(maps, tmp / MAPS)
-                    if ranks.rank == 0:
-                        shutil.copytree(checkpoints.metrics, tmp, dirs_exist_ok=True)
-                table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
-                kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
-                meta |= {
-                    "rows": source.num_rows,
-                    **source.describe(),
-                    "kept_positives": kept,
-                    "steps": fitted.steps,
-                    "skipped": fitted.skipped,
-                    "best": fitted.best,
-                    "metrics": metrics,
-                    "table_bytes": table_bytes,
-                    "tables": model.module.table_bytes,
-                    "map_bytes": map_bytes,
-                    "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
-                }
-            checkpoints.finish()
-        if ranks.rank == 0:
-            if kept:
-                print(f"{kept:,} negatives were positives of their user, who has nearly all items")
-            shown = show(metrics)
-            print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
-            each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
-            print(f"tables {table_bytes:,} bytes ({each})" + (f", maps {map_bytes:,} bytes" if maps else ""))
+            model.dmp.eval()
+            assert heldout is not None
+            metrics = rank_heldout(
+                heldout, model.vectors("user"), model.vectors("item"), config.evaluation, ranks.device
+            )
+            if crossfit:
+                put(True)
+            return metrics
+
+        give_back()  # what reading the pairs took, before the tables come
+        put(crossfit)
+        give_back()
+        setup_seconds = time.monotonic() - begin
+        if ranks.rank == 0 and (config.tensorboard or storage.is_remote(checkpoints.folder)):
+            viewer = "tensorboard --logdir " if config.tensorboard else ""
+            print(f"metrics while it runs: {viewer}{checkpoints.metrics}", flush=True)
+        with (
+            _endpoint(config, checkpoints, ranks) as endpoint,
+            MetricsLog(checkpoints.metrics, tensorboard=config.tensorboard, endpoint=endpoint) as metrics_log,
+        ):
+            fitted = fit(
+                model.dmp,
+                TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
+                lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
+                _fit_config(config),
+                device=ranks.device,
+                evaluate=evaluate if heldout is not None else None,
+                log=metrics_log,
+                checkpoints=checkpoints,
+                heart=ranks.heart,
+                source=source,
+                metrics=_rec_metrics(config, model, stream, ranks),
+                profiler=_profiler(config, checkpoints, ranks),
+                stream_stats=stream_stats(source),
+            )
+        if crossfit:
+            put(False)
+            crossfit = False
+        metrics = evaluate() if heldout is not None else {}
+        with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
+            (tmp / WEIGHTS).mkdir(exist_ok=True)
+            save_weights(model.dmp, tmp / WEIGHTS)
+            with agreed():
+                if maps and ranks.rank == 0:
+                    save_maps(maps, tmp / MAPS)
+                if ranks.rank == 0:
+                    shutil.copytree(checkpoints.metrics, tmp, dirs_exist_ok=True)
+            table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
+            kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
+            meta |= {
+                "rows": source.num_rows,
+                **source.describe(),
+                "kept_positives": kept,
+                "steps": fitted.steps,
+                "skipped": fitted.skipped,
+                "best": fitted.best,
+                "metrics": metrics,
+                "table_bytes": table_bytes,
+                "tables": model.module.table_bytes,
+                "map_bytes": map_bytes,
+                "seconds": {"setup": setup_seconds, "train": fitted.train_seconds},
+            }
+        checkpoints.finish()
+    if ranks.rank == 0:
+        if kept:
+            print(f"{kept:,} negatives were positives of their user, who has nearly all items")
+        shown = show(metrics)
+        print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
+        each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
+        print(f"tables {table_bytes:,} bytes ({each})" + (f", maps {map_bytes:,} bytes" if maps else ""))
     return TrainResult(fitted, metrics, source.num_rows, setup_seconds, table_bytes, map_bytes)
 
 
