@@ -1,26 +1,29 @@
 """What does a checkpoint cost, and how fast is it saved and loaded beside `dd` on the same disk?
 
-Takes 15 s small, 3 minutes full (reckoned, not timed), alone on two cores.
+Takes 15 s small, 4 minutes full (8 rounds), alone on two cores.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out checkpoint.json
 
 Tables of --gigabytes (users x --dim, random or frozen) are trained on batches that lie in memory. Stretches of --steps
 steps with one checkpoint in each, written beside training and written while training waits, alternate with stretches
-without any; the cost is the median of (with - without) / without over neighbours in time. It is that of steps as long
-as these: `ms a step` says how long. `CPU s a checkpoint` is the processor time of copying and writing, of all ranks,
-and `of CPU time` its share of that of a stretch without: what a checkpoint costs where the ranks keep all cores busy,
-whatever else the machine does meanwhile.
+without any. `beside %` is, of the stretch that it is in, what the steps that begin before the checkpoint is whole, its
+copy included, take above the median of the stretch's other steps: the steps around it are the peer, so that a
+machine that is slower now than a minute ago changes nothing. `whole stretches %` is the plain median of
+(with - without) / without over neighbours in time, which on a shared machine is mostly noise (`from, to`). All are
+costs at steps as long as these: `ms a step` says how long. `CPU s a checkpoint` is the processor time of copying and
+writing, of all ranks, and `of CPU time` its share of that of a stretch without.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import torch
 import torch.distributed as dist
 from recpress.benchmarks.common import publish, settings_of
 from recpress.benchmarks.loops import made_batch
+from recpress.data.batch import Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
@@ -94,19 +98,31 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     checkpoints._staged.copy = computing(checkpoints._staged.copy, spent)  # type: ignore[method-assign]
     checkpoints._write = computing(checkpoints._write, spent)  # type: ignore[method-assign]
 
+    state = run_state.everything(dmp, optimizer)
+    steps: list[
+        tuple[float, bool]
+    ] = []  # of a stretch: when each batch was asked for, and if a checkpoint is on its way
+
+    def feed(mode: str) -> Iterator[Batch]:
+        """A checkpoint begins between two of the batches: the pipeline is full, and most steps are to come."""
+        for k in range(args.steps):
+            begins = mode != "none" and k == args.steps // 5
+            writer = checkpoints._writer
+            steps.append((time.perf_counter(), begins or (writer is not None and writer.is_alive())))
+            if begins:
+                checkpoints.save(state, {}, 1)
+            yield batches[k % len(batches)]
+
     def stretch(mode: str) -> tuple[float, float]:
         """Seconds of `steps` steps, of the slowest rank, and of the processors, of all ranks: of everything without a
-        checkpoint, of the checkpoint with one. It begins with the steps, so that its writing lies beside them; what is
-        left of it at their end is waited for, and counts."""
+        checkpoint, of the checkpoint with one. What is left of its writing at their end is waited for, and counts."""
         checkpoints.config = CheckpointConfig(keep=1, background=mode == "beside")
-        state = run_state.everything(dmp, optimizer)
+        steps.clear()
         dist.barrier()
         start, before, spent[0] = time.perf_counter(), time.process_time(), 0.0
-        if mode != "none":
-            checkpoints.save(state, {}, 1)
         fit(
-            dmp, optimizer, lambda epoch, first: (batches[k % len(batches)] for k in range(args.steps)),
-            FitConfig(log_every=args.steps), device=device, show_progress=False,
+            dmp, optimizer, lambda epoch, first: feed(mode), FitConfig(log_every=args.steps), device=device,
+            show_progress=False,
         )  # fmt: skip
         checkpoints.wait()
         seconds = time.perf_counter() - start
@@ -118,17 +134,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     stretch("beside")  # makes the buffers of the copy
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     computed: dict[str, list[float]] = {mode: [] for mode in MODES}
+    beside: list[float] = []
     for _ in range(args.repeat):
         for mode in MODES:
             seconds, used = stretch(mode)
             times[mode].append(seconds)
             computed[mode].append(used)
+            if mode == "beside":
+                beside.append(100 * above_other_steps(steps))
     cost = {
         mode: sorted(100 * (a - b) / b for a, b in zip(times[mode], times["none"], strict=True)) for mode in MODES[1:]
     }
     of_cpu = [100 * a / b for a, b in zip(computed["beside"], computed["none"], strict=True)]
     total = sum(file.stat().st_size for file in (Path(args.folder) / "step-00000001").iterdir())
-    state = run_state.everything(dmp, optimizer)
     copy = seconds_of(lambda: checkpoints._staged.copy(state))
     checkpoints.config = CheckpointConfig(keep=1, background=False)
     save = seconds_of(lambda: checkpoints.save(state, {}, 1))
@@ -148,17 +166,32 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "checkpoint GB": total / 1e9,
         "ranks": dist.get_world_size(),
         "ms a step": 1e3 * statistics.median(times["none"]) / args.steps,
-        "cost beside %": statistics.median(cost["beside"]),
+        "beside %": statistics.median(beside),
+        "lowest, highest": f"{min(beside):.1f}, {max(beside):.1f}",
+        "whole stretches %": statistics.median(cost["beside"]),
         "from, to": f"{cost['beside'][0]:.1f}, {cost['beside'][-1]:.1f}",
         "of CPU time %": statistics.median(of_cpu),
         "CPU s a checkpoint": statistics.median(computed["beside"]),
-        "cost waiting %": statistics.median(cost["waiting"]),
+        "waiting %": statistics.median(cost["waiting"]),
         "copy s": copy,
         "save GB/s": total / 1e9 / save,
         "dd write GB/s": disk[0],
         "verify and load GB/s": total / 1e9 / read,
         "dd read GB/s": disk[1],
     }
+
+
+def above_other_steps(steps: list[tuple[float, bool]]) -> float:
+    """What a checkpoint added to a stretch, of what the stretch takes without: of the steps that began before it was
+    whole, what they took above the median of the others. Of the slowest rank.
+
+    Args:
+        steps: when each began, in seconds, and whether a checkpoint was on its way.
+    """
+    took = [(after - begin, on_its_way) for (begin, on_its_way), (after, _) in itertools.pairwise(steps)]
+    usual = statistics.median(seconds for seconds, on_its_way in took if not on_its_way)
+    added = sum(seconds - usual for seconds, on_its_way in took if on_its_way)
+    return slowest(added / (usual * len(steps)))
 
 
 def computing(work: Callable[..., None], spent: list[float]) -> Callable[..., None]:
