@@ -1,6 +1,6 @@
 """What does a checkpoint cost, and how fast is it saved and loaded beside `dd` on the same disk?
 
-Takes 15 s small, 4 minutes full (8 rounds), alone on two cores.
+Takes 15 s small, 3 minutes full (reckoned from 4 with 6 rounds), alone on two cores.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out checkpoint.json
 
@@ -99,9 +99,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     checkpoints._write = computing(checkpoints._write, spent)  # type: ignore[method-assign]
 
     state = run_state.everything(dmp, optimizer)
-    steps: list[
-        tuple[float, bool]
-    ] = []  # of a stretch: when each batch was asked for, and if a checkpoint is on its way
+    # Of a stretch: when each batch was asked for, and whether a checkpoint was on its way.
+    steps: list[tuple[float, bool]] = []
 
     def feed(mode: str) -> Iterator[Batch]:
         """A checkpoint begins between two of the batches: the pipeline is full, and most steps are to come."""

@@ -31,6 +31,7 @@ from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
 from recpress.trainer.watch.metrics_log import MetricsLog
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 OURS, BARE, DENSE, SPARSE = "recpress", "bare TorchRec", "DDP, dense", "DDP, sparse"
 LOOPS = {
@@ -163,6 +164,32 @@ def side(key: str, ids: int, case: Case) -> SideSpec:
     return SideSpec(key=key, rows=ids, dim=case.dim if case.tables.startswith("frozen") else None, map=id_map)
 
 
+def bare_loop(model: torch.nn.Module, optimizer: TrainOptimizer, batches: Iterable[Batch]) -> None:
+    """zero_grad, forward, backward, step, and nothing else."""
+    model.train()
+    for batch in batches:
+        optimizer.zero_grad()
+        loss, _ = model(batch)
+        loss.backward()
+        optimizer.step()
+
+
+def our_loop(
+    model: DistributedModelParallel, optimizer: TrainOptimizer, batches: Iterable[Batch], device: torch.device
+) -> None:
+    """The loop of `recpress train`: TorchRec's pipeline, losses read, a log."""
+    with tempfile.TemporaryDirectory() as folder, MetricsLog(folder) as log:
+        fit(
+            model,
+            optimizer,
+            lambda epoch, first: batches,
+            FitConfig(epochs=1),
+            device=device,
+            log=log,
+            show_progress=False,
+        )
+
+
 class Subject:
     """The model of a case, and its loop."""
 
@@ -200,28 +227,8 @@ class Subject:
     def train(self, batches: Iterable[Batch]) -> None:
         """One pass."""
         if self.case.loop == OURS:
-            self._fit(batches)
+            our_loop(self.model, self.optimizer, batches, self.device)
         elif self.case.loop == BARE:
-            self._bare(batches)
+            bare_loop(self.model, self.optimizer, batches)
         else:
             self.plain.train(batches)
-
-    def _bare(self, batches: Iterable[Batch]) -> None:
-        self.model.train()
-        for batch in batches:
-            self.optimizer.zero_grad()
-            loss, _ = self.model(batch)
-            loss.backward()
-            self.optimizer.step()
-
-    def _fit(self, batches: Iterable[Batch]) -> None:
-        with tempfile.TemporaryDirectory() as folder, MetricsLog(folder) as log:
-            fit(
-                self.model,
-                self.optimizer,
-                lambda epoch, first: batches,
-                FitConfig(epochs=1),
-                device=self.device,
-                log=log,
-                show_progress=False,
-            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from recpress.benchmarks.loops import made_batch
+from recpress.benchmarks.loops import bare_loop, made_batch, our_loop
 from recpress.benchmarks.on_gpu.device import kernels, synchronize
 from recpress.benchmarks.remap import made_map
 from recpress.data.batch import ITEM, USER, Batch
@@ -20,10 +19,8 @@ from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoT
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
-from recpress.trainer.loop.fit import FitConfig, fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
-from recpress.trainer.watch.metrics_log import MetricsLog
 
 
 @dataclass(frozen=True)
@@ -80,26 +77,10 @@ class Subject:
         self.optimizer = TrainOptimizer(self.model, OptimizerConfig(), args.steps)
 
     def bare(self, batches: list[Batch]) -> None:
-        """zero_grad, forward, backward, step, and nothing else."""
-        self.model.train()
-        for batch in batches:
-            self.optimizer.zero_grad()
-            loss, _ = self.model(batch)
-            loss.backward()
-            self.optimizer.step()
+        bare_loop(self.model, self.optimizer, batches)
 
     def fit(self, batches: Any) -> None:
-        """The loop of `recpress train`: TorchRec's pipeline, losses read, a log."""
-        with tempfile.TemporaryDirectory() as folder, MetricsLog(folder) as log:
-            fit(
-                self.model,
-                self.optimizer,
-                lambda epoch, first: batches,
-                FitConfig(epochs=1),
-                device=self.device,
-                log=log,
-                show_progress=False,
-            )
+        our_loop(self.model, self.optimizer, batches, self.device)
 
 
 def timed(loop: Callable[[Any], None], batches: Any, device: torch.device) -> float:

@@ -53,8 +53,8 @@ def test_a_component_runs_its_stage_on_every_process(stage):
 
 
 def test_bench_runs_benchmarks_with_their_own_arguments():
-    (role,) = components.bench("training", "--size", "full", "--", "--steps", "3", j="1x2").roles
-    assert role.args[-1].endswith("-m recpress.trainer.cli bench run training --size full -- --steps 3")
+    (role,) = components.bench("training", "--size", "full", "--", "--runs", "3", j="1x2").roles
+    assert role.args[-1].endswith("-m recpress.trainer.cli bench run training --size full -- --runs 3")
     with pytest.raises(ComponentValidationException, match="unknown benchmark 'trainin'"):
         components.bench("trainin")
 
