@@ -41,7 +41,7 @@ from recpress.trainer.loop import run_state
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
-from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.sharding import SHARDING_TYPES, shard
 
 SMALL = ("--gigabytes", "0.1", "--steps", "20", "--repeat", "2")
 RANKS = True
@@ -57,6 +57,7 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--strategy", choices=("random", "init-freeze"), default="random")
+    parser.add_argument("--sharding", choices=("planner", *SHARDING_TYPES), default="planner")
     args = parser.parse_args()
     args.items = 50_000
     args.users = int(args.gigabytes * 1e9 / (4 * args.dim)) - args.items
@@ -89,7 +90,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         SideSpec(key="item", rows=args.items, dim=args.dim),
         tables_device="meta",
     )
-    dmp = shard(model, device, batch_size=args.batch)
+    forced = {} if args.sharding == "planner" else dict.fromkeys(("user", "item"), args.sharding)
+    dmp = shard(model, device, batch_size=args.batch, sharding_types=forced)
     optimizer = TrainOptimizer(dmp, OptimizerConfig(), args.steps)
     batches = [made_batch(args, 1000 * dist.get_rank() + seed, device) for seed in range(min(args.steps, 20))]
     describe: dict[str, Any] = {"config": {}, "inputs": {}, "global_batch": 0}
@@ -164,6 +166,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "tables GB": args.gigabytes,
         "checkpoint GB": total / 1e9,
         "ranks": dist.get_world_size(),
+        "sharding": args.sharding,
         "ms a step": 1e3 * statistics.median(times["none"]) / args.steps,
         "beside %": statistics.median(beside),
         "lowest, highest": f"{min(beside):.1f}, {max(beside):.1f}",

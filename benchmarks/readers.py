@@ -86,6 +86,7 @@ def warmed() -> None:
     made = Made("", (), Schema(), ("user_id",))
     features, _, _ = Assembler(made)({"user_id": torch.zeros(1, dtype=torch.int64), "label": torch.ones(1)})
     features.to_dict()
+    pa.array([1]).to_numpy()  # Arrow imports pandas where it is installed
 
 
 def bare(made: Made, threads: int) -> Read:

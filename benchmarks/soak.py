@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from recpress.benchmarks import made_logs, readers
 from recpress.benchmarks.common import publish, settings_of
 from recpress.benchmarks.measure import alone, memory
 from recpress.data.config import SampleConfig, StreamConfig
+from recpress.data.keyed import KeyedBatch, KeyedBatches
 from recpress.data.log import open_log
 from recpress.data.stream import InteractionStream
 
@@ -39,12 +41,14 @@ def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[s
     end, due, rows, epoch = began + 60 * args.minutes, began, 0, 0
     samples: list[tuple[float, int]] = []
     bound = None
+    held: deque[KeyedBatch] = deque(maxlen=3)  # as a training pipeline holds them
     while time.monotonic() < end:
         stream = InteractionStream(log.train, log.schema, config, sample=sample, epoch=epoch)
         if hasattr(stream, "memory_bound"):
             bound = stream.memory_bound()
-        for batch in stream:
-            rows += batch.size
+        for batch in KeyedBatches(stream, made.keys):
+            held.append(batch)
+            rows += batch.features.stride()
             if (now := time.monotonic()) >= due:
                 samples.append((now - began, memory("RssAnon") - before))
                 due = now + args.every

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from recpress.data.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 Role = Literal["id", "ids", "label", "time", "categorical", "float"]
 
@@ -39,18 +42,42 @@ class Jagged(NamedTuple):
     """A list column: row k holds values[offsets[k] : offsets[k + 1]]."""
 
     values: np.ndarray
-    offsets: np.ndarray  # (rows + 1,) int64
+    offsets: np.ndarray  # (rows + 1,) int64, the first 0
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def slice(self, first: int, end: int) -> Jagged:
+        """Rows [first, end), whose values are not copied."""
+        offsets = self.offsets[first : end + 1]
+        return Jagged(self.values[offsets[0] : offsets[-1]].copy(), offsets - offsets[0])
+
     def take(self, rows: np.ndarray) -> Jagged:
         """The given rows, in the given order."""
-        starts, lengths = self.offsets[:-1][rows], self.lengths[rows]
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Jagged(self.values[places], offsets)
+        import fbgemm_gpu  # noqa: F401  registers the operator; here, since what reads no lists needs no torch
+        import torch
+
+        lengths, values, _ = torch.ops.fbgemm.permute_1D_sparse_data(
+            torch.from_numpy(rows.astype(np.int32)), torch.from_numpy(self.lengths), to_tensor(self.values)
+        )
+        return Jagged(values.numpy(), np.concatenate(([0], np.cumsum(lengths.numpy()))))
+
+
+class _Writable:
+    """Arrow's memory is read-only, of which torch warns; here torch only reads it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """Of the same memory, only to be read."""
+    import torch
+
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
 def take(column: np.ndarray | Jagged, rows: np.ndarray) -> np.ndarray | Jagged:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from recpress.data.columns import Jagged
+from recpress.data.columns import Jagged, to_tensor
 from recpress.data.order import TILE_ROWS, EpochOrder, Part, Tile
 from recpress.data.side_table import JaggedColumn
 
@@ -178,7 +178,7 @@ class Round:
             if not isinstance(column, Jagged)
         }
         if self._order.shuffle:
-            sources = {name: _tensor(column) for name, column in rows.items()}
+            sources = {name: to_tensor(column) for name, column in rows.items()}
             if self._whole(part.lane):
                 for tile in self._order.tiles(part.lane, part.round, part.offset, part.count):
                     if tile.count == tile.rows:
@@ -196,7 +196,9 @@ class Round:
             for name, pieces in self._lists.items():
                 column = columns[name]
                 assert isinstance(column, Jagged)
-                pieces.append((places, column.take(kept + part.first)))
+                whole = len(kept) == part.count
+                mine = column.slice(part.first, part.first + part.count) if whole else column.take(kept + part.first)
+                pieces.append((places, mine))
 
     def _whole(self, lane: int) -> bool:
         """Whether all rows of the lane in this round are the rank's."""
@@ -273,17 +275,18 @@ class Round:
 
     def finish(self) -> None:
         """Once nothing is missing: puts lists in their order."""
-        for name, pieces in self._lists.items():
+        while self._lists:
+            name, pieces = self._lists.popitem()
             places = np.concatenate([place for place, _ in pieces])
             lengths = np.concatenate([column.lengths for _, column in pieces])
             values = np.concatenate([column.values for _, column in pieces])
+            del pieces  # values are in memory twice, and not three times
             inverse = np.full(len(self._sizes) * self._width, -1)
             inverse[places] = np.arange(len(places))
             come = inverse >= 0  # of a run that begins in the middle not all
             bounds = np.concatenate(([0], np.cumsum(come.reshape(-1, self._width).sum(1))))
             offsets = np.concatenate(([0], np.cumsum(lengths)))
             self._done[name] = Jagged(values, offsets).take(inverse[come]), bounds
-        self._lists = {}
 
     # ---- batches that go out
 
@@ -325,16 +328,3 @@ def _spread(elements: int) -> int:
     if elements < 16 * _SPREAD:
         return elements
     return -(-elements // (2 * _SPREAD)) * 2 * _SPREAD + _SPREAD
-
-
-class _Writable:
-    """Arrow's memory is read-only, of which torch warns; here torch only reads it."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-        interface = array.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
