@@ -12,6 +12,10 @@ from typing import TypeVar
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
+WORTH = 200e-6
+"""Seconds. Where the caller comes back sooner, it has nothing to do beside: waking a thread, and being woken by it,
+takes as long."""
+
 
 def in_background(
     make: Callable[[Given], Made],
@@ -21,58 +25,81 @@ def in_background(
 ) -> Iterator[Made]:
     """`map(make, items)`, of which up to `ahead` results wait to be taken; with `ahead` 0 in the caller's thread.
 
-    What the thread raises is raised here. The thread ends when the results are all taken, or the iterator is closed or
-    forgotten. `waited` is told how long the caller's thread waited for each.
+    What is not there yet when it is asked for, and is not being made, the caller makes itself: so a caller that only
+    takes (a reader's benchmark, a copy) pays for no change of threads, and a training step waits for none.
+
+    What `make` or the iterator raises is raised here. The thread ends when the results are all taken, or the iterator
+    is closed or forgotten. `waited` is told how long the caller waited for each, or made it.
     """
     if ahead < 1:
         yield from map(make, items)
         return
-    # Two queues in C: one of Python's own with a limit takes a lock and a condition for each item.
+    given = iter(items)
     results: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
-    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each result that there is room for
-    for _ in range(ahead):
-        room.put(None)
+    calls: queue.SimpleQueue[None] = queue.SimpleQueue()  # the thread is to fill up what is missing
+    making = threading.Lock()  # of who takes from `given`, so that results stay in their order
     stop = threading.Event()
 
-    def run() -> None:
-        given = iter(items)
+    def one() -> tuple[str, object]:
         try:
             for item in given:
-                made = make(item)
-                room.get()
-                if stop.is_set():
-                    break
-                results.put(("made", made))
-            else:
-                results.put(("end", None))
-        except BaseException as error:  # to the consumer, whatever it is
-            results.put(("error", error))
+                return "made", make(item)
+            return "end", None
+        except BaseException as error:  # to the caller, whatever it is
+            return "error", error
+
+    def run() -> None:
+        kind = "made"
+        while kind == "made":
+            calls.get()
+            while kind == "made":
+                with making:
+                    if stop.is_set() or results.qsize() >= ahead:
+                        break
+                    kind, value = one()
+                    results.put((kind, value))
+            if stop.is_set():
+                return
+
+    def take() -> tuple[str, object]:
+        try:
+            return results.get_nowait()
+        except queue.Empty:
+            if not making.acquire(blocking=False):
+                return results.get()  # the thread is about to put it there
+        try:
+            return results.get_nowait() if results.qsize() else one()
         finally:
-            if (close := getattr(given, "close", None)) is not None:
-                close()
+            making.release()
 
     thread = threading.Thread(target=run, name="recpress-stream-batches", daemon=True)
 
     def end() -> None:
         stop.set()
-        room.put(None)
+        calls.put(None)
         if thread.is_alive():
             thread.join()
 
     atexit.register(end)  # Arrow must not be at work when the interpreter goes
     thread.start()
+    left = float("-inf")
     try:
         while True:
             began = time.perf_counter()
-            kind, value = results.get()
+            away = began - left
+            kind, value = take()
             waited(time.perf_counter() - began)
             if kind == "end":
                 return
             if kind == "error":
                 assert isinstance(value, BaseException)
                 raise value
-            room.put(None)
+            if away > WORTH and calls.empty():
+                calls.put(None)
+            left = time.perf_counter()
             yield value  # type: ignore[misc]
     finally:
         end()
         atexit.unregister(end)
+        if (close := getattr(given, "close", None)) is not None:
+            close()

@@ -1,5 +1,6 @@
 import itertools
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -99,11 +100,34 @@ def test_background_is_map_and_bounded():
             yield number
 
     results = in_background(lambda number: number * 2, items(), 3)
-    assert [next(results) for _ in range(5)] == [0, 2, 4, 6, 8]
-    threading.Event().wait(0.3)
-    assert len(taken) <= 5 + 3 + 2
+    for k in range(5):
+        assert next(results) == 2 * k
+        threading.Event().wait(0.01)  # a caller that is away: what comes next is made beside
+    deadline = time.monotonic() + 20
+    while len(taken) < 5 + 3 and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    threading.Event().wait(0.1)
+    assert len(taken) == 5 + 3
     results.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("recpress-stream")]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_results_keep_their_order_whoever_makes_them(ahead):
+    threads = set()
+
+    def make(number):
+        threads.add(threading.get_ident())
+        time.sleep(0.001 * (number % 7 == 0))
+        return number
+
+    found = []
+    for number in in_background(make, iter(range(300)), ahead):
+        found.append(number)
+        time.sleep(0.001 * (number // 20 % 2))  # away, and back at once, by turns
+    assert found == list(range(300))
+    assert threading.get_ident() in threads
+    assert len(threads) == (1 if ahead == 0 else 2)
 
 
 def test_background_raises_what_the_work_raises():
