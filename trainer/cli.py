@@ -31,6 +31,9 @@ class Command(NamedTuple):
     summary: str
     passes_on: bool = False
     """Whether what stands after `--` goes to what it runs, as the field `args`."""
+    clusters: bool = False
+    """Whether it clusters ids: many short parallel stretches. On cores that others use, too, OpenMP's threads that spin
+    while they wait made it twenty times slower, so that they sleep, unless the user says otherwise."""
 
 
 COMMANDS = {
@@ -68,6 +71,7 @@ COMMANDS = {
         "recpress.trainer.hash.config:HashStageConfig",
         "recpress.trainer.hash.stage:make_maps",
         "map the ids of tables to fewer rows, by counts and an embedding",
+        clusters=True,
     ),
     "train": Command(
         "recpress.trainer.config:TrainConfig",
@@ -98,11 +102,13 @@ COMMANDS = {
         "recpress.trainer.compare.config:CompareHashConfig",
         "recpress.trainer.compare.hash:compare_hash",
         "all hashing methods with one backbone and one budget, with a report page",
+        clusters=True,
     ),
     "compare both": Command(
         "recpress.trainer.compare.config:CompareBothConfig",
         "recpress.trainer.compare.both:compare_both",
         "quality against bytes of table and rows read, with a report page",
+        clusters=True,
     ),
     "bench list": Command(
         "recpress.trainer.bench.config:BenchListConfig",
@@ -139,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(name, rest)
         if only_check:
             return 0
+        if COMMANDS[name].clusters:  # read once, when torch is imported with the stage
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         stage = _load(COMMANDS[name].stage)
         stage(config)
     except Preempted as error:

@@ -1,5 +1,6 @@
 """The command line and the config files, as a newcomer meets them."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -117,3 +118,13 @@ def test_the_data_package_does_not_import_torchrec():
         "sys.exit('torchrec' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "passive"), ("active", "active")])
+def test_clustering_does_not_spin_on_cores_of_others_unless_told_to(tmp_path, monkeypatch, given, kept):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "to be restored")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert main(["hash", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "maps")]) == 2
+    assert os.environ["OMP_WAIT_POLICY"] == kept
