@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.modules.als_side import Limits, Side, Solver, Workers, block_rows
+from recpress.modules.als_side import Limits, Side, Solver, Workers
 from recpress.modules.als_solvers import solve_cg, solve_cholesky
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.modules.interactions import InteractionBuilder
-
-FAR = Limits(interactions=1 << 18, rows=16384)  # rows come from other ranks, or work runs on CUDA
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,9 @@ class SweepReport:
 class ALS:
     """Factorizes the interactions that all ranks add: every rank makes one, adds its part and calls `fit`.
 
-    Users and items are sharded in contiguous blocks (`RowBlocks`). No rank holds the whole log, nor the whole
-    of a table: a chunk of rows fetches the other side's rows that it touches.
+    Users and items are sharded in contiguous blocks (`RowBlocks`). No rank holds the whole log. While one side is
+    solved a rank holds all rows of the other where they take no more memory than its part of the log, and else fetches
+    for each chunk those that it touches (`Limits.table`).
     """
 
     def __init__(
@@ -53,8 +52,7 @@ class ALS:
         check(config)
         self.config, self.num_users, self.num_items = config, num_users, num_items
         self.exchange = Exchange(process_group, torch.device(device))
-        near = self.exchange.world == 1 and self.exchange.device.type == "cpu"
-        self.limits = limits or (Limits(interactions=1 << 15, rows=block_rows(config.factors)) if near else FAR)
+        self.limits = limits
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
     def add(self, users: Any, items: Any, values: Any = None) -> None:

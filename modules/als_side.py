@@ -71,15 +71,25 @@ class Summary:
 
 @dataclass(frozen=True)
 class Limits:
-    """Size of a chunk, which bounds the working memory, and which rows are too heavy for one.
+    """What bounds the working memory: the size of a chunk, which rows are too heavy for one, and what a rank holds of
+    other ranks' rows.
 
     interactions, rows: most of a chunk. heavy, at most `interactions`: a row of more is summed in pieces and
     solved exactly; the same on every world size, so that all solve alike.
+    table: bytes of the other side's table up to which each rank gathers all of it for a half-sweep, as ALX does
+    (Mehta et al. 2021); a larger one is fetched in parts, by each chunk what it touches. None: as many as a rank's part
+    of the interactions takes, at least `GATHERED`.
     """
 
     interactions: int
     rows: int
     heavy: int = 1 << 15
+    table: int | None = None
+
+
+GATHERED = 64 << 20
+FAR = Limits(interactions=1 << 18, rows=16384)
+"""Where rows are fetched from other ranks, or work runs on CUDA: few large chunks."""
 
 
 def block_rows(dim: int) -> int:
@@ -99,7 +109,7 @@ class Side:
         config: ALSConfig,
         exchange: Exchange,
         workers: Workers,
-        limits: Limits,
+        limits: Limits | None = None,
     ) -> None:
         self.name, self.csr, self.config, self.exchange, self.workers = name, csr, config, exchange, workers
         self.device = exchange.device
@@ -107,18 +117,29 @@ class Side:
         degree = np.empty(csr.num_rows, np.float32)
         np.subtract(csr.indptr[1:], csr.indptr[:-1], out=degree, casting="unsafe")  # without an int64 copy
         self.degree = torch.from_numpy(degree).to(self.device)
+        self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
+        self.fetches = exchange.world > 1 and not self._gathers(None if limits is None else limits.table)
+        near = self.device.type == "cpu" and not self.fetches  # in cache-sized chunks
+        if limits is None:
+            limits = Limits(interactions=1 << 15, rows=block_rows(config.factors)) if near else FAR
         self.pieces = list(_pieces(csr.indptr, limits))
         self.weight = None  # confidence times the degree
         if csr.values is not None:
             sums = torch.from_numpy(_row_sums(csr.indptr, csr.values, self.pieces))
             self.weight = (sums * config.confidence).to(self.device, torch.float32)
-        self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
         self.base = base = config.unobserved_weight * num_others
         # the line through the regularization of no interactions and of twice the mean number
         far = max(2 * self.nnz / num_rows, 1.0)
         near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
         self.reg_line = (near_reg, (far_reg - near_reg) / far)
-        self.rounds = exchange.max(len(self.pieces))
+        # where rows are fetched from all ranks, in as many rounds on each
+        self.rounds = exchange.max(len(self.pieces)) if self.fetches else len(self.pieces)
+
+    def _gathers(self, most: int | None) -> bool:
+        """Whether each rank holds the other side's whole table while it solves; the same on all ranks."""
+        if most is None:
+            most = max(GATHERED, 8 * self.nnz // self.exchange.world)
+        return 4 * self.config.factors * self.other_blocks.num_rows <= most
 
     def summary(self, rows: torch.Tensor) -> Summary:
         """Of this side's rows (local, d)."""
@@ -164,6 +185,8 @@ class Side:
         gramian = gramian.float()
         give_back()
         shared = Shared(gramian, w0, basis, scale, self.workers.scratch)
+        if not self.fetches:
+            others = self.exchange.gather(others, self.other_blocks)
         total, singular = 0.0, None
         for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, solver)):
             total += loss
@@ -182,7 +205,7 @@ class Side:
     ) -> Iterator[tuple[Any, ...]]:
         """Arguments of `_solve_chunk`, one a round; rows in pieces are summed here."""
         heavy = HeavyRow(shared, 0.0)
-        for k in range(self.rounds):  # the same on all ranks, for the rows are fetched from all
+        for k in range(self.rounds):
             first, last, start, stop = self.pieces[k] if k < len(self.pieces) else (0, 0, 0, 0)
             chunk = self._chunk(first, last, start, stop, rows, others)
             whole = start == int(self.csr.indptr[first]) and stop == int(self.csr.indptr[last])
@@ -211,13 +234,13 @@ class Side:
         return loss_of(scores, chunk.weights, shared.unobserved_weight), None
 
     def _chunk(self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor) -> Chunk:
-        """Rows first..last-1 with interactions start..stop-1 and the other side's rows that these touch."""
+        """Rows first..last-1 with interactions start..stop-1, and others with those that they touch among them."""
         indptr = np.clip(self.csr.indptr[first : last + 1], start, stop) - start
         indices = torch.from_numpy(self.csr.indices[start:stop]).to(self.device)
         weights: torch.Tensor | float = self.config.confidence
         if self.csr.values is not None:
             weights = torch.from_numpy(self.csr.values[start:stop]).to(self.device) * self.config.confidence
-        if self.exchange.world > 1:
+        if self.fetches:
             ids, indices = torch.unique(indices, return_inverse=True)
             others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
         offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)

@@ -38,6 +38,16 @@ class Exchange:
         answer = shard.index_select(0, places.long() - blocks.start(self.rank))
         return self._send(answer, wanted, asked)[0]
 
+    def gather(self, shard: torch.Tensor, blocks: RowBlocks) -> torch.Tensor:
+        """The whole table whose `blocks` lie on the ranks, `shard` here: (num_rows, d)."""
+        if self.world == 1:
+            return shard
+        whole = shard.new_empty((self.world * blocks.block, shard.shape[1]))
+        missing = blocks.block - len(shard)  # only of the last blocks, so that rows lie at their numbers
+        mine = torch.nn.functional.pad(shard, (0, 0, 0, missing)) if missing else shard.contiguous()
+        dist.all_gather_into_tensor(whole, mine, group=self.group)
+        return whole[: blocks.num_rows]
+
     def _send(
         self, source: torch.Tensor, sizes: list[int], arriving: list[int] | None = None
     ) -> tuple[torch.Tensor, list[int]]:

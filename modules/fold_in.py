@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.modules.als import FAR, check
-from recpress.modules.als_side import Limits, Side, Summary, Workers
+from recpress.modules.als import check
+from recpress.modules.als_side import FAR, Limits, Side, Summary, Workers
 from recpress.modules.als_solvers import solve_cholesky
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recpress.modules.als import ALS, initial_factors, initial_rows
-from recpress.modules.als_side import Limits, block_rows
+from recpress.modules.als_side import FAR, Limits, block_rows
 from recpress.modules.als_solvers import Scratch
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
@@ -300,8 +300,13 @@ def on_rank(config: ALSConfig, valued: bool, limits: Limits | None):
     return factors.users, factors.items, objectives
 
 
+SMALL = Limits(interactions=40, rows=6, heavy=30)
+
+
 @pytest.mark.parametrize(
-    ("world", "valued", "limits"), [(2, False, None), (3, True, Limits(interactions=40, rows=6, heavy=30))]
+    ("world", "valued", "limits"),
+    [(2, False, None), (2, False, replace(FAR, table=0)), (3, True, SMALL), (3, True, replace(SMALL, table=0))],
+    ids=["gathered", "fetched", "small chunks, gathered", "small chunks, fetched"],
 )
 def test_ranks_agree_with_one(world, valued, limits):
     config = replace(CONFIGS["half"], solver="auto")

@@ -81,7 +81,7 @@ def test_bad_rows_are_refused(indptr, indices, values, message):
         fold_in(CONFIG, torch.ones(ITEMS, 5), np.array(indptr), np.array(indices), values)
 
 
-def on_rank(others):
+def on_rank(others, table):
     """Rank 0 folds in three quarters of the users, from its block of the items."""
     rank, world = dist.get_rank(), dist.get_world_size()
     indptr, indices, values = csr(*log(), USERS)
@@ -90,10 +90,11 @@ def on_rank(others):
     blocks = RowBlocks(ITEMS, world)
     shard = others[blocks.start(rank) : blocks.stop(rank)]
     part = (indptr[first : last + 1] - indptr[first], indices[cut], values[cut])
-    return fold_in(CONFIG, shard, *part, num_others=ITEMS, sharded=True, limits=Limits(20, 4, 6))
+    return fold_in(CONFIG, shard, *part, num_others=ITEMS, sharded=True, limits=Limits(20, 4, 6, table))
 
 
-def test_sharded_items():
+@pytest.mark.parametrize("table", [None, 0], ids=["gathered", "fetched"])
+def test_sharded_items(table):
     others = torch.randn(ITEMS, 5, generator=torch.Generator().manual_seed(0))
     whole = fold_in(CONFIG, others, *csr(*log(), USERS))
-    torch.testing.assert_close(torch.cat(run_on_ranks(on_rank, 2, others)), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(run_on_ranks(on_rank, 2, others, table)), whole, rtol=0, atol=1e-5)
