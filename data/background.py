@@ -25,8 +25,8 @@ def in_background(
 ) -> Iterator[Made]:
     """`map(make, items)`, of which up to `ahead` results wait to be taken; with `ahead` 0 in the caller's thread.
 
-    What is not there yet when it is asked for, and is not being made, the caller makes itself: so a caller that only
-    takes (a reader's benchmark, a copy) pays for no change of threads, and a training step waits for none.
+    What is not there yet when it is asked for, and is not being made, the caller makes itself, so that one that only
+    takes (a reader's benchmark, a copy) pays for no change of threads.
 
     What `make` or the iterator raises is raised here. The thread ends when the results are all taken, or the iterator
     is closed or forgotten. `waited` is told how long the caller waited for each, or made it.

@@ -49,7 +49,7 @@ class Jagged(NamedTuple):
         return np.diff(self.offsets)
 
     def slice(self, first: int, end: int) -> Jagged:
-        """Rows [first, end), whose values are not copied."""
+        """Rows [first, end), in memory of their own: what Arrow decoded may be larger, and can go."""
         offsets = self.offsets[first : end + 1]
         return Jagged(self.values[offsets[0] : offsets[-1]].copy(), offsets - offsets[0])
 

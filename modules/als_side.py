@@ -88,6 +88,7 @@ class Limits:
 
 
 GATHERED = 64 << 20
+"""Bytes of a table that each rank may gather however small its part of the log is."""
 FAR = Limits(interactions=1 << 18, rows=16384)
 """Where rows are fetched from other ranks, or work runs on CUDA: few large chunks."""
 
