@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import resource
@@ -13,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from recpress.modules.allocator import give_back
 
 _FORK = multiprocessing.get_context("fork")  # what the parent has imported is not imported again
 
@@ -60,8 +61,7 @@ def _send(pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
 def cost(work: Callable[[], float], workers: int = 0) -> Cost:
     """What `work`, which returns how much it did, costs in this process; `workers` is how many it starts."""
     gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before, read, wall, cpu = memory("VmRSS"), bytes_read(), time.perf_counter(), _cpu_seconds()

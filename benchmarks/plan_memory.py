@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ SMALL = ("--mb", "50", "--ranks", "1", "--kinds", "random", "frozen fp32", "--ch
 FULL = ("--mb", "100", "400", "--kinds", "random", "frozen fp32", "hashed fp32")
 
 DIM, SHARE = 128, 0.25
+STEPS = 24
+"""Of a run at least."""
 KINDS = {
     "random": ["--model.tables.strategy", "random", "--model.tables.dim", str(DIM)],
     "trained factors": ["--model.tables.strategy", "init-train"],
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, nargs="*", default=[100, 400, 1200], help="fp32 tables of a rank, MB")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--batches", type=int, nargs="*", default=[2048], help="rows of a rank's batch")
     parser.add_argument("--checkpoint-steps", type=int, nargs="*", default=[0, 5], help="steps between; 0: none")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
@@ -69,11 +73,11 @@ def main() -> None:
     for megabytes in args.mb:
         for ranks in args.ranks:
             with tempfile.TemporaryDirectory() as folder:
-                make(Path(folder), megabytes * 1_000_000 * ranks)
-                for kind in args.kinds:
-                    for every in args.checkpoint_steps:
-                        found.append(compare(Path(folder), kind, megabytes, ranks, every))
-                        print(json.dumps(found[-1]), flush=True)
+                rows = make(Path(folder), megabytes * 1_000_000 * ranks, STEPS * ranks * max(args.batches))
+                for kind, batch, every in product(args.kinds, args.batches, args.checkpoint_steps):
+                    rate = min(1.0, max(0.1, STEPS * ranks * batch / rows))
+                    found.append(compare(Path(folder), kind, megabytes, ranks, every, batch, rate))
+                    print(json.dumps(found[-1]), flush=True)
     worst = max(abs(row["error %"]) for row in found)
     question = f"recpress plan against the measured peak of a rank: at most {worst:.1f} % off"
     publish(
@@ -82,16 +86,24 @@ def main() -> None:
         out=args.out,
         settings=settings_of(vars(args)),
         plots=[
-            bars(["plan MiB", "measured MiB"], ["MB a rank", "ranks", "tables", "checkpoints"], title="Peak of a rank")
+            bars(
+                ["plan MiB", "measured MiB"],
+                ["MB a rank", "ranks", "tables", "batch", "checkpoints"],
+                title="Peak of a rank",
+            )
         ],
     )
 
 
-def make(folder: Path, table_bytes: int) -> None:
-    """A log, random factors and random maps with their row vectors; tables of so many bytes in all."""
+def make(folder: Path, table_bytes: int, fewest: int) -> int:
+    """A log, random factors and random maps with their row vectors; tables of so many bytes in all.
+
+    Returns:
+        Rows of the log, `fewest` at least.
+    """
     ids = table_bytes // (4 * DIM)
     sizes = {"user": round(0.9 * ids), "item": ids - round(0.9 * ids)}
-    rows = max(500_000, 2 * ids)
+    rows = max(500_000, 2 * ids, fewest)
     synth(SynthConfig(users=sizes["user"], items=sizes["item"], rows=rows, held_out_users=0), folder / "log")
     log = open_log(folder / "log")
     rng = np.random.default_rng(0)
@@ -111,6 +123,7 @@ def make(folder: Path, table_bytes: int) -> None:
         save_maps(maps, tmp)
         for side, id_map in maps.items():
             matrix(tmp / side / ROW_VECTORS, id_map.num_rows, rng)
+    return rows
 
 
 def matrix(path: Path, rows: int, rng: np.random.Generator) -> None:
@@ -122,12 +135,12 @@ def matrix(path: Path, rows: int, rng: np.random.Generator) -> None:
     file.flush()
 
 
-def compare(folder: Path, kind: str, megabytes: int, ranks: int, every: int) -> dict[str, Any]:
-    """every: steps between checkpoints; 0: the run ends before one is due."""
-    options = ["--data", str(folder / "log"), "--sample.rate", "0.1", "--epochs", "1", *KINDS[kind]]
+def compare(folder: Path, kind: str, megabytes: int, ranks: int, every: int, batch: int, rate: float) -> dict[str, Any]:
+    """every: steps between checkpoints; 0: the run ends before one is due. batch: rows of a rank. rate: of the sample."""
+    options = ["--data", str(folder / "log"), "--sample.rate", str(rate), "--epochs", "1", *KINDS[kind]]
     options += [] if kind == "random" else ["--factors", str(folder / "factors")]
     options += ["--hash", str(folder / "maps")] if kind.startswith("hashed") else []
-    steps = ["--stream.batch-size", "2048", "--overwrite", "--no-tensorboard", "--out", str(folder / "model")]
+    steps = ["--stream.batch-size", str(batch), "--overwrite", "--no-tensorboard", "--out", str(folder / "model")]
     steps += ["--checkpoint.minutes", "0", "--checkpoint.steps", str(every)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cluster = [
@@ -148,6 +161,7 @@ def compare(folder: Path, kind: str, megabytes: int, ranks: int, every: int) -> 
         "MB a rank": megabytes,
         "ranks": ranks,
         "tables": kind,
+        "batch": batch,
         "checkpoints": f"every {every} steps" if every else "none",
         "plan MiB": round(predicted, 1),
         "measured MiB": round(most, 1),

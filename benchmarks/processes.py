@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import multiprocessing as mp
 import os
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from recpress.modules.allocator import give_back
 
 _PRELOAD = ["recpress.trainer.train.stage", "recpress.trainer.factorize.stage", "recpress.trainer.hash.stage"]
 _case = itertools.count(1)
@@ -80,7 +81,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        trim()
+        give_back()  # else it would hide what comes next
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         self.start = status_bytes("VmRSS")
@@ -88,12 +89,6 @@ class PeakMemory:
     @property
     def bytes(self) -> int:
         return max(0, status_bytes("VmHWM") - self.start)
-
-
-def trim() -> None:
-    """Give freed memory back to the system: else it would hide what comes next."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def status_bytes(field: str) -> int:

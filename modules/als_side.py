@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from recpress.modules.allocator import give_back
 from recpress.modules.als_solvers import Chunk, HeavyRow, Scratch, Shared, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSConfig
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
-from recpress.modules.interactions import CSR, give_back
+from recpress.modules.interactions import CSR
 
 Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
 """Rows (B, d) of a chunk, and their predictions (nnz,): `als_solvers.solve_cg` or `solve_cholesky`."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from recpress.modules.allocator import give_back
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
 
@@ -195,12 +194,6 @@ class InteractionBuilder:
             if with_values and users.values is not None:
                 weights = self.exchange.all_to_all(np.split(users.values[part][order], bounds))
             yield received, weights
-
-
-def give_back() -> None:
-    """Let the C library return to the system what was freed: it keeps MBs of it in each thread's heap. glibc only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Piece:

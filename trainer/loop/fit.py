@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
 from recpress.data.sampling import key
+from recpress.modules.allocator import FreedMemory, give_back
 from recpress.modules.learned_hash import LearnedHash
 from recpress.modules.two_tower import TwoTower
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
@@ -87,7 +88,7 @@ def fit(
         try:
             if checkpoints is not None:
                 run.resume(checkpoints)
-            with profiled as run.profiler:
+            with run.memory, profiled as run.profiler:
                 run.all(batches)
         finally:
             run.progress.close()
@@ -112,6 +113,7 @@ class _Run:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.evaluate, self.log = evaluate, log
         self.checkpoints, self.heart = checkpoints, heart or Heartbeat()
+        self.memory = FreedMemory(keep=device.type == "cpu")
         self.signal = StopSignal()
         self.decisions = Decisions() if checkpoints is not None else None
         self.result = FitResult()
@@ -236,7 +238,8 @@ class _Run:
         self.heart.rest()
         state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
         state |= self.metrics.state() if self.metrics is not None else {}
-        self.checkpoints.save(state, self.numbers(), self.result.steps)
+        with self.memory.usual():
+            self.checkpoints.save(state, self.numbers(), self.result.steps)
         self.kept = self.result.steps
 
     def stop(self) -> None:
@@ -369,7 +372,8 @@ class _Run:
             return False
         start = time.monotonic()
         self.heart.rest()
-        with self.interval.pause():
+        with self.interval.pause(), self.memory.usual():
+            give_back()  # what steps left, before the vectors of all users and items come
             self.pipeline.detach()
             self.model.eval()
             metrics = dict(self.evaluate())
