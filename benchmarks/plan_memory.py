@@ -136,7 +136,7 @@ def matrix(path: Path, rows: int, rng: np.random.Generator) -> None:
 
 
 def compare(folder: Path, kind: str, megabytes: int, ranks: int, every: int, batch: int, rate: float) -> dict[str, Any]:
-    """every: steps between checkpoints; 0: the run ends before one is due. batch: rows of a rank. rate: of the sample."""
+    """every: steps between checkpoints; 0: it ends before one is due. batch: of a rank. rate: of the sample."""
     options = ["--data", str(folder / "log"), "--sample.rate", str(rate), "--epochs", "1", *KINDS[kind]]
     options += [] if kind == "random" else ["--factors", str(folder / "factors")]
     options += ["--hash", str(folder / "maps")] if kind.startswith("hashed") else []
