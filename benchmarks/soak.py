@@ -2,12 +2,14 @@
 
 Takes 10 s small, 10 minutes full, alone on two cores.
 
-    OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --out runs/soak.json
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --rows-per-second 400000 --out runs/soak.json
+    OMP_NUM_THREADS=1 python benchmarks/soak.py --cases --minutes 0.5 --rows-per-second 1500000 --every 0.004
 
 Epoch after epoch of a made log, as fast as they come, or with `--rows-per-second` no faster than a trainer would take
-them. Once a second the process's anonymous memory is read; what it had before the stream began is taken off. The slope
-is that of a straight line through the samples after the first fifth of the time. `bound` is what the stream promises
-for its configuration, `InteractionStream.memory_bound()`, where this version has it.
+them. Every second (`--every`) the process's anonymous memory is read; what it had before the stream began is taken off.
+The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the stream
+promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
+docs/stream.md.
 """
 
 from __future__ import annotations
@@ -30,6 +32,17 @@ from recpress.data.stream import InteractionStream
 SMALL = ("--minutes", "0.1", "--every", "0.2", "--rows", "1000000")
 FULL = ("--minutes", "10")
 
+CASES: list[dict[str, object]] = [
+    {"shape": "narrow", "threads": 1},
+    {"shape": "narrow", "threads": 2},
+    {"shape": "narrow", "threads": 4},
+    {"shape": "narrow", "threads": 2, "buffer_rows": 1 << 19},
+    {"shape": "narrow", "threads": 2, "buffer_rows": 1 << 18, "rate": 0.1},
+    {"shape": "wide", "threads": 1, "buffer_rows": 1 << 17, "rows": 1_000_000},
+    {"shape": "lists", "threads": 1, "rows": 4_000_000},
+]
+SHAPES = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs.with_lists}
+
 
 def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[str, object]:
     """Runs the stream for the minutes; a row of the table."""
@@ -40,12 +53,10 @@ def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[s
     before, began = memory("RssAnon"), time.monotonic()
     end, due, rows, epoch = began + 60 * args.minutes, began, 0, 0
     samples: list[tuple[float, int]] = []
-    bound = None
     held: deque[KeyedBatch] = deque(maxlen=3)  # as a training pipeline holds them
     while time.monotonic() < end:
         stream = InteractionStream(log.train, log.schema, config, sample=sample, epoch=epoch)
-        if hasattr(stream, "memory_bound"):
-            bound = stream.memory_bound()
+        bound = stream.memory_bound()
         for batch in KeyedBatches(stream, made.keys):
             held.append(batch)
             rows += batch.features.stride()
@@ -61,14 +72,18 @@ def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[s
     late = at >= at[-1] / 5
     slope = np.polyfit(at[late], used[late], 1)[0] if late.sum() > 1 else float("nan")
     return {
+        "log": args.shape,
+        "buffer rows": args.buffer_rows,
+        "threads": args.threads,
+        "sample": args.rate,
         "minutes": args.minutes,
         "epochs": epoch,
         "M rows": rows / 1e6,
         "M rows/s": rows / at[-1] / 1e6,
         "most MB": used.max() / 1e6,
         "at the end MB": used[-1] / 1e6,
-        "bound MB": None if bound is None else bound / 1e6,
-        "most / bound": None if bound is None else used.max() / bound,
+        "bound MB": bound / 1e6,
+        "most / bound": used.max() / bound,
         "MB/hour": slope * 3600 / 1e6,
     }
 
@@ -77,21 +92,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between looks at the memory")
-    parser.add_argument("--shapes", nargs="+", choices=("narrow", "wide", "lists"), default=["narrow"])
+    parser.add_argument("--shape", choices=SHAPES, default="narrow")
     parser.add_argument("--rows", type=int, default=8_000_000, help="of the log, and of an epoch")
     parser.add_argument("--rate", type=float, default=1.0, help="of the sample")
     parser.add_argument("--rows-per-second", type=float, help="no faster than this")
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--buffer-rows", type=int, default=StreamConfig().buffer_rows)
+    parser.add_argument(
+        "--cases", action="store_true", help="the configurations of docs/stream.md, one after the other"
+    )
     parser.add_argument("--out")
     args = parser.parse_args()
     table = []
-    with tempfile.TemporaryDirectory() as folder:
-        for shape in args.shapes:
-            make = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs.with_lists}[shape]
-            made = alone(make, Path(folder) / shape, args.rows)
-            table.append({"log": shape, **alone(soak, Path(folder) / shape, made, args)})
+    for case in CASES if args.cases else [{}]:
+        of_case = argparse.Namespace(**vars(args) | case)
+        with tempfile.TemporaryDirectory() as folder:
+            made = alone(SHAPES[of_case.shape], Path(folder), of_case.rows)
+            table.append(alone(soak, Path(folder), made, of_case))
     publish(
         "Does the stream's memory stay within its bound, and flat?",
         table,

@@ -100,6 +100,7 @@ class Checkpoints:
         self.last: str | None = None
         """The newest `step-*` that this run wrote or started from."""
         self._staged = Staged()
+        self._layouts: dict[frozenset[tuple[str, tuple[int, ...]]], storage.Layout] = {}
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
         self._due = time.monotonic()
@@ -168,10 +169,11 @@ class Checkpoints:
         """
         self.wait()
         self._due = time.monotonic()
-        self._staged.copy(state)
+        layout = self._layout(state)
+        self._staged.copy(state, layout.lies)
         name = f"{'best' if best else 'step'}-{step:08d}"
         self._writer = threading.Thread(
-            target=self._write, args=(dict(state), dict(run), name), name=CHECKPOINT_THREAD, daemon=True
+            target=self._write, args=(layout, dict(run), name), name=CHECKPOINT_THREAD, daemon=True
         )
         self._writer.start()
         if not self.config.background:
@@ -190,31 +192,36 @@ class Checkpoints:
                 self._say(f"warning: a checkpoint was not written: {self._problem}; the run goes on, {instead}")
             self._problem = None
 
-    def _write(self, state: State, run: dict[str, Any], name: str) -> None:
+    def _layout(self, state: State) -> storage.Layout:
+        """Made once for each kind of state: the weights, or everything."""
+        kind = frozenset((name, tuple(value.shape)) for name, value in state.items())
+        if kind not in self._layouts:
+            self._layouts[kind] = storage.layout(state, self.group)
+        return self._layouts[kind]
+
+    def _write(self, layout: storage.Layout, run: dict[str, Any], name: str) -> None:
         tmp: Path | None = None
         try:
             tmp = folder = self.place.staging(self._on_rank_0(lambda: self.place.begin(name)))
-            mine = storage.save(state, self._staged, folder, self.group)
-            parts = self._together(lambda: self._put(folder, name, run, mine))
+            parts = self._together(lambda: self._put(layout, folder, name, run))
             meta = self.describe | {"version": VERSION, "files": {k: v for part in parts for k, v in part.items()}}
             self._on_rank_0(lambda: self.place.commit(folder, name, meta))
             if name.startswith("step"):
                 self.last = self.place.at(name)
             if self.rank == 0:
                 self._prune(name)
-        except (Exception, CheckpointException) as error:
+        except Exception as error:
             self._problem = f"{self.place.at(name)}: {_reason(error)}"
         finally:
             if tmp is not None:
                 self.place.end(tmp)
 
-    def _put(self, folder: Path, name: str, run: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
-        """Bring the files of this rank to their place, those with its tensors (`mine`) and, on rank 0, the small ones;
-        their sizes and checksums."""
-        found = dict(mine)
+    def _put(self, layout: storage.Layout, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
+        """Write the files of this rank and bring them to their place; their sizes and checksums."""
+        found = storage.write(layout, self._staged, folder)
         if self.rank == 0:
             (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
-            small = [storage.TENSORS, RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
+            small = [RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
             found |= {file: describe(folder / file) for file in small}
         self.place.put(folder, name, found)
         return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +25,37 @@ _READ = 1 << 20  # stays in the cache of a core until it is hashed
 _DIRECT = getattr(os, "O_DIRECT", 0)  # of Linux
 
 
-def write(path: Path, pieces: Iterable[memoryview]) -> dict[str, Any]:
-    """Write a new file of these pieces, one after the other, and bring it to the disk; what a manifest says of it.
+def new_checksum() -> Any:
+    """One that is `update`d with bytes, and has a `hexdigest`."""
+    return xxhash.xxh3_128()
+
+
+def write(path: Path, content: memoryview, begun: Any = None, summed: int = 0) -> dict[str, Any]:
+    """Write a new file and bring it to the disk; what a manifest says of it.
 
     Args:
-        pieces: whole pages at addresses that are multiples of PAGE. Where they are not, or the filesystem knows no
+        content: whole pages at an address that is a multiple of PAGE. Where they are not, or the filesystem knows no
             direct writes (tmpfs, some network filesystems), they take the way through the page cache.
+        begun: checksum of the first `summed` bytes, where it has been made; left as it is.
 
     Raises:
         OSError: with the name of the file.
     """
-    digest, size = xxhash.xxh3_128(), 0
+    digest = new_checksum() if begun is None else begun.copy()
     try:
         handle = _open(path)
         try:
-            for piece in pieces:
-                for start in range(0, len(piece), _WRITE):
-                    block = piece[start : start + _WRITE]
-                    digest.update(block)
-                    _write(handle, block)
-                    size += len(block)
+            for start in range(0, len(content), _WRITE):
+                block = content[start : start + _WRITE]
+                digest.update(block[max(0, summed - start) :])
+                _write(handle, block)
             os.fsync(handle)
         finally:
             os.close(handle)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-    return {"size": size, CHECKSUM: digest.hexdigest()}
+    return {"size": len(content), CHECKSUM: digest.hexdigest()}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def checksum(path: Path) -> str:
     """Of a whole file."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ))
+    digest, buffer = new_checksum(), memoryview(bytearray(_READ))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

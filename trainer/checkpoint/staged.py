@@ -1,85 +1,118 @@
-"""A copy of a run's state in host memory, laid out so that a file of a checkpoint is a few straight writes of it."""
+"""A copy in host memory of what a rank writes of a run's state, laid out as the file that it becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from recpress.trainer.checkpoint.file_bytes import PAGE
+from recpress.trainer.checkpoint.file_bytes import PAGE, new_checksum
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 State = dict[str, Any]
 """Name -> tensor (replicated, or of one rank alone) or ShardedTensor."""
 Part = tuple[str, tuple[int, ...]]
 """Name of a tensor, and where in it a part begins."""
-_ALIGN = 64  # of a part in memory, in bytes: of any dtype, and of a cache line
-_GAP = 64 << 10  # so many bytes of other parts are written along rather than begin another write
+_BLOCK = 2 << 20  # bytes that are still in the cache of a core when they are added to the checksum
 
 
 class Staged:
-    """The parts of a state that this rank holds, in one piece of memory that serves for one copy after the other."""
+    """The bytes of a rank's file, in one piece of memory that serves for one copy after the other."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._lies: dict[Part, tuple[int, int]] = {}  # in the memory: begin, length in bytes
+        self.size = 0
+        """Of the last copy, in bytes; whole pages."""
+        self.checksum = new_checksum()
+        """Of the first `summed` bytes of the last copy."""
+        self.summed = 0
 
     @torch.no_grad()
-    def copy(self, state: State) -> None:
-        """Copy what this rank holds of the state."""
-        tensors = _parts(state)
-        end = 0
-        self._lies = {}
-        for part, tensor in tensors.items():
-            self._lies[part] = (end, tensor.nbytes)
-            end += -(-tensor.nbytes // _ALIGN) * _ALIGN
-        if end > self.nbytes:
+    def copy(self, state: State, lies: Mapping[Part, tuple[int, int]]) -> None:
+        """Copy these parts of the state.
+
+        Training waits for it, on all ranks, most of which may have little to copy: two threads share the work. One
+        comes from the front and adds each block to the checksum while it is in the cache of its core; the other comes
+        from the back. Blocks of a GPU are not summed here: there it would only make training wait.
+
+        Args:
+            lies: part -> where it begins in the file and its length, in bytes; in the order of the file.
+        """
+        end = max((begin + length for begin, length in lies.values()), default=0)
+        self.size = -(-end // PAGE) * PAGE
+        if self.size > self.nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
-            self._memory = _pages(end)
-        for part, tensor in tensors.items():
-            begin, length = self._lies[part]
-            self._memory[begin : begin + length].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            self._memory = _pages(self.size)
+        self.checksum, self.summed = new_checksum(), 0
+        blocks = deque(_blocks(state, lies))
+        if all(block.device.type == "cpu" for _, block in blocks):
+            with ThreadPoolExecutor(1) as pool:
+                back = pool.submit(self._copy_back, blocks)
+                self._copy_front(blocks)
+                back.result()
+        else:
+            self._copy_back(blocks)
+
+    def _copy_front(self, blocks: deque[tuple[int, torch.Tensor]]) -> None:
+        memory = self._memory.numpy().data
+        while blocks:
+            try:
+                begin, block = blocks.popleft()
+            except IndexError:  # the other has taken the last
+                return
+            end = begin + len(block)
+            self._memory[begin:end].copy_(block)
+            if end - self.summed >= _BLOCK:
+                self.checksum.update(memory[self.summed : end])
+                self.summed = end
+
+    @torch.no_grad()  # which is of a thread
+    def _copy_back(self, blocks: deque[tuple[int, torch.Tensor]]) -> None:
+        while blocks:
+            try:
+                begin, block = blocks.pop()
+            except IndexError:
+                return
+            self._memory[begin : begin + len(block)].copy_(block)
 
     @property
     def nbytes(self) -> int:
-        """Of the memory, which is as large as the largest state that was copied."""
+        """Of the memory, which is as large as the largest copy so far."""
         return self._memory.nbytes
 
-    def file(self, parts: Iterable[Part]) -> tuple[list[memoryview], dict[Part, tuple[int, int]]]:
-        """Whole pages of the memory which, one after the other, make a file that holds these parts; and where in the
-        file each part lies (begin, length in bytes)."""
-        runs: list[tuple[int, int]] = []
-        size, found = 0, {}
-        for part in sorted(parts, key=self._lies.__getitem__):
-            begin, length = self._lies[part]
-            first, last = begin // PAGE * PAGE, -(-(begin + length) // PAGE) * PAGE
-            if runs and first <= runs[-1][1] + _GAP:
-                size += max(0, last - runs[-1][1])
-                runs[-1] = (runs[-1][0], max(last, runs[-1][1]))
-            else:
-                size += last - first
-                runs.append((first, last))
-            found[part] = (size - runs[-1][1] + begin, length)
-        memory = self._memory.numpy().data
-        return [memory[first:last] for first, last in runs if last > first], found
+    @property
+    def content(self) -> memoryview:
+        """The bytes of the last copy."""
+        return self._memory.numpy().data[: self.size]
 
 
-def _parts(state: State) -> dict[Part, torch.Tensor]:
-    """Shards first: each rank writes all of its own, and of what is replicated only some."""
-    shards: dict[Part, torch.Tensor] = {}
-    whole: dict[Part, torch.Tensor] = {}
+def _blocks(state: State, lies: Mapping[Part, tuple[int, int]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Where in the file, and bytes that lie there: all of these parts, in its order, in blocks where they are on the
+    host."""
+    held = _held(state)
+    for part, (begin, length) in lies.items():
+        source = held[part].contiguous().reshape(-1).view(torch.uint8)
+        step = _BLOCK if source.device.type == "cpu" else max(1, length)
+        for at in range(0, length, step):
+            yield begin + at, source[at : at + step]
+
+
+def _held(state: State) -> dict[Part, torch.Tensor]:
+    """What this rank holds of a state."""
+    found: dict[Part, torch.Tensor] = {}
     for name, value in state.items():
         if isinstance(value, ShardedTensor):
-            shards |= {(name, tuple(s.metadata.shard_offsets)): s.tensor.detach() for s in value.local_shards()}
+            found |= {(name, tuple(s.metadata.shard_offsets)): s.tensor.detach() for s in value.local_shards()}
         else:
-            whole[name, (0,) * value.dim()] = value.detach()
-    return shards | whole
+            found[name, (0,) * value.dim()] = value.detach()
+    return found
 
 
 def _pages(size: int) -> torch.Tensor:
-    """Bytes at a multiple of PAGE, `size` of them and what is left of the last page; zeros, so that nothing else that
-    was in memory comes into a file."""
-    whole = -(-size // PAGE) * PAGE
-    memory = torch.from_numpy(np.zeros(whole + PAGE, dtype=np.uint8))
-    return memory[-memory.data_ptr() % PAGE :][:whole]
+    """`size` bytes, whole pages, at a multiple of PAGE; zeros, so that nothing else that was in memory comes into a
+    file."""
+    memory = torch.from_numpy(np.zeros(size + PAGE, dtype=np.uint8))
+    return memory[-memory.data_ptr() % PAGE :][:size]

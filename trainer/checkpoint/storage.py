@@ -1,9 +1,9 @@
 """torch.distributed.checkpoint (DCP) on plain files: the bytes of the tensors, and where they lie as JSON.
 
-DCP cuts a state into one part a rank and puts it together again on any number of ranks. Its own files are pickles,
-which cost a copy and a slow checksum to write, and loading `.metadata` would execute it. Here `tensors-0.bin` of rank 0
-has the bytes of the tensors as they lie in memory (little-endian), and `tensors.json` says which, where, and of which
-shape. States are flat: name -> tensor or ShardedTensor.
+DCP plans which rank writes what of a state, and puts it together again on any number of ranks. Its own files are
+pickles, which cost a copy and a slow checksum to write, and loading `.metadata` would execute it. Here `tensors-0.bin`
+of rank 0 has the bytes of the tensors as they lie in memory (little-endian), and `tensors.json` says which, where, and
+of which shape. States are flat: name -> tensor or ShardedTensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from recpress.trainer.checkpoint import file_bytes
-from recpress.trainer.checkpoint.staged import Staged, State
+from recpress.trainer.checkpoint.staged import Part, Staged, State
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -31,20 +31,48 @@ from torch.futures import Future
 
 TENSORS = "tensors.json"
 _BLOCK = 4 << 20  # bytes that are read at a time
+_ALIGN = 64  # of a part in a file, in bytes: of any dtype, and of a cache line
 
 
-def save(state: State, staged: Staged, folder: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
-    """Write the copy `staged` of `state` into `folder`, which all ranks see; only names and shapes are read of `state`.
+@dataclass(frozen=True)
+class Layout:
+    """Which bytes of a state a rank writes; the same for all states of these names and shapes."""
 
-    Collective over `group`. Returns what a manifest says of the files that this rank wrote, `tensors.json` excepted.
+    file: str
+    """Of this rank."""
+    lies: dict[Part, tuple[int, int]]
+    """Where each part that this rank writes begins in its file, and its length, in bytes; in the order of the file."""
+    content: dict[str, Any] | None
+    """Of `tensors.json`, on rank 0."""
+
+
+def layout(state: State, group: dist.ProcessGroup | None) -> Layout:
+    """Lay out the files of a state, by DCP's plan of who writes what. Collective over `group`.
+
+    That takes some 20 ms of Python for a two-tower and depends on names and shapes alone, so that a run does it once.
+    """
+    planned = _Planned(f"tensors-{dist.get_rank(group)}.bin")
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.save(dict(state), storage_writer=planned, planner=planner, process_group=group, no_dist=False)
+    return Layout(planned.file, planned.lies, planned.content)
+
+
+def write(layout: Layout, staged: Staged, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write what this rank has staged by the layout and, on rank 0, `tensors.json`.
+
+    Returns what a manifest says of the files.
 
     Raises:
-        CheckpointException: a rank could not write. On every rank.
+        OSError: with the name of the file.
     """
-    writer = _Writer(folder, staged, dist.get_rank(group))
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.save(dict(state), storage_writer=writer, planner=planner, process_group=group, no_dist=False)
-    return writer.written
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    if staged.size:
+        written[layout.file] = file_bytes.write(folder / layout.file, staged.content, staged.checksum, staged.summed)
+    if layout.content is not None:
+        (folder / TENSORS).write_text(json.dumps(layout.content), encoding="utf-8")
+        written[TENSORS] = file_bytes.describe(folder / TENSORS)
+    return written
 
 
 def load(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -78,40 +106,44 @@ class _Lies:
     dtype: torch.dtype = torch.uint8
 
 
-class _Writer(dcp.StorageWriter):
-    def __init__(self, folder: Path, staged: Staged, rank: int) -> None:
-        self.folder, self.staged, self.file = folder, staged, f"tensors-{rank}.bin"
-        self.written: dict[str, dict[str, Any]] = {}
+class _Planned(dcp.StorageWriter):
+    """Writes nothing; keeps DCP's plan."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.lies: dict[Part, tuple[int, int]] = {}
+        self.content: dict[str, Any] | None = None  # of the coordinator
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass  # one writer, one checkpoint
+        pass  # one writer, one plan
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
-        self.folder.mkdir(parents=True, exist_ok=True)
         return plan
 
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
         return plans
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        parts = {item.index: (item.index.fqn, tuple(item.index.offset or ())) for item in plan.items}
-        pieces, found = self.staged.file(parts.values())
-        if pieces:
-            self.written[self.file] = file_bytes.write(self.folder / self.file, pieces)
-        lies = {index: _Lies(self.file, *found[part]) for index, part in parts.items()}
+        end, results = 0, []
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
+            self.lies[item.index.fqn, tuple(item.index.offset or ())] = (end, tensor.nbytes)
+            results.append(WriteResult(item.index, tensor.nbytes, _Lies(self.file, end, tensor.nbytes)))
+            end += -(-tensor.nbytes // _ALIGN) * _ALIGN
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(index, where.length, where) for index, where in lies.items()])
+        done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write what there is and where it lies; called on the coordinator, after all ranks have written."""
+        """Say what there is and where it lies; called on the coordinator, with the plans of all ranks."""
         lies = {
             result.index: result.storage_data for of_rank in results for result in of_rank if result.size_in_bytes
         }  # an empty part may begin where another does
-        content: dict[str, Any] = {}
+        self.content = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
             chunks = []
@@ -129,8 +161,7 @@ class _Writer(dcp.StorageWriter):
                     }
                 )
             dtype = str(entry.properties.dtype).removeprefix("torch.")
-            content[name] = {"dtype": dtype, "size": list(entry.size), "chunks": chunks}
-        (self.folder / TENSORS).write_text(json.dumps(content), encoding="utf-8")
+            self.content[name] = {"dtype": dtype, "size": list(entry.size), "chunks": chunks}
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

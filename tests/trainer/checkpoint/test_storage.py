@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recpress.trainer.checkpoint import storage
@@ -53,6 +54,12 @@ shapes = st.one_of(
 )
 
 
+def save(state, staged, folder, group):
+    layout = storage.layout(state, group)
+    staged.copy(state, layout.lies)
+    return storage.write(layout, staged, folder)
+
+
 def roundtrips(folder):
     counter = iter(range(10**6))
 
@@ -61,10 +68,8 @@ def roundtrips(folder):
     def check(wanted):
         number = next(counter)
         state = {f"t{k}": filled(tuple(shape), dtype, k) for k, (shape, dtype) in enumerate(wanted)}
-        staged.copy(state)
         place = Path(folder) / str(number)
-        written = storage.save(state, staged, place, None)
-        assert written == {path.name: describe(path) for path in place.glob("*.bin")}
+        assert save(state, staged, place, None) == {path.name: describe(path) for path in place.iterdir()}
         empty = {name: torch.zeros_like(value) for name, value in state.items()}
         storage.load(empty, place, None)
         for name, value in state.items():
@@ -105,11 +110,11 @@ def state_of(values, group):
 
 
 def save_on(group, folder):
-    staged, state = Staged(), state_of(WHOLE, group)
-    staged.copy(state)
-    written = storage.save(state, staged, folder, group)
-    assert written == {f"tensors-{dist.get_rank(group)}.bin": describe(folder / f"tensors-{dist.get_rank(group)}.bin")}
-    assert all(what["size"] % PAGE == 0 for what in written.values())
+    rank = dist.get_rank(group)
+    mine = [f"tensors-{rank}.bin", storage.TENSORS][: 2 - min(rank, 1)]
+    written = save(state_of(WHOLE, group), Staged(), folder, group)
+    assert written == {name: describe(folder / name) for name in mine}
+    assert written[f"tensors-{rank}.bin"]["size"] % PAGE == 0
 
 
 def load_on(group, folder):
@@ -151,9 +156,8 @@ def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path):
 
 
 def cut_short(folder):
-    state, staged = {"a": torch.ones(5000)}, Staged()
-    staged.copy(state)
-    storage.save(state, staged, Path(folder), None)
+    state = {"a": torch.ones(5000)}
+    save(state, Staged(), Path(folder), None)
     with open(Path(folder) / "tensors-0.bin", "r+b") as file:
         file.truncate(10_000)
     with pytest.raises(CheckpointException, match=r"tensors-0.bin: ends too early"):
@@ -166,23 +170,32 @@ def test_a_file_that_ends_too_early_is_named(tmp_path):
 
 def test_memory_serves_for_a_smaller_state_and_goes_before_a_larger_comes():
     staged = Staged()
-    staged.copy({"a": torch.ones(5000), "b": torch.ones(())})
+    staged.copy({"a": torch.ones(5000), "b": torch.ones(())}, {("a", (0,)): (0, 20_000), ("b", ()): (20_032, 4)})
     first, nbytes = staged._memory.data_ptr(), staged.nbytes
     assert first % PAGE == 0
-    assert nbytes == 5 * PAGE  # 20,000 bytes, 4 of them
-    staged.copy({"a": torch.zeros(100)})
+    assert staged.size == nbytes == 5 * PAGE
+    staged.copy({"a": torch.zeros(100)}, {("a", (0,)): (0, 400)})
+    assert staged.size == PAGE
     assert (staged._memory.data_ptr(), staged.nbytes) == (first, nbytes)
-    staged.copy({"a": torch.zeros(50_000)})
+    staged.copy({"a": torch.zeros(50_000)}, {("a", (0,)): (0, 200_000)})
     assert staged.nbytes == 49 * PAGE
 
 
-def test_parts_with_much_between_them_are_two_writes():
-    staged, far = Staged(), torch.arange(100_000, dtype=torch.int32)
-    state = {"a": torch.full((10,), 7.0), "between": far, "b": torch.full((1030,), 9.0)}
-    staged.copy(state)
-    pieces, found = staged.file([("b", (0,)), ("a", (0,))])
-    assert [len(piece) for piece in pieces] in ([PAGE, 2 * PAGE], [PAGE, PAGE * 3])
-    content = b"".join(pieces)
-    for name in "ab":
-        begin, length = found[name, (0,)]
-        assert content[begin : begin + length] == state[name].numpy().tobytes()
+@pytest.mark.parametrize("block", [64, 1000, 20_000, 1 << 20])
+def test_the_checksum_made_while_copying_is_that_of_what_was_copied(monkeypatch, block):
+    """Parts of all sizes beside a block's, gaps between them, and memory that another state has left full."""
+    monkeypatch.setattr("recpress.trainer.checkpoint.staged._BLOCK", block)
+    state = {
+        f"t{k}": filled((size,), torch.uint8, k) for k, size in enumerate([1, block - 1, block, 0, block + 1, 5000])
+    }
+    lies, end = {}, 0
+    for name, value in state.items():
+        lies[name, (0,)] = (end, len(value))
+        end += -(-len(value) // 64) * 64
+    staged = Staged()
+    staged.copy({"a": filled((end + 5 * PAGE,), torch.uint8, 9)}, {("a", (0,)): (0, end + 5 * PAGE)})
+    staged.copy(state, lies)
+    assert staged.checksum.digest() == xxhash.xxh3_128(staged.content[: staged.summed]).digest()
+    for name, value in state.items():
+        begin, length = lies[name, (0,)]
+        assert bytes(staged.content[begin : begin + length]) == value.numpy().tobytes()
