@@ -17,8 +17,8 @@ KEPT = 16 << 20
 """Permutations, addresses, and what libraries keep from their first use on."""
 _THREAD = 12 << 20
 """What the allocators keep for a thread that decodes and the one that writes for it."""
-_ROUNDED = 1.1
-"""What allocators take, over what they are asked for."""
+_ROUNDED = 1.35
+"""What allocators take for the columns of row groups, over what they are asked for: most where these are many."""
 _SCATTERED = 2
 """The same for parts of lists, which come and go in all sizes."""
 _PIPELINE = 3
