@@ -1,6 +1,6 @@
 """What does a checkpoint cost, and how fast is it saved and loaded beside `dd` on the same disk?
 
-Takes 15 s small, 3 minutes full (reckoned from 4 with 6 rounds), alone on two cores.
+Takes 20 s small, 3 minutes full, alone on two cores.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out checkpoint.json
 

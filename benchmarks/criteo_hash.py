@@ -1,6 +1,6 @@
 """How good is a DLRM with fewer table rows, by learned maps and by the hashing trick? A made log, Criteo's columns.
 
-Takes 10 s small, 12 minutes full (reckoned, not timed), alone on two cores.
+Takes 15 s small, 12 minutes full (reckoned, not timed), alone on two cores.
 
     python benchmarks/criteo_hash.py --rows 1000000 --ids 400000 --seeds 0 1 2 --out criteo_hash.json
 

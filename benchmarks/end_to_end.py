@@ -1,6 +1,6 @@
 """How long to the same quality, and in how much memory, with and without each of the two savings?
 
-Takes 15 s small, 5 minutes full, alone on two cores.
+Takes 20 s small, 6 minutes full, alone on two cores.
 
     python benchmarks/end_to_end.py                         # on a made log
     python benchmarks/end_to_end.py --data LOG              # with held-out rows

@@ -1,6 +1,6 @@
 """How long does `als` take, and in how much memory, beside the library `implicit`? Same log, sweeps and objective.
 
-Takes 10 s small, 7 minutes full, alone on two cores.
+Takes 15 s small, 7 minutes full, alone on two cores.
 
     python benchmarks/factorization.py                                        # made logs of growing size
     python benchmarks/factorization.py --made 256000000 --sweeps 2            # as far as the machine goes

@@ -1,6 +1,6 @@
 """How long does the clustering behind `learned` and `cluster` take, and in how much memory, beside faiss's k-means?
 
-Takes 10 s small, 7 minutes full, alone on two cores.
+Takes 20 s small, 7 minutes full, alone on two cores.
 
     python benchmarks/map_build.py                                                  # both, growing numbers of ids
     python benchmarks/map_build.py --ids 100000000 --iterations 5                   # as far as the machine goes

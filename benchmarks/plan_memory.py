@@ -1,6 +1,6 @@
 """How near is the memory that `recpress plan` says to that of real runs on CPU ranks?
 
-Takes 15 s small, 6 minutes full (reckoned, not timed), alone on two cores.
+Takes 20 s small, 6 minutes full (reckoned, not timed), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_memory.py --out plan_memory.json
 

@@ -1,6 +1,6 @@
 """Is the stream as fast as the decoder, and how many times as fast as other readers?
 
-Takes 15 s small, 8 minutes full (reckoned, not timed), alone on two cores.
+Takes 20 s small, 8 minutes full (reckoned, not timed), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/reader.py --out runs/reader.json
 

@@ -1,6 +1,6 @@
 """How many ids a second does a map replace by rows, beside modulo and TorchRec's collision module?
 
-Takes 5 s small, 2 minutes full (reckoned, not timed), alone on two cores.
+Takes 10 s small, 2 minutes full (reckoned, not timed), alone on two cores.
 
     python benchmarks/remap.py --out remap.json
 

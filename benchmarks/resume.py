@@ -1,6 +1,6 @@
 """How long does it take to go on in the middle of a long log? Seconds until the first batch.
 
-Takes 5 s small, half a minute full (reckoned, not timed), alone on two cores.
+Takes 10 s small, half a minute full (reckoned, not timed), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/resume.py --rows 100000000 --out runs/resume.json
 

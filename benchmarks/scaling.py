@@ -1,6 +1,6 @@
 """How do rows/s grow from one rank to two, and what does a second node cost a step?
 
-Takes 20 s small, 3 minutes full, alone on two cores.
+Takes 25 s small, 3 minutes full, alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out scaling.json        # as root for the two nodes
 

@@ -1,6 +1,6 @@
 """How well does the stream shuffle, and does the rest matter to training?
 
-Takes 5 s small, 1 minute full (reckoned, not timed), alone on two cores.
+Takes 10 s small, 1 minute full (reckoned, not timed), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/shuffle.py --out runs/shuffle.json
 

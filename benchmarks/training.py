@@ -1,6 +1,6 @@
 """How fast is a training step, and in how much memory? Our loop, a bare TorchRec loop, and nn.EmbeddingBag under DDP.
 
-Takes 35 s small, 6 minutes full (reckoned from 6.6 with a third more rows), alone on two cores.
+Takes 45 s small, 7 minutes full, alone on two cores.
 
     python benchmarks/training.py --out training.json          # or under torchrun, on its processes
 
