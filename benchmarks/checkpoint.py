@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.loops import made_batch
 from recpress.data.batch import Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
@@ -75,7 +75,12 @@ def main() -> None:
         if ranks.rank == 0:
             question = f"What a checkpoint every {args.steps} steps costs, and GB/s beside dd"
             publish(question, [row], out=args.out, settings=settings_of(vars(args), ("out", "folder")),
-                    device=ranks.device)  # fmt: skip
+                    device=ranks.device, plots=[
+                        bars(["beside %", "of CPU time %"], ["tables", "sharding"],
+                             title="Of the stretch that it is in, by the clock, and of its processor time"),
+                        bars(["save GB/s", "dd write GB/s", "verify and load GB/s", "dd read GB/s"],
+                             ["tables", "sharding"], title="To and from the disk, beside dd"),
+                    ])  # fmt: skip
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

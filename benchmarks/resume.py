@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from recpress.benchmarks import made_logs, readers
-from recpress.benchmarks.common import MISSING, publish, settings_of
+from recpress.benchmarks.common import MISSING, bars, publish, settings_of
 from recpress.benchmarks.made_logs import Made
 from recpress.benchmarks.measure import Cost, alone, cost
 from recpress.benchmarks.reader import imported
@@ -124,6 +124,7 @@ def main() -> None:
         table,
         out=args.out,
         settings=settings_of(vars(args)) | {"drawn steps": steps},
+        plots=[bars(["seconds, median", "CPU s, median"], ["reader"], title="Until the first batch")],
     )
 
 

@@ -43,7 +43,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.loops import OURS, Case, Subject, made_batch
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.model import sharding
@@ -190,7 +190,9 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> N
     if ratios:
         rows[1]["DDP's bucket setting"] = f"{100 * (statistics.median(ratios) - 1):+.1f} %"
     publish("1 rank, 2 ranks, 2 nodes: rows/s, and a step of the slower rank", rows, out=args.out,
-            settings=settings_of(vars(args), ("out", "worker")))  # fmt: skip
+            settings=settings_of(vars(args), ("out", "worker")),
+            plots=[bars(["rows/s", "step ms", "compute ms", "waiting ms"], ["case"],
+                        title="The same global batch; a step of the slower rank")])  # fmt: skip
 
 
 def row(case: str, runs: dict[str, list[dict[str, Any]]], batch: int) -> dict[str, Any]:

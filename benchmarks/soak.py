@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from recpress.benchmarks import made_logs, readers
-from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.measure import alone, memory
 from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.keyed import KeyedBatch, KeyedBatches
@@ -115,6 +115,9 @@ def main() -> None:
         table,
         out=args.out,
         settings=settings_of(vars(args)),
+        plots=[
+            bars(["most MB", "bound MB"], ["log", "buffer rows", "threads", "sample"], title="The peak and its bound")
+        ],
     )
 
 
