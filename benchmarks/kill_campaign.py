@@ -1,6 +1,6 @@
 """Does a run that was killed at random steps end at the bits of one that was left alone?
 
-Takes 20 s small, 6 minutes full (reckoned, not timed), alone on two cores.
+Takes 20 s small, 11 minutes full, beside a demo and tests.
 
     python benchmarks/kill_campaign.py --runs 50 --ranks 2 --out kill-campaign.json
 
