@@ -39,6 +39,8 @@ CASES: list[dict[str, object]] = [
     {"shape": "narrow", "threads": 2, "buffer_rows": 1 << 19},
     {"shape": "narrow", "threads": 2, "buffer_rows": 1 << 18, "rate": 0.1},
     {"shape": "wide", "threads": 1, "buffer_rows": 1 << 17, "rows": 1_000_000},
+    {"shape": "wide", "threads": 1, "buffer_rows": 1 << 17, "rows": 2_000_000},
+    {"shape": "wide", "threads": 1, "buffer_rows": 1 << 17, "rows": 4_000_000},
     {"shape": "lists", "threads": 1, "rows": 4_000_000},
 ]
 SHAPES = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs.with_lists}
@@ -92,15 +94,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between looks at the memory")
+    parser.add_argument("--rows-per-second", type=float, help="no faster than this")
+    parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--shape", choices=SHAPES, default="narrow")
     parser.add_argument("--rows", type=int, default=8_000_000, help="of the log, and of an epoch")
     parser.add_argument("--rate", type=float, default=1.0, help="of the sample")
-    parser.add_argument("--rows-per-second", type=float, help="no faster than this")
-    parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--buffer-rows", type=int, default=StreamConfig().buffer_rows)
     parser.add_argument(
-        "--cases", action="store_true", help="the configurations of docs/stream.md, one after the other"
+        "--cases",
+        action="store_true",
+        help="the configurations of docs/stream.md, one after the other, whatever the five above say",
     )
     parser.add_argument("--out")
     args = parser.parse_args()

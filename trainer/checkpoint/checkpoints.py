@@ -1,10 +1,10 @@
 """Checkpoints of a run: whole or absent, verified before use, the newest whole one found again.
 
-A checkpoint is an artifact, a folder `step-00000100`: the tensors as DCP cuts them (`checkpoint_storage`), `run.json`
+A checkpoint is an artifact, a folder `step-00000100`: the tensors as DCP cuts them (`storage`), `run.json`
 with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and
 checksum of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
 referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept. They lie on
-a disk (`checkpoint_places`) or on an object store (`checkpoint_remote`).
+a disk (`places`) or on an object store (`remote`).
 
 Writing takes place beside training: the state is copied in memory between two steps, and a thread writes the copy, over
 a process group of its own.
@@ -100,7 +100,7 @@ class Checkpoints:
         self.last: str | None = None
         """The newest `step-*` that this run wrote or started from."""
         self._staged = Staged()
-        self._layouts: dict[frozenset[tuple[str, tuple[int, ...]]], storage.Layout] = {}
+        self._layouts: dict[frozenset[str], storage.Layout] = {}
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
         self._due = time.monotonic()
@@ -193,10 +193,10 @@ class Checkpoints:
             self._problem = None
 
     def _layout(self, state: State) -> storage.Layout:
-        """Made once for each kind of state: the weights, or everything."""
-        kind = frozenset((name, tuple(value.shape)) for name, value in state.items())
+        """Made once for each kind of state: the weights, or everything, whose shapes stay what they are."""
+        kind = frozenset(state)
         if kind not in self._layouts:
-            self._layouts[kind] = storage.layout(state, self.group)
+            self._layouts[kind] = storage.lay_out(state, self.group)
         return self._layouts[kind]
 
     def _write(self, layout: storage.Layout, run: dict[str, Any], name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,8 @@ State = dict[str, Any]
 """Name -> tensor (replicated, or of one rank alone) or ShardedTensor."""
 Part = tuple[str, tuple[int, ...]]
 """Name of a tensor, and where in it a part begins."""
+Block = tuple[int, torch.Tensor]
+"""Where in the file, and the bytes that lie there."""
 _BLOCK = 2 << 20  # bytes that are still in the cache of a core when they are added to the checksum
 
 
@@ -30,7 +32,6 @@ class Staged:
         """Of the first `summed` bytes of the last copy."""
         self.summed = 0
 
-    @torch.no_grad()
     def copy(self, state: State, lies: Mapping[Part, tuple[int, int]]) -> None:
         """Copy these parts of the state.
 
@@ -56,26 +57,17 @@ class Staged:
         else:
             self._copy_back(blocks)
 
-    def _copy_front(self, blocks: deque[tuple[int, torch.Tensor]]) -> None:
+    def _copy_front(self, blocks: deque[Block]) -> None:
         memory = self._memory.numpy().data
-        while blocks:
-            try:
-                begin, block = blocks.popleft()
-            except IndexError:  # the other has taken the last
-                return
+        for begin, block in _taken(blocks.popleft):
             end = begin + len(block)
             self._memory[begin:end].copy_(block)
             if end - self.summed >= _BLOCK:
                 self.checksum.update(memory[self.summed : end])
                 self.summed = end
 
-    @torch.no_grad()  # which is of a thread
-    def _copy_back(self, blocks: deque[tuple[int, torch.Tensor]]) -> None:
-        while blocks:
-            try:
-                begin, block = blocks.pop()
-            except IndexError:
-                return
+    def _copy_back(self, blocks: deque[Block]) -> None:
+        for begin, block in _taken(blocks.pop):
             self._memory[begin : begin + len(block)].copy_(block)
 
     @property
@@ -89,15 +81,25 @@ class Staged:
         return self._memory.numpy().data[: self.size]
 
 
-def _blocks(state: State, lies: Mapping[Part, tuple[int, int]]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Where in the file, and bytes that lie there: all of these parts, in its order, in blocks where they are on the
-    host."""
+def _blocks(state: State, lies: Mapping[Part, tuple[int, int]]) -> Iterator[Block]:
+    """All of these parts, in the order of the file; in small blocks where they are on the host."""
     held = _held(state)
     for part, (begin, length) in lies.items():
         source = held[part].contiguous().reshape(-1).view(torch.uint8)
+        assert len(source) == length, f"{part}: {len(source)} bytes where the layout has {length}"
         step = _BLOCK if source.device.type == "cpu" else max(1, length)
         for at in range(0, length, step):
             yield begin + at, source[at : at + step]
+
+
+def _taken(take: Callable[[], Block]) -> Iterator[Block]:
+    """What is left, until both threads have taken all."""
+    while True:
+        try:
+            block = take()
+        except IndexError:
+            return
+        yield block
 
 
 def _held(state: State) -> dict[Part, torch.Tensor]:

@@ -46,7 +46,7 @@ class Layout:
     """Of `tensors.json`, on rank 0."""
 
 
-def layout(state: State, group: dist.ProcessGroup | None) -> Layout:
+def lay_out(state: State, group: dist.ProcessGroup | None) -> Layout:
     """Lay out the files of a state, by DCP's plan of who writes what. Collective over `group`.
 
     That takes some 20 ms of Python for a two-tower and depends on names and shapes alone, so that a run does it once.
