@@ -54,6 +54,7 @@ class Encoder:
         self.sides: dict[Side, Vocabulary] = {}
         self._features: dict[str, Vocabulary] = {}
         self._classes: dict[str, tuple[str, str]] = {}  # of ids: what they are, and where that was seen first
+        self._strict = source.integer_ids
         self._unit = unit
         self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
         self._old: Log | None = None
@@ -166,7 +167,7 @@ class Encoder:
         loose = name in self._source.untyped or found == "number"
         values = raw_values.ids(array, where, piece.first_row)
         if side not in self.sides:
-            fixed = self._config.id_type if self._config.id_type != "auto" else None
+            fixed = self._config.id_type if self._config.id_type != "auto" else "int" if self._strict else None
             integers = values if pa.types.is_int64(values.type) else raw_values.integer_text(values) if loose else None
             kind = fixed or ("string" if integers is None else "int")
             if kind == "string" and name in self._source.untyped and not fixed:
@@ -177,7 +178,7 @@ class Encoder:
             integers = raw_values.integer_text(values)
             if integers is not None:
                 return integers
-            if self._config.id_type == "auto" and side not in self._extended:
+            if self._config.id_type == "auto" and not self._strict and side not in self._extended:
                 raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=True)
                 vocabulary.become_strings()
             elif self._config.id_type != "int":
@@ -242,6 +243,7 @@ class Encoder:
             if read is not None:
                 raw = read()
                 ids = self.sides[side].find(plain(raw.column("raw")))
+                _refuse_twice(raw.column("raw"), f"side table of {side}s")
                 table = self._side_columns(raw.drop_columns("raw"))
                 known = np.flatnonzero(ids >= 0)
                 place[ids[known]] = known + (old.num_rows if old is not None else 0)
@@ -293,6 +295,13 @@ _TIMES = {"number": "numbers", "local": "dates without a time zone", "UTC": "tim
 
 def _feature_file(name: str) -> str:
     return f"vocabulary/feature-{name.replace('%', '%25').replace('/', '%2F')}.parquet"
+
+
+def _refuse_twice(raw: pa.ChunkedArray, where: str) -> None:
+    counts = pc.value_counts(raw)
+    if len(counts) < len(raw):
+        row = pc.index(pc.greater(counts.field("counts"), 1), True).as_py()
+        raise InputError(f"{where}: the id {counts.field('values')[row].as_py()!r} occurs twice; expected each once")
 
 
 def _parts(split: pa.Array, piece: Piece) -> np.ndarray:

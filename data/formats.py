@@ -98,6 +98,7 @@ def movielens(config: IngestConfig, place: RawInput) -> Source:
         users=users if "users.dat" in by_name else None,
         items=items if "movies.dat" in by_name or "movies.csv" in by_name else None,
         untyped=_UNTYPED,
+        integer_ids=True,
     )
 
 
@@ -159,7 +160,15 @@ def ncf(config: IngestConfig, place: RawInput) -> Source:
                 "file cut short?)"
             )
 
-    return Source("ncf", (train, test), _PAIR, pieces, negatives if negative else None, untyped=_UNTYPED)
+    return Source(
+        "ncf",
+        (train, test),
+        _PAIR,
+        pieces,
+        negatives if negative else None,
+        untyped=_UNTYPED,
+        integer_ids=True,
+    )
 
 
 def _without_blank_end(lines: pa.Array) -> pa.Array:
@@ -240,7 +249,7 @@ def criteo(config: IngestConfig, files: Sequence[RawFile]) -> Source:
     """
     names = ["label", *INTS, *CATEGORIES]
     for file in files:
-        if criteo_fields(file) == 39:
+        if num_fields(file) == 39:
             raise InputError(
                 f"{file.where}: 39 fields, as in Criteo's test file, which has no labels; expected 40, the label first"
             )
@@ -254,10 +263,13 @@ def criteo(config: IngestConfig, files: Sequence[RawFile]) -> Source:
     return Source("criteo", tuple(files), schema, pieces)
 
 
-def criteo_fields(file: RawFile) -> int:
-    """40 where the first line is one of Criteo's, 39 where it is one without the label, else 0."""
+def num_fields(file: RawFile) -> int:
+    """Fields of the first line between tabs."""
+    return first_lines(file).split("\n", 1)[0].count("\t") + 1
+
+
+def is_criteo(file: RawFile) -> bool:
+    """Whether the first line is one of Criteo's, with a label or without: a header line, or other columns, are not."""
     fields = first_lines(file).split("\n", 1)[0].rstrip("\r").split("\t")
     ints = fields[len(fields) - 39 :][:13]
-    if len(fields) not in (39, 40) or not all(re.fullmatch(r"-?\d*", value) for value in ints):
-        return 0
-    return len(fields)
+    return len(fields) in (39, 40) and all(re.fullmatch(r"-?\d*", value) for value in ints)

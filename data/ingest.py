@@ -149,6 +149,8 @@ def detect(place: RawInput) -> str:
             return "ncf"
         raise InputError(f"{place.name}: no such file or folder")
     files = (place.home(_of_named_format)[1] if place.is_folder else {}) or place.files()
+    if not files and is_glob(place.path):
+        raise InputError(f"{place.name}: no file matches")
     if not is_glob(place.path) or place.is_folder:
         by_name = {plain_name(name): file for name, file in files.items()}
         if set(formats.RATINGS) & by_name.keys():
@@ -156,13 +158,13 @@ def detect(place: RawInput) -> str:
         if any(name.endswith((".train.rating", ".test.rating", ".test.negative")) for name in by_name):
             return "ncf"
         if "train.txt" in by_name:
-            return "criteo" if formats.criteo_fields(by_name["train.txt"]) else "lightgcn"
+            return "criteo" if formats.num_fields(by_name["train.txt"]) in (39, 40) else "lightgcn"
     having = [name for name, ends in SUFFIXES.items() if any(has_suffix(file, ends) for file in files)]
     having = having or [name for name, ends in SUFFIXES.items() if place.is_folder and place.holds(ends)]
     having = [name for name in having if name != "json"] or having  # JSON beside tables is mostly about them
     if len(having) > 1:
         raise InputError(f"{place.name}: files of several formats ({', '.join(having)}); name one by --format")
-    if having == ["tsv"] and all(map(formats.criteo_fields, place.gather(SUFFIXES["tsv"]))):
+    if having == ["tsv"] and all(map(formats.is_criteo, place.gather(SUFFIXES["tsv"]))):
         return "criteo"
     if having:
         return having[0]

@@ -119,8 +119,8 @@ def refuse_mixed_floats(strings: pa.Array, where: str, first: int, *, integers: 
     if floats.any() and (integers or pc.any(pc.match_substring_regex(strings, _INTEGER)).as_py()):
         place = int(np.argmax(floats))
         raise InputError(
-            f"{where}, row {first + place}: id {strings[place].as_py()!r}, but others are written as integers; expected "
-            "one form (--id-type string takes them as different ids)"
+            f"{where}, row {first + place}: id {strings[place].as_py()!r}, but others are written as integers; "
+            "expected one form (--id-type string takes them as different ids)"
         )
 
 

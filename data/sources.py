@@ -52,6 +52,8 @@ class Source:
     items: Callable[[], pa.Table] | None = None
     untyped: frozenset[str] = frozenset()
     """Columns that come as text because their files have no types: ids may be integers."""
+    integer_ids: bool = False
+    """The format has integers for ids, and nothing else."""
 
 
 def named_columns(config: IngestConfig) -> dict[str, str]:
