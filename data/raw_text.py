@@ -84,8 +84,8 @@ def header(file: RawFile, dialect: Dialect) -> list[str]:
     try:
         with open_text(file, dialect.encoding) as stream:
             head = bytes(stream.read(_HEADER)).decode("utf-8-sig", errors="replace")
-        quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
-        lines = csv.reader(io.StringIO(head, newline=""), delimiter=dialect.delimiter, quoting=quoting)
+        quotes: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE}
+        lines = csv.reader(io.StringIO(head, newline=""), delimiter=dialect.delimiter, **quotes)
         found = next((line for line in lines if line), None)
     except (csv.Error, *UNREADABLE) as error:
         raise InputError(f"{file.where}: {first_line(error)}") from error
@@ -320,4 +320,4 @@ def _json_kind(value: Any) -> str:
         return "boolean"
     if isinstance(value, int | float):
         return "number"
-    return {str: "string", list: "list"}.get(type(value), "object")
+    return "string" if isinstance(value, str) else "list" if isinstance(value, list) else "object"

@@ -562,6 +562,12 @@ def test_lightgcn_lines_of_one_file(tmp_path):
     assert raw_rows(log) == [("007", 5), ("7", 5)]
 
 
+def test_parts_without_rows_are_none(tmp_path):
+    log = made(write(tmp_path / "in", train__txt="0 5\n", test__txt="\n"), tmp_path)
+    assert raw_rows(log) == [(0, 5)]
+    assert log.test is None
+
+
 def test_criteo_without_labels(tmp_path):
     line = "\t".join(["1"] * 13 + ["a"] * 26) + "\n"
     refused(write(tmp_path / "in", train__txt=line), tmp_path, "train.txt", "39 fields", "label")
