@@ -385,7 +385,7 @@ def test_json_integers_are_exact(tmp_path):
         ('{"user_id": 1.5, "item_id": 2}', ["row 1", "1.5"]),
         ('{"user_id": 1e400, "item_id": 2}', ["row 1", "inf"]),
         ('{"user_id": true, "item_id": 2}', ["row 1", "boolean"]),
-        ('{"user_id": {"a": 1}, "item_id": 2}', ["row 1", "object"]),
+        ('{"user_id": {"a": 1}, "item_id": 2}', ["row 1", "object", "number", "row 0"]),
         ('{"user_id": null, "item_id": 2}', ["row 1", "no user_id"]),
         ('{"item_id": 2}', ["row 1", "no user_id"]),
         ('{"user_id": 1, "item_id"', ["row 1", "JSON"]),

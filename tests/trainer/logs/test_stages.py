@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing_behind(tmp_path, number, status):
-    (tmp_path / "a.csv").write_text("user_id,item_id\n" + "".join(f"u{k},{k % 999}\n" for k in range(2_000_000)))
+    (tmp_path / "a.csv").write_text("user_id,item_id\n" + "".join(f"u{k},{k % 999}\n" for k in range(800_000)))
     command = [sys.executable, "-m", "recpress.trainer.cli", "ingest", "--input", str(tmp_path / "a.csv")]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
