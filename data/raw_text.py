@@ -328,10 +328,8 @@ def _refuse_mixed(name: str, values: list[Any], file: RawFile, first: int, known
         kind_before, row_before = known = known or (kind, row)
         if kind != kind_before:
             break
-    raise InputError(
-        f"{file.where}, row {row}, column '{name}': a JSON {kind}, but a {kind_before} in row {row_before}; expected one "
-        "type"
-    )
+    before = f"a {kind_before} in row {row_before}"
+    raise InputError(f"{file.where}, row {row}, column '{name}': a JSON {kind}, but {before}; expected one type")
 
 
 def _json_kind(kind: type) -> str:
