@@ -239,7 +239,8 @@ class _Comparison:
                     hash=form.hash,
                     schema=self.config.schema,
                     sample=SampleConfig(rate=rate, seed=seed),
-                    evaluation=self.config.evaluation,
+                    # factors that have seen all rows leave none to choose an epoch on
+                    evaluation=replace(self.config.evaluation, every=None if rate < 1 else 0),
                     seed=seed,
                     tensorboard=False,
                     device=self.config.device,
