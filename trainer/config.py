@@ -196,9 +196,7 @@ class NetworkConfig:
     """
 
     stream: StreamConfig = field(default_factory=lambda: StreamConfig(batch_size=2048))
-    negatives: NegativesConfig = field(
-        default_factory=lambda: NegativesConfig(count=512, shared=True, reject_positives=True)
-    )
+    negatives: NegativesConfig = field(default_factory=lambda: NegativesConfig(count=512, shared=True))
     model: TwoTowerConfig = field(default_factory=lambda: TwoTowerConfig(towers=_TOWERS, loss=_LOSS))
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20)
