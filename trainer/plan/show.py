@@ -53,7 +53,7 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
             f"checkpoint {at['checkpoint']})"
         )
     if job.network.negatives.reject_positives != "no" and not job.rows:
-        print("\nnot counted: 8 bytes an interaction on every rank, where --negatives.reject-positives applies; give --rows")
+        print("\nnot counted: 8 bytes an interaction on every rank where positives are rejected; give --rows")
     print(f"\n{'fits' if need.problem is None else 'DOES NOT FIT: ' + need.problem}")
     if compared:
         print(f"\nThe same run with other tables, GiB; the smallest number of {unit}s in whole nodes")
