@@ -259,7 +259,7 @@ class _Comparison:
             title="Fewer rows of data, fewer bytes of table" + (" on a made log" if made else f" on {name}"),
             points=points,
             metrics=self.metrics,
-            full_bytes=4 * round_up(config.als.factors) * self.ids,
+            full_bytes=4 * round_up(config.als.factors or 0) * self.ids,
             total_rows=log.train.num_rows,
             data={
                 "log": name,

@@ -63,6 +63,12 @@ def _whole_log(**networks: NetworkConfig) -> None:
             )
 
 
+def _fixed_factors(als: ALSConfig) -> None:
+    """Raise InputError where the dimension, and so the bytes of the full tables, is left open."""
+    if als.factors is None:
+        raise InputError("als.factors: expected a number; bytes are compared with those of full tables")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareCadcConfig:
     """The strategies of the CADC paper side by side, over several seeds, with a report page."""
@@ -78,6 +84,7 @@ class CompareCadcConfig:
     rate: float = 0.1
     """Share of the rows that the networks are trained on."""
     als: ALSConfig = field(default_factory=ALSConfig)
+    """The factorization; what is not given is chosen on held-out examples of train."""
     crossfit_sweeps: int = 1
     """Sweeps without the sample that make the factors to train on."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
@@ -127,17 +134,9 @@ class CompareHashConfig:
     """Budget of rows, users and items together, as a share of the ids."""
     rows: int = 0
     """The budget itself; 0: --share."""
-    als: ALSConfig = field(
-        default_factory=lambda: ALSConfig(
-            factors=64,
-            sweeps=9,
-            confidence=1.0,
-            unobserved_weight=0.02,
-            regularization=0.01,
-            frequency_exponent=1.0,
-        )
-    )
-    """The backbone, with a row for each id and with shared rows alike."""
+    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=64))
+    """The backbone, with a row for each id and with shared rows alike; what is not given is chosen on held-out examples
+    of train."""
     hash: HashConfig = field(default_factory=HashConfig)
     """What the methods have in common; what is chosen overrides it."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
@@ -155,6 +154,9 @@ class CompareHashConfig:
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        _fixed_factors(self.als)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +176,8 @@ class CompareBothConfig:
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
     """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
-    als: ALSConfig = field(default_factory=lambda: CompareCadcConfig().als)
-    """The defaults are those of `compare cadc`."""
+    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=128))
+    """The factorization; what is not given is chosen on held-out examples of train."""
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
@@ -189,6 +191,7 @@ class CompareBothConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen)
+        _fixed_factors(self.als)
         for name in ("levels", "rates"):
             bad = [value for value in getattr(self, name) if not 0 < value <= 1]
             if bad:
