@@ -78,6 +78,12 @@ class StreamConfig:
         return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2))
 
 
+DENSE = 0.01
+"""Share of all pairs of a user and an item that a log must have for `NegativesConfig.rejects`."""
+REJECT_ROWS = 1 << 24
+"""Rows of a log of which `NegativesConfig.rejects` holds the pairs in memory: 160 MiB on each rank at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NegativesConfig:
     """Where the negative items of a positive row come from."""
@@ -90,17 +96,30 @@ class NegativesConfig:
     """One set of `count` negatives for all rows of a batch: many more pairs for the same lookups."""
     power: float = 0.75
     """Exponent of `popularity`."""
-    reject_positives: bool = False
-    """Draw again where a negative is one of the user's own positives (keeps the log's pairs in memory)."""
+    reject_positives: Literal["auto", "yes", "no"] = "auto"
+    """Draw again where a negative is one of the user's own positives. `yes` reads users and items of the whole log once
+    more on every rank, and keeps about 10 bytes a row there. `auto`: where that matters and is cheap, see `rejects`."""
     seed: int = 0
     """Seed of the draws; mixed with the epoch and the place of the batch."""
 
     def __post_init__(self) -> None:
-        for name in ("shared", "reject_positives"):
-            if self.kind == "in-batch" and getattr(self, name):
+        for name, given in (("shared", self.shared), ("reject_positives", self.reject_positives == "yes")):
+            if self.kind == "in-batch" and given:
                 raise InputError(
                     f"negatives.{name}: expected kind 'uniform' or 'popularity', which draw; not 'in-batch'"
                 )
+
+    def rejects(self, *, rows: int, users: int, items: int, sample: SampleConfig) -> bool:
+        """Whether positives of a log of `rows` rows are rejected.
+
+        With `auto` they are if a user has DENSE of the items or more, on average, the log has at most REJECT_ROWS rows,
+        and the sample reads all row groups in any case. On sparser logs rejection changes nothing
+        (benchmarks/README.md, "Rejecting positives").
+        """
+        if self.reject_positives != "auto":
+            return self.reject_positives == "yes"
+        reads_all = sample.kind != "block" or sample.rate == 1
+        return self.kind != "in-batch" and reads_all and DENSE * users * items <= rows <= REJECT_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
