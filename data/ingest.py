@@ -153,7 +153,7 @@ def detect(place: RawInput) -> str:
     files = (place.home(_of_named_format)[1] if place.is_folder else {}) or place.files()
     if not files and is_glob(place.path):
         raise InputError(f"{place.name}: no file matches")
-    if not is_glob(place.path) or place.is_folder:
+    if place.is_folder or len(files) == 1:
         by_name = {plain_name(name): file for name, file in files.items()}
         if set(formats.RATINGS) & by_name.keys():
             return "movielens"

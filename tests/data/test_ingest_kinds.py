@@ -465,6 +465,14 @@ def test_folders_of_table_formats(tmp_path, mark):
     refused(source, tmp_path, "table", "Parquet")
 
 
+def test_names_that_look_like_globs(tmp_path):
+    source = write(tmp_path, **{"in[1]___a[0]*__csv": HEAD + "1,2\n", "in[1]___a0x__csv": HEAD + "3,4\n"}) / "in[1]"
+    assert raw_rows(made(source, tmp_path)) == [(3, 4), (1, 2)]
+    log = open_log(ingest(IngestConfig(input=f"{source}/a[0]*.csv"), tmp_path / "one"))
+    assert raw_rows(log) == [(1, 2)]
+    refused(tmp_path / "none*.csv", tmp_path / "in[1]", "none*.csv", "no file")
+
+
 def test_compression(tmp_path):
     text = (HEAD + "1,10\n2,20\n").encode()
     write(tmp_path, a__csv__gz=gzip.compress(text[:20]) + gzip.compress(text[20:]), b__csv__bz2=bz2.compress(text))
