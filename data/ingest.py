@@ -87,6 +87,7 @@ def _write(
                     if table.num_rows:  # a part without rows has no files
                         writer.part(part).write(table)
                 bar.update(piece.table.num_rows)
+        encoder.check_epochs()
         if not writer.part("train").rows:
             raise InputError(f"{config.input}: no rows for train")
         if source.negatives is not None:
