@@ -150,9 +150,11 @@ def original(table):
 def test_what_others_write_is_read_back(tmp_path, monkeypatch, writer, kind):
     monkeypatch.setattr(artifact, "_sync", lambda path: None)  # else most of the time is the disk's
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-    )
+    texts = PLAIN if kind == "tsv" else TEXT
+    if (writer, kind) == ("pandas", "csv"):  # which does not quote a carriage return; ingest refuses such rows
+        texts = TEXT.map(lambda text: text.replace("\r", "r"))
+
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(tables(texts, SHORT if (writer, kind) == ("pandas", "json") else FLOATS))
     def check(table):
         path, out = tmp_path / f"a.{kind}", tmp_path / "out"
