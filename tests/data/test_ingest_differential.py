@@ -24,7 +24,7 @@ from recpress.data.config import IngestConfig
 from recpress.data.ingest import ingest
 from recpress.data.log import open_log
 
-EXAMPLES = int(os.environ.get("RECPRESS_DIFFERENTIAL_EXAMPLES", "12"))  # of each writer and format
+EXAMPLES = int(os.environ.get("RECPRESS_DIFFERENTIAL_EXAMPLES", "8"))  # of each writer and format
 ANY = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\t\r\n\"\\',;| ")
 TEXT = st.text(ANY, min_size=1, max_size=6)
 PLAIN = st.text("abcxyz019-_é. ", min_size=1, max_size=6)
