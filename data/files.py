@@ -62,7 +62,7 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     address, mark, options = text.partition("?")
     if address.startswith("s3://"):
         return _resolve_s3(address, options)
-    fixed, rest = _split_wild(address)
+    fixed, rest = split_wild(address)
     try:
         filesystem, base = pafs.FileSystem.from_uri(fixed.rstrip("/") + mark + options)
     except (ValueError, OSError, NotImplementedError) as error:
@@ -133,6 +133,11 @@ def file_type(filesystem: pafs.FileSystem, path: str) -> pafs.FileType:
     return file_infos(filesystem, [path])[0].type
 
 
+def exists(filesystem: pafs.FileSystem, path: str) -> bool:
+    """Whether a file or folder has this name. Raises InputError where the filesystem does not answer."""
+    return file_type(filesystem, path) != pafs.FileType.NotFound
+
+
 def is_glob(path: str) -> bool:
     return _WILD.search(path) is not None
 
@@ -141,7 +146,7 @@ def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
     """Paths of the files that match, sorted. `*` and `?` stay within a folder."""
     if not is_glob(pattern):
         return [pattern] if file_type(filesystem, pattern) == pafs.FileType.File else []
-    base, rest = _split_wild(pattern)
+    base, rest = split_wild(pattern)
     base = base.rstrip("/") or ("/" if pattern.startswith("/") else ".")
     deep = "/" in rest
     infos = _selected(filesystem, base, deep)
@@ -211,7 +216,7 @@ def _resolve_fsspec(address: str) -> tuple[pafs.FileSystem, str]:
         raise InputError(
             f"{address}: scheme '{scheme}', expected one of {', '.join(_OF_PYARROW)}, or an installed fsspec"
         ) from None
-    fixed, rest = _split_wild(address) if "::" not in address else (address, "")
+    fixed, rest = split_wild(address) if "::" not in address else (address, "")
     try:
         # No listing is kept: files come to a log, and an artifact is looked for after it was written.
         filesystem, base = fsspec.core.url_to_fs(fixed, use_listings_cache=False)
@@ -273,7 +278,7 @@ def _s3(region: str, endpoint: str, scheme: str, timeout: float) -> pafs.FileSys
     )
 
 
-def _split_wild(pattern: str) -> tuple[str, str]:
+def split_wild(pattern: str) -> tuple[str, str]:
     """The folders before the first part that has a wildcard, and the rest."""
     parts = pattern.split("/")
     first = next((place for place, part in enumerate(parts) if is_glob(part)), len(parts))

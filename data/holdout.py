@@ -59,15 +59,15 @@ def leave_one_out(
         raise InputError(f"{log.path}: the last interaction needs a time column; the schema names none")
     if negatives < 0:
         raise InputError(f"negatives is {negatives}; expected at least 0")
-    counts, chosen = _choose(log, by, seed)
-    held = _partake(log, counts, chosen, seed, negatives, max_users)
     asked = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
     own = {"made_by": "leave_one_out", "config": asked}
     meta: dict[str, Any] = {}
     with (
-        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=[log.path]) as tmp,
         LogWriter(tmp, layout or LayoutConfig()) as writer,
     ):
+        counts, chosen = _choose(log, by, seed)
+        held = _partake(log, counts, chosen, seed, negatives, max_users)
         left = _write_rows(log, writer, held)
         users = np.flatnonzero(held >= 0)
         if negatives:

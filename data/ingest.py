@@ -6,7 +6,6 @@ negatives name. Counts are those of train.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +35,9 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
     """
     if config.holdout == "none":
         return _ingest(config, out, overwrite)
-    whole = artifact.begin(out, overwrite=overwrite)  # the log before the split, beside the target
+    whole = artifact.begin(
+        out, overwrite=overwrite, kind=KIND, inputs=_inputs(config)
+    )  # the log before the split, beside the target
     try:
         log = open_log(_ingest(config, whole / "whole", False))
         if log.test is not None:
@@ -52,7 +53,7 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
             more={key: log.manifest[key] for key in KEPT if log.manifest and key in log.manifest},
         )
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        artifact.abort(whole)
 
 
 def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Path:
@@ -60,7 +61,7 @@ def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Pat
     encoder = Encoder(source.schema, config)
     meta: dict[str, Any] = {}
     with (
-        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=_inputs(config)) as tmp,
         LogWriter(tmp, config.layout) as writer,
     ):
         with tqdm(unit=" rows", unit_scale=True, disable=None, desc=f"ingest {source.format}") as bar:
@@ -87,6 +88,10 @@ def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Pat
             inputs=[{"name": path, "fingerprint": artifact.fingerprint(path, filesystem)} for path in source.files],
         )
     return artifact.place(out)
+
+
+def _inputs(config: IngestConfig) -> list[str]:
+    return [config.input, *([config.extend] if config.extend else [])]
 
 
 def open_source(config: IngestConfig) -> Source:

@@ -55,15 +55,15 @@ def write_sample(
     """
     if shuffle_rows < 1:
         raise InputError(f"shuffle_rows is {shuffle_rows}; expected at least 1")
-    selection = Selection(log.train, sample)
-    if selection.num_rows == 0:
-        raise InputError(f"{log.path}: none of its {log.train.num_rows} rows is in {sample}")
     old = log.manifest or {}
     meta: dict[str, Any] = {}
     with (
-        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=[log.path]) as tmp,
         LogWriter(tmp, layout or LayoutConfig()) as writer,
     ):
+        selection = Selection(log.train, sample)
+        if selection.num_rows == 0:
+            raise InputError(f"{log.path}: none of its {log.train.num_rows} rows is in {sample}")
         tables = _sampled(log, selection)
         if shuffle:
             tables = _shuffled(tables, tmp / ".buckets", selection.num_rows, shuffle_rows, sample.seed)

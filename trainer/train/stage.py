@@ -96,7 +96,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model_config = describe_model(
             config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
         )
-        artifact.check_target(config.out, config.overwrite)
+        artifact.check_target(
+            config.out,
+            config.overwrite,
+            MODEL,
+            [given for given in (config.data, config.factors, config.hash) if given],
+        )
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
             print(
                 f"{config.data} is a sample already, of which this trains on {stream.num_rows:,} of "
