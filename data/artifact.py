@@ -293,10 +293,7 @@ def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
         raise InputError(f"{storage.join(path, MANIFEST)}: does not list its files; expected it of this release")
     wanted = [e for e in manifest["contents"] if not patterns or any(fnmatch(e["name"], p) for p in patterns)]
     for entry in wanted:
-        if entry["name"].startswith("/") or ".." in entry["name"].split("/"):
-            raise InputError(
-                f"{storage.join(path, MANIFEST)}: lists {entry['name']!r}, expected names below the folder"
-            )
+        check_inside(entry["name"], path)
     key = hashlib.sha256(f"{path} {json.dumps(manifest, sort_keys=True)}".encode()).hexdigest()[:16]
     folder = storage.cache_folder() / f"artifact-{key}"
     missing = [entry for entry in wanted if not _is_copied(folder, entry)]
@@ -306,6 +303,12 @@ def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
             for job in jobs:
                 job.result()
     return folder
+
+
+def check_inside(name: Any, path: str | Path) -> None:
+    """Raises InputError where a name that the manifest of `path` lists is not that of a file below its folder."""
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
+        raise InputError(f"{storage.join(path, MANIFEST)}: lists {name!r}, expected names below the folder")
 
 
 def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inputs: Sequence[str | Path] = ()) -> None:

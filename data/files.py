@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _WILD = re.compile(r"[*?\[]")
 _LONGEST_WAIT = 8.0
+_ALIASES = {"s3a": "s3", "s3n": "s3"}  # how Hadoop names it
 _OF_PYARROW = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _FSSPEC = "py::fsspec+"  # how pyarrow names what it reaches by fsspec
 _SECRET_OPTION = re.compile(
@@ -52,6 +53,9 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     `gs://`, `hdfs://`, `abfs://`), else of one that fsspec knows, where that is installed (`zip://a.parquet::/b.zip`).
     """
     text = str(path)
+    scheme, mark, rest = text.partition("://")
+    if mark:
+        text = f"{_ALIASES.get(scheme.lower(), scheme.lower())}{mark}{rest}"
     if "://" not in text:
         return pafs.LocalFileSystem(), text.rstrip("/") or "/"
     _refuse_secrets(text)
@@ -142,22 +146,53 @@ def is_glob(path: str) -> bool:
     return _WILD.search(path) is not None
 
 
-def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
-    """Paths of the files that match, sorted. `*` and `?` stay within a folder."""
-    if not is_glob(pattern):
-        return [pattern] if file_type(filesystem, pattern) == pafs.FileType.File else []
+def is_pattern(filesystem: pafs.FileSystem, path: str) -> bool:
+    """Whether a path is a glob: it has wildcards, and nothing has this name."""
+    return is_glob(path) and not exists(filesystem, path)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is a writer's own (`_SUCCESS`, `_temporary`, `.part-0.crc`), which readers pass over."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def split_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
+    """The folder before the first part that is a wildcard and no name of something, and the rest."""
     base, rest = split_wild(pattern)
-    base = base.rstrip("/") or ("/" if pattern.startswith("/") else ".")
+    while "/" in rest:
+        part, _, after = rest.partition("/")
+        literal = f"{base}/{part}" if base or pattern.startswith("/") else part
+        if not exists(filesystem, literal):
+            break
+        more, rest = split_wild(after)
+        base = f"{literal}/{more}".rstrip("/")
+    return base.rstrip("/") or ("/" if pattern.startswith("/") else "."), rest
+
+
+def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
+    """Paths of the files that match, sorted: the one of this name, else those of the glob.
+
+    `*` and `?` stay within a folder, and match no hidden names (`is_hidden`) unless these are written out.
+    """
+    if file_type(filesystem, pattern) == pafs.FileType.File:
+        return [pattern]
+    if not is_pattern(filesystem, pattern):
+        return []
+    base, rest = split_glob(filesystem, pattern)
     deep = "/" in rest
     infos = _selected(filesystem, base, deep)
-    parts = [re.compile(translate(part)) for part in rest.split("/")]
+    parts = [(part, re.compile(translate(part))) for part in rest.split("/")]
+
+    def fits(part: str, compiled: re.Pattern[str], name: str) -> bool:
+        return compiled.match(name) is not None and (not is_hidden(name) or part[:1] == name[:1])
+
     matches = []
     for info in infos:
         below = info.path.removeprefix(base if base != "." else "").lstrip("/").removeprefix("./").split("/")
         if (
             info.type == pafs.FileType.File
             and len(below) == len(parts)
-            and all(part.match(name) for part, name in zip(parts, below, strict=True))
+            and all(fits(*part, name) for part, name in zip(parts, below, strict=True))
         ):
             matches.append(info.path)
     return sorted(matches)
@@ -174,6 +209,18 @@ def list_files(filesystem: pafs.FileSystem, path: str) -> dict[str, int]:
     infos = _selected(filesystem, path, True)
     names = {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
     return dict(sorted(names.items()))
+
+
+def walk(filesystem: pafs.FileSystem, path: str) -> list[str]:
+    """Paths of all files below a folder that are not hidden and lie in no hidden folder, sorted."""
+    infos = _selected(filesystem, path, True)
+    return sorted(
+        info.path
+        for info in infos
+        if info.type == pafs.FileType.File
+        and info.base_name
+        and not any(map(is_hidden, info.path[len(path) :].strip("/").split("/")))
+    )
 
 
 def first_line(error: BaseException) -> str:

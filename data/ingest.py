@@ -16,7 +16,7 @@ from recpress.data import artifact, formats, sources
 from recpress.data.config import IngestConfig
 from recpress.data.encoder import Encoder
 from recpress.data.errors import InputError
-from recpress.data.files import file_type, is_glob, list_folder, resolve
+from recpress.data.files import file_type, is_pattern, list_folder, resolve
 from recpress.data.holdout import leave_one_out
 from recpress.data.log import KIND, SIDES, open_log
 from recpress.data.sources import Source
@@ -99,7 +99,7 @@ def open_source(config: IngestConfig) -> Source:
     files."""
     filesystem, path = resolve(config.input)
     kind = file_type(filesystem, path)
-    if kind == pafs.FileType.NotFound and not is_glob(path) and config.format not in ("auto", "ncf"):
+    if kind == pafs.FileType.NotFound and not is_pattern(filesystem, path) and config.format not in ("auto", "ncf"):
         raise InputError(f"{config.input}: no such file or folder")
     found = config.format if config.format != "auto" else detect(config, filesystem, path)
     folder = path if kind == pafs.FileType.Directory else path.rpartition("/")[0] or "."
