@@ -53,6 +53,8 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     `gs://`, `hdfs://`, `abfs://`), else of one that fsspec knows, where that is installed (`zip://a.parquet::/b.zip`).
     """
     text = str(path)
+    if not text.strip():
+        raise InputError("an empty path; expected a file, a folder or an address")
     scheme, mark, rest = text.partition("://")
     if mark:
         text = f"{_ALIASES.get(scheme.lower(), scheme.lower())}{mark}{rest}"
