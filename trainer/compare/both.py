@@ -68,7 +68,7 @@ def compare_both(config: CompareBothConfig) -> BothResult:
         raise InputError("seeds and levels: expected at least one of each")
     with process_group(config.device) as ranks:
         meta: dict[str, Any] = {"config": asdict(config)}
-        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
+        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             result = _Comparison(config, tmp, ranks.device).all()
             if ranks.rank == 0:
                 result.save(tmp / "result.json")

@@ -106,7 +106,7 @@ def compare_cadc(config: CompareCadcConfig) -> CompareResult:
         raise InputError("seeds: expected at least one")
     with process_group(config.device) as ranks, _quiet(ranks.rank != 0):
         meta: dict[str, Any] = {"config": asdict(config)}
-        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
+        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             run = _Comparison(config, tmp)
             result = run.all()
             if ranks.rank == 0:

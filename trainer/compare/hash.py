@@ -110,7 +110,7 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
     if not config.seeds or not config.sweeps:
         raise InputError("seeds and sweeps: expected at least one of each")
     meta: dict[str, Any] = {"config": asdict(config)}
-    with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
+    with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data or ""]) as tmp:
         result = _Comparison(config, tmp).all()
         result.save(tmp / "result.json")
         write_hash_report(tmp / "report.html", result)

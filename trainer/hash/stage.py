@@ -62,7 +62,8 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
         log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
         with agreed():
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
-        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite) as tmp:
+        inputs = [config.data, config.factors, config.extend]
+        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
             reports: list[TableReport] = []
             with agreed():
                 if ranks.rank == 0:

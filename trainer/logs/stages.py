@@ -130,8 +130,10 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
 def _describe(path: str | Path) -> str | Path:
     log = open_log(path, pairs=False)
     held_out = log.test_negatives or log.test
+    split = (log.manifest or {}).get("held_out", {})
+    more = f"; {split['left_out']:,} users have none: they have one item, or too few items that they never met"
     print(
         f"{path}: {log.train.num_rows:,} rows of {log.num_users:,} users and {log.num_items:,} items, "
-        f"{held_out.num_rows if held_out else 0:,} held out"
+        f"{held_out.num_rows if held_out else 0:,} held out{more if split.get('left_out') else ''}"
     )
     return path

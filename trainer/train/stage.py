@@ -112,7 +112,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model_config = describe_model(
             config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
         )
-        artifact.check_target(config.out, config.overwrite)
+        artifact.check_target(
+            config.out,
+            config.overwrite,
+            MODEL,
+            [path for path in (config.data, config.factors, config.hash) if path],
+        )
         if ranks.rank == 0:
             _say_settings(given, config, stream)
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
