@@ -78,6 +78,7 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
         )
         super().__init__(configs, *args, **kwargs)
         self._optim = CombinedOptimizer([])
+        self.init_checks()
 
     def tables(self) -> list[FrozenTable]:
         return self._specs
@@ -96,6 +97,11 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
         """Nothing to register: no parameter, no buffer."""
+
+    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
+        """As TorchRec's, after `check_batch`: the exchange would cut ids that are out of range to other ones."""
+        self.check_batch(features)
+        return super().input_dist(ctx, features)
 
     def compute(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
         with torch.no_grad():
