@@ -147,7 +147,7 @@ def check_weights_travel(storage, layout):
 
 
 def all_layouts():
-    return {layout: sharded(layout) for layout in ("row_wise", "table_wise", "column_wise")}
+    return {layout: sharded(layout) for layout in ("row_wise", "table_wise", "column_wise", "table_row_wise")}
 
 
 @pytest.mark.parametrize("world", [1, 2])
