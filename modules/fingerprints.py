@@ -1,4 +1,4 @@
-"""Fingerprints of what a checkpoint does not hold: id maps and frozen rows. A checkpoint names them, loading checks them.
+"""Fingerprints of what a checkpoint does not hold, id maps and frozen rows: saved with it, and checked on loading.
 
 A module that is `Fingerprinted` adds one small tensor a map or table to its `state_dict`, under `fingerprint.<name>`.
 `load_state_dict` compares them, and the first forward compares what torch.distributed.checkpoint wrote into them in

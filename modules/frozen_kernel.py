@@ -152,8 +152,8 @@ class HasKernels(Fingerprinted):
 
     def describe_mismatch(self, name: str) -> str:
         return (
-            f"frozen table {name!r}: the checkpoint was saved with other rows than those loaded here; load the rows that "
-            "it was trained with (`load`, or `CompressReport.load`)"
+            f"frozen table {name!r}: the checkpoint was saved with other rows than those loaded here; load the rows "
+            "that it was trained with (`load`, or `CompressReport.load`)"
         )
 
     @torch.compiler.disable
@@ -242,6 +242,5 @@ def check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]
     for (feature, table, rows), (low, high) in zip(checked, ranges, strict=True):
         if low < 0 or high >= rows:
             raise ValueError(
-                f"table {table!r}: feature {feature!r} has the id {low if low < 0 else high}, "
-                f"expected 0 to {rows - 1}"
+                f"table {table!r}: feature {feature!r} has the id {low if low < 0 else high}, expected 0 to {rows - 1}"
             )

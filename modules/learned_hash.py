@@ -27,7 +27,8 @@ class LearnedHash(Fingerprinted):
     kept, multiplied by the weights of the map where it has some, and made where only the map has some.
 
     The maps are replicated on each rank, in buffers that are not part of `state_dict`: int32, or bit-packed. Features
-    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes a feature. For `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
+    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes a feature. For
+    `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
 
     Args:
         maps: feature key -> its map.
@@ -83,8 +84,8 @@ class LearnedHash(Fingerprinted):
     def describe_mismatch(self, name: str) -> str:
         tables = " and ".join(repr(table) for table in self.tables.get(name, ()))
         return (
-            f"id map of feature {name!r}{f' (table {tables})' if tables else ''}: the checkpoint was saved with another "
-            "map, so that its rows mean other ids; use the map that it was trained with"
+            f"id map of feature {name!r}{f' (table {tables})' if tables else ''}: the checkpoint was saved with "
+            "another map, so that its rows mean other ids; use the map that it was trained with"
         )
 
     def unknown_counts(self) -> dict[str, int]:

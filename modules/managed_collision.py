@@ -15,7 +15,7 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
 
     TorchRec shards collision modules row-wise only, lets no two tables share a feature, and drops per-sample weights
     when it shards an EmbeddingBagCollection behind them; `LearnedHash` has none of these limits. The map is held by
-    each rank and only its fingerprint is part of `state_dict`, so a checkpoint can be loaded on another number of ranks.
+    each rank and only its fingerprint is part of `state_dict`: a checkpoint can be loaded on any number of ranks.
 
     Args:
         id_map: one unweighted row an id; the table behind has `id_map.num_rows` rows.

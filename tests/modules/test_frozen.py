@@ -267,7 +267,11 @@ def test_a_copy_and_a_pickle_keep_the_rows(storage):
     blob = io.BytesIO()
     torch.save(collection, blob)
     blob.seek(0)
-    for other in (copy.deepcopy(collection), pickle.loads(pickle.dumps(collection)), torch.load(blob, weights_only=False)):
+    for other in (
+        copy.deepcopy(collection),
+        pickle.loads(pickle.dumps(collection)),
+        torch.load(blob, weights_only=False),
+    ):
         check(other(features()), storage)
 
 
