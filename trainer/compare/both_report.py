@@ -11,7 +11,6 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.ticker import FuncFormatter, LogLocator
-from recpress.trainer.compare.hash_report import format_bytes
 from recpress.trainer.compare.report import chart, plot_legend
 from recpress.trainer.report.page import (
     PLOT_STYLE,
@@ -27,7 +26,7 @@ from recpress.trainer.report.page import (
     plot_svg,
     write_report,
 )
-from recpress.trainer.report.results import format_metric, save_json
+from recpress.trainer.report.results import format_bytes, format_metric, save_json
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 

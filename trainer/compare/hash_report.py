@@ -26,7 +26,7 @@ from recpress.trainer.report.page import (
     plot_svg,
     write_report,
 )
-from recpress.trainer.report.results import format_metric, format_seconds, save_json
+from recpress.trainer.report.results import format_bytes, format_metric, format_seconds, save_json
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 
@@ -91,14 +91,6 @@ class HashResult:
     def save(self, path: str | Path) -> None:
         """Writes JSON; NaN and infinities become null."""
         save_json(path, asdict(self))
-
-
-def format_bytes(size: int) -> str:
-    """`3.1 MB`, in powers of ten."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} B"
 
 
 def format_hash_table(result: HashResult) -> str:

@@ -283,10 +283,10 @@ def format_bytes(size: int | None) -> str:
     """`3.5 MB`; `-` for None."""
     if size is None:
         return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
+    return f"{size} B"
 
 
 def format_to_goal(seconds: float) -> str:

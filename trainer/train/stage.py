@@ -19,8 +19,8 @@ from recpress.data.log import Log
 from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.order import ORDER_VERSION
 from recpress.data.stream import InteractionStream
-from recpress.modules.allocator import give_back
 from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.allocator import give_back
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, shared_artifact
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
