@@ -8,7 +8,7 @@ from typing import Literal
 from recpress.data.config import Schema, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, HashConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig, at_least
 
 
 def _random_network() -> NetworkConfig:
@@ -33,6 +33,14 @@ def _tuned_network() -> NetworkConfig:
         model=replace(frozen.model, tables=TablesConfig(strategy="init-train")),
         optimizer=replace(frozen.optimizer, table_learning_rate=0.01),
     )
+
+
+def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
+    """Raise InputError where a value of an option lies outside of [low, high]."""
+    for name, values in options.items():
+        for value in values:
+            if not low <= value <= high:
+                raise InputError(f"{name}: {value}, expected numbers from {low} to {high}")
 
 
 def _whole_log(**networks: NetworkConfig) -> None:
@@ -124,6 +132,8 @@ class CompareHashConfig:
     """The backbone, with a row for each id and with shared rows alike."""
     hash: HashConfig = field(default_factory=HashConfig)
     """What the methods have in common; what is chosen overrides it."""
+    trials: int = 10
+    """Settings that are tried for each method, the same number for all; a method that has fewer tries them all."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
     """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
     privates: tuple[float, ...] = (0.25, 0.75)
@@ -139,6 +149,18 @@ class CompareHashConfig:
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        at_least(1, trials=self.trials, choose_users=self.choose_users)
+        at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
+        _between(0, 1, user_shares=self.user_shares, privates=self.privates)
+        if not self.rows:
+            _between(0, 1, share=(self.share,))
+        if self.evaluation.protocol == "sampled":
+            raise InputError("evaluation.protocol: 'sampled', expected full: compare hash ranks all items")
+        names = [f"{name}@{k}" for k in self.evaluation.k for name in ("Recall", "NDCG", "HR")] + ["MRR", "AUC"]
+        if self.metric not in names:
+            raise InputError(f"metric: {self.metric!r}, expected one of {', '.join(names)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,7 @@ def evaluate_full(
     *,
     item_chunk: int = ITEM_CHUNK,
     device: torch.device = CPU,
+    by_case: dict[str, list[np.ndarray]] | None = None,
 ) -> dict[str, float]:
     """Ranks all items that the user has not seen. Collective; the same result on every rank.
 
@@ -97,6 +98,10 @@ def evaluate_full(
     user without any competitor (only seen and held-out items) has no AUC and is left out of its mean.
 
     Arguments, result and errors as in `evaluate_sampled`; means are over users with held-out items.
+
+    Args:
+        by_case: receives under each metric's name the values of the cases of this rank, one array per chunk, in the
+            order of `heldout.users`; NaN where the user has no such metric. For paired comparisons of two models.
     """
     ranker = _Ranker(heldout, user_vectors, item_vectors, item_chunk, device)
     targets, seen = heldout.targets, heldout.seen
@@ -117,7 +122,7 @@ def evaluate_full(
             arrays += [lists.lengths[start:stop], _values(lists, start, stop)]
         return arrays
 
-    return ranker.run(arrays_of, ahead, competitors, ks)
+    return ranker.run(arrays_of, ahead, competitors, ks, by_case)
 
 
 def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn:
@@ -171,6 +176,7 @@ class _Ranker:
         ahead: Callable[[Tensor, Sequence[np.ndarray], Tensor], Tensor],
         competitors: Callable[[int, int], np.ndarray],
         ks: Sequence[int],
+        by_case: dict[str, list[np.ndarray]] | None = None,
     ) -> dict[str, float]:
         """Adds up the metrics of all cases.
 
@@ -180,6 +186,7 @@ class _Ranker:
             ahead: user vectors (chunk, D), such arrays, scores of the targets (T,) -> for each target, how
                 many competitors among the items of this rank rank ahead of it, (T,) int64.
             competitors: number of competitors of each of the cases [start, stop) of this rank.
+            by_case: see `evaluate_full`.
         """
         heldout, (rank, _) = self.heldout, rank_and_world()
         sums: dict[str, list[int]] = {}
@@ -205,6 +212,8 @@ class _Ranker:
                 ks,
             )
             for name, value in values.items():
+                if by_case is not None:
+                    by_case.setdefault(name, []).append(value.numpy())
                 present = value[~value.isnan()]
                 total = sums.setdefault(name, [0, 0])
                 total[0] += int(torch.round(present * _UNIT).long().sum())
