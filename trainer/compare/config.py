@@ -185,6 +185,11 @@ class CompareBothConfig:
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    choose: bool = True
+    """Choose the networks' number of epochs, from 0, the factors' own ranking, to --frozen.epochs, on one row a user
+    that is held out of train."""
+    patience: int = 3
+    """Epochs without a better one after which the choice is made."""
     metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

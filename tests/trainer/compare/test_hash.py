@@ -1,4 +1,4 @@
-"""`compare hash` and `compare both`, small: what they find, write and refuse."""
+"""`compare hash`, small: what it finds, writes and refuses."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
+from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.compare.both import compare_both
-from recpress.trainer.compare.config import CompareBothConfig, CompareHashConfig
+from recpress.modules.config import ALSConfig
+from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash import NAMES, compare_hash
 from recpress.trainer.compare.hash_report import format_hash_tables
 from recpress.trainer.compare.ties import difference
-from recpress.trainer.config import EvaluationConfig, NetworkConfig
-
-from tests.ranks import run_on_ranks
+from recpress.trainer.config import EvaluationConfig
 
 LOG = SynthConfig(users=600, items=300, rows=18_000, tastes=10)
 ALS = ALSConfig(factors=8, sweeps=4, confidence=1.0, unobserved_weight=0.1, regularization=0.01, frequency_exponent=1.0)
@@ -28,20 +25,6 @@ def hash_config(out: Path, **more: object) -> CompareHashConfig:
         "synth": LOG, "als": ALS, "seeds": (0,), "share": 0.15, "sweeps": (0, 1), "choose_users": 200, "trials": 4,
     } | more  # fmt: skip
     return CompareHashConfig(out=str(out), **given)
-
-
-def both_config(out: Path, **more: object) -> CompareBothConfig:
-    network = NetworkConfig(
-        stream=StreamConfig(batch_size=256),
-        negatives=NegativesConfig(count=16, shared=True),
-        model=TwoTowerConfig(towers=TowersConfig(kind="residual", hidden=(8,))),
-        epochs=1,
-    )
-    given = {
-        "synth": LOG, "als": replace(ALS, factors=16), "seeds": (0,), "levels": (1.0, 0.5, 0.17), "rates": (0.2,),
-        "frozen": network,
-    } | more  # fmt: skip
-    return CompareBothConfig(out=str(out), **given)
 
 
 @pytest.fixture(scope="module")
@@ -173,39 +156,3 @@ def test_what_cannot_be_compared_is_one_error(tmp_path: Path, more: dict, messag
     with pytest.raises(InputError, match=message):
         compare_hash(hash_config(tmp_path / "out", **more))
     assert not any(tmp_path.iterdir())
-
-
-def test_both_keeps_to_the_bytes_and_reads_the_share_of_the_rows(tmp_path: Path) -> None:
-    config = both_config(tmp_path / "both", evaluation=EvaluationConfig(k=(10,)))
-    (result,) = run_on_ranks(compare_both, 1, config)
-    assert {(point.level, point.rate) for point in result.points} == {
-        (level, rate) for level in config.levels for rate in (0.0, 0.2)
-    }
-    for point in result.points:
-        if not point.rate:
-            assert point.bytes <= 1.02 * point.level * result.full_bytes
-            assert point.rows_read == 0
-        else:
-            assert 0.1 < point.rows_read / 18_000 < 0.3
-    errors = [point.error for point in result.ordered() if point.rate == 0]
-    assert errors[0] == 0
-    assert errors == sorted(errors)
-    full, small = result.full(0.2), min((p for p in result.points if p.rate), key=lambda p: p.level)
-    assert small.mean("NDCG@10") > 0.5 * full.mean("NDCG@10")
-    page = (tmp_path / "both" / "report.html").read_text()
-    assert "<svg" in page
-    assert "of the ids" in page
-
-
-def test_levels_and_rates_out_of_range_are_refused() -> None:
-    with pytest.raises(InputError, match=r"levels: 1\.5, expected numbers in \(0, 1\]"):
-        CompareBothConfig(levels=(1.5,))
-    with pytest.raises(InputError, match=r"rates: 0\.0"):
-        CompareBothConfig(rates=(0.0,))
-
-
-def test_a_level_below_the_maps_is_refused(tmp_path: Path) -> None:
-    config = both_config(tmp_path / "both", levels=(0.01,))
-    with pytest.raises(InputError, match=r"levels: 0\.01 of the full tables' bytes does not hold the maps"):
-        run_on_ranks(compare_both, 1, config)
-    assert not (tmp_path / "both").exists()
