@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import run_on_ranks
 
-ALS = ALSConfig(factors=16, sweeps=8, confidence=4.0, regularization=20.0)
+ALS = ALSConfig(factors=16, sweeps=8)
 
 
 @pytest.fixture(scope="module")

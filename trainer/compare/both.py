@@ -100,6 +100,10 @@ class _Comparison:
         self.ids = self.log.num_users + self.log.num_items
         self.dim = 0
         """Of the vectors; known with the first factorization."""
+        self.als = config.als
+        """With what the first factorization chose."""
+        self.warnings: list[str] = []
+        """Signs that a factorization collapsed."""
 
     def all(self) -> BothResult:
         rates = self.config.rates or (0.0,)
@@ -200,12 +204,12 @@ class _Comparison:
     def _factorize(self, log: str, name: str, seed: int, rate: float) -> FactorsArtifact:
         path = str(self.folder / f"factors-{name}")
         with self.progress.unit("factorize", f"factorization, {name}"), _quiet():
-            factorize(
+            result = factorize(
                 FactorizeConfig(
                     data=log,
                     out=path,
                     schema=self.config.schema,
-                    als=replace(self.config.als, seed=seed),
+                    als=replace(self.als, seed=seed),
                     crossfit_rate=rate if rate < 1 else 0.0,
                     crossfit_seed=seed,
                     device=self.config.device,
@@ -214,6 +218,11 @@ class _Comparison:
         with agreed():
             factors = open_factors(path, self.log)
         self.dim = factors.dim
+        if result.auto is not None:  # once: all seeds and rates compare the same tables
+            self.als = replace(self.als, **result.auto["settings"])
+            shown = ", ".join(f"{setting} {value:g}" for setting, value in result.auto["settings"].items())
+            self.progress.say(f"factorization: chose {shown}")
+        self.warnings += [text for text in result.checks["warnings"] if text not in self.warnings]
         return factors
 
     def _forms(self, factors: FactorsArtifact, seed: int, rate: float) -> Iterator[Form]:
@@ -377,6 +386,7 @@ class _Comparison:
                 "ranks": dist.get_world_size(),
             },
             notes=(
+                *(f"Warning: {text}." for text in self.warnings),
                 "One factorization of the full log makes the tables, the maps and the cross-fitted factors. At each "
                 "level of bytes the storage (32, 16, 8 or 4 bits) and the number of rows are those with the least "
                 "weighted distortion of the vectors, in units of the scores; no held-out row is looked at. Where rows "
@@ -394,7 +404,7 @@ class _Comparison:
                 "= marks a metric that is within noise of that of full tables: two standard errors of the difference "
                 "of the same seeds; with one seed nothing is marked.",
             ),
-            config=asdict(config),
+            config=asdict(replace(config, als=self.als)),
             versions=versions(),
             command="recpress " + " ".join(sys.argv[1:]),
         )

@@ -67,17 +67,8 @@ class CompareCadcConfig:
     """Each seed has its own sample, factorization and networks."""
     rate: float = 0.1
     """Share of the rows that the networks are trained on."""
-    als: ALSConfig = field(
-        default_factory=lambda: ALSConfig(
-            factors=192,
-            sweeps=12,
-            confidence=1.0,
-            unobserved_weight=0.15,
-            regularization=0.0105,
-            frequency_exponent=1.0,
-        )
-    )
-    """The defaults were chosen on a validation part of MovieLens-1M (benchmarks/README.md)."""
+    als: ALSConfig = field(default_factory=ALSConfig)
+    """The factorization; what is not given is chosen on held-out examples of train."""
     crossfit_sweeps: int = 1
     """Sweeps without the sample that make the factors to train on."""
     frozen: NetworkConfig = field(default_factory=NetworkConfig)
@@ -119,17 +110,9 @@ class CompareHashConfig:
     """Budget of rows, users and items together, as a share of the ids."""
     rows: int = 0
     """The budget itself; 0: --share."""
-    als: ALSConfig = field(
-        default_factory=lambda: ALSConfig(
-            factors=64,
-            sweeps=9,
-            confidence=1.0,
-            unobserved_weight=0.02,
-            regularization=0.01,
-            frequency_exponent=1.0,
-        )
-    )
-    """The backbone, with a row for each id and with shared rows alike."""
+    als: ALSConfig = field(default_factory=ALSConfig)
+    """The backbone, with a row for each id and with shared rows alike; what is not given is chosen on held-out examples
+    of train."""
     hash: HashConfig = field(default_factory=HashConfig)
     """What the methods have in common; what is chosen overrides it."""
     trials: int = 10
@@ -180,8 +163,8 @@ class CompareBothConfig:
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
     """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
-    als: ALSConfig = field(default_factory=lambda: CompareCadcConfig().als)
-    """The defaults are those of `compare cadc`."""
+    als: ALSConfig = field(default_factory=ALSConfig)
+    """The factorization; what is not given is chosen on held-out examples of train."""
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=NetworkConfig)

@@ -17,8 +17,9 @@ from recpress.data import synth as data_synth
 from recpress.data.errors import InputError
 from recpress.data.log import open_log
 from recpress.modules.als import ALS
-from recpress.modules.config import HashConfig, HashMethod
+from recpress.modules.config import ALSConfig, ALSParameters, HashConfig, HashMethod
 from recpress.modules.exchange import Exchange
+from recpress.modules.factor_checks import check_factors
 from recpress.modules.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
@@ -173,6 +174,7 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
 class _Comparison:
     def __init__(self, config: CompareHashConfig, folder: Path) -> None:
         self.config = config
+        self.parameters: ALSParameters | None = None  # chosen with the first seed, the same for all
         path = config.data or str(folder / "log")
         if config.data is None:
             data_synth.synth(config.synth, path)
@@ -192,6 +194,10 @@ class _Comparison:
         self.metrics = tuple(f"{kind}@{k}" for k in config.evaluation.k for kind in ("Recall", "NDCG"))
         self.dim = 0
         """Of the vectors; known with the first factorization."""
+        self.chosen_als: dict[str, Any] = {}
+        """Settings of the factorization that were open and have been chosen."""
+        self.problems: list[str] = []
+        """Signs that the factorization collapsed."""
 
     def all(self) -> HashResult:
         config = self.config
@@ -276,12 +282,24 @@ class _Comparison:
         return full_from_pairs(part, masked, num_users=users, num_items=items), test
 
     def _full(self, seed: int) -> Factors:
+        """Factors of all ids. Settings that are open are chosen with the first seed, for all seeds."""
+        chosen: ALSConfig | ALSParameters = self.parameters or self._als()
         with self.progress.unit("factorize", f"factorization, seed {seed}"):
-            als = ALS(replace(self.config.als, seed=seed), self.log.num_users, self.log.num_items)
+            als = ALS(replace(chosen, seed=seed), self.log.num_users, self.log.num_items)
             als.add(*self.train)
             full = als.fit()
-        self.dim = full.users.shape[1]
+        if self.parameters is None:
+            self.parameters, self.dim = als.parameters, full.users.shape[1]
+            self.problems = check_factors(full, als)
+            if als.choice is not None:
+                self.chosen_als = als.choice.settings
+                self.progress.say(als.choice.line())
         return full
+
+    def _als(self) -> ALSConfig:
+        """Open settings are compared as the methods are: among all items."""
+        als = self.config.als
+        return replace(als, auto_metric="full") if als.auto_metric == "auto" else als
 
     def _choose(self, method: str, full: Factors) -> _Chosen | str:
         """The best setting on the validation rows, of as many as every method tries; or why none can be made.
@@ -396,8 +414,9 @@ class _Comparison:
         return [first, budget - first]
 
     def _train(self, setting: Setting, made: _Made, full: Factors) -> _Made:
+        assert self.parameters is not None
         began = time.perf_counter()
-        als = SharedALS(replace(self.config.als, sweeps=setting.sweeps), *self.csrs, *made.maps)
+        als = SharedALS(replace(self.parameters, sweeps=setting.sweeps), *self.csrs, *made.maps)
         found = als.fit(full.users, full.items)
         seconds = time.perf_counter() - began
         return _Made(found.users, found.items, made.maps, made.map_seconds, seconds)
@@ -448,6 +467,7 @@ class _Comparison:
             left_out={NAMES[key][0]: why for key, why in left_out.items()},
             too_large={NAMES[key][0]: why for key, why in too_large.items()},
             popularity=popularity,
+            problems=tuple(self.problems),
             ours="learned-2" if "learned-2" in chosen else [*chosen][-1],
             full="full",
             metrics=self.metrics,
@@ -478,7 +498,7 @@ class _Comparison:
                 f"Methods share a place (=) where their difference in {self.metrics[0]} is within noise: two standard "
                 "errors of the paired difference, of the users and of the seeds together.",
             ),
-            config=asdict(config),
+            config=asdict(replace(config, als=replace(config.als, **self.chosen_als))),
             versions=versions(),
             command="recpress " + " ".join(sys.argv[1:]),
         )

@@ -124,6 +124,8 @@ class HashResult:
     """Name of a method that cannot use the budget of bytes -> why."""
     popularity: dict[str, float] = field(default_factory=dict)
     """Metrics of the items by their counts, the same for every user."""
+    problems: tuple[str, ...] = ()
+    """Signs that the factorization collapsed, each with its cause and its fix."""
     data: dict[str, str | int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
@@ -147,12 +149,13 @@ class HashResult:
     def warnings(self) -> list[str]:
         """What the reader must know before the order of the methods."""
         found = [f"{name} is left out: {why}" for name, why in self.left_out.items()]
+        found += self.problems
         metric, full = self.metrics[0], self.method(self.full)
         if self.popularity and full.mean(metric) <= self.popularity[metric]:
             found.append(
                 f"The full table ranks no better than popularity ({metric} {full.mean(metric):.4f} and "
                 f"{self.popularity[metric]:.4f}): the factorization found nothing worth compressing, so the order of "
-                "the methods means little. Change the settings of --als.* first."
+                "the methods means little."
             )
         return found
 

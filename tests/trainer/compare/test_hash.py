@@ -17,7 +17,7 @@ from recpress.trainer.compare.ties import difference
 from recpress.trainer.config import EvaluationConfig
 
 LOG = SynthConfig(users=600, items=300, rows=18_000, tastes=10)
-ALS = ALSConfig(factors=8, sweeps=4, confidence=1.0, unobserved_weight=0.1, regularization=0.01, frequency_exponent=1.0)
+ALS = ALSConfig(factors=8, sweeps=4, auto=False)
 
 
 def hash_config(out: Path, **more: object) -> CompareHashConfig:

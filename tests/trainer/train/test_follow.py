@@ -200,7 +200,7 @@ def test_maps_take_ids_that_came_since_and_each_is_counted_once(tmp_path):
     log.mkdir()
     pq.write_table(table(range(600)), log / "train-0.parquet", row_group_size=200)
     write_maps(tmp_path)
-    als = ALSConfig(factors=4, sweeps=1, confidence=1.0, regularization=1.0)
+    als = ALSConfig(factors=4, sweeps=1, auto=False)
     factorize(FactorizeConfig(data=str(log), out=str(tmp_path / "factors"), als=als))
     options = (
         "--hash", str(tmp_path / "maps"), "--factors", str(tmp_path / "factors"), "--model.tables.strategy",
