@@ -21,7 +21,7 @@ from recpress.data.order import EpochOrder
 from recpress.data.read_ahead import Ahead, ReadAhead
 from recpress.data.rounds import Round, Spare, Table
 from recpress.data.rows import Rows
-from recpress.data.selection import Selection
+from recpress.data.selection import HoldOut, Selection
 from recpress.data.side_table import JaggedColumn
 from recpress.data.stream_stats import Meter, StreamStats
 from torch.utils.data import IterableDataset, get_worker_info
@@ -61,6 +61,7 @@ class InteractionStream:
         rows: a part of a log, `Log.train`.
         schema: what its columns mean.
         sample: only the rows of this sample; with `complement` only the rows that are not in it.
+        hold_out: rows to leave out of these, for validation.
         global_batch: rows of a step on all ranks together, instead of `config.batch_size` on each: the rows of a step
             then depend on nothing but it, and a run that goes on with other ranks keeps it.
         epoch, start_step: where to begin; a checkpoint needs these two integers and no more.
@@ -82,6 +83,7 @@ class InteractionStream:
         *,
         sample: SampleConfig | None = None,
         complement: bool = False,
+        hold_out: HoldOut | None = None,
         rank: int = 0,
         world: int = 1,
         global_batch: int | None = None,
@@ -99,7 +101,7 @@ class InteractionStream:
             if getattr(config, name) < low:
                 raise InputError(f"stream.{name} is {getattr(config, name)}; expected at least {low}")
         self.rows, self.schema, self.config = rows, schema, config
-        self.sample, self.complement = sample, complement
+        self.sample, self.complement, self.hold_out = sample, complement, hold_out
         self.rank, self.world = rank, world
         self.global_batch = config.batch_size * world if global_batch is None else global_batch
         if self.global_batch < world or self.global_batch % world:
@@ -112,7 +114,7 @@ class InteractionStream:
         for name in self.columns:
             if name not in rows.columns:
                 raise InputError(f"{rows.files[0].path}: no column '{name}'; expected {', '.join(rows.columns)}")
-        self.selection = Selection(rows, sample, complement)
+        self.selection = Selection(rows, sample, complement, hold_out)
         if config.on_bad_file == "skip":
             self.rows = ReplacingRows.of(rows, selection=self.selection, seed=config.seed)
         if self.num_rows < world:

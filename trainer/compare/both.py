@@ -185,18 +185,12 @@ class _Comparison:
                 negatives = 0 if full else 99
                 holdout.leave_one_out(self.log, path, by="random", seed=seed, negatives=negatives)
         factors = self._factorize(path, f"choose-{rate}", seed, rate)
-        evaluation = replace(
-            config.evaluation,
-            every=1,
-            patience=config.patience,
-            metric=f"{config.metrics[-1]}@{config.evaluation.k[0]}",
-        )
+        evaluation = replace(config.evaluation, every=1, validation="test")  # the held-out part of the split log
         with self.progress.unit("choose", f"epochs of the network on {rate:.0%} of the rows"), _quiet():
-            fitted = train(self._training(path, factors.path, f"choose-{rate}", seed, rate, evaluation)).fit
-        best = max(fitted.evaluations, key=lambda metrics: metrics[evaluation.metric])
-        epochs = int(best["epoch"])
+            trained = train(self._training(path, factors.path, f"choose-{rate}", seed, rate, evaluation))
+        epochs = trained.best_epoch or 0
         self.progress.say(
-            f"network on {rate:.0%} of the rows: best of {len(fitted.evaluations) - 1} epochs is {epochs}"
+            f"network on {rate:.0%} of the rows: best of {config.frozen.epochs} epochs is {epochs}"
             + ("" if epochs else ", the factors' own ranking: no network is trained")
         )
         return epochs
@@ -321,8 +315,8 @@ class _Comparison:
     ) -> tuple[dict[str, float], int, int]:
         """(metrics of the held-out rows, bytes of tables and maps, rows that were trained on)."""
         config = self._training(
-            self.path, factors.path, f"model-{seed}-{rate}-{form.level}", seed, rate, self.config.evaluation,
-            form=form, stop_after=self.epochs[rate],
+            self.path, factors.path, f"model-{seed}-{rate}-{form.level}", seed, rate,
+            replace(self.config.evaluation, every=0, every_steps=0), form=form, stop_after=self.epochs[rate],
         )  # fmt: skip
         with _quiet():
             trained = train(config)

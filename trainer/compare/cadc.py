@@ -217,8 +217,11 @@ class _Comparison:
         settings["model"] = replace(network.model, tables=replace(network.model.tables, strategy=strategy.tables))
         settings["stream"] = replace(network.stream, seed=seed)
         settings["negatives"] = replace(network.negatives, seed=seed)
-        evaluation = replace(
-            self.config.evaluation, every=1 if look else 0, patience=self.config.patience if look else 0
+        evaluation = replace(  # the held-out part of the log to choose on is held out of train
+            self.config.evaluation,
+            every=1 if look else 0,
+            patience=self.config.patience if look else 0,
+            validation="test" if look else "auto",
         )
         with _quiet(True):
             trained = train(

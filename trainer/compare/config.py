@@ -5,34 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from recpress.data.config import Schema, StreamConfig, SynthConfig
+from recpress.data.config import Schema, SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, HashConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig, at_least
+from recpress.modules.config import ALSConfig, HashConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
+
+
+def _frozen_network() -> NetworkConfig:
+    return network_for("init-freeze", NetworkConfig())
 
 
 def _random_network() -> NetworkConfig:
-    """On random tables: the same loss, little dropout, a constant rate, stopped where it no longer gets better."""
-    return NetworkConfig(
-        stream=StreamConfig(batch_size=4096),
-        model=TwoTowerConfig(
-            tables=TablesConfig(strategy="random", dim=64),
-            towers=TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
-            loss=NetworkConfig().model.loss,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
-        epochs=40,
-    )
+    """On random tables, with a smaller hidden layer; stopped where it no longer gets better."""
+    network = network_for("random", NetworkConfig())
+    return replace(network, model=replace(network.model, towers=replace(network.model.towers, hidden=(128,))))
 
 
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, the tables by small steps."""
-    frozen = NetworkConfig()
-    return replace(
-        frozen,
-        model=replace(frozen.model, tables=TablesConfig(strategy="init-train")),
-        optimizer=replace(frozen.optimizer, table_learning_rate=0.01),
-    )
+    return network_for("init-train", NetworkConfig())
 
 
 def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
@@ -71,7 +62,7 @@ class CompareCadcConfig:
     """The factorization; what is not given is chosen on held-out examples of train."""
     crossfit_sweeps: int = 1
     """Sweeps without the sample that make the factors to train on."""
-    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    frozen: NetworkConfig = field(default_factory=_frozen_network)
     random: NetworkConfig = field(default_factory=_random_network)
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
@@ -167,12 +158,10 @@ class CompareBothConfig:
     """The factorization; what is not given is chosen on held-out examples of train."""
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
-    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    frozen: NetworkConfig = field(default_factory=_frozen_network)
     choose: bool = True
     """Choose the networks' number of epochs, from 0, the factors' own ranking, to --frozen.epochs, on one row a user
     that is held out of train."""
-    patience: int = 3
-    """Epochs without a better one after which the choice is made."""
     metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -423,16 +423,16 @@ class _Comparison:
 
     def _test(self, users: torch.Tensor, items: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
         """Metrics of the test rows, and the first one of each user."""
-        by_case: dict[str, list[np.ndarray]] = {}
-        metrics = self._rank(users, items, self.test, by_case)
-        return metrics, np.concatenate(by_case[self.metrics[0]]).astype(np.float32)
+        per_case: dict[str, torch.Tensor] = {}
+        metrics = self._rank(users, items, self.test, per_case)
+        return metrics, per_case[self.metrics[0]].float().numpy()
 
     def _rank(
         self,
         users: torch.Tensor,
         items: torch.Tensor,
         heldout: FullHeldout,
-        by_case: dict[str, list[np.ndarray]] | None = None,
+        per_case: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, float]:
         """Metrics, with ties broken at random, for ids that share a row tie: a last place of next to no weight."""
         scale = 1e-6 * float((users[:1000] @ items[:1000].T).std())
@@ -440,7 +440,7 @@ class _Comparison:
         users = torch.cat([users, torch.ones(len(users), 1)], 1)
         items = torch.cat([items, noise], 1)
         vectors = vectors_from_factors(users), vectors_from_factors(items)
-        return evaluate_full(heldout, *vectors, self.config.evaluation.k, by_case=by_case)
+        return evaluate_full(heldout, *vectors, self.config.evaluation.k, per_case=per_case)
 
     def _result(
         self,

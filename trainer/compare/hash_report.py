@@ -319,8 +319,8 @@ def _table(result: HashResult, ranking: Ranking) -> Table:
         size = f"{format_bytes(method.bytes)} ({100 * method.bytes / full.bytes:.3g} %)"
         rows.append(
             [
-                Cell(place.get(method.key, "-")),
                 Cell(method.name),
+                Cell(place.get(method.key, "-")),
                 *cells,
                 Cell(method.trials_in_words()),
                 Cell(f"{method.rows:,}"),
@@ -330,10 +330,10 @@ def _table(result: HashResult, ranking: Ranking) -> Table:
         )
     if result.popularity:
         popular = [Cell(f"{result.popularity[metric]:.4f}") for metric in result.metrics]
-        rows.append([Cell("-"), Cell("Popularity"), *popular, *[Cell("-")] * 4])
+        rows.append([Cell("Popularity"), Cell("-"), *popular, *[Cell("-")] * 4])
     keys = [method.key for method in methods]
     return Table(
-        header=("Place", "Method", *result.metrics, "Trials", "Rows", "Bytes stored", "Bytes at serving"),
+        header=("Method", "Place", *result.metrics, "Trials", "Rows", "Bytes stored", "Bytes at serving"),
         rows=rows,
         marked=keys.index(result.ours) if result.ours in keys else None,
         caption=("One seed" if len(full.metrics) == 1 else f"Mean ± standard deviation over {len(full.metrics)} seeds")

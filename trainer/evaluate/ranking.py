@@ -47,6 +47,7 @@ def evaluate_sampled(
     *,
     item_chunk: int = ITEM_CHUNK,
     device: torch.device = CPU,
+    per_case: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Ranks each held-out item among its negatives. Collective; the same result on every rank.
 
@@ -54,6 +55,7 @@ def evaluate_sampled(
         ks: cut-offs K.
         item_chunk: items for each call of item_vectors.
         device: where scores are computed, and where the callables get their ids.
+        per_case: filled with each metric of each case of this rank, (len(heldout.users),) float64, NaN where undefined.
 
     Returns:
         "HR@K", "NDCG@K", "Recall@K" for each K, "MRR", "AUC" (means over the cases), "cases" and
@@ -78,7 +80,7 @@ def evaluate_sampled(
     def arrays_of(start: int, stop: int) -> list[np.ndarray]:
         return [negatives.lengths[start:stop], _values(negatives, start, stop)]
 
-    return ranker.run(arrays_of, ahead, competitors, ks)
+    return ranker.run(arrays_of, ahead, competitors, ks, per_case)
 
 
 def evaluate_full(
@@ -89,7 +91,7 @@ def evaluate_full(
     *,
     item_chunk: int = ITEM_CHUNK,
     device: torch.device = CPU,
-    by_case: dict[str, list[np.ndarray]] | None = None,
+    per_case: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Ranks all items that the user has not seen. Collective; the same result on every rank.
 
@@ -98,10 +100,6 @@ def evaluate_full(
     user without any competitor (only seen and held-out items) has no AUC and is left out of its mean.
 
     Arguments, result and errors as in `evaluate_sampled`; means are over users with held-out items.
-
-    Args:
-        by_case: receives under each metric's name the values of the cases of this rank, one array per chunk, in the
-            order of `heldout.users`; NaN where the user has no such metric. For paired comparisons of two models.
     """
     ranker = _Ranker(heldout, user_vectors, item_vectors, item_chunk, device)
     targets, seen = heldout.targets, heldout.seen
@@ -122,7 +120,7 @@ def evaluate_full(
             arrays += [lists.lengths[start:stop], _values(lists, start, stop)]
         return arrays
 
-    return ranker.run(arrays_of, ahead, competitors, ks, by_case)
+    return ranker.run(arrays_of, ahead, competitors, ks, per_case)
 
 
 def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn:
@@ -176,7 +174,7 @@ class _Ranker:
         ahead: Callable[[Tensor, Sequence[np.ndarray], Tensor], Tensor],
         competitors: Callable[[int, int], np.ndarray],
         ks: Sequence[int],
-        by_case: dict[str, list[np.ndarray]] | None = None,
+        per_case: dict[str, Tensor] | None = None,
     ) -> dict[str, float]:
         """Adds up the metrics of all cases.
 
@@ -186,10 +184,10 @@ class _Ranker:
             ahead: user vectors (chunk, D), such arrays, scores of the targets (T,) -> for each target, how
                 many competitors among the items of this rank rank ahead of it, (T,) int64.
             competitors: number of competitors of each of the cases [start, stop) of this rank.
-            by_case: see `evaluate_full`.
         """
         heldout, (rank, _) = self.heldout, rank_and_world()
         sums: dict[str, list[int]] = {}
+        each: dict[str, list[Tensor]] = {}
         for number in range(heldout.chunks_per_rank):
             start = min(number * heldout.chunk, len(heldout.users))
             stop = min(start + heldout.chunk, len(heldout.users))
@@ -212,12 +210,13 @@ class _Ranker:
                 ks,
             )
             for name, value in values.items():
-                if by_case is not None:
-                    by_case.setdefault(name, []).append(value.numpy())
+                each.setdefault(name, []).append(value)
                 present = value[~value.isnan()]
                 total = sums.setdefault(name, [0, 0])
                 total[0] += int(torch.round(present * _UNIT).long().sum())
                 total[1] += len(present)
+        if per_case is not None:
+            per_case |= {name: torch.cat(values) for name, values in each.items()}
         reduced = all_reduce(torch.tensor(list(sums.values()))).tolist()
         result = {
             name: total / (count * _UNIT) if count else float("nan")
