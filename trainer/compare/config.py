@@ -34,6 +34,33 @@ def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
                 raise InputError(f"{name}: {value}, expected numbers from {low} to {high}")
 
 
+MAX_TRIALS = 3
+TRIALS: dict[str, tuple[dict[str, float], ...]] = {
+    "random": (
+        {},
+        {"batch_size": 1024, "learning_rate": 3e-3, "table_learning_rate": 0.2},
+        {"batch_size": 512, "learning_rate": 3e-3, "table_learning_rate": 0.2, "dropout": 0.5},
+    ),
+    "frozen": ({}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "dropout": 0.5}),
+    "tuned": ({}, {"table_learning_rate": 0.003}, {"learning_rate": 1e-3, "table_learning_rate": 0.03}),
+}
+"""Network of `compare cadc` -> what each trial changes in it. On sparse logs random tables need many small steps at a
+high rate to pass popularity before they learn the rows by heart; on dense ones large batches are as good and faster."""
+
+
+def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:
+    """The network with other values of the settings named."""
+    sections = {"stream": network.stream, "optimizer": network.optimizer, "towers": network.model.towers}
+    names = {name for section in sections.values() for name in section.__dataclass_fields__}
+    assert set(change) <= names, change
+    made = {
+        key: replace(section, **{k: v for k, v in change.items() if k in section.__dataclass_fields__})  # type: ignore[type-var]
+        for key, section in sections.items()
+    }
+    model = replace(network.model, towers=made["towers"])
+    return replace(network, stream=made["stream"], optimizer=made["optimizer"], model=model)
+
+
 def _whole_log(**networks: NetworkConfig) -> None:
     """Raise InputError where a network of a comparison is to go on without what cannot be read."""
     for name, network in networks.items():
@@ -67,9 +94,15 @@ class CompareCadcConfig:
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
     choose: bool = True
-    """Choose each network's number of epochs, up to --*.epochs, on one row a user that is held out of train."""
+    """Choose each network's settings and number of epochs on one row a user that is held out of train; without, there
+    are no speed-ups."""
+    trials: int = 3
+    """Settings that are tried for each strategy, the same number for all: those configured, then other learning rates,
+    batch sizes and dropouts."""
     patience: int = 3
-    """Epochs without a better one after which the choice is made."""
+    """Epochs without a better one after which a trial ends."""
+    bpr: bool = True
+    """Also fit Bayesian personalized ranking by the library `implicit`, on logs of up to 2,000,000 rows."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs."""
@@ -78,6 +111,8 @@ class CompareCadcConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned)
+        if not 1 <= self.trials <= MAX_TRIALS:
+            raise InputError(f"trials is {self.trials}, expected 1 to {MAX_TRIALS}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,6 +235,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             meta |= {
                 "rows": source.num_rows,
                 **source.describe(),
+                "rejects_positives": model.builder.negatives.reject is not None,
                 "kept_positives": kept,
                 "steps": fitted.steps,
                 "skipped": fitted.skipped,
@@ -382,7 +383,8 @@ def _model(
             raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
         counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
         reject = None
-        if config.negatives.reject_positives:
+        size = {"rows": log.train.num_rows, "users": log.num_users, "items": log.num_items}
+        if config.negatives.rejects(**size, sample=config.sample):
             reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(
