@@ -212,8 +212,8 @@ class _Comparison:
         with agreed():
             factors = open_factors(path, self.log)
         self.dim = factors.dim
-        if result.auto is not None:  # once: all seeds and rates compare the same tables
-            self.als = replace(self.als, **result.auto["settings"])
+        if self.als.auto and result.auto is not None:  # once: all seeds and rates compare the same tables
+            self.als = replace(self.als, auto=False, **result.auto["settings"])
             shown = ", ".join(f"{setting} {value:g}" for setting, value in result.auto["settings"].items())
             self.progress.say(f"factorization: chose {shown}")
         self.warnings += [text for text in result.checks["warnings"] if text not in self.warnings]

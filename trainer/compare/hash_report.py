@@ -278,7 +278,14 @@ def write_hash_report(path: str | Path, result: HashResult) -> None:
         path,
         result.title,
         [
-            Section("", [Tiles(tiles), *map(Paragraph, [*result.warnings(), *result.verdicts()])]),
+            Section(
+                "",
+                [
+                    Tiles(tiles),
+                    *(Paragraph(f"Warning: {text}") for text in result.warnings()),
+                    *map(Paragraph, result.verdicts()),
+                ],
+            ),
             Section("Results at equal rows", [_table(result, result.rows)]),
             Section(
                 f"Results at equal bytes: {format_bytes(result.byte_budget)}",
@@ -315,8 +322,8 @@ def _table(result: HashResult, ranking: Ranking) -> Table:
             )
             for metric in result.metrics
         ]
-        note = f"{format_bytes(method.map_bytes)} of it map" if method.map_bytes else ""
-        size = f"{format_bytes(method.bytes)} ({100 * method.bytes / full.bytes:.3g} %)"
+        share = f"{100 * method.bytes / full.bytes:.3g} %"
+        of_map = f", map {format_bytes(method.map_bytes)}" if method.map_bytes else ""
         rows.append(
             [
                 Cell(method.name),
@@ -324,7 +331,7 @@ def _table(result: HashResult, ranking: Ranking) -> Table:
                 *cells,
                 Cell(method.trials_in_words()),
                 Cell(f"{method.rows:,}"),
-                Cell(size, note=note),
+                Cell(format_bytes(method.bytes), note=f"{share}{of_map}"),
                 Cell(format_bytes(method.serving_bytes)),
             ]
         )

@@ -112,3 +112,15 @@ def test_a_difference_within_the_noise_of_the_seeds_is_marked() -> None:
     zero = BothResult(title="", points=(point(1.0, 0.0),), metrics=("HR@10",), full_bytes=1, total_rows=1)
     assert not zero.level(zero.points[0], "HR@10")
     assert "nan" in format_both_table(zero)
+
+
+def test_open_settings_of_the_factorization_are_chosen_once_for_all_seeds(tmp_path: Path) -> None:
+    config = both_config(
+        tmp_path / "both", levels=(1.0,), rates=(), seeds=(0, 1), als=ALSConfig(max_factors=16, sweeps=2)
+    )
+    (result,) = run_on_ranks(compare_both, 1, config)
+    chosen = result.config["als"]
+    assert chosen["auto"] is False
+    assert chosen["factors"] <= 16
+    assert result.full_bytes == 4 * chosen["factors"] * 900
+    assert {len(point.metrics["NDCG@10"]) for point in result.points} == {2}
