@@ -101,7 +101,9 @@ class _Comparison:
         self.dim = 0
         """Of the vectors; known with the first factorization."""
         self.als = config.als
-        """With what the first factorization chose."""
+        """With what the first factorization chose, by the protocol that ranks."""
+        if config.evaluation.protocol == "full" and self.als.auto_metric == "auto":
+            self.als = replace(self.als, auto_metric="full")
         self.warnings: list[str] = []
         """Signs that a factorization collapsed."""
 
