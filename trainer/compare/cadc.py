@@ -287,7 +287,7 @@ class _Comparison:
                 fallback = strategy.factors and (result.fallback or quality < alone[metric])
                 chosen = _Chosen(
                     network,
-                    0 if fallback else int(result.best_epoch or 0),
+                    0 if fallback else max(1, int(result.best_epoch or 0)),
                     _curve(strategy, result, before, metric, alone),
                     words,
                     result.setup_seconds + result.fit.train_seconds,
