@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.modules.als_auto import Choice, Fit, Sample, absolute, choose, needs_choice, scales
+from recpress.modules.als_auto import Choice, Fit, Sample, absolute, choose, scales
 from recpress.modules.als_side import Limits, Side, Solver, Workers
 from recpress.modules.als_solvers import solve_cg, solve_cholesky
 from recpress.modules.config import ALSConfig, ALSParameters
@@ -58,7 +58,7 @@ class ALS:
         self.parameters: ALSParameters | None = config if isinstance(config, ALSParameters) else None
         """Those of the objective; known after `fit`."""
         self.choice: Choice | None = None
-        """What `fit` compared to choose the settings that were left open; None where none were."""
+        """What `fit` compared to choose what was left open, and how the winner ranks held-out examples."""
         self.separation = math.nan
         """How often an interaction scores above a random pair of its user, after `fit` (`factor_checks`)."""
         self.on_choice: Callable[[Choice], None] | None = None
@@ -90,7 +90,7 @@ class ALS:
         if isinstance(config, ALSConfig):
             if start is not None:
                 config = replace(config, factors=start.dim)
-            if needs_choice(config):
+            if config.auto and start is None:
                 config = self._choose(config, by_user)
             config = absolute(config, by_user, by_item, self.exchange)
             check(config)
@@ -219,12 +219,12 @@ def check(config: ALSConfig | ALSParameters) -> None:
     values = {name: value for name, value in asdict(config).items() if value is not None}
     if config.solver not in ("auto", "cg", "cholesky"):
         raise ValueError(f"als: solver is {config.solver!r}, expected auto, cg or cholesky")
-    for name, least in (("factors", 1), ("max_factors", 1), ("sweeps", 0)):
+    for name, least in (("factors", 1), ("max_factors", 1), ("sweeps", 0), ("auto_trials", 1)):
         if values.get(name, least) < least:
             raise ValueError(f"als: {name} is {values[name]}, expected at least {least}")
     for name in (
         "confidence", "unobserved_ratio", "mean_penalty", "item_exponent", "unobserved_weight", "regularization",
-        "frequency_exponent", "tolerance",
+        "frequency_exponent", "tolerance", "auto_cost",
     ):  # fmt: skip
         value = values.get(name, 0.0)
         if not (math.isfinite(value) and value >= 0):

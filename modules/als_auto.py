@@ -39,15 +39,17 @@ CANDIDATES = (
 )  # fmt: skip
 """(unobserved_ratio, mean_penalty, item_exponent) of the first round."""
 _NAMES = ("unobserved_ratio", "mean_penalty", "item_exponent")
-_ROUNDS = ((32, 3, 8), (64, 5, 3))
-"""Largest dimension, sweeps and candidates of the rounds before the last, which compares dimensions."""
+_ROUNDS = ((32, 3), (64, 5))
+"""Largest dimension and sweeps of the rounds before the last, which compares dimensions."""
 SAMPLE = 4_000_000
 """Most interactions of the subsample, which every rank holds: 8 bytes each."""
 USERS = 3000
 """Most users that have an item hidden."""
 NEGATIVES = 99
 TOP = 10
-_SCORES = 1 << 25  # scores of one evaluation among all items
+_SCORES = 1 << 24  # scores of one evaluation among all items
+_EFFICIENCY = 0.35  # ranking and building a sample take more than `_cost` counts
+_LEAST_INTERACTIONS = 20_000
 _LEAST_USERS = 50  # with fewer hidden items a comparison says nothing
 
 Fit = Callable[[ALSConfig], tuple[torch.Tensor, torch.Tensor]]
@@ -203,18 +205,19 @@ def choose(
     """
     given = settings_of(config)
     most = config.factors or config.max_factors
-    rounds = [(min(dim, most), sweeps, count) for dim, sweeps, count in _ROUNDS]
+    rounds = [(min(dim, most), sweeps) for dim, sweeps in _ROUNDS]
     open_names = [name for name in _open(config) if name in _NAMES]
     candidates = _candidates(config, open_names)
     rows = int(exchange.sum(torch.tensor(len(by_user.indices), device=exchange.device)))
     ids = num_users + num_items
     metric = "full" if config.auto_metric == "full" else "sampled"
     budget = _cost(rows, ids, most, DEFAULTS["sweeps"])
-    planned = len(candidates) * _cost(rows, ids, *rounds[0][:2])
+    finalists = max(3, len(candidates) // 4)
+    planned = len(candidates) * _cost(rows, ids, *rounds[0]) + _cost(rows, ids, most, rounds[1][1])
     if len(candidates) > 1:
-        planned += min(len(candidates), rounds[1][2]) * _cost(rows, ids, *rounds[1][:2])
-    planned += _cost(rows, ids, most, rounds[1][1])
-    share = min(1.0, max(0.35 * budget / max(planned, 1.0), 20_000 / max(rows, 1)), SAMPLE / max(rows, 1))
+        planned += min(len(candidates), finalists) * _cost(rows, ids, *rounds[1])
+    allowed = _EFFICIENCY * config.auto_cost * budget / max(planned, 1.0)
+    share = min(1.0, max(allowed, _LEAST_INTERACTIONS / max(rows, 1)), SAMPLE / max(rows, 1))
     sample = take_sample(by_user, share, config.seed, exchange, metric)
     choice = Choice(given | ({} if config.factors or not config.auto else {"factors": min(most, 64)}), metric)
     if sample is None or len(sample.hidden_users) < _LEAST_USERS:
@@ -233,32 +236,30 @@ def choose(
         choice.trials.append(listed)
         return trial
 
-    for number, (dim, sweeps, _) in enumerate(rounds):
-        if number and len(candidates) == 1:
-            break
-        found = [run(settings, dim, sweeps) for settings in candidates]
-        found.sort(key=lambda trial: -trial.ndcg)  # stable: equal candidates stay in their order
-        candidates = [trial.settings for trial in found[: rounds[number + 1][2] if number + 1 < len(rounds) else 2]]
-    best = found[0]
-    dim, sweeps, _ = rounds[min(1, len(rounds) - 1)]
-    if config.factors is None and most > dim:
-        wide = run(best.settings, most, sweeps)
-        others = [best, *found[1:]]
+    if len(candidates) == 1:  # nothing to compare but the dimensions, and popularity
+        dim = most if config.factors is not None else rounds[-1][0]
+        found = [run(candidates[0], dim, rounds[-1][1])]
+    else:
+        for dim, sweeps in rounds:
+            found = [run(settings, dim, sweeps) for settings in candidates]
+            found.sort(key=lambda trial: -trial.ndcg)  # stable: equal candidates stay in their order
+            candidates = [trial.settings for trial in found[:finalists]]
+    best, runner, narrow_dim = found[0], found[1] if len(found) > 1 else None, rounds[-1][0]
+    dim = runner_dim = config.factors or narrow_dim
+    if config.factors is None and most > narrow_dim:
+        wide = run(best.settings, most, rounds[-1][1])
         lost = best.gain - wide.gain
         # a part of the log supports fewer dimensions than all of it: fewer are taken only where that is clear
-        narrow = lost.mean() > 2 * lost.std() / math.sqrt(len(lost))
-        best, dim = (best, dim) if narrow else (wide, most)
-        runner = others[0] if dim == most else wide
-        runner_settings = runner.settings | {"factors": min(rounds[1][0], most) if dim == most else most}
-    else:
-        runner = found[1] if len(found) > 1 else best
-        runner_settings = runner.settings
-        dim = config.factors or dim
+        if lost.mean() > 2 * lost.std() / math.sqrt(len(lost)):
+            runner, runner_dim = wide, most
+        else:
+            best, runner, dim = wide, best, most
     choice.settings = given | best.settings | {"factors": dim}
     choice.rows, choice.interactions = len(best.gain), len(sample.users)
     choice.ndcg, choice.popularity = best.ndcg, float(baseline.mean())
-    if runner is not best:
-        choice.runner_up = {"settings": choice.settings | runner_settings, "ndcg": round(runner.ndcg, 6)}
+    if runner is not None:
+        settings = choice.settings | runner.settings | {"factors": runner_dim}
+        choice.runner_up = {"settings": settings, "ndcg": round(runner.ndcg, 6)}
     margin = best.gain - baseline
     noise = float(margin.std()) / math.sqrt(len(margin))
     choice.above_popularity = bool(margin.mean() > 2 * noise)
@@ -275,18 +276,16 @@ def _open(config: ALSConfig) -> list[str]:
     return [name for name in names if fixed.get(name) is None]
 
 
-def needs_choice(config: ALSConfig) -> bool:
-    """Whether `choose` has something to choose. `sweeps` alone is no reason: its default holds."""
-    return any(name != "sweeps" for name in _open(config))
-
-
 def _candidates(config: ALSConfig, names: list[str]) -> list[dict[str, Any]]:
-    """Distinct settings of `names`, the first of `CANDIDATES` first."""
+    """At most `auto_trials` distinct settings of `names`: `CANDIDATES`, then such as are drawn from wider ranges."""
     given = {name: value for name, value in settings_of(config).items() if name in _NAMES}
+    rng = np.random.default_rng([config.seed % 2**32, 7])
     found: list[dict[str, Any]] = []
-    for values in CANDIDATES:
+    for number in range(4 * max(config.auto_trials, len(CANDIDATES))):
+        drawn = float(np.exp(rng.uniform(0, 4))), float(np.exp(rng.uniform(0, 2.5))), rng.integers(0, 5) / 8
+        values = CANDIDATES[number] if number < len(CANDIDATES) else (round(drawn[0], 2), round(drawn[1], 2), drawn[2])
         settings = given | {name: value for name, value in zip(_NAMES, values, strict=True) if name in names}
-        if settings not in found:
+        if settings not in found and len(found) < config.auto_trials:
             found.append(settings)
     return found
 

@@ -41,6 +41,10 @@ class ALSConfig:
     auto_metric: Literal["auto", "sampled", "full"] = "auto"
     """How candidates are compared: by NDCG@10 of a held-out item among 99 `sampled` items, or among all items (`full`);
     `auto`: as the log's own held-out part is ranked, `sampled` without one."""
+    auto_trials: int = 8
+    """Candidates to compare; those beyond the first 8 are drawn at random."""
+    auto_cost: float = 1.0
+    """Cost of the choice, in factorizations, about."""
     solver: Literal["auto", "cg", "cholesky"] = "auto"
     """How each row's normal equations are solved. `cholesky`: exactly. `cg`: three steps of preconditioned
     conjugate gradients from the last sweep's vector. `auto`: two such steps in the first two sweeps, then

@@ -94,9 +94,9 @@ class SharedALS:
     """Alternating least squares over the rows of two shared tables.
 
     The objective is that of `ALSParameters`, a vector's regularization that of its id; the vectors are confined to
-    X = A C. So it compares with the full factorization's, which bounds it from below. Rows that share make one linear system of a
-    side, which is solved by conjugate gradients, preconditioned by its diagonal. One process; memory: the interactions
-    twice, and some (ids, d) matrices.
+    X = A C. So it compares with the full factorization's, which bounds it from below. Rows that share make one linear
+    system of a side, which is solved by conjugate gradients, preconditioned by its diagonal. One process; memory: the
+    interactions twice, and some (ids, d) matrices.
 
     Args:
         by_user, by_item: all interactions, `InteractionBuilder.build`'s of a world of one.

@@ -144,7 +144,15 @@ def test_choice_leaves_alone_what_was_given():
     assert {trial["settings"]["mean_penalty"] for trial in als.choice.trials} == {5.0}
     given = ALSConfig(factors=8, sweeps=3, unobserved_ratio=4.0, mean_penalty=3.0, item_exponent=0.0)
     als, _ = fit(given, *planted())
-    assert als.choice is None
+    assert len(als.choice.trials) == 1
+    assert als.choice.above_popularity
+    assert als.choice.settings["unobserved_ratio"] == 4.0
+
+
+def test_more_candidates_are_drawn_from_wider_ranges():
+    als, _ = fit(ALSConfig(factors=8, auto_trials=14, auto_cost=3.0), *planted())
+    first = [trial for trial in als.choice.trials if trial["sweeps"] == 3]
+    assert len({str(trial["settings"]) for trial in first}) == 14
 
 
 def test_a_log_too_small_to_choose_takes_the_defaults():

@@ -43,7 +43,7 @@ class FactorizeResult:
     parameters: dict[str, Any] | None = None
     """Absolute parameters of `als`."""
     auto: dict[str, Any] | None = None
-    """What was compared to choose the settings (`als_auto.Choice`); None where none were open."""
+    """What was compared to choose the settings (`als_auto.Choice`); None of `logistic`."""
     checks: dict[str, Any] = field(default_factory=dict)
     """`ok`, and `warnings`: signs of a collapse, each with its cause and its fix."""
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from recpress.trainer.config import EvaluationConfig
 from recpress.trainer.distributed.collectives import all_reduce, rank_and_world
@@ -26,18 +27,18 @@ Cases = dict[str, torch.Tensor]
 """Metric -> its value of each case of this rank."""
 
 
-def paired_gain(network: torch.Tensor, start: torch.Tensor) -> tuple[float, float]:
-    """(mean, its standard error) of the difference, case by case, (n,) each on this rank. Collective."""
+def paired_gain(network: torch.Tensor, start: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[float, float]:
+    """(weighted mean, its standard error) of the difference, case by case, (n,) each on this rank. Collective."""
     difference = (network - start).double()
-    difference = difference[~difference.isnan()]
-    sums = all_reduce(
-        torch.stack([torch.tensor(float(len(difference))).double(), difference.sum(), difference.square().sum()])
-    )
-    count, total, squares = sums.tolist()
-    if not count:
+    weights = torch.ones_like(difference) if weights is None else weights
+    here = ~difference.isnan()
+    d, w = difference[here], weights[here]
+    sums = torch.stack([w.sum(), (w * d).sum(), (w * w).sum(), (w * w * d).sum(), (w * w * d * d).sum()])
+    total, of_d, squares, squares_d, squares_dd = all_reduce(sums).tolist()
+    if not total:
         return 0.0, 0.0
-    mean = total / count
-    return mean, math.sqrt(max(0.0, squares / count - mean**2) / count)
+    mean = of_d / total
+    return mean, math.sqrt(max(0.0, squares_dd - 2 * mean * squares_d + mean**2 * squares)) / total
 
 
 class Choice:
@@ -45,21 +46,36 @@ class Choice:
 
     Args:
         config: metric and cut-offs.
+        weights: of the cases of this rank, (len(heldout.users),); None: all the same.
     """
 
-    def __init__(self, heldout: SampledHeldout | FullHeldout, config: EvaluationConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        heldout: SampledHeldout | FullHeldout,
+        config: EvaluationConfig,
+        ranks: Ranks,
+        weights: np.ndarray | None = None,
+    ) -> None:
         self._heldout, self._device = heldout, ranks.device
+        self._weights = None if weights is None else torch.from_numpy(weights)
         self.config = config.during_training()
         self.metric, self.companion = config.metric, config.companion(isinstance(heldout, FullHeldout))
         self.start: dict[str, float] | None = None
         """Metrics of the factorization's own ranking."""
         self._start_cases: Cases = {}
+        self.seen = False
+        """Whether the factors have seen the validation rows. What a network gains on these says nothing about new rows
+        (it may gain by learning them better by heart), so that no network can be shown to be better."""
         self.popularity: dict[str, float] = {}
 
     def rank(self, user: VectorFn, item: VectorFn) -> tuple[dict[str, float], Cases]:
-        """Metrics of the vectors, and their values of each case of this rank."""
+        """Weighted metrics of the vectors, and their values of each case of this rank."""
         cases: Cases = {}
-        return rank_heldout(self._heldout, user, item, self.config, self._device, cases), cases
+        metrics = rank_heldout(self._heldout, user, item, self.config, self._device, cases)
+        if self._weights is not None:
+            zero = torch.zeros(len(self._weights))
+            metrics |= {name: paired_gain(value, zero, self._weights)[0] for name, value in cases.items()}
+        return metrics, cases
 
     def set_start(self, user: VectorFn, item: VectorFn) -> None:
         """Take these vectors' ranking as what a network must beat."""
@@ -85,17 +101,18 @@ class Choice:
     def _gains(self, cases: Cases) -> dict[str, float]:
         if self.start is None or self.metric not in cases:
             return {}
-        gain, noise = paired_gain(cases[self.metric], self._start_cases[self.metric])
+        gain, noise = paired_gain(cases[self.metric], self._start_cases[self.metric], self._weights)
         found = {"gain": gain, "gain_error": noise, "companion_gain": 0.0}
         if self.companion in cases:
-            found["companion_gain"] = paired_gain(cases[self.companion], self._start_cases[self.companion])[0]
+            pair = cases[self.companion], self._start_cases[self.companion]
+            found["companion_gain"] = paired_gain(*pair, self._weights)[0]
         return found
 
     def accepts(self, found: Mapping[str, float]) -> bool:
         """Whether an evaluation is better than the start, by more than noise and not worse on the companion."""
         if self.start is None:
             return True
-        return found["gain"] > NOISE * found["gain_error"] and found["companion_gain"] >= 0.0
+        return not self.seen and found["gain"] > NOISE * found["gain_error"] and found["companion_gain"] >= 0.0
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the validation rows."""
@@ -106,10 +123,11 @@ class Choice:
             "companion": self.companion,
             "factorization": self.start,
             "popularity": self.popularity,
+            "seen_by_factors": self.seen,
         }
 
 
 def warn(text: str) -> None:
     """One line on rank 0."""
     if rank_and_world()[0] == 0:
-        logging.getLogger("recpress").warning("warning: %s", text)
+        logging.getLogger("recpress").warning(text)

@@ -137,7 +137,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model = _model(config, log, features, factors, maps, ranks)
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
         rows = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
-        choice = Choice(rows.heldout, config.evaluation, ranks) if rows is not None else None
+        choice = Choice(rows.heldout, config.evaluation, ranks, rows.weights) if rows is not None else None
         if rows is None and config.evaluation.while_training and ranks.rank == 0:
             print(f"too few rows to hold validation rows out: trains for {config.epochs} epochs, without a choice")
 
@@ -169,10 +169,13 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 start.dmp.eval()
                 choice.set_start(start.vectors("user"), start.vectors("item"))
                 del start
-                if rows.source == "sample" and not crossfit:
+                choice.seen = rows.source == "sample" and not crossfit
+                if choice.seen:
                     warn(
-                        "the factors have seen the validation rows, which favors the factorization over the network; "
-                        "recpress factorize --crossfit-rate makes factors that have not"
+                        "the factors have seen the validation rows, so that no network can be shown to be better: "
+                        "trains none and keeps the factorization's ranking. For a network, make factors with "
+                        "recpress factorize --crossfit-rate, or give the log a val part; --evaluation.every 0 trains "
+                        "without validation"
                     )
             choice.set_popularity(_item_counts(factors, rows, crossfit))
         first = choice is not None and choice.start is not None and residual and checkpoints.start is None
@@ -198,7 +201,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 model.dmp,
                 TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
                 lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
-                _fit_config(config),
+                _fit_config(config, nothing=choice is not None and choice.seen),
                 device=ranks.device,
                 evaluate=evaluate if choice is not None else None,
                 accept=choice.accepts if choice is not None else None,
@@ -232,6 +235,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             meta |= {
                 "rows": source.num_rows,
                 **source.describe(),
+                "rejects_positives": model.builder.negatives.reject is not None,
                 "kept_positives": kept,
                 "steps": fitted.steps,
                 "skipped": fitted.skipped,
@@ -303,7 +307,8 @@ def _chosen(choice: Choice | None, fitted: FitResult, ranks: Ranks) -> dict[str,
         if tried is not None:
             pairs = [f"{name} {tried[name]:.4f} against {choice.start[name]:.4f}" for name in _pair(choice)]
             shown = f" ({', '.join(pairs)})"
-        print(f"the network did not improve on the factorization {cases}{shown}: the factorization's ranking is kept")
+        said = f"the network did not improve on the factorization {cases}{shown}"
+        print(f"{'no network was trained' if tried is None else said}: the factorization's ranking is kept")
     elif choice.start is not None and ranks.rank == 0:
         pairs = [f"{name} {best[name]:.4f} against {choice.start[name]:.4f}" for name in _pair(choice)]
         print(f"the network improves on the factorization {cases}: {', '.join(pairs)} (epoch {int(best['epoch'])})")
@@ -378,7 +383,8 @@ def _model(
             raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
         counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
         reject = None
-        if config.negatives.reject_positives:
+        size = {"rows": log.train.num_rows, "users": log.num_users, "items": log.num_items}
+        if config.negatives.rejects(**size, sample=config.sample):
             reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(
@@ -460,10 +466,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _fit_config(config: TrainConfig) -> FitConfig:
+def _fit_config(config: TrainConfig, *, nothing: bool) -> FitConfig:
+    """`nothing`: no step is to be made."""
     look = config.evaluation
     return FitConfig(
-        epochs=min(config.stop_after or config.epochs, config.epochs),
+        epochs=0 if nothing else min(config.stop_after or config.epochs, config.epochs),
         evaluate_every=look.every,
         evaluate_steps=look.every_steps,
         evaluate_first=look.while_training,

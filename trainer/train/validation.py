@@ -57,6 +57,9 @@ class ValidationRows:
     heldout: SampledHeldout | FullHeldout
     source: str
     """`val`, `sample` or `test`."""
+    weights: np.ndarray | None
+    """Of each case of this rank, float64; None: all the same. Rows of the sample are mostly those of active users, and
+    held-out parts mostly have as many rows of each user: the weights make all users count alike."""
     item_counts: np.ndarray | None
     """Rows of each item in the sample, held-out rows excluded, (items,) int64; None where they were not counted."""
 
@@ -97,7 +100,7 @@ def load_validation(
     if look.validation == "test":
         if log.test is None and log.test_negatives is None:
             raise InputError(f"{log.path}: no test part; evaluation.validation 'test' needs one (expected 'auto')")
-        return ValidationRows(load_heldout(log, look), "test", log.counts("item") if count_items else None)
+        return ValidationRows(load_heldout(log, look), "test", None, log.counts("item") if count_items else None)
     selection = Selection(log.train, config.sample, hold_out=hold_out)
     counts = np.zeros(log.num_items if count_items else 0, dtype=np.int64)
     with agreed():
@@ -121,7 +124,12 @@ def load_validation(
         heldout = _sampled(held, seen, log, count, config.sample.seed)
     if not heldout.num_cases:
         return None
-    return ValidationRows(heldout, source, counts if count_items else None)
+    weights = None
+    if source == "sample":
+        assert hold_out is not None
+        rate = hold_out.rate * config.sample.rate
+        weights = _weights(heldout, users, np.concatenate([held[0], seen[0]]), rate)
+    return ValidationRows(heldout, source, weights, counts if count_items else None)
 
 
 def _full(config: TrainConfig, log: Log) -> bool:
@@ -228,6 +236,20 @@ def _sampled(held: Pairs, seen: Pairs, log: Log, count: int, seed: int) -> Sampl
     return sampled_from_arrays(
         users[kept].numpy(), items[kept].numpy(), lists, num_users=log.num_users, num_items=log.num_items
     )
+
+
+def _weights(heldout: SampledHeldout | FullHeldout, users: np.ndarray, of_rows: np.ndarray, rate: float) -> np.ndarray:
+    """One over the expected number of cases of the case's user, for each case of this rank. Collective.
+
+    Args:
+        users: all users with validation rows, ascending.
+        of_rows: user of each row of theirs that this rank has read.
+        rate: share of the log's rows that are held out.
+    """
+    counts = torch.from_numpy(np.bincount(np.searchsorted(users, of_rows), minlength=len(users)))
+    rows = all_reduce(counts).numpy()[np.searchsorted(users, heldout.users)]
+    rows = np.maximum(rows, 1)
+    return 1.0 / (1.0 - (1.0 - rate) ** rows if isinstance(heldout, FullHeldout) else rows)
 
 
 def _sent(pairs: Pairs, users_per_rank: int) -> Pairs:
