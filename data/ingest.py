@@ -84,13 +84,15 @@ def _write(
         with tqdm(unit=" rows", unit_scale=True, disable=None, desc=f"ingest {source.format}") as bar:
             for piece in source.pieces():
                 for part, table in encoder.encode(piece):
-                    writer.part(part).write(table)
+                    if table.num_rows:  # a part without rows has no files
+                        writer.part(part).write(table)
                 bar.update(piece.table.num_rows)
         if not writer.part("train").rows:
             raise InputError(f"{config.input}: no rows for train")
         if source.negatives is not None:
             for piece in source.negatives():
-                writer.part("test_negatives").write(encoder.encode_negatives(piece))
+                if piece.table.num_rows:
+                    writer.part("test_negatives").write(encoder.encode_negatives(piece))
         for line in encoder.suspicious():
             logging.getLogger("recpress").warning("%s: %s", config.input, line)
         encoder.write_side_tables(source, writer)

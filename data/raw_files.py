@@ -112,7 +112,8 @@ class RawInput:
 
     def _below(self, folder: str, suffixes: Sequence[str]) -> list[str]:
         here = [file.path for name, file in self._files(folder).items() if has_suffix(name, suffixes)]
-        partitions, others = [], []
+        partitions: list[list[str]] = []
+        others: list[list[str]] = []
         for path in self._subfolders(folder):
             if found := self._below(path, suffixes):
                 (partitions if _PARTITION.fullmatch(path.rpartition("/")[2]) else others).append(found)
