@@ -171,7 +171,7 @@ class EndToEnd:
 
 
 def curve_of(trained: TrainResult, factors: bool) -> list[dict[str, float]]:
-    """Quality after each epoch. With factors it is known of the published model alone: during training the tables may be
+    """Quality after each epoch; with factors, of the published model alone: during training the tables may be
     cross-fitted ones, and epoch 0 may win."""
     points = trained.fit.evaluations
     if not factors:

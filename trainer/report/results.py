@@ -204,7 +204,7 @@ def load_result(path: str | Path) -> CompareResult:
             raise InputError(f"{path}: expected the result of a comparison, version {VERSION}")
         methods = tuple(_method(method) for method in fields.pop("methods"))
         sweeps = tuple(SweepPoint(**_with_nan(sweep)) for sweep in fields.pop("sweeps"))
-        texts = {name: tuple(fields.pop(name)) for name in ("metrics", "notes", "warnings")}
+        texts: dict[str, Any] = {name: tuple(fields.pop(name)) for name in ("metrics", "notes", "warnings")}
         return CompareResult(methods=methods, sweeps=sweeps, **texts, **fields)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
