@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from recpress.data.config import Schema, SynthConfig
 from recpress.data.errors import InputError
@@ -50,11 +50,15 @@ high rate to pass popularity before they learn the rows by heart; on dense ones 
 
 def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:
     """The network with other values of the settings named."""
-    sections = {"stream": network.stream, "optimizer": network.optimizer, "towers": network.model.towers}
+    sections: dict[str, Any] = {
+        "stream": network.stream,
+        "optimizer": network.optimizer,
+        "towers": network.model.towers,
+    }
     names = {name for section in sections.values() for name in section.__dataclass_fields__}
     assert set(change) <= names, change
     made = {
-        key: replace(section, **{k: v for k, v in change.items() if k in section.__dataclass_fields__})  # type: ignore[type-var]
+        key: replace(section, **{name: v for name, v in change.items() if name in section.__dataclass_fields__})
         for key, section in sections.items()
     }
     model = replace(network.model, towers=made["towers"])
