@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
+from recpress.modules.freed import on_freed
+from recpress.trainer.allocator import give_back
 from recpress.trainer.errors import Preempted, RankFailed
 
 _ERROR, _SEEN, _AT = "recpress/error", "recpress/error-seen", "recpress/at"
@@ -92,6 +94,7 @@ def process_group(device: str = "auto", stall_seconds: float = 600.0) -> Iterato
     local = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     _quiet_libraries()
+    on_freed(give_back)  # the process is this command's
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), place)
         return

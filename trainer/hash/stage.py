@@ -16,7 +16,6 @@ from recpress.modules.hashing.problem import IdTable, Progress
 from recpress.modules.rows import check_source
 from recpress.modules.shared_rows import shared_rows
 from recpress.trainer.artifacts import describe_log, shared_artifact
-from recpress.trainer.compare.hash_report import format_bytes
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.process_group import agreed, process_group
 from recpress.trainer.evaluate.heldout import read_pairs
@@ -26,6 +25,7 @@ from recpress.trainer.hash.extend import extended_maps
 from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.hash.tables import read_tables
 from recpress.trainer.logs.damaged import describe_lost, open_on_all_ranks, share_lost
+from recpress.trainer.report.results import format_bytes
 from tqdm import tqdm
 
 
@@ -62,7 +62,8 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
         log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
         with agreed():
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
-        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite) as tmp:
+        inputs = [config.data, config.factors, config.extend]
+        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
             reports: list[TableReport] = []
             with agreed():
                 if ranks.rank == 0:
