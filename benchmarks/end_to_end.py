@@ -160,7 +160,7 @@ class EndToEnd:
             factors=factors,
             hash=maps,
             sample=SampleConfig(rate=rate, seed=self.args.seed),
-            evaluation=EvaluationConfig(every=1),
+            evaluation=EvaluationConfig(every=1, patience=0, validation="test"),
             seed=self.args.seed,
             tensorboard=False,
             device=self.args.device,

@@ -40,7 +40,8 @@ SMALL = ("--runs", "1")
 
 SETTINGS = (
     *("--sample.rate", "1", "--epochs", "2", "--stream.batch-size", "64", "--no-tensorboard"),
-    *("--checkpoint.steps", "5", "--checkpoint.minutes", "0", "--evaluation.every", "1"),
+    *("--checkpoint.steps", "5", "--checkpoint.minutes", "0"),
+    *("--evaluation.every", "1", "--evaluation.validation", "test"),
 )
 STRATEGIES = ("init-freeze", "init-train", "init-freeze-plus")
 

@@ -155,8 +155,8 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
     an empty one.
 
     Raises:
-        InputError: a null where there may be none, an id that is negative or too large, NaN in a label, a row
-            without negatives.
+        InputError: a null where there may be none, an id that is negative or too large, NaN in a label, a label or
+            float that is infinite as float32, a row without negatives.
     """
     where = f"{where}, column '{column.name}'"
     if pa.types.is_dictionary(data.type):
@@ -175,9 +175,16 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
         return _times(column, array, where)
     if pa.types.is_decimal(array.type):  # Arrow multiplies by 0.001, say, which float32 rounds: 3.000 became 3.0000002
         array = array.cast(pa.float64())
+    given = array
     if array.type != pa.float32():
         array = array.cast(pa.float32(), safe=False)
     values = array.to_numpy(zero_copy_only=False)
+    if np.isinf(values).any():  # also of a number that is too large for float32
+        row = int(np.argmax(np.isinf(values)))
+        raise InputError(
+            f"{where}, row {row}: {given[row].as_py()}; expected a finite number of 32 bits (up to 3.4e38), or null "
+            "where it is missing"
+        )
     if column.role == "label" and len(values) and np.isnan(values.max()):  # one NaN makes it NaN
         raise InputError(f"{where}, row {int(np.argmax(np.isnan(values)))}: NaN; expected a number")
     return values

@@ -47,7 +47,7 @@ def app(
     mem_mb: int,
     h: str | None,
     image: str,
-    env: dict[str, str] | None,
+    env: str | dict[str, str] | None,
     mounts: list[str] | None,
     max_restarts: int,
     max_retries: int,
@@ -79,7 +79,7 @@ def app(
         name=f"recpress/{component}",
         image=image,
         j=j,
-        env={**ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace), **(env or {})},
+        env={**ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace), **_variables(env)},
         mounts=mounts,
         max_retries=max_retries,
         rdzv_port=rdzv_port,
@@ -96,6 +96,19 @@ def app(
     words = itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in options.items())
     role.args[-1] = f"{_torchrun()} {shlex.join(words)} {rest}"
     return made
+
+
+def _variables(env: str | dict[str, str] | None) -> dict[str, str]:
+    """`A=1,B=2` as a dictionary: a comma, or `;`, ends a value where another NAME= follows."""
+    if env is None or isinstance(env, dict):
+        return env or {}
+    pairs = [pair.partition("=") for pair in re.split(r"[,;](?=[A-Za-z_]\w*=)", env)]
+    for name, sign, _ in pairs:
+        if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ComponentValidationException(
+                f"--env is '{env}', expected NAME=VALUE,NAME=VALUE; a value may be empty"
+            )
+    return {name: value for name, _, value in pairs}
 
 
 def _torchrun() -> str:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from recpress.modules.als_auto import Choice, Fit, Sample, absolute, choose, scales
 from recpress.modules.als_side import Limits, Side, Solver, Workers
 from recpress.modules.als_solvers import solve_cg, solve_cholesky
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.modules.exchange import Exchange
+from recpress.modules.factor_checks import separation
 from recpress.modules.factors import Factors, RowBlocks
-from recpress.modules.interactions import InteractionBuilder
+from recpress.modules.interactions import CSR, InteractionBuilder
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ALS:
 
     def __init__(
         self,
-        config: ALSConfig,
+        config: ALSConfig | ALSParameters,
         num_users: int,
         num_items: int,
         *,
@@ -53,6 +55,14 @@ class ALS:
         self.config, self.num_users, self.num_items = config, num_users, num_items
         self.exchange = Exchange(process_group, torch.device(device))
         self.limits = limits
+        self.parameters: ALSParameters | None = config if isinstance(config, ALSParameters) else None
+        """Those of the objective; known after `fit`."""
+        self.choice: Choice | None = None
+        """What `fit` compared to choose what was left open, and how the winner ranks held-out examples."""
+        self.separation = math.nan
+        """How often an interaction scores above a random pair of its user, after `fit` (`factor_checks`)."""
+        self.on_choice: Callable[[Choice], None] | None = None
+        """Sees the choice before the sweeps."""
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
     def add(self, users: Any, items: Any, values: Any = None) -> None:
@@ -72,18 +82,68 @@ class ALS:
         start: factors of this sharding to go on from, instead of random ones; they are not changed.
         Raises ValueError where the objective is not finite or a row's equations cannot be solved.
         """
+        by_user, by_item = self.builder.build()
+        rows = int(self.exchange.sum(torch.tensor(len(by_user.indices), device=self.exchange.device)))
+        if rows == 0:
+            raise ValueError("als: no interactions were added, expected at least one")
+        config = self.config
+        if isinstance(config, ALSConfig):
+            if start is not None:
+                config = replace(config, factors=start.dim)
+            if config.auto and start is None:
+                config = self._choose(config, by_user)
+            config = absolute(config, by_user, by_item, self.exchange)
+            check(config)
+        self.parameters = config
+        return self._factorize(config, by_user, by_item, on_sweep, start)
+
+    def _choose(self, config: ALSConfig, by_user: CSR) -> ALSConfig:
+        """`config` with nothing left open."""
+        exchange = self.exchange
+
+        def prepare(sample: Sample) -> Fit:
+            builder = InteractionBuilder(sample.num_users, sample.num_items, exchange)
+            part = slice(exchange.rank, None, exchange.world)
+            builder.add(sample.users[part], sample.items[part], None if sample.values is None else sample.values[part])
+            pair = builder.build()
+
+            def fit(tried: ALSConfig) -> tuple[torch.Tensor, torch.Tensor]:
+                als = ALS(
+                    absolute(tried, *pair, exchange), sample.num_users, sample.num_items,
+                    device=exchange.device, process_group=exchange.group, limits=self.limits,
+                )  # fmt: skip
+                factors = als._factorize(als.parameters, *pair, None, None, False)  # type: ignore[arg-type]
+                return factors.users, exchange.gather(factors.items, RowBlocks(sample.num_items, exchange.world))
+
+            return fit
+
+        self.choice = choose(config, by_user, self.num_users, self.num_items, exchange, prepare)
+        if self.on_choice is not None:
+            self.on_choice(self.choice)
+        return replace(config, **self.choice.settings)
+
+    def _factorize(
+        self,
+        config: ALSParameters,
+        by_user: CSR,
+        by_item: CSR,
+        on_sweep: Callable[[SweepReport], bool | None] | None,
+        start: Factors | None,
+        measure: bool = True,
+    ) -> Factors:
         exchange = self.exchange
         self._check_start(start)
-        by_user, by_item = self.builder.build()
-        factors = self._begin(start)  # after the log's peak of memory
+        factors = self._begin(config, start)  # after the log's peak of memory
         workers = Workers(exchange.device)
-        common = (self.config, exchange, workers, self.limits)
-        users = Side("user", by_user, self.num_users, self.num_items, *common)
-        items = Side("item", by_item, self.num_items, self.num_users, *common)
-        if users.nnz == 0:
-            raise ValueError("als: no interactions were added, expected at least one")
+        user_scales, item_scales = None, None
+        if config.item_exponent:
+            user_scales, item_scales = scales(config, by_item, self.num_items, exchange)
+        common = (config, exchange, workers, self.limits)
         try:
-            self._sweeps(users, items, factors, on_sweep)
+            users = Side("user", by_user, self.num_users, self.num_items, *common, user_scales)
+            items = Side("item", by_item, self.num_items, self.num_users, *common, item_scales)
+            self._sweeps(config, users, items, factors, on_sweep)
+            self.separation = separation(by_user, factors, exchange) if measure else math.nan
         finally:
             workers.close()
         factors.user_counts, factors.item_counts = users.degree.cpu(), items.degree.cpu()
@@ -93,25 +153,27 @@ class ALS:
         if start is None:
             return
         has = (start.num_users, start.num_items, start.dim, start.rank, start.world)
-        want = (self.num_users, self.num_items, self.config.factors, self.exchange.rank, self.exchange.world)
+        assert self.parameters is not None
+        want = (self.num_users, self.num_items, self.parameters.factors, self.exchange.rank, self.exchange.world)
         if has != want:
             raise ValueError(f"start factors: (users, items, dim, rank, world) is {has}, expected {want}")
 
-    def _begin(self, start: Factors | None) -> Factors:
+    def _begin(self, config: ALSParameters, start: Factors | None) -> Factors:
         rank, world, device = self.exchange.rank, self.exchange.world, self.exchange.device
         if start is None:
-            return initial_factors(self.config, self.num_users, self.num_items, rank, world, device)
+            return initial_factors(config, self.num_users, self.num_items, rank, world, device)
         users, items = (x.to(device, torch.float32, copy=True) for x in (start.users, start.items))
         return Factors(users, items, self.num_users, self.num_items, rank, world)
 
     def _sweeps(
         self,
+        config: ALSParameters,
         users: Side,
         items: Side,
         factors: Factors,
         on_sweep: Callable[[SweepReport], bool | None] | None,
     ) -> None:
-        config, began, previous = self.config, time.perf_counter(), math.inf
+        began, previous = time.perf_counter(), math.inf
         item_sums = items.summary(factors.items)
         for sweep in range(1, config.sweeps + 1):
             at, solver = time.perf_counter(), _solver(config, sweep)
@@ -136,7 +198,7 @@ class ALS:
             previous = objective
 
 
-def _solver(config: ALSConfig, sweep: int) -> Solver:
+def _solver(config: ALSParameters, sweep: int) -> Solver:
     """How a sweep, counted from 1, solves its rows.
 
     `auto` was measured on MovieLens-1M and Gowalla at several settings. After two sweeps the vectors move so
@@ -152,15 +214,19 @@ def _solver(config: ALSConfig, sweep: int) -> Solver:
     return partial(solve_cg, steps=1, relaxation=1.4 if sweep < config.sweeps else 1.0)
 
 
-def check(config: ALSConfig) -> None:
+def check(config: ALSConfig | ALSParameters) -> None:
     """Raise ValueError that names the first field that is out of its range."""
+    values = {name: value for name, value in asdict(config).items() if value is not None}
     if config.solver not in ("auto", "cg", "cholesky"):
         raise ValueError(f"als: solver is {config.solver!r}, expected auto, cg or cholesky")
-    for name, least in (("factors", 1), ("sweeps", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"als: {name} is {getattr(config, name)}, expected at least {least}")
-    for name in ("confidence", "unobserved_weight", "regularization", "frequency_exponent", "tolerance"):
-        value = getattr(config, name)
+    for name, least in (("factors", 1), ("max_factors", 1), ("sweeps", 0), ("auto_trials", 1)):
+        if values.get(name, least) < least:
+            raise ValueError(f"als: {name} is {values[name]}, expected at least {least}")
+    for name in (
+        "confidence", "unobserved_ratio", "mean_penalty", "item_exponent", "unobserved_weight", "regularization",
+        "frequency_exponent", "tolerance", "auto_cost",
+    ):  # fmt: skip
+        value = values.get(name, 0.0)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"als: {name} is {value}, expected a finite number >= 0")
 
@@ -177,7 +243,7 @@ def initial_rows(seed: int, side: int, first: int, last: int, dim: int) -> np.nd
 
 
 def initial_factors(
-    config: ALSConfig, num_users: int, num_items: int, rank: int, world: int, device: torch.device
+    config: ALSParameters, num_users: int, num_items: int, rank: int, world: int, device: torch.device
 ) -> Factors:
     """The random factors that a fit begins with."""
     shards = []

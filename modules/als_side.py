@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from recpress.modules.allocator import give_back
 from recpress.modules.als_solvers import Chunk, HeavyRow, Scratch, Shared, SingularRow, loss_of, preconditioner
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
 from recpress.modules.interactions import CSR
@@ -88,6 +88,30 @@ class Limits:
     table: int | None = None
 
 
+@dataclass(frozen=True)
+class Scales:
+    """Factors of the interactions' weights by item (`ALSParameters.item_exponent`).
+
+    rows: (local rows,) float32 where this side is the items'; others: (num_others,) float32, all of them on each rank,
+    where the other side is.
+    """
+
+    rows: np.ndarray | None = None
+    others: np.ndarray | None = None
+
+    def of(self, csr: CSR, start: int, stop: int, first: int, last: int) -> np.ndarray:
+        """Weights of interactions start..stop-1, which lie in rows first..last-1, without the confidence: float32."""
+        weights = np.ones(stop - start, np.float32)
+        if csr.values is not None:
+            weights *= csr.values[start:stop]
+        if self.others is not None:
+            weights *= self.others[csr.indices[start:stop]]
+        if self.rows is not None:
+            lengths = np.diff(np.clip(csr.indptr[first : last + 1], start, stop))
+            weights *= np.repeat(self.rows[first:last], lengths)
+        return weights
+
+
 GATHERED = 64 << 20
 """Bytes of a table that each rank may gather however small its part of the log is."""
 FAR = Limits(interactions=1 << 18, rows=16384)
@@ -108,10 +132,11 @@ class Side:
         csr: CSR,
         num_rows: int,
         num_others: int,
-        config: ALSConfig,
+        config: ALSParameters,
         exchange: Exchange,
         workers: Workers,
         limits: Limits | None = None,
+        scales: Scales | None = None,
     ) -> None:
         self.name, self.csr, self.config, self.exchange, self.workers = name, csr, config, exchange, workers
         self.device = exchange.device
@@ -125,9 +150,10 @@ class Side:
         if limits is None:
             limits = Limits(interactions=1 << 15, rows=block_rows(config.factors)) if near else FAR
         self.pieces = list(_pieces(csr.indptr, limits))
-        self.weight = None  # confidence times the degree
-        if csr.values is not None:
-            sums = torch.from_numpy(_row_sums(csr.indptr, csr.values, self.pieces))
+        self.scales = Scales() if scales is None else scales
+        self.weight = None  # sum of the weights of each row's interactions; None: confidence times the degree
+        if csr.values is not None or scales is not None:
+            sums = torch.from_numpy(_row_sums(csr.indptr, self._weights, self.pieces))
             self.weight = (sums * config.confidence).to(self.device, torch.float32)
         self.base = base = config.unobserved_weight * num_others
         # the line through the regularization of no interactions and of twice the mean number
@@ -136,6 +162,9 @@ class Side:
         self.reg_line = (near_reg, (far_reg - near_reg) / far)
         # where rows are fetched from all ranks, in as many rounds on each
         self.rounds = exchange.max(len(self.pieces)) if self.fetches else len(self.pieces)
+
+    def _weights(self, start: int, stop: int, first: int, last: int) -> np.ndarray:
+        return self.scales.of(self.csr, start, stop, first, last)
 
     def _gathers(self, most: int | None) -> bool:
         """Whether each rank holds the other side's whole table while it solves; the same on all ranks."""
@@ -240,8 +269,8 @@ class Side:
         indptr = np.clip(self.csr.indptr[first : last + 1], start, stop) - start
         indices = torch.from_numpy(self.csr.indices[start:stop]).to(self.device)
         weights: torch.Tensor | float = self.config.confidence
-        if self.csr.values is not None:
-            weights = torch.from_numpy(self.csr.values[start:stop]).to(self.device) * self.config.confidence
+        if self.weight is not None:
+            weights = torch.from_numpy(self._weights(start, stop, first, last)).to(self.device) * self.config.confidence
         if self.fetches:
             ids, indices = torch.unique(indices, return_inverse=True)
             others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
@@ -249,14 +278,18 @@ class Side:
         return Chunk(offsets, indices, weights, others, self._reg(first, last), rows[first:last])
 
 
-def _row_sums(indptr: np.ndarray, values: np.ndarray, pieces: list[tuple[int, int, int, int]]) -> np.ndarray:
-    """Sum of each row's values, float64; a piece at a time, for numpy casts what it sums."""
+def _row_sums(
+    indptr: np.ndarray,
+    weights: Callable[[int, int, int, int], np.ndarray],
+    pieces: list[tuple[int, int, int, int]],
+) -> np.ndarray:
+    """Sum of each row's weights, float64; a piece at a time, for numpy casts what it sums."""
     sums = np.zeros(len(indptr) - 1)
     for first, last, start, stop in pieces:
         ends = np.clip(indptr[first : last + 1], start, stop) - start
         filled = np.flatnonzero(np.diff(ends))
         if len(filled):
-            sums[first + filled] += np.add.reduceat(values[start:stop], ends[filled], dtype=np.float64)
+            sums[first + filled] += np.add.reduceat(weights(start, stop, first, last), ends[filled], dtype=np.float64)
     return sums
 
 

@@ -8,15 +8,65 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ALSConfig:
-    """Weighted least squares for implicit feedback (Hu, Koren, Volinsky 2008).
+    """Weighted least squares for implicit feedback (Hu, Koren, Volinsky 2008), in settings that do not depend on the
+    size of the log.
 
-    Minimises  sum_(u,i) c_ui (p_ui - x_u . y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
-    with p_ui = 1 and c_ui = unobserved_weight + confidence * value for an interaction, p_ui = 0 and
-    c_ui = unobserved_weight elsewhere; reg_u = regularization * (n_u + unobserved_weight * num_items) **
-    frequency_exponent (Rendle et al. 2022), and likewise reg_i.
+    A setting that is not given is chosen by `modules.als_auto`: it compares a few candidates on examples that are held
+    out of the input, at about the cost of one factorization. `ALSParameters` has the objective.
     """
 
-    factors: int = 128
+    factors: int | None = None
+    """Dimension of the vectors. Not given: chosen, at most --als.max-factors."""
+    max_factors: int = 128
+    """Largest dimension to choose."""
+    sweeps: int | None = None
+    """Sweeps; one solves all users and all items once. Not given: chosen, at most 16."""
+    unobserved_ratio: float | None = None
+    """Total weight of all pairs without an interaction, relative to that of all interactions. Not given: chosen."""
+    mean_penalty: float | None = None
+    """Mean L2 penalty of a user's vector, in units of the mean weight of an interaction. Not given: chosen."""
+    item_exponent: float | None = None
+    """An interaction weighs as much as this power of one over its item's count; 0 weighs all alike. Not given:
+    chosen."""
+    frequency_exponent: float = 0.5
+    """How the penalty grows with an id's weight in the loss; 0: the same for every id, 1: in proportion."""
+    confidence: float = 1.0
+    """Weight that an interaction adds, for each unit of its value."""
+    unobserved_weight: float | None = None
+    """For experts: absolute weight of a pair without an interaction, instead of --als.unobserved-ratio."""
+    regularization: float | None = None
+    """For experts: absolute L2 regularization, instead of --als.mean-penalty."""
+    auto: bool = True
+    """Choose what is not given; otherwise take a fixed default for each setting."""
+    auto_metric: Literal["auto", "sampled", "full"] = "auto"
+    """How candidates are compared: by NDCG@10 of a held-out item among 99 `sampled` items, or among all items (`full`);
+    `auto`: as the log's own held-out part is ranked, `sampled` without one."""
+    auto_trials: int = 8
+    """Candidates to compare; those beyond the first 8 are drawn at random."""
+    auto_cost: float = 1.0
+    """Cost of the choice, in factorizations, about."""
+    solver: Literal["auto", "cg", "cholesky"] = "auto"
+    """How each row's normal equations are solved. `cholesky`: exactly. `cg`: three steps of preconditioned
+    conjugate gradients from the last sweep's vector. `auto`: two such steps in the first two sweeps, then
+    one, over-relaxed; the fastest, and mostly to a lower objective."""
+    tolerance: float = 0.0
+    """Stop when a sweep lowers the objective by less than this share; 0 runs all sweeps."""
+    seed: int = 0
+    """Seed of the initial vectors and of the choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALSParameters:
+    """The parameters of one factorization, absolute: what `ALSConfig` becomes for a log.
+
+    Minimizes  sum_(u,i) c_ui (p_ui - x_u . y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
+    with p_ui = 1 and c_ui = unobserved_weight + confidence * g_i * value for an interaction, p_ui = 0 and
+    c_ui = unobserved_weight elsewhere; g_i = item_scale * n_i ** -item_exponent; reg_u = regularization * (n_u +
+    unobserved_weight * num_items) ** frequency_exponent (Rendle et al. 2022), and likewise reg_i. n_u and n_i count
+    distinct interactions.
+    """
+
+    factors: int = 64
     """Dimension of the vectors."""
     sweeps: int = 15
     """Sweeps; one solves all users and all items once."""
@@ -28,12 +78,14 @@ class ALSConfig:
     """L2 regularization."""
     frequency_exponent: float = 0.0
     """0: the same for every row; 1: in proportion to its weight in the loss."""
+    item_exponent: float = 0.0
+    """Interactions of frequent items weigh less."""
+    item_scale: float = 1.0
+    """Keeps the mean weight of an interaction, whatever `item_exponent` is."""
     solver: Literal["auto", "cg", "cholesky"] = "auto"
-    """How each row's normal equations are solved. `cholesky`: exactly. `cg`: three steps of preconditioned
-    conjugate gradients from the last sweep's vector. `auto`: two such steps in the first two sweeps, then
-    one, over-relaxed; the fastest, and mostly to a lower objective."""
+    """As in `ALSConfig`."""
     tolerance: float = 0.0
-    """Stop when a sweep lowers the objective by less than this share; 0 runs all sweeps."""
+    """As in `ALSConfig`."""
     seed: int = 0
     """Seed of the initial vectors."""
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from recpress.modules.als import check
-from recpress.modules.als_side import FAR, Limits, Side, Summary, Workers
+from recpress.modules.als_auto import item_weights
+from recpress.modules.als_side import FAR, Limits, Scales, Side, Summary, Workers
 from recpress.modules.als_solvers import solve_cholesky
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.interactions import CSR
 
 
 def fold_in(
-    config: ALSConfig,
+    config: ALSParameters,
     others: torch.Tensor,
     indptr: np.ndarray,
     indices: np.ndarray,
@@ -25,14 +28,18 @@ def fold_in(
     process_group: dist.ProcessGroup | None = None,
     sharded: bool = False,
     limits: Limits = FAR,
+    side: Literal["user", "item"] = "user",
+    other_counts: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Exact vectors (rows, dim) of new rows, given as CSR over the other side.
 
-    New users over the items' vectors, or new items over the users'; config is that of the fit.
+    New users over the items' vectors, or new items over the users'; config is `ALS.parameters` of the fit.
     others: the other side's vectors (num_others, dim), on the device to work on. With `sharded` it is this
     rank's block of `num_others` rows (as in `Factors`), and all ranks call, each with rows of its own.
     indptr (rows + 1,), indices (nnz,), values (nnz,) or None for ones. A negative index is an unknown id and
     left out; a row without known ids is the zero vector. gramian: others' others (dim, dim), if at hand.
+    side: what the new rows are. other_counts: interactions of each of the others in the fit, (num_others,), which new
+    users need where `config.item_exponent` is not 0 (`Factors.item_counts`).
     Raises ValueError for an index or value out of range, and where a row's equations cannot be solved.
     """
     check(config)
@@ -41,10 +48,17 @@ def fold_in(
         exchange.world, exchange.rank = 1, 0
     num_others = len(others) if num_others is None else num_others
     csr = _known(np.asarray(indptr, np.int64), np.asarray(indices), values, num_others)
+    scales = None
+    if config.item_exponent and side == "item":
+        scales = Scales(rows=item_weights(config, np.diff(csr.indptr)))
+    elif config.item_exponent:
+        if other_counts is None or len(other_counts) != num_others:
+            raise ValueError(f"fold_in: other_counts: expected the counts of {num_others} items, for item_exponent")
+        scales = Scales(others=item_weights(config, np.asarray(other_counts)))
     rows = torch.zeros(csr.num_rows, others.shape[1], device=others.device)
     workers = Workers(exchange.device)
     try:
-        side = Side("row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits)
+        side = Side("row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits, scales)
         others = others.to(torch.float32)
         if gramian is None:
             gramian = others.new_zeros((others.shape[1],) * 2, dtype=torch.float64)

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from recpress.modules.als import check, initial_rows
+from recpress.modules.als_auto import item_weights
+from recpress.modules.als_side import Scales
 from recpress.modules.als_solvers import Chunk, loss_of
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.interactions import CSR
 
@@ -91,23 +93,26 @@ class SharedFactors:
 class SharedALS:
     """Alternating least squares over the rows of two shared tables.
 
-    The objective is `ALSConfig`'s, a vector's regularization that of its id; the vectors are confined to X = A C. So
-    it compares with the full factorization's, which bounds it from below. Rows that share make one linear system of a
-    side, which is solved by conjugate gradients, preconditioned by its diagonal. One process; memory: the interactions
-    twice, and some (ids, d) matrices.
+    The objective is that of `ALSParameters`, a vector's regularization that of its id; the vectors are confined to
+    X = A C. So it compares with the full factorization's, which bounds it from below. Rows that share make one linear
+    system of a side, which is solved by conjugate gradients, preconditioned by its diagonal. One process; memory: the
+    interactions twice, and some (ids, d) matrices.
 
     Args:
         by_user, by_item: all interactions, `InteractionBuilder.build`'s of a world of one.
     """
 
-    def __init__(self, config: ALSConfig, by_user: CSR, by_item: CSR, user_map: IdMap, item_map: IdMap) -> None:
+    def __init__(self, config: ALSParameters, by_user: CSR, by_item: CSR, user_map: IdMap, item_map: IdMap) -> None:
         check(config)
         for side, csr, id_map in (("user", by_user, user_map), ("item", by_item, item_map)):
             if csr.num_rows != id_map.num_ids:
                 raise ValueError(f"{side} map: covers {id_map.num_ids} ids, expected {csr.num_rows}")
         self.config, self.user_map, self.item_map = config, user_map, item_map
-        self._users = _Side(config, by_user, by_item.num_rows, user_map)
-        self._items = _Side(config, by_item, by_user.num_rows, item_map)
+        weights = None
+        if config.item_exponent:
+            weights = item_weights(config, np.diff(by_item.indptr))
+        self._users = _Side(config, by_user, by_item.num_rows, user_map, Scales(others=weights))
+        self._items = _Side(config, by_item, by_user.num_rows, item_map, Scales(rows=weights))
 
     def fit(
         self,
@@ -142,13 +147,14 @@ class SharedALS:
 
 
 class _Side:
-    def __init__(self, config: ALSConfig, csr: CSR, num_others: int, id_map: IdMap) -> None:
+    def __init__(self, config: ALSParameters, csr: CSR, num_others: int, id_map: IdMap, scales: Scales) -> None:
         self.config, self.shared = config, SharedRows(id_map)
         self.indptr = torch.from_numpy(csr.indptr.astype(np.int32))
         self.indices = torch.from_numpy(csr.indices)
         self.weights: torch.Tensor | float = config.confidence
-        if csr.values is not None:
-            self.weights = torch.from_numpy(csr.values) * config.confidence
+        if csr.values is not None or scales.rows is not None or scales.others is not None:
+            weights = scales.of(csr, 0, len(csr.indices), 0, csr.num_rows)
+            self.weights = torch.from_numpy(weights) * config.confidence
         self.degree = torch.from_numpy(np.diff(csr.indptr)).float()
         base = config.unobserved_weight * num_others
         self.reg = config.regularization * (self.degree + base) ** config.frequency_exponent

@@ -98,6 +98,11 @@ COMMANDS = {
         "recpress.trainer.pipeline.stage:pipeline",
         "factorize, hash, train and evaluate, going on at the first stage that is not whole",
     ),
+    "tune": Command(
+        "recpress.trainer.tune.config:TuneConfig",
+        "recpress.trainer.tune.stage:tune",
+        "choose settings of the factorization and the network within a budget, and write them as TOML",
+    ),
     "plan": Command(
         "recpress.trainer.plan.config:PlanConfig",
         "recpress.trainer.plan.stage:plan",
@@ -263,7 +268,7 @@ def _config(name: str, rest: list[str]) -> object:
     file_parser.add_argument("--config")
     known, rest = file_parser.parse_known_args(rest)
     if known.config is not None:
-        rest = config_file.arguments(known.config, config, rest)
+        rest = config_file.arguments(known.config, config, rest, name)
     made = tyro.cli(
         config,
         prog=f"recpress {name}",

@@ -4,8 +4,8 @@ once."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 from recpress.data.config import (
     NegativesConfig,
@@ -16,6 +16,7 @@ from recpress.data.config import (
 from recpress.data.errors import InputError
 from recpress.modules.config import (
     LossConfig,
+    TablesConfig,
     TowersConfig,
     TwoTowerConfig,
 )
@@ -28,10 +29,10 @@ else:
     _FOLLOW = arg(aliases=("--follow",))
 
 
-def at_least(limit: float, **values: float) -> None:
-    """Raise InputError where a value is below `limit` or no number."""
+def at_least(limit: float, **values: float | None) -> None:
+    """Raise InputError where a value is below `limit` or no number. None, a default to be resolved, passes."""
     for name, value in values.items():
-        if math.isnan(value) or value < limit:
+        if value is not None and (math.isnan(value) or value < limit):
             raise InputError(f"{name} is {value}, expected at least {limit}")
 
 
@@ -73,14 +74,20 @@ class EvaluationConfig:
     `auto`: what the log has."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of HR@K, NDCG@K and Recall@K."""
-    every: int = 0
-    """Epochs between evaluations while training; with --evaluation.every-steps 0 too, only the end is evaluated."""
+    every: int | None = None
+    """Epochs between evaluations during training, on validation rows; by default 1, and 0 with --follow. 0, with
+    --evaluation.every-steps 0: no validation rows, no early stopping, and the last weights are published."""
     every_steps: int = 0
-    """Steps between evaluations while training, besides those by epochs; 0: none."""
+    """Steps between evaluations during training, in addition to those by epochs; 0: none."""
     metric: str = "NDCG@10"
-    """What early stopping and the best checkpoint go by."""
-    patience: int = 0
-    """Stop after so many evaluations without a better one and keep the best weights; 0 runs all epochs."""
+    """Metric of the validation rows that chooses the epoch and stops early."""
+    patience: int = 2
+    """Stop after this many evaluations in a row without a better one; 0 runs all epochs. The best epoch is published
+    in either case."""
+    validation: Literal["auto", "sample", "test"] = "auto"
+    """Which rows choose the epoch. `auto`: the `val` part of the log, else as `sample`; `sample`: a share of the
+    sampled rows, which are then not trained on; `test`: the held-out part of the log, for logs whose held-out part is
+    itself a validation part (`recpress split`): its metrics at the end are then too good."""
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every, every_steps=self.every_steps, patience=self.patience)
@@ -88,16 +95,22 @@ class EvaluationConfig:
             raise InputError("evaluation.k: expected at least one cut-off")
         for k in self.k:
             at_least(1, k=k)
-        if self.patience and not self.while_training:
-            raise InputError(
-                "evaluation.patience: expected evaluation.every, the epochs between evaluations, or "
-                "evaluation.every_steps, the steps"
-            )
 
     @property
     def while_training(self) -> bool:
         """Whether there are evaluations before the last step: the best weights are kept then."""
-        return self.every > 0 or self.every_steps > 0
+        return self.every != 0 or self.every_steps > 0
+
+    def during_training(self) -> EvaluationConfig:
+        """The same, with the cut-off of `metric` among `k`."""
+        cutoff = self.metric.partition("@")[2]
+        return replace(self, k=tuple(sorted({*self.k, int(cutoff)}))) if cutoff.isdecimal() else self
+
+    def companion(self, full: bool) -> str:
+        """The metric that must not fall where `metric` rises; `full`: all items are ranked."""
+        name, _, cutoff = self.metric.partition("@")
+        hits = "Recall" if full else "HR"
+        return f"{hits if name == 'NDCG' else 'NDCG'}@{cutoff or self.k[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,49 +196,170 @@ class ProfileConfig:
         at_least(0, steps=self.steps, start=self.start)
 
 
+Strategy = Literal["random", "init-train", "init-freeze", "init-freeze-plus"]
+
+# What suits the tables. Frozen factors: towers that start with the factors' own scores and can learn little. Factors
+# that are trained: the same, the tables by small steps. Random tables: more to learn, at a constant rate, stopped where
+# validation no longer improves. (benchmarks/README.md says how they were chosen.)
+_FROZEN: dict[str, Any] = {
+    "batch_size": 2048,
+    "dropout": 0.7,
+    "penalty": 0.1,
+    "learning_rate": 2e-3,
+    "table_learning_rate": 0.05,
+    "schedule": "cosine",
+    "warmup_steps": 20,
+    "epochs": 5,
+}
+_RANDOM = _FROZEN | {
+    "batch_size": 4096,
+    "dropout": 0.1,
+    "penalty": 0.0,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "epochs": 40,
+}
+DEFAULTS: dict[Strategy, dict[str, Any]] = {
+    "random": _RANDOM,
+    "init-train": _FROZEN | {"table_learning_rate": 0.01},
+    "init-freeze": _FROZEN,
+    "init-freeze-plus": _FROZEN,
+}
+"""Strategy -> the value of each setting whose default depends on it."""
+
+
+# The same sections, whose settings may be left to the strategy. `resolve` makes plain sections of them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoTablesConfig(TablesConfig):
+    """Where the embedding tables come from and whether they are trained."""
+
+    strategy: Literal["auto", "random", "init-train", "init-freeze", "init-freeze-plus"] = "auto"  # type: ignore[assignment]
+    """`auto`: `init-freeze` with --factors, else `random`. `random`: random and trained; `init-train`: factors, trained
+    on; `init-freeze`: factors, frozen (CADC); `init-freeze-plus`: frozen factors beside a small trainable table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoTowersConfig(TowersConfig):
+    """The networks between the tables and the dot product."""
+
+    dropout: float | None = None  # type: ignore[assignment]
+    """Dropout on the hidden layers; by default 0.7, and 0.1 with random tables."""
+    penalty: float | None = None  # type: ignore[assignment]
+    """`residual`: weight in the loss of the mean square of what the MLP adds, in units of the table's spread; by
+    default 0.1, and 0 with random tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoStreamConfig(StreamConfig):
+    """How the rows of a log become batches."""
+
+    batch_size: int | None = None  # type: ignore[assignment]
+    """Rows of a batch on each rank; by default 2048, and 4096 with random tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoOptimizerConfig(OptimizerConfig):
+    """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
+
+    learning_rate: float | None = None  # type: ignore[assignment]
+    """Of the dense part; by default 0.002, and 0.001 with random tables."""
+    table_learning_rate: float | None = None  # type: ignore[assignment]
+    """Of the fused row-wise Adagrad of the trainable tables; by default 0.05, and 0.01 for tables that start as
+    factors."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
+    """After the warm-up: stay, or fall to zero at the last step of the last epoch. Holds for both learning rates. By
+    default cosine; constant with random tables and with --follow."""
+    warmup_steps: int | None = None  # type: ignore[assignment]
+    """Steps over which both learning rates rise linearly from zero; by default 20, and 0 with random tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSampleConfig(SampleConfig):
+    """Random sample of the rows, each of them with the same probability; a pure function of the seed and the log."""
+
+    rate: float = 0.0
+    """Share of the rows that are in the sample, in (0, 1]; 0, the default: with frozen factors the sample that the
+    cross-fitted ones have not seen, or 0.1 where there are none, and otherwise all rows."""
+
+    def __post_init__(self) -> None:
+        if self.rate != 0.0:
+            super().__post_init__()
+
+
 _LOSS = LossConfig(kind="softmax", scale=8.0, candidates=100)
-_TOWERS = TowersConfig(kind="residual", hidden=(256,), dropout=0.7, penalty=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """The network and how it is trained, whatever the log.
 
-    The defaults are for frozen factors: towers that start with the factors' own scores and can learn little, many
-    negatives that the rows of a batch share, few epochs (benchmarks/README.md says how they were chosen).
+    Many negatives that the rows of a batch share; what is left out depends on the tables (`DEFAULTS`), and
+    `network_for` fills it in.
     """
 
-    stream: StreamConfig = field(default_factory=lambda: StreamConfig(batch_size=2048))
-    negatives: NegativesConfig = field(
-        default_factory=lambda: NegativesConfig(count=512, shared=True, reject_positives=True)
+    stream: StreamConfig = field(default_factory=AutoStreamConfig)
+    negatives: NegativesConfig = field(default_factory=lambda: NegativesConfig(count=512, shared=True))
+    model: TwoTowerConfig = field(
+        default_factory=lambda: TwoTowerConfig(
+            tables=AutoTablesConfig(), towers=AutoTowersConfig(kind="residual", hidden=(256,)), loss=_LOSS
+        )
     )
-    model: TwoTowerConfig = field(default_factory=lambda: TwoTowerConfig(towers=_TOWERS, loss=_LOSS))
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20)
-    )
+    optimizer: OptimizerConfig = field(default_factory=AutoOptimizerConfig)
     user_features: tuple[str, ...] = ()
     """Columns of `users.parquet` that join the user tower."""
     item_features: tuple[str, ...] = ()
     """Columns of `items.parquet` that join the item tower."""
     use_label: bool = False
     """Train on the label, a number in [0, 1]; otherwise every row is a positive."""
-    epochs: int = 3
-    """Passes over the rows, at most."""
+    epochs: int = 0
+    """Passes over the rows, at most: training stops early (--evaluation.patience). 0, the default: 5, and 40 with
+    random tables."""
 
     def __post_init__(self) -> None:
-        at_least(1, epochs=self.epochs)
+        at_least(0, epochs=self.epochs)
+
+
+Network = TypeVar("Network", bound=NetworkConfig)
+Section = TypeVar("Section")
+
+
+def network_for(strategy: Strategy, network: Network) -> Network:
+    """The network with tables of this strategy; what it leaves out is as `DEFAULTS` says."""
+    defaults, model = DEFAULTS[strategy], network.model
+    return replace(
+        network,
+        stream=_filled(StreamConfig, network.stream, defaults),
+        model=replace(
+            model,
+            tables=_filled(TablesConfig, replace(model.tables, strategy=strategy), defaults),
+            towers=_filled(TowersConfig, model.towers, defaults),
+        ),
+        optimizer=_filled(OptimizerConfig, network.optimizer, defaults),
+        epochs=network.epochs or defaults["epochs"],
+    )
+
+
+def _filled(kind: type[Section], section: Section, defaults: dict[str, Any]) -> Section:
+    """A plain section, with the defaults where `section` has None."""
+    values = {part.name: getattr(section, part.name) for part in fields(kind)}  # type: ignore[arg-type]
+    return kind(
+        **{name: defaults[name] if value is None and name in defaults else value for name, value in values.items()}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(NetworkConfig):
-    """Train the two-tower network on a random sample of a log."""
+    """Train the two-tower network on a log: on all rows, or, with frozen factors, on a random sample."""
 
     data: str
     """The log: a folder, file or glob."""
     out: str
     """Folder of the model and the metrics; must not exist unless --overwrite."""
     factors: str | None = None
-    """Folder of factors, for every strategy but `random`."""
+    """Folder of factors, which the tables start from; without them tables are random."""
     hash: str | None = None
     """Folder of `recpress hash`: its maps compress the tables of users and items. Frozen rows are shared, and rows
     that are trained are those that the ids share."""
@@ -233,7 +367,7 @@ class TrainConfig(NetworkConfig):
     """Train on the factors that have not seen the sample, then put those of all rows in their place; `auto`: where
     the tables are frozen and there are such factors for this very sample."""
     schema: Schema = field(default_factory=Schema)
-    sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
+    sample: SampleConfig = field(default_factory=AutoSampleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     follow: FollowConfig = field(default_factory=FollowConfig)
@@ -257,10 +391,28 @@ class TrainConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.follow.on and self.optimizer.schedule != "constant":
+        if self.follow.on and self.optimizer.schedule not in ("constant", None):
             raise InputError(
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and a log "
                 "that is followed has none; expected constant"
             )
         if self.follow.on and self.stop_after:
             raise InputError("stop_after: expected 0 with follow, which goes on after the last epoch")
+
+    def resolved(self) -> TrainConfig:
+        """The same with every default filled in but --sample.rate, which needs the factors (`choose_sample`)."""
+        strategy: Any = self.model.tables.strategy
+        if strategy == "auto":
+            strategy = "random" if self.factors is None else "init-freeze"
+        config = self
+        if self.follow.on:  # no last step to fall to, and nothing to choose at the end
+            every = 0 if self.evaluation.every is None else self.evaluation.every
+            schedule = self.optimizer.schedule or "constant"
+            config = replace(
+                config,
+                evaluation=replace(self.evaluation, every=every),
+                optimizer=replace(self.optimizer, schedule=schedule),
+            )
+        elif self.evaluation.every is None:
+            config = replace(config, evaluation=replace(self.evaluation, every=1))
+        return network_for(strategy, config)

@@ -17,9 +17,38 @@ from typing import Any
 
 from recpress.data.errors import InputError
 
+_STAGES = ("factorize", "hash", "train", "evaluate")
 
-def arguments(path: str, config: type, command_line: Sequence[str]) -> list[str]:
+
+def for_command(command: str, content: dict[str, Any], config: type) -> dict[str, Any]:
+    """What concerns `command` in a file whose tables are those of stages, as `recpress tune` writes it; others as is.
+
+    `recpress pipeline` has such tables itself. The comparisons take the factorization's settings, and those of the
+    network for frozen tables.
+    """
+    known = {field.name for field in fields(config)}
+    staged = bool(content) and all(name in _STAGES and isinstance(part, dict) for name, part in content.items())
+    if not staged or content.keys() <= known:
+        return content
+    if command in _STAGES:
+        return dict(content.get(command, {}))
+    found: dict[str, Any] = {}
+    if "als" in known and "als" in content.get("factorize", {}):
+        found["als"] = content["factorize"]["als"]
+    if "frozen" in known and "train" in content:
+        found["frozen"] = {name: part for name, part in content["train"].items() if name in _NETWORK}
+    if "rate" in known and (rate := content.get("train", {}).get("sample", {}).get("rate")) is not None:
+        found["rate"] = rate
+    return found
+
+
+_NETWORK = ("epochs", "optimizer", "model", "stream", "negatives")
+
+
+def arguments(path: str, config: type, command_line: Sequence[str], command: str = "") -> list[str]:
     """`command_line` with the keys of the TOML file before it that it does not set itself.
+
+    command: takes its part of a file that has a table for each stage (`for_command`).
 
     Raises InputError naming the file, the key, and the nearest known key or the expected type.
     """
@@ -31,7 +60,7 @@ def arguments(path: str, config: type, command_line: Sequence[str]) -> list[str]
         raise InputError(f"{path}: not a TOML file: {error}") from None
     given = {argument.split("=")[0].replace("_", "-") for argument in command_line if argument.startswith("--")}
     from_file: list[str] = []
-    for key, value in _flatten(path, config, content, ""):
+    for key, value in _flatten(path, config, for_command(command, content, config), ""):
         flag = "--" + key.replace("_", "-")
         head, _, leaf = flag[2:].rpartition(".")
         negated = f"--{head}.no-{leaf}" if head else f"--no-{leaf}"

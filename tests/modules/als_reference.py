@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 
 
 def dense(users, items, values, shape):
@@ -14,13 +14,13 @@ def dense(users, items, values, shape):
     return matrix, seen
 
 
-def regularization(config: ALSConfig, seen):
+def regularization(config: ALSParameters, seen):
     """reg of each row of `seen`."""
     return config.regularization * (seen.sum(1) + config.unobserved_weight * seen.shape[1]) ** config.frequency_exponent
 
 
-def objective(config: ALSConfig, x, y, matrix, seen):
-    """As in ALSConfig's docstring, over all pairs."""
+def objective(config: ALSParameters, x, y, matrix, seen):
+    """As in ALSParameters's docstring, over all pairs."""
     weight = config.unobserved_weight + config.confidence * matrix
     fit = (weight * (seen - x @ y.T) ** 2).sum()
     penalty = (regularization(config, seen)[:, None] * x**2).sum() + (
@@ -29,7 +29,7 @@ def objective(config: ALSConfig, x, y, matrix, seen):
     return fit + penalty
 
 
-def half_sweep(config: ALSConfig, y, matrix, seen):
+def half_sweep(config: ALSParameters, y, matrix, seen):
     """Exact rows, one at a time."""
     weight = config.unobserved_weight + config.confidence * matrix
     reg = regularization(config, seen)
@@ -41,7 +41,7 @@ def half_sweep(config: ALSConfig, y, matrix, seen):
     return rows
 
 
-def fit(config: ALSConfig, x, y, matrix, seen):
+def fit(config: ALSParameters, x, y, matrix, seen):
     """All sweeps from the initial vectors; vectors and the objective after each."""
     history = []
     for _ in range(config.sweeps):

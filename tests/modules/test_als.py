@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recpress.modules.als import ALS, initial_factors, initial_rows
 from recpress.modules.als_side import FAR, Limits, block_rows
 from recpress.modules.als_solvers import Scratch
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.modules.interactions import InteractionBuilder
@@ -24,8 +24,8 @@ from tests.ranks import run_on_ranks
 
 USERS, ITEMS = 53, 31
 CONFIGS = {
-    "hu": ALSConfig(factors=6, sweeps=4, confidence=5.0, regularization=2.0),
-    "rendle": ALSConfig(
+    "hu": ALSParameters(factors=6, sweeps=4, confidence=5.0, regularization=2.0),
+    "rendle": ALSParameters(
         factors=6,
         sweeps=4,
         confidence=1.0,
@@ -33,7 +33,7 @@ CONFIGS = {
         regularization=0.05,
         frequency_exponent=1.0,
     ),
-    "half": ALSConfig(
+    "half": ALSParameters(
         factors=6, sweeps=4, confidence=3.0, unobserved_weight=0.5, regularization=0.2, frequency_exponent=0.5
     ),
 }
@@ -49,7 +49,7 @@ def log(valued: bool = False, seed: int = 0, rows: int = 400):
     return users, items, rng.integers(0, 5, rows).astype(np.float32) if valued else None
 
 
-def run(config: ALSConfig, triples, limits=None, start=None, chunks: int = 1, on_sweep=None):
+def run(config: ALSParameters, triples, limits=None, start=None, chunks: int = 1, on_sweep=None):
     als = ALS(config, USERS, ITEMS, limits=limits)
     for part in np.array_split(np.arange(len(triples[0])), chunks):
         als.add(*(None if column is None else column[part] for column in triples))
@@ -62,7 +62,7 @@ def run(config: ALSConfig, triples, limits=None, start=None, chunks: int = 1, on
     return als.fit(record, start), objectives
 
 
-def initial(config: ALSConfig) -> tuple[np.ndarray, np.ndarray]:
+def initial(config: ALSParameters) -> tuple[np.ndarray, np.ndarray]:
     return tuple(
         initial_rows(config.seed, side, 0, n, config.factors).astype(float) for side, n in ((0, USERS), (1, ITEMS))
     )
@@ -208,7 +208,7 @@ def test_any_log(seed, num_users, num_items, factors, rows, valued):
     rng = np.random.default_rng(seed)
     users, items = rng.integers(0, num_users, rows + 1), rng.integers(0, num_items, rows + 1)
     values = rng.random(rows + 1).astype(np.float32) if valued else None
-    config = ALSConfig(factors=factors, sweeps=1, confidence=2.0, regularization=0.5, solver="cholesky", seed=seed)
+    config = ALSParameters(factors=factors, sweeps=1, confidence=2.0, regularization=0.5, solver="cholesky", seed=seed)
     als = ALS(config, num_users, num_items)
     als.add(torch.from_numpy(users), items, values)
     found = als.fit()
@@ -287,7 +287,7 @@ def test_bad_fits_are_named():
         run(flat, log())
 
 
-def on_rank(config: ALSConfig, valued: bool, limits: Limits | None):
+def on_rank(config: ALSParameters, valued: bool, limits: Limits | None):
     """Each rank adds an odd share of the rows, in two chunks; one adds almost nothing."""
     rank, world = dist.get_rank(), dist.get_world_size()
     triples = log(valued)

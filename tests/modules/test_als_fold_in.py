@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from recpress.modules.als import ALS
 from recpress.modules.als_side import Limits
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 from recpress.modules.factors import RowBlocks
 from recpress.modules.fold_in import fold_in
 
@@ -18,7 +18,7 @@ from tests.modules import als_reference as reference
 from tests.ranks import run_on_ranks
 
 USERS, ITEMS = 40, 25
-CONFIG = ALSConfig(
+CONFIG = ALSParameters(
     factors=5, sweeps=3, confidence=4.0, unobserved_weight=0.3, regularization=0.2, frequency_exponent=0.5
 )
 

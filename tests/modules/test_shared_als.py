@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from recpress.modules.als import ALS
-from recpress.modules.config import ALSConfig
+from recpress.modules.config import ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.interactions import CSR, InteractionBuilder
 from recpress.modules.shared_als import SharedALS, SharedRows
 
-CONFIG = ALSConfig(factors=6, sweeps=12, confidence=4.0, regularization=2.0, solver="cholesky")
+CONFIG = ALSParameters(factors=6, sweeps=12, confidence=4.0, regularization=2.0, solver="cholesky")
 USERS, ITEMS = 50, 40
 
 

@@ -239,7 +239,8 @@ class _Comparison:
                     hash=form.hash,
                     schema=self.config.schema,
                     sample=SampleConfig(rate=rate, seed=seed),
-                    evaluation=self.config.evaluation,
+                    # factors that have seen all rows leave none to choose an epoch on
+                    evaluation=replace(self.config.evaluation, every=None if rate < 1 else 0),
                     seed=seed,
                     tensorboard=False,
                     device=self.config.device,
@@ -258,7 +259,7 @@ class _Comparison:
             title="Fewer rows of data, fewer bytes of table" + (" on a made log" if made else f" on {name}"),
             points=points,
             metrics=self.metrics,
-            full_bytes=4 * round_up(config.als.factors) * self.ids,
+            full_bytes=4 * round_up(config.als.factors or 0) * self.ids,
             total_rows=log.train.num_rows,
             data={
                 "log": name,

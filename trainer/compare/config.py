@@ -5,34 +5,52 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from recpress.data.config import Schema, StreamConfig, SynthConfig
+from recpress.data.config import Schema, SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, HashConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig
+from recpress.modules.config import ALSConfig, HashConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, network_for
+
+
+def _frozen_network() -> NetworkConfig:
+    return network_for("init-freeze", NetworkConfig())
 
 
 def _random_network() -> NetworkConfig:
-    """On random tables: the same loss, little dropout, a constant rate, stopped where it no longer gets better."""
-    return NetworkConfig(
-        stream=StreamConfig(batch_size=4096),
-        model=TwoTowerConfig(
-            tables=TablesConfig(strategy="random", dim=64),
-            towers=TowersConfig(kind="residual", hidden=(128,), dropout=0.1),
-            loss=NetworkConfig().model.loss,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.05),
-        epochs=40,
-    )
+    """On random tables, with a smaller hidden layer; stopped where it no longer gets better."""
+    network = network_for("random", NetworkConfig())
+    return replace(network, model=replace(network.model, towers=replace(network.model.towers, hidden=(128,))))
 
 
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, the tables by small steps."""
-    frozen = NetworkConfig()
-    return replace(
-        frozen,
-        model=replace(frozen.model, tables=TablesConfig(strategy="init-train")),
-        optimizer=replace(frozen.optimizer, table_learning_rate=0.01),
-    )
+    return network_for("init-train", NetworkConfig())
+
+
+MAX_TRIALS = 3
+TRIALS: dict[str, tuple[dict[str, float], ...]] = {
+    "random": (
+        {},
+        {"batch_size": 1024, "learning_rate": 3e-3, "table_learning_rate": 0.2},
+        {"batch_size": 512, "learning_rate": 3e-3, "table_learning_rate": 0.2, "dropout": 0.5},
+    ),
+    "frozen": ({}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "dropout": 0.5}),
+    "tuned": ({}, {"table_learning_rate": 0.003}, {"learning_rate": 1e-3, "table_learning_rate": 0.03}),
+}
+"""Network of `compare cadc` -> what each trial changes in it. On sparse logs random tables need many small steps at a
+high rate to pass popularity before they learn the rows by heart; on dense ones large batches are as good and faster."""
+
+
+def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:
+    """The network with other values of the settings named."""
+    sections = {"stream": network.stream, "optimizer": network.optimizer, "towers": network.model.towers}
+    names = {name for section in sections.values() for name in section.__dataclass_fields__}
+    assert set(change) <= names, change
+    made = {
+        key: replace(section, **{k: v for k, v in change.items() if k in section.__dataclass_fields__})  # type: ignore[type-var]
+        for key, section in sections.items()
+    }
+    model = replace(network.model, towers=made["towers"])
+    return replace(network, stream=made["stream"], optimizer=made["optimizer"], model=model)
 
 
 def _whole_log(**networks: NetworkConfig) -> None:
@@ -43,6 +61,12 @@ def _whole_log(**networks: NetworkConfig) -> None:
                 f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop: all that is compared is "
                 "made of the same rows"
             )
+
+
+def _fixed_factors(als: ALSConfig) -> None:
+    """Raise InputError where the dimension, and so the bytes of the full tables, is left open."""
+    if als.factors is None:
+        raise InputError("als.factors: expected a number; bytes are compared with those of full tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +83,24 @@ class CompareCadcConfig:
     """Each seed has its own sample, factorization and networks."""
     rate: float = 0.1
     """Share of the rows that the networks are trained on."""
-    als: ALSConfig = field(
-        default_factory=lambda: ALSConfig(
-            factors=192,
-            sweeps=12,
-            confidence=1.0,
-            unobserved_weight=0.15,
-            regularization=0.0105,
-            frequency_exponent=1.0,
-        )
-    )
-    """The defaults were chosen on a validation part of MovieLens-1M (benchmarks/README.md)."""
+    als: ALSConfig = field(default_factory=ALSConfig)
+    """The factorization; what is not given is chosen on held-out examples of train."""
     crossfit_sweeps: int = 1
     """Sweeps without the sample that make the factors to train on."""
-    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    frozen: NetworkConfig = field(default_factory=_frozen_network)
     random: NetworkConfig = field(default_factory=_random_network)
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
     choose: bool = True
-    """Choose each network's number of epochs, up to --*.epochs, on one row a user that is held out of train."""
+    """Choose each network's settings and number of epochs on one row a user that is held out of train; without, there
+    are no speed-ups."""
+    trials: int = 3
+    """Settings that are tried for each strategy, the same number for all: those configured, then other learning rates,
+    batch sizes and dropouts."""
     patience: int = 3
-    """Epochs without a better one after which the choice is made."""
+    """Epochs without a better one after which a trial ends."""
+    bpr: bool = True
+    """Also fit Bayesian personalized ranking by the library `implicit`, on logs of up to 2,000,000 rows."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs."""
@@ -88,6 +109,8 @@ class CompareCadcConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned)
+        if not 1 <= self.trials <= MAX_TRIALS:
+            raise InputError(f"trials is {self.trials}, expected 1 to {MAX_TRIALS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +134,9 @@ class CompareHashConfig:
     """Budget of rows, users and items together, as a share of the ids."""
     rows: int = 0
     """The budget itself; 0: --share."""
-    als: ALSConfig = field(
-        default_factory=lambda: ALSConfig(
-            factors=64,
-            sweeps=9,
-            confidence=1.0,
-            unobserved_weight=0.02,
-            regularization=0.01,
-            frequency_exponent=1.0,
-        )
-    )
-    """The backbone, with a row for each id and with shared rows alike."""
+    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=64))
+    """The backbone, with a row for each id and with shared rows alike; what is not given is chosen on held-out examples
+    of train."""
     hash: HashConfig = field(default_factory=HashConfig)
     """What the methods have in common; what is chosen overrides it."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
@@ -139,6 +154,9 @@ class CompareHashConfig:
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        _fixed_factors(self.als)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +176,11 @@ class CompareBothConfig:
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
     """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
-    als: ALSConfig = field(default_factory=lambda: CompareCadcConfig().als)
-    """The defaults are those of `compare cadc`."""
+    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=128))
+    """The factorization; what is not given is chosen on held-out examples of train."""
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
-    frozen: NetworkConfig = field(default_factory=NetworkConfig)
+    frozen: NetworkConfig = field(default_factory=_frozen_network)
     metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -173,6 +191,7 @@ class CompareBothConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen)
+        _fixed_factors(self.als)
         for name in ("levels", "rates"):
             bad = [value for value in getattr(self, name) if not 0 < value <= 1]
             if bad:

@@ -17,7 +17,7 @@ from recpress.data import synth as data_synth
 from recpress.data.errors import InputError
 from recpress.data.log import open_log
 from recpress.modules.als import ALS
-from recpress.modules.config import HashConfig, HashMethod
+from recpress.modules.config import ALSParameters, HashConfig, HashMethod
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
@@ -121,6 +121,7 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
 class _Comparison:
     def __init__(self, config: CompareHashConfig, folder: Path) -> None:
         self.config = config
+        self.parameters: ALSParameters | None = None  # chosen with the first seed, the same for all
         path = config.data or str(folder / "log")
         if config.data is None:
             data_synth.synth(config.synth, path)
@@ -179,9 +180,12 @@ class _Comparison:
         return full_from_pairs(part, masked, num_users=users, num_items=items), test
 
     def _full(self, seed: int) -> Factors:
-        als = ALS(replace(self.config.als, seed=seed), self.log.num_users, self.log.num_items)
+        chosen = self.config.als if self.parameters is None else self.parameters
+        als = ALS(replace(chosen, seed=seed), self.log.num_users, self.log.num_items)
         als.add(*self.train)
-        return als.fit()
+        full = als.fit()
+        self.parameters = als.parameters
+        return full
 
     def _choose(self, method: str, full: Factors) -> Setting:
         """The best setting on the validation rows: one axis after the other, each from the best so far.
@@ -269,8 +273,9 @@ class _Comparison:
         return [first, self.budget - first]
 
     def _train(self, setting: Setting, made: _Made, full: Factors) -> _Made:
+        assert self.parameters is not None
         began = time.perf_counter()
-        als = SharedALS(replace(self.config.als, sweeps=setting.sweeps), *self.csrs, *made.maps)
+        als = SharedALS(replace(self.parameters, sweeps=setting.sweeps), *self.csrs, *made.maps)
         found = als.fit(full.users, full.items)
         seconds = time.perf_counter() - began
         return _Made(found.users, found.items, made.maps, made.map_seconds, seconds)
@@ -292,7 +297,7 @@ class _Comparison:
         self, settings: dict[str, Setting], found: dict[str, list[tuple[dict[str, float], _Made | None]]]
     ) -> HashResult:
         config, log = self.config, self.log
-        dim, ids = config.als.factors, log.num_users + log.num_items
+        dim, ids = config.als.factors or 0, log.num_users + log.num_items
         methods = []
         for key, runs in found.items():
             made = [one for _, one in runs if one is not None]

@@ -47,6 +47,7 @@ def evaluate_sampled(
     *,
     item_chunk: int = ITEM_CHUNK,
     device: torch.device = CPU,
+    per_case: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Ranks each held-out item among its negatives. Collective; the same result on every rank.
 
@@ -54,6 +55,7 @@ def evaluate_sampled(
         ks: cut-offs K.
         item_chunk: items for each call of item_vectors.
         device: where scores are computed, and where the callables get their ids.
+        per_case: filled with each metric of each case of this rank, (len(heldout.users),) float64, NaN where undefined.
 
     Returns:
         "HR@K", "NDCG@K", "Recall@K" for each K, "MRR", "AUC" (means over the cases), "cases" and
@@ -78,7 +80,7 @@ def evaluate_sampled(
     def arrays_of(start: int, stop: int) -> list[np.ndarray]:
         return [negatives.lengths[start:stop], _values(negatives, start, stop)]
 
-    return ranker.run(arrays_of, ahead, competitors, ks)
+    return ranker.run(arrays_of, ahead, competitors, ks, per_case)
 
 
 def evaluate_full(
@@ -89,6 +91,7 @@ def evaluate_full(
     *,
     item_chunk: int = ITEM_CHUNK,
     device: torch.device = CPU,
+    per_case: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Ranks all items that the user has not seen. Collective; the same result on every rank.
 
@@ -117,7 +120,7 @@ def evaluate_full(
             arrays += [lists.lengths[start:stop], _values(lists, start, stop)]
         return arrays
 
-    return ranker.run(arrays_of, ahead, competitors, ks)
+    return ranker.run(arrays_of, ahead, competitors, ks, per_case)
 
 
 def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn:
@@ -171,6 +174,7 @@ class _Ranker:
         ahead: Callable[[Tensor, Sequence[np.ndarray], Tensor], Tensor],
         competitors: Callable[[int, int], np.ndarray],
         ks: Sequence[int],
+        per_case: dict[str, Tensor] | None = None,
     ) -> dict[str, float]:
         """Adds up the metrics of all cases.
 
@@ -183,6 +187,7 @@ class _Ranker:
         """
         heldout, (rank, _) = self.heldout, rank_and_world()
         sums: dict[str, list[int]] = {}
+        each: dict[str, list[Tensor]] = {}
         for number in range(heldout.chunks_per_rank):
             start = min(number * heldout.chunk, len(heldout.users))
             stop = min(start + heldout.chunk, len(heldout.users))
@@ -205,10 +210,13 @@ class _Ranker:
                 ks,
             )
             for name, value in values.items():
+                each.setdefault(name, []).append(value)
                 present = value[~value.isnan()]
                 total = sums.setdefault(name, [0, 0])
                 total[0] += int(torch.round(present * _UNIT).long().sum())
                 total[1] += len(present)
+        if per_case is not None:
+            per_case |= {name: torch.cat(values) for name, values in each.items()}
         reduced = all_reduce(torch.tensor(list(sums.values()))).tolist()
         result = {
             name: total / (count * _UNIT) if count else float("nan")

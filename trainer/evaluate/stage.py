@@ -85,11 +85,12 @@ def rank_heldout(
     item: VectorFn,
     config: EvaluationConfig,
     device: torch.device,
+    per_case: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Metrics of the vectors on held-out rows. Collective; the same on every rank."""
+    """Metrics of the vectors on held-out rows. Collective; the same on every rank. `per_case`: see `ranking`."""
     if isinstance(heldout, SampledHeldout):
-        return evaluate_sampled(heldout, user, item, config.k, device=device)
-    return evaluate_full(heldout, user, item, config.k, device=device)
+        return evaluate_sampled(heldout, user, item, config.k, device=device, per_case=per_case)
+    return evaluate_full(heldout, user, item, config.k, device=device, per_case=per_case)
 
 
 def show(metrics: dict[str, float]) -> str:

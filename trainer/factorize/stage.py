@@ -19,6 +19,9 @@ from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import SIDES, Log, iter_columns
 from recpress.modules.als import ALS, SweepReport
+from recpress.modules.als_auto import DEFAULTS, Choice
+from recpress.modules.config import ALSConfig, ALSParameters
+from recpress.modules.factor_checks import check_factors
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
@@ -37,6 +40,12 @@ class FactorizeResult:
     crossfit_seconds: float
     sweeps: list[tuple[float, float]] = field(default_factory=list)
     """Objective after each sweep (of `logistic`, mean loss of each epoch), and seconds since the first began."""
+    parameters: dict[str, Any] | None = None
+    """Absolute parameters of `als`."""
+    auto: dict[str, Any] | None = None
+    """What was compared to choose the settings (`als_auto.Choice`); None of `logistic`."""
+    checks: dict[str, Any] = field(default_factory=dict)
+    """`ok`, and `warnings`: signs of a collapse, each with its cause and its fix."""
 
 
 def factorize(config: FactorizeConfig) -> FactorizeResult:
@@ -64,17 +73,27 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         }
         with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite) as tmp:
             begin = time.monotonic()
-            factors, sweeps = _fit(config, log, ranks)
+            factors, sweeps, model = _fit(config, log, ranks)
             result = FactorizeResult(time.monotonic() - begin, 0.0, sweeps)
+            if model is not None:
+                assert model.parameters is not None
+                result.parameters = asdict(model.parameters)
+                result.auto = None if model.choice is None else model.choice.describe()
+            found = check_factors(factors, model)
+            result.checks = {"ok": not found, "warnings": found}
             factors.save(tmp)
             if crossfit is not None:
                 begin = time.monotonic()
                 (tmp / CROSSFIT).mkdir(exist_ok=True)
-                without, _ = _fit(config, log, ranks, without=crossfit, start=factors)
+                parameters = None if model is None else model.parameters
+                without, _, _ = _fit(config, log, ranks, without=crossfit, start=factors, parameters=parameters)
                 without.save(tmp / CROSSFIT)
                 result.crossfit_seconds = time.monotonic() - begin
             meta |= {"dim": factors.dim, "seconds": asdict(result), **describe_lost(log)}
+            meta |= {"parameters": result.parameters, "auto": result.auto, "checks": result.checks}
     if ranks.rank == 0:
+        for warning in result.checks["warnings"]:
+            print(f"warning: {config.out}: {warning}", file=sys.stderr, flush=True)
         print(
             f"{config.out}: {log.num_users:,} users and {log.num_items:,} items x {factors.dim} "
             f"in {result.seconds:.1f} s" + (f" + {result.crossfit_seconds:.1f} s cross-fitted" if crossfit else "")
@@ -89,12 +108,15 @@ def _fit(
     *,
     without: SampleConfig | None = None,
     start: Factors | None = None,
-) -> tuple[Factors, list[tuple[float, float]]]:
+    parameters: ALSParameters | None = None,
+) -> tuple[Factors, list[tuple[float, float]], ALS | None]:
     if config.method == "logistic":
-        return _fit_logistic(config, log, ranks)
-    als = config.als if start is None else replace(config.als, sweeps=config.crossfit_sweeps)
-    model = ALS(als, log.num_users, log.num_items, device=ranks.device)
+        return *_fit_logistic(config, log, ranks), None
+    als: ALSConfig | ALSParameters = _protocol(config.als, log)
+    if parameters is not None:
+        als = replace(parameters, sweeps=config.crossfit_sweeps)
     with agreed():
+        model = ALS(als, log.num_users, log.num_items, device=ranks.device)
         for users, items, values in _read(config, log, ranks, without):
             model.add(users, items, values)
     share_lost(log)
@@ -102,9 +124,17 @@ def _fit(
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
     hidden = None if ranks.rank == 0 else True  # None: hidden where there is no terminal
-    with _stop_on_interrupt() as asked, tqdm(total=als.sweeps, desc=description, unit="sweep", disable=hidden) as bar:
+    with (
+        _stop_on_interrupt() as asked,
+        tqdm(total=als.sweeps or DEFAULTS["sweeps"], desc=description, unit="sweep", disable=hidden) as bar,
+    ):
+
+        def on_choice(choice: Choice) -> None:
+            if ranks.rank == 0:
+                bar.write(choice.line())
 
         def on_sweep(report: SweepReport) -> bool:
+            bar.total = report.sweeps
             sweeps.append((report.objective, time.monotonic() - began))
             bar.update()
             bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
@@ -115,7 +145,16 @@ def _fit(
                 )
             return asked.is_set()
 
-        return model.fit(on_sweep, start), sweeps
+        model.on_choice = on_choice
+        return model.fit(on_sweep, start), sweeps, model
+
+
+def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
+    """The choice goes by the protocol that the log's held-out part is ranked by."""
+    if als.auto_metric != "auto":
+        return als
+    full = log.test_negatives is None and log.test is not None
+    return replace(als, auto_metric="full" if full else "sampled")
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def fit(
     metrics: RecMetrics | None = None,
     profiler: Profiler | None = None,
     stream_stats: Callable[[], Mapping[str, float]] | None = None,
+    accept: Callable[[Mapping[str, float]], bool] | None = None,
 ) -> FitResult:
     """Train `model`, whose forward gives (loss, detached loss), on the batches of each epoch.
 
@@ -73,6 +74,8 @@ def fit(
         metrics: of the rows that are trained on; logged with the losses and kept in checkpoints.
         profiler: of some steps.
         stream_stats: name -> value of the stream of this rank, logged as `stream/NAME`.
+        accept: whether an evaluation after the first may be the best one; rank 0 decides. Patience counts
+            evaluations without a larger metric, accepted or not.
 
     Raises:
         InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
@@ -80,7 +83,7 @@ def fit(
     """
     run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints, heart)
     run.source = source
-    run.metrics, run.stream_stats = metrics, stream_stats
+    run.metrics, run.stream_stats, run.accept = metrics, stream_stats, accept
     profiled: AbstractContextManager[Any] = nullcontext()
     if profiler is not None:
         profiler.say, profiled = run.progress.say, profiler
@@ -132,6 +135,9 @@ class _Run:
         self.taken: deque[int] = deque()  # rows of the batches that the pipeline has taken and not yet trained on
         self.best: Snapshot | None = None
         self.worse = 0
+        self.peak = -math.inf
+        """The largest metric of all evaluations, accepted or not."""
+        self.accept: Callable[[Mapping[str, float]], bool] | None = None
         self.interval = Interval()
         self.marked_rows = 0
         self.metrics: RecMetrics | None = None
@@ -261,6 +267,7 @@ class _Run:
             "step": self.step,
             "world": dist.get_world_size(),
             "worse": self.worse,
+            "peak": None if math.isinf(self.peak) else self.peak,
             "best_step": None if self.best is None or self.result.best is None else int(self.result.best["step"]),
             "result": asdict(self.result),
             "source": None if self.source is None else self.source.state(),
@@ -289,6 +296,7 @@ class _Run:
             torch.manual_seed(key("resumed", torch.initial_seed(), numbers["result"]["steps"], dist.get_rank()) >> 64)
         self.result = FitResult(**numbers["result"])
         self.epoch, self.step, self.worse, self.looked = numbers["epoch"], numbers["step"], numbers["worse"], True
+        self.peak = -math.inf if numbers.get("peak") is None else numbers["peak"]
         self.kept = self.result.steps
         if self.source is not None and numbers.get("source") is not None:
             self.source.restore(numbers["source"])
@@ -396,18 +404,21 @@ class _Run:
             self.log.write(self.result.steps, {f"evaluate/{name}": value for name, value in metrics.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
         self.progress.say(f"epoch {self.epoch}, step {self.result.steps}: {shown}")
-        value = torch.tensor([metrics[self.config.metric]], dtype=torch.float64)
-        dist.broadcast(value, 0)  # the ranks must agree to the last bit on what is best
-        best = -math.inf if self.result.best is None else self.result.best[self.config.metric]
-        if float(value) > best:
-            self.result.best = {**found, self.config.metric: float(value)}
-            self.worse = 0
+        best = self.result.best
+        accepted = best is None or self.accept is None or self.accept(found)
+        decided = torch.tensor([metrics[self.config.metric], float(accepted)], dtype=torch.float64)
+        dist.broadcast(decided, 0)  # the ranks must agree to the last bit on what is best
+        value, accepted = float(decided[0]), bool(decided[1])
+        if value > self.peak:
+            self.peak, self.worse = value, 0
+        else:
+            self.worse += 1
+        if accepted and value > (-math.inf if best is None else best[self.config.metric]):
+            self.result.best = {**found, self.config.metric: value}
             if self.config.keep_best:
                 self.best = Snapshot.take(self.model, self.best)
                 if self.checkpoints is not None:
                     self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
-            return False
-        self.worse += 1
         return self.over()
 
     def over(self) -> bool:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
+from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log, open_log
 from recpress.data.selection import Selection
 from recpress.data.storage import is_remote
 from recpress.trainer.artifacts import FactorsArtifact, open_factors
-from recpress.trainer.config import chosen_schema
+from recpress.trainer.config import chosen_schema, network_for
 from recpress.trainer.hash.id_maps import SIDES, open_maps
 from recpress.trainer.model.two_tower import Features
 from recpress.trainer.plan.config import PlanConfig
 from recpress.trainer.plan.job import Job, MapShape, Side
+from recpress.trainer.train.inputs import choose_sample
 
 
 def job_of(config: PlanConfig) -> Job:
@@ -27,6 +30,13 @@ def job_of(config: PlanConfig) -> Job:
     log = open_log(config.data, chosen_schema(config.schema)) if config.data else None
     factors = open_factors(config.factors, log) if log and config.factors else None
     strategy = config.model.tables.strategy
+    if strategy == "auto":  # factors that need not exist
+        strategy = "init-freeze"
+    config = cast(PlanConfig, network_for(strategy, config).resolved())
+    if log is not None:
+        config = replace(config, sample=choose_sample(config, log, factors))
+    elif not config.sample.rate:
+        config = replace(config, sample=SampleConfig(rate=0.1 if strategy.startswith("init-freeze") else 1.0))
     dim = None if strategy == "random" else _dim(config, factors)
     network = config
     if strategy == "random" and config.dim:
@@ -50,6 +60,7 @@ def job_of(config: PlanConfig) -> Job:
         rows=rows,
         sampled=sampled,
         group_rows=min(group, rows) if rows else group,
+        rejects=config.negatives.rejects(rows=rows, users=sides[0].ids, items=sides[1].ids, sample=config.sample),
         keep_best=config.evaluation.while_training,
         uploads=is_remote(config.checkpoint.folder or config.out),
         metrics=bool(config.metrics.window),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.trainer.artifacts import FactorsArtifact, open_factors
@@ -51,14 +52,29 @@ def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | No
     return frozen and fits
 
 
+def choose_sample(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> SampleConfig:
+    """The rows to train on: as asked, else the default of --sample.rate. `config` is resolved.
+
+    With frozen factors that is the sample that the cross-fitted ones have not seen, or a tenth of the rows; otherwise,
+    and of a log that is a sample already, all rows.
+    """
+    asked = config.sample
+    if asked.rate:
+        return SampleConfig(kind=asked.kind, rate=asked.rate, seed=asked.seed)
+    if factors is None or not config.model.tables.strategy.startswith("init-freeze") or log.is_part:
+        return SampleConfig(kind=asked.kind, rate=1.0, seed=asked.seed)
+    unseen, plain = factors.crossfit, SampleConfig()
+    untouched = (asked.kind, asked.seed) == (plain.kind, plain.seed)
+    if unseen is not None and (untouched or (asked.kind, asked.seed) == (unseen.kind, unseen.seed)):
+        return unseen
+    return SampleConfig(kind=asked.kind, rate=0.1, seed=asked.seed)
+
+
 def has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
-    """Whether rows are ranked, while it trains or at the end. Raises InputError where they are missing."""
+    """Whether the log has held-out rows to rank at the end."""
     if log.test is None and log.test_negatives is None:
-        if config.evaluation.while_training:
-            raise InputError(f"{log.path}: no held-out rows; evaluation.every and evaluation.every_steps need them")
         return False
-    look = config.evaluation
-    if log.is_part and log.test_negatives is None and look.protocol == "auto" and not look.while_training:
+    if log.is_part and log.test_negatives is None and config.evaluation.protocol == "auto":
         if ranks.rank == 0:
             print(f"{log.path} is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of")
         return False  # `load_heldout` says why

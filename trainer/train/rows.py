@@ -9,6 +9,7 @@ import torch
 from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log
+from recpress.data.selection import HoldOut
 from recpress.data.stream import Interactions, InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
@@ -19,8 +20,19 @@ from recpress.trainer.model.two_tower import ShardedTwoTower
 from recpress.trainer.train.follow import FollowedSource
 
 
-def make_stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int | None = None) -> InteractionStream:
-    """The stream of this rank; `global_batch`: rows of a step on all ranks, where it is not by `batch_size`."""
+def make_stream(
+    config: TrainConfig,
+    log: Log,
+    ranks: Ranks,
+    global_batch: int | None = None,
+    hold_out: HoldOut | None = None,
+) -> InteractionStream:
+    """The stream of this rank.
+
+    Args:
+        global_batch: rows of a step on all ranks, where it is not by `batch_size`.
+        hold_out: validation rows, which are not trained on.
+    """
     columns = [log.schema.user, log.schema.item]
     if config.use_label:
         if not log.schema.label:
@@ -31,6 +43,7 @@ def make_stream(config: TrainConfig, log: Log, ranks: Ranks, global_batch: int |
         log.schema,
         config.stream,
         sample=config.sample,
+        hold_out=hold_out,
         rank=ranks.rank,
         world=ranks.world,
         global_batch=global_batch,
@@ -50,7 +63,7 @@ def stream_as_before(
     if ranks.rank == 0:
         print(f"other ranks than before: a step still has {rows:,} rows, {rows // ranks.world:,} on each", flush=True)
     with agreed():
-        return make_stream(config, log, ranks, rows)
+        return make_stream(config, log, ranks, rows, stream.hold_out)
 
 
 def make_source(

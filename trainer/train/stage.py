@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,8 @@ from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, same_everywhere
 from recpress.trainer.errors import same_command_resumes
+from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
+from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout, show
 from recpress.trainer.hash.id_maps import SIDES, save_maps
 from recpress.trainer.logs.damaged import open_on_all_ranks
@@ -35,9 +37,11 @@ from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.model.weights import save_weights
+from recpress.trainer.train.choice import NOISE, Cases, Choice, paired_gain, warn
 from recpress.trainer.train.follow import first_round
-from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, has_heldout
+from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, choose_sample, has_heldout
 from recpress.trainer.train.rows import make_batches, make_source, make_stream, stream_as_before, stream_stats
+from recpress.trainer.train.validation import ValidationRows, load_validation, plan_hold_out
 from recpress.trainer.versions import versions
 from recpress.trainer.watch.metrics_log import MetricsLog
 from recpress.trainer.watch.profiling import Profiler
@@ -55,19 +59,29 @@ class TrainResult:
     metrics: dict[str, float]
     """Of the held-out rows, at the end; empty where the log has none."""
     rows: int
-    """Rows of the sample, on all ranks."""
+    """Rows that were trained on, on all ranks; validation rows are not among them."""
     setup_seconds: float
     """Opening, planning, sharding, loading factors."""
     table_bytes: int
     """Of all embedding tables as they are stored, scales included, optimizer states not."""
     map_bytes: int
     """Of the maps of ids, bit-packed; 0 where there are none, or where they follow from the id by a formula."""
+    factorization: dict[str, float] = field(default_factory=dict)
+    """Metrics of the factors' own ranking of the same held-out rows; empty without factors."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """What chose the epoch (`Choice.describe`); empty where nothing did."""
+    best_epoch: int | None = None
+    """The epoch whose weights were published; 0: those before the first step; None: nothing was chosen."""
+    fallback: bool = False
+    """Whether the factorization's own ranking was published, because no epoch was better."""
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Train on `config.sample` of the log and write the model to `config.out`.
 
-    While it runs, its checkpoints and metrics are beside it; a run with the same `out` goes on from them.
+    With factors, the model that is written never ranks the validation rows worse than they do: where no epoch is better
+    than the factorization, the factorization's own ranking is written. During the run its checkpoints and metrics are
+    in folders next to `out`; a run with the same `out` resumes from them.
 
     Raises:
         InputError: log, factors or settings cannot be used; a loss is not finite; `out` exists. On every rank, and
@@ -81,23 +95,27 @@ def train(config: TrainConfig) -> TrainResult:
 def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     """`train` within its process group, which outlives the model: see `process_group`."""
     begin = time.monotonic()
+    given, config = config, config.resolved()
     same_everywhere(configuration=_digest(asdict(config)))
     only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
     skip = config.stream.on_bad_file == "skip"
     log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
     with agreed():
         factors = choose_factors(config, log)
+        config = replace(config, sample=choose_sample(config, log, factors))
         crossfit = choose_crossfit(config, log, factors)
         hashed = choose_maps(config, log, factors)
         maps: dict[str, IdMap] = {}
         if hashed is not None:
             maps = {side: hashed.map(side) for side in SIDES if side in hashed.maps}
         features = Features.of(log, config.user_features, config.item_features)
-        stream = make_stream(config, log, ranks)
+        stream = make_stream(config, log, ranks, hold_out=plan_hold_out(config, log))
         model_config = describe_model(
             config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
         )
         artifact.check_target(config.out, config.overwrite)
+        if ranks.rank == 0:
+            _say_settings(given, config, stream)
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
             print(
                 f"{config.data} is a sample already, of which this trains on {stream.num_rows:,} of "
@@ -107,34 +125,71 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     stream = stream_as_before(config, log, stream, checkpoints, ranks)
     with agreed():
         source = make_source(config, log, stream, ranks, maps)
-    meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config), "model": model_config}
+    # `config` is what was asked for, which `recpress pipeline` compares; `resolved` has all defaults filled in.
+    meta: dict[str, Any] = {
+        "log": describe_log(log),
+        "config": asdict(given),
+        "resolved": asdict(config),
+        "model": model_config,
+    }
     if hashed is not None:
         meta["hash"] = hashed.describe()
     with checkpoints:
         model = _model(config, log, features, factors, maps, ranks)
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
+        rows = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
+        choice = Choice(rows.heldout, config.evaluation, ranks, rows.weights) if rows is not None else None
+        if rows is None and config.evaluation.while_training and ranks.rank == 0:
+            print(f"too few rows to hold validation rows out: trains for {config.epochs} epochs, without a choice")
 
-        def put(of_sample: bool) -> None:
+        def put(model: ShardedTwoTower, of_sample: bool) -> None:
             """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
             if factors is not None:
                 with agreed():
                     model.load_factors(factors, crossfit=of_sample, hashed=hashed)
 
-        def evaluate() -> dict[str, float]:
-            if crossfit:
-                put(False)
-            model.dmp.eval()
-            assert heldout is not None
-            metrics = rank_heldout(
-                heldout, model.vectors("user"), model.vectors("item"), config.evaluation, ranks.device
+        def as_factorization(of_sample: bool) -> ShardedTwoTower:
+            """A network that ranks as the factors do, whatever `config` has for towers."""
+            towers = replace(config.model.towers, kind="residual")
+            like = _model(
+                replace(config, model=replace(config.model, towers=towers)), log, features, factors, maps, ranks
             )
-            if crossfit:
-                put(True)
-            return metrics
+            put(like, of_sample)
+            like.dmp.eval()
+            return like
 
         give_back()  # what reading the pairs took, before the tables come
-        put(crossfit)
+        put(model, crossfit)
         give_back()
+        if choice is not None:
+            assert rows is not None
+            residual = config.model.towers.kind == "residual"
+            if factors is not None:
+                # Before `fit` loads a checkpoint, so that a resumed run compares with the same start.
+                start = model if residual else as_factorization(crossfit)
+                start.dmp.eval()
+                choice.set_start(start.vectors("user"), start.vectors("item"))
+                del start
+                choice.seen = rows.source == "sample" and not crossfit
+                if choice.seen:
+                    warn(
+                        "the factors have seen the validation rows, so that no network can be shown to be better: "
+                        "trains none and keeps the factorization's ranking. For a network, make factors with "
+                        "recpress factorize --crossfit-rate, or give the log a val part; --evaluation.every 0 trains "
+                        "without validation"
+                    )
+            choice.set_popularity(_item_counts(factors, rows, crossfit))
+        first = choice is not None and choice.start is not None and residual and checkpoints.start is None
+
+        def evaluate() -> dict[str, float]:
+            nonlocal first
+            assert choice is not None
+            if first:  # nothing is trained yet
+                first = False
+                return choice.evaluate_start()
+            model.dmp.eval()
+            return choice.evaluate(model.vectors("user"), model.vectors("item"))
+
         setup_seconds = time.monotonic() - begin
         if ranks.rank == 0 and (config.tensorboard or storage.is_remote(checkpoints.folder)):
             viewer = "tensorboard --logdir " if config.tensorboard else ""
@@ -147,9 +202,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 model.dmp,
                 TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
                 lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
-                _fit_config(config),
+                _fit_config(config, nothing=choice is not None and choice.seen),
                 device=ranks.device,
-                evaluate=evaluate if heldout is not None else None,
+                evaluate=evaluate if choice is not None else None,
+                accept=choice.accepts if choice is not None else None,
                 log=metrics_log,
                 checkpoints=checkpoints,
                 heart=ranks.heart,
@@ -159,9 +215,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 stream_stats=stream_stats(source),
             )
         if crossfit:
-            put(False)
-            crossfit = False
-        metrics = evaluate() if heldout is not None else {}
+            put(model, False)
+        chosen = _chosen(choice, fitted, ranks)
+        if chosen["fallback"] and config.model.towers.kind != "residual":
+            model = as_factorization(False)
+            towers = replace(config.model.towers, kind="residual")
+            meta["model"] = model_config | {"two_tower": asdict(replace(config.model, towers=towers))}
+        model.dmp.eval()
+        metrics, factorization = _test(config, model, factors, heldout, ranks)
         with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
             (tmp / WEIGHTS).mkdir(exist_ok=True)
             save_weights(model.dmp, tmp / WEIGHTS)
@@ -175,11 +236,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             meta |= {
                 "rows": source.num_rows,
                 **source.describe(),
+                "rejects_positives": model.builder.negatives.reject is not None,
                 "kept_positives": kept,
                 "steps": fitted.steps,
                 "skipped": fitted.skipped,
                 "best": fitted.best,
+                **chosen,
                 "metrics": metrics,
+                "factorization_metrics": factorization,
                 "table_bytes": table_bytes,
                 "tables": model.module.table_bytes,
                 "map_bytes": map_bytes,
@@ -193,7 +257,112 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
         each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
         print(f"tables {table_bytes:,} bytes ({each})" + (f", maps {map_bytes:,} bytes" if maps else ""))
-    return TrainResult(fitted, metrics, source.num_rows, setup_seconds, table_bytes, map_bytes)
+    return TrainResult(
+        fitted,
+        metrics,
+        source.num_rows,
+        setup_seconds,
+        table_bytes,
+        map_bytes,
+        factorization=factorization,
+        **chosen,
+    )
+
+
+def _say_settings(given: TrainConfig, config: TrainConfig, stream: InteractionStream) -> None:
+    """What was chosen for the user, in one line."""
+    share = "all rows" if config.sample.rate == 1 else f"{100 * config.sample.rate:g} % of the rows"
+    start = f"factors {config.factors}" if config.factors else "random weights"
+    left = [] if given.sample.rate else ["--sample.rate"]
+    left += ["--model.tables.strategy"] if given.model.tables.strategy != config.model.tables.strategy else []
+    print(
+        f"tables: {config.model.tables.strategy}, from {start}; {share}, {stream.num_rows:,} to train on; up to "
+        f"{config.epochs} epochs" + (f" (chosen by default: {', '.join(left)})" if left else ""),
+        flush=True,
+    )
+
+
+def _item_counts(factors: FactorsArtifact | None, rows: ValidationRows, crossfit: bool) -> torch.Tensor:
+    """Rows of each item, (items, 1), validation rows excluded where that is known."""
+    if rows.item_counts is not None:
+        return torch.from_numpy(rows.item_counts).double()[:, None]
+    assert factors is not None
+    with agreed():
+        return torch.from_numpy(factors.counts("item", crossfit=crossfit)[:]).double()
+
+
+def _chosen(choice: Choice | None, fitted: FitResult, ranks: Ranks) -> dict[str, Any]:
+    """What the manifest says of the choice of an epoch; says it in one line, and warns where popularity is as good."""
+    if choice is None or fitted.best is None:
+        return {"best_epoch": None, "fallback": False, "validation": {}}
+    best, metric = fitted.best, choice.metric
+    fallback = choice.start is not None and best["step"] == 0
+    tried = max(fitted.evaluations[1:], key=lambda found: found[metric], default=None)
+    published = choice.start if fallback else best
+    assert published is not None
+    validation = choice.describe() | {"published": published[metric], "network": tried}
+    cases = f"on {validation['cases']:,} validation rows"
+    if fallback and ranks.rank == 0:
+        assert choice.start is not None
+        shown = ""
+        if tried is not None:
+            pairs = [f"{name} {tried[name]:.4f} against {choice.start[name]:.4f}" for name in _pair(choice)]
+            shown = f" ({', '.join(pairs)})"
+        said = f"the network did not improve on the factorization {cases}{shown}"
+        print(f"{'no network was trained' if tried is None else said}: the factorization's ranking is kept")
+    elif choice.start is not None and ranks.rank == 0:
+        pairs = [f"{name} {best[name]:.4f} against {choice.start[name]:.4f}" for name in _pair(choice)]
+        print(f"the network improves on the factorization {cases}: {', '.join(pairs)} (epoch {int(best['epoch'])})")
+    if published[metric] <= choice.popularity[metric]:
+        cause = (
+            "the factors carry no signal: factorize again with other settings (the defaults, or less regularization)"
+            if choice.start is not None and choice.start[metric] <= choice.popularity[metric]
+            else "the network learned too little or too much by heart: give it --factors, more rows (--sample.rate 1) "
+            "or more dropout"
+        )
+        warn(
+            f"the model ranks no better than popularity {cases}: {metric} {published[metric]:.4f} against "
+            f"{choice.popularity[metric]:.4f}; {cause}"
+        )
+    return {"best_epoch": int(best["epoch"]), "fallback": fallback, "validation": validation}
+
+
+def _pair(choice: Choice) -> list[str]:
+    assert choice.start is not None
+    return [name for name in (choice.metric, choice.companion) if name in choice.start]
+
+
+def _test(
+    config: TrainConfig,
+    model: ShardedTwoTower,
+    factors: FactorsArtifact | None,
+    heldout: SampledHeldout | FullHeldout | None,
+    ranks: Ranks,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the held-out part: of the network, and of the factors' own ranking; {} where there is none.
+
+    Warns where the network is worse than the factors by more than noise. (Nothing was chosen on these rows.)
+    """
+    if heldout is None:
+        return {}, {}
+    cases: Cases = {}
+    look, device = config.evaluation, ranks.device
+    metrics = rank_heldout(heldout, model.vectors("user"), model.vectors("item"), look, device, cases)
+    if factors is None:
+        return metrics, {}
+    with agreed():
+        user, item = (vectors_from_factors(factors.table(side)) for side in SIDES)
+    own: Cases = {}
+    factorization = rank_heldout(heldout, user, item, look, device, own)
+    for name in (f"NDCG@{look.k[0]}", f"{'Recall' if isinstance(heldout, FullHeldout) else 'HR'}@{look.k[0]}"):
+        gain, error = paired_gain(cases[name], own[name])
+        if gain < -NOISE * error:
+            compressed = config.hash is not None or config.model.tables.storage != "fp32"
+            warn(
+                f"on the held-out part the model is below the full factors: {name} {metrics[name]:.4f} against "
+                f"{factorization[name]:.4f}" + (" (its tables are compressed)" if compressed else "")
+            )
+    return metrics, factorization
 
 
 def _total_steps(config: TrainConfig, stream: InteractionStream) -> int:
@@ -215,7 +384,8 @@ def _model(
             raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
         counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
         reject = None
-        if config.negatives.reject_positives:
+        size = {"rows": log.train.num_rows, "users": log.num_users, "items": log.num_items}
+        if config.negatives.rejects(**size, sample=config.sample):
             reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(
@@ -297,10 +467,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _fit_config(config: TrainConfig) -> FitConfig:
+def _fit_config(config: TrainConfig, *, nothing: bool) -> FitConfig:
+    """`nothing`: no step is to be made."""
     look = config.evaluation
     return FitConfig(
-        epochs=min(config.stop_after or config.epochs, config.epochs),
+        epochs=0 if nothing else min(config.stop_after or config.epochs, config.epochs),
         evaluate_every=look.every,
         evaluate_steps=look.every_steps,
         evaluate_first=look.while_training,

@@ -18,7 +18,7 @@ def small(out):
         out=str(out),
         synth=SynthConfig(users=500, items=400, rows=16_000, tastes=8, tastes_per_user=4),
         seeds=(0, 1),
-        als=ALSConfig(factors=16, sweeps=6, confidence=4.0, regularization=20.0),
+        als=ALSConfig(factors=16, sweeps=6, mean_penalty=3.0),
         patience=1,
     )
     shorter = {

@@ -27,7 +27,7 @@ from tests.ranks import run_on_ranks
 
 GROUP, GROUPS, FILES = 60, 4, 3
 USERS, ITEMS = 30, 20
-ALS = ALSConfig(factors=4, sweeps=3, confidence=2.0, regularization=1.0)
+ALS = ALSConfig(factors=4, sweeps=3, auto=False)
 SKEWED = np.random.default_rng(0).permutation(USERS) ** 2 % USERS  # so that ids differ in count
 
 

@@ -93,6 +93,26 @@ def test_early_stopping_and_the_best_weights(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
+def accepts_later():
+    """0.5 (the start), 0.9 (refused), 0.6 (accepted), 0.7 (refused), 0.4: patience counts all of them."""
+    dmp, optimizer = sharded("init-freeze")
+    values, seen = iter([0.5, 0.9, 0.6, 0.7, 0.4]), []
+
+    def evaluate():
+        seen.append(digest(dmp))
+        return {"m": next(values)}
+
+    settings = FitConfig(epochs=6, evaluate_every=1, evaluate_first=True, patience=3, metric="m")
+    given = {"evaluate": evaluate, "accept": lambda found: found["m"] == 0.6 and dist.get_rank() == 0}
+    result = fit(dmp, optimizer, batches, settings, device=CPU, show_progress=False, **given)
+    assert digest(dmp) == seen[2]
+    return [int(e["epoch"]) for e in result.evaluations], result.best["m"]
+
+
+def test_what_is_not_accepted_is_not_the_best_and_still_counts_for_patience():
+    assert run_on_ranks(accepts_later, 2) == [([0, 1, 2, 3, 4], 0.6)] * 2
+
+
 def looking_changes_nothing():
     plain, _ = train("init-train")
     looked, _ = train("init-train", evaluate_steps=2, keep_best=False, metric="m")

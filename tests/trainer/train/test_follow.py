@@ -200,12 +200,12 @@ def test_maps_take_ids_that_came_since_and_each_is_counted_once(tmp_path):
     log.mkdir()
     pq.write_table(table(range(600)), log / "train-0.parquet", row_group_size=200)
     write_maps(tmp_path)
-    als = ALSConfig(factors=4, sweeps=1, confidence=1.0, regularization=1.0)
+    als = ALSConfig(factors=4, sweeps=1, auto=False)
     factorize(FactorizeConfig(data=str(log), out=str(tmp_path / "factors"), als=als))
     options = (
         "--hash", str(tmp_path / "maps"), "--factors", str(tmp_path / "factors"), "--model.tables.strategy",
         "init-freeze", "--model.towers.kind", "residual", "--model.loss.kind", "softmax", "--model.loss.in-batch",
-        "--negatives.reject-positives", "--negatives.shared",
+        "--negatives.reject-positives", "yes", "--negatives.shared",
     )  # fmt: skip
 
     run = Run(tmp_path, *options, step_to_die=18)  # 10 steps of the first file, then 10 of the next
@@ -270,7 +270,7 @@ def test_what_to_do_about_new_ids(strategy, mapped, features, text):
 def test_settings_that_need_an_end_are_refused():
     follow = FollowConfig(on=True)
     with pytest.raises(InputError, match=r"optimizer.schedule is 'cosine', .*expected constant"):
-        TrainConfig(data="log", out="out", follow=follow)
+        TrainConfig(data="log", out="out", follow=follow, optimizer=OptimizerConfig(schedule="cosine"))
     with pytest.raises(InputError, match="stop_after: expected 0 with follow"):
         TrainConfig(data="log", out="out", follow=follow, stop_after=1, optimizer=OptimizerConfig(schedule="constant"))
     with pytest.raises(InputError, match=r"seconds is 0, expected at least 0.01"):

@@ -49,7 +49,7 @@ def log(tmp_path_factory):
 @pytest.fixture(scope="module")
 def factors(log, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("factors") / "factors")
-    als = ALSConfig(factors=DIM, sweeps=6, confidence=4.0, regularization=20.0)
+    als = ALSConfig(factors=DIM, sweeps=6)
     factorize(FactorizeConfig(data=log, out=out, als=als, crossfit_rate=0.2, crossfit_seed=3))
     return out
 

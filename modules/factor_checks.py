@@ -1,0 +1,106 @@
+"""Signs that a factorization collapsed: vectors of zero length, vectors of one direction, interactions that score no
+higher than random pairs, or a ranking no better than the items' counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from recpress.modules.exchange import Exchange
+from recpress.modules.factors import Factors, RowBlocks
+from recpress.modules.interactions import CSR
+
+if TYPE_CHECKING:
+    from recpress.modules.als import ALS
+
+PAIRS = 8192
+"""Interactions of a rank that are compared with random pairs."""
+_LEAST_LENGTH = 1e-3  # a vector this short scores every pair as zero beside the target of one
+_LEAST_SEPARATION = 0.6
+
+
+def separation(by_user: CSR, factors: Factors, exchange: Exchange, seed: int = 0) -> float:
+    """Share of interactions that score above a random item for the same user, ties by half. Collective.
+
+    0.5 is chance. `by_user`: this rank's interactions, of which at most `PAIRS` are compared.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(PAIRS, len(by_user.indices))
+    places = np.sort(rng.choice(len(by_user.indices), count, replace=False)) if count else np.empty(0, np.int64)
+    rows = torch.from_numpy(np.searchsorted(by_user.indptr, places, side="right") - 1)
+    blocks = RowBlocks(factors.num_items, exchange.world)
+    vectors = factors.users[rows.to(factors.users.device)]
+
+    def scores(items: np.ndarray) -> torch.Tensor:
+        ids, place = np.unique(items, return_inverse=True)
+        wanted = torch.from_numpy(ids.astype(np.int64)).to(exchange.device)
+        found = exchange.rows(factors.items, wanted, blocks) if exchange.world > 1 else factors.items[wanted]
+        return (vectors * found[torch.from_numpy(place).to(found.device)]).sum(1)
+
+    met = scores(by_user.indices[places])
+    others = scores(rng.integers(0, factors.num_items, count))
+    won = ((met > others).double() + 0.5 * (met == others)).sum()
+    totals = exchange.sum(torch.tensor([float(won), float(count)], dtype=torch.float64, device=exchange.device))
+    return float(totals[0] / totals[1].clamp_min(1))
+
+
+def effective_rank(rows: torch.Tensor, exchange: Exchange) -> float:
+    """exp of the entropy of the eigenvalues of rows' rows, all ranks' rows (local, d) together; 0 of zero rows."""
+    gramian = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(4096):
+        gramian += (part.T @ part).double()
+    values = torch.linalg.eigvalsh(exchange.sum(gramian)).clamp_min(0)
+    total = float(values.sum())
+    if not total > 0:
+        return 0.0
+    share = values[values > 0] / total
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
+    """Warnings, one a sign of a collapse, each with its cause and its fix. Collective; the same on every rank.
+
+    als: what made the factors; None where another method did.
+    """
+    exchange = als.exchange if als is not None else Exchange(None, factors.users.device)
+    fix = (
+        "lower mean_penalty or raise unobserved_ratio, or leave them to auto"
+        if als is not None
+        else "lower weight_decay or train for more epochs"
+    )
+    found = []
+    for side, rows, counts in (
+        ("user", factors.users, factors.user_counts),
+        ("item", factors.items, factors.item_counts),
+    ):
+        lengths = rows.norm(dim=1)
+        if counts is not None:
+            lengths = lengths[counts.to(lengths.device) > 0]
+        short = torch.tensor(
+            [float((lengths < _LEAST_LENGTH).sum()), float(len(lengths))], dtype=torch.float64, device=rows.device
+        )
+        short_count, total = exchange.sum(short).tolist()
+        if total and short_count > 0.5 * total:
+            found.append(
+                f"{short_count / total:.0%} of the {side} vectors are shorter than {_LEAST_LENGTH:g}: the penalty "
+                f"outweighs the interactions; {fix}"
+            )
+    rank = effective_rank(factors.items, exchange)
+    if not found and factors.dim >= 8 and rank < 1.5:
+        found.append(
+            f"the item vectors have an effective rank of {rank:.1f} in {factors.dim} dimensions: every user gets the "
+            f"same ranking; {fix}"
+        )
+    if als is not None and not found and als.separation < _LEAST_SEPARATION:
+        found.append(
+            f"interactions score above random pairs in only {als.separation:.0%} of cases (50% is chance): the "
+            f"factorization did not learn the log; {fix}"
+        )
+    if als is not None and als.choice is not None and als.choice.rows and not als.choice.above_popularity:
+        found.append(
+            f"held-out examples are ranked no better than by popularity (NDCG@10 {als.choice.ndcg:.4f}, popularity "
+            f"{als.choice.popularity:.4f}): the log has too few interactions per user and item to learn tastes from; "
+            "collect more interactions, drop rare users and items, or rank by popularity"
+        )
+    return found

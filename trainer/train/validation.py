@@ -1,0 +1,273 @@
+"""Rows that choose the epoch of a training run: which they are, and what they are ranked among.
+
+They are the `val` part of the log, or rows that are taken out of the run's own sample. Reading them takes two passes
+over the row groups that the sample lies in, and over no others: one finds the validation rows, one the other items of
+their users. Each rank reads its share. Where the sample takes whole row groups (`block`), only the items in these are
+known: some negatives are then items that the user has met elsewhere, about n / I of them for a user of n rows among I
+items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from recpress.data.columns import Jagged
+from recpress.data.errors import InputError
+from recpress.data.log import Log, iter_columns
+from recpress.data.pairs import PositivePairs, mix, shift, signed
+from recpress.data.rows import Rows
+from recpress.data.sampling import key
+from recpress.data.selection import HoldOut, Selection
+from recpress.trainer.config import TrainConfig
+from recpress.trainer.distributed.collectives import all_gather_arrays, all_reduce, exchange
+from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.evaluate.heldout import (
+    FullHeldout,
+    SampledHeldout,
+    full_from_pairs,
+    sampled_from_arrays,
+)
+from recpress.trainer.evaluate.stage import load_heldout
+
+SHARE = 0.1
+"""Share of the sample that is held out,"""
+LEAST, MOST = 2_000, 20_000
+"""but at least and at most so many rows, and"""
+LARGEST_SHARE = 0.2
+"""never more of the sample than this."""
+TOO_FEW = 1_000
+"""Of a sample with fewer rows nothing is held out: there would be too few cases to tell networks apart."""
+MOST_SCORES = 400_000_000
+"""Scores of an evaluation where all items are ranked: with many items, fewer rows are held out (at least LEAST)."""
+NEGATIVES = 99
+BLOCK_NEGATIVES = 999
+"""Where the protocol ranks all items, but not all that a user has met are known."""
+_ATTEMPTS = 16
+Pairs = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """What the networks of a run are compared on."""
+
+    heldout: SampledHeldout | FullHeldout
+    source: str
+    """`val`, `sample` or `test`."""
+    weights: np.ndarray | None
+    """Of each case of this rank, float64; None: all the same. Rows of the sample are mostly those of active users, and
+    held-out parts mostly have as many rows of each user: the weights make all users count alike."""
+    item_counts: np.ndarray | None
+    """Rows of each item in the sample, held-out rows excluded, (items,) int64; None where they were not counted."""
+
+    @property
+    def full(self) -> bool:
+        """Whether all items are ranked."""
+        return isinstance(self.heldout, FullHeldout)
+
+
+def plan_hold_out(config: TrainConfig, log: Log) -> HoldOut | None:
+    """Which rows of the sample are not trained on; None: none. A pure function of the files and the configuration."""
+    look = config.evaluation
+    if not look.while_training or look.validation == "test" or (look.validation == "auto" and log.val is not None):
+        return None
+    count = Selection(log.train, config.sample).num_rows
+    if count < TOO_FEW:
+        return None
+    return HoldOut(
+        rate=min(LARGEST_SHARE, max(SHARE, LEAST / count), _most(config, log) / count), seed=config.sample.seed
+    )
+
+
+def load_validation(
+    config: TrainConfig, log: Log, hold_out: HoldOut | None, ranks: Ranks, *, count_items: bool
+) -> ValidationRows | None:
+    """The validation rows; None where there are none. Collective.
+
+    Args:
+        hold_out: of `plan_hold_out`.
+        count_items: count the rows of each item in the sample.
+
+    Raises:
+        InputError: the log cannot be read. On every rank.
+    """
+    look = config.evaluation
+    if not look.while_training:
+        return None
+    if look.validation == "test":
+        if log.test is None and log.test_negatives is None:
+            raise InputError(f"{log.path}: no test part; evaluation.validation 'test' needs one (expected 'auto')")
+        return ValidationRows(load_heldout(log, look), "test", None, log.counts("item") if count_items else None)
+    selection = Selection(log.train, config.sample, hold_out=hold_out)
+    counts = np.zeros(log.num_items if count_items else 0, dtype=np.int64)
+    with agreed():
+        of_sample = _held_pairs(config, log, selection, ranks, counts) if hold_out or count_items else _no_pairs()
+        of_val = _val_pairs(config, log, ranks) if hold_out is None and look.validation == "auto" else None
+    held = of_sample if of_val is None else of_val
+    if count_items:
+        counts = all_reduce(torch.from_numpy(counts)).numpy()
+    users = np.unique(np.concatenate([arrays[0] for arrays in all_gather_arrays([np.unique(held[0])])]))
+    if not len(users):
+        return None
+    with agreed():
+        seen = _seen_pairs(log, selection, users, ranks)
+    source = "val" if of_val is not None else "sample"
+    whole = config.sample.rate == 1.0 or config.sample.kind != "block"
+    heldout: SampledHeldout | FullHeldout
+    if _full(config, log) and whole and not log.is_part:
+        heldout = full_from_pairs(held, seen, num_users=log.num_users, num_items=log.num_items)
+    else:
+        count = BLOCK_NEGATIVES if _full(config, log) else NEGATIVES
+        heldout = _sampled(held, seen, log, count, config.sample.seed)
+    if not heldout.num_cases:
+        return None
+    weights = None
+    if source == "sample":
+        assert hold_out is not None
+        rate = hold_out.rate * config.sample.rate
+        weights = _weights(heldout, users, np.concatenate([held[0], seen[0]]), rate)
+    return ValidationRows(heldout, source, weights, counts if count_items else None)
+
+
+def _full(config: TrainConfig, log: Log) -> bool:
+    """Whether the log's own protocol ranks all items."""
+    if config.evaluation.protocol != "auto":
+        return config.evaluation.protocol == "full"
+    return log.test is not None and log.test_negatives is None
+
+
+def _most(config: TrainConfig, log: Log) -> int:
+    return max(LEAST, min(MOST, MOST_SCORES // log.num_items)) if _full(config, log) else MOST
+
+
+def _groups(rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(place in `rows.groups`, its columns), one row group read ahead; what cannot be read and may be skipped, is."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
+        ahead = None
+        for number, place in enumerate(places):
+            data = (ahead or pool.submit(rows.read_or_skip, rows.groups[place], columns)).result()
+            following = places[number + 1 : number + 2]
+            ahead = pool.submit(rows.read_or_skip, rows.groups[following[0]], columns) if following else None
+            if data is not None:
+                yield place, data  # type: ignore[misc]  # ids and labels are arrays
+
+
+def _held_pairs(config: TrainConfig, log: Log, selection: Selection, ranks: Ranks, counts: np.ndarray) -> Pairs:
+    """Held-out pairs of this rank's row groups; adds the other rows of the sample to `counts`, unless it is empty."""
+    user, item, label = log.schema.user, log.schema.item, log.schema.label if config.use_label else None
+    found: list[Pairs] = [_no_pairs()]
+    places = selection.candidates[ranks.rank :: ranks.world].tolist()
+    for place, data in _groups(log.train, [user, item] + ([label] if label else []), places):
+        held = selection.held_out(place)
+        if label:  # a row that says "no" is no item to rank first
+            held = held[data[label][held] >= 0.5]
+        found.append((data[user][held], data[item][held]))
+        if len(counts):
+            kept = selection.of(place)
+            counts += np.bincount(data[item] if kept is None else data[item][kept], minlength=len(counts))
+    return _joined(found)
+
+
+def _val_pairs(config: TrainConfig, log: Log, ranks: Ranks) -> Pairs | None:
+    """Pairs of this rank's share of the `val` part, all of a user or none; None where the log has no such part."""
+    if log.val is None:
+        return None
+    user, item = log.schema.user, log.schema.item
+    share = min(1.0, _most(config, log) / log.val.num_rows)
+    found: list[Pairs] = [_no_pairs()]
+    for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world):
+        users, items = np.asarray(data[user]), np.asarray(data[item])
+        kept = _uniform(torch.from_numpy(users), config.sample.seed, "val users").numpy() < share
+        found.append((users[kept], items[kept]))
+    return _joined(found)
+
+
+def _seen_pairs(log: Log, selection: Selection, users: np.ndarray, ranks: Ranks) -> Pairs:
+    """Pairs of these users (ascending) in the row groups of the sample that this rank reads, held-out rows excluded."""
+    user, item = log.schema.user, log.schema.item
+    found: list[Pairs] = [_no_pairs()]
+    places = selection.candidates[ranks.rank :: ranks.world].tolist()
+    for place, data in _groups(log.train, [user, item], places):
+        at = np.minimum(np.searchsorted(users, data[user]), len(users) - 1)
+        wanted = users[at] == data[user]
+        wanted[selection.held_out(place)] = False
+        found.append((data[user][wanted], data[item][wanted]))
+    return _joined(found)
+
+
+def _sampled(held: Pairs, seen: Pairs, log: Log, count: int, seed: int) -> SampledHeldout:
+    """Each held-out pair that its user does not have elsewhere, and up to `count` items that its user has not met.
+
+    A draw is a pure function of the seed and the pair; a draw that is an item of the user is made again. Collective.
+    """
+    world_users = -(-log.num_users // torch.distributed.get_world_size())
+    held = _sent(held, world_users)
+    seen = _sent(seen, world_users)
+    seen_set = PositivePairs.of_pairs(*seen, log.num_items)
+    users, items = (torch.from_numpy(array) for array in held)
+    new = ~seen_set.contains(users, items)
+    users, items = users[new], items[new]
+    met = PositivePairs.of_pairs(
+        np.concatenate([seen[0], users.numpy()]), np.concatenate([seen[1], items.numpy()]), log.num_items
+    )
+    owner = users.repeat_interleave(count)
+    counter = (users * log.num_items + items).unsqueeze(1) * count + torch.arange(count)
+    counter = counter.reshape(-1)
+    drawn = torch.zeros(len(owner), dtype=torch.int64)
+    left = torch.arange(len(owner))
+    for attempt in range(_ATTEMPTS):
+        if not len(left):
+            break
+        uniform = _uniform(counter[left], seed, f"negatives {attempt}")
+        drawn[left] = (uniform * log.num_items).long().clamp_(max=log.num_items - 1)
+        left = left[met.contains(owner[left], drawn[left])]
+    usable = torch.ones(len(owner), dtype=torch.bool)
+    usable[left] = False
+    # distinct negatives of each case: sorted by case and item, without repetitions
+    case = torch.arange(len(users)).repeat_interleave(count)
+    keys = torch.unique(case[usable] * log.num_items + drawn[usable])
+    lengths = torch.bincount(keys // log.num_items, minlength=len(users))
+    kept = lengths > 0
+    offsets = torch.nn.functional.pad(lengths[kept].cumsum(0), (1, 0))
+    lists = Jagged((keys % log.num_items).numpy(), offsets.numpy())
+    return sampled_from_arrays(
+        users[kept].numpy(), items[kept].numpy(), lists, num_users=log.num_users, num_items=log.num_items
+    )
+
+
+def _weights(heldout: SampledHeldout | FullHeldout, users: np.ndarray, of_rows: np.ndarray, rate: float) -> np.ndarray:
+    """One over the expected number of cases of the case's user, for each case of this rank. Collective.
+
+    Args:
+        users: all users with validation rows, ascending.
+        of_rows: user of each row of theirs that this rank has read.
+        rate: share of the log's rows that are held out.
+    """
+    counts = torch.from_numpy(np.bincount(np.searchsorted(users, of_rows), minlength=len(users)))
+    rows = all_reduce(counts).numpy()[np.searchsorted(users, heldout.users)]
+    rows = np.maximum(rows, 1)
+    return 1.0 / (1.0 - (1.0 - rate) ** rows if isinstance(heldout, FullHeldout) else rows)
+
+
+def _sent(pairs: Pairs, users_per_rank: int) -> Pairs:
+    """The pairs of the users that this rank owns, sorted."""
+    users, items = exchange([pairs[0].astype(np.int64), pairs[1].astype(np.int64)], pairs[0] // users_per_rank)
+    order = np.lexsort((items, users))
+    return users[order], items[order]
+
+
+def _uniform(counter: torch.Tensor, seed: int, what: str) -> torch.Tensor:
+    """Float64 in [0, 1): a hash of int64 counters."""
+    start, step = (signed(key("validation", what, seed) >> bits) for bits in (0, 64))
+    return shift(mix(counter * (step | 1) + start), 11).double() * 2.0**-53
+
+
+def _joined(parts: Sequence[Pairs]) -> Pairs:
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _no_pairs() -> Pairs:
+    return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)

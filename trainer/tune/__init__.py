@@ -1,0 +1,1 @@
+"""`recpress tune`: settings of the factorization and the network, chosen within a budget."""
