@@ -180,7 +180,7 @@ def test_values_of_env_may_hold_signs_and_commas(given, want):
 
 
 def test_env_without_a_value_is_refused():
-    with pytest.raises(ComponentValidationException, match="NOVALUE.*expected NAME=VALUE"):
+    with pytest.raises(ComponentValidationException, match=r"NOVALUE.*expected NAME=VALUE"):
         components.factorize(*arguments("factorize"), env="NOVALUE")
 
 
