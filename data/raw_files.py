@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import fs as pafs
 from recpress.data.errors import InputError
-from recpress.data.files import expand, file_type, first_line, is_glob, list_folder, resolve
+from recpress.data.files import expand, file_type, first_line, is_pattern, list_folder, resolve
 
 _PACKED = (".gz", ".bz2", ".zst", ".lz4", ".br")
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
@@ -112,7 +112,8 @@ class RawInput:
 
     def _below(self, folder: str, suffixes: Sequence[str]) -> list[str]:
         here = [file.path for name, file in self._files(folder).items() if has_suffix(name, suffixes)]
-        partitions, others = [], []
+        partitions: list[list[str]] = []
+        others: list[list[str]] = []
         for path in self._subfolders(folder):
             if found := self._below(path, suffixes):
                 (partitions if _PARTITION.fullmatch(path.rpartition("/")[2]) else others).append(found)
@@ -168,7 +169,7 @@ def open_input(name: str) -> RawInput:
 
 
 def exists(place: RawInput) -> bool:
-    return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_glob(place.path)
+    return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_pattern(place.filesystem, place.path)
 
 
 def plain_name(name: str) -> str:

@@ -385,7 +385,7 @@ def test_json_integers_are_exact(tmp_path):
         ('{"user_id": 1.5, "item_id": 2}', ["row 1", "1.5"]),
         ('{"user_id": 1e400, "item_id": 2}', ["row 1", "inf"]),
         ('{"user_id": true, "item_id": 2}', ["row 1", "boolean"]),
-        ('{"user_id": {"a": 1}, "item_id": 2}', ["row 1", "object"]),
+        ('{"user_id": {"a": 1}, "item_id": 2}', ["row 1", "object", "number", "row 0"]),
         ('{"user_id": null, "item_id": 2}', ["row 1", "no user_id"]),
         ('{"item_id": 2}', ["row 1", "no user_id"]),
         ('{"user_id": 1, "item_id"', ["row 1", "JSON"]),
@@ -511,7 +511,8 @@ def test_movielens_side_tables_split_at_newlines_alone(tmp_path):
         log = open_log(ingest(IngestConfig(input=str(source)), tmp_path / f"out{number}"))
         assert log.features("item").column("year").to_pylist() == [1969, 1995]
     twice = write(tmp_path / "twice", ratings__dat=RATINGS, movies__dat="10::A (1990)::X\n10::B (1991)::Y\n")
-    refused(twice, tmp_path / "twice", "10", "twice")
+    (tmp_path / "target").mkdir()
+    refused(twice, tmp_path / "target", "10", "twice")
 
 
 @pytest.mark.parametrize(
@@ -560,6 +561,12 @@ def test_lightgcn_lines_of_one_file(tmp_path):
     source = write(tmp_path, b__txt="007 5\n7 5\n") / "b.txt"
     log = open_log(ingest(IngestConfig(input=str(source), format="lightgcn"), tmp_path / "more"))
     assert raw_rows(log) == [("007", 5), ("7", 5)]
+
+
+def test_parts_without_rows_are_none(tmp_path):
+    log = made(write(tmp_path / "in", train__txt="0 5\n", test__txt="\n"), tmp_path)
+    assert raw_rows(log) == [(0, 5)]
+    assert log.test is None
 
 
 def test_criteo_without_labels(tmp_path):

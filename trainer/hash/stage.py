@@ -17,7 +17,6 @@ from recpress.modules.hashing.problem import IdTable
 from recpress.modules.rows import check_source
 from recpress.modules.shared_rows import shared_rows
 from recpress.trainer.artifacts import describe_log, shared_artifact
-from recpress.trainer.compare.hash_report import format_bytes
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import gather_arrays
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, working
@@ -28,6 +27,7 @@ from recpress.trainer.hash.extend import extended_maps
 from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.hash.tables import read_tables
 from recpress.trainer.logs.damaged import describe_lost, open_on_all_ranks, share_lost
+from recpress.trainer.report.results import format_bytes
 from recpress.trainer.watch.progress import Steps
 
 
@@ -64,7 +64,8 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
         log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
         with agreed():
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
-        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite) as tmp:
+        inputs = [config.data, config.factors, config.extend]
+        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
             reports = _Stage(config, log, tmp, ranks).all()
             meta["tables"] = {report.name: asdict(report) for report in reports}
             share_lost(log)

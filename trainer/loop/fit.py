@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
 from recpress.data.sampling import key
-from recpress.modules.allocator import FreedMemory, give_back
 from recpress.modules.learned_hash import LearnedHash
 from recpress.modules.two_tower import TwoTower
+from recpress.trainer.allocator import FreedMemory, give_back
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.process_group import WAITING_FOR_DATA, Heartbeat
 from recpress.trainer.errors import Preempted

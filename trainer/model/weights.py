@@ -19,7 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from recpress.data.errors import InputError
+from recpress.modules.fingerprints import is_fingerprint
 from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection
+from recpress.modules.frozen_kernel import HasKernels
 from recpress.modules.frozen_sharded import ShardedFrozenEmbeddingBagCollection
 from recpress.modules.rows import local_shards
 from recpress.trainer.distributed.process_group import meet
@@ -104,6 +106,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         files = _files(folder / "tables" / name)
         for rectangle, part in parts:
             _fill(part, rectangle, files, folder / "tables" / name)
+    for module in model.modules():
+        if isinstance(module, HasKernels):
+            for table in module.tables():
+                module.filled(table.name)
 
 
 def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path]], place: Path) -> None:
@@ -155,7 +161,7 @@ def _is_table(name: str, value: Any) -> bool:
 
 def _dense(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in model.state_dict().items():
-        if not _is_table(name, value):
+        if not _is_table(name, value) and not is_fingerprint(name):  # the manifest names factors and maps
             yield name, value
 
 

@@ -19,8 +19,8 @@ from recpress.data.log import Log
 from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.order import ORDER_VERSION
 from recpress.data.stream import InteractionStream
-from recpress.modules.allocator import give_back
 from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.allocator import give_back
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, shared_artifact
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
@@ -113,7 +113,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model_config = describe_model(
             config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
         )
-        artifact.check_target(config.out, config.overwrite)
+        artifact.check_target(
+            config.out,
+            config.overwrite,
+            MODEL,
+            [path for path in (config.data, config.factors, config.hash) if path],
+        )
         if ranks.rank == 0:
             _say_settings(given, config, stream)
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
