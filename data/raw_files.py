@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import fs as pafs
 from recpress.data.errors import InputError
-from recpress.data.files import expand, file_type, first_line, is_glob, list_folder, resolve
+from recpress.data.files import expand, file_type, first_line, is_pattern, list_folder, resolve
 
 _PACKED = (".gz", ".bz2", ".zst", ".lz4", ".br")
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
@@ -175,7 +175,7 @@ def open_input(name: str) -> RawInput:
 
 
 def exists(place: RawInput) -> bool:
-    return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_glob(place.path)
+    return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_pattern(place.filesystem, place.path)
 
 
 def plain_name(name: str) -> str:

@@ -29,6 +29,14 @@ class MappedHash:
         ValueError: a folder is not a whole map; when called, a feature without a map or that the batch lacks, ids alone
             where there are several maps or a map of several or weighted rows, or, for `unknown="error"`, an id that
             its map does not cover.
+
+    Example:
+        >>> mapped = MappedHash({"user_id": "runs/maps/user"})
+        >>> rows, weights = mapped.rows("user_id", torch.tensor([3, 5]))
+        >>> rows.shape, weights
+        (torch.Size([2, 1]), None)
+        >>> mapped(torch.tensor([3, 5])).shape
+        torch.Size([2])
     """
 
     def __init__(self, folders: Mapping[str, str | Path], *, unknown: Unknown = "hash") -> None:
@@ -40,10 +48,10 @@ class MappedHash:
         self._unknown = dict.fromkeys(self._maps, 0)
 
     @overload
-    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor: ...
+    def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
 
     @overload
-    def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor: ...
 
     def __call__(self, features: KeyedJaggedTensor | torch.Tensor) -> KeyedJaggedTensor | torch.Tensor:
         """Rows instead of ids, of the dtype that the ids had."""
@@ -100,14 +108,27 @@ class MappedHash:
         )
 
     def rows(self, key: str, ids: Any) -> tuple[Any, Any]:
-        """Rows (n, ways) of ids (n,), of their dtype, and weights (n, ways) float32, None where the map has none.
+        """Rows (n, ways) of ids (n,), and weights (n, ways) float32, None where the map has none.
+
+        Rows are int32 for int32 ids, int64 for all other integers.
 
         numpy arrays for a numpy array, tensors for a tensor.
         """
         if key not in self._maps:
             raise ValueError(f"mapped hash: feature {key!r} has no map; there are {sorted(self._maps)}")
         id_map = self._maps[key]
-        given = torch.as_tensor(ids)
+        try:
+            given = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"mapped hash: feature {key!r} has ids that are no integers (n,): {error}") from error
+        if given.dtype == torch.uint64:  # torch has next to no operators for it
+            given = given.view(torch.int64)  # what is above the largest int64 becomes negative: unknown, as it is
+        integer = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        if given.ndim != 1 or not integer:
+            raise ValueError(
+                f"mapped hash: feature {key!r} has ids of {given.dtype} {tuple(given.shape)}, expected integers (n,)"
+            )
+        given = given if given.dtype == torch.int32 else given.long()
         rows, weights, unknown = look_up(id_map, given)
         if unknown is not None:
             if self.unknown == "error":

@@ -544,7 +544,8 @@ def test_movielens_side_tables_split_at_newlines_alone(tmp_path):
         log = open_log(ingest(IngestConfig(input=str(source)), tmp_path / f"out{number}"))
         assert log.features("item").column("year").to_pylist() == [1969, 1995]
     twice = write(tmp_path / "twice", ratings__dat=RATINGS, movies__dat="10::A (1990)::X\n10::B (1991)::Y\n")
-    refused(twice, tmp_path / "twice", "10", "twice")
+    (tmp_path / "target").mkdir()
+    refused(twice, tmp_path / "target", "10", "twice")
 
 
 @pytest.mark.parametrize(
