@@ -15,7 +15,7 @@ from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.modules.factors import FactorTable, Table
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.process_group import agreed, meet, working
 
 FACTORS = "factors"
 MODEL = "model"
@@ -70,12 +70,13 @@ def shared_artifact(
         tmp, own = Path(tempfile.mkdtemp(prefix="recpress-")), True
     try:
         yield tmp
-        dist.barrier()
-        if artifact.is_remote(path):
-            _publish(tmp, own, path, kind, meta, overwrite)
-        elif own:
-            artifact.commit(tmp, path, kind, meta, overwrite=overwrite)
-        dist.barrier()
+        meet()
+        with working(f"writing {path}"):
+            if artifact.is_remote(path):
+                _publish(tmp, own, path, kind, meta, overwrite)
+            elif own:
+                artifact.commit(tmp, path, kind, meta, overwrite=overwrite)
+        meet()
     finally:
         if own:
             artifact.abort(tmp)
@@ -167,7 +168,9 @@ class FactorsArtifact:
 
     def _open(self, table: Table, crossfit: bool) -> FactorTable:
         below = f"{CROSSFIT}/" if crossfit else ""
-        return FactorTable(artifact.fetch(self.path, self.manifest, f"{below}{table}-*") / below, table)
+        with working(f"fetching {self.path}"):
+            folder = artifact.fetch(self.path, self.manifest, f"{below}{table}-*")
+        return FactorTable(folder / below, table)
 
 
 def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
