@@ -32,11 +32,10 @@ class UnitProgress:
         stream: where lines and the bar go; standard error by default.
         line_seconds: longest time without a line where the stream is not a terminal.
 
-    Example::
-
-        with UnitProgress("compare hash", {"factorize": 1, "learned": 10}) as progress:
-            with progress.unit("factorize", "factorization, seed 0"):
-                ...
+    Example:
+        >>> with UnitProgress("compare hash", {"factorize": 1, "learned": 10}) as progress:
+        ...     with progress.unit("factorize", "factorization, seed 0"):
+        ...         pass
     """
 
     def __init__(
