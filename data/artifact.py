@@ -317,7 +317,7 @@ def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inp
     Something has this name, and is not to be overwritten or is not an artifact of kind `kind`; one of `inputs` (files,
     folders or globs) lies at `path`, in it or around it; `path` is no name for a folder.
     """
-    _check_name(path)
+    check_name(path)
     for given in filter(None, map(str, inputs)):
         _check_apart(path, given)
     if is_remote(path):
@@ -341,7 +341,8 @@ def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inp
         )
 
 
-def _check_name(path: str | Path) -> None:
+def check_name(path: str | Path) -> None:
+    """Raises InputError where `path` is no name for a new folder."""
     text = str(path)
     if not text.strip():
         raise InputError("the output has an empty name; expected a folder")

@@ -105,6 +105,7 @@ class _File(_Held):
     def __init__(self, path: Path) -> None:
         self._name = hidden(path, "lock")
         self._file: IO[str] | None = None
+        self._made = [folder for folder in path.parents if not folder.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             while self._file is None:
@@ -146,6 +147,9 @@ class _File(_Held):
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)  # also where a forked process has it open
         self._file.close()
+        for folder in self._made:
+            with suppress(OSError):  # the run has put something into it
+                folder.rmdir()
 
 
 class _Object(_Held):

@@ -168,7 +168,7 @@ def open_log(
     filesystem, inner = resolve(path)
     root, manifest = None, None
     left_out = dict(bad or {})
-    folders: dict[str, str] = {}
+    folders: dict[str, str | None] = {}
     kind = file_type(filesystem, inner)
     if kind == pafs.FileType.File or (kind == pafs.FileType.NotFound and is_glob(inner)):
         parts = {"train": expand(filesystem, inner)}

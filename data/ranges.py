@@ -110,7 +110,8 @@ def leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
 
     A leaf's dotted path does not tell: `item_id.x` may be a column of that name, or part of a struct or list `item_id`.
     """
-    wanted, found, place = set(columns), [], 0
+    wanted, place = set(columns), 0
+    found: list[int] = []
     for field in metadata.schema.to_arrow_schema():
         count = _num_leaves(field.type)
         if field.name in wanted:
@@ -132,7 +133,8 @@ def _num_leaves(kind: pa.DataType) -> int:
 
 def chunks(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
     """Where the chunks of the given columns lie in the file: [first, end), sorted, close ones joined."""
-    row_group, found = metadata.row_group(group), []
+    row_group = metadata.row_group(group)
+    found: list[tuple[int, int]] = []
     for place in leaves(metadata, columns):
         chunk = row_group.column(place)
         first = min(x for x in (chunk.dictionary_page_offset, chunk.data_page_offset) if x)

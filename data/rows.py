@@ -313,7 +313,7 @@ def largest_id(rows: Rows, column: str) -> tuple[int, RowGroup | None]:
         if column not in file.constants:
             stats = file.metadata.row_group(group.group).column(places[group.file]).statistics
         known = stats is not None and stats.has_min_max and stats.has_null_count
-        if known and stats.min >= 0 and stats.null_count == 0:
+        if stats is not None and known and stats.min >= 0 and stats.null_count == 0:
             if stats.max > largest:
                 largest, where = int(stats.max), group
             continue

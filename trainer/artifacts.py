@@ -36,6 +36,7 @@ def claimed(*paths: str) -> Iterator[None]:
         with agreed():
             if dist.get_rank() == 0:
                 for path in paths:
+                    artifact.check_name(path)
                     claims.enter_context(claim.claimed(path))
         yield
 

@@ -21,7 +21,7 @@ from recpress.data.order import ORDER_VERSION
 from recpress.data.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.allocator import give_back
-from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, shared_artifact
+from recpress.trainer.artifacts import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
@@ -88,7 +88,11 @@ def train(config: TrainConfig) -> TrainResult:
             nothing is written but checkpoints.
         Preempted: a signal stopped the run, after a checkpoint.
     """
-    with process_group(config.device, config.stall_seconds) as ranks, same_command_resumes():
+    with (
+        process_group(config.device, config.stall_seconds) as ranks,
+        claimed(config.out, _checkpoint_folder(config)),
+        same_command_resumes(),
+    ):
         return _train(config, ranks)
 
 
