@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recpress.modules.allocator import give_back
+from recpress.trainer.allocator import give_back
 
 _FORK = multiprocessing.get_context("fork")  # what the parent has imported is not imported again
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from recpress.modules.allocator import give_back
+from recpress.trainer.allocator import give_back
 
 _PRELOAD = ["recpress.trainer.train.stage", "recpress.trainer.factorize.stage", "recpress.trainer.hash.stage"]
 _case = itertools.count(1)

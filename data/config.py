@@ -78,6 +78,12 @@ class StreamConfig:
         return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2))
 
 
+DENSE = 0.01
+"""Share of all pairs of a user and an item that a log must have for `NegativesConfig.rejects`."""
+REJECT_ROWS = 1 << 24
+"""Rows of a log of which `NegativesConfig.rejects` holds the pairs in memory: 160 MiB on each rank at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NegativesConfig:
     """Where the negative items of a positive row come from."""
@@ -90,17 +96,30 @@ class NegativesConfig:
     """One set of `count` negatives for all rows of a batch: many more pairs for the same lookups."""
     power: float = 0.75
     """Exponent of `popularity`."""
-    reject_positives: bool = False
-    """Draw again where a negative is one of the user's own positives (keeps the log's pairs in memory)."""
+    reject_positives: Literal["auto", "yes", "no"] = "auto"
+    """Draw again where a negative is one of the user's own positives. `yes` reads users and items of the whole log once
+    more on every rank, and keeps about 10 bytes a row there. `auto`: where that matters and is cheap, see `rejects`."""
     seed: int = 0
     """Seed of the draws; mixed with the epoch and the place of the batch."""
 
     def __post_init__(self) -> None:
-        for name in ("shared", "reject_positives"):
-            if self.kind == "in-batch" and getattr(self, name):
+        for name, given in (("shared", self.shared), ("reject_positives", self.reject_positives == "yes")):
+            if self.kind == "in-batch" and given:
                 raise InputError(
                     f"negatives.{name}: expected kind 'uniform' or 'popularity', which draw; not 'in-batch'"
                 )
+
+    def rejects(self, *, rows: int, users: int, items: int, sample: SampleConfig) -> bool:
+        """Whether positives of a log of `rows` rows are rejected.
+
+        With `auto` they are if a user has DENSE of the items or more, on average, the log has at most REJECT_ROWS rows,
+        and the sample reads all row groups in any case. On sparser logs rejection changes nothing
+        (benchmarks/README.md, "Rejecting positives").
+        """
+        if self.reject_positives != "auto":
+            return self.reject_positives == "yes"
+        reads_all = sample.kind != "block" or sample.rate == 1
+        return self.kind != "in-batch" and reads_all and DENSE * users * items <= rows <= REJECT_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,26 +208,37 @@ class IngestConfig:
 
     input: str
     """Folder, file or glob, local or a URI; of the NCF format also the start of its names (`dir/ml-1m`)."""
-    format: Literal["auto", "movielens", "ncf", "lightgcn", "criteo", "csv", "tsv", "parquet"] = "auto"
-    """`auto` goes by the names of the files, and by the number of tabs for Criteo."""
+    format: Literal["auto", "movielens", "ncf", "lightgcn", "criteo", "csv", "tsv", "json", "parquet"] = "auto"
+    """`auto` goes by the names of the files, and by the first line for Criteo. `json` is JSON lines."""
     user: str = "user_id"
-    """Column of the user (csv, tsv, parquet). Empty: there is none."""
+    """Column of the user (csv, tsv, json, parquet). Empty: there is none."""
     item: str = "item_id"
     """Column of the item. Empty: there is none."""
     label: str | None = None
-    """Column of the label, rating or count (csv, tsv, parquet)."""
+    """Column of the label, rating or count (csv, tsv, json, parquet)."""
     time: str | None = None
-    """Column of the time (csv, tsv, parquet): numbers, or dates (kept as milliseconds since 1970)."""
+    """Column of the time (csv, tsv, json, parquet): numbers, or dates and timestamps, of one kind in all files."""
     categorical: tuple[str, ...] = ()
-    """Further categorical columns (csv, tsv, parquet: also lists). Missing is a value of its own."""
+    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). Missing is a value too."""
     floats: tuple[str, ...] = ()
-    """Further float columns (csv, tsv, parquet). A missing value is NaN."""
+    """Further float columns (csv, tsv, json, parquet). A missing value is NaN."""
     split_column: str | None = None
-    """Column that says `train`, `val` or `test` of each row (csv, tsv, parquet)."""
+    """Column that says `train`, `val` or `test` of each row (csv, tsv, json, parquet)."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a csv or tsv that has no header line."""
+    delimiter: str = ""
+    """Character between the fields of text (`\\t`: a tab). Empty: that of the format; of csv and tsv also `;`, tab, `|`
+    or `,` where the header then has the columns that are named."""
+    quoting: Literal["auto", "on", "off"] = "auto"
+    """Whether `"` encloses fields of text. `auto`: on for csv, off for tsv and the formats of public data sets."""
+    encoding: str = "auto"
+    """Encoding of text, as Python names it. `auto`: UTF-8, or UTF-16 or UTF-32 where a byte order mark says so."""
+    null_values: tuple[str, ...] = ()
+    """Texts that mean a missing value, in all columns of text. By default the empty one, and for numbers also NA, NaN,
+    NULL, None and the like."""
     id_type: Literal["auto", "int", "string"] = "auto"
-    """Type of the raw ids of csv and tsv; `auto` goes by the beginning of the first file."""
+    """Type of the raw ids. `auto`: that of the vocabulary that is extended, or of the file; ids of text are integers
+    where all of them, in all files, are written as integers without leading zeros. `int`: also `007` is 7."""
     extend: str | None = None
     """A log that was ingested before: its ids keep their numbers, new ones follow, counts add up."""
     holdout: Literal["none", "last", "random"] = "none"
@@ -223,3 +253,10 @@ class IngestConfig:
     """What one vocabulary may take: about 200 M integer ids, or 100 M strings of 10 characters."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
+
+    def __post_init__(self) -> None:
+        if self.encoding != "auto":
+            try:
+                "".encode(self.encoding)
+            except (LookupError, ValueError) as error:
+                raise InputError(f"encoding is {self.encoding!r}; expected one that Python knows ({error})") from error

@@ -9,11 +9,12 @@ import torch
 from recpress.data.errors import InputError
 from recpress.data.side_table import JaggedColumn
 from recpress.data.stream import Interactions, InteractionStream
+from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
-"""Ids (n,) int64 -> as many ids, such as `recpress.modules.mapped_hash.MappedHash`."""
+"""Ids (n,) int64 -> as many ids, such as `recpress.modules.mapped_hash.MappedHash` of one feature."""
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Keyed:
                 length_per_key=[rows.size] * len(self.keys),
                 offset_per_key=[rows.size * place for place in range(len(self.keys) + 1)],
             )
-        dense = None if rows.floats is None else torch.nan_to_num(rows.floats, nan=0.0, posinf=None, neginf=None)
+        dense = None if rows.floats is None else rows.floats.masked_fill(rows.floats.isnan(), 0.0)
         batch = KeyedBatch(features, dense, rows.label)
         return batch.pin_memory() if self.pin else batch
 
@@ -89,14 +90,14 @@ class Keyed:
                 first = names.index(self.keys[0]) if self.keys[0] in names else len(names)
                 if list(names[first : first + len(self.keys)]) == self.keys:
                     return values[first : first + len(self.keys)].reshape(-1)
-        columns = _scalars(rows)
+        columns = self._scalars(rows, {})
         values = torch.empty(len(self.keys) * rows.size, dtype=torch.int64)
         for name, part in zip(self.keys, values.view(len(self.keys), rows.size), strict=True):
             part.copy_(self._transformed(name, columns[name]))
         return values
 
     def _with_lists(self, rows: Interactions, lists: dict[str, JaggedColumn]) -> KeyedJaggedTensor:
-        columns, (ones, _) = _scalars(rows), self._of_ones(rows.size)
+        columns, (ones, _) = self._scalars(rows, lists), self._of_ones(rows.size)
         values = [self._transformed(name, lists[name].values if name in lists else columns[name]) for name in self.keys]
         lengths = [lists[name].lengths if name in lists else ones[: rows.size] for name in self.keys]
         return KeyedJaggedTensor(
@@ -106,6 +107,14 @@ class Keyed:
             stride=rows.size,
             length_per_key=[len(part) for part in values],
         )
+
+    def _scalars(self, rows: Interactions, lists: Mapping[str, JaggedColumn]) -> dict[str, torch.Tensor]:
+        """Columns by name. Raises InputError for a key that the rows do not have."""
+        found = {name: column for names, values in rows.tables for name, column in zip(names, values, strict=True)}
+        for name in self.keys:
+            if name not in found and name not in lists:
+                raise InputError(f"key '{name}': the rows have no such column; they have {', '.join([*found, *lists])}")
+        return found
 
     def _transformed(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         found = self.transforms[name](ids) if name in self.transforms else ids
@@ -122,13 +131,32 @@ class Keyed:
         return self._ones[stride]
 
 
-class KeyedBatches:
+class KeyedBatches(IterableDataset):
     """A stream as keyed batches, made in a thread of their own, ahead of their use.
 
-    Each iteration is one epoch from `stream.set_epoch`'s place on, as of the stream itself.
+    Each iteration is one epoch from `stream.set_epoch`'s place on, as of the stream itself. No DataLoader is needed; in
+    `DataLoader(batches, batch_size=None, num_workers=n)` the batches and their order are the same for any `n`.
 
     Args:
         keys: by default user, item and categorical columns, as far as the stream reads them.
+        transforms, pin_memory: see `Keyed`.
+
+    Raises:
+        InputError: a key that is no id or categorical column of the stream, a transform of another column; while
+            iterating, what the stream raises, and `pin_memory` or persistent workers within a DataLoader.
+
+    Example:
+        >>> from recpress.data.config import Schema, StreamConfig
+        >>> from recpress.data.log import open_log
+        >>> from recpress.data.stream import InteractionStream
+        >>> log = open_log("runs/log", Schema(label="label"))
+        >>> stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=100))
+        >>> batches = KeyedBatches(stream, transforms={"item_id": lambda ids: ids % 10})
+        >>> batch = next(iter(batches))
+        >>> batch.features.keys(), batch.features.stride(), batch.label.shape
+        (['user_id', 'item_id'], 100, torch.Size([100]))
+        >>> int(batch.features["item_id"].values().max()) < 10
+        True
     """
 
     def __init__(
@@ -151,8 +179,9 @@ class KeyedBatches:
         return len(self.stream)
 
     def __iter__(self) -> Iterator[KeyedBatch]:
+        if self.keyed.pin and get_worker_info() is not None:
+            raise InputError(
+                "KeyedBatches(pin_memory=True) in a worker of a DataLoader, where CUDA cannot be used; "
+                "expected DataLoader(pin_memory=True)"
+            )
         return self.stream.map(self.keyed)
-
-
-def _scalars(rows: Interactions) -> dict[str, torch.Tensor]:
-    return {name: column for names, values in rows.tables for name, column in zip(names, values, strict=True)}

@@ -194,7 +194,7 @@ def make_negatives(
 
     Args:
         counts: occurrences of each item, which `popularity` and `in-batch` need.
-        reject: the pairs that `reject_positives` needs.
+        reject: the pairs to reject, where `config.rejects` says so.
     """
     assert config.kind == "uniform" or counts is not None
     if config.kind == "in-batch":
@@ -202,7 +202,6 @@ def make_negatives(
         return InBatchNegatives(counts)
     if config.count < 1:
         raise InputError(f"negatives.count is {config.count}; expected at least 1")
-    assert (reject is not None) == config.reject_positives
     if config.kind == "uniform":
         return UniformNegatives(num_items, config.count, config.seed, reject)
     assert counts is not None

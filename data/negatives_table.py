@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+MAX_OFFSET = 2**31 - 1
+"""Values that one Arrow array of lists can have: its offsets are int32."""
+
 
 def draw_unseen(
     rng: np.random.Generator, rows: int, num_items: int, count: int, owners: np.ndarray, met: np.ndarray
@@ -43,12 +46,21 @@ def _distinct(keys: np.ndarray) -> np.ndarray:
 
 
 def negatives_table(users: np.ndarray, items: np.ndarray, negatives: np.ndarray, kind: pa.DataType) -> pa.Table:
-    """`user_id`, `pos_item_id`, `negatives` as the convention of logs names them; `negatives` is (rows,
-    count)."""
-    offsets = np.arange(len(users) + 1) * negatives.shape[1]
-    values = pa.array(negatives.reshape(-1)).cast(kind)
-    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    """`user_id`, `pos_item_id`, `negatives` as the convention of logs names them.
+
+    Args:
+        users, items: (rows,) int64.
+        negatives: (rows, count) int64. The lists become several chunks where they have more than MAX_OFFSET values.
+        kind: type of the ids in the table.
+    """
+    count = negatives.shape[1]
+    step = max(1, MAX_OFFSET // max(1, count))
+    chunks = []
+    for first in range(0, len(users), step):
+        part = negatives[first : first + step]
+        offsets = np.arange(len(part) + 1, dtype=np.int32) * np.int32(count)
+        chunks.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(part.reshape(-1)).cast(kind)))
     return pa.table(
-        [pa.array(users).cast(kind), pa.array(items).cast(kind), lists],
+        [pa.array(users).cast(kind), pa.array(items).cast(kind), pa.chunked_array(chunks, pa.list_(kind))],
         names=["user_id", "pos_item_id", "negatives"],
     )

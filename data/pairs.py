@@ -9,6 +9,9 @@ import torch
 from recpress.data.errors import InputError
 from recpress.data.rows import Rows, iter_columns
 
+_SLOTS = 1 << 16
+"""Slots of the filter that `PositivePairs.among` makes of the low bits of the items: small enough for a cache."""
+
 
 class PositivePairs:
     """The set of (user, item) pairs of a log, to look pairs up in. About 10 bytes a pair, on each rank.
@@ -59,20 +62,26 @@ class PositivePairs:
     def among(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Whether each user has each item: users (B,), items (N,) -> bool (B, N).
 
-        Goes over the users' own items, not over all B * N pairs.
+        Goes over the users' own items, not over all B * N pairs. Takes no memory that grows with `num_items`.
         """
         users, row = torch.unique(users, return_inverse=True)  # active users have many rows of a batch
+        if not len(items):
+            return torch.zeros(len(row), 0, dtype=torch.bool, device=row.device)
         distinct, column = torch.unique(items, return_inverse=True)
-        slot = torch.full((self.num_items,), -1, dtype=torch.int32, device=items.device)
-        slot[distinct] = torch.arange(len(distinct), dtype=torch.int32, device=items.device)
         base = users * self.num_items
         starts = torch.searchsorted(self.keys, base)
         lengths = torch.searchsorted(self.keys, base + self.num_items) - starts
         first = lengths.cumsum(0) - lengths
         owner = torch.repeat_interleave(lengths)
         place = torch.arange(len(owner), device=users.device).add_((starts - first)[owner])
-        found = slot[self.keys[place].sub_(base[owner])]
-        known = (found >= 0).nonzero().squeeze(1)  # on CUDA this waits for the device
+        own = self.keys[place].sub_(base[owner])
+        low_bits = torch.zeros(_SLOTS, dtype=torch.bool, device=items.device)
+        low_bits[distinct & (_SLOTS - 1)] = True
+        maybe = low_bits[own & (_SLOTS - 1)].nonzero().squeeze(1)  # on CUDA this waits for the device
+        owner, own = owner[maybe], own[maybe]
+        found = torch.searchsorted(distinct, own)
+        # An item above all of `distinct` is found beyond its end.
+        known = (distinct[found.clamp_(max=len(distinct) - 1)] == own).nonzero().squeeze(1)
         has = torch.zeros(len(users) * len(distinct), dtype=torch.bool, device=users.device)
         has[owner[known] * len(distinct) + found[known]] = True
         return has.view(len(users), len(distinct)).index_select(1, column).index_select(0, row)

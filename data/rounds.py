@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import sys
 import threading
+import weakref
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from recpress.data.side_table import JaggedColumn
 
 Columns = dict[str, np.ndarray | Jagged]
 
-_UNUSED = sys.getrefcount([np.empty(0)][0]) + 1
 _SPREAD = 32
 """Elements that batches lie apart besides, modulo twice as many."""
 _LOCAL = threading.local()
@@ -66,6 +66,9 @@ class Spare:
     """Memory that is used again once no batch in it is left: new memory has to be cleared by the kernel first, which
     takes as long as filling it. Shared by threads.
 
+    `take` lends memory. Its owner is an array that all tensors in that memory keep alive; the end of the array, with
+    that of the last tensor, gives the memory back.
+
     Args:
         pin: page-locked memory, from which CUDA copies beside the computation. It is left to torch's own cache, which
             knows when a copy has ended.
@@ -74,7 +77,9 @@ class Spare:
     def __init__(self, pin: bool = False) -> None:
         self._pin = pin
         self._lock = threading.Lock()
-        self._arrays: list[np.ndarray] = []
+        # What is given back. Owners may end in any thread, also in one that holds the lock: a deque needs none.
+        self._returned: deque[np.ndarray] = deque()
+        self._free: list[np.ndarray] = []
         self._tiles: list[dict[str, torch.Tensor]] = []
 
     def take_tile(self, rows: int, sources: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,18 +103,21 @@ class Spare:
         if self._pin:
             return torch.empty(elements, dtype=torch.from_numpy(np.empty(0, dtype=kind)).dtype, pin_memory=True)
         size = elements * kind.itemsize
+        memory = self._fitting(size)
+        owner = memory[:size].view(kind)
+        weakref.finalize(owner, self._returned.append, memory).atexit = False
+        return torch.from_numpy(owner)
+
+    def _fitting(self, size: int) -> np.ndarray:
+        """The smallest free memory of `size` bytes or more, else new."""
         with self._lock:
-            # The list and the call refer to an array; the memory of tensors does, too.
-            free = [place for place in range(len(self._arrays)) if sys.getrefcount(self._arrays[place]) == _UNUSED]
-            fitting = [place for place in free if len(self._arrays[place]) >= size]
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            fitting = [place for place, memory in enumerate(self._free) if len(memory) >= size]
             if fitting:
-                array = self._arrays[min(fitting, key=lambda place: len(self._arrays[place]))]
-            else:
-                for place in reversed(free):  # too small for the rounds of now
-                    del self._arrays[place]
-                array = _mapped(size)
-                self._arrays.append(array)
-            return torch.from_numpy(array[:size].view(kind))
+                return self._free.pop(min(fitting, key=lambda place: len(self._free[place])))
+            self._free.clear()  # too small for the rounds of now
+        return _mapped(size)
 
 
 def _mapped(size: int) -> np.ndarray:

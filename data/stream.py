@@ -7,8 +7,8 @@ know how many steps there are, and a run that resumes starts at a step: nothing 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +56,9 @@ class InteractionStream:
     Each iteration begins at `start_step` of `epoch`; `set_epoch` moves to another. All ranks get the same
     number of steps and, in each step, the same number of rows. Threads replace DataLoader workers (processes
     reach a tenth of the speed: tensors travel between them); where a DataLoader is wanted: `StreamDataset`.
+    In a worker of a DataLoader, whatever dataset holds the stream, an iteration gives the worker's share of the steps.
+
+    A stream can be pickled; memory, statistics and what was computed for the epoch stay behind.
 
     Args:
         rows: a part of a log, `Log.train`.
@@ -120,8 +123,19 @@ class InteractionStream:
         if self.num_rows < world:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
+        self.pin_memory, self._is_share = pin_memory, False
         self._meter, self._spare = Meter(), Spare(pin_memory)
         self.set_epoch(epoch, start_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        local = ("_meter", "_spare", "order")  # locks, memory, and caches of the epoch
+        return {name: value for name, value in vars(self).items() if name not in local}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._meter, self._spare = Meter(), Spare(self.pin_memory)
+        self.set_epoch(self.epoch, self.start_step)
+        self._iterated_by_worker = state["_iterated_by_worker"]
 
     def stats(self) -> StreamStats:
         """Rows and bytes a second and where the time went, since the last call (at first: since the stream was
@@ -165,6 +179,7 @@ class InteractionStream:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"step {start_step} of epoch {epoch}: the epoch has {self.steps_per_epoch} steps")
         self.epoch, self.start_step = epoch, start_step
+        self._iterated_by_worker: bool = False
 
     def __len__(self) -> int:
         """Batches of the next iteration, known without reading."""
@@ -176,8 +191,34 @@ class InteractionStream:
     def __iter__(self) -> Iterator[Interactions]:
         return self._iterate("wait")
 
+    def _of_worker(self, worker: int, workers: int) -> InteractionStream:
+        """This stream in a worker process of a DataLoader, which has a share of the steps.
+
+        Raises:
+            InputError: what cannot work there, by name.
+        """
+        if self.pin_memory:
+            raise InputError(
+                "InteractionStream(pin_memory=True) in a worker of a DataLoader, where CUDA cannot be used; "
+                "expected DataLoader(pin_memory=True)"
+            )
+        if self._iterated_by_worker:
+            raise InputError(
+                "a stream in a worker of a DataLoader is iterated again at the same place: set_epoch does not reach "
+                "persistent workers; expected DataLoader(persistent_workers=False)"
+            )
+        self._iterated_by_worker = True
+        share = InteractionStream.__new__(InteractionStream)
+        # Locks that were taken when the process was forked would stay so.
+        vars(share).update(vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _spare=Spare())
+        return share
+
     def _iterate(self, waiting: str) -> Iterator[Interactions]:
         """Waiting for data is counted under the name `waiting`."""
+        info = get_worker_info()
+        if info is not None and not self._is_share and self.workers == 1:
+            yield from map(self._alone, self._of_worker(info.id, info.num_workers)._iterate(waiting))
+            return
         order, steps, epoch = self.order, self._steps(), self.epoch
         if not steps:
             return
@@ -224,8 +265,31 @@ class InteractionStream:
         return in_background(timed, rows, ahead, lambda seconds: self._meter.add(wait=seconds))
 
     def _batch(self, made: Round, epoch: int, step: int) -> Interactions:
-        schema = self.schema
         tables, found, size = made.batch(step)
+        return self._named(tables, found, epoch=epoch, step=step, size=size)
+
+    def _alone(self, batch: Interactions) -> Interactions:
+        """The batch in memory of its own: a view would send the whole round to the other process."""
+        tables = [Table(names, values.clone(memory_format=torch.contiguous_format)) for names, values in batch.tables]
+        found: dict[str, torch.Tensor | JaggedColumn] = {
+            name: column for names, values in tables for name, column in zip(names, values.unbind(0), strict=True)
+        }
+        for name, column in batch.categorical.items():
+            if isinstance(column, JaggedColumn):
+                found[name] = JaggedColumn(column.values.clone(), column.lengths.clone())
+        return self._named(tables, found, epoch=batch.epoch, step=batch.step, size=batch.size)
+
+    def _named(
+        self,
+        tables: list[Table],
+        found: Mapping[str, torch.Tensor | JaggedColumn],
+        *,
+        epoch: int,
+        step: int,
+        size: int,
+    ) -> Interactions:
+        """Columns by what the schema calls them."""
+        schema = self.schema
 
         def dense(name: str | None) -> torch.Tensor | None:
             column = found.get(name) if name else None
@@ -248,7 +312,9 @@ class InteractionStream:
         )
 
 
-def _side_by_side(names: list[str], tables: list[Table], found: dict[str, torch.Tensor | JaggedColumn]) -> torch.Tensor:
+def _side_by_side(
+    names: list[str], tables: list[Table], found: Mapping[str, torch.Tensor | JaggedColumn]
+) -> torch.Tensor:
     """(B, F) of F columns; where they lie together, by one transposition."""
     for known, values in tables:
         first = known.index(names[0]) if names[0] in known else len(known)
@@ -261,7 +327,8 @@ class StreamDataset(IterableDataset):
     """The stream for `DataLoader(StreamDataset(stream), batch_size=None, num_workers=n)`.
 
     Worker w takes the steps w, w + n, …; the loader takes from the workers in turn, so that the batches and
-    their order are the same for any number of workers. Each worker decodes all of its rank's row groups.
+    their order are the same for any number of workers. Each worker decodes all of its rank's row groups. Workers that
+    persist from epoch to epoch are refused, since `set_epoch` does not reach them.
     """
 
     def __init__(self, stream: InteractionStream) -> None:
@@ -271,25 +338,4 @@ class StreamDataset(IterableDataset):
         return len(self.stream)
 
     def __iter__(self) -> Iterator[Interactions]:
-        info = get_worker_info()
-        if info is None:
-            return iter(self.stream)
-        stream = InteractionStream.__new__(InteractionStream)
-        stream.__dict__.update(self.stream.__dict__, worker=info.id, workers=info.num_workers)
-        return map(_alone, stream)
-
-
-def _alone(batch: Interactions) -> Interactions:
-    """The batch in memory of its own: a view would send the whole round to the other process."""
-
-    def own(value: Any) -> Any:
-        match value:
-            case torch.Tensor():
-                return value.clone()
-            case JaggedColumn():
-                return JaggedColumn(value.values.clone(), value.lengths.clone())
-            case dict():
-                return {name: own(part) for name, part in value.items()}
-        return value
-
-    return replace(batch, **{name: own(value) for name, value in vars(batch).items() if name != "tables"}, tables=[])
+        return iter(self.stream)

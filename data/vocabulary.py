@@ -4,6 +4,8 @@ Size: an integer id takes about 32 bytes of memory, a string id about 40 and its
 that for a moment while sorted runs are merged; so 100 M ids of 10 bytes take 5 to 10 GB. `encode` refuses to
 grow beyond its budget, with an error that says so; it never gives two ids one number.
 
+Arrays that grow double their memory, so that n ids cost O(n) in all however many batches bring them.
+
 Lookup: the keys lie in a few sorted runs of falling size (as in a log-structured merge tree), so that a batch
 costs a binary search of its distinct ids in each, and growth costs O(n log n) in all. The key of an integer
 is itself; that of a string is a 64-bit hash from random tables (Zobrist 1970), whose match is confirmed by a
@@ -13,7 +15,8 @@ second, independent 64-bit hash.
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +40,9 @@ class Vocabulary:
         self._raw: list[pa.Array] = []  # in dense order
         self._bytes = 0  # of the raw values
         self._size = 0
-        self._counts = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(0, dtype=np.int64)  # of at least _size; the rest is zero
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # (sorted keys, dense ids)
-        self._confirm = np.zeros(0, dtype=np.uint64)  # second hash of each string, in dense order
+        self._confirm = np.zeros(0, dtype=np.uint64)  # second hash of each string, in dense order; of at least _size
         self._reseed(0)
 
     def __len__(self) -> int:
@@ -52,7 +55,7 @@ class Vocabulary:
             data = data.value_type
         if pa.types.is_integer(data) or pa.types.is_null(data):
             return "int"
-        if pa.types.is_string(data) or pa.types.is_large_string(data):
+        if pa.types.is_string(data) or pa.types.is_large_string(data) or pa.types.is_string_view(data):
             return "string"
         raise InputError(f"{where}: type {data}; expected integers or strings")
 
@@ -65,7 +68,7 @@ class Vocabulary:
         if not np.array_equal(found, np.arange(len(raw))):
             row = int(np.argmax(found != np.arange(len(raw))))
             raise InputError(f"{name}, row {row}: the raw id {raw[row].as_py()!r} occurs twice")
-        vocabulary._counts = table.column("count").to_numpy().astype(np.int64)
+        vocabulary._counts = table.column("count").to_numpy().astype(np.int64)  # `found` says it has as many
         return vocabulary
 
     def table(self) -> pa.Table:
@@ -120,15 +123,40 @@ class Vocabulary:
         if not grow:
             return np.maximum(self._find(*self._keys(encoded.dictionary)), -1)[places]
         distinct = self._number(encoded.dictionary)
+        self._counts = _grown(self._counts, self._size)
         if count:
-            if len(self._counts) < self._size:
-                self._counts = np.concatenate(
-                    (self._counts, np.zeros(max(self._size - len(self._counts), len(self._counts)), np.int64))
-                )
             self._counts[distinct] += np.bincount(places, minlength=len(distinct))
-        elif len(self._counts) < self._size:
-            self._counts = np.concatenate((self._counts, np.zeros(self._size - len(self._counts), np.int64)))
         return distinct[places]
+
+    def find(self, values: pa.Array) -> np.ndarray:
+        """Dense ids of raw ids as text or integers, -1 where they have none; whatever the kind, `7` and 7 are equal."""
+        if self.kind == "int" and not pa.types.is_integer(values.type):
+            good = pc.match_substring_regex(values, "^(0|-?[1-9][0-9]{0,17})$")
+            values = pc.if_else(good, values, None).cast(pa.int64())
+        known = pc.is_valid(values).to_numpy(zero_copy_only=False)
+        found = np.full(len(values), -1, dtype=np.int64)
+        found[known] = self.encode(values.drop_null(), grow=False)
+        return found
+
+    def fit(self, values: pa.Array, *, where: str = "", first_row: int = 0) -> pa.Array:
+        """The values in the type of this vocabulary, which `encode` takes as they are. Raises InputError as it does."""
+        return self._cast(values, where, first_row)
+
+    def become_strings(self) -> None:
+        """Turns integers into their decimal digits; dense ids and counts stay."""
+        self._raw = [chunk.cast(pa.large_string()) for chunk in self._raw]
+        self._bytes = sum(chunk.get_total_buffer_size() for chunk in self._raw)
+        self.kind = "string"
+        self._reseed(0)
+
+    def rows_of(self, raw: Sequence[str]) -> list[dict[str, Any]]:
+        """The rows of `table` that have these raw ids."""
+        found = self.encode(pa.array(raw, pa.large_string()), grow=False)
+        return [
+            {"raw": text, "count": int(self._counts[dense])}
+            for text, dense in zip(raw, found, strict=True)
+            if dense >= 0
+        ]
 
     def _cast(self, values: pa.Array | pa.ChunkedArray, where: str, first_row: int) -> pa.Array:
         if pa.types.is_dictionary(values.type):
@@ -164,8 +192,10 @@ class Vocabulary:
             fresh = raw.take(pa.array(new))
             self._room(fresh)
             self._raw.append(fresh)
+            if self.kind == "string":
+                self._confirm = _grown(self._confirm, self._size + new.size)
+                self._confirm[self._size : self._size + new.size] = confirm[new]
             self._size += new.size
-            self._confirm = np.concatenate((self._confirm, confirm[new])) if self.kind == "string" else confirm
             self._add_run(keys[new], ids[new])
         return ids
 
@@ -218,6 +248,15 @@ class Vocabulary:
             confirm.append(second)
             start += len(chunk)
         self._confirm = np.concatenate(confirm)
+
+
+def _grown(array: np.ndarray, size: int) -> np.ndarray:
+    """The array, or a copy of at least twice its length, filled with zeros, where it is shorter than `size`."""
+    if len(array) >= size:
+        return array
+    grown = np.zeros(max(size, 2 * len(array)), dtype=array.dtype)
+    grown[: len(array)] = array
+    return grown
 
 
 def _repeats(keys: np.ndarray) -> bool:

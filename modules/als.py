@@ -134,12 +134,12 @@ class ALS:
         exchange = self.exchange
         self._check_start(start)
         factors = self._begin(config, start)  # after the log's peak of memory
-        workers = Workers(exchange.device)
         user_scales, item_scales = None, None
         if config.item_exponent:
             user_scales, item_scales = scales(config, by_item, self.num_items, exchange)
-        common = (config, exchange, workers, self.limits)
+        workers = Workers(exchange.device)
         try:
+            common = (config, exchange, workers, self.limits)
             users = Side("user", by_user, self.num_users, self.num_items, *common, user_scales)
             items = Side("item", by_item, self.num_items, self.num_users, *common, item_scales)
             self._sweeps(config, users, items, factors, on_sweep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from recpress.modules.allocator import give_back
 from recpress.modules.als_solvers import Chunk, HeavyRow, Scratch, Shared, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
+from recpress.modules.freed import freed
 from recpress.modules.interactions import CSR
 
 Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
@@ -24,9 +25,12 @@ Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
 class Workers:
     """Threads that each run torch on one core: chunks are small, and a core a chunk beats all cores on each.
 
-    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. While they live, the
+    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. While they work, the
     calling thread uses one too: more would spin at their barriers and take the cores from the workers. On
     CUDA work runs inline.
+
+    The host process keeps its settings: the calling thread has its number of threads again after `close`, which
+    belongs into a `finally`, and other threads of the host are never changed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,10 +38,19 @@ class Workers:
         self.scratch = Scratch()
         self._pool = None
         if self.count > 1:
-            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
-            for done in [self._pool.submit(torch.get_num_threads) for _ in range(self.count)]:
+            self._pool = ThreadPoolExecutor(self.count)
+            everyone = threading.Barrier(self.count)  # so that no thread takes two of these calls
+            for done in [self._pool.submit(_one_torch_thread, everyone) for _ in range(self.count)]:
                 done.result()
             torch.set_num_threads(1)
+            self._restore_default()
+
+    def _restore_default(self) -> None:
+        """torch.set_num_threads sets the number of the calling thread, and of all threads that torch meets later: a
+        thread of no other use sets the latter back, so that new threads of the host get what they would have got."""
+        thread = threading.Thread(target=torch.set_num_threads, args=(self.count,))
+        thread.start()
+        thread.join()
 
     def map(self, work: Callable[..., Any], calls: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Results in the order of the calls; at most two calls a worker are held at a time."""
@@ -53,10 +66,18 @@ class Workers:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; the calling thread uses as many torch threads as before."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self.count)
+            try:
+                self._pool.shutdown(cancel_futures=True)
+            finally:  # an interrupt ends the wait
+                torch.set_num_threads(self.count)
+
+
+def _one_torch_thread(everyone: threading.Barrier) -> None:
+    torch.get_num_threads()  # torch's first call in a thread takes the process's number; the next one stays
+    torch.set_num_threads(1)
+    everyone.wait()
 
 
 @dataclass(frozen=True)
@@ -210,11 +231,11 @@ class Side:
         w0 = self.config.unobserved_weight
         if not bool(torch.isfinite(summary.gramian).all()):
             raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite")
-        give_back()  # what a thread has freed the others cannot use: before this one works, and before they do
+        freed()  # what a thread has freed the others cannot use: before this one works, and before they do
         gramian = w0 * summary.gramian
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
         gramian = gramian.float()
-        give_back()
+        freed()
         shared = Shared(gramian, w0, basis, scale, self.workers.scratch)
         if not self.fetches:
             others = self.exchange.gather(others, self.other_blocks)

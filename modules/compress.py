@@ -125,6 +125,15 @@ def _tables(module: Any) -> dict[str, Any]:
     return {}
 
 
+def _tables_of(configs: Any) -> dict[str, list[str]]:
+    """Feature -> the tables that it looks up."""
+    found: dict[str, list[str]] = {}
+    for config in configs:
+        for feature in config.feature_names:
+            found.setdefault(feature, []).append(config.name)
+    return found
+
+
 class _Build:
     """Makes the new collections and notes what it did; changes nothing of the old ones."""
 
@@ -193,6 +202,7 @@ class _Build:
         if mapped:
             kind = UnweightedHash if weighted_maps and not old.is_weighted() else LearnedHash
             hashes = kind(mapped, unknown=self.unknown, packed=self.packed)
+            hashes.tables = _tables_of(configs)
             hashes = hashes.to(old.device) if old.device.type != "meta" else hashes
         frozen = [
             FrozenTable(
@@ -226,6 +236,7 @@ class _Build:
         if old.need_indices():
             raise ValueError("compress: an EmbeddingCollection with need_indices=True would return rows for ids")
         hashes = LearnedHash(mapped, unknown=self.unknown, packed=self.packed)
+        hashes.tables = _tables_of(configs)
         options = ("use_gather_select", "use_gather_select_per_sharding")
         same = {name: getattr(old, name)() for name in options if hasattr(old, name)}  # TorchRec 1.6 lacks the second
         new = EmbeddingCollection(kept, device=_META, **same)

@@ -2,8 +2,8 @@
 
 `requires_grad_(False)` is ignored by TorchRec's fused tables, and a learning rate of 0 still pays for the
 backward pass and the optimizer state. Here the lookup and the exchange of its results run without autograd,
-there is no optimizer, and rows can be stored in 32, 16, 8 or 4 bits. Tables are not part of the module's
-`state_dict`: they come from factors (`load`) and do not change.
+there is no optimizer, and rows can be stored in 32, 16, 8 or 4 bits. Rows are not part of the module's
+`state_dict`, only a fingerprint of each table: rows come from factors (`load`) and do not change.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from recpress.modules.frozen_kernel import FrozenKernel, HasKernels, Shard
 from recpress.modules.frozen_tables import QUANTIZED, FrozenTable, Storage, row_bytes
-from torch import nn
 from torchrec import KeyedJaggedTensor, KeyedTensor
 
 __all__ = ["QUANTIZED", "FrozenEmbeddingBagCollection", "FrozenTable", "Storage", "row_bytes"]
 
 
-class FrozenEmbeddingBagCollection(HasKernels, nn.Module):
+class FrozenEmbeddingBagCollection(HasKernels):
     """Frozen tables with sum pooling: KeyedJaggedTensor -> KeyedTensor, never with a gradient.
 
     Used as it is, or sharded by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` (`frozen_sharded`)
@@ -30,7 +29,9 @@ class FrozenEmbeddingBagCollection(HasKernels, nn.Module):
             are ignored, as TorchRec does.
 
     Raises:
-        ValueError: a dimension is not a multiple of 4.
+        ValueError: no table, a name twice, a dimension that is not a multiple of 4; in forward, a table that was never
+            loaded, a feature that the batch lacks, an id that its table does not have; on loading a checkpoint, one
+            that was saved with other rows.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class FrozenEmbeddingBagCollection(HasKernels, nn.Module):
         super().__init__()
         self._tables, self.weighted = list(tables), weighted
         self.device = torch.device(device)
+        if not self._tables:
+            raise ValueError("frozen tables: none are given, expected at least one")
         for table in self._tables:
             if table.dim % 4:
                 raise ValueError(f"table {table.name!r}: dimension {table.dim} is not a multiple of 4")
@@ -54,6 +57,7 @@ class FrozenEmbeddingBagCollection(HasKernels, nn.Module):
             for feature in table.features
         ]
         self._dims = [table.dim for table in self._tables for _ in table.features]
+        self.init_checks()
 
     def tables(self) -> list[FrozenTable]:
         return self._tables
@@ -63,7 +67,13 @@ class FrozenEmbeddingBagCollection(HasKernels, nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Keys of the result: `feature`, or `feature@table` where several tables share it, as in TorchRec."""
-        assert self._plain, "on the device 'meta' this collection can only be sharded"
+        if not self._plain:
+            raise ValueError(
+                f"frozen table {self._tables[0].name!r}: on the device 'meta' its collection can only be sharded; pass "
+                "`FrozenEmbeddingBagCollectionSharder()` in the sharders of DistributedModelParallel"
+            )
+        if not torch.compiler.is_exporting():
+            self.check_batch(features)
         keys = features.keys()
         values = [
             kernel(features.permute([keys.index(feature) for feature in table.features]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
+from recpress.modules.fingerprints import Fingerprinted, empty_rows_fingerprint, rows_fingerprint, unique_names
 from recpress.modules.frozen_tables import (
     INT4_SCALE_BYTES,
     SPARSE_TYPE,
@@ -45,10 +46,25 @@ class FrozenKernel(nn.Module):
     def __init__(self, shards: list[Shard], storage: Storage, device: torch.device, *, weighted: bool = False) -> None:
         super().__init__()
         self.shards, self.storage, self.device, self.weighted = shards, storage, device, weighted
-        make = _int4_kernel if storage == "int4" else _kernel
+        self._make()
+
+    def _make(self) -> None:
+        make = _int4_kernel if self.storage == "int4" else _kernel
         # In a tuple, out of nn.Module's sight: DistributedDataParallel broadcasts every parameter that it
         # finds, which would overwrite each rank's shard by that of rank 0.
-        self._kernel = (make(shards, storage, device),)
+        self._kernel = (make(self.shards, self.storage, self.device),)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without fbgemm's kernel, which cannot be pickled: its rows instead."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_kernel"}
+        return state | {"stored": [self.stored(index).clone() for index in range(len(self.shards))]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stored = state.pop("stored")
+        super().__setstate__(state)
+        self._make()
+        for index, rows in enumerate(stored):
+            self.stored(index).copy_(rows)
 
     @torch.no_grad()
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
@@ -57,6 +73,7 @@ class FrozenKernel(nn.Module):
         if self.weighted and weights is None:
             raise ValueError(f"table {self.shards[0].table!r}: the features bring no per-sample weights, expected them")
         weights = None if weights is None else weights.float()
+        # Copies where the types are others; the collection has refused ids that are no integers or out of range.
         return self._kernel[0](features.values().long(), features.offsets().long(), weights)
 
     def stored(self, index: int) -> torch.Tensor:
@@ -119,8 +136,49 @@ def _tables_of_features(shards: list[Shard]) -> list[int]:
     return [index for index, shard in enumerate(shards) for _ in range(shard.features)]
 
 
-class HasKernels:
-    """What the plain and the sharded collection share: loading and reading the rows of this rank."""
+class HasKernels(Fingerprinted):
+    """What the plain and the sharded collection share: loading and reading the rows of this rank, checks of a batch."""
+
+    def init_checks(self) -> None:
+        """To be called at the end of `__init__`."""
+        self._loaded: set[str] = set()
+        self._rows_of: dict[str, tuple[str, int]] = {}  # feature -> the smallest table that it looks up, and its rows
+        for table in self.tables():
+            for feature in table.features:
+                least = self._rows_of.get(feature, (table.name, table.rows))
+                self._rows_of[feature] = min(least, (table.name, table.rows), key=lambda found: found[1])
+        unique_names((t.name for t in self.tables()), "frozen tables")
+        self.init_fingerprints({t.name: empty_rows_fingerprint(t.rows) for t in self.tables()})
+
+    def describe_mismatch(self, name: str) -> str:
+        return (
+            f"frozen table {name!r}: the checkpoint was saved with other rows than those loaded here; load the rows "
+            "that it was trained with (`load`, or `CompressReport.load`)"
+        )
+
+    @torch.compiler.disable
+    def check_batch(self, features: KeyedJaggedTensor) -> None:
+        """Refuse what would give wrong vectors. On CUDA this synchronises; the exchange of ids does so too.
+
+        Raises:
+            ValueError: a table was never loaded, or not with the rows of the checkpoint; a feature is missing, or has
+                ids that are no integers, or an id that its table does not have.
+        """
+        for table in self.tables():
+            if table.name not in self._loaded:
+                raise ValueError(
+                    f"frozen table {table.name!r}: its rows were never loaded, and sharding discards those loaded "
+                    f"before; call `load({table.name!r}, rows)` of its collection, or `report.load(model)` after "
+                    "`compress`, on every rank after DistributedModelParallel"
+                )
+        self.check_fingerprints()
+        check_ids(features, self._rows_of)
+
+    def filled(self, table: str) -> None:
+        """Say that all of this rank's `shards` of a table were written to. There is no fingerprint of such rows."""
+        spec = {t.name: t for t in self.tables()}[table]
+        self._loaded.add(table)
+        self.set_fingerprint(table, empty_rows_fingerprint(spec.rows))
 
     def kernels(self) -> Iterator[FrozenKernel]:
         raise NotImplementedError
@@ -132,12 +190,19 @@ class HasKernels:
         """Fill a table from `source` (rows, dim); every rank reads its own shard alone. May be called again.
 
         Raises:
-            ValueError: shape does not fit, or a value is not finite or too large for the storage.
+            ValueError: shape does not fit, or a value is not finite or too large for the storage; a checkpoint was
+                loaded before that was saved with other rows.
         """
-        spec = {t.name: t for t in self.tables()}[table]
+        specs = {t.name: t for t in self.tables()}
+        if table not in specs:
+            raise ValueError(f"there is no frozen table {table!r}; there are {', '.join(specs)}")
+        spec = specs[table]
         check_source(source, table, spec.rows, spec.dim)
+        self.set_fingerprint(table, rows_fingerprint(source))
+        self._loaded.discard(table)  # until all of it is there
         for kernel, index in self._find(table):
             kernel.load(index, source)
+        self._loaded.add(table)
 
     def shards(self, table: str) -> list[tuple[Shard, torch.Tensor]]:
         """What this rank stores of a table, as `FrozenKernel.stored` gives it; views that can be filled."""
@@ -153,3 +218,29 @@ class HasKernels:
 
     def _find(self, table: str) -> list[tuple[FrozenKernel, int]]:
         return [(k, i) for k in self.kernels() for i, shard in enumerate(k.shards) if shard.table == table]
+
+
+def check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]]) -> None:
+    """Raise ValueError where a feature is missing, or its ids are no integers or out of range.
+
+    rows_of: feature -> (table, its rows).
+    """
+    keys, values = features.keys(), features.values()
+    for feature, (table, _) in rows_of.items():
+        if feature not in keys:
+            raise ValueError(f"table {table!r}: the batch has no feature {feature!r}; it has {', '.join(keys)}")
+    if values.dtype not in (torch.int64, torch.int32):
+        feature, (table, _) = next(iter(rows_of.items()))
+        raise ValueError(
+            f"table {table!r}: the ids of feature {feature!r} are {values.dtype}, expected torch.int64 or torch.int32"
+        )
+    parts = dict(zip(keys, values.split(features.length_per_key()), strict=True))
+    checked = [(feature, *of) for feature, of in rows_of.items() if parts[feature].numel()]
+    if not checked:
+        return
+    ranges = torch.stack([torch.stack(torch.aminmax(parts[feature])) for feature, _, _ in checked]).tolist()
+    for (feature, table, rows), (low, high) in zip(checked, ranges, strict=True):
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"table {table!r}: feature {feature!r} has the id {low if low < 0 else high}, expected 0 to {rows - 1}"
+            )

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from recpress.modules.frozen import FrozenEmbeddingBagCollection
 from recpress.modules.frozen_kernel import FrozenKernel, HasKernels, Shard
-from recpress.modules.frozen_tables import DTYPE, QUANTIZED, STORAGE_OF, FrozenTable
+from recpress.modules.frozen_tables import (
+    DTYPE,
+    QUANTIZED,
+    STORAGE_OF,
+    FrozenTable,
+    PlannedTable,
+    stored_row_bytes,
+)
 from torch import nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embedding_types import KJTList
@@ -78,6 +85,7 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
         )
         super().__init__(configs, *args, **kwargs)
         self._optim = CombinedOptimizer([])
+        self.init_checks()
 
     def tables(self) -> list[FrozenTable]:
         return self._specs
@@ -97,6 +105,11 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
         """Nothing to register: no parameter, no buffer."""
 
+    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
+        """As TorchRec's, after `check_batch`: the exchange would cut ids that are out of range to other ones."""
+        self.check_batch(features)
+        return super().input_dist(ctx, features)
+
     def compute(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
         with torch.no_grad():
             return super().compute(ctx, dist_input)
@@ -111,7 +124,16 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
 
 
 class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards frozen tables row-wise, table-wise or, unless their rows are quantized, column-wise."""
+    """Shards frozen tables row-wise, table-row-wise, table-wise or, unless their rows are quantized, column-wise.
+
+    Args:
+        planned_device: "cpu" or "cuda", what TorchRec plans for: rows of int4 are padded on CUDA. By default CUDA where
+            this machine has it.
+    """
+
+    def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planned_device = planned_device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def shard(
         self,
@@ -135,14 +157,17 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         )
 
     def shardable_parameters(self, module: FrozenEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """Shapes and types for the planner; on the device "meta"."""
+        """Shapes and the bytes of rows for the planner; on the device "meta"."""
         return {
-            t.name: nn.Parameter(torch.empty(t.rows, t.dim, dtype=DTYPE[t.storage], device="meta"), requires_grad=False)
+            t.name: PlannedTable.of(
+                t.rows, t.dim, DTYPE[t.storage], stored_row_bytes(t.storage, t.dim, self.planned_device)
+            )
             for t in module.tables()
         }
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE)]
+        types = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE, ShardingType.TABLE_ROW_WISE)
+        return [t.value for t in types]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return ["fused"]

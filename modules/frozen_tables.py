@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import nn
 from torchrec import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType
 
@@ -30,6 +32,30 @@ INT4_SCALE_BYTES = 4
 def row_bytes(storage: Storage, dim: int) -> int:
     """Bytes of a row of `dim` values, scale and offset included."""
     return {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 8, "int4": dim // 2 + 4}[storage]
+
+
+def stored_row_bytes(storage: Storage, dim: int, device_type: str) -> int:
+    """Bytes that a row takes in the kernel's memory: on CUDA, fbgemm pads rows of int4 to 16 bytes."""
+    size = row_bytes(storage, dim)
+    return -(-size // 16) * 16 if storage == "int4" and device_type == "cuda" else size
+
+
+class PlannedTable(nn.Parameter):
+    """What a sharding planner is shown of a table: its shape, on the device "meta", and the bytes of its rows."""
+
+    bytes_per_row: int
+
+    @classmethod
+    def of(cls, rows: int, dim: int, dtype: torch.dtype, bytes_per_row: int) -> PlannedTable:
+        made = cls(torch.empty(rows, dim, dtype=dtype, device="meta"), requires_grad=False)
+        made.bytes_per_row = bytes_per_row
+        return made
+
+    def element_size(self) -> Any:
+        """Bytes of a value, with its share of the row's scale, offset and padding. TorchRec's planner multiplies it by
+        the number of values and rounds up, so it is just below where it is no whole number."""
+        size, rest = divmod(self.bytes_per_row, self.shape[1])
+        return math.nextafter(self.bytes_per_row / self.shape[1], 0.0) if rest else size
 
 
 def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tensor:

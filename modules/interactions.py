@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from recpress.modules.allocator import give_back
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import RowBlocks
+from recpress.modules.freed import freed
 
 _BUFFER = 1 << 16  # pairs that are sorted into pieces together
 _ROUND_PIECES = 32  # rounds of the exchange; a round holds about this share of the pairs in working memory
@@ -119,7 +119,7 @@ class InteractionBuilder:
         self._valued = bool(self.exchange.max(int(self._valued)))
         users = self._by_user()
         items = self._by_item(users)
-        give_back()
+        freed()
         return users, items
 
     def _by_user(self) -> CSR:

@@ -10,24 +10,25 @@ from collections.abc import Mapping
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import numpy as np
 import torch
+from recpress.modules.fingerprints import Fingerprinted, map_fingerprint
 from recpress.modules.hash_layout import Layout, PlacedMap
 from recpress.modules.hashing.id_map import IdMap, Unknown
 from recpress.modules.packed_rows import decode, pack
-from torch import nn
 from torchrec import KeyedJaggedTensor
 
 _CHUNK = 1 << 16
 """Ids that a packed map decodes at a time on a CPU, so that the intermediate tensors stay in its cache."""
 
 
-class LearnedHash(nn.Module):
+class LearnedHash(Fingerprinted):
     """Replaces the ids of some features by the rows of smaller tables; the other features pass unchanged.
 
     An id becomes `ways` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights are
     kept, multiplied by the weights of the map where it has some, and made where only the map has some.
 
     The maps are replicated on each rank, in buffers that are not part of `state_dict`: int32, or bit-packed. Features
-    with the same IdMap share its memory. For `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
+    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes a feature. For
+    `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
 
     Args:
         maps: feature key -> its map.
@@ -37,7 +38,8 @@ class LearnedHash(nn.Module):
 
     Raises:
         ValueError: no map; in forward, a feature with a map that the batch lacks, and for `unknown="error"` an id
-            that its map does not cover.
+            that its map does not cover; on loading a checkpoint, and at the latest in the next forward, one that was
+            saved with other maps.
     """
 
     def __init__(self, maps: Mapping[str, IdMap], *, unknown: Unknown = "hash", packed: bool = False) -> None:
@@ -71,9 +73,20 @@ class LearnedHash(nn.Module):
         self.register_buffer("weights", torch.cat(weights) if weights else torch.ones(1), persistent=False)
         self.register_buffer("_unknown", torch.zeros(len(self._map_of), dtype=torch.int64), persistent=False)
         self._layouts: dict[tuple[str, ...], Layout] = {}
+        prints = {id_map: map_fingerprint(id_map) for id_map in placed}
+        self.init_fingerprints({key: prints[id_map] for key, id_map in maps.items()})
+        self.tables: dict[str, list[str]] = {}
+        """Feature key -> the tables that it looks up, for messages."""
         self.rows: torch.Tensor
         self.weights: torch.Tensor
         self._unknown: torch.Tensor
+
+    def describe_mismatch(self, name: str) -> str:
+        tables = " and ".join(repr(table) for table in self.tables.get(name, ()))
+        return (
+            f"id map of feature {name!r}{f' (table {tables})' if tables else ''}: the checkpoint was saved with "
+            "another map, so that its rows mean other ids; use the map that it was trained with"
+        )
 
     def unknown_counts(self) -> dict[str, int]:
         """Feature key -> ids of it that the map did not cover, since construction or `reset_unknown_counts`.
@@ -96,9 +109,13 @@ class LearnedHash(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The same keys, stride and order; ids are rows now, of the dtype that the ids had."""
+        if not torch.compiler.is_compiling():
+            self.check_fingerprints()
         layout = self._layout(features.keys())
         lengths = features.length_per_key()
         ids, weights = features.values(), features.weights_or_none()
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"learned hash: the ids of the batch are {ids.dtype}, expected torch.int64 or torch.int32")
         unknown, how_many = self._unknown_ids(ids, layout, lengths)
         known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
         each = lengths  # entries of each key

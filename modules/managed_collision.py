@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
+from recpress.modules.fingerprints import Fingerprinted, map_fingerprint
 from recpress.modules.hashing.id_map import IdMap, Unknown
 from recpress.modules.mapped_hash import look_up
 from torchrec import JaggedTensor
 from torchrec.modules.mc_modules import ManagedCollisionModule
 
 
-class LearnedCollisionModule(ManagedCollisionModule):
+class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
     """Replaces the ids of one table by the rows of its map, before they are sent to the rank that has the row.
 
     TorchRec shards collision modules row-wise only, lets no two tables share a feature, and drops per-sample weights
     when it shards an EmbeddingBagCollection behind them; `LearnedHash` has none of these limits. The map is held by
-    each rank and is not part of `state_dict`, so a checkpoint can be loaded on another number of ranks.
+    each rank and only its fingerprint is part of `state_dict`: a checkpoint can be loaded on any number of ranks.
 
     Args:
         id_map: one unweighted row an id; the table behind has `id_map.num_rows` rows.
@@ -49,8 +50,15 @@ class LearnedCollisionModule(ManagedCollisionModule):
         self.register_buffer("_rows", id_map.rows.to(device), persistent=False)
         self.register_buffer("_segments", self._output_segments_tensor.clone(), persistent=False)
         self._unknown_count = 0
+        self.init_fingerprints({"map": map_fingerprint(id_map)})
         self._rows: torch.Tensor
         self._segments: torch.Tensor
+
+    def describe_mismatch(self, name: str) -> str:
+        return (
+            f"collision module: the checkpoint was saved with another map of {self._id_map.num_ids} ids onto "
+            f"{self._id_map.num_rows} rows, so that its rows mean other ids; use the map that it was trained with"
+        )
 
     def unknown_count(self) -> int:
         """Ids that the map did not cover, on this rank, since construction."""
@@ -58,6 +66,7 @@ class LearnedCollisionModule(ManagedCollisionModule):
 
     def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Ids -> rows of the whole table; runs on the rank that has the ids."""
+        self.check_fingerprints()
         found = {}
         for name, feature in features.items():
             rows, _, unknown = look_up(self._id_map, feature.values(), self._rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from recpress.modules.hashing.id_map import IdMap, Unknown
+from torchrec import KeyedJaggedTensor
 
 
 class MappedHash:
@@ -15,13 +16,27 @@ class MappedHash:
 
     Data workers apply it to ids before they make batches. It can be pickled: only the folders travel.
 
+    Called with a KeyedJaggedTensor on the host it gives what `LearnedHash` gives: features without a map pass
+    unchanged. With the map of one feature it can also be called with ids (n,), for the transform of a column:
+    `KeyedBatches(stream, transforms={"user_id": MappedHash({"user_id": "maps/user"})})`. That needs a map of one row an
+    id, without weights.
+
     Args:
         folders: feature key -> folder that `IdMap.save` wrote.
         unknown: as in `LearnedHash`.
 
     Raises:
-        ValueError: a folder is not a whole map; when called, a feature without a map, or, for `unknown="error"`, an
-            id that its map does not cover.
+        ValueError: a folder is not a whole map; when called, a feature without a map or that the batch lacks, ids alone
+            where there are several maps or a map of several or weighted rows, or, for `unknown="error"`, an id that
+            its map does not cover.
+
+    Example:
+        >>> mapped = MappedHash({"user_id": "runs/maps/user"})
+        >>> rows, weights = mapped.rows("user_id", torch.tensor([3, 5]))
+        >>> rows.shape, weights
+        (torch.Size([2, 1]), None)
+        >>> mapped(torch.tensor([3, 5])).shape
+        torch.Size([2])
     """
 
     def __init__(self, folders: Mapping[str, str | Path], *, unknown: Unknown = "hash") -> None:
@@ -32,15 +47,88 @@ class MappedHash:
         self._maps = {key: IdMap.load(folder) for key, folder in self._folders.items()}
         self._unknown = dict.fromkeys(self._maps, 0)
 
+    @overload
+    def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor: ...
+
+    def __call__(self, features: KeyedJaggedTensor | torch.Tensor) -> KeyedJaggedTensor | torch.Tensor:
+        """Rows instead of ids, of the dtype that the ids had."""
+        return self._one(features) if isinstance(features, torch.Tensor) else self._keyed(features)
+
+    def _one(self, ids: torch.Tensor) -> torch.Tensor:
+        if len(self._maps) != 1:
+            raise ValueError(
+                f"mapped hash: called with ids, which have no feature's name, and maps of {sorted(self._maps)}; "
+                "expected a MappedHash of one feature, or a KeyedJaggedTensor"
+            )
+        [(key, id_map)] = self._maps.items()
+        if id_map.ways != 1 or id_map.weights is not None:
+            raise ValueError(
+                f"mapped hash: the map of feature {key!r} has {id_map.ways} "
+                f"{'weighted ' if id_map.weights is not None else ''}rows an id, which ids alone cannot become; "
+                "call it with a KeyedJaggedTensor"
+            )
+        rows, _ = self.rows(key, ids)
+        return rows.squeeze(1)
+
+    def _keyed(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        keys, of_key = features.keys(), features.length_per_key()
+        for key in self._maps:
+            if key not in keys:
+                raise ValueError(f"mapped hash: the batch has no feature {key!r}, which has a map; it has {keys}")
+        given = features.weights_or_none()
+        weighted = given is not None or any(id_map.weights is not None for id_map in self._maps.values())
+        ones = torch.ones(len(features.values())) if given is None else given
+        values, weights, lengths, each = [], [], [], []
+        strides = features.stride_per_key()
+        parts = features.values().split(of_key), ones.split(of_key), features.lengths().split(strides)
+        for key, ids, own, length in zip(keys, *parts, strict=True):
+            ways = 1
+            if key in self._maps:
+                rows, of_map = self.rows(key, ids)
+                ways, ids = rows.shape[1], rows.reshape(-1)
+                own = own.repeat_interleave(ways)
+                own = own if of_map is None else of_map.reshape(-1).to(own.dtype) * own
+            values.append(ids)
+            weights.append(own)
+            lengths.append(length * ways)
+            each.append(len(ids))
+        variable = features.variable_stride_per_key()
+        return KeyedJaggedTensor(
+            keys=keys,
+            values=torch.cat(values),
+            weights=torch.cat(weights) if weighted else None,
+            lengths=torch.cat(lengths),
+            stride=None if variable else features.stride(),
+            stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
+            length_per_key=each,
+            inverse_indices=features.inverse_indices_or_none(),
+        )
+
     def rows(self, key: str, ids: Any) -> tuple[Any, Any]:
-        """Rows (n, ways) of ids (n,), of their dtype, and weights (n, ways) float32, None where the map has none.
+        """Rows (n, ways) of ids (n,), and weights (n, ways) float32, None where the map has none.
+
+        Rows are int32 for int32 ids, int64 for all other integers.
 
         numpy arrays for a numpy array, tensors for a tensor.
         """
         if key not in self._maps:
             raise ValueError(f"mapped hash: feature {key!r} has no map; there are {sorted(self._maps)}")
         id_map = self._maps[key]
-        given = torch.as_tensor(ids)
+        try:
+            given = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"mapped hash: feature {key!r} has ids that are no integers (n,): {error}") from error
+        if given.dtype == torch.uint64:  # torch has next to no operators for it
+            given = given.view(torch.int64)  # what is above the largest int64 becomes negative: unknown, as it is
+        integer = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        if given.ndim != 1 or not integer:
+            raise ValueError(
+                f"mapped hash: feature {key!r} has ids of {given.dtype} {tuple(given.shape)}, expected integers (n,)"
+            )
+        given = given if given.dtype == torch.int32 else given.long()
         rows, weights, unknown = look_up(id_map, given)
         if unknown is not None:
             if self.unknown == "error":

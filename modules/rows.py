@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,6 +12,10 @@ from torch import nn
 
 BLOCK_BYTES = 32 << 20
 """Memory of one block while a shard is filled."""
+
+
+LARGEST = 1e15
+"""Largest absolute value of vectors whose squared distances are summed: above, float32 overflows."""
 
 
 class RowSource(Protocol):
@@ -38,12 +43,17 @@ def check_source(source: RowSource, table: str, rows: int, dim: int) -> None:
 
 
 def blocks(
-    source: RowSource, table: str, rows: tuple[int, int], columns: tuple[int, int]
+    source: RowSource,
+    table: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    *,
+    largest: float = math.inf,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Blocks (first row, float32 values (b, columns)) of a rectangle of `source`, 0 past its last column.
 
     Raises:
-        ValueError: a value is NaN or infinite.
+        ValueError: a value is NaN or infinite, or above `largest` without its sign.
     """
     width = columns[1] - columns[0]
     stop = min(columns[1], source.shape[1])
@@ -54,10 +64,16 @@ def blocks(
         if stop > columns[0]:
             read = source[first:last, columns[0] : stop]
             read = read if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
-            block[:, : stop - columns[0]] = read
+            block[:, : stop - columns[0]] = read.detach()
         if not bool(torch.isfinite(block).all()):
             row = first + int((~torch.isfinite(block)).any(1).nonzero()[0])
             raise ValueError(f"table {table!r}: row {row} of the source holds NaN or infinity")
+        if largest < math.inf and block.numel() and float(block.abs().max()) > largest:
+            row = first + int((block.abs() > largest).any(1).nonzero()[0])
+            raise ValueError(
+                f"table {table!r}: row {row} of the source holds {float(block[row - first].abs().max()):.3g}, expected "
+                f"at most {largest:g}: squared distances overflow; divide the vectors by a constant"
+            )
         yield first, block
 
 

@@ -80,7 +80,7 @@ def warm_rows(
         raise ValueError(f"table {table!r}: counts have shape {tuple(counts.shape)}, expected ({num_ids},)")
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
         raise ValueError(f"table {table!r}: counts hold a negative number, NaN or infinity")
-    counts = counts.double().cpu()
+    counts = counts.detach().double().cpu()
     total = torch.zeros(id_map.num_rows, dtype=torch.float64)
     members = torch.zeros(id_map.num_rows, dtype=torch.float64)
     for way in range(id_map.ways):

@@ -301,9 +301,7 @@ class NetworkConfig:
     """
 
     stream: StreamConfig = field(default_factory=AutoStreamConfig)
-    negatives: NegativesConfig = field(
-        default_factory=lambda: NegativesConfig(count=512, shared=True, reject_positives=True)
-    )
+    negatives: NegativesConfig = field(default_factory=lambda: NegativesConfig(count=512, shared=True))
     model: TwoTowerConfig = field(
         default_factory=lambda: TwoTowerConfig(
             tables=AutoTablesConfig(), towers=AutoTowersConfig(kind="residual", hidden=(256,)), loss=_LOSS

@@ -17,7 +17,6 @@ from typing import Any
 
 from recpress.data.errors import InputError
 
-
 _STAGES = ("factorize", "hash", "train", "evaluate")
 
 

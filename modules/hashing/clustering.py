@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from recpress.modules.hashing.problem import Progress
-from recpress.modules.rows import RowSource, blocks
+from recpress.modules.rows import LARGEST, RowSource, blocks
 
 CELL = 1 << 22
 """Distances of one pass over a cell: its ids times its rows."""
@@ -321,9 +321,9 @@ class _Work:
         return self.embedding.shape[0], self.embedding.shape[1]
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first id, vectors), finite."""
+        """(first id, vectors), finite, and not so large that distances overflow."""
         n, d = self.shape
-        return blocks(self.embedding, self.name, (0, n), (0, d))
+        return blocks(self.embedding, self.name, (0, n), (0, d), largest=LARGEST)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """Vectors of ids, (len(ids), d) float32; memory maps want them in order."""
@@ -386,7 +386,7 @@ def _first_round(
     n, d = work.shape
     picked = torch.sort(torch.randint(n, (min(n, SAMPLE * leaves),), generator=random)).values
     sample = work.gather(picked)
-    if not bool(torch.isfinite(sample).all()):
+    if not bool((sample.abs() <= LARGEST).all()):  # NaN is not either
         for _ in work.blocks():
             pass  # raises, and names the row
     tree = _Tree(sample, leaves, random)

@@ -36,6 +36,16 @@ class IdTable:
     def __post_init__(self) -> None:
         if self.num_ids < 1:
             raise ValueError(f"table {self.name!r}: {self.num_ids} ids, expected at least 1")
+        for name in ("counts", "embedding"):
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+                    raise ValueError(
+                        f"table {self.name!r}: {name} is a tensor of {value.layout} on {value.device.type!r}, expected "
+                        "a dense tensor that holds values"
+                    )
+                if value.requires_grad or value.device.type != "cpu":  # a table's own weight: nothing trains it here
+                    object.__setattr__(self, name, value.detach().cpu())
         if self.counts is not None:
             if self.counts.shape != (self.num_ids,):
                 raise ValueError(

@@ -1,6 +1,8 @@
 import itertools
+import pickle
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,10 @@ import torch
 from recpress.data.background import in_background
 from recpress.data.config import Schema, StreamConfig
 from recpress.data.errors import InputError
-from recpress.data.keyed import KeyedBatches
+from recpress.data.keyed import Keyed, KeyedBatches
 from recpress.data.log import open_log
-from recpress.data.stream import InteractionStream
+from recpress.data.stream import InteractionStream, StreamDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 ROWS = 500
 
@@ -86,6 +89,85 @@ def test_keys_that_cannot_be(log):
         batches(log, ["user_id"], transforms={"kind": torch.neg})
     with pytest.raises(InputError, match="'user_id' made"):
         next(iter(batches(log, ["user_id"], transforms={"user_id": lambda ids: ids[1:]})))
+
+
+def same(one, other):
+    """Whether two keyed batches are the same."""
+    pairs = [(one.dense, other.dense), (one.label, other.label)]
+    pairs += [(one.features.values(), other.features.values()), (one.features.lengths(), other.features.lengths())]
+    return one.features.keys() == other.features.keys() and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("keys", [["user_id", "item_id"], ["tags", "item_id", "kind"]])
+def test_in_a_data_loader_batches_and_order_are_the_same(log, keys):
+    made = pickle.loads(pickle.dumps(batches(log, keys)))  # as for workers that are spawned
+    for workers in (0, 1, 3):
+        loader = DataLoader(made, batch_size=None, num_workers=workers)
+        assert len(loader) == len(made)
+        for epoch in (0, 1):
+            made.stream.set_epoch(epoch)
+            found = list(loader)
+            assert all(same(one, other) for one, other in zip(found, made, strict=True))
+
+
+class Own(IterableDataset):
+    """A dataset that somebody writes around keyed batches."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __iter__(self):
+        yield from self.made
+
+
+def test_around_keyed_batches_no_row_comes_twice(log):
+    made = batches(log, ["user_id"])
+    found = list(DataLoader(Own(made), batch_size=None, num_workers=2))
+    assert sorted(torch.cat([batch.features.values() for batch in found]).tolist()) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keys", [["user_id", "item_id"], ["tags", "kind"]])
+def test_keyed_batches_of_a_data_loader_of_rows(log, keys, workers):
+    made = batches(log, keys)
+    loader = DataLoader(StreamDataset(made.stream), batch_size=None, num_workers=workers)
+    assert all(same(one, other) for one, other in zip(map(Keyed(keys), loader), made, strict=True))
+
+
+def test_what_cannot_work_in_a_worker_is_named(log, monkeypatch):
+    """As seen by a worker; a DataLoader whose worker has raised takes five seconds to end."""
+    monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_info", SimpleNamespace(id=0, num_workers=2))
+    made = batches(log, ["user_id"])
+    assert len(list(made)) == len(made) / 2
+    with pytest.raises(InputError, match="persistent_workers=False"):
+        list(made)
+    made.stream.set_epoch(1)  # by the worker itself
+    assert len(list(made)) == len(made) / 2
+    with pytest.raises(InputError, match=r"DataLoader\(pin_memory=True\)"):
+        list(batches(log, ["user_id"], pin_memory=True))
+    stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=64), pin_memory=True)
+    with pytest.raises(InputError, match=r"DataLoader\(pin_memory=True\)"):
+        list(StreamDataset(stream))
+
+
+def test_rows_without_a_key_are_named(log):
+    rows = next(iter(batches(log).stream))
+    with pytest.raises(InputError, match=r"key 'shop'.*user_id"):
+        Keyed(["user_id", "shop"])(rows)
+    with pytest.raises(InputError, match=r"key 'shop'.*tags"):
+        Keyed(["tags", "shop"])(rows)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 1e300])
+def test_infinite_floats_are_refused_by_place(tmp_path, value):
+    price = np.full(40, 2.0)
+    price[[3, 27]] = np.nan, value
+    table = pa.table({"user_id": np.arange(40), "item_id": np.arange(40), "price": price})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=20)
+    log = open_log(tmp_path, Schema(floats=("price",)))
+    stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=8))
+    with pytest.raises(InputError, match=r"train.parquet, row group 1, column 'price', row 7: .*finite"):
+        list(KeyedBatches(stream))
 
 
 # ---- the thread

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recpress.data.config import NegativesConfig
+from recpress.data.config import NegativesConfig, SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import open_log
 from recpress.data.negatives import (
@@ -176,6 +176,42 @@ def test_pairs_are_found_exactly(size, items, seed):
     expected = torch.zeros(40, items, dtype=torch.bool)
     expected[users, owned] = True
     assert torch.equal(pairs.contains(torch.arange(40).unsqueeze(1), torch.arange(items)), expected)
+
+
+@given(
+    st.integers(0, 60), st.integers(1, 400), st.integers(0, 40), st.sampled_from([1, 65_536, 10**9]), st.integers(0, 99)
+)
+def test_among_finds_exactly_the_items_of_each_user(size, items, count, stride, seed):
+    """Items far apart, and of one filter slot (65,536 apart), are told from each other."""
+    rng = np.random.default_rng(seed)
+    users, owned = rng.integers(0, 5, size), rng.integers(0, items, size) * stride
+    pairs = PositivePairs.of_pairs(users, owned, items * stride)
+    asked, drawn = torch.from_numpy(rng.integers(0, 6, 7)), torch.from_numpy(rng.integers(0, items, count) * stride)
+    known = set(zip(users.tolist(), owned.tolist(), strict=True))
+    expected = [[(user, item) in known for item in drawn.tolist()] for user in asked.tolist()]
+    assert pairs.among(asked, drawn).tolist() == expected
+
+
+def test_among_takes_no_memory_of_the_size_of_the_catalog():
+    items = 2**40  # 4 TiB of int32
+    pairs = PositivePairs.of_pairs(np.array([0, 1]), np.array([7, items - 1]), items)
+    found = pairs.among(torch.tensor([0, 1, 2]), torch.tensor([items - 1, 7]))
+    assert found.tolist() == [[False, True], [True, False], [False, False]]
+
+
+def test_positives_are_rejected_by_default_where_a_log_is_dense_and_read_as_a_whole():
+    dense = {"rows": 1_000_000, "users": 6000, "items": 3700}
+    tenth, blocks = SampleConfig(rate=0.1), SampleConfig(rate=0.1, kind="block")
+    auto, yes, no = (NegativesConfig(reject_positives=kind) for kind in ("auto", "yes", "no"))
+    assert auto.rejects(**dense, sample=tenth)
+    assert not auto.rejects(**dense, sample=blocks)  # of which the other row groups are not read
+    assert auto.rejects(**dense, sample=SampleConfig(rate=1.0, kind="block"))
+    assert not auto.rejects(**dense | {"items": 37_000}, sample=tenth)  # sparse
+    assert not auto.rejects(**{name: 10 * size for name, size in dense.items()}, sample=tenth)  # sparse
+    assert not auto.rejects(rows=10**8, users=10**5, items=10**4, sample=tenth)  # too large
+    assert not NegativesConfig(kind="in-batch").rejects(**dense, sample=tenth)
+    assert yes.rejects(rows=10**9, users=10**8, items=10**7, sample=blocks)
+    assert not no.rejects(**dense, sample=tenth)
 
 
 def test_pairs_that_do_not_fit_are_refused():

@@ -1,5 +1,6 @@
 import gc
 import itertools
+import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,19 @@ def test_data_loader_workers(log, workers, world):
         assert len(loader) == len(batches)
         tags = batches[0].categorical["tags"]
         assert torch.equal(tags.lengths, batches[0].user % 4)
+
+
+@pytest.mark.parametrize("bad", ["stop", "skip"])
+def test_a_stream_is_pickled(log, bad):
+    config = StreamConfig(batch_size=11, buffer_rows=60, on_bad_file=bad)
+    one = stream(log, config, sample=SampleConfig(rate=0.7), start_step=1, epoch=2)
+    read = users(one)
+    other = pickle.loads(pickle.dumps(one))
+    assert users(other) == read
+    assert len(other) == len(one)
+    other.set_epoch(3)
+    assert users(other) != read
+    assert users(pickle.loads(pickle.dumps(StreamDataset(one)))) == read
 
 
 # ---- bad input, and the end of threads

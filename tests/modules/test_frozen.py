@@ -1,5 +1,9 @@
 """Frozen tables: plain and sharded give the same rows, stored in the bits that were asked for."""
 
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +78,10 @@ def test_plain(storage):
     load(collection)
     check(collection(features()), storage)
     assert not list(collection.parameters())
-    assert not collection.state_dict()
+    assert {name: value.shape for name, value in collection.state_dict().items()} == {
+        "fingerprint.a": (11,),
+        "fingerprint.b": (7,),
+    }
     assert collection.storage_bytes() == 11 * WIDTHS[storage] + 7 * 4 * 8
 
 
@@ -120,7 +127,8 @@ def sharded(layout):
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
         assert [name for name, _ in model.named_parameters()] == ["top.weight", "top.bias"]
         assert not model.fused_optimizer.state_dict()["state"]
-        assert set(model.state_dict()) == {"top.weight", "top.bias"}
+        fingerprints = {"frozen.fingerprint.a", "frozen.fingerprint.b"}
+        assert set(model.state_dict()) == {"top.weight", "top.bias"} | fingerprints
         found.append(model.module.frozen.storage_bytes())
         check_weights_travel(storage, layout)
     return found
@@ -139,7 +147,7 @@ def check_weights_travel(storage, layout):
 
 
 def all_layouts():
-    return {layout: sharded(layout) for layout in ("row_wise", "table_wise", "column_wise")}
+    return {layout: sharded(layout) for layout in ("row_wise", "table_wise", "column_wise", "table_row_wise")}
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -214,3 +222,87 @@ def test_a_source_that_does_not_fit_is_refused(source, message):
     collection = FrozenEmbeddingBagCollection(tables("fp16"))
     with pytest.raises(ValueError, match=message):
         collection.load("a", source)
+
+
+def lookup(storage, ids, **options):
+    collection = FrozenEmbeddingBagCollection([FrozenTable(name="t", rows=10, dim=8, features=("f",), storage=storage)])
+    collection.load("t", np.arange(80, dtype=np.float32).reshape(10, 8))
+    return collection(KeyedJaggedTensor(["f"], ids, lengths=torch.tensor([len(ids)])))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("bad", [10, -1, 2**40])
+def test_an_id_out_of_range_is_refused_in_every_storage(storage, bad):
+    assert lookup(storage, torch.tensor([0, 9])).values().shape == (1, 8)
+    with pytest.raises(ValueError, match=rf"table 't'.*'f'.*{bad}, expected 0 to 9"):
+        lookup(storage, torch.tensor([3, bad, 4]))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1.7]), torch.tensor([True]), torch.tensor([1], dtype=torch.uint64)])
+def test_ids_that_are_no_signed_integers_are_refused(ids):
+    with pytest.raises(ValueError, match=r"'f' are torch.*expected torch.int64"):
+        lookup("fp32", ids)
+
+
+def test_a_feature_that_the_batch_lacks_is_named():
+    collection = FrozenEmbeddingBagCollection([FrozenTable(name="t", rows=10, dim=8, features=("q",))])
+    collection.load("t", np.ones((10, 8), np.float32))
+    with pytest.raises(ValueError, match=r"'t'.*no feature 'q'.*x, y"):
+        collection(features())
+
+
+def test_tables_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(ValueError, match="'t' is there twice"):
+        FrozenEmbeddingBagCollection([FrozenTable(name="t", rows=2, dim=4, features=(f,)) for f in "ab"])
+    with pytest.raises(ValueError, match="none are given"):
+        FrozenEmbeddingBagCollection([])
+    with pytest.raises(ValueError, match=r"no frozen table 'u'; there are a, b"):
+        FrozenEmbeddingBagCollection(tables("fp32")).load("u", np.ones((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_copy_and_a_pickle_keep_the_rows(storage):
+    collection = FrozenEmbeddingBagCollection(tables(storage))
+    load(collection)
+    blob = io.BytesIO()
+    torch.save(collection, blob)
+    blob.seek(0)
+    for other in (
+        copy.deepcopy(collection),
+        pickle.loads(pickle.dumps(collection)),
+        torch.load(blob, weights_only=False),
+    ):
+        check(other(features()), storage)
+
+
+def test_rows_that_were_never_loaded_are_refused():
+    collection = FrozenEmbeddingBagCollection(tables("int8"))
+    collection.load("a", sources()[0])
+    with pytest.raises(ValueError, match=r"'b'.*never loaded.*load\('b'"):
+        collection(features())
+    load(collection)
+    collection(features())
+
+
+def bad_uses():
+    from recpress.trainer.model.sharding import shard
+
+    said = []
+    for layout in ("row_wise", "table_wise"):
+        model = shard(OverTables("int4", "meta"), CPU, batch_size=4, sharding_types=dict.fromkeys("ab", layout))
+        with pytest.raises(ValueError, match="never loaded") as unloaded:
+            model(features())
+        load(model.module.frozen)
+        for bad in (11, -1):  # 11 of 11 rows: not of the last shard either
+            ids = KeyedJaggedTensor(["x", "y"], torch.tensor([bad, 0]), lengths=torch.ones(2, dtype=torch.int32))
+            with pytest.raises(ValueError, match=f"id {bad}, expected 0 to 6"):
+                model(ids)
+        check(model.module.frozen(features()), "int4")
+        said.append(str(unloaded.value))
+    return said
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sharded_tables_refuse_on_every_rank(world):
+    ranks = run_on_ranks(bad_uses, world)
+    assert all("'a'" in text for rank in ranks for text in rank)

@@ -167,7 +167,7 @@ def test_the_maps_are_shared_packed_and_not_saved() -> None:
     packed = LearnedHash({"a": one, "b": other, "c": one}, packed=True)
     assert plain.nbytes() == 4 * 1000 + 4 * 1000 + 4 * 1000  # rows of both, weights of one
     assert packed.nbytes() - one.nbytes - other.nbytes in range(9)  # a word at the end, and a part of one
-    assert not plain.state_dict()
+    assert set(plain.state_dict()) == set(packed.state_dict()) == {f"fingerprint.{key}" for key in "abc"}
     assert not list(plain.parameters())
 
 
@@ -192,6 +192,41 @@ def test_the_data_workers_get_the_same_rows(tmp_path: Path) -> None:
         strict.rows("a", ids)
     with pytest.raises(ValueError, match="'c' has no map"):
         strict.rows("c", ids)
+
+
+@pytest.mark.parametrize("given", [None, [0.5, 1.0, 2.0, 0.25, 1.5, 4.0]])
+@pytest.mark.parametrize(("ways", "weighted"), [(1, False), (2, False), (2, True)])
+def test_the_map_on_the_host_called_with_a_batch(tmp_path, ways, weighted, given) -> None:
+    maps = {"a": id_map(50, 9, ways, weighted), "b": id_map(20, 7, seed=3)}
+    for key, one in maps.items():
+        (tmp_path / key).mkdir()
+        one.save(tmp_path / key)
+    features = batch({"b": [[1, 90], []], "x": [[-4], [500]], "a": [[], [49, -1]]}, given)
+    found, expected = MappedHash({key: tmp_path / key for key in maps})(features), LearnedHash(maps)(features)
+    assert found.keys() == expected.keys()
+    assert found.stride() == expected.stride()
+    assert found.length_per_key() == expected.length_per_key()
+    for name in ("values", "lengths", "weights_or_none"):
+        one, other = getattr(found, name)(), getattr(expected, name)()
+        assert (one is None) == (other is None)
+        assert one is None or (one.tolist() == other.tolist() and one.dtype == other.dtype)
+
+
+def test_the_map_on_the_host_called_with_ids(tmp_path) -> None:
+    maps = {"a": id_map(50, 9), "two": id_map(20, 7, 2), "heavy": id_map(20, 7, 1, True)}
+    for key, one in maps.items():
+        (tmp_path / key).mkdir()
+        one.save(tmp_path / key)
+    ids = torch.tensor([3, 49, 0, 77])
+    rows = MappedHash({"a": tmp_path / "a"})(ids)
+    assert rows.tolist() == LearnedHash({"a": maps["a"]})(batch({"a": [ids.tolist()]})).values().tolist()
+    for key in ("two", "heavy"):
+        with pytest.raises(ValueError, match=f"feature '{key}'.*KeyedJaggedTensor"):
+            MappedHash({key: tmp_path / key})(ids)
+    with pytest.raises(ValueError, match="MappedHash of one feature"):
+        MappedHash({key: tmp_path / key for key in maps})(ids)
+    with pytest.raises(ValueError, match="no feature 'a'"):
+        MappedHash({"a": tmp_path / "a"})(batch({"b": [[1]]}))
 
 
 class Exported(nn.Module):

@@ -205,6 +205,7 @@ def test_towers_start_with_the_scores_of_the_shared_rows(strategy, ways, weighte
     rng = np.random.default_rng(5)
     counts, rows = rng.uniform(1, 5, (USERS, 1)).astype(np.float32), rng.normal(size=(4, DIM)).astype(np.float32)
     model = build(strategy, counted=True, map=made)
+    model.load_counts(np.zeros((USERS, 1), np.float32), np.zeros((ITEMS, 1), np.float32))
     model.load_factors(user, item, counts=(counts, None))
     shared = SharedVectors(made, shared_rows(made, user, counts))[:]
     torch.testing.assert_close(scores(model), shared @ torch.from_numpy(item).T)
@@ -215,6 +216,7 @@ def test_towers_start_with_the_scores_of_the_shared_rows(strategy, ways, weighte
 def test_counts_and_features_of_a_mapped_side_stay_by_id():
     made = IdMap(rows=torch.zeros(USERS, 1, dtype=torch.int32), num_rows=1)
     model = build(counted=True, map=made, categorical={"genre": 3})
+    model.load_factors(*factors())
     model.load_counts(np.arange(USERS, dtype=np.float32)[:, None], np.zeros((ITEMS, 1), np.float32))
     found = model.user_frozen(model.user_rows(keyed(user=range(USERS), genre=[0] * USERS)))
     assert found.keys() == ["user_rows"]

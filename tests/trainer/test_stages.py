@@ -49,7 +49,7 @@ def factors(log, tmp_path_factory):
 def network(log, out, factors=None, **changes):
     settings = {
         "stream": StreamConfig(batch_size=256),
-        "negatives": NegativesConfig(count=64, shared=True, reject_positives=True),
+        "negatives": NegativesConfig(count=64, shared=True, reject_positives="yes"),
         "model": TwoTowerConfig(
             tables=TablesConfig(strategy="init-freeze" if factors else "random", dim=16),
             towers=TowersConfig(kind="residual" if factors else "mlp", hidden=(32,), dim=16),

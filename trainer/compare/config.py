@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from recpress.data.config import Schema, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, HashConfig
-from recpress.trainer.config import EvaluationConfig, NetworkConfig, network_for
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
 
 
 def _frozen_network() -> NetworkConfig:
@@ -26,6 +26,45 @@ def _tuned_network() -> NetworkConfig:
     return network_for("init-train", NetworkConfig())
 
 
+def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
+    """Raise InputError where a value of an option lies outside of [low, high]."""
+    for name, values in options.items():
+        for value in values:
+            if not low <= value <= high:
+                raise InputError(f"{name}: {value}, expected numbers from {low} to {high}")
+
+
+MAX_TRIALS = 3
+TRIALS: dict[str, tuple[dict[str, float], ...]] = {
+    "random": (
+        {},
+        {"batch_size": 1024, "learning_rate": 3e-3, "table_learning_rate": 0.2},
+        {"batch_size": 512, "learning_rate": 3e-3, "table_learning_rate": 0.2, "dropout": 0.5},
+    ),
+    "frozen": ({}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "dropout": 0.5}),
+    "tuned": ({}, {"table_learning_rate": 0.003}, {"learning_rate": 1e-3, "table_learning_rate": 0.03}),
+}
+"""Network of `compare cadc` -> what each trial changes in it. On sparse logs random tables need many small steps at a
+high rate to pass popularity before they learn the rows by heart; on dense ones large batches are as good and faster."""
+
+
+def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:
+    """The network with other values of the settings named."""
+    sections: dict[str, Any] = {
+        "stream": network.stream,
+        "optimizer": network.optimizer,
+        "towers": network.model.towers,
+    }
+    names = {name for section in sections.values() for name in section.__dataclass_fields__}
+    assert set(change) <= names, change
+    made = {
+        key: replace(section, **{name: v for name, v in change.items() if name in section.__dataclass_fields__})
+        for key, section in sections.items()
+    }
+    model = replace(network.model, towers=made["towers"])
+    return replace(network, stream=made["stream"], optimizer=made["optimizer"], model=model)
+
+
 def _whole_log(**networks: NetworkConfig) -> None:
     """Raise InputError where a network of a comparison is to go on without what cannot be read."""
     for name, network in networks.items():
@@ -34,12 +73,6 @@ def _whole_log(**networks: NetworkConfig) -> None:
                 f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop: all that is compared is "
                 "made of the same rows"
             )
-
-
-def _fixed_factors(als: ALSConfig) -> None:
-    """Raise InputError where the dimension, and so the bytes of the full tables, is left open."""
-    if als.factors is None:
-        raise InputError("als.factors: expected a number; bytes are compared with those of full tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +98,15 @@ class CompareCadcConfig:
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
     choose: bool = True
-    """Choose each network's number of epochs, up to --*.epochs, on one row a user that is held out of train."""
+    """Choose each network's settings and number of epochs on one row a user that is held out of train; without, there
+    are no speed-ups."""
+    trials: int = 3
+    """Settings that are tried for each strategy, the same number for all: those configured, then other learning rates,
+    batch sizes and dropouts."""
     patience: int = 3
-    """Epochs without a better one after which the choice is made."""
+    """Epochs without a better one after which a trial ends."""
+    bpr: bool = True
+    """Also fit Bayesian personalized ranking by the library `implicit`, on logs of up to 2,000,000 rows."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs."""
@@ -76,6 +115,8 @@ class CompareCadcConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned)
+        if not 1 <= self.trials <= MAX_TRIALS:
+            raise InputError(f"trials is {self.trials}, expected 1 to {MAX_TRIALS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +140,13 @@ class CompareHashConfig:
     """Budget of rows, users and items together, as a share of the ids."""
     rows: int = 0
     """The budget itself; 0: --share."""
-    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=64))
+    als: ALSConfig = field(default_factory=ALSConfig)
     """The backbone, with a row for each id and with shared rows alike; what is not given is chosen on held-out examples
     of train."""
     hash: HashConfig = field(default_factory=HashConfig)
     """What the methods have in common; what is chosen overrides it."""
+    trials: int = 10
+    """Settings that are tried for each method, the same number for all; a method that has fewer tries them all."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
     """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
     privates: tuple[float, ...] = (0.25, 0.75)
@@ -121,7 +164,16 @@ class CompareHashConfig:
     """Replace an existing --out."""
 
     def __post_init__(self) -> None:
-        _fixed_factors(self.als)
+        at_least(1, trials=self.trials, choose_users=self.choose_users)
+        at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
+        _between(0, 1, user_shares=self.user_shares, privates=self.privates)
+        if not self.rows:
+            _between(0, 1, share=(self.share,))
+        if self.evaluation.protocol == "sampled":
+            raise InputError("evaluation.protocol: 'sampled', expected full: compare hash ranks all items")
+        names = [f"{name}@{k}" for k in self.evaluation.k for name in ("Recall", "NDCG", "HR")] + ["MRR", "AUC"]
+        if self.metric not in names:
+            raise InputError(f"metric: {self.metric!r}, expected one of {', '.join(names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +193,14 @@ class CompareBothConfig:
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
     """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
-    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=128))
+    als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization; what is not given is chosen on held-out examples of train."""
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
+    choose: bool = True
+    """Choose the networks' number of epochs, from 0, the factors' own ranking, to --frozen.epochs, on one row a user
+    that is held out of train."""
     metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -156,7 +211,6 @@ class CompareBothConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen)
-        _fixed_factors(self.als)
         for name in ("levels", "rates"):
             bad = [value for value in getattr(self, name) if not 0 < value <= 1]
             if bad:

@@ -16,6 +16,7 @@ from recpress.trainer.report.page import (
     MUTED,
     PLOT_STYLE,
     SERIES,
+    Alert,
     Cell,
     Code,
     Facts,
@@ -30,11 +31,13 @@ from recpress.trainer.report.page import (
 from recpress.trainer.report.results import (
     CompareResult,
     MethodResult,
+    format_bytes,
     format_metric,
     format_parts,
     format_rows,
     format_seconds,
     format_speedup,
+    format_to_goal,
 )
 
 _MARKERS = "osD^vP<>hd"
@@ -63,7 +66,15 @@ def compare_sections(result: CompareResult) -> list[Section]:
     if result.config:
         again.append(Code(json.dumps(result.config, indent=2, default=str, ensure_ascii=False), "Configuration"))
     sections = [
-        Section("", [Paragraph(_summary(result)), _tiles(result), *map(Paragraph, result.notes)]),
+        Section(
+            "",
+            [
+                *(Alert(text) for text in result.warnings),
+                Paragraph(_summary(result)),
+                _tiles(result),
+                *map(Paragraph, result.notes),
+            ],
+        ),
         Section("Results", [_table(result)]),
         *(Section(plot.alt, [plot]) for plot in plots),
         Section("Methods", [Facts([(method.name, method.description) for method in result.methods])]),
@@ -86,7 +97,15 @@ def _summary(result: CompareResult) -> str:
         if key != result.ours:
             text += f". {other.name}: {format_metric(other.mean(metric), other.spread(metric))}"
             text += f" in {format_seconds(other.seconds)}"
-    return text + ". Times include the factorization."
+    text += ". Times include the factorization."
+    if not math.isnan(result.goal):
+        reference = result.method(result.reference)
+        text += f" {reference.name} takes {format_seconds(result.seconds_to_goal(reference))} to its best "
+        text += f"{result.goal_metric} on {result.curve_of}, {result.goal:.4f}; "
+        seconds = result.seconds_to_goal(ours)
+        reached = f"reaches it in {format_seconds(seconds)}" if math.isfinite(seconds) else "does not reach it"
+        text += f"{ours.name} {reached}."
+    return text
 
 
 def _tiles(result: CompareResult) -> Tiles:
@@ -96,33 +115,40 @@ def _tiles(result: CompareResult) -> Tiles:
         difference = ours.mean(metric) - result.method(key).mean(metric)
         tiles.append((f"{difference:+.4f}", f"{metric} against {result.method(key).name}"))
     speedup = format_speedup(result.speedup(ours))
-    tiles.append((speedup, f"the speed of {result.method(result.reference).name}, factorization included"))
-    return Tiles([tile for tile in tiles if "nan" not in tile[0]])
+    tiles.append((speedup, f"speed-up to the best quality of {result.method(result.reference).name}"))
+    return Tiles([tile for tile in tiles if "nan" not in tile[0] and tile[0] != "-"])
 
 
 def _table(result: CompareResult) -> Table:
-    best = {
-        metric: max((m.mean(metric) for m in result.methods if not math.isnan(m.mean(metric))), default=math.nan)
-        for metric in result.metrics
-    }
     rows = []
     for method in result.methods:
         metrics = [
-            Cell(format_metric(method.mean(m), method.spread(m)), strong=method.mean(m) == best[m])
+            Cell(
+                format_metric(method.mean(m), method.spread(m)),
+                strong=bool(result.mark(method, m)),
+                note="level with the best" if result.mark(method, m) == "level" else "",
+            )
             for m in result.metrics
         ]
-        time = Cell(format_seconds(method.seconds), note=format_parts(method.parts))
+        time = Cell(format_seconds(method.seconds), note=format_parts(method.parts).replace(" + ", "\n+ "))
         speedup = Cell(format_speedup(result.speedup(method)))
-        rows.append([Cell(method.name), *metrics, Cell(format_rows(method, result.total_rows)), time, speedup])
+        goal = Cell(format_to_goal(result.seconds_to_goal(method)))
+        read = Cell(
+            format_rows(method, result.total_rows), note=format_bytes(method.table_bytes) if method.table_bytes else ""
+        )
+        rows.append([Cell(method.name), *metrics, read, time, goal, speedup])
     seeds = max(len(method.seeds) for method in result.methods)
     spread = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else "One seed. "
     return Table(
-        header=("Method", *result.metrics, "Rows trained on", "Time", "Speed-up"),
+        header=("Method", *result.metrics, "Rows and tables", "Time", "Time to goal", "Speed-up"),
         rows=rows,
         marked=[method.key for method in result.methods].index(result.ours),
         caption=spread
-        + "Ties count against the model. Time is wall time to the finished model, factorization included; "
-        + f"speed-up is against {result.method(result.reference).name}.",
+        + "Ties in a ranking count against the model. Bold: the best, and what the seeds cannot tell from it. Rows: "
+        + "distinct rows that the network trains on; the factorization reads all. Below, bytes of the tables. "
+        + "Time: wall time to the finished model, all parts included. Time to goal: until the best "
+        + f"{result.goal_metric} of {result.method(result.reference).name} on {result.curve_of}. Speed-up: its time to "
+        + "goal divided by this one.",
     )
 
 
@@ -165,37 +191,27 @@ def _quality_against_time(result: CompareResult) -> Plot | None:
 
 
 def _training_curves(result: CompareResult) -> Plot | None:
-    metric = result.metrics[-1]
+    metric = result.goal_metric
     with rc_context(PLOT_STYLE):
         figure, axes = chart("Seconds (log scale)", f"{metric}, {result.curve_of}")
         smallest = 0.0
         for method in result.methods:
-            for number, seed in enumerate(method.seeds):
-                before = seed.total_seconds - seed.seconds.get("train", 0.0)
-                points = [
-                    (before + point.seconds, point.metrics[metric])
-                    for point in seed.curve
-                    if metric in point.metrics and before + point.seconds > 0
-                ]
-                if points:
-                    look = _look(result, method)
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        label=method.name if number == 0 else None,
-                        alpha=1.0 if number == 0 else 0.45,
-                        markersize=3.5,
-                        **look,
-                    )
-                    smallest = min(smallest or points[0][0], points[0][0])
+            points = [(p.seconds, p.metrics[metric]) for p in method.curve if metric in p.metrics and p.seconds > 0]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=method.name, markersize=3.5, **_look(result, method))
+                smallest = min(smallest or points[0][0], points[0][0])
         if not smallest:
             return None
+        if not math.isnan(result.goal):
+            axes.axhline(result.goal, color=MUTED, linewidth=1.2, linestyle="--", label="Goal")
         _log_seconds(axes)
         plot_legend(figure, axes)
         return Plot(
             plot_svg(figure, "curves"),
-            f"{metric} on the {result.curve_of} while the networks train, one line a seed. A curve begins "
-            "after what comes before training, the factorization among it.",
-            "Training curves",
+            f"{metric} on {result.curve_of} against time from the start of the method: a curve begins after the "
+            "factorization, cross-fitting and set-up. Dashed: the goal, the best of "
+            f"{result.method(result.reference).name}.",
+            "Quality while training",
         )
 
 

@@ -6,8 +6,13 @@ One process each; no torch is needed.
 from __future__ import annotations
 
 import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 from recpress.data import holdout as data_holdout
@@ -26,28 +31,49 @@ from recpress.trainer.logs.config import IngestCommand, SampleCommand, SplitConf
 
 def synth(config: SynthCommand) -> str | Path:
     """Write a made log and say what it holds."""
-    return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
+    with _ended_by_sigterm():
+        return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
 
 
 def synth_criteo(config: SynthCriteoCommand) -> str | Path:
     """Write a made log with Criteo's columns and say what it holds."""
-    out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
+    with _ended_by_sigterm():
+        out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
     ids = sum(data_synth_criteo.feature_sizes(config.ids))
     print(f"{out}: {config.rows:,} rows, {config.test_rows:,} held out; 26 features of {ids:,} ids in all")
     return out
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that it removes what it has begun to write, with status 143."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are those of the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def ingest(config: IngestCommand) -> str | Path:
     """Convert a public format or a table to a log and say what it holds."""
-    return _describe(data_ingest.ingest(config, config.out, overwrite=config.overwrite))
+    with _ended_by_sigterm():
+        return _describe(data_ingest.ingest(config, config.out, overwrite=config.overwrite))
 
 
 def split(config: SplitConfig) -> str | Path:
     """Write a log that holds one row of each user out and say what it holds."""
     log = open_log(config.data, chosen_schema(config.schema))
-    return _describe(
-        data_holdout.leave_one_out(log, config.out, by=config.by, seed=config.seed, negatives=config.negatives)
-    )
+    with _ended_by_sigterm():
+        return _describe(
+            data_holdout.leave_one_out(log, config.out, by=config.by, seed=config.seed, negatives=config.negatives)
+        )
 
 
 def sample(config: SampleCommand) -> str | Path:
@@ -56,15 +82,16 @@ def sample(config: SampleCommand) -> str | Path:
     log = open_log(config.data, chosen_schema(config.schema), pairs=False, skip_bad=skip)
     if skip:
         log = replace(log, train=TolerantRows.of(log.train))
-    out = write_sample(
-        log,
-        config.out,
-        config.sample,
-        shuffle=config.shuffle,
-        shuffle_rows=config.shuffle_rows,
-        layout=config.layout,
-        overwrite=config.overwrite,
-    )
+    with _ended_by_sigterm():
+        out = write_sample(
+            log,
+            config.out,
+            config.sample,
+            shuffle=config.shuffle,
+            shuffle_rows=config.shuffle_rows,
+            layout=config.layout,
+            overwrite=config.overwrite,
+        )
     made, drawn = open_log(out, pairs=False), config.sample
     rows, whole = made.train.num_rows, log.train.num_rows
     if drawn.kind == "block" and drawn.rate < 1:
@@ -103,8 +130,10 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
 def _describe(path: str | Path) -> str | Path:
     log = open_log(path, pairs=False)
     held_out = log.test_negatives or log.test
+    without = (log.manifest or {}).get("held_out", {}).get("left_out", 0)
+    more = f"; none of {without:,} users, who have one item or met too many" if without else ""
     print(
         f"{path}: {log.train.num_rows:,} rows of {log.num_users:,} users and {log.num_items:,} items, "
-        f"{held_out.num_rows if held_out else 0:,} held out"
+        f"{held_out.num_rows if held_out else 0:,} held out{more}"
     )
     return path

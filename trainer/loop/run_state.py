@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from recpress.modules.fingerprints import is_fingerprint
 from recpress.modules.two_tower import CountCodes
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.loop.optimizer import TrainOptimizer
@@ -16,7 +17,11 @@ from torch import nn
 def weights(model: nn.Module) -> State:
     """What training changes of the model: the dense part and this rank's shards of the trainable tables."""
     fixed = tuple(f"{_plain(name)}." for name, module in model.named_modules() if isinstance(module, CountCodes))
-    return {f"model/{name}": value for name, value in model.state_dict().items() if not name.startswith(fixed or "\0")}
+    return {
+        f"model/{name}": value
+        for name, value in model.state_dict().items()
+        if not (name.startswith(fixed or "\0") or is_fingerprint(name))  # the run's inputs are compared instead
+    }
 
 
 def everything(model: nn.Module, optimizer: TrainOptimizer) -> State:

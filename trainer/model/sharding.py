@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, Storage
 from recpress.modules.frozen_sharded import FrozenEmbeddingBagCollectionSharder
+from recpress.modules.frozen_tables import PlannedTable, stored_row_bytes
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -18,30 +20,49 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import DataType
+from torchrec.optim import RowWiseAdagrad
 
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
+_ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
 RESERVED = 0.3
 """Share of the memory that the planner leaves to batches, activations, the dense part and its optimizer."""
+LARGE = 0.125
+"""A table of more than this share of what tables may take of a rank is cut by rows, if that is more than twice a rank's
+even share of all tables: TorchRec's planner would otherwise put it on one rank as long as it just fits."""
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
     """Trainable tables with the optimizer fused into the backward pass; row-wise on CPU too."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return list(SHARDING_TYPES)
+        return [*SHARDING_TYPES, _NODE_WISE]
+
+    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        """Shapes for the planner, on the device "meta", and the optimizer, whose state it counts."""
+        found: dict[str, nn.Parameter] = {}
+        for name, weight in super().shardable_parameters(module).items():
+            table = PlannedTable.of(*weight.shape, weight.dtype, weight.shape[1] * weight.element_size())
+            if (self.fused_params or {}).get("optimizer") == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
+                table._optimizer_classes = [RowWiseAdagrad]  # type: ignore[attr-defined]
+            found[name] = table
+        return found
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return ["fused"]
 
 
-def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8) -> list[ModuleSharder]:
-    """Row-wise Adagrad for trainable tables (which CPU and CUDA have in common), nothing for frozen ones."""
+def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8, device_type: str = "") -> list[ModuleSharder]:
+    """Row-wise Adagrad for trainable tables (which CPU and CUDA have in common), nothing for frozen ones.
+
+    device_type: what is planned for; by default CUDA where this machine has it.
+    """
     fused: dict[str, Any] = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": learning_rate,
         "eps": eps,
     }
-    return [TableSharder(fused_params=fused), FrozenEmbeddingBagCollectionSharder()]
+    return [TableSharder(fused_params=fused), FrozenEmbeddingBagCollectionSharder(planned_device=device_type)]
 
 
 def topology(device: torch.device, batch_size: int) -> Topology:
@@ -84,24 +105,53 @@ def planner(
     sharding_types: Mapping[str, str] | None = None,
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner as training uses it, for ranks that may exist or not (`recpress plan`)."""
+    tables = _tables(model, cluster.compute_device)
+    even = sum(table.nbytes for table in tables.values()) / cluster.world_size
+    storage = cluster.devices[0].storage
+    memory = storage.hbm if cluster.compute_device == "cuda" else storage.ddr
+    most = max(2 * even, LARGE * (1 - RESERVED) * memory)
     constraints = {}
-    for module in model.modules():
-        tables: dict[str, Storage | None] = {}
-        if isinstance(module, FrozenEmbeddingBagCollection):
-            tables = {t.name: t.storage for t in module.tables()}
-        elif isinstance(module, EmbeddingBagCollection):
-            tables = {config.name: None for config in module.embedding_bag_configs()}
-        for name, storage in tables.items():
-            types = [(sharding_types or {}).get(name)] if name in (sharding_types or {}) else list(SHARDING_TYPES)
-            if storage in QUANTIZED:  # a row has one scale, so it stays in one piece
-                types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
-            constraints[name] = ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
+    for name, table in tables.items():
+        types = list(SHARDING_TYPES)
+        if name in (sharding_types or {}):
+            types = [(sharding_types or {})[name]]
+        elif table.nbytes > most and cluster.world_size > 1:
+            local = cluster.local_world_size
+            types = [_ROW_WISE] + [_NODE_WISE] * (local < cluster.world_size and table.nbytes <= most * local)
+        if table.storage in QUANTIZED:  # a row has one scale, so it stays in one piece
+            types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
+        constraints[name] = ParameterConstraints(
+            sharding_types=types,
+            compute_kernels=["fused"],
+            # looked-up vectors are float32, whatever rows are stored in
+            output_dtype=None if table.storage in (None, "fp32") else DataType.FP32,
+        )
     return EmbeddingShardingPlanner(
         topology=cluster,
         batch_size=batch_size,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(RESERVED),
     )
+
+
+@dataclass(frozen=True)
+class _Table:
+    nbytes: int
+    """With the optimizer's state."""
+    storage: Storage | None
+    """None: trainable."""
+
+
+def _tables(model: nn.Module, device_type: str) -> dict[str, _Table]:
+    found: dict[str, _Table] = {}
+    for module in model.modules():
+        if isinstance(module, FrozenEmbeddingBagCollection):
+            for t in module.tables():
+                found[t.name] = _Table(t.rows * stored_row_bytes(t.storage, t.dim, device_type), t.storage)
+        elif isinstance(module, EmbeddingBagCollection):
+            for config in module.embedding_bag_configs():
+                found[config.name] = _Table(4 * config.num_embeddings * (config.embedding_dim + 1), None)
+    return found
 
 
 def shard(

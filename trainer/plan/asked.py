@@ -60,6 +60,7 @@ def job_of(config: PlanConfig) -> Job:
         rows=rows,
         sampled=sampled,
         group_rows=min(group, rows) if rows else group,
+        rejects=config.negatives.rejects(rows=rows, users=sides[0].ids, items=sides[1].ids, sample=config.sample),
         keep_best=config.evaluation.while_training,
         uploads=is_remote(config.checkpoint.folder or config.out),
         metrics=bool(config.metrics.window),

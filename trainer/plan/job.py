@@ -63,6 +63,8 @@ class Job:
     """Of the sample; 0: unknown."""
     group_rows: int
     """Rows of the largest row group."""
+    rejects: bool = False
+    """Pairs of the log are held in memory, so that no positive is drawn as a negative."""
     keep_best: bool = False
     """A copy of the best weights is held (evaluation.every, evaluation.every_steps)."""
     uploads: bool = False

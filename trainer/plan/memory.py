@@ -90,7 +90,7 @@ def rank_lines(
     lines.append(Line("dense part", 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"))
     if job.keep_best:
         copied = trained_bytes + dense
-        lines.append(Line("best weights", copied, "a copy of what is trained", device, "train"))
+        lines.append(Line("best weights", copied, "a copy of what is trained", "host", "train"))
     staged = trained_bytes + state + 3 * dense
     formula = "trainable tables, optimizer state, dense weights and 2 Adam moments"
     lines.append(Line("copy for checkpoints", staged, formula, "host", "checkpoint"))
@@ -165,7 +165,7 @@ def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) ->
         on_the_way = sum(m.nbytes + m.num_ids * model.counted for m in maps)
         if on_the_way:
             lines.append(Line("maps, before they move", on_the_way, "as on the GPU", "host", "load"))
-        if job.network.negatives.reject_positives and job.rows:
+        if job.rejects and job.rows:
             size = 8 * job.rows + _filter_bits(job.rows) // 8
             lines.append(Line("positive pairs, before they move", size, "9 to 10 B a row of the log", "host", "load"))
     return lines
@@ -186,7 +186,7 @@ def _negatives_lines(job: Job, device: Place) -> list[Line]:
     tables = (negatives.kind != "uniform") + (negatives.kind != "uniform" or job.network.model.loss.in_batch)
     if tables:
         lines.append(Line("item counts", tables * 12 * job.item.ids, f"{tables} x 12 B an item", device))
-    if not negatives.reject_positives:
+    if not job.rejects:
         return lines
     filter_bits = _filter_bits(job.rows)
     bits = filter_bits // 8 if device == "host" else 0
@@ -196,8 +196,8 @@ def _negatives_lines(job: Job, device: Place) -> list[Line]:
     collect = 16 * job.rows + max(8 * job.rows, filter_bits + 24 * job.rows)
     lines.append(Line("collecting pairs", collect, "8 B x 5 a row + a byte a bit", "host", "setup"))
     if negatives.shared:
-        mask = 4 * job.item.ids + 2 * batch * negatives.count
-        lines.append(Line(MARKS, mask, "4 B an item + 2 x batch x negatives", device, "train"))
+        mask = 2 * batch * negatives.count
+        lines.append(Line(MARKS, mask, "2 x batch x negatives", device, "train"))
     return lines
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, cast
 
 import torch
 from recpress.data.batch import ITEM, USER
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, row_bytes
+from recpress.modules.frozen import FrozenEmbeddingBagCollection
+from recpress.modules.frozen_tables import stored_row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.losses import make_loss
 from recpress.modules.two_tower import SideSpec, make_side
@@ -68,8 +69,7 @@ class Shard:
         """As it is stored; int4 rows on CUDA are padded to 16 bytes."""
         if self.storage is None:
             return self.rows * self.width * 4
-        row = row_bytes(self.storage, self.width)  # type: ignore[arg-type]
-        return self.rows * (-(-row // 16) * 16 if cuda and self.storage == "int4" else row)
+        return self.rows * stored_row_bytes(self.storage, self.width, "cuda" if cuda else "cpu")  # type: ignore[arg-type]
 
 
 def tables_of(model: MetaTowers) -> Iterator[Shard]:

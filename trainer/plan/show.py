@@ -52,8 +52,8 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
             f"peak {gib(need.rank_bytes(place))} GiB (set up {at['setup']}, load {at['load']}, train {at['train']}, "
             f"checkpoint {at['checkpoint']})"
         )
-    if job.network.negatives.reject_positives and not job.rows:
-        print("\nnot counted: 8 bytes an interaction on every rank, for --negatives.reject-positives; give --rows")
+    if job.network.negatives.reject_positives != "no" and not job.rows:
+        print("\nnot counted: 8 bytes an interaction on every rank where positives are rejected; give --rows")
     print(f"\n{'fits' if need.problem is None else 'DOES NOT FIT: ' + need.problem}")
     if compared:
         print(f"\nThe same run with other tables, GiB; the smallest number of {unit}s in whole nodes")

@@ -95,7 +95,7 @@ def _layout(job: Job, model: MetaTowers, cluster: ClusterConfig) -> tuple[Shardi
     ranks = Topology(cluster.world, cluster.device, local_world_size=cluster.ranks_per_node, **caps, **speeds)
     try:
         chosen = planner(model, ranks, batch_size=job.network.stream.batch_size)
-        return chosen.plan(model, sharders()), None
+        return chosen.plan(model, sharders(device_type=cluster.device)), None
     except PlannerError:
         cap = gib(_capacity(cluster))
         need = gib(sum(s.nbytes(cluster.device == "cuda") for s in even_shards(model, cluster.world)))

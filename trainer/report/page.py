@@ -57,6 +57,13 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
+class Alert:
+    """What fell short: a paragraph that stands out."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Tiles:
     """Key figures side by side: (figure, what it is)."""
 
@@ -108,7 +115,7 @@ class Code:
 class Section:
     title: str
     """No heading where empty."""
-    blocks: Sequence[Paragraph | Tiles | Table | Plot | Facts | Code]
+    blocks: Sequence[Paragraph | Alert | Tiles | Table | Plot | Facts | Code]
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
@@ -142,20 +149,20 @@ STYLE = """
   color-scheme: light dark;
   --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --ink: #1b2430; --muted: #5d6b7c; --line: #dfe4ea; --paper: #ffffff; --card: #f6f8fa;
-  --mark: #eaf2fb; --accent: #1f6fb5;
+  --mark: #eaf2fb; --accent: #1f6fb5; --alert: #c2571a;
   --series-0: #6b7785; --series-1: #1f6fb5; --series-2: #c2571a; --series-3: #d99a00; --series-4: #1a8f6a;
   --series-5: #b8327f; --series-6: #6c52b8; --series-7: #3aa0c9; --series-8: #8a6d3b; --series-9: #40474f;
 }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6ebf1; --muted: #98a5b3; --line: #303a46; --paper: #12171d; --card: #1a2129;
-  --mark: #17293b; --accent: #6db3ee;
+  --mark: #17293b; --accent: #6db3ee; --alert: #f0905a;
   --series-0: #9aa6b2; --series-1: #6db3ee; --series-2: #f0905a; --series-3: #f2c14e; --series-4: #4fcfa4;
   --series-5: #ef7fbd; --series-6: #ab97ee; --series-7: #7fd3f0; --series-8: #cdb07a; --series-9: #c5ccd3;
 } }
 @media print { :root {
   color-scheme: light;
   --ink: #000000; --muted: #444444; --line: #cccccc; --paper: #ffffff; --card: #f6f8fa; --mark: #eaf2fb;
-  --accent: #1f6fb5;
+  --accent: #1f6fb5; --alert: #c2571a;
   --series-0: #6b7785; --series-1: #1f6fb5; --series-2: #c2571a; --series-3: #d99a00; --series-4: #1a8f6a;
   --series-5: #b8327f; --series-6: #6c52b8; --series-7: #3aa0c9; --series-8: #8a6d3b; --series-9: #40474f;
 } }
@@ -165,6 +172,7 @@ main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1rem; letter-spacing: -0.01em; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 0.75rem; }
 p { max-width: 46rem; margin: 0.6rem 0; overflow-wrap: anywhere; }
+.warning { background: var(--card); border-left: 4px solid var(--alert); padding: 0.6rem 0.9rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 0.75rem;
          margin: 1.5rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.9rem 1rem; }
@@ -176,8 +184,8 @@ caption, figcaption { color: var(--muted); font-size: 0.88rem; padding-top: 0.6r
 th { text-align: right; font-weight: 600; color: var(--muted); font-size: 0.86rem; white-space: nowrap; }
 th, td { padding: 0.5rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-td small { display: block; color: var(--muted); font-size: 0.8rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9.5rem; }
+td small { display: block; white-space: pre-line; color: var(--muted); font-size: 0.8rem; }
 td b { color: var(--accent); }
 table.dense { font-size: 0.8rem; margin-top: 1rem; }
 .dense th { font-size: 0.76rem; vertical-align: bottom; }
@@ -243,6 +251,8 @@ PAGE = """<!doctype html>
 {% set kind = block|kind %}
 {% if kind == "Paragraph" %}
 <p>{{ block.text }}</p>
+{% elif kind == "Alert" %}
+<p class="warning"><b>Warning.</b> {{ block.text }}</p>
 {% elif kind == "Tiles" %}
 <div class="tiles">
 {% for figure, what in block.tiles %}

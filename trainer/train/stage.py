@@ -19,13 +19,14 @@ from recpress.data.log import Log
 from recpress.data.negatives import PositivePairs, make_negatives
 from recpress.data.order import ORDER_VERSION
 from recpress.data.stream import InteractionStream
-from recpress.modules.allocator import give_back
 from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.allocator import give_back
 from recpress.trainer.artifacts import MODEL, FactorsArtifact, describe_log, shared_artifact
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, same_everywhere
+from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout, show
@@ -87,7 +88,7 @@ def train(config: TrainConfig) -> TrainResult:
             nothing is written but checkpoints.
         Preempted: a signal stopped the run, after a checkpoint.
     """
-    with process_group(config.device, config.stall_seconds) as ranks:
+    with process_group(config.device, config.stall_seconds) as ranks, same_command_resumes():
         return _train(config, ranks)
 
 
@@ -112,7 +113,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model_config = describe_model(
             config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
         )
-        artifact.check_target(config.out, config.overwrite)
+        artifact.check_target(
+            config.out,
+            config.overwrite,
+            MODEL,
+            [path for path in (config.data, config.factors, config.hash) if path],
+        )
         if ranks.rank == 0:
             _say_settings(given, config, stream)
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
@@ -235,6 +241,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             meta |= {
                 "rows": source.num_rows,
                 **source.describe(),
+                "rejects_positives": model.builder.negatives.reject is not None,
                 "kept_positives": kept,
                 "steps": fitted.steps,
                 "skipped": fitted.skipped,
@@ -382,7 +389,8 @@ def _model(
             raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
         counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
         reject = None
-        if config.negatives.reject_positives:
+        size = {"rows": log.train.num_rows, "users": log.num_users, "items": log.num_items}
+        if config.negatives.rejects(**size, sample=config.sample):
             reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(

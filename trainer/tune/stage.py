@@ -87,7 +87,8 @@ def tune(config: TuneConfig) -> TuneResult:
             if ranks.rank == 0:
                 _write(config.out, settings, found)
         dist.barrier()
-    _say(f"{config.out}: {_shown(found[0][0])}: {config.evaluation.metric} {found[0][1]:.4f} of {len(found)} networks")
+        best, score = found[0]
+        _say(f"{config.out}: {_shown(best)}: {config.evaluation.metric} {score:.4f}, best of {len(found)} networks")
     return TuneResult(settings, found)
 
 

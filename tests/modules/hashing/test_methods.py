@@ -135,3 +135,27 @@ def test_quotient_remainder_tells_all_ids_apart(ids: int, rows: int) -> None:
     assert found.num_rows == k + -(-ids // k) <= rows
     assert np.array_equal(found.rows[:, 0].numpy(), np.arange(ids) % k)
     assert len(found.rows.unique(dim=0)) == ids
+
+
+@pytest.mark.parametrize("config", [HashConfig(method="learned"), HashConfig(method="cluster"), HashConfig(ways=2)])
+def test_a_tables_own_weight_is_an_embedding(config):
+    weight = torch.nn.Parameter(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)))
+    counts = torch.arange(60.0, requires_grad=True)
+    found = build_map(IdTable(name="t", num_ids=60, counts=counts, embedding=weight), 7, config)
+    want = build_map(IdTable(name="t", num_ids=60, counts=counts.detach(), embedding=weight.detach()), 7, config)
+    assert torch.equal(found.rows, want.rows)
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("config", [HashConfig(method="learned"), HashConfig(method="cluster"), HashConfig(ways=2)])
+def test_vectors_whose_distances_overflow_are_refused(config):
+    values = torch.ones(60, 8)
+    values[3] = 1e30
+    with pytest.raises(ValueError, match=r"'t': row 3 .*1e\+30.*overflow"):
+        build_map(IdTable(name="t", num_ids=60, counts=torch.ones(60), embedding=values), 7, config)
+
+
+def test_tensors_without_dense_values_are_refused():
+    for values in (torch.empty(6, 2, device="meta"), torch.eye(6).to_sparse()):
+        with pytest.raises(ValueError, match="'t': embedding is a tensor"):
+            IdTable(name="t", num_ids=6, embedding=values)

@@ -131,7 +131,9 @@ def test_what_does_not_fit_is_told(capsys):
 
 
 def test_no_number_of_ranks_helps_where_a_replicated_part_is_too_large():
-    job = job_of(config(rows=20_000_000_000))  # 160 GB of pairs on each rank
+    job = job_of(
+        config(rows=20_000_000_000, negatives=NegativesConfig(reject_positives="yes"))
+    )  # 160 GB of pairs on each rank
     model = MetaTowers(job)
     found = smallest(job, model, ClusterConfig(), 0)
     assert found.ranks is None

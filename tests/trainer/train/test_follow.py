@@ -205,7 +205,7 @@ def test_maps_take_ids_that_came_since_and_each_is_counted_once(tmp_path):
     options = (
         "--hash", str(tmp_path / "maps"), "--factors", str(tmp_path / "factors"), "--model.tables.strategy",
         "init-freeze", "--model.towers.kind", "residual", "--model.loss.kind", "softmax", "--model.loss.in-batch",
-        "--negatives.reject-positives", "--negatives.shared",
+        "--negatives.reject-positives", "yes", "--negatives.shared",
     )  # fmt: skip
 
     run = Run(tmp_path, *options, step_to_die=18)  # 10 steps of the first file, then 10 of the next

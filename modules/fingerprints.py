@@ -1,0 +1,164 @@
+"""Fingerprints of what a checkpoint does not hold, id maps and frozen rows: saved with it, and checked on loading.
+
+A module that is `Fingerprinted` adds one small tensor a map or table to its `state_dict`, under `fingerprint.<name>`.
+`load_state_dict` compares them, and the first forward compares what torch.distributed.checkpoint wrote into them in
+place. A checkpoint without fingerprints loads as before: there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from recpress.modules.rows import RowSource
+from torch import nn
+
+if TYPE_CHECKING:
+    from recpress.modules.hashing.id_map import IdMap
+
+PREFIX = "fingerprint."
+_SKETCH, _READ = 1024, 4
+"""Numbers of a sketch of frozen rows, and rows that are read for each."""
+_TOLERANCE = 1e-4
+
+
+def is_fingerprint(name: str) -> bool:
+    """Whether a name of a `state_dict` is that of a fingerprint."""
+    return f".{PREFIX}" in f".{name}"
+
+
+def map_fingerprint(id_map: IdMap) -> torch.Tensor:
+    """(16,) uint8 of all that decides which rows an id gets, those of unknown ids included."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((tuple(id_map.rows.shape), id_map.num_rows, id_map.seed)).encode())
+    for part in (id_map.rows, id_map.weights):
+        if part is not None:
+            digest.update(str(part.dtype).encode())
+            for first in range(0, len(part), 1 << 22):
+                digest.update(np.ascontiguousarray(part[first : first + (1 << 22)].cpu().numpy()))
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def rows_fingerprint(source: RowSource) -> torch.Tensor:
+    """(min(rows, 1024),) float64: weighted sums of rows spread evenly over the source, all rows up to 4,096.
+
+    Sums and not a digest: the rows may be the result of a solver, which differs in the last bits between machines.
+    Every rank gets the same, whatever shards it holds.
+    """
+    rows, dim = source.shape
+    count = empty_rows_fingerprint(rows).numel()
+    across = torch.sin(torch.arange(1, dim + 1, dtype=torch.float64) * 12.9898)
+    along = torch.sin(torch.arange(1, _READ + 1, dtype=torch.float64) * 78.233)
+
+    def read(first: int, last: int) -> torch.Tensor:
+        block: Any = source[first:last]
+        block = block.detach().cpu() if isinstance(block, torch.Tensor) else torch.from_numpy(np.array(block))
+        return block.double() @ across
+
+    whole = read(0, rows) if rows <= _SKETCH * _READ else None
+    found = torch.empty(count, dtype=torch.float64)
+    for k in range(count):
+        first, last = k * rows // count, (k + 1) * rows // count
+        last = min(last, first + _READ)
+        values = read(first, last) if whole is None else whole[first:last]
+        found[k] = values @ along[: last - first]
+    return found
+
+
+def empty_rows_fingerprint(rows: int) -> torch.Tensor:
+    """Of a table that is not loaded: all NaN, which nothing is compared with."""
+    return torch.full((min(rows, _SKETCH),), torch.nan, dtype=torch.float64)
+
+
+class Fingerprinted(nn.Module):
+    """A module whose `state_dict` names what it was saved with.
+
+    `_own` is what this module has; `_shown` is what `state_dict` gives out, and what a checkpoint may be written into.
+    """
+
+    def init_fingerprints(self, own: dict[str, torch.Tensor]) -> None:
+        """own: name -> fingerprint."""
+        self._own = own
+        self._shown = {name: value.clone() for name, value in own.items()}
+        self._versions = {name: value._version for name, value in self._shown.items()}
+
+    def describe_mismatch(self, name: str) -> str:
+        """What an error says where a checkpoint has another fingerprint."""
+        raise NotImplementedError
+
+    def set_fingerprint(self, name: str, value: torch.Tensor) -> None:
+        """Note what was loaded. A checkpoint that came before must fit, unless something else was loaded already.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if _is_known(self._shown[name]) and not _is_known(self._own[name]):
+            self._compare(name, self._shown[name], value)
+        self._own[name] = value
+        self._shown[name].copy_(value)
+        self._versions[name] = self._shown[name]._version
+
+    def check_fingerprints(self) -> None:
+        """Raise ValueError where a checkpoint of another map or table was written into `state_dict`'s tensors."""
+        for name, shown in self._shown.items():
+            if shown._version != self._versions[name]:
+                self._compare(name, shown, self._own[name])
+                self._versions[name] = shown._version
+
+    def _compare(self, name: str, saved: torch.Tensor, own: torch.Tensor) -> None:
+        if not (_is_known(saved) and _is_known(own)):
+            return
+        saved = saved.detach().cpu()
+        same = saved.shape == own.shape
+        if same and own.is_floating_point():
+            scale = torch.maximum(own.abs(), saved.abs()).square().mean().sqrt()
+            same = bool(((saved - own).abs() <= _TOLERANCE * scale).all())
+        elif same:
+            same = torch.equal(saved, own)
+        if not same:
+            raise ValueError(self.describe_mismatch(name))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, shown in self._shown.items():
+            destination[prefix + PREFIX + name] = shown.detach()  # shares the version counter
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        unexpected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        known = {prefix + PREFIX + name: name for name in self._shown}
+        unexpected_keys += [key for key in unexpected if key not in known]
+        for key, name in known.items():
+            saved = state_dict.get(key)
+            if saved is None or not _is_known(saved):
+                continue
+            # Raised at once: DistributedModelParallel drops what is added to error_msgs.
+            self._compare(name, saved, self._own[name])
+            if not _is_known(self._own[name]):  # compared when rows are loaded
+                self._shown[name] = saved.detach().cpu().clone()
+                self._versions[name] = self._shown[name]._version
+
+
+def _is_known(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or not bool(torch.isnan(value).any())
+
+
+def unique_names(names: Iterable[str], what: str) -> None:
+    """Raise ValueError where a name comes twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{what}: the name {name!r} is there twice, expected each name once")
+        seen.add(name)

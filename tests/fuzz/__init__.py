@@ -1,0 +1,1 @@
+"""Programs that look for inputs that break a reader; `make test` does not run them."""
