@@ -481,7 +481,7 @@ def _fit_config(config: TrainConfig, *, nothing: bool) -> FitConfig:
     look = config.evaluation
     return FitConfig(
         epochs=0 if nothing else min(config.stop_after or config.epochs, config.epochs),
-        evaluate_every=look.every,
+        evaluate_every=look.every or 0,
         evaluate_steps=look.every_steps,
         evaluate_first=look.while_training,
         metric=look.metric,

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from recpress.data.config import NegativesConfig, SynthConfig
+from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.config import AutoTablesConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from recpress.trainer.config import AutoTablesConfig, CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.train.choice import Choice, paired_gain
 from recpress.trainer.train.stage import train
 
@@ -88,6 +89,30 @@ def test_factors_that_have_seen_the_rows_leave_nothing_to_choose_on(log, factors
     assert (result.fit.steps, result.best_epoch, result.fallback) == (0, 0, True)
     assert result.metrics == result.factorization
     assert "crossfit-rate" in caplog.text
+
+
+def test_a_resumed_run_chooses_as_one_that_was_never_stopped(log, factors, tmp_path, monkeypatch):
+    settings = {"epochs": 3, "stream": StreamConfig(batch_size=512), "checkpoint": CheckpointConfig(steps=3, minutes=0)}
+    quiet = train(config(log, tmp_path / "quiet", factors, **settings))
+    step = TrainOptimizer.step
+
+    def crash(self):
+        if self.steps == 10:
+            raise RuntimeError
+        step(self)
+
+    monkeypatch.setattr(TrainOptimizer, "step", crash)
+    with pytest.raises(RuntimeError):
+        train(config(log, tmp_path / "crashed", factors, **settings))
+    monkeypatch.setattr(TrainOptimizer, "step", step)
+    resumed = train(config(log, tmp_path / "crashed", factors, **settings))
+    assert quiet.fit.steps == resumed.fit.steps > 10
+    assert (resumed.best_epoch, resumed.fallback, resumed.metrics) == (quiet.best_epoch, quiet.fallback, quiet.metrics)
+    timeless = [
+        [{name: value for name, value in look.items() if name != "train_seconds"} for look in run.fit.evaluations]
+        for run in (quiet, resumed)
+    ]
+    assert timeless[0] == timeless[1]
 
 
 def test_without_validation_the_last_weights_are_published(log, factors, tmp_path):
