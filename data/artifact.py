@@ -26,25 +26,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs as pafs
-from recpress.data import storage
+from recpress.data import claim, storage
+from recpress.data.claim import hidden
 from recpress.data.errors import InputError
-from recpress.data.files import first_line, is_remote, resolve, retried, shown
+from recpress.data.files import exists, first_line, is_remote, resolve, retried, shown, split_wild
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = ".recpress-unfinished"
 """Marks, on an object store, a folder that is being written; without a manifest beside it, what is left of that."""
+
+
+_BEGUN: dict[Path, str | Path] = {}
+"""Temporary folder -> the target that `begin` claimed for it."""
 
 
 class UnknownVersion(InputError):
@@ -93,22 +99,33 @@ def describe_file(path: str | Path, name: str | None = None) -> dict[str, Any]:
     return {"name": name or str(path), "size": os.path.getsize(path), "fingerprint": fingerprint(path)}
 
 
-def begin(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Creates an empty temporary folder, beside `path` where that is local, and returns it.
+def begin(
+    path: str | Path, *, overwrite: bool = False, kind: str | None = None, inputs: Sequence[str | Path] = ()
+) -> Path:
+    """Claims `path` (`recpress.data.claim`), and returns an empty temporary folder, beside `path` where that is local.
 
-    Raises InputError where `path` is taken (with `overwrite`, only by something that is not an artifact), or cannot be
-    written.
+    `commit` or `abort` with that folder ends the claim.
+
+    Raises:
+        InputError: see `check_target`; another run writes to `path`, or it cannot be written.
     """
-    check_target(path, overwrite)
-    if is_remote(path):
-        storage.write_bytes(storage.join(path, UNFINISHED), b"")  # no permission to write is found now, not at the end
-        return Path(tempfile.mkdtemp(prefix="recpress-"))
-    path = _local(path)
-    tmp = path.absolute().parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
+    check_target(path, overwrite, kind, inputs)
+    claim.take(path)
     try:
-        tmp.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot create a folder beside it: {error}") from error
+        if is_remote(path):
+            storage.write_bytes(storage.join(path, UNFINISHED), b"")  # no permission to write is found now
+            tmp = Path(tempfile.mkdtemp(prefix="recpress-"))
+        else:
+            local = _local(path).absolute()
+            tmp = hidden(local, f"tmp-{uuid.uuid4().hex[:8]}")
+            try:
+                tmp.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"{path}: cannot create a folder beside it: {error.strerror}") from error
+    except BaseException:
+        claim.release(path)
+        raise
+    _BEGUN[tmp] = path
     return tmp
 
 
@@ -117,6 +134,7 @@ def commit(tmp: Path, path: str | Path, kind: str, meta: dict[str, Any], *, over
     if is_remote(path):
         prepare(path, overwrite=overwrite)
         publish(path, kind, meta, upload(tmp, path))
+        _end_claim(tmp)
         return
     path = _local(path)
     (tmp / MANIFEST).write_bytes(_manifest(kind, meta, describe_folder(tmp)))
@@ -127,12 +145,13 @@ def commit(tmp: Path, path: str | Path, kind: str, meta: dict[str, Any], *, over
     check_target(path, overwrite)
     old = None
     if path.exists():
-        old = path.absolute().parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
+        old = hidden(path.absolute(), f"old-{uuid.uuid4().hex[:8]}")
         os.rename(path, old)
     os.rename(tmp, path)
     _sync(path.absolute().parent)
     if old is not None:
         shutil.rmtree(old)
+    _end_claim(tmp)
 
 
 def prepare(path: str | Path, *, overwrite: bool = False) -> None:
@@ -173,13 +192,24 @@ def publish(path: str | Path, kind: str, meta: dict[str, Any], contents: list[di
 
 
 def abort(tmp: Path) -> None:
-    """Removes the folder that `begin` created."""
+    """Removes the folder that `begin` created, and ends its claim."""
     shutil.rmtree(tmp, ignore_errors=True)
+    _end_claim(tmp)
+
+
+def _end_claim(tmp: Path) -> None:
+    if (path := _BEGUN.pop(tmp, None)) is not None:
+        claim.release(path)
 
 
 @contextmanager
 def writing(
-    path: str | Path, kind: str, meta: dict[str, Any] | None = None, *, overwrite: bool = False
+    path: str | Path,
+    kind: str,
+    meta: dict[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
 ) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends, and nothing when it raises.
 
@@ -188,9 +218,10 @@ def writing(
         kind: what it is, as `read_manifest` will ask for it.
         meta: further keys of the manifest, JSON values; read when the block ends, so that the block may add
             to it.
-        overwrite: replace an artifact that has this name.
+        overwrite: replace an artifact of the same kind that has this name.
+        inputs: logs and artifacts that the block reads; `path` must be apart from them.
     """
-    tmp = begin(path, overwrite=overwrite)
+    tmp = begin(path, overwrite=overwrite, kind=kind, inputs=inputs)
     try:
         yield tmp
         commit(tmp, path, kind, meta or {}, overwrite=overwrite)
@@ -262,10 +293,7 @@ def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
         raise InputError(f"{storage.join(path, MANIFEST)}: does not list its files; expected it of this release")
     wanted = [e for e in manifest["contents"] if not patterns or any(fnmatch(e["name"], p) for p in patterns)]
     for entry in wanted:
-        if entry["name"].startswith("/") or ".." in entry["name"].split("/"):
-            raise InputError(
-                f"{storage.join(path, MANIFEST)}: lists {entry['name']!r}, expected names below the folder"
-            )
+        check_inside(entry["name"], path)
     key = hashlib.sha256(f"{path} {json.dumps(manifest, sort_keys=True)}".encode()).hexdigest()[:16]
     folder = storage.cache_folder() / f"artifact-{key}"
     missing = [entry for entry in wanted if not _is_copied(folder, entry)]
@@ -277,8 +305,21 @@ def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
     return folder
 
 
-def check_target(path: str | Path, overwrite: bool) -> None:
-    """Raises InputError where `begin` would: something has this name."""
+def check_inside(name: Any, path: str | Path) -> None:
+    """Raises InputError where a name that the manifest of `path` lists is not that of a file below its folder."""
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
+        raise InputError(f"{storage.join(path, MANIFEST)}: lists {name!r}, expected names below the folder")
+
+
+def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inputs: Sequence[str | Path] = ()) -> None:
+    """Raises InputError where nothing can be written to `path`.
+
+    Something has this name, and is not to be overwritten or is not an artifact of kind `kind`; one of `inputs` (files,
+    folders or globs) lies at `path`, in it or around it; `path` is no name for a folder.
+    """
+    _check_name(path)
+    for given in filter(None, map(str, inputs)):
+        _check_apart(path, given)
     if is_remote(path):
         found = storage.list_files(path)
         taken, whole = bool(found.keys() - {UNFINISHED}), MANIFEST in found
@@ -293,6 +334,60 @@ def check_target(path: str | Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists already; choose another name or allow it to be overwritten")
     if not whole:
         raise InputError(f"{path}: exists and is no artifact (no {MANIFEST}); it will not be overwritten")
+    if kind is not None and (found_kind := read_manifest(path).get("kind")) != kind:
+        raise InputError(
+            f"{path}: exists and is an artifact of kind '{found_kind}', which one of kind '{kind}' does not overwrite; "
+            "choose another name, or remove it"
+        )
+
+
+def _check_name(path: str | Path) -> None:
+    text = str(path)
+    if not text.strip():
+        raise InputError("the output has an empty name; expected a folder")
+    if is_remote(path):
+        return
+    if re.match(r"\w[\w+.-]+:/[^/]", text) and not os.path.exists(text):
+        raise InputError(f"{path}: neither a path nor an address; expected two slashes after the scheme")
+    if (text == "~" or text.startswith("~/")) and not os.path.exists(text):
+        raise InputError(f"{path}: '~' is expanded by shells alone; expected the full path")
+    local = os.path.realpath(_local(path))
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(local)
+    except OSError as error:  # a name that is too long, say
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    if os.path.commonpath([local, os.getcwd()]) == local:
+        raise InputError(f"{path}: the working folder, or a folder around it; expected a name for a new folder")
+    for folder in Path(local).parents:
+        if _is_artifact(folder):
+            raise InputError(f"{path}: lies inside the artifact {folder}; expected a folder outside of it")
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / MANIFEST).read_bytes()).get("format") == "recpress")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _check_apart(path: str | Path, given: str) -> None:
+    """Raises InputError where an input lies at `path` or in it, or is a folder around it."""
+    filesystem, target = resolve(path)
+    other, source = resolve(given)
+    if not filesystem.equals(other):
+        return
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        target, source = os.path.realpath(target), os.path.realpath(source)
+    wild = ""
+    if not exists(other, source):
+        source, wild = split_wild(source)
+        if not wild:  # the start of names, or nothing, which its reader refuses
+            return
+    around = not wild and f"{target}/".startswith(f"{source}/")  # a glob's folder may hold the target too
+    if around or f"{source}/".startswith(f"{target}/"):
+        where = "is" if source == target else "lies in" if around else "contains"
+        raise InputError(f"{path}: the output {where} the input {given}; expected a folder apart from it")
 
 
 def place(path: str | Path) -> str | Path:

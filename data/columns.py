@@ -93,7 +93,8 @@ def check_type(column: Column, schema: pa.Schema, where: str) -> None:
         raise InputError(f"{where}: {many} '{column.name}'; expected {_EXPECTED[column.role]}, found {names}")
     kind = schema.field(found[0]).type
     if not _fits(column.role, kind):
-        raise InputError(f"{where}, column '{column.name}': type {kind}; expected {_EXPECTED[column.role]}")
+        advice = "; `recpress ingest` numbers other ids" if column.role in ("id", "ids", "categorical") else ""
+        raise InputError(f"{where}, column '{column.name}': type {kind}; expected {_EXPECTED[column.role]}{advice}")
 
 
 def _fits(role: Role, kind: pa.DataType) -> bool:
@@ -115,6 +116,53 @@ def _fits(role: Role, kind: pa.DataType) -> bool:
             return number or pa.types.is_boolean(kind)
         case "float":
             return number or pa.types.is_null(kind)
+
+
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """The same with types that all of Arrow's functions take: no views."""
+    return pa.schema([field.with_type(_without_views(field.type)) for field in schema], schema.metadata)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
+    if pa.types.is_list_view(kind) or pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    if pa.types.is_large_list_view(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_without_views(kind.value_type)))
+    return kind
+
+
+def plain_table(table: pa.Table) -> pa.Table:
+    """The same with the types of `plain_schema`."""
+    schema = plain_schema(table.schema)
+    if schema.equals(table.schema):
+        return table
+    columns = []
+    for column, field in zip(table.columns, schema, strict=True):
+        plain = [_plain_array(chunk, field.type) for chunk in column.chunks]
+        columns.append(pa.chunked_array(plain, field.type))
+    return pa.table(columns, schema=schema)
+
+
+def _plain_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    if array.type.equals(kind):
+        return array
+    if pa.types.is_struct(kind):
+        parts = [_plain_array(part, field.type) for part, field in zip(array.flatten(), kind.fields, strict=True)]
+        return pa.StructArray.from_arrays(parts, fields=kind.fields, mask=array.is_null())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # Arrow's own cast of list views makes short offsets
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        large = pa.types.is_large_list(kind)
+        offsets = pa.array(np.append(0, np.cumsum(lengths, dtype=np.int64)), pa.int64() if large else pa.int32())
+        values = _plain_array(array.flatten(), kind.value_type)
+        made = (pa.LargeListArray if large else pa.ListArray).from_arrays(offsets, values, mask=array.is_null())
+        return made.cast(kind)
+    return array.cast(kind)
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -237,6 +285,9 @@ def _cast(array: pa.Array, kind: pa.DataType, where: str) -> pa.Array:
 
 
 def _integers(array: pa.Array, limit: int | None, where: str) -> np.ndarray:
-    ids = _cast(array, pa.int64(), where).to_numpy(zero_copy_only=False)
+    try:
+        ids = _cast(array, pa.int64(), where).to_numpy(zero_copy_only=False)
+    except InputError as error:
+        raise InputError(f"{error}; `recpress ingest` numbers raw ids") from error
     check_ids(ids, limit, where)
     return ids

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _WILD = re.compile(r"[*?\[]")
 _LONGEST_WAIT = 8.0
+_ALIASES = {"s3a": "s3", "s3n": "s3"}  # how Hadoop names it
 _OF_PYARROW = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _FSSPEC = "py::fsspec+"  # how pyarrow names what it reaches by fsspec
 _SECRET_OPTION = re.compile(
@@ -52,6 +53,11 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     `gs://`, `hdfs://`, `abfs://`), else of one that fsspec knows, where that is installed (`zip://a.parquet::/b.zip`).
     """
     text = str(path)
+    if not text.strip():
+        raise InputError("an empty path; expected a file, a folder or an address")
+    scheme, mark, rest = text.partition("://")
+    if mark:
+        text = f"{_ALIASES.get(scheme.lower(), scheme.lower())}{mark}{rest}"
     if "://" not in text:
         return pafs.LocalFileSystem(), text.rstrip("/") or "/"
     _refuse_secrets(text)
@@ -62,7 +68,7 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     address, mark, options = text.partition("?")
     if address.startswith("s3://"):
         return _resolve_s3(address, options)
-    fixed, rest = _split_wild(address)
+    fixed, rest = split_wild(address)
     try:
         filesystem, base = pafs.FileSystem.from_uri(fixed.rstrip("/") + mark + options)
     except (ValueError, OSError, NotImplementedError) as error:
@@ -133,26 +139,62 @@ def file_type(filesystem: pafs.FileSystem, path: str) -> pafs.FileType:
     return file_infos(filesystem, [path])[0].type
 
 
+def exists(filesystem: pafs.FileSystem, path: str) -> bool:
+    """Whether a file or folder has this name. Raises InputError where the filesystem does not answer."""
+    return file_type(filesystem, path) != pafs.FileType.NotFound
+
+
 def is_glob(path: str) -> bool:
     return _WILD.search(path) is not None
 
 
+def is_pattern(filesystem: pafs.FileSystem, path: str) -> bool:
+    """Whether a path is a glob: it has wildcards, and nothing has this name."""
+    return is_glob(path) and not exists(filesystem, path)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is a writer's own (`_SUCCESS`, `_temporary`, `.part-0.crc`), which readers pass over."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def split_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
+    """The folder before the first part that is a wildcard and no name of something, and the rest."""
+    base, rest = split_wild(pattern)
+    while "/" in rest:
+        part, _, after = rest.partition("/")
+        literal = f"{base}/{part}" if base or pattern.startswith("/") else part
+        if not exists(filesystem, literal):
+            break
+        more, rest = split_wild(after)
+        base = f"{literal}/{more}".rstrip("/")
+    return base.rstrip("/") or ("/" if pattern.startswith("/") else "."), rest
+
+
 def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
-    """Paths of the files that match, sorted. `*` and `?` stay within a folder."""
-    if not is_glob(pattern):
-        return [pattern] if file_type(filesystem, pattern) == pafs.FileType.File else []
-    base, rest = _split_wild(pattern)
-    base = base.rstrip("/") or ("/" if pattern.startswith("/") else ".")
+    """Paths of the files that match, sorted: the one of this name, else those of the glob.
+
+    `*` and `?` stay within a folder, and match no hidden names (`is_hidden`) unless these are written out.
+    """
+    if file_type(filesystem, pattern) == pafs.FileType.File:
+        return [pattern]
+    if not is_pattern(filesystem, pattern):
+        return []
+    base, rest = split_glob(filesystem, pattern)
     deep = "/" in rest
     infos = _selected(filesystem, base, deep)
-    parts = [re.compile(translate(part)) for part in rest.split("/")]
+    parts = [(part, re.compile(translate(part))) for part in rest.split("/")]
+
+    def fits(part: str, compiled: re.Pattern[str], name: str) -> bool:
+        return compiled.match(name) is not None and (not is_hidden(name) or part[:1] == name[:1])
+
     matches = []
     for info in infos:
         below = info.path.removeprefix(base if base != "." else "").lstrip("/").removeprefix("./").split("/")
         if (
             info.type == pafs.FileType.File
             and len(below) == len(parts)
-            and all(part.match(name) for part, name in zip(parts, below, strict=True))
+            and all(fits(*part, name) for part, name in zip(parts, below, strict=True))
         ):
             matches.append(info.path)
     return sorted(matches)
@@ -169,6 +211,18 @@ def list_files(filesystem: pafs.FileSystem, path: str) -> dict[str, int]:
     infos = _selected(filesystem, path, True)
     names = {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
     return dict(sorted(names.items()))
+
+
+def walk(filesystem: pafs.FileSystem, path: str) -> list[str]:
+    """Paths of all files below a folder that are not hidden and lie in no hidden folder, sorted."""
+    infos = _selected(filesystem, path, True)
+    return sorted(
+        info.path
+        for info in infos
+        if info.type == pafs.FileType.File
+        and info.base_name
+        and not any(map(is_hidden, info.path[len(path) :].strip("/").split("/")))
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -211,7 +265,7 @@ def _resolve_fsspec(address: str) -> tuple[pafs.FileSystem, str]:
         raise InputError(
             f"{address}: scheme '{scheme}', expected one of {', '.join(_OF_PYARROW)}, or an installed fsspec"
         ) from None
-    fixed, rest = _split_wild(address) if "::" not in address else (address, "")
+    fixed, rest = split_wild(address) if "::" not in address else (address, "")
     try:
         # No listing is kept: files come to a log, and an artifact is looked for after it was written.
         filesystem, base = fsspec.core.url_to_fs(fixed, use_listings_cache=False)
@@ -273,7 +327,7 @@ def _s3(region: str, endpoint: str, scheme: str, timeout: float) -> pafs.FileSys
     )
 
 
-def _split_wild(pattern: str) -> tuple[str, str]:
+def split_wild(pattern: str) -> tuple[str, str]:
     """The folders before the first part that has a wildcard, and the rest."""
     parts = pattern.split("/")
     first = next((place for place, part in enumerate(parts) if is_glob(part)), len(parts))

@@ -18,8 +18,9 @@ from pyarrow import fs as pafs
 from recpress.data import artifact
 from recpress.data.drift import agree
 from recpress.data.errors import InputError
-from recpress.data.files import expand, file_type, first_line, is_glob, list_folder, resolve, shown
+from recpress.data.files import expand, file_type, first_line, is_hidden, is_pattern, list_folder, resolve, shown
 from recpress.data.log import files_of
+from recpress.data.partitions import constants
 from recpress.data.rows import RowFile, Rows, groups_of, num_ids, open_file
 
 Taken = dict[str, Any]
@@ -40,7 +41,7 @@ class GrowingLog:
 
     def __post_init__(self) -> None:
         self._filesystem, self._inner = resolve(self.path)
-        self._glob = is_glob(self._inner)
+        self._glob = is_pattern(self._filesystem, self._inner)
         if self._glob:
             return
         if file_type(self._filesystem, self._inner) != pafs.FileType.Directory:
@@ -58,7 +59,7 @@ class GrowingLog:
         """
         found = []
         for name in self._list():
-            if name in taken or name.rsplit("/", 1)[-1].startswith((".", "_")):
+            if name in taken or is_hidden(name.rsplit("/", 1)[-1]):
                 continue
             try:
                 file = open_file(self._filesystem, name)
@@ -97,9 +98,11 @@ def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken], *, a
         InputError: a file that is gone, changed, or does not fit the log: a column that is missing, or of another type.
     """
     opened = []
+    names = [file["name"] for file in files]
+    given = constants(names, base.folders) if base.folders is not None else {}
     for file in files:
         where = shown(base.filesystem, file["name"])
-        opened.append(open_file(base.filesystem, file["name"]))
+        opened.append(open_file(base.filesystem, file["name"], given.get(file["name"])))
         found = artifact.fingerprint(file["name"], base.filesystem)
         if found != file["fingerprint"]:
             raise InputError(

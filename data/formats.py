@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from recpress.data.config import IngestConfig, Schema
 from recpress.data.errors import InputError
 from recpress.data.raw_files import RawFile, RawInput, plain_name
-from recpress.data.raw_text import Dialect, first_lines, header, read_delimited, read_lines
+from recpress.data.raw_text import Dialect, first_lines, header, listed, read_delimited, read_lines
 from recpress.data.sources import Piece, Source, dialect_of
 
 INTS = [f"I{place}" for place in range(1, 14)]
@@ -66,8 +66,7 @@ def movielens(config: IngestConfig, place: RawInput) -> Source:
             names = header(file, dialect)
             if missing := [name for name in columns if name not in names]:
                 raise InputError(
-                    f"{file.where}: no column '{missing[0]}'; found {', '.join(names)[:500]} (for other tables: "
-                    "--format csv)"
+                    f"{file.where}: no column '{missing[0]}'; found {listed(names)} (for other tables: --format csv)"
                 )
             for first, table in read_delimited(file, dialect, columns):
                 yield Piece("train", file.where, first, table.rename_columns(_EVENT))

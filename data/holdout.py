@@ -9,12 +9,14 @@ the new log has not seen them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from recpress.data import artifact
 from recpress.data.config import LayoutConfig
 from recpress.data.drift import stored_as
@@ -42,9 +44,11 @@ def leave_one_out(
     """Writes the log `out`, whose train is that of `log` without one pair a user, and whose test is those
     pairs.
 
-    A user takes part who keeps at least one row and has at least `negatives` items that it did not meet.
-    Where the pair occurs in several rows, all of them leave train. Reads the log three times and, seldom,
-    more often; memory O(users + items + left-out users x negatives).
+    A user takes part who keeps at least one row and has at least `negatives` items that it did not meet; the manifest
+    says how many do and how many do not (`held_out`). Where the pair occurs in several rows, all of them leave train.
+    All columns of train stay that its files have in common. Reads the log three times and, seldom, more often; memory
+    O(users + items + left-out users x negatives), and a bit for each user and item of those who met almost all items:
+    together at most a quarter of a byte for each row.
 
     Args:
         by: `random`, or `last`: the row with the largest time (of equal ones the last in the log).
@@ -59,19 +63,19 @@ def leave_one_out(
         raise InputError(f"{log.path}: the last interaction needs a time column; the schema names none")
     if negatives < 0:
         raise InputError(f"negatives is {negatives}; expected at least 0")
-    counts, chosen = _choose(log, by, seed)
-    held = _partake(log, counts, chosen, seed, negatives, max_users)
     asked = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
     own = {"made_by": "leave_one_out", "config": asked}
     meta: dict[str, Any] = {}
     with (
-        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=[log.path]) as tmp,
         LogWriter(tmp, layout or LayoutConfig()) as writer,
     ):
+        counts, chosen = _choose(log, by, seed)
+        held, heavy = _partake(log, counts, chosen, seed, negatives, max_users)
         left = _write_rows(log, writer, held)
         users = np.flatnonzero(held >= 0)
         if negatives:
-            unmet = _draw_negatives(log, users, held[users], counts, negatives, seed)
+            unmet = _draw_negatives(log, users, counts, heavy, negatives, seed)
             kind = _schema(log).field(log.schema.item).type
             writer.part("test_negatives").write(negatives_table(users, held[users], unmet, kind))
         _copy_tables(log, writer, left)
@@ -82,6 +86,7 @@ def leave_one_out(
             log.num_items,
             vocabularies=old.get("vocabularies", {}),
             features=old.get("features", {}),
+            held_out={"users": len(users), "left_out": int(np.count_nonzero(counts)) - len(users)},
             **({} if log.sample_of is None else {"sample_of": log.sample_of}),
             **(more or own | {"inputs": log.inputs()}),
         )
@@ -118,15 +123,48 @@ def _choose(log: Log, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return counts, chosen
 
 
+class _Heavy:
+    """The items that some users met, a bit each: of those with so many rows that few items may be left.
+
+    Of the others `rows` bounds the number of items from above, and is all that needs to be known.
+    """
+
+    def __init__(self, counts: np.ndarray, num_items: int, negatives: int) -> None:
+        self.users = np.flatnonzero(counts > num_items - 4 * negatives) if negatives else np.empty(0, dtype=np.int64)
+        self.place = np.full(len(counts), -1, dtype=np.int64)
+        self.place[self.users] = np.arange(len(self.users))
+        self._width = -(-num_items // 8)
+        self._num_items = num_items
+        self._bits = np.zeros(len(self.users) * self._width, dtype=np.uint8)
+
+    def add(self, users: np.ndarray, items: np.ndarray) -> None:
+        place = self.place[users]
+        place, items = place[place >= 0], items[place >= 0]
+        np.bitwise_or.at(self._bits, place * self._width + (items >> 3), (128 >> (items & 7)).astype(np.uint8))
+
+    def unmet(self, place: int) -> np.ndarray:
+        """The items that the user at this place did not meet, sorted."""
+        bits = np.unpackbits(self._bits[place * self._width : (place + 1) * self._width], count=self._num_items)
+        return np.flatnonzero(bits == 0)
+
+    def num_unmet(self) -> np.ndarray:
+        """Of each of `users`."""
+        return np.array([len(self.unmet(place)) for place in range(len(self.users))], dtype=np.int64)
+
+
 def _partake(
     log: Log, counts: np.ndarray, chosen: np.ndarray, seed: int, negatives: int, max_users: int | None
-) -> np.ndarray:
-    """The item that each user leaves out, (users,), -1 where it leaves out none."""
+) -> tuple[np.ndarray, _Heavy]:
+    """The item that each user leaves out, (users,), -1 where it leaves out none; and what heavy users met."""
     copies = np.zeros(log.num_users, dtype=np.int64)  # rows of the chosen pair
+    heavy = _Heavy(counts, log.num_items, negatives)
     for _, data in _scan(log, [log.schema.user, log.schema.item], "counting copies"):
         users, items = data[log.schema.user], data[log.schema.item]
         copies += np.bincount(users[items == chosen[users]], minlength=log.num_users)
-    able = np.flatnonzero((counts > copies) & (log.num_items - counts >= negatives))
+        heavy.add(users, items)
+    unmet = log.num_items - counts  # at least
+    unmet[heavy.users] = heavy.num_unmet()
+    able = np.flatnonzero((counts > copies) & (unmet >= negatives))
     if not able.size:
         raise InputError(
             f"{log.path}: no user has two items and {negatives} of {log.num_items} items that it did not meet"
@@ -138,7 +176,7 @@ def _partake(
         able = np.sort(rng.choice(able, max_users, replace=False))
     held = np.full(log.num_users, -1, dtype=np.int64)
     held[able] = chosen[able]
-    return held
+    return held, heavy
 
 
 def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.ndarray]:
@@ -147,13 +185,12 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
     Returns how many rows of each user and of each item left train.
     """
     user, item, time = log.schema.user, log.schema.item, log.schema.time
-    names = list(log.train.columns)
     left: dict[Side, np.ndarray] = {side: np.zeros(log.num_ids(side), dtype=np.int64) for side in SIDES}
     tests = []
     schema = _schema(log)
     for group, data in _scan(log, [user, item], "writing"):
         leaves = data[item] == held[data[user]]
-        table = log.train.read_table(group, names).select(schema.names).cast(schema)
+        table = log.train.read_table(group, schema.names).select(schema.names).cast(schema)
         writer.part("train").write(table.filter(pa.array(~leaves)))
         if leaves.any():
             tests.append(table.filter(pa.array(leaves)))
@@ -161,27 +198,44 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
                 left[side] += np.bincount(data[log.column(side)][leaves], minlength=log.num_ids(side))
     test = pa.concat_tables(tests)
     # Of the copies of a pair the latest stands for it.
-    order = test.append_column("place in train", pa.array(np.arange(test.num_rows))).sort_by(
-        [(user, "ascending"), *([(time, "ascending")] if time else []), ("place in train", "ascending")]
+    keys = pa.table(
+        {"user": test.column(user), **({"time": test.column(time)} if time else {}), "place": np.arange(test.num_rows)}
     )
-    users = order.column(user).to_numpy()
+    order = pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names])
+    users = keys.column("user").take(order).to_numpy()
     last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
-    writer.part("test").write(order.take(pa.array(last)).drop_columns("place in train"))
+    writer.part("test").write(test.take(order.take(pa.array(last))))
     return left
 
 
 def _schema(log: Log) -> pa.Schema:
-    """Of what is written: the files of the log may store the same in different types."""
-    return stored_as(list(log.train.columns.values()), [file.schema for file in log.train.files])
+    """Of what is written: the files of the log may store the same in different types.
+
+    Columns that the log's schema does not name are written where all files have them with one type.
+    """
+    schemas = [file.schema for file in log.train.files if file.metadata]
+    named = stored_as(list(log.train.columns.values()), schemas)
+    fields = [named.field(field.name) if field.name in named.names else field for field in schemas[0]]
+    kept = [
+        field
+        for field in fields
+        if field.name in named.names
+        or all(other.names.count(field.name) == 1 and other.field(field.name).type == field.type for other in schemas)
+    ]
+    if lost := [field.name for field in fields if field not in kept]:
+        logging.getLogger("recpress").warning(
+            "%s: not written, since its files differ in them: columns %s", log.path, ", ".join(lost)
+        )
+    return pa.schema([field.with_nullable(True).remove_metadata() for field in kept])
 
 
 def _draw_negatives(
-    log: Log, users: np.ndarray, items: np.ndarray, counts: np.ndarray, count: int, seed: int
+    log: Log, users: np.ndarray, counts: np.ndarray, heavy: _Heavy, count: int, seed: int
 ) -> np.ndarray:
     """(users, count) items that each user never met.
 
-    Candidates are drawn for all users at once and struck out while the log streams by; users that are left
-    with too few get more, which takes another pass.
+    Heavy users draw from the items that they did not meet. For all others at once candidates are drawn, and struck out
+    while the log streams by; users that are left with too few get more, which takes another pass.
     """
     rng = generator(seed, "leave one out", "negatives")
     size = log.num_items
@@ -190,8 +244,12 @@ def _draw_negatives(
     seen = np.empty(0, dtype=np.int64)  # keys (place, item) that were candidates before, sorted
     good: list[np.ndarray] = []
     need = np.full(len(users), count)
+    for own in np.flatnonzero(heavy.place[users] >= 0).tolist():
+        drawn = rng.choice(heavy.unmet(int(heavy.place[users[own]])), count, replace=False)
+        good.append(own * size + drawn.astype(np.int64))
+        need[own] = 0
     while need.any():
-        wanted = np.ceil(need * (size / (size - counts[users]) * 1.1) + 3 * np.sqrt(need)).astype(np.int64)
+        wanted = np.ceil(need * (size / np.maximum(size - counts[users], 1) * 1.1) + 3 * np.sqrt(need)).astype(np.int64)
         keys = _candidates(rng, np.where(need > 0, wanted, 0), size, seen)
         met = np.zeros(len(keys), dtype=bool)
         for _, data in _scan(log, [log.schema.user, log.schema.item], "drawing negatives"):

@@ -7,7 +7,6 @@ negatives name. Counts are those of train.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from recpress.data import artifact, formats, raw_files, sources
 from recpress.data.config import IngestConfig
 from recpress.data.encoder import Encoder, FinerTimes
 from recpress.data.errors import InputError
-from recpress.data.files import is_glob
+from recpress.data.files import is_pattern
 from recpress.data.holdout import leave_one_out
 from recpress.data.log import KIND, SIDES, open_log
 from recpress.data.raw_files import RawInput, has_suffix, plain_name
@@ -43,7 +42,9 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
     """
     if config.holdout == "none":
         return _ingest(config, out, overwrite)
-    whole = artifact.begin(out, overwrite=overwrite)  # the log before the split, beside the target
+    whole = artifact.begin(
+        out, overwrite=overwrite, kind=KIND, inputs=_inputs(config)
+    )  # the log before the split, beside the target
     try:
         log = open_log(_ingest(config, whole / "whole", False))
         if log.test is not None:
@@ -59,7 +60,7 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
             more={key: log.manifest[key] for key in KEPT if log.manifest and key in log.manifest},
         )
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        artifact.abort(whole)
 
 
 def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Path:
@@ -78,19 +79,22 @@ def _write(
     encoder = Encoder(source, config, unit)
     meta: dict[str, Any] = {}
     with (
-        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=_inputs(config)) as tmp,
         LogWriter(tmp, config.layout) as writer,
     ):
         with tqdm(unit=" rows", unit_scale=True, disable=None, desc=f"ingest {source.format}") as bar:
             for piece in source.pieces():
                 for part, table in encoder.encode(piece):
-                    writer.part(part).write(table)
+                    if table.num_rows:  # a part without rows has no files
+                        writer.part(part).write(table)
                 bar.update(piece.table.num_rows)
+        encoder.check_epochs()
         if not writer.part("train").rows:
             raise InputError(f"{config.input}: no rows for train")
         if source.negatives is not None:
             for piece in source.negatives():
-                writer.part("test_negatives").write(encoder.encode_negatives(piece))
+                if piece.table.num_rows:
+                    writer.part("test_negatives").write(encoder.encode_negatives(piece))
         for line in encoder.suspicious():
             logging.getLogger("recpress").warning("%s: %s", config.input, line)
         encoder.write_side_tables(source, writer)
@@ -104,18 +108,22 @@ def _write(
             made_by="ingest",
             source=source.format,
             config=asdict(config),
-            inputs=_inputs(place, source),
+            inputs=_fingerprints(place, source),
         )
     return artifact.place(out)
 
 
-def _inputs(place: RawInput, source: Source) -> list[dict[str, str]]:
+def _fingerprints(place: RawInput, source: Source) -> list[dict[str, str]]:
     if place.archive is not None:
         filesystem, path = place.archive
         return [{"name": path, "fingerprint": artifact.fingerprint(path, filesystem)}]
     return [
         {"name": file.path, "fingerprint": artifact.fingerprint(file.path, file.filesystem)} for file in source.files
     ]
+
+
+def _inputs(config: IngestConfig) -> list[str]:
+    return [config.input, *([config.extend] if config.extend else [])]
 
 
 def open_source(config: IngestConfig) -> Source:
@@ -149,9 +157,9 @@ def detect(place: RawInput) -> str:
             return "ncf"
         raise InputError(f"{place.name}: no such file or folder")
     files = (place.home(_of_named_format)[1] if place.is_folder else {}) or place.files()
-    if not files and is_glob(place.path):
+    if not files and is_pattern(place.filesystem, place.path):
         raise InputError(f"{place.name}: no file matches")
-    if not is_glob(place.path) or place.is_folder:
+    if place.is_folder or len(files) == 1:
         by_name = {plain_name(name): file for name, file in files.items()}
         if set(formats.RATINGS) & by_name.keys():
             return "movielens"

@@ -144,6 +144,19 @@ class KeyedBatches(IterableDataset):
     Raises:
         InputError: a key that is no id or categorical column of the stream, a transform of another column; while
             iterating, what the stream raises, and `pin_memory` or persistent workers within a DataLoader.
+
+    Example:
+        >>> from recpress.data.config import Schema, StreamConfig
+        >>> from recpress.data.log import open_log
+        >>> from recpress.data.stream import InteractionStream
+        >>> log = open_log("runs/log", Schema(label="label"))
+        >>> stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=100))
+        >>> batches = KeyedBatches(stream, transforms={"item_id": lambda ids: ids % 10})
+        >>> batch = next(iter(batches))
+        >>> batch.features.keys(), batch.features.stride(), batch.label.shape
+        (['user_id', 'item_id'], 100, torch.Size([100]))
+        >>> int(batch.features["item_id"].values().max()) < 10
+        True
     """
 
     def __init__(

@@ -11,6 +11,7 @@ or a glob is a log of train rows alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +25,30 @@ from recpress.data.columns import Column
 from recpress.data.config import Schema
 from recpress.data.drift import common_time
 from recpress.data.errors import InputError
-from recpress.data.files import expand, file_infos, file_type, is_glob, list_folder, resolve, shown
-from recpress.data.rows import Rows, iter_columns, num_ids, open_rows, read_whole
+from recpress.data.files import (
+    expand,
+    file_infos,
+    file_type,
+    is_glob,
+    is_hidden,
+    list_folder,
+    resolve,
+    shown,
+    split_glob,
+    walk,
+)
+from recpress.data.partitions import is_partition, partition_root
+from recpress.data.rows import Rows, iter_columns, largest_id, open_rows, read_whole
 
 __all__ = ["Log", "Rows", "iter_columns", "open_log"]
 
 KIND = "log"
 PARTS = ("train", "val", "test", "test_negatives")
+_NAMES = {part: (part,) for part in PARTS} | {"val": ("val", "valid", "validation")}
+MOST_IDS = 1 << 31
+IDS_A_ROW = 100
+FEW_IDS = 1 << 24
+"""Ids of a log without a manifest are not dense from MOST_IDS on, and above FEW_IDS where there are so many a row."""
 NEGATIVES = Schema(user="user_id", item="pos_item_id")  # fixed names; the list is `negatives`
 Side = Literal["user", "item"]
 SIDES: tuple[Side, Side] = ("user", "item")
@@ -67,7 +85,7 @@ class Log:
 
         Of a log that extends another, the vocabulary counts the rows of both.
         """
-        if (table := self.vocabulary(side)) is not None:
+        if (table := self._vocabulary(side, ["count"])) is not None:
             return table.column("count").combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
         counts = np.zeros(self.num_ids(side), dtype=np.int64)
         column = self.column(side)
@@ -78,9 +96,12 @@ class Log:
 
     def vocabulary(self, side: Side) -> pa.Table | None:
         """Columns `raw` and `count`, row k is dense id k; None where the log came with dense ids."""
+        return self._vocabulary(side, None)
+
+    def _vocabulary(self, side: Side, columns: list[str] | None) -> pa.Table | None:
         if self.manifest is None or side not in self.manifest.get("vocabularies", {}):
             return None
-        return self._side_table(f"vocabulary/{side}.parquet", side)
+        return self._side_table(f"vocabulary/{side}.parquet", side, columns)
 
     def vocabulary_fingerprint(self, side: Side) -> str:
         """Equal where dense ids mean the same: of the raw ids in order, else of the number of ids alone."""
@@ -112,9 +133,9 @@ class Log:
         """Name, size, rows and fingerprint of each file of train, for manifests of what is made of it."""
         return self.train.describe_files()
 
-    def _side_table(self, name: str, side: Side) -> pa.Table:
+    def _side_table(self, name: str, side: Side, columns: list[str] | None = None) -> pa.Table:
         path = f"{self.root}/{name}"
-        table = read_whole(self.filesystem, path)
+        table = read_whole(self.filesystem, path, columns)
         if table.num_rows != self.num_ids(side):
             raise InputError(f"{path}: {table.num_rows} rows; expected one for each of {self.num_ids(side)} {side}s")
         return table
@@ -147,22 +168,32 @@ def open_log(
     filesystem, inner = resolve(path)
     root, manifest = None, None
     left_out = dict(bad or {})
-    kind = None if is_glob(inner) else file_type(filesystem, inner)
-    if kind in (None, pafs.FileType.File):
+    folders: dict[str, str] = {}
+    kind = file_type(filesystem, inner)
+    if kind == pafs.FileType.File or (kind == pafs.FileType.NotFound and is_glob(inner)):
         parts = {"train": expand(filesystem, inner)}
         if not parts["train"]:
             raise InputError(f"{path}: no file matches")
+        above = inner.rpartition("/")[0] if kind == pafs.FileType.File else split_glob(filesystem, inner)[0]
+        folders["train"] = partition_root(above)
     elif kind == pafs.FileType.Directory:
         root = inner
         found = list_folder(filesystem, inner)
-        parts = {part: files_of(filesystem, found, part) for part in PARTS}
+        parts = {part: _one_form(filesystem, inner, found, part) for part in PARTS}
+        folders = {part: _folder_of(files, inner) for part, files in parts.items()}
         if artifact.MANIFEST in found:
             manifest = artifact.read_manifest(path, KIND)
+            folders = {}  # all columns are in the files
             _check_files(filesystem, inner, manifest, parts["train"] if skip_bad else (), left_out)
         elif artifact.UNFINISHED in found:
             raise InputError(f"{path}: a write of this log did not end, or has not yet; expected a {artifact.MANIFEST}")
+        elif not parts["train"] and not any(parts.values()):
+            parts["train"] = _dataset_files(filesystem, found)
+            folders["train"] = partition_root(inner)
         if not parts["train"]:
             raise InputError(f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob")
+        if manifest is None:
+            _warn_of_unread(filesystem, inner, found, parts)
     else:
         raise InputError(f"{path}: no such file or folder")
     if only is not None:
@@ -172,7 +203,9 @@ def open_log(
     if pairs and not (schema.user and schema.item):
         raise InputError(f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here")
     opened = {
-        part: _open_part(filesystem, part, files, schema, skip_bad, left_out) for part, files in parts.items() if files
+        part: _open_part(filesystem, part, files, schema, skip_bad, left_out, folders.get(part))
+        for part, files in parts.items()
+        if files
     }
     for part, rows in opened.items():
         if rows.num_rows == 0:
@@ -209,24 +242,96 @@ def schema_from_manifest(manifest: dict[str, Any]) -> Schema:
 
 
 def files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
-    """Paths of the files of a part, by what was found in the log's folder; a writer's own (`.x`, `_x`) left out."""
-    files = [
-        info.path
-        for name, info in found.items()
-        if info.type == pafs.FileType.File
-        and name.endswith(".parquet")
-        and (name == f"{part}.parquet" or name.startswith(f"{part}-"))
-    ]
-    if part in found and found[part].type == pafs.FileType.Directory:
-        below = list_folder(filesystem, found[part].path).values()
-        files += [i.path for i in below if i.path.endswith(".parquet") and not i.base_name.startswith((".", "_"))]
+    """Paths of the files of a part, by what was found in the log's folder; hidden ones (`.x`, `_x`) left out."""
+    return sorted(path for form in _forms(filesystem, found, part).values() for path in form)
+
+
+def _one_form(filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
+    """As `files_of`. Raises InputError where there is more than one of `part.parquet`, `part-*.parquet` and `part/`."""
+    forms = _forms(filesystem, found, part)
+    if len(forms) > 1:
+        named = " and ".join(form if form in found else files[0].rpartition("/")[2] for form, files in forms.items())
+        raise InputError(
+            f"{shown(filesystem, root)}: both {named} hold {part}; expected one of them (move the other away)"
+        )
+    return sorted(path for form in forms.values() for path in form)
+
+
+def _forms(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> dict[str, list[str]]:
+    """Files of a part by the form that they have: one file, numbered files or a folder."""
+    forms: dict[str, list[str]] = {}
+    for name, info in found.items():
+        if info.type == pafs.FileType.File and name.endswith(".parquet"):
+            stem = name.removesuffix(".parquet")
+            for alias in _NAMES[part]:
+                if stem == alias:
+                    forms[name] = [info.path]
+                elif stem.startswith(f"{alias}-"):
+                    forms.setdefault(f"{alias}-*.parquet", []).append(info.path)
+        elif info.type == pafs.FileType.Directory and name in _NAMES[part]:
+            forms[name] = [path for path in walk(filesystem, info.path) if _is_parquet(path)]
+    return {form: files for form, files in forms.items() if files}
+
+
+def _is_parquet(path: str) -> bool:
+    """By its name; Hive's own files have no suffix."""
+    name = path.rpartition("/")[2].lower()
+    return name.endswith((".parquet", ".parq", ".pq")) or "." not in name
+
+
+def _folder_of(files: Sequence[str], root: str) -> str | None:
+    """Where the values of columns that folders name begin, of the files of a part; None without any folders."""
+    below = {path[len(root) :].lstrip("/").partition("/") for path in files}
+    return f"{root}/{next(iter(below))[0]}" if any(mark for _, mark, _ in below) else None
+
+
+def _dataset_files(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo]) -> list[str]:
+    """Paths of the files of a folder of Spark or Hive: `part-*` and `column=value/...`, all of them train."""
+    files = []
+    for name, info in found.items():
+        if info.type == pafs.FileType.Directory and is_partition(name) and not is_hidden(name):
+            files += [path for path in walk(filesystem, info.path) if _is_parquet(path)]
+        elif info.type == pafs.FileType.File and name.startswith("part-") and _is_parquet(name):
+            files.append(info.path)
     return sorted(files)
+
+
+def _warn_of_unread(
+    filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], parts: dict[str, list[str]]
+) -> None:
+    """Names that look like rows of the log, and are none."""
+    read = {path for files in parts.values() for path in files}
+    known = [f"{side}s.parquet" for side in SIDES]
+    unread = [
+        name
+        for name, info in found.items()
+        if info.type == pafs.FileType.File and name.lower().endswith((".parquet", ".parq", ".pq"))
+        if info.path not in read and name not in known and not is_hidden(name)
+    ]
+    for part, names in _NAMES.items():
+        for name in names:
+            if parts[part] and name in found and found[name].type == pafs.FileType.Directory:
+                unread += [
+                    path[len(root) :].lstrip("/") for path in walk(filesystem, found[name].path) if path not in read
+                ]
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        logging.getLogger("recpress").warning(
+            "%s: not read, by their names: %s%s; docs/log.md lists the names that a log has",
+            shown(filesystem, root),
+            ", ".join(unread[:3]),
+            more,
+        )
 
 
 def _check_files(
     filesystem: pafs.FileSystem, root: str, manifest: dict[str, Any], may_fail: Sequence[str], bad: dict[str, str]
 ) -> None:
     """Raises InputError where a file is not the manifest's; one of `may_fail` that has another size becomes bad."""
+    named = [file["name"] for file in manifest["files"]]
+    named += [entry["vocabulary"] for entry in manifest.get("features", {}).values() if entry.get("vocabulary")]
+    for name in named:
+        artifact.check_inside(name, shown(filesystem, root))
     sizes = {file["name"]: file["size"] for file in manifest["files"]}
     infos = file_infos(filesystem, [f"{root}/{name}" for name in sizes])
     for (name, size), info in zip(sizes.items(), infos, strict=True):
@@ -240,7 +345,13 @@ def _check_files(
 
 
 def _open_part(
-    filesystem: pafs.FileSystem, part: str, files: list[str], schema: Schema, skip: bool, bad: dict[str, str]
+    filesystem: pafs.FileSystem,
+    part: str,
+    files: list[str],
+    schema: Schema,
+    skip: bool,
+    bad: dict[str, str],
+    folders: str | None,
 ) -> Rows:
     if part == "test_negatives":
         columns = [Column(NEGATIVES.user, "id"), Column(NEGATIVES.item, "id"), Column("negatives", "ids")]
@@ -251,8 +362,8 @@ def _open_part(
     rest += [Column(name, "categorical") for name in schema.categorical]
     rest += [Column(name, "float") for name in schema.floats]
     if part == "train":
-        return open_rows(filesystem, files, ids + rest, skip=skip, bad=bad)
-    return open_rows(filesystem, files, ids, rest)  # held-out rows may lack what only training needs
+        return open_rows(filesystem, files, ids + rest, skip=skip, bad=bad, folders=folders)
+    return open_rows(filesystem, files, ids, rest, folders=folders)  # held-out rows may lack what only training needs
 
 
 def _same_times(opened: dict[str, Rows], schema: Schema) -> dict[str, Rows]:
@@ -271,15 +382,28 @@ def _same_times(opened: dict[str, Rows], schema: Schema) -> dict[str, Rows]:
 def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | None) -> tuple[int, int]:
     if manifest is not None:
         return manifest["num_users"], manifest["num_items"]
+    total = sum(rows.num_rows for part, rows in opened.items() if part != "test_negatives")
     users, items = 0, 0
     for part, rows in opened.items():
         if part == "test_negatives":
-            users = max(users, num_ids(rows, NEGATIVES.user))
-            items = max(items, num_ids(rows, NEGATIVES.item), num_ids(rows, "negatives"))
+            total = max(total, rows.num_rows)
+            users = max(users, _num_dense(rows, NEGATIVES.user, total))
+            items = max(items, _num_dense(rows, NEGATIVES.item, total), _num_dense(rows, "negatives", total))
         else:
-            users = max(users, num_ids(rows, schema.user) if schema.user else 0)
-            items = max(items, num_ids(rows, schema.item) if schema.item else 0)
+            users = max(users, _num_dense(rows, schema.user, total) if schema.user else 0)
+            items = max(items, _num_dense(rows, schema.item, total) if schema.item else 0)
     return users, items
+
+
+def _num_dense(rows: Rows, column: str, total: int) -> int:
+    """The largest id + 1. Raises InputError where so large an id cannot be dense: hashes, or keys of a database."""
+    largest, group = largest_id(rows, column)
+    if group is not None and (largest >= MOST_IDS or largest >= max(FEW_IDS, IDS_A_ROW * total)):
+        raise InputError(
+            f"{rows.where(group)}, column '{column}': id {largest} in a log of {total} rows; expected dense ids, "
+            "numbered from 0; run `recpress ingest`, which numbers raw ids"
+        )
+    return largest + 1
 
 
 def _limited(rows: Rows, limits: dict[str, int], schema: Schema) -> Rows:

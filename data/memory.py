@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 from recpress.data.order import TILE_ROWS
+from recpress.data.ranges import leaves
 from recpress.data.read_ahead import Ahead
 from recpress.data.rows import Rows
 
@@ -59,7 +60,7 @@ def memory_bound(
 
 def _type(rows: Rows, name: str) -> pa.DataType:
     first = rows.files[rows.groups[0].file]  # a file that was left out has no footer
-    return first.metadata.schema.to_arrow_schema().field(name).type
+    return first.schema.field(name).type
 
 
 def _width(rows: Rows, name: str) -> int:
@@ -77,7 +78,7 @@ def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
     """Of one row group: the bytes of its column chunks, a page and a dictionary of each, and what they are decoded and
     converted to. Values of lists are decoded to memory that doubles; the old one is there while the new one fills."""
     place, total = rows.groups[group], 0
-    schema = rows.files[place.file].metadata.schema.to_arrow_schema()
+    schema = rows.files[place.file].schema
     for name in columns:
         kind = schema.field(name).type
         nested = pa.types.is_nested(kind)
@@ -92,8 +93,7 @@ def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
 
 
 def _chunks(rows: Rows, file: int, group: int, name: str) -> list[Any]:
-    found = (
-        rows.files[file].metadata.row_group(group).column(place)
-        for place in range(rows.files[file].metadata.num_columns)
-    )
-    return [chunk for chunk in found if chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")]
+    if name in rows.files[file].constants:
+        return []
+    metadata = rows.files[file].metadata
+    return [metadata.row_group(group).column(place) for place in leaves(metadata, [name])]

@@ -53,7 +53,8 @@ class Ranges:
     def read(self, count: int = -1) -> memoryview:
         for offset, data in self._pieces:
             if offset <= self._at < offset + len(data):
-                found = data[self._at - offset : self._at - offset + count]
+                start = self._at - offset
+                found = data[start : start + count] if count >= 0 else data[start:]
                 self._at += len(found)
                 return found
         raise OSError(f"{count} bytes at {self._at}: outside of the row group's columns")
@@ -104,16 +105,38 @@ def fetch(
     return Ranges(pieces, size)
 
 
+def leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
+    """Ordinals of the leaves of the given top-level columns, sorted.
+
+    A leaf's dotted path does not tell: `item_id.x` may be a column of that name, or part of a struct or list `item_id`.
+    """
+    wanted, found, place = set(columns), [], 0
+    for field in metadata.schema.to_arrow_schema():
+        count = _num_leaves(field.type)
+        if field.name in wanted:
+            found += range(place, place + count)
+        place += count
+    assert place == metadata.num_columns, metadata.schema
+    return found
+
+
+def _num_leaves(kind: pa.DataType) -> int:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _num_leaves(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _num_leaves(kind.value_type)
+    if not pa.types.is_nested(kind):
+        return 1
+    return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields))
+
+
 def chunks(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
     """Where the chunks of the given columns lie in the file: [first, end), sorted, close ones joined."""
     row_group, found = metadata.row_group(group), []
-    wanted, lists = set(columns), tuple(f"{name}." for name in columns)  # a list's values lie below its name
-    for place in range(metadata.num_columns):
-        path = metadata.schema.column(place).path
-        if path in wanted or path.startswith(lists):
-            chunk = row_group.column(place)
-            first = min(x for x in (chunk.dictionary_page_offset, chunk.data_page_offset) if x)
-            found.append((first, first + chunk.total_compressed_size))
+    for place in leaves(metadata, columns):
+        chunk = row_group.column(place)
+        first = min(x for x in (chunk.dictionary_page_offset, chunk.data_page_offset) if x)
+        found.append((first, first + chunk.total_compressed_size))
     joined: list[tuple[int, int]] = []
     for first, end in sorted(found):
         if joined and first - joined[-1][1] <= _HOLE:

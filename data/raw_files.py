@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import fs as pafs
 from recpress.data.errors import InputError
-from recpress.data.files import expand, file_type, first_line, is_glob, list_folder, resolve
+from recpress.data.files import expand, file_type, first_line, is_pattern, list_folder, resolve
 
 _PACKED = (".gz", ".bz2", ".zst", ".lz4", ".br")
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
@@ -65,7 +65,13 @@ class RawInput:
         """The files of the folder by name; the file, or those that match."""
         if self.is_folder:
             return self._files(self.path)
-        return {path.rpartition("/")[2]: self.file(path) for path in expand(self.filesystem, self.path)}
+        return {path.rpartition("/")[2]: self.file(path) for path in self._matching()}
+
+    def _matching(self) -> list[str]:
+        """The file, which may have `[` in its name, or those that match."""
+        if file_type(self.filesystem, self.path) == pafs.FileType.File:
+            return [self.path]
+        return expand(self.filesystem, self.path)
 
     def home(self, is_part: Callable[[str], bool]) -> tuple[str, dict[str, RawFile]]:
         """The folder that has files whose names pass: the input itself, its folder, or its one subfolder that has.
@@ -91,7 +97,7 @@ class RawInput:
             InputError: no such file; files at several places, so that it is unclear which are meant.
         """
         if not self.is_folder:
-            paths = expand(self.filesystem, self.path)
+            paths = self._matching()
             if not paths:
                 raise InputError(f"{self.name}: no file; expected {_listed(suffixes)}, or a folder or glob of them")
             for path in paths:
@@ -112,7 +118,8 @@ class RawInput:
 
     def _below(self, folder: str, suffixes: Sequence[str]) -> list[str]:
         here = [file.path for name, file in self._files(folder).items() if has_suffix(name, suffixes)]
-        partitions, others = [], []
+        partitions: list[list[str]] = []
+        others: list[list[str]] = []
         for path in self._subfolders(folder):
             if found := self._below(path, suffixes):
                 (partitions if _PARTITION.fullmatch(path.rpartition("/")[2]) else others).append(found)
@@ -168,7 +175,7 @@ def open_input(name: str) -> RawInput:
 
 
 def exists(place: RawInput) -> bool:
-    return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_glob(place.path)
+    return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_pattern(place.filesystem, place.path)
 
 
 def plain_name(name: str) -> str:

@@ -14,9 +14,9 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -84,8 +84,8 @@ def header(file: RawFile, dialect: Dialect) -> list[str]:
     try:
         with open_text(file, dialect.encoding) as stream:
             head = bytes(stream.read(_HEADER)).decode("utf-8-sig", errors="replace")
-        quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
-        lines = csv.reader(io.StringIO(head, newline=""), delimiter=dialect.delimiter, quoting=quoting)
+        quotes: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE}
+        lines = csv.reader(io.StringIO(head, newline=""), delimiter=dialect.delimiter, **quotes)
         found = next((line for line in lines if line), None)
     except (csv.Error, *UNREADABLE) as error:
         raise InputError(f"{file.where}: {first_line(error)}") from error
@@ -154,6 +154,11 @@ def _said(error: BaseException) -> str:
     return message
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names of columns for an error, in one line."""
+    return " ".join(", ".join(names).split())[:500]
+
+
 def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Sequence[str]) -> list[str]:
     """The names of the columns as the file writes them."""
     result = []
@@ -161,9 +166,13 @@ def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Seque
         same = [other for other in found if other == name] or [other for other in found if other.strip() == name]
         if len(same) > 1:
             raise InputError(f"{file.where}: {len(same)} columns '{name}'; expected one")
+        if not same and not dialect.quoted and name in (other.strip().strip('"') for other in found):
+            raise InputError(
+                f"{file.where}: the header encloses {name} in quotes; expected --quoting on for such a file"
+            )
         if not same:
             raise InputError(
-                f"{file.where}: no column '{name}'; found {', '.join(found)[:500]} (delimiter {dialect.delimiter!r})"
+                f"{file.where}: no column '{name}'; found {listed(found)} (delimiter {dialect.delimiter!r})"
             )
         result.append(same[0])
     return result
@@ -268,14 +277,14 @@ def read_json_lines(file: RawFile, columns: Sequence[str], encoding: str = "auto
             continue
         for name in columns:
             if first == 0 and not any(name in row for row in objects):
-                raise InputError(f"{file.where}: no column '{name}'; found {', '.join(objects[0])[:500]}")
+                raise InputError(f"{file.where}: no column '{name}'; found {listed(objects[0])}")
         yield first, pa.table({name: _json_column(name, objects, file, first, kinds) for name in columns})
         first += len(objects)
 
 
 def _json_object(line: str, file: RawFile, row: int) -> dict[str, Any]:
     try:
-        value = json.loads(line, object_pairs_hook=_distinct)
+        value = _JSON.decode(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file.where}, row {row}: {first_line(error)}; expected a JSON object a line") from error
     if not isinstance(value, dict):
@@ -295,29 +304,41 @@ def _json_column(
     name: str, objects: list[dict[str, Any]], file: RawFile, first: int, kinds: dict[str, tuple[str, int]]
 ) -> pa.Array:
     values = [row.get(name) for row in objects]
-    for k, value in enumerate(values):
+    types = set(map(type, values)) - {type(None)}
+    found = {_json_kind(kind) for kind in types} | ({kinds[name][0]} if name in kinds else set())
+    if len(found) > 1:
+        _refuse_mixed(name, values, file, first, kinds.get(name))
+    if "object" in found:
+        raise InputError(f"{file.where}, row {first} and on, column '{name}': a JSON object; expected a plain value")
+    if found:
+        kinds.setdefault(name, (found.pop(), first))
+    try:
+        try:
+            return pa.array(values)
+        except OverflowError:  # integers beyond 64 bits
+            if float in types:
+                raise
+            return pa.array([None if value is None else decimal.Decimal(value) for value in values])
+    except (pa.ArrowException, UnicodeError, ValueError, TypeError, OverflowError) as error:
+        rows = f"rows {first} to {first + len(values) - 1}"
+        raise InputError(f"{file.where}, {rows}, column '{name}': {first_line(error)}") from error
+
+
+def _refuse_mixed(name: str, values: list[Any], file: RawFile, first: int, known: tuple[str, int] | None) -> NoReturn:
+    for row, value in enumerate(values, first):
         if value is None:
             continue
-        kind = _json_kind(value)
-        known, row = kinds.setdefault(name, (kind, first + k))
-        if kind != known or kind == "object":
-            raise InputError(
-                f"{file.where}, row {first + k}, column '{name}': a JSON {kind}"
-                + (f", but a {known} in row {row}; expected one type" if kind != known else "; expected a plain value")
-            )
-    try:
-        if any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
-            return pa.array([None if value is None else decimal.Decimal(value) for value in values])
-        return pa.array(values)
-    except (pa.ArrowException, UnicodeError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(
-            f"{file.where}, rows {first} to {first + len(values) - 1}, column '{name}': {first_line(error)}"
-        ) from error
+        kind = _json_kind(type(value))
+        kind_before, row_before = known = known or (kind, row)
+        if kind != kind_before:
+            break
+    before = f"a {kind_before} in row {row_before}"
+    raise InputError(f"{file.where}, row {row}, column '{name}': a JSON {kind}, but {before}; expected one type")
 
 
-def _json_kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int | float):
-        return "number"
-    return {str: "string", list: "list"}.get(type(value), "object")
+def _json_kind(kind: type) -> str:
+    known = {bool: "boolean", int: "number", float: "number", str: "string", list: "list"}
+    return known.get(kind, "object")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_distinct)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from recpress.data import artifact
-from recpress.data.columns import Column, Jagged, decode, take
+from recpress.data.columns import Column, Jagged, decode, plain_schema, plain_table, take
 from recpress.data.drift import agree
 from recpress.data.errors import InputError
 from recpress.data.files import first_line, retried, shown
-from recpress.data.ranges import fetch
+from recpress.data.partitions import Constants, constants
+from recpress.data.ranges import fetch, leaves
 from recpress.data.selection import Selection
 
 if TYPE_CHECKING:
@@ -31,10 +32,15 @@ class RowFile:
     size: int
     metadata: pq.FileMetaData
     """None of a file whose row groups are not among those to read: it could not be opened, or they were read before."""
+    constants: Constants = field(default_factory=dict, compare=False)
+    """Columns that the names of its folders give it, none of which is in the file."""
 
     @property
     def schema(self) -> pa.Schema:
-        return self.metadata.schema.to_arrow_schema()
+        """Of the table that `Rows.read_table` returns."""
+        fields = [*plain_schema(self.metadata.schema.to_arrow_schema())]
+        fields += [pa.field(name, value.type) for name, value in self.constants.items()]
+        return pa.schema(fields)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class Rows:
     columns: dict[str, Column]
     user: str | None = None
     """The column of users, where there is one."""
+    folders: str | None = None
+    """Names of folders below this one may hold values of columns."""
+    fingerprints: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Path -> fingerprint, of the files whose were taken already; shared by all copies of these rows."""
 
     @property
     def num_rows(self) -> int:
@@ -79,18 +89,27 @@ class Rows:
         Raises InputError where the file is damaged.
         """
         file = self.files[group.file]
+        stored = [name for name in columns if name not in file.constants]
 
         def read() -> pa.Table:
-            ranges = fetch(self.filesystem, file.path, file.metadata, group.group, columns)
+            ranges = fetch(self.filesystem, file.path, file.metadata, group.group, stored)
+            places = leaves(file.metadata, stored)
             with pq.ParquetFile(pa.PythonFile(ranges, mode="r"), metadata=file.metadata, pre_buffer=False) as parquet:
-                return parquet.read_row_group(group.group, columns=list(columns), use_threads=False)
+                # By ordinals: `columns=["a.b"]` would be a column of that name and part of a struct `a`.
+                return parquet.reader.read_row_group(group.group, column_indices=places, use_threads=False)
 
+        if not stored:
+            return pa.table({name: pa.repeat(file.constants[name], group.num_rows) for name in columns})
         try:
             table = retried(self.filesystem, self.where(group), read)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{self.where(group)}: cannot be read: {first_line(error)}") from error
         if table.num_rows != group.num_rows:
             raise InputError(f"{self.where(group)}: {table.num_rows} rows; the footer says {group.num_rows}")
+        table = plain_table(table)
+        for name in columns:
+            if name in file.constants:
+                table = table.append_column(name, pa.repeat(file.constants[name], group.num_rows))
         return table
 
     def read(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged]:
@@ -111,16 +130,35 @@ class Rows:
         return self.read(group, columns)
 
     def describe_files(self) -> list[dict[str, str | int]]:
-        """Name, size, rows and fingerprint of each file, for manifests; of one that was left out, that it was."""
+        """Name, size, rows and fingerprint of each file, for manifests; of one that was left out, that it was.
+
+        Takes the fingerprints in parallel, once. Raises InputError where a file cannot be read.
+        """
+        self.take_fingerprints()
         return [
             {
                 "name": file.path,
                 "size": file.size,
                 "rows": file.metadata.num_rows if file.metadata else 0,
-                "fingerprint": artifact.fingerprint(file.path, self.filesystem) if file.metadata else "left out",
+                "fingerprint": self.fingerprints[file.path] if file.metadata else "left out",
             }
             for file in self.files
         ]
+
+    def take_fingerprints(self) -> dict[str, str]:
+        """`fingerprints`, with those of all files."""
+        missing = [file.path for file in self.files if file.metadata and file.path not in self.fingerprints]
+
+        def take_one(path: str) -> str:
+            try:
+                return artifact.fingerprint(path, self.filesystem)
+            except OSError as error:
+                raise InputError(f"{shown(self.filesystem, path)}: cannot be read: {first_line(error)}") from error
+
+        if missing:
+            with ThreadPoolExecutor(max_workers=min(16, len(missing))) as pool:
+                self.fingerprints.update(zip(missing, pool.map(take_one, missing), strict=True))
+        return self.fingerprints
 
 
 def iter_columns(
@@ -166,6 +204,7 @@ def open_rows(
     *,
     skip: bool = False,
     bad: dict[str, str] | None = None,
+    folders: str | None = None,
 ) -> Rows:
     """Reads the footers of the files, checks their columns and lists their row groups.
 
@@ -174,6 +213,7 @@ def open_rows(
         optional: columns that may be read where a file has them; then every file must.
         skip: a file whose footer cannot be read has no row groups, instead of being an error.
         bad: path -> what is wrong, of files to leave out in any case; with `skip` those that were found are added.
+        folders: names of folders below this one may hold values of columns (`recpress.data.partitions`).
 
     Raises:
         InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or that
@@ -182,11 +222,12 @@ def open_rows(
     if not paths:
         raise InputError("no Parquet file")
     bad = {} if bad is None else bad
+    given = constants(sorted(paths), folders) if folders is not None else {}
 
     def open_one(path: str) -> RowFile:
         if path not in bad:
             try:
-                return open_file(filesystem, path)
+                return open_file(filesystem, path, given.get(path))
             except InputError as error:
                 if not skip:
                     raise
@@ -200,7 +241,7 @@ def open_rows(
         raise InputError(f"{bad[files[0].path]}; nor can any other of the {len(files)} files be used")
     there = {name for _, schema in schemas for name in schema.names}
     columns = agree([*required, *(column for column in optional if column.name in there)], schemas)
-    return Rows(filesystem, files, groups_of(files), {column.name: column for column in columns})
+    return Rows(filesystem, files, groups_of(files), {column.name: column for column in columns}, folders=folders)
 
 
 def groups_of(files: Sequence[RowFile], first: int = 0) -> tuple[RowGroup, ...]:
@@ -214,27 +255,40 @@ def groups_of(files: Sequence[RowFile], first: int = 0) -> tuple[RowGroup, ...]:
     )
 
 
-def open_file(filesystem: pafs.FileSystem, path: str) -> RowFile:
-    """Reads the footer. Raises InputError where it cannot be read."""
+def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = None) -> RowFile:
+    """Reads the footer; `given` are values that the names of folders hold, for columns that the file lacks.
+
+    Raises InputError where it cannot be read.
+    """
 
     def read() -> RowFile:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
-            return RowFile(path, source.size(), parquet.metadata)
+            own = parquet.schema_arrow.names
+            more = {name: value for name, value in (given or {}).items() if name not in own}
+            return RowFile(path, source.size(), parquet.metadata, more)
 
     where = shown(filesystem, path)
     try:
         return retried(filesystem, where, read)
     except (pa.ArrowException, OSError) as error:
+        if "encrypt" in str(error).lower():
+            raise InputError(f"{where}: encrypted; expected a Parquet file without encryption") from error
         remote = isinstance(error, OSError) and not isinstance(filesystem, pafs.LocalFileSystem)
         problem = "cannot be read" if remote else "not a whole Parquet file"
         raise InputError(f"{where}: {problem}: {first_line(error)}") from error
 
 
-def read_whole(filesystem: pafs.FileSystem, path: str) -> pa.Table:
-    """All of one Parquet file. Raises InputError where it cannot be read."""
+def read_whole(filesystem: pafs.FileSystem, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of one Parquet file, of all columns or of those. Raises InputError where it cannot be read."""
     where = shown(filesystem, path)
+
+    def read() -> pa.Table:
+        with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
+            table = parquet.read(columns=list(columns) if columns is not None else None)
+        return plain_table(table)
+
     try:
-        return retried(filesystem, where, lambda: pq.read_table(path, filesystem=filesystem))
+        return retried(filesystem, where, read)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where}: cannot be read: {first_line(error)}") from error
 
@@ -244,26 +298,27 @@ def num_ids(rows: Rows, column: str) -> int:
 
     Raises InputError where the column holds a null or a negative id, naming the row.
     """
-    places = [_leaf(file.metadata, column) if file.metadata else -1 for file in rows.files]
-    largest = -1
+    return largest_id(rows, column)[0] + 1
+
+
+def largest_id(rows: Rows, column: str) -> tuple[int, RowGroup | None]:
+    """The largest id of a column and its row group; (-1, None) without rows. Raises InputError as `num_ids`."""
+    places = [
+        leaves(file.metadata, [column])[0] if file.metadata and column not in file.constants else -1
+        for file in rows.files
+    ]
+    largest, where = -1, None
     for group in rows.groups:
-        stats = rows.files[group.file].metadata.row_group(group.group).column(places[group.file]).statistics
+        file, stats = rows.files[group.file], None
+        if column not in file.constants:
+            stats = file.metadata.row_group(group.group).column(places[group.file]).statistics
         known = stats is not None and stats.has_min_max and stats.has_null_count
         if known and stats.min >= 0 and stats.null_count == 0:
-            largest = max(largest, stats.max)
+            if stats.max > largest:
+                largest, where = int(stats.max), group
             continue
         values = rows.read(group, [column])[column]  # a bad id is found and named here
         flat = values.values if isinstance(values, Jagged) else values
-        if len(flat):
-            largest = max(largest, int(flat.max()))
-    return largest + 1
-
-
-def _leaf(metadata: pq.FileMetaData, column: str) -> int:
-    """Ordinal of the leaf that holds a column's values (a list's values lie below its name)."""
-    schema = metadata.schema
-    for place in range(len(schema)):
-        path = schema.column(place).path
-        if path == column or path.startswith(column + "."):
-            return place
-    raise AssertionError(column)
+        if len(flat) and int(flat.max()) > largest:
+            largest, where = int(flat.max()), group
+    return largest, where

@@ -20,7 +20,7 @@ from recpress.data.bad_groups import TolerantRows, left_out
 from recpress.data.bucket_shuffle import BucketShuffle
 from recpress.data.config import LayoutConfig, SampleConfig
 from recpress.data.errors import InputError
-from recpress.data.files import first_line, list_files
+from recpress.data.files import first_line, list_files, shown
 from recpress.data.log import KIND, Log
 from recpress.data.selection import Selection
 from recpress.data.writer import LogWriter
@@ -55,15 +55,15 @@ def write_sample(
     """
     if shuffle_rows < 1:
         raise InputError(f"shuffle_rows is {shuffle_rows}; expected at least 1")
-    selection = Selection(log.train, sample)
-    if selection.num_rows == 0:
-        raise InputError(f"{log.path}: none of its {log.train.num_rows} rows is in {sample}")
     old = log.manifest or {}
     meta: dict[str, Any] = {}
     with (
-        artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=[log.path]) as tmp,
         LogWriter(tmp, layout or LayoutConfig()) as writer,
     ):
+        selection = Selection(log.train, sample)
+        if selection.num_rows == 0:
+            raise InputError(f"{log.path}: none of its {log.train.num_rows} rows is in {sample}")
         tables = _sampled(log, selection)
         if shuffle:
             tables = _shuffled(tables, tmp / ".buckets", selection.num_rows, shuffle_rows, sample.seed)
@@ -98,7 +98,10 @@ def _sample_of(log: Log, sample: SampleConfig) -> dict[str, Any]:
 def _sampled(log: Log, selection: Selection) -> Iterator[pa.Table]:
     """The selected rows of each row group that has some, the next one read ahead."""
     rows = log.train
-    schema = next(file for file in rows.files if file.metadata).schema.remove_metadata()
+    first = next(file for file in rows.files if file.metadata)
+    schema = first.schema.remove_metadata()
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise InputError(f"{shown(log.filesystem, first.path)}: two columns '{twice[0]}'; expected different names")
 
     def read(place: int) -> pa.Table | None:
         group, chosen = rows.groups[place], selection.of(place)

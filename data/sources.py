@@ -20,6 +20,7 @@ from recpress.data.raw_text import (
     Dialect,
     choose_delimiter,
     first_lines,
+    listed,
     read_delimited,
     read_json_lines,
 )
@@ -176,7 +177,7 @@ def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[int, 
             for name in columns:
                 if names.count(name) != 1:
                     many = f"{names.count(name)} columns" if name in names else "no column"
-                    raise InputError(f"{file.where}: {many} '{name}'; found {', '.join(names)[:500]}")
+                    raise InputError(f"{file.where}: {many} '{name}'; found {listed(names)}")
             for batch in reader.iter_batches(_BATCH, columns=list(columns)):
                 yield first, pa.Table.from_batches([batch]).select(list(columns))
                 first += batch.num_rows

@@ -134,9 +134,8 @@ class InteractionStream:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._meter, self._spare = Meter(), Spare(self.pin_memory)
-        iterated = self._iterated_by_worker
         self.set_epoch(self.epoch, self.start_step)
-        self._iterated_by_worker = iterated
+        self._iterated_by_worker = state["_iterated_by_worker"]
 
     def stats(self) -> StreamStats:
         """Rows and bytes a second and where the time went, since the last call (at first: since the stream was
@@ -180,7 +179,7 @@ class InteractionStream:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"step {start_step} of epoch {epoch}: the epoch has {self.steps_per_epoch} steps")
         self.epoch, self.start_step = epoch, start_step
-        self._iterated_by_worker = False
+        self._iterated_by_worker: bool = False
 
     def __len__(self) -> int:
         """Batches of the next iteration, known without reading."""

@@ -47,7 +47,7 @@ def app(
     mem_mb: int,
     h: str | None,
     image: str,
-    env: dict[str, str] | None,
+    env: str | dict[str, str] | None,
     mounts: list[str] | None,
     max_restarts: int,
     max_retries: int,
@@ -79,7 +79,7 @@ def app(
         name=f"recpress/{component}",
         image=image,
         j=j,
-        env={**ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace), **(env or {})},
+        env={**ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace), **_variables(env)},
         mounts=mounts,
         max_retries=max_retries,
         rdzv_port=rdzv_port,
@@ -87,15 +87,39 @@ def app(
     (role,) = made.roles
     role.name = component
     role.resource = resource
-    torchrun, _, rest = role.args[-1].partition(" ")
+    _, _, rest = role.args[-1].partition(" ")
     options = {
         "max_restarts": max_restarts,
         "rdzv_conf": f"join_timeout={rdzv_timeout},read_timeout={rdzv_timeout}",
         "signals_to_handle": SIGNALS,
     }
     words = itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in options.items())
-    role.args[-1] = f"{torchrun} {shlex.join(words)} {rest}"
+    role.args[-1] = f"{_torchrun()} {shlex.join(words)} {rest}"
     return made
+
+
+def _variables(env: str | dict[str, str] | None) -> dict[str, str]:
+    """`A=1,B=2` as a dictionary: a comma, or `;`, ends a value where another NAME= follows."""
+    if env is None or isinstance(env, dict):
+        return env or {}
+    pairs = [pair.partition("=") for pair in re.split(r"[,;](?=[A-Za-z_]\w*=)", env)]
+    for name, sign, _ in pairs:
+        if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ComponentValidationException(
+                f"--env is '{env}', expected NAME=VALUE,NAME=VALUE; a value may be empty"
+            )
+    return {name: value for name, _, value in pairs}
+
+
+def _torchrun() -> str:
+    """The start of a shell command: torchrun of this interpreter, whose environment need not be activated; where that
+    is not there, as in a container image, the one on PATH."""
+    python = shlex.quote(sys.executable)
+    has_torch = 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
+    return (
+        f"if {python} -c {shlex.quote(has_torch)} 2>/dev/null; then set -- {python} -m torch.distributed.run; "
+        'else set -- torchrun; fi; exec "$@"'
+    )
 
 
 def _check(stage: list[str], args: tuple[str, ...]) -> None:
@@ -105,6 +129,7 @@ def _check(stage: list[str], args: tuple[str, ...]) -> None:
     is on the cluster alone, the stage itself will say.
     """
     config = next((value for key, value in itertools.pairwise(args) if key == "--config"), None)
+    config = next((arg.partition("=")[2] for arg in args if arg.startswith("--config=")), config)
     if config is not None and not Path(config).exists():
         return
     command = [sys.executable, "-m", "recpress.trainer.cli", "check", *stage, *args]

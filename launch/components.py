@@ -8,7 +8,7 @@ those of `recpress train`, and are checked before anything is submitted. docs/cl
 TorchX reads signatures and docstrings from the source of each function, so the common options stand in all of them.
 """
 
-from typing import Dict, List, Optional  # TorchX reads annotations by these names
+from typing import List, Optional  # TorchX reads annotations by these names
 
 import torchx
 from recpress.launch.app import stage_app
@@ -23,7 +23,7 @@ def factorize(
     mem_mb: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: int = 0,
     max_retries: int = 0,
@@ -41,7 +41,7 @@ def factorize(
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
-        env: environment variables, A=1,B=2
+        env: environment variables, A=1,B=2; a value may hold `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
         max_restarts: times that the workers are started anew, by torchrun, after one of them failed
         max_retries: times that the scheduler starts the whole job anew after it failed
@@ -60,7 +60,7 @@ def hash(
     mem_mb: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: int = 0,
     max_retries: int = 0,
@@ -78,7 +78,7 @@ def hash(
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
-        env: environment variables, A=1,B=2
+        env: environment variables, A=1,B=2; a value may hold `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
         max_restarts: times that the workers are started anew, by torchrun, after one of them failed
         max_retries: times that the scheduler starts the whole job anew after it failed
@@ -97,7 +97,7 @@ def train(
     mem_mb: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: int = 3,
     max_retries: int = 0,
@@ -115,7 +115,7 @@ def train(
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
-        env: environment variables, A=1,B=2
+        env: environment variables, A=1,B=2; a value may hold `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
         max_restarts: times that the workers are started anew, by torchrun, after one of them failed
         max_retries: times that the scheduler starts the whole job anew after it failed
@@ -134,7 +134,7 @@ def evaluate(
     mem_mb: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: int = 0,
     max_retries: int = 0,
@@ -152,7 +152,7 @@ def evaluate(
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
-        env: environment variables, A=1,B=2
+        env: environment variables, A=1,B=2; a value may hold `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
         max_restarts: times that the workers are started anew, by torchrun, after one of them failed
         max_retries: times that the scheduler starts the whole job anew after it failed
@@ -171,7 +171,7 @@ def pipeline(
     mem_mb: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: int = 3,
     max_retries: int = 0,
@@ -189,7 +189,7 @@ def pipeline(
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
-        env: environment variables, A=1,B=2
+        env: environment variables, A=1,B=2; a value may hold `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
         max_restarts: times that the workers are started anew, by torchrun, after one of them failed
         max_retries: times that the scheduler starts the whole job anew after it failed
@@ -208,7 +208,7 @@ def bench(
     mem_mb: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: int = 0,
     max_retries: int = 0,
@@ -226,7 +226,7 @@ def bench(
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
         image: container image, where the scheduler runs containers
-        env: environment variables, A=1,B=2
+        env: environment variables, A=1,B=2; a value may hold `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
         max_restarts: times that the workers are started anew, by torchrun, after one of them failed
         max_retries: times that the scheduler starts the whole job anew after it failed

@@ -29,6 +29,14 @@ class MappedHash:
         ValueError: a folder is not a whole map; when called, a feature without a map or that the batch lacks, ids alone
             where there are several maps or a map of several or weighted rows, or, for `unknown="error"`, an id that
             its map does not cover.
+
+    Example:
+        >>> mapped = MappedHash({"user_id": "runs/maps/user"})
+        >>> rows, weights = mapped.rows("user_id", torch.tensor([3, 5]))
+        >>> rows.shape, weights
+        (torch.Size([2, 1]), None)
+        >>> mapped(torch.tensor([3, 5])).shape
+        torch.Size([2])
     """
 
     def __init__(self, folders: Mapping[str, str | Path], *, unknown: Unknown = "hash") -> None:
@@ -40,10 +48,10 @@ class MappedHash:
         self._unknown = dict.fromkeys(self._maps, 0)
 
     @overload
-    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor: ...
+    def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
 
     @overload
-    def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor: ...
 
     def __call__(self, features: KeyedJaggedTensor | torch.Tensor) -> KeyedJaggedTensor | torch.Tensor:
         """Rows instead of ids, of the dtype that the ids had."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from recpress.data import artifact
+from recpress.data import artifact, claim
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.modules.factors import FactorTable, Table
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.process_group import agreed, meet, working
 
 FACTORS = "factors"
 MODEL = "model"
@@ -24,20 +24,44 @@ CROSSFIT = "crossfit"
 
 
 @contextmanager
-def shared_artifact(path: str, kind: str, meta: dict[str, Any], *, overwrite: bool = False) -> Iterator[Path]:
+def claimed(*paths: str) -> Iterator[None]:
+    """Claims outputs (artifacts, folders of checkpoints) for this run until the block ends. Collective.
+
+    For stages that work long before `shared_artifact` makes their output; that may claim the same path again.
+
+    Raises:
+        InputError: another run writes to one of them. On every rank.
+    """
+    with ExitStack() as claims:
+        with agreed():
+            if dist.get_rank() == 0:
+                for path in paths:
+                    claims.enter_context(claim.claimed(path))
+        yield
+
+
+@contextmanager
+def shared_artifact(
+    path: str, kind: str, meta: dict[str, Any], *, overwrite: bool = False, inputs: Sequence[str | None] = ()
+) -> Iterator[Path]:
     """A temporary folder to write into, which becomes `path` when all ranks have ended the block. Collective.
 
     Rank 0 makes it, writes the manifest from `meta` and renames it; where any rank raises, it is removed. Of a remote
     `path` the folder is local, and ranks that do not see rank 0's disk have one each: what all of them wrote is
     uploaded, each file once.
 
+    Args:
+        inputs: addresses of what the stage reads (None: nothing); `path` must be apart from them.
+
     Raises:
-        InputError: `path` exists, and is not to be overwritten, or cannot be written. On every rank.
+        InputError: `path` exists, and is not to be overwritten or of another kind; it is, contains or lies in an input;
+            another run writes there; it cannot be written. On every rank.
     """
     names: list[Path | None] = [None]
     with agreed():
         if dist.get_rank() == 0:
-            names = [artifact.begin(path, overwrite=overwrite)]
+            given = [name for name in inputs if name]
+            names = [artifact.begin(path, overwrite=overwrite, kind=kind, inputs=given)]
     dist.broadcast_object_list(names)
     tmp = names[0]
     assert tmp is not None
@@ -46,12 +70,13 @@ def shared_artifact(path: str, kind: str, meta: dict[str, Any], *, overwrite: bo
         tmp, own = Path(tempfile.mkdtemp(prefix="recpress-")), True
     try:
         yield tmp
-        dist.barrier()
-        if artifact.is_remote(path):
-            _publish(tmp, own, path, kind, meta, overwrite)
-        elif own:
-            artifact.commit(tmp, path, kind, meta, overwrite=overwrite)
-        dist.barrier()
+        meet()
+        with working(f"writing {path}"):
+            if artifact.is_remote(path):
+                _publish(tmp, own, path, kind, meta, overwrite)
+            elif own:
+                artifact.commit(tmp, path, kind, meta, overwrite=overwrite)
+        meet()
     finally:
         if own:
             artifact.abort(tmp)
@@ -143,7 +168,9 @@ class FactorsArtifact:
 
     def _open(self, table: Table, crossfit: bool) -> FactorTable:
         below = f"{CROSSFIT}/" if crossfit else ""
-        return FactorTable(artifact.fetch(self.path, self.manifest, f"{below}{table}-*") / below, table)
+        with working(f"fetching {self.path}"):
+            folder = artifact.fetch(self.path, self.manifest, f"{below}{table}-*")
+        return FactorTable(folder / below, table)
 
 
 def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:

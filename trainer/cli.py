@@ -9,15 +9,25 @@ import argparse
 import atexit
 import importlib
 import os
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import NamedTuple
 
-from recpress.data.errors import InputError
-from recpress.trainer.errors import CHECKPOINT_THREAD, PREEMPTED_STATUS, Preempted, RankFailed
+from recpress.trainer.errors import (
+    CHECKPOINT_THREAD,
+    PREEMPTED_STATUS,
+    Preempted,
+    Signalled,
+    explain,
+    record,
+    status_of,
+)
 
 LEAVE_SECONDS = 3.0
 """How long a process that ends by an error lets a checkpoint be written."""
@@ -141,8 +151,7 @@ from a file, and the command line overrides it. On several processes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for an error that the user can mend, 75 where a signal stopped a
-    run that the same command will go on with."""
+    """Run one command; returns the exit status (see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         only_check = arguments[:1] == ["check"]  # `recpress check COMMAND ...`: read the arguments, do nothing
@@ -152,25 +161,58 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if COMMANDS[name].clusters:  # read once, when torch is imported with the stage
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        stage = _load(COMMANDS[name].stage)
-        stage(config)
+        with _signals_raise():
+            stage = _load(COMMANDS[name].stage)
+            stage(config)
     except Preempted as error:
+        record(error)
         if os.environ.get("RANK", "0") == "0":
             print(f"recpress: {error}", file=sys.stderr)
         return PREEMPTED_STATUS
-    except (ValueError, OSError, RankFailed) as error:
-        if os.environ.get("RECPRESS_DEBUG"):
-            traceback.print_exc()
-        rank = os.environ.get("RANK")
-        print(f"recpress{f' [rank {rank}]' if rank else ''}: error: {_one_line(error)}", file=sys.stderr)
-        return _leaving(2)
+    except Signalled as signalled:
+        print(f"recpress: stopped by {signalled.name}; nothing was written", file=sys.stderr)
+        return _leaving(128 + signalled.number)
     except KeyboardInterrupt:
         print("recpress: interrupted", file=sys.stderr)
         return _leaving(130)
-    except Exception:
-        _leaving(1)
-        raise
+    except Exception as error:
+        record(error)
+        rank = os.environ.get("RANK")
+        where, line = f"recpress{f' [rank {rank}]' if rank else ''}", explain(error)
+        if line is None or os.environ.get("RECPRESS_DEBUG"):
+            traceback.print_exc()
+        if line is None:
+            kind = type(error).__name__
+            print(f"{where}: {kind}: this is a bug of recpress; please report it with the lines above", file=sys.stderr)
+        else:
+            print(f"{where}: error: {line}", file=sys.stderr)
+        return _leaving(status_of(error))
     return 0
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the command by an exception, so that it removes what it has not finished.
+
+    Only the first one: more of them, as schedulers send, do not disturb the removal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    raised = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if not raised:
+            raised = True
+            raise Signalled(number, signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leaving(status: int) -> int:
@@ -239,12 +281,6 @@ def _config(name: str, rest: list[str]) -> object:
 def _load(place: str):  # type: ignore[no-untyped-def]  # a dataclass or a function
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, InputError) or not isinstance(error, OSError):
-        return " ".join(str(error).split())
-    return f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,22 @@
-"""Errors of a run on several ranks. Free of torch: the command line reports them."""
+"""Errors of a run, and which of them a user can mend. Free of torch: the command line reports them.
+
+Exit statuses of every command: 0 done; 1 a bug, or another rank that was lost; 2 what the user can mend; 75 stopped by
+a signal, and the same command resumes; 128 + the signal's number where there is nothing to resume.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from opcode import opname
+from types import TracebackType
+
+from recpress.data.errors import InputError
 
 
 class RankFailed(RuntimeError):
@@ -6,7 +24,32 @@ class RankFailed(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """A signal asked the run to stop, on every rank after the same step; the message says where it goes on."""
+    """A signal asked the run to stop; the message says where the same command resumes.
+
+    Args:
+        alone: whether other ranks may not know of it yet.
+    """
+
+    def __init__(self, message: str, *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
+
+
+class Signalled(BaseException):
+    """A signal ends a command that keeps no state to resume from; what it made so far is removed."""
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(name)
+        self.number, self.name = number, name
+
+
+@contextmanager
+def same_command_resumes() -> Iterator[None]:
+    """What a signal ends in this block, the same command takes up again: `Preempted` instead of `Signalled`."""
+    try:
+        yield
+    except Signalled as signalled:
+        raise Preempted(f"stopped by {signalled.name}; rerun the same command to resume", alone=True) from None
 
 
 PREEMPTED_STATUS = 75
@@ -14,3 +57,87 @@ PREEMPTED_STATUS = 75
 
 CHECKPOINT_THREAD = "checkpoint"
 """Name of the thread that writes a checkpoint, which a process that ends by an error does not wait for."""
+
+_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+_PEERS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
+_DEVICES = (
+    "no cuda",
+    "invalid device ordinal",
+    "nvidia driver",
+    "no kernel image",
+    "all cuda-capable devices are busy",
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """The error in one line where a user can mend its cause; None where it is a bug of recpress.
+
+    A ValueError is the user's only where our own code raises it for bad input: one from within numpy, torch or Python
+    is a bug, whatever it says.
+    """
+    text = one_line(error)
+    if isinstance(error, (InputError, RankFailed, Preempted)):
+        return text
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
+        return f"out of memory: {text}; expected more memory, fewer rows a batch, or more processes"
+    if isinstance(error, OSError):
+        return text
+    if isinstance(error, RuntimeError) and any(words in text.lower() for words in _DEVICES):
+        return f"the device cannot be used: {text}; --device cpu does without it"
+    if _is_a(error, "pyarrow.lib", "ArrowException") or isinstance(error, UnicodeDecodeError):
+        return text
+    if _is_a(error, "torch.distributed", "DistNetworkError") or _is_a(error, "torch.distributed", "DistStoreError"):
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return f"the ranks cannot meet at {where}: {text}; is the address right and the port free?"
+    if isinstance(error, RuntimeError) and "address already in use" in text.lower():
+        return f"{text}; choose another port"
+    if isinstance(error, RuntimeError) and any(words in text.lower() for words in _PEERS):
+        return f"another rank is lost: {text}; its own output says why"
+    if isinstance(error, ValueError) and _raised_by_us(error.__traceback__):
+        return text
+    return None
+
+
+def status_of(error: BaseException) -> int:
+    """Exit status of an error that `explain` knows: 2, or 1 where the cause lies with another rank that is lost."""
+    text = explain(error)
+    return 1 if text is None or text.startswith("another rank is lost") else 2
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    if isinstance(error, OSError) and not isinstance(error, InputError) and error.filename and error.strerror:
+        hint = "; free some space, or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error.filename}: {error.strerror}{hint}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def record(error: BaseException) -> None:
+    """Write the error file that torchrun names, so that its summary and `torchx status` show the cause."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    message = {"message": one_line(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
+    except OSError as problem:  # the error itself is what matters
+        print(f"recpress: {path}: the error file of torchrun cannot be written: {problem}", file=sys.stderr)
+
+
+def _is_a(error: BaseException, module: str, name: str) -> bool:
+    """Whether it is of a class of a package that may not be imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(error, kind)
+
+
+def _raised_by_us(trace: TracebackType | None) -> bool:
+    """Whether a `raise` of recpress's data or modules, which check what they are given, is where it came from."""
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    if not f"{module}.".startswith(("recpress.data.", "recpress.modules.")):
+        return False
+    return opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"

@@ -112,3 +112,36 @@ def test_fingerprint_sees_both_ends_and_the_size(tmp_path, size):
             changed[place] = 1
             path.write_bytes(changed)
             assert artifact.fingerprint(path) != first
+
+
+def test_an_output_is_apart_from_the_inputs(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    (log / "train").mkdir(parents=True)
+    (log / "train" / "a.parquet").touch()
+    (tmp_path / "link").symlink_to(log)
+    for out, given in (
+        (log, log),
+        (tmp_path / "link", log),
+        (log / "factors", log),
+        (log / "factors", tmp_path / "link"),
+        (tmp_path, log),
+        (log, log / "train" / "a.parquet"),
+        (log, f"{log}/train/*.parquet"),
+        (log, f"file://{log}"),
+        (f"file://{log}", log),
+    ):
+        with pytest.raises(InputError, match=r"output (is|lies in|contains) the input"):
+            artifact.check_target(out, True, "thing", [given])
+    for out in (tmp_path / "log2", tmp_path / "lo", log / "train2"):
+        artifact.check_target(out, False, "thing", [f"{log}/*/a.parquet"])
+    artifact.check_target(tmp_path / "log2", False, "thing", [log, ""])
+    make(tmp_path / "made")
+    with pytest.raises(InputError, match="inside the artifact"):
+        artifact.begin(tmp_path / "made" / "deep" / "a")
+    with pytest.raises(InputError, match=r"made: .*kind 'thing'.*'log'"):
+        artifact.begin(tmp_path / "made", overwrite=True, kind="log")
+    monkeypatch.chdir(log)
+    for name in ("", ".", "..", "./", "~/x", "s3:/bucket/x"):
+        with pytest.raises(InputError, match=r"empty name|working folder|shells alone|two slashes"):
+            artifact.begin(name, overwrite=True)
+    assert sorted(entry.name for entry in log.iterdir()) == ["train"]

@@ -56,7 +56,7 @@ def test_random_loses_nothing_and_meets_nothing(tmp_path_factory, rows, seed):
     log = make_log(folder / "log", users, [*items[:-1], 29])
     rows = pairs(log, log.train)
     able = {u for u, _ in rows if len({i for v, i in rows if v == u}) > 1}
-    able = {u for u in able if 30 - sum(v == u for v, _ in rows) >= 15}
+    able = {u for u in able if 30 - len({i for v, i in rows if v == u}) >= 15}
     if not able:
         with pytest.raises(InputError, match="no user has two items and 15 of 30 items"):
             leave_one_out(log, folder / "new", by="random", seed=seed, negatives=15)
@@ -145,3 +145,50 @@ def test_what_cannot_be_done(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         leave_one_out(log, tmp_path / "new", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_repeated_pairs_are_one_item(tmp_path):
+    """A user's rows may be more than the items of the log."""
+    users = np.concatenate([np.zeros(150), np.ones(30), 2 + np.arange(200) % 40, np.full(500, 42)]).astype(int)
+    items = np.concatenate([np.arange(150) % 5, np.arange(30), np.arange(200), np.arange(500) % 120]).astype(int)
+    log = make_log(tmp_path / "log", users, items, 60)
+    new = open_log(leave_one_out(log, tmp_path / "new", by="random", negatives=99))
+    test = dict(pairs(new, new.test))
+    assert set(test) == set(range(42))  # user 42 has met 120 of 200 items
+    assert new.manifest["held_out"] == {"users": 42, "left_out": 1}
+    data = next(iter_columns(new.test_negatives, ["user_id", "negatives"]))
+    for user, negatives in zip(data["user_id"].tolist(), data["negatives"].values.reshape(-1, 99), strict=True):
+        assert len(set(negatives.tolist())) == 99
+        assert not set(negatives.tolist()) & set(items[users == user].tolist())
+
+
+def test_users_who_met_almost_all_items_draw_uniformly_from_the_rest_in_one_pass(tmp_path):
+    most = np.delete(np.arange(400), np.arange(3, 400, 8))  # 50 are left
+    log = make_log(tmp_path / "log", np.repeat(np.arange(600), len(most)), np.tile(most, 600), 1 << 20)
+    new = open_log(leave_one_out(log, tmp_path / "new", by="random", negatives=10))
+    counts = np.bincount(next(iter_columns(new.test_negatives, ["negatives"]))["negatives"].values, minlength=400)
+    assert counts[most].sum() == 0
+    assert (np.abs(counts[3::8] - 120) < 5 * np.sqrt(120)).all()
+
+
+def test_columns_that_the_schema_does_not_name_stay(tmp_path, caplog):
+    (tmp_path / "log" / "train").mkdir(parents=True)
+    own = {
+        "user_id": pa.array([0, 0, 1, 1], pa.uint16()),
+        "text": pa.array(["a", None, "b", "c"], pa.string_view()),
+        "deep": [{"x": [k]} for k in range(4)],
+        "item_id": [0, 1, 2, 3],
+        "key": pa.array(["p", "q", "p", "q"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table({**own, "gone": [1] * 4}), tmp_path / "log" / "train" / "a.parquet")
+    pq.write_table(pa.table(own), tmp_path / "log" / "train" / "b.parquet")
+    log = open_log(tmp_path / "log")
+    new = open_log(leave_one_out(log, tmp_path / "new", by="random", negatives=1))
+    names = ["user_id", "text", "deep", "item_id", "key"]
+    expected = [row for row in pa.table(own).to_pylist()]
+    for part in (new.train, new.test):
+        for group in part.groups:
+            table = part.read_table(group, names)
+            assert part.files[group.file].schema.names == names
+            assert all(row in expected for row in table.to_pylist())
+    assert "gone" in caplog.text

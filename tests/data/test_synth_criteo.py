@@ -12,6 +12,7 @@ from recpress.data.encoder import Encoder
 from recpress.data.errors import InputError
 from recpress.data.formats import CATEGORIES, INTS
 from recpress.data.log import iter_columns, open_log
+from recpress.data.sources import Source
 from recpress.data.stream import InteractionStream
 from recpress.data.synth_criteo import BLOCK, SIZES, MadeCriteo, feature_sizes, synth_criteo
 
@@ -123,7 +124,7 @@ def test_ids_of_a_group_are_alike_and_ids_of_two_groups_are_not():
 
 def test_a_log_that_is_made_can_be_extended(folder):
     log = open_log(folder, pairs=False)
-    encoder = Encoder(log.schema, IngestConfig(input="", extend=str(folder)))
+    encoder = Encoder(Source("csv", (), log.schema, lambda: iter(())), IngestConfig(input="", extend=str(folder)))
     assert [entry["num_ids"] for entry in encoder.manifest()["features"].values()] == list(MADE.sizes)
 
 

@@ -113,3 +113,40 @@ def test_bad_ids():
     small = Vocabulary("int", "user", budget=10_000)
     with pytest.raises(InputError, match=r"vocabulary of user: over 0 ids need more than the 0\.0 GiB"):
         small.encode(pa.array(np.arange(1000)))
+
+
+def test_integers_become_strings_and_keep_their_numbers():
+    vocabulary = Vocabulary("int", "user")
+    vocabulary.encode(pa.array([7, -1, 7]))
+    vocabulary.encode(pa.array([10**18]))
+    vocabulary.become_strings()
+    assert vocabulary.encode(pa.array(["007", "7", str(10**18)])).tolist() == [3, 0, 2]
+    assert vocabulary.table().column("raw").to_pylist() == ["7", "-1", str(10**18), "007"]
+    assert vocabulary.counts.tolist() == [3, 1, 2, 1]
+
+
+def test_finding_takes_text_for_integers():
+    vocabulary = Vocabulary("int", "user")
+    vocabulary.encode(pa.array([7, 8]))
+    assert vocabulary.find(pa.array(["8", "08", "x", None, "7"])).tolist() == [1, -1, -1, -1, 0]
+    assert len(vocabulary) == 2
+
+
+@pytest.mark.parametrize("kind", ["int", "string"])
+@pytest.mark.parametrize("count", [True, False])
+def test_growth_copies_each_id_a_few_times(monkeypatch, kind, count):
+    """Not once a batch, which would be quadratic."""
+    copied = []
+    real = module._grown
+
+    def counting(array, size):
+        copied.append(len(array) if len(array) < size else 0)
+        return real(array, size)
+
+    monkeypatch.setattr(module, "_grown", counting)
+    vocabulary = Vocabulary(kind, "user")
+    for first in range(0, 20_000, 100):
+        raw = pa.array(np.arange(first, first + 100))
+        vocabulary.encode(raw.cast(pa.string()) if kind == "string" else raw, count=count)
+    assert len(vocabulary) == 20_000
+    assert sum(copied) < 4 * 20_000 * (2 if kind == "string" else 1)

@@ -188,7 +188,7 @@ def adjacency(blob: bytes) -> Pairs:
 
 
 def of_table(blob: bytes) -> Pairs:
-    table = pq.read_table(io.BytesIO(blob))
+    table = pq.read_table(io.BytesIO(blob), columns=["user_id", "item_id"])
     return [(str(u), str(i)) for u, i in zip(table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True)]
 
 

@@ -107,7 +107,7 @@ def test_an_option_that_cannot_be_used_is_one_clear_error(options, message):
         (["--cores", "3"], "--cores"),
         (["-j", "2y2", "--", "--data", "a", "--out", "b"], "-j is '2y2'"),
         (["-j", "1x2", "--", "--data", "a"], "Missing from recpress train"),
-        (["-j", "1x2", "--", "--data", "a", "--out", "b", "--epochs", "0"], "epochs is 0, expected at least 1"),
+        (["-j", "1x2", "--", "--data", "a", "--out", "b", "--epochs=-1"], "epochs is -1, expected at least 0"),
         (["-j", "1x2", "--", "--data", "a", "--out", "b", "--epoch", "1"], "--epochs"),
     ],
 )
@@ -164,3 +164,34 @@ def test_the_help_names_every_option(stage):
 def test_components_import_no_torch():
     program = "import sys, recpress.launch.components; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("A=1,B=2", {"A": "1", "B": "2"}),
+        ("TOKEN=abc==,B=x y", {"TOKEN": "abc==", "B": "x y"}),
+        ("LIST=a,b;C=", {"LIST": "a,b", "C": ""}),
+    ],
+)
+def test_values_of_env_may_hold_signs_and_commas(given, want):
+    (role,) = components.factorize(*arguments("factorize"), env=given).roles
+    assert want.items() <= role.env.items()
+
+
+def test_env_without_a_value_is_refused():
+    with pytest.raises(ComponentValidationException, match=r"NOVALUE.*expected NAME=VALUE"):
+        components.factorize(*arguments("factorize"), env="NOVALUE")
+
+
+@pytest.mark.parametrize("option", [("--config", "/cluster/only.toml"), ("--config=/cluster/only.toml",)])
+def test_a_config_file_that_is_on_the_cluster_alone_is_left_to_the_stage(option):
+    (role,) = components.factorize(*option).roles
+    assert role.args[-1].endswith(shlex.join(option))
+
+
+def test_torchrun_is_that_of_the_interpreter_whatever_path_says():
+    (role,) = components.factorize(*arguments("factorize")).roles
+    shown = role.args[-1].replace('exec "$@"', 'echo "$@"')
+    done = subprocess.run([role.entrypoint, "-c", shown], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{sys.executable} -m torch.distributed.run --max_restarts")

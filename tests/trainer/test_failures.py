@@ -32,10 +32,19 @@ def fault(self):
             os.kill(os.getpid(), signal.SIGSTOP)
         elif what == "sleep":
             time.sleep(60)
-        else:
+        elif what.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, what))
 
 optimizer.TrainOptimizer.step = fault
+if what == "writing":  # a signal while the model is written, after the last step
+    from recpress.trainer.train import stage
+
+    def save(*_):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    stage.save_weights = save
 if what == "code" and int(os.environ["RANK"]) == rank:
     distributed._code = lambda: "0.0.9 abc"
 sys.exit(main(sys.argv[4:]))
@@ -62,7 +71,7 @@ def ranks(root: Path, out: str, fault: tuple[str, int, int] = ("none", 0, 0), wo
     settings = [
         "--data", str(root / "log"), "--factors", str(root / "factors"), "--out", str(root / out),
         "--model.tables.strategy", "init-train", "--sample.rate", "1", "--stream.batch-size", str(128 // world),
-        "--epochs", "1", "--no-tensorboard", "--checkpoint.steps", "5", *more,
+        "--epochs", "1", "--no-tensorboard", "--checkpoint.steps", "5", "--evaluation.every", "0", *more,
     ]  # fmt: skip
     base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     base |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
@@ -118,6 +127,19 @@ def test_killed_and_preempted_it_goes_on_to_the_same_weights(folder, quiet):
     assert not (folder / "a.checkpoints").exists()
     steps = [json.loads(line)["step"] for line in (folder / "a" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_a_signal_while_the_model_is_written_costs_no_step(folder, quiet):
+    status, said, _ = ranks(folder, "w", ("writing", 0, 0))
+    assert status == [75, 75], said
+    assert "rerun the same command to resume from" in said[0]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".w")]
+    status, said, _ = ranks(folder, "w")
+    assert status == [0, 0], said
+    steps = json.loads((folder / "quiet" / "manifest.json").read_text())["steps"]
+    assert f"step {steps}" in said[0]
+    assert "train: step" not in said[0]  # none was taken again
+    assert weights(folder / "w") == quiet
 
 
 def test_one_rank_goes_on_where_two_were(folder, quiet):

@@ -23,6 +23,8 @@ from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.logs import stages as logs
 from recpress.trainer.logs.config import IngestCommand, SampleCommand, SplitConfig
+from recpress.trainer.pipeline.config import PipelineConfig
+from recpress.trainer.pipeline.stage import pipeline
 from recpress.trainer.train.stage import train
 
 from tests.ranks import run_on_ranks
@@ -173,3 +175,16 @@ def test_one_line_on_the_command_line(base, s3, capfd):  # noqa: F811
     with s3.failing("denied", "GET .*log/"):
         assert main(["evaluate", "--data", f"{base}/log", "--model", f"{base}/model"]) == 2
     assert f"error: {base}/log/manifest.json: cannot be read: AWS Error ACCESS_DENIED" in capfd.readouterr().err
+
+
+def test_a_pipeline_skips_what_is_complete_on_a_store(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synth(SMALL, tmp_path / "log")
+    factorized = FactorizeConfig(data="", out="", als=ALS)
+    config = PipelineConfig(
+        data=str(tmp_path / "log"), out=f"{base}/run", stages=("factorize", "evaluate"), factorize=factorized
+    )
+    assert pipeline(config) == ["factorize", "evaluate"]
+    assert pipeline(config) == []
+    assert "factorization" in json.loads(storage.read_bytes(f"{base}/run/metrics.json"))["methods"]
+    assert not (tmp_path / "s3:").exists()

@@ -235,10 +235,9 @@ def test_a_label_that_is_no_probability_is_refused(tmp_path):
         (lambda: SampleConfig(rate=1.5), "sample.rate is 1.5"),
         (lambda: SampleConfig(rate=float("nan")), "sample.rate is nan"),
         (lambda: NegativesConfig(kind="in-batch", shared=True), "negatives.shared"),
-        (lambda: EvaluationConfig(patience=2), "evaluation.patience"),
         (lambda: EvaluationConfig(k=(0,)), "k is 0"),
         (lambda: FactorizeConfig(data="a", out="b", crossfit_rate=1.0), "crossfit_rate is 1.0"),
-        (lambda: TrainConfig(data="a", out="b", epochs=0), "epochs is 0"),
+        (lambda: TrainConfig(data="a", out="b", epochs=-1), "epochs is -1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_before_anything_is_read(make, message):

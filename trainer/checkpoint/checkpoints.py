@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,9 @@ from recpress.trainer.checkpoint.remote import RemotePlace
 from recpress.trainer.checkpoint.same_run import check_same_run
 from recpress.trainer.checkpoint.staged import Staged, State
 from recpress.trainer.config import CheckpointConfig
-from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted
+from recpress.trainer.distributed.process_group import NO_TIMEOUT
+from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted, Signalled
 from torch.distributed.checkpoint.api import CheckpointException
-
-PATIENCE = timedelta(hours=2)
-"""How long the ranks wait for the slowest to write, upload, fetch or check its part."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ) -> None:
         self.config, self.describe, self._say = config, dict(describe), say
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
         """Of the writing thread, and of loading."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.place: Place = (RemotePlace if is_remote(folder) else LocalPlace)(str(folder), self.rank)
@@ -129,8 +126,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self._exit(kind, error)
+        finally:
+            self.place.unlock()
+
+    def _exit(self, kind: object, error: object) -> None:
         if kind is None or isinstance(error, Preempted):
             return
+        if isinstance(error, Signalled):  # while the model is built, or evaluated and written after the last step
+            self.wait()
+            if self.last is not None:
+                raise Preempted(
+                    f"stopped by {error.name}; rerun the same command to resume from {self.last}", alone=True
+                ) from None
         # Not collective: other ranks may be gone, and so may the checkpoint that is being written.
         if self.rank == 0 and self.last is None:
             self.place.forget()

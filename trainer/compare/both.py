@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from recpress.data import holdout
 from recpress.data import synth as data_synth
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
@@ -23,7 +25,8 @@ from recpress.modules.shared_als import SharedRows
 from recpress.trainer.artifacts import FactorsArtifact, open_factors, shared_artifact
 from recpress.trainer.compare.both_report import BothResult, Point, format_both_table, write_both_report
 from recpress.trainer.compare.config import CompareBothConfig
-from recpress.trainer.config import TrainConfig, chosen_schema
+from recpress.trainer.compare.progress import UnitProgress
+from recpress.trainer.config import EvaluationConfig, TrainConfig, chosen_schema
 from recpress.trainer.distributed.process_group import agreed, process_group
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
@@ -51,7 +54,11 @@ class Form:
     """Folder of the maps; None: a row for each id."""
     rows: int
     bytes: int
-    """Rows as stored and maps."""
+    """Rows as stored and maps, bit-packed."""
+    serving_map_bytes: int
+    """Of the maps as `LearnedHash` serves them: int32 row numbers and weights."""
+    map_bytes: int
+    """Of the maps, bit-packed."""
     error: float
     """Weighted distortion of the vectors, in units of scores, as a share of their weighted squares."""
     vectors: tuple[torch.Tensor, torch.Tensor]
@@ -68,7 +75,7 @@ def compare_both(config: CompareBothConfig) -> BothResult:
         raise InputError("seeds and levels: expected at least one of each")
     with process_group(config.device) as ranks:
         meta: dict[str, Any] = {"config": asdict(config)}
-        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
+        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             result = _Comparison(config, tmp, ranks.device).all()
             if ranks.rank == 0:
                 result.save(tmp / "result.json")
@@ -91,98 +98,180 @@ class _Comparison:
                 raise InputError(f"{self.path}: no held-out rows (test or test_negatives), which a comparison needs")
         self.metrics = tuple(f"{name}@{config.evaluation.k[0]}" for name in config.metrics)
         self.ids = self.log.num_users + self.log.num_items
+        self.dim = 0
+        """Of the vectors; known with the first factorization."""
+        self.als = config.als
+        """With what the first factorization chose, by the protocol that ranks."""
+        if config.evaluation.protocol == "full" and self.als.auto_metric == "auto":
+            self.als = replace(self.als, auto_metric="full")
+        self.warnings: list[str] = []
+        """Signs that a factorization collapsed."""
 
     def all(self) -> BothResult:
-        found: dict[tuple[float, float], list[dict[str, float]]] = {}
-        facts: dict[tuple[float, float], tuple[str, int, int, int, float]] = {}
-        for seed in self.config.seeds:
-            for rate in self.config.rates or (0.0,):
-                factors = self._factorize(seed, rate)
-                forms = self._forms(factors, seed, rate)
-                for form in forms:
-                    words = _words(form, self.ids)
-                    if rate == (self.config.rates or (0.0,))[0]:
-                        alone = self._alone(form)
-                        found.setdefault((form.level, 0.0), []).append(alone)
-                        facts[form.level, 0.0] = (words, form.rows, form.bytes, 0, form.error)
-                        _say(f"seed {seed}, {words}: factors alone {self._shown(alone)}")
-                    if not rate:
-                        continue
-                    metrics, rows_read, size = self._network(form, factors, seed, rate)
-                    found.setdefault((form.level, rate), []).append(metrics)
-                    facts[form.level, rate] = (words, form.rows, size, rows_read, form.error)
-                    _say(f"seed {seed}, {words}, {rate:.0%} of the rows: {self._shown(metrics)}")
+        rates = self.config.rates or (0.0,)
+        networks = len(self.config.rates)
+        seeds, levels = len(self.config.seeds), len(self.config.levels)
+        choices = networks if self.config.choose else 0
+        units = {
+            "factorize": choices + seeds * len(rates),
+            "choose": choices,
+            "tables": seeds * len(rates) * levels,
+            "rank": seeds * levels,
+            "network": seeds * networks * levels,
+        }
+        self.found: dict[tuple[float, float], list[dict[str, float]]] = {}
+        self.facts: dict[tuple[float, float], dict[str, Any]] = {}
+        with UnitProgress("compare both", units, shown=dist.get_rank() == 0) as self.progress:
+            self.epochs = {rate: self._choose(rate) for rate in self.config.rates}
+            for seed in self.config.seeds:
+                for rate in rates:
+                    factors = self._factorize(self.path, f"{seed}-{rate}", seed, rate)
+                    for form in self._forms(factors, seed, rate):
+                        self._rank_form(form, factors, seed, rate, show_alone=rate == rates[0])
         points = tuple(
             Point(
                 level=level,
-                form=facts[level, rate][0],
                 rate=rate,
-                rows=facts[level, rate][1],
-                bytes=facts[level, rate][2],
-                rows_read=facts[level, rate][3],
-                error=facts[level, rate][4],
                 metrics={name: tuple(run[name] for run in runs) for name in self.metrics},
+                **self.facts[level, rate],
             )
-            for (level, rate), runs in found.items()
+            for (level, rate), runs in self.found.items()
         )
         return self._result(points)
 
-    def _factorize(self, seed: int, rate: float) -> FactorsArtifact:
-        path = str(self.folder / f"factors-{seed}-{rate}")
-        with _quiet():
-            factorize(
+    def _rank_form(self, form: Form, factors: FactorsArtifact, seed: int, rate: float, *, show_alone: bool) -> None:
+        """Rank the held-out rows with the vectors of one form alone, and with a network on its tables."""
+        words, epochs = _words(form, self.ids), self.epochs.get(rate, 0)
+        if show_alone or (rate and not epochs):
+            with self.progress.unit("rank", f"{words}, seed {seed}: factors alone"):
+                alone = self._alone(form)
+        if show_alone:
+            self._add(form, 0.0, alone, bytes=form.bytes, rows_read=0, epochs=0)
+            self.progress.say(f"seed {seed}, {words}: factors alone {self._shown(alone)}")
+        if not rate:
+            return
+        if epochs:
+            with self.progress.unit("network", f"{words}, seed {seed}: network on {rate:.0%} of the rows"):
+                metrics, size, rows_read = self._network(form, factors, seed, rate)
+        else:  # the network before its first step ranks as the factors do
+            metrics, size, rows_read = alone, form.bytes, 0
+            self.progress.skip("network", 1)
+        self._add(form, rate, metrics, bytes=size, rows_read=rows_read, epochs=epochs)
+        self.progress.say(f"seed {seed}, {words}, {rate:.0%} of the rows: {self._shown(metrics)}")
+
+    def _add(self, form: Form, rate: float, metrics: dict[str, float], **facts: int) -> None:
+        """Add one seed's metrics to a point."""
+        key = form.level, rate
+        self.found.setdefault(key, []).append(metrics)
+        self.facts[key] = {
+            "form": _words(form, self.ids),
+            "rows": form.rows,
+            "error": form.error,
+            "serving_bytes": facts["bytes"] - form.map_bytes + form.serving_map_bytes,
+            **facts,
+        }
+
+    def _choose(self, rate: float) -> int:
+        """Epochs of the networks on this share of the rows, 0 to those configured.
+
+        They are the best on one row a user that is held out of train, with full tables and the first seed. Epoch 0 is
+        the factors' own ranking: where no epoch ranks better, no network is trained.
+        """
+        config, seed = self.config, self.config.seeds[0]
+        if not config.choose:
+            return config.frozen.epochs
+        path = str(self.folder / "choose" / "log")
+        full = config.evaluation.protocol == "full" or self.log.test_negatives is None
+        with agreed():
+            if dist.get_rank() == 0 and not Path(path).exists():
+                negatives = 0 if full else 99
+                holdout.leave_one_out(self.log, path, by="random", seed=seed, negatives=negatives)
+        factors = self._factorize(path, f"choose-{rate}", seed, rate)
+        evaluation = replace(config.evaluation, every=1, validation="test")  # the held-out part of the split log
+        with self.progress.unit("choose", f"epochs of the network on {rate:.0%} of the rows"), _quiet():
+            trained = train(self._training(path, factors.path, f"choose-{rate}", seed, rate, evaluation))
+        epochs = trained.best_epoch or 0
+        self.progress.say(
+            f"network on {rate:.0%} of the rows: best of {config.frozen.epochs} epochs is {epochs}"
+            + ("" if epochs else ", the factors' own ranking: no network is trained")
+        )
+        return epochs
+
+    def _factorize(self, log: str, name: str, seed: int, rate: float) -> FactorsArtifact:
+        path = str(self.folder / f"factors-{name}")
+        with self.progress.unit("factorize", f"factorization, {name}"), _quiet():
+            result = factorize(
                 FactorizeConfig(
-                    data=self.path,
+                    data=log,
                     out=path,
                     schema=self.config.schema,
-                    als=replace(self.config.als, seed=seed),
+                    als=replace(self.als, seed=seed),
                     crossfit_rate=rate if rate < 1 else 0.0,
                     crossfit_seed=seed,
                     device=self.config.device,
                 )
             )
         with agreed():
-            return open_factors(path, self.log)
+            factors = open_factors(path, self.log)
+        self.dim = factors.dim
+        if self.als.auto and result.auto is not None:  # once: all seeds and rates compare the same tables
+            self.als = replace(self.als, auto=False, **result.auto["settings"])
+            shown = ", ".join(f"{setting} {value:g}" for setting, value in result.auto["settings"].items())
+            self.progress.say(f"factorization: chose {shown}")
+        self.warnings += [text for text in result.checks["warnings"] if text not in self.warnings]
+        return factors
 
-    def _forms(self, factors: FactorsArtifact, seed: int, rate: float) -> list[Form]:
-        """For each level the storage, and with it the number of rows, that keeps the vectors best."""
+    def _forms(self, factors: FactorsArtifact, seed: int, rate: float) -> Iterator[Form]:
+        """For each level the storage, and with it the number of rows, with the least distortion of the vectors."""
         tables = [torch.from_numpy(factors.table(side)[0 : self.log.num_ids(side)]) for side in SIDES]
         counts = [torch.from_numpy(factors.counts(side)[0 : self.log.num_ids(side)])[:, 0] for side in SIDES]
         roots = [root(tables[1].T @ tables[1]), root(tables[0].T @ tables[0])]
+        for level in sorted(self.config.levels, reverse=True):
+            with self.progress.unit("tables", f"tables of {level:.3g} of the bytes, seed {seed}"):
+                form = self._best_form(level, factors, tables, counts, roots, f"maps-{seed}-{rate}-{level}", seed)
+            yield form
+
+    def _best_form(
+        self,
+        level: float,
+        factors: FactorsArtifact,
+        tables: list[torch.Tensor],
+        counts: list[torch.Tensor],
+        roots: list[torch.Tensor],
+        name: str,
+        seed: int,
+    ) -> Form:
         dim = round_up(factors.dim)
         full = 4 * dim * self.ids
-        forms = []
-        for level in sorted(self.config.levels, reverse=True):
-            candidates = []
-            for storage in STORAGES:
-                size = row_bytes(storage, dim)
-                if size * self.ids <= level * full * 1.0001:
-                    candidates.append(self._form(level, storage, None, tables, counts, roots))
-                    break  # a row for each id, in the most bits that the level holds
-                if storage in ("int8", "int4"):
-                    # a pair of rows and its two weights: about 8 bytes an id of map
-                    rows = int((level * full - 8 * self.ids) // size)
-                    if rows >= 2:
-                        path = str(self.folder / f"maps-{seed}-{rate}-{level}-{storage}")
-                        with _quiet():
-                            make_maps(
-                                HashStageConfig(
-                                    data=self.path,
-                                    out=path,
-                                    factors=factors.path,
-                                    schema=self.config.schema,
-                                    rows=rows,
-                                    method="learned",
-                                    ways=2,
-                                    power=self.config.power,
-                                    seed=seed,
-                                )
+        candidates = []
+        for storage in STORAGES:
+            size = row_bytes(storage, dim)
+            if size * self.ids <= level * full * 1.0001:
+                candidates.append(self._form(level, storage, None, tables, counts, roots))
+                break  # a row for each id, in the most bits that the level holds
+            if storage in ("int8", "int4"):
+                # a pair of rows and its two weights: about 8 bytes an id of map
+                rows = int((level * full - 8 * self.ids) // size)
+                if rows >= 2:
+                    path = str(self.folder / f"{name}-{storage}")
+                    with _quiet():
+                        make_maps(
+                            HashStageConfig(
+                                data=self.path,
+                                out=path,
+                                factors=factors.path,
+                                schema=self.config.schema,
+                                rows=rows,
+                                method="learned",
+                                ways=2,
+                                power=self.config.power,
+                                seed=seed,
                             )
-                        candidates.append(self._form(level, storage, path, tables, counts, roots))
-            if not candidates:
-                raise InputError(f"levels: {level} of the full tables' bytes does not hold the maps; expected more")
-            forms.append(min(candidates, key=lambda form: form.error))
-        return forms
+                        )
+                    candidates.append(self._form(level, storage, path, tables, counts, roots))
+        if not candidates:
+            raise InputError(f"levels: {level} of the full tables' bytes does not hold the maps; expected more")
+        return min(candidates, key=lambda form: form.error)
 
     def _form(
         self,
@@ -194,7 +283,7 @@ class _Comparison:
         roots: list[torch.Tensor],
     ) -> Form:
         hashed = None if path is None else open_maps(path, self.log)
-        vectors, rows, size, lost, weight = [], 0, 0, 0.0, 0.0
+        vectors, rows, size, maps, served, lost, weight = [], 0, 0, 0, 0, 0.0, 0.0
         for side, table, count, turn in zip(SIDES, tables, counts, roots, strict=True):
             if hashed is None:
                 read = _stored(table, storage)
@@ -206,12 +295,15 @@ class _Comparison:
                 read = SharedRows(id_map).expand(stored)
                 rows += id_map.num_rows
                 size += id_map.num_rows * row_bytes(storage, round_up(table.shape[1])) + id_map.nbytes
+                maps += id_map.nbytes
+                served += id_map.rows.nbytes + (0 if id_map.weights is None else id_map.weights.nbytes)
             w = count.double().clamp_min(0.1) ** self.config.power
             lost += float(((((read - table) @ turn).square().sum(1)) * w).sum())
             weight += float((((table @ turn).square().sum(1)) * w).sum())
             vectors.append(read)
         return Form(
-            level=level, storage=storage, hash=path, rows=rows, bytes=size, error=lost / weight,
+            level=level, storage=storage, hash=path, rows=rows, bytes=size, map_bytes=maps, serving_map_bytes=served,
+            error=lost / weight if weight else 0.0 if not lost else math.inf,
             vectors=cast(tuple[torch.Tensor, torch.Tensor], tuple(vectors)),
         )  # fmt: skip
 
@@ -223,30 +315,49 @@ class _Comparison:
     def _network(
         self, form: Form, factors: FactorsArtifact, seed: int, rate: float
     ) -> tuple[dict[str, float], int, int]:
+        """(metrics of the held-out rows, bytes of tables and maps, rows that were trained on)."""
+        config = self._training(
+            self.path, factors.path, f"model-{seed}-{rate}-{form.level}", seed, rate,
+            replace(self.config.evaluation, every=0, every_steps=0), form=form, stop_after=self.epochs[rate],
+        )  # fmt: skip
+        with _quiet():
+            trained = train(config)
+        return trained.metrics, trained.table_bytes + trained.map_bytes, trained.rows
+
+    def _training(
+        self,
+        log: str,
+        factors: str,
+        name: str,
+        seed: int,
+        rate: float,
+        evaluation: EvaluationConfig,
+        *,
+        form: Form | None = None,
+        stop_after: int = 0,
+    ) -> TrainConfig:
+        """How a network is trained; without `form` on full float32 tables."""
         network = self.config.frozen
         settings = {name: getattr(network, name) for name in network.__dataclass_fields__}
-        tables = replace(network.model.tables, strategy="init-freeze", storage=form.storage)
+        storage = form.storage if form is not None else "fp32"
+        tables = replace(network.model.tables, strategy="init-freeze", storage=storage)
         settings["model"] = replace(network.model, tables=tables)
         settings["stream"] = replace(network.stream, seed=seed)
         settings["negatives"] = replace(network.negatives, seed=seed)
-        with _quiet():
-            trained = train(
-                TrainConfig(
-                    **settings,
-                    data=self.path,
-                    out=str(self.folder / f"model-{seed}-{rate}-{form.level}"),
-                    factors=factors.path,
-                    hash=form.hash,
-                    schema=self.config.schema,
-                    sample=SampleConfig(rate=rate, seed=seed),
-                    # factors that have seen all rows leave none to choose an epoch on
-                    evaluation=replace(self.config.evaluation, every=None if rate < 1 else 0),
-                    seed=seed,
-                    tensorboard=False,
-                    device=self.config.device,
-                )
-            )
-        return trained.metrics, trained.rows, trained.table_bytes + trained.map_bytes
+        return TrainConfig(
+            **settings,
+            data=log,
+            out=str(self.folder / name),
+            factors=factors,
+            hash=form.hash if form is not None else None,
+            schema=self.config.schema,
+            sample=SampleConfig(rate=rate, seed=seed),
+            evaluation=evaluation,
+            seed=seed,
+            tensorboard=False,
+            stop_after=stop_after,
+            device=self.config.device,
+        )
 
     def _shown(self, metrics: dict[str, float]) -> str:
         return ", ".join(f"{name} {metrics[name]:.4f}" for name in self.metrics)
@@ -259,26 +370,37 @@ class _Comparison:
             title="Fewer rows of data, fewer bytes of table" + (" on a made log" if made else f" on {name}"),
             points=points,
             metrics=self.metrics,
-            full_bytes=4 * round_up(config.als.factors or 0) * self.ids,
+            full_bytes=4 * round_up(self.dim) * self.ids,
             total_rows=log.train.num_rows,
             data={
                 "log": name,
                 "users": log.num_users,
                 "items": log.num_items,
                 "rows of train": log.train.num_rows,
-                "dimension": config.als.factors,
+                "dimension": self.dim,
                 "seeds": ", ".join(map(str, config.seeds)),
                 "ranks": dist.get_world_size(),
             },
             notes=(
+                *(f"Warning: {text}." for text in self.warnings),
                 "One factorization of the full log makes the tables, the maps and the cross-fitted factors. At each "
                 "level of bytes the storage (32, 16, 8 or 4 bits) and the number of rows are those with the least "
                 "weighted distortion of the vectors, in units of the scores; no held-out row is looked at. Where rows "
                 "are fewer than ids, an id is the weighted sum of two rows.",
-                "Bytes count rows with their scales, maps bit-packed with their weights, and for networks the tables "
-                "of counts besides. Networks are trained on frozen tables, on the share of the rows that is given.",
+                "Stored bytes count rows with their scales, maps bit-packed with their weights, and for networks the "
+                "tables of counts. Bytes at serving count maps as `LearnedHash` holds them, with int32 row numbers. "
+                "Networks are trained on frozen tables, on the share of the rows that is given. "
+                + (
+                    f"Their number of epochs is the best of 0 to {config.frozen.epochs} on one random row of each user "
+                    f"that was held out of train, chosen with full tables and seed {config.seeds[0]}; 0 is the "
+                    "factors' own ranking."
+                    if config.choose
+                    else "Their number of epochs is the configured one."
+                ),
+                "= marks a metric that is within noise of that of full tables: two standard errors of the difference "
+                "of the same seeds; with one seed nothing is marked.",
             ),
-            config=asdict(config),
+            config=asdict(replace(config, als=self.als)),
             versions=versions(),
             command="recpress " + " ".join(sys.argv[1:]),
         )
@@ -299,11 +421,6 @@ def _words(form: Form, ids: int) -> str:
     """`int8, 78 % of the rows`."""
     bits = {"fp32": "32-bit", "fp16": "16-bit", "int8": "8-bit", "int4": "4-bit"}[form.storage]
     return f"{bits} rows, a row an id" if form.hash is None else f"{bits} rows, {form.rows / ids:.0%} of the ids"
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.ticker import FuncFormatter, LogLocator
 from recpress.trainer.compare.report import chart, plot_legend
+from recpress.trainer.compare.ties import paired_difference
 from recpress.trainer.report.page import (
     PLOT_STYLE,
     SERIES,
@@ -42,7 +44,12 @@ class Point:
     rows: int
     """Of both id tables."""
     bytes: int
+    """Stored: rows with their scales, maps bit-packed."""
+    serving_bytes: int
+    """With the maps as `LearnedHash` serves them."""
     rows_read: int
+    epochs: int = 0
+    """Of the network; 0: the factors' own ranking."""
     error: float
     """Weighted distortion of the vectors, as a share."""
     metrics: dict[str, tuple[float, ...]]
@@ -77,8 +84,22 @@ class BothResult:
         return max((point for point in self.points if point.rate == rate), key=lambda point: point.level)
 
     def kept(self, point: Point, metric: str) -> float:
-        """Share of the metric that the full tables have with the same share of the rows."""
-        return point.mean(metric) / self.full(point.rate).mean(metric)
+        """Share of the metric that the full tables have with the same share of the rows; NaN where that is 0."""
+        full = self.full(point.rate).mean(metric)
+        return point.mean(metric) / full if full else math.nan
+
+    def level(self, point: Point, metric: str) -> bool:
+        """Whether the metric is within noise of that of full tables; False with one seed, which shows no noise."""
+        full = self.full(point.rate)
+        if point is full or len(point.metrics[metric]) < 2:
+            return False
+        pairs = ([np.array([value]) for value in of.metrics[metric]] for of in (point, full))
+        mean, noise = paired_difference(*pairs)
+        return abs(mean) <= noise
+
+    def kept_in_words(self, point: Point, metric: str) -> str:
+        """`99.6`; `99.9 =` where it is within noise of full tables."""
+        return f"{100 * self.kept(point, metric):.1f}{' =' if self.level(point, metric) else ''}"
 
     def ordered(self) -> list[Point]:
         """By share of the rows, then from most bytes to least."""
@@ -90,25 +111,34 @@ class BothResult:
 
 
 def rows_read(point: Point, total: int) -> str:
-    """`99,264 (10 %)`."""
-    return "factors alone" if not point.rate else f"{point.rows_read:,} ({100 * point.rows_read / total:.3g} %)"
+    """`99,264 (10 %), 3 epochs`."""
+    if not point.rate:
+        return "factors alone"
+    if not point.epochs:
+        return f"of {point.rate:.0%}, 0 epochs chosen"
+    epochs = f"{point.epochs} epoch{'s' if point.epochs > 1 else ''}"
+    return f"{point.rows_read:,} ({100 * point.rows_read / total:.3g} %), {epochs}"
 
 
 def format_both_table(result: BothResult) -> str:
     """One point a row."""
-    header = ["network trained on rows", "tables", *result.metrics, "kept", "bytes, map included", "distortion"]
+    header = [
+        "network trained on rows", "tables", *result.metrics, "of full", "bytes stored", "bytes at serving",
+        "distortion",
+    ]  # fmt: skip
     rows = [
         [
             rows_read(point, result.total_rows),
             point.form,
             *(format_metric(point.mean(m), point.spread(m)) for m in result.metrics),
-            " / ".join(f"{100 * result.kept(point, m):.1f}" for m in result.metrics) + " %",
+            " / ".join(result.kept_in_words(point, m) for m in result.metrics) + " %",
             f"{format_bytes(point.bytes)} ({100 * point.bytes / result.full_bytes:.3g} %)",
+            f"{format_bytes(point.serving_bytes)} ({100 * point.serving_bytes / result.full_bytes:.3g} %)",
             f"{100 * point.error:.2g} %",
         ]
         for point in result.ordered()
     ]
-    align = ("left", "left", *("left" for _ in result.metrics), "right", "right", "right")
+    align = ("left", "left", *("left" for _ in result.metrics), *["right"] * 4)
     return tabulate(rows, header, tablefmt="simple", colalign=align, disable_numparse=True)
 
 
@@ -146,19 +176,20 @@ def _table(result: BothResult) -> Table:
             Cell(rows_read(point, result.total_rows)),
             Cell(point.form),
             *(
-                Cell(format_metric(point.mean(m), point.spread(m)), note=f"{100 * result.kept(point, m):.1f} % of full")
+                Cell(format_metric(point.mean(m), point.spread(m)), note=f"{result.kept_in_words(point, m)} % of full")
                 for m in result.metrics
             ),
             Cell(format_bytes(point.bytes), note=f"{100 * point.bytes / result.full_bytes:.3g} %"),
+            Cell(format_bytes(point.serving_bytes), note=f"{100 * point.serving_bytes / result.full_bytes:.3g} %"),
         ]
         for point in result.ordered()
     ]
     seeds = max(len(values) for point in result.points for values in point.metrics.values())
     return Table(
-        header=("Network trained on", "Tables", *result.metrics, "Bytes"),
+        header=("Network trained on", "Tables", *result.metrics, "Bytes stored", "Bytes at serving"),
         rows=rows,
         caption=("One seed. " if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds. ")
-        + "Bytes with maps and scales; 100 % is float32.",
+        + "Bytes with maps and scales; 100 % is float32; = is within noise of full tables.",
     )
 
 

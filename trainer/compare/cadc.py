@@ -26,6 +26,7 @@ from recpress.trainer.compare import bpr
 from recpress.trainer.compare.config import TRIALS, CompareCadcConfig, changed
 from recpress.trainer.compare.report import write_compare_report
 from recpress.trainer.config import TrainConfig, chosen_schema
+from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import agreed, process_group
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.ranking import vectors_from_factors
@@ -106,7 +107,7 @@ def compare_cadc(config: CompareCadcConfig) -> CompareResult:
         raise InputError("seeds: expected at least one")
     with process_group(config.device) as ranks, _quiet(ranks.rank != 0):
         meta: dict[str, Any] = {"config": asdict(config)}
-        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
+        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             run = _Comparison(config, tmp)
             result = run.all()
             if ranks.rank == 0:
@@ -287,7 +288,7 @@ class _Comparison:
                 fallback = strategy.factors and (result.fallback or quality < alone[metric])
                 chosen = _Chosen(
                     network,
-                    0 if fallback else int(result.best_epoch or 0),
+                    0 if fallback else max(1, int(result.best_epoch or 0)),
                     _curve(strategy, result, before, metric, alone),
                     words,
                     result.setup_seconds + result.fit.train_seconds,
@@ -523,10 +524,7 @@ class _BPR:
 
     def __init__(self, config: CompareCadcConfig, folder: Path, log: Log) -> None:
         self.config, self.folder, self.log = config, folder, log
-        with agreed():
-            here = torch.tensor(int(bpr.installed()))
-        dist.all_reduce(here, dist.ReduceOp.MIN)
-        self.available = bool(here)
+        self.available = bool(all_reduce(torch.tensor(int(bpr.installed())), dist.ReduceOp.MIN))
         self.best, self.settings, self.stop = -math.inf, bpr.TRIALS[0], self.iterations
         self.curve: tuple[CurvePoint, ...] = ()
         self.seeds: list[SeedResult] = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from recpress.data.config import Schema, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, HashConfig
-from recpress.trainer.config import EvaluationConfig, NetworkConfig, network_for
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
 
 
 def _frozen_network() -> NetworkConfig:
@@ -24,6 +24,14 @@ def _random_network() -> NetworkConfig:
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, the tables by small steps."""
     return network_for("init-train", NetworkConfig())
+
+
+def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
+    """Raise InputError where a value of an option lies outside of [low, high]."""
+    for name, values in options.items():
+        for value in values:
+            if not low <= value <= high:
+                raise InputError(f"{name}: {value}, expected numbers from {low} to {high}")
 
 
 MAX_TRIALS = 3
@@ -42,11 +50,15 @@ high rate to pass popularity before they learn the rows by heart; on dense ones 
 
 def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:
     """The network with other values of the settings named."""
-    sections = {"stream": network.stream, "optimizer": network.optimizer, "towers": network.model.towers}
+    sections: dict[str, Any] = {
+        "stream": network.stream,
+        "optimizer": network.optimizer,
+        "towers": network.model.towers,
+    }
     names = {name for section in sections.values() for name in section.__dataclass_fields__}
     assert set(change) <= names, change
     made = {
-        key: replace(section, **{k: v for k, v in change.items() if k in section.__dataclass_fields__})  # type: ignore[type-var]
+        key: replace(section, **{name: v for name, v in change.items() if name in section.__dataclass_fields__})
         for key, section in sections.items()
     }
     model = replace(network.model, towers=made["towers"])
@@ -61,12 +73,6 @@ def _whole_log(**networks: NetworkConfig) -> None:
                 f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop: all that is compared is "
                 "made of the same rows"
             )
-
-
-def _fixed_factors(als: ALSConfig) -> None:
-    """Raise InputError where the dimension, and so the bytes of the full tables, is left open."""
-    if als.factors is None:
-        raise InputError("als.factors: expected a number; bytes are compared with those of full tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +140,13 @@ class CompareHashConfig:
     """Budget of rows, users and items together, as a share of the ids."""
     rows: int = 0
     """The budget itself; 0: --share."""
-    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=64))
+    als: ALSConfig = field(default_factory=ALSConfig)
     """The backbone, with a row for each id and with shared rows alike; what is not given is chosen on held-out examples
     of train."""
     hash: HashConfig = field(default_factory=HashConfig)
     """What the methods have in common; what is chosen overrides it."""
+    trials: int = 10
+    """Settings that are tried for each method, the same number for all; a method that has fewer tries them all."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
     """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
     privates: tuple[float, ...] = (0.25, 0.75)
@@ -156,7 +164,16 @@ class CompareHashConfig:
     """Replace an existing --out."""
 
     def __post_init__(self) -> None:
-        _fixed_factors(self.als)
+        at_least(1, trials=self.trials, choose_users=self.choose_users)
+        at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
+        _between(0, 1, user_shares=self.user_shares, privates=self.privates)
+        if not self.rows:
+            _between(0, 1, share=(self.share,))
+        if self.evaluation.protocol == "sampled":
+            raise InputError("evaluation.protocol: 'sampled', expected full: compare hash ranks all items")
+        names = [f"{name}@{k}" for k in self.evaluation.k for name in ("Recall", "NDCG", "HR")] + ["MRR", "AUC"]
+        if self.metric not in names:
+            raise InputError(f"metric: {self.metric!r}, expected one of {', '.join(names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +193,14 @@ class CompareBothConfig:
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
     """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
-    als: ALSConfig = field(default_factory=lambda: ALSConfig(factors=128))
+    als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization; what is not given is chosen on held-out examples of train."""
     power: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
+    choose: bool = True
+    """Choose the networks' number of epochs, from 0, the factors' own ranking, to --frozen.epochs, on one row a user
+    that is held out of train."""
     metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -191,7 +211,6 @@ class CompareBothConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen)
-        _fixed_factors(self.als)
         for name in ("levels", "rates"):
             bad = [value for value in getattr(self, name) if not 0 < value <= 1]
             if bad:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,17 +17,28 @@ from recpress.data import synth as data_synth
 from recpress.data.errors import InputError
 from recpress.data.log import open_log
 from recpress.modules.als import ALS
-from recpress.modules.config import ALSParameters, HashConfig, HashMethod
+from recpress.modules.config import ALSConfig, ALSParameters, HashConfig, HashMethod
 from recpress.modules.exchange import Exchange
+from recpress.modules.factor_checks import check_factors
 from recpress.modules.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
 from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.split import split_rows
 from recpress.modules.interactions import InteractionBuilder
+from recpress.modules.rows import round_up
 from recpress.modules.shared_als import SharedALS
 from recpress.trainer.compare.config import CompareHashConfig
-from recpress.trainer.compare.hash_report import HashMethodResult, HashResult, format_hash_table, write_hash_report
+from recpress.trainer.compare.hash_report import (
+    HashMethodResult,
+    HashResult,
+    Ranking,
+    format_hash_tables,
+    write_hash_report,
+)
+from recpress.trainer.compare.progress import UnitProgress
+from recpress.trainer.compare.ties import all_differences
+from recpress.trainer.compare.trials import Choice, search
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.evaluate.heldout import FullHeldout, Pairs, full_from_pairs, read_pairs
 from recpress.trainer.evaluate.ranking import evaluate_full, vectors_from_factors
@@ -95,12 +106,54 @@ class _Made:
     def __post_init__(self) -> None:
         self.rows = sum(m.num_rows for m in self.maps)
 
+    @property
+    def map_bytes(self) -> int:
+        """Bit-packed, with weights; 0 where formulas do."""
+        return sum(m.nbytes for m in self.maps)
+
+    @property
+    def serving_map_bytes(self) -> int:
+        """As `LearnedHash` serves a map by default: int32 rows and weights; 0 where formulas do."""
+        each = (m.rows.nbytes + (0 if m.weights is None else m.weights.nbytes) for m in self.maps if not m.computed)
+        return sum(each)
+
+
+@dataclass
+class _Runs:
+    """The test runs of one method in one ranking, one a seed."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    by_user: list[np.ndarray] = field(default_factory=list)
+    """First metric of each user, (users,) float32."""
+    rows: list[int] = field(default_factory=list)
+    map_bytes: list[int] = field(default_factory=list)
+    serving_map_bytes: list[int] = field(default_factory=list)
+    map_seconds: list[float] = field(default_factory=list)
+    train_seconds: list[float] = field(default_factory=list)
+
+    def add(self, metrics: dict[str, float], by_user: np.ndarray, made: _Made | None, rows: int) -> None:
+        self.metrics.append(metrics)
+        self.by_user.append(by_user)
+        self.rows.append(rows)
+        self.map_bytes.append(made.map_bytes if made else 0)
+        self.serving_map_bytes.append(made.serving_map_bytes if made else 0)
+        if made:
+            self.map_seconds.append(made.map_seconds)
+            self.train_seconds.append(made.train_seconds)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    setting: Setting
+    trials: int
+    exist: int
+
 
 def compare_hash(config: CompareHashConfig) -> HashResult:
-    """Run all methods; print the table, write `report.html` and `result.json` into `config.out`. One process.
+    """Run all methods; print the tables, write `report.html` and `result.json` into `config.out`. One process.
 
     Raises:
-        InputError: the log has no val or test rows; a budget or a method that cannot be used; `out` exists.
+        InputError: the log has no test rows; a budget or a method that cannot be used; `out` exists.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare hash runs on one process: start it without torchrun")
@@ -110,11 +163,11 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
     if not config.seeds or not config.sweeps:
         raise InputError("seeds and sweeps: expected at least one of each")
     meta: dict[str, Any] = {"config": asdict(config)}
-    with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite) as tmp:
+    with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data or ""]) as tmp:
         result = _Comparison(config, tmp).all()
         result.save(tmp / "result.json")
         write_hash_report(tmp / "report.html", result)
-    print(f"\n{format_hash_table(result)}\n\nreport: {config.out}/report.html")
+    print(f"\n{format_hash_tables(result)}\n\nreport: {config.out}/report.html")
     return result
 
 
@@ -134,30 +187,79 @@ class _Comparison:
         builder.add(*self.train)
         self.csrs = builder.build()
         self.counts = [torch.from_numpy(np.diff(csr.indptr)).float() for csr in self.csrs]
-        ids = self.log.num_users + self.log.num_items
-        self.budget = config.rows or round(config.share * ids)
-        if not 2 <= self.budget <= ids:
-            raise InputError(f"rows: a budget of {self.budget}, expected 2 to {ids}, the ids of the log")
+        self.ids = self.log.num_users + self.log.num_items
+        self.budget = config.rows or round(config.share * self.ids)
+        if not 2 <= self.budget <= self.ids:
+            raise InputError(f"rows: a budget of {self.budget}, expected 2 to {self.ids}, the ids of the log")
+        self.metrics = tuple(f"{kind}@{k}" for k in config.evaluation.k for kind in ("Recall", "NDCG"))
+        self.dim = 0
+        """Of the vectors; known with the first factorization."""
+        self.chosen_als: dict[str, Any] = {}
+        """Settings of the factorization that were open and have been chosen."""
+        self.problems: list[str] = []
+        """Signs that the factorization collapsed."""
 
     def all(self) -> HashResult:
         config = self.config
-        settings: dict[str, Setting] = {}
-        found: dict[str, list[tuple[dict[str, float], _Made | None]]] = {"full": []}
-        full = self._full(config.seeds[0])
-        for method in config.methods:
-            settings[method] = self._choose(method, full)
-        for seed in config.seeds:
-            full = self._full(seed) if seed != config.seeds[0] else full
-            metrics = self._rank(full.users, full.items, self.test)
-            self._say(f"seed {seed}: full table: {_shown(metrics)}")
-            found["full"].append((metrics, None))
-            for method, setting in settings.items():
-                hashed = replace(setting.hash, seed=seed)
-                made = self._make(replace(setting, hash=hashed), full)
-                metrics = self._rank(made.users, made.items, self.test)
-                self._say(f"seed {seed}: {NAMES[method][0]}: {_shown(metrics)}")
-                found.setdefault(method, []).append((metrics, made))
-        return self._result(settings, found)
+        # at most one run of each seed and method at equal rows and one at equal bytes, besides the trials
+        units = {"factorize": len(config.seeds)}
+        units |= {method: config.trials + 2 * len(config.seeds) for method in config.methods}
+        chosen: dict[str, _Chosen] = {}
+        left_out: dict[str, str] = {}
+        at_rows: dict[str, _Runs] = {"full": _Runs()}
+        at_bytes: dict[str, _Runs] = {"full": at_rows["full"]}
+        too_large: dict[str, str] = {}
+        with UnitProgress("compare hash", units) as self.progress:
+            full = self._full(config.seeds[0])
+            for method in config.methods:
+                found = self._choose(method, full)
+                if isinstance(found, _Chosen):
+                    chosen[method] = found
+                else:
+                    left_out[method] = found
+                    self.progress.skip(method, 2 * len(config.seeds))
+            if not chosen:
+                raise InputError(f"no method can use this budget of rows: {next(iter(left_out.values()))}")
+            popularity, _ = self._test(torch.ones(self.log.num_users, 1), self.counts[1][:, None])
+            for seed in config.seeds:
+                full = self._full(seed) if seed != config.seeds[0] else full
+                metrics, by_user = self._test(full.users, full.items)
+                self.progress.say(f"seed {seed}: full table: {_shown(metrics)}")
+                at_rows["full"].add(metrics, by_user, None, self.ids)
+                for method, choice in chosen.items():
+                    setting = replace(choice.setting, hash=replace(choice.setting.hash, seed=seed))
+                    self._runs(method, setting, full, at_rows, at_bytes, too_large)
+        for method in too_large:
+            at_bytes.pop(method, None)
+        return self._result(chosen, left_out, popularity, at_rows, at_bytes, too_large)
+
+    def _runs(
+        self,
+        method: str,
+        setting: Setting,
+        full: Factors,
+        at_rows: dict[str, _Runs],
+        at_bytes: dict[str, _Runs],
+        too_large: dict[str, str],
+    ) -> None:
+        """The test runs of one seed: at the budget of rows, and at the bytes of these rows."""
+        seed, name = setting.hash.seed, NAMES[method][0]
+        with self.progress.unit(method, f"{name}, seed {seed}, equal rows"):
+            made = self._train(setting, self._map(setting, full, self.budget), full)
+            found = self._test(made.users, made.items)
+        at_rows.setdefault(method, _Runs()).add(*found, made, made.rows)
+        self.progress.say(f"seed {seed}: {name}: {_shown(found[0])}")
+        with self.progress.unit(method, f"{name}, seed {seed}, equal bytes"):
+            if made.map_bytes:
+                smaller = self._map_within_bytes(setting, full, made.map_bytes)
+                if isinstance(smaller, str):
+                    too_large[method] = smaller
+                    self.progress.say(f"seed {seed}: {name}: {smaller}")
+                    return
+                made = self._train(setting, smaller, full)
+                found = self._test(made.users, made.items)
+                self.progress.say(f"seed {seed}: {name}, equal bytes ({made.rows:,} rows): {_shown(found[0])}")
+        at_bytes.setdefault(method, _Runs()).add(*found, made, made.rows)
 
     def _held_out(self) -> tuple[FullHeldout, FullHeldout]:
         """Validation rows of some users, train masked; test rows of all, train and validation masked."""
@@ -180,75 +282,114 @@ class _Comparison:
         return full_from_pairs(part, masked, num_users=users, num_items=items), test
 
     def _full(self, seed: int) -> Factors:
-        chosen = self.config.als if self.parameters is None else self.parameters
-        als = ALS(replace(chosen, seed=seed), self.log.num_users, self.log.num_items)
-        als.add(*self.train)
-        full = als.fit()
-        self.parameters = als.parameters
+        """Factors of all ids. Settings that are open are chosen with the first seed, for all seeds."""
+        chosen: ALSConfig | ALSParameters = self.parameters or self._als()
+        with self.progress.unit("factorize", f"factorization, seed {seed}"):
+            als = ALS(replace(chosen, seed=seed), self.log.num_users, self.log.num_items)
+            als.add(*self.train)
+            full = als.fit()
+        if self.parameters is None:
+            self.parameters, self.dim = als.parameters, full.users.shape[1]
+            self.problems = check_factors(full, als)
+            if als.choice is not None:
+                self.chosen_als = als.choice.settings
+                self.progress.say(als.choice.line())
         return full
 
-    def _choose(self, method: str, full: Factors) -> Setting:
-        """The best setting on the validation rows: one axis after the other, each from the best so far.
+    def _als(self) -> ALSConfig:
+        """Open settings are compared as the methods are: among all items."""
+        als = self.config.als
+        return replace(als, auto_metric="full") if als.auto_metric == "auto" else als
 
-        A setting that a method refuses (too few rows for one of the tables, say) is not chosen.
+    def _choose(self, method: str, full: Factors) -> _Chosen | str:
+        """The best setting on the validation rows, of as many as every method tries; or why none can be made.
+
+        A setting that a method refuses (too few rows for one of the tables, say) is no trial.
         """
-        setting, best = self._first(method), -1.0
-        tried: dict[Setting, float] = {}
-        refused: ValueError | None = None
-        for axis in self._axes(method):
-            made: dict[Any, _Made] = {}
-            for other in [setting, *axis(setting)]:
-                if other in tried:
-                    continue
-                made_key = replace(other, sweeps=0)
-                if made_key not in made:
-                    try:
-                        made[made_key] = self._map(other, full)
-                    except ValueError as error:
-                        refused = error
-                        continue
-                trained = self._train(other, made[made_key], full)
-                tried[other] = self._rank(trained.users, trained.items, self.val)[self.config.metric]
-                if tried[other] > best:
-                    best, setting = tried[other], other
-        if not tried:
-            raise InputError(f"{method}: {refused}")
-        chosen = ", ".join(f"{word} {value}" for word, value in setting.words().items())
-        self._say(f"chose of {len(tried)}: {NAMES[method][0]}: {self.config.metric} {best:.4f} of val; {chosen}")
-        return setting
+        config, name = self.config, NAMES[method][0]
+        maps: dict[Setting, _Made] = {}
+        trial = 0
 
-    def _first(self, method: str) -> Setting:
+        def measure(choice: Choice) -> float:
+            nonlocal trial
+            setting = self._setting(method, dict(zip(axes, choice, strict=True)))
+            key = replace(setting, sweeps=0)
+            with self.progress.unit(method, f"{name}, trial {trial + 1} of {config.trials}"):
+                if key not in maps:
+                    maps[key] = self._map(setting, full, self.budget)
+                made = self._train(setting, maps[key], full)
+                trial += 1
+                return self._rank(made.users, made.items, self.val)[config.metric]
+
+        axes = self._axes(method)
+        found = search(axes, measure, config.trials)
+        self.progress.skip(method, config.trials - found.tried)
+        if found.best is None:
+            self.progress.say(f"{name}: left out: {found.refused}")
+            return found.refused
+        setting = self._setting(method, dict(zip(axes, found.best, strict=True)))
+        words = ", ".join(f"{word} {value}" for word, value in setting.words().items())
+        few = "" if found.tried == config.trials else ", all that exist"
+        self.progress.say(
+            f"{name}: best of {found.tried} settings{few}: {config.metric} {found.value:.4f} of val; {words}"
+        )
+        return _Chosen(setting, found.tried, found.exist)
+
+    def _axes(self, method: str) -> dict[str, tuple[Any, ...]]:
+        """The settings that a method has, by axis; the search starts at the first value of each."""
+        config = self.config
+        axes: dict[str, tuple[Any, ...]] = {}
+        if method not in JOINT_METHODS:
+            axes["user_share"] = (IDS, *config.user_shares, *((CRITERION,) if method in LOCAL else ()))
+        if method in ("frequency", "hybrid"):
+            axes["private"] = (0.5, *config.privates)
+        if method.startswith("learned") or method == "co-cluster":
+            axes["power"] = (config.hash.power, *config.powers)
+        axes["sweeps"] = tuple(sorted(config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
+        return axes
+
+    def _setting(self, method: str, values: dict[str, Any]) -> Setting:
         two = method == "learned-2"
         name = cast(HashMethod, "learned" if two else method)
-        hashed = replace(self.config.hash, method=name, ways=2 if two else 1)
-        if method in ("frequency", "hybrid"):
-            hashed = replace(hashed, private=0.5)
-        return Setting(hash=hashed, sweeps=min(self.config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
+        hashed = replace(
+            self.config.hash,
+            method=name,
+            ways=2 if two else 1,
+            **{axis: values[axis] for axis in ("private", "power") if axis in values},
+        )
+        return Setting(hash=hashed, user_share=values.get("user_share", IDS), sweeps=values["sweeps"])
 
-    def _axes(self, method: str) -> Iterator[Callable[[Setting], list[Setting]]]:
-        config = self.config
-        if method not in JOINT_METHODS:
-            shares = config.user_shares + ((CRITERION,) if method in LOCAL else ())
-            yield lambda s: [replace(s, user_share=share) for share in shares]
-        if method in ("frequency", "hybrid"):
-            yield lambda s: [replace(s, hash=replace(s.hash, private=x)) for x in config.privates]
-        if method.startswith("learned") or method == "co-cluster":
-            yield lambda s: [replace(s, hash=replace(s.hash, power=x)) for x in config.powers]
-        yield lambda s: [replace(s, sweeps=x) for x in config.sweeps]
-
-    def _make(self, setting: Setting, full: Factors) -> _Made:
-        return self._train(setting, self._map(setting, full), full)
-
-    def _map(self, setting: Setting, full: Factors) -> _Made:
+    def _map(self, setting: Setting, full: Factors, budget: int) -> _Made:
         began = time.perf_counter()
         tables = self._tables(full)
         if setting.hash.method in JOINT_METHODS:
-            maps = JOINT_METHODS[setting.hash.method](*tables, *self.train, self.budget, setting.hash)
+            maps = JOINT_METHODS[setting.hash.method](*tables, *self.train, budget, setting.hash)
         else:
-            rows = self._split(setting, tables, full)
+            rows = self._split(setting, tables, full, budget)
             first, second = (build_map(table, n, setting.hash) for table, n in zip(tables, rows, strict=True))
             maps = (first, second)
         return _Made(full.users, full.items, maps, time.perf_counter() - began)
+
+    def _map_within_bytes(self, setting: Setting, full: Factors, map_bytes: int) -> _Made | str:
+        """A map whose rows and own bytes fit into the bytes of `budget` rows; or why there is none.
+
+        Args:
+            map_bytes: of the map with `budget` rows, whose row numbers take at least as many bits.
+        """
+        each = 4 * round_up(self.dim)
+        limit = each * self.budget
+        for _ in range(4):
+            rows = (limit - map_bytes) // each
+            if rows < 2:
+                return f"does not fit: the map alone takes {map_bytes:,} of {limit:,} bytes"
+            try:
+                made = self._map(setting, full, rows)
+            except ValueError as error:
+                return f"does not fit: {error}"
+            if made.rows * each + made.map_bytes <= limit:
+                return made
+            map_bytes += made.rows * each + made.map_bytes - limit  # the rows were split in another way
+        return f"does not fit: no number of rows with its map takes at most {limit:,} bytes"
 
     def _tables(self, full: Factors) -> tuple[IdTable, IdTable]:
         users, items = (
@@ -257,7 +398,7 @@ class _Comparison:
         )
         return users, items
 
-    def _split(self, setting: Setting, tables: tuple[IdTable, IdTable], full: Factors) -> list[int]:
+    def _split(self, setting: Setting, tables: tuple[IdTable, IdTable], full: Factors, budget: int) -> list[int]:
         users, items = self.log.num_users, self.log.num_items
         if setting.user_share == CRITERION:
             # an error of a vector counts by what it does to the scores: x' Y'Y x of users, and likewise of items
@@ -267,10 +408,10 @@ class _Comparison:
                     tables, (full.users, full.items), (full.items, full.users), strict=True
                 )
             ]
-            return split_rows(scaled, self.budget, setting.hash)
+            return split_rows(scaled, budget, setting.hash)
         share = users / (users + items) if setting.user_share == IDS else setting.user_share
-        first = min(max(round(share * self.budget), 1, self.budget - items), users, self.budget - 1)
-        return [first, self.budget - first]
+        first = min(max(round(share * budget), 1, budget - items), users, budget - 1)
+        return [first, budget - first]
 
     def _train(self, setting: Setting, made: _Made, full: Factors) -> _Made:
         assert self.parameters is not None
@@ -280,56 +421,65 @@ class _Comparison:
         seconds = time.perf_counter() - began
         return _Made(found.users, found.items, made.maps, made.map_seconds, seconds)
 
-    def _rank(self, users: torch.Tensor, items: torch.Tensor, heldout: FullHeldout) -> dict[str, float]:
+    def _test(self, users: torch.Tensor, items: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
+        """Metrics of the test rows, and the first one of each user."""
+        per_case: dict[str, torch.Tensor] = {}
+        metrics = self._rank(users, items, self.test, per_case)
+        return metrics, per_case[self.metrics[0]].float().numpy()
+
+    def _rank(
+        self,
+        users: torch.Tensor,
+        items: torch.Tensor,
+        heldout: FullHeldout,
+        per_case: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, float]:
         """Metrics, with ties broken at random, for ids that share a row tie: a last place of next to no weight."""
         scale = 1e-6 * float((users[:1000] @ items[:1000].T).std())
         noise = torch.rand(len(items), 1, generator=torch.Generator().manual_seed(0)) * scale
         users = torch.cat([users, torch.ones(len(users), 1)], 1)
         items = torch.cat([items, noise], 1)
-        return evaluate_full(
-            heldout, vectors_from_factors(users), vectors_from_factors(items), self.config.evaluation.k
-        )
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+        vectors = vectors_from_factors(users), vectors_from_factors(items)
+        return evaluate_full(heldout, *vectors, self.config.evaluation.k, per_case=per_case)
 
     def _result(
-        self, settings: dict[str, Setting], found: dict[str, list[tuple[dict[str, float], _Made | None]]]
+        self,
+        chosen: dict[str, _Chosen],
+        left_out: dict[str, str],
+        popularity: dict[str, float],
+        at_rows: dict[str, _Runs],
+        at_bytes: dict[str, _Runs],
+        too_large: dict[str, str],
     ) -> HashResult:
         config, log = self.config, self.log
-        dim, ids = config.als.factors or 0, log.num_users + log.num_items
-        methods = []
-        for key, runs in found.items():
-            made = [one for _, one in runs if one is not None]
-            name, description = NAMES.get(key, ("Full table", "A row for each id: the ceiling."))
-            rows = made[0].rows if made else ids
-            methods.append(
-                HashMethodResult(
-                    key=key,
-                    name=name,
-                    description=description,
-                    setting=settings[key].words() if key in settings else {},
-                    metrics=tuple(metrics for metrics, _ in runs),
-                    rows=rows,
-                    row_bytes=4 * dim * rows,
-                    map_bytes=sum(m.nbytes for m in made[0].maps) if made else 0,
-                    map_seconds=tuple(one.map_seconds for one in made),
-                    train_seconds=tuple(one.train_seconds for one in made),
-                )
-            )
+        row_bytes = 4 * round_up(self.dim)
+
+        def ranking(found: dict[str, _Runs]) -> Ranking:
+            methods = tuple(_method(key, runs, row_bytes, chosen.get(key)) for key, runs in found.items())
+            compressed = {key: runs.by_user for key, runs in found.items() if key != "full"}
+            return Ranking(methods=methods, differences=all_differences(compressed))
+
         return HashResult(
             title="Learned hash functions" + (" on a made log" if config.data is None else f" on {log_name(config)}"),
-            methods=tuple(methods),
-            ours="learned-2" if "learned-2" in settings else methods[-1].key,
+            rows=ranking(at_rows),
+            bytes=ranking(at_bytes),
+            byte_budget=row_bytes * self.budget,
+            left_out={NAMES[key][0]: why for key, why in left_out.items()},
+            too_large={NAMES[key][0]: why for key, why in too_large.items()},
+            popularity=popularity,
+            problems=tuple(self.problems),
+            ours="learned-2" if "learned-2" in chosen else [*chosen][-1],
             full="full",
-            metrics=tuple(f"{kind}@{k}" for k in config.evaluation.k for kind in ("Recall", "NDCG")),
+            metrics=self.metrics,
             data={
                 "log": "made by recpress synth" if config.data is None else log_name(config),
                 "users": log.num_users,
                 "items": log.num_items,
                 "rows of train": len(self.train[0]),
                 "budget of rows": self.budget,
-                "dimension": dim,
+                "budget of bytes": row_bytes * self.budget,
+                "dimension": self.dim,
+                "trials of each method": config.trials,
                 "seeds": ", ".join(map(str, config.seeds)),
             },
             notes=(
@@ -337,14 +487,41 @@ class _Comparison:
                 "map is made, rows start nearest to the full factors, and sweeps of the same loss follow. The score is "
                 "the dot product; an id knows nothing but its row.",
                 f"Each method has the setting with the best {config.metric} on validation rows of "
-                f"{self.val.num_cases:,} users (seed {config.seeds[0]}), chosen axis by axis. Test rows rank "
-                "among all items; train and validation items are masked; ties, which ids in one row have, are broken "
-                "at random for all methods alike.",
+                f"{self.val.num_cases:,} users (seed {config.seeds[0]}), of {config.trials} trials, the same number "
+                "for every method; a method with fewer settings tries all of them. Test rows rank among all items; "
+                "train and validation items are masked; ties of scores, which ids in one row have, are broken at "
+                "random for all methods alike.",
+                "Two rankings: at the same number of rows, and at the same bytes, those of the budget of rows without "
+                "a map. There a method pays for its map with rows; a formula needs no map. Settings are those chosen "
+                "at equal rows. Stored bytes count maps bit-packed with their weights; bytes at serving count them as "
+                "`LearnedHash` holds them, with int32 row numbers (with packed=True it holds the stored bytes).",
+                f"Methods share a place (=) where their difference in {self.metrics[0]} is within noise: two standard "
+                "errors of the paired difference, of the users and of the seeds together.",
             ),
-            config=asdict(config),
+            config=asdict(replace(config, als=replace(config.als, **self.chosen_als))),
             versions=versions(),
             command="recpress " + " ".join(sys.argv[1:]),
         )
+
+
+def _method(key: str, runs: _Runs, row_bytes: int, chosen: _Chosen | None) -> HashMethodResult:
+    name, description = NAMES.get(key, ("Full table", "A row for each id: the ceiling."))
+    rows = round(statistics.fmean(runs.rows))
+    return HashMethodResult(
+        key=key,
+        name=name,
+        description=description,
+        setting=chosen.setting.words() if chosen else {},
+        trials=chosen.trials if chosen else 0,
+        settings_exist=chosen.exist if chosen else 0,
+        metrics=tuple(runs.metrics),
+        rows=rows,
+        row_bytes=row_bytes * rows,
+        map_bytes=round(statistics.fmean(runs.map_bytes)),
+        serving_map_bytes=round(statistics.fmean(runs.serving_map_bytes)),
+        map_seconds=tuple(runs.map_seconds),
+        train_seconds=tuple(runs.train_seconds),
+    )
 
 
 def log_name(config: CompareHashConfig) -> str:

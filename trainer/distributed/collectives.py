@@ -58,6 +58,25 @@ def all_gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     return [list(of_rank) for of_rank in zip(*gathered, strict=True)]
 
 
+def gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]] | None:
+    """One-dimensional arrays of all ranks on rank 0, as `all_gather_arrays` gives them; None on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [list(arrays)]
+    device = communication_device()
+    lengths = torch.stack(all_gather(torch.tensor([len(array) for array in arrays])))  # (world, arrays)
+    found: list[list[np.ndarray]] = [list(arrays)] + [[] for _ in range(world - 1)]
+    for sender in range(1, world):
+        for j, array in enumerate(arrays):
+            if rank == sender:
+                dist.send(torch.from_numpy(np.ascontiguousarray(array)).to(device), 0)
+            elif rank == 0:
+                received = torch.from_numpy(np.empty(int(lengths[sender, j]), array.dtype)).to(device)
+                dist.recv(received, sender)
+                found[sender].append(received.cpu().numpy())
+    return found if rank == 0 else None
+
+
 def exchange(arrays: Sequence[np.ndarray], owner: np.ndarray) -> list[np.ndarray]:
     """Sends row k of each array to rank owner[k]; what arrives is by sending rank, then by its rows."""
     _, world = rank_and_world()

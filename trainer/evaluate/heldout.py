@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from recpress.data.columns import Jagged
 from recpress.data.errors import InputError
 from recpress.data.log import NEGATIVES, Log, Rows, iter_columns
@@ -114,7 +115,13 @@ def full_from_log(
         seen = [read_pairs(log, others) for name in masked if (others := getattr(log, name)) is not None]
     users = _concat([pairs[0] for pairs in seen], np.int64)
     items = _concat([pairs[1] for pairs in seen], np.int32)
-    return full_from_pairs(heldout, (users, items), num_users=log.num_users, num_items=log.num_items, chunk=chunk)
+    cases = full_from_pairs(heldout, (users, items), num_users=log.num_users, num_items=log.num_items, chunk=chunk)
+    known = torch.zeros(log.num_items, dtype=torch.uint8)
+    known[torch.from_numpy(items).long()] = 1
+    known = all_reduce(known, dist.ReduceOp.MAX)
+    if cold := _total((known[torch.from_numpy(cases.targets.values).long()] == 0).sum().item()):
+        cases.facts["targets_without_train"] = cold
+    return cases
 
 
 def read_pairs(log: Log, rows: Rows) -> Pairs:

@@ -161,7 +161,7 @@ class _Ranker:
         device: torch.device,
     ):
         if heldout.num_cases == 0:
-            raise InputError("nothing is held out: no user has an item to rank")
+            raise InputError(_nothing(heldout))
         self.heldout = heldout
         self.user_vectors = user_vectors
         self.device = device
@@ -343,6 +343,16 @@ class _ItemShard:
                 ahead = (scores[:stop] >= thresholds[j, :stop]).view(torch.uint8)  # bytes add up faster than bools
                 counts[j, :stop] += ahead.sum(dim=1, dtype=torch.int32)
         return counts[cells[1], cells[0]]
+
+
+def _nothing(heldout: Heldout) -> str:
+    """Why there is no case to rank."""
+    if seen := heldout.facts.get("heldout_seen", 0):
+        return (
+            f"nothing to rank: each of the {seen:,} held-out pairs is in train too, and items that a user has seen are "
+            "masked; expected held-out pairs that are not in train"
+        )
+    return "nothing is held out: no user has an item to rank"
 
 
 def user_metrics(

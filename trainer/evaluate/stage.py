@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
 from recpress.data import artifact, storage
@@ -44,6 +45,8 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
     metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
     if ranks.rank == 0:
         print(f"{config.model}: {show(metrics)}")
+        for line in notes(metrics, log, config.evaluation):
+            print(line, file=sys.stderr)
         if config.out is not None:
             storage.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
@@ -91,6 +94,27 @@ def rank_heldout(
     if isinstance(heldout, SampledHeldout):
         return evaluate_sampled(heldout, user, item, config.k, device=device, per_case=per_case)
     return evaluate_full(heldout, user, item, config.k, device=device, per_case=per_case)
+
+
+def notes(metrics: dict[str, float], log: Log, config: EvaluationConfig) -> list[str]:
+    """What a reader of the metrics should know: cut-offs without meaning, pairs that were not ranked."""
+    lines = []
+    if large := [k for k in config.k if k >= log.num_items]:
+        each = ", ".join(map(str, large))
+        lines.append(
+            f"k {each}: not below the {log.num_items:,} items of the log; HR and Recall there are 1 for any model"
+        )
+    if seen := int(metrics.get("heldout_seen", 0)):
+        lines.append(f"{seen:,} held-out pairs are in train too; they are masked, and not ranked")
+    if cold := int(metrics.get("users_without_train", 0)):
+        lines.append(
+            f"{cold:,} held-out users have no row in train; they are ranked, and their scores say nothing of them"
+        )
+    if cold := int(metrics.get("targets_without_train", 0)):
+        lines.append(
+            f"{cold:,} held-out pairs are of items without a row in train; they are ranked, as misses as a rule"
+        )
+    return lines
 
 
 def show(metrics: dict[str, float]) -> str:

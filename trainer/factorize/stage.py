@@ -71,7 +71,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             "config": asdict(config),
             "crossfit": None if crossfit is None else asdict(crossfit),
         }
-        with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite) as tmp:
+        with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             begin = time.monotonic()
             factors, sweeps, model = _fit(config, log, ranks)
             result = FactorizeResult(time.monotonic() - begin, 0.0, sweeps)

@@ -13,6 +13,7 @@ from recpress.data.errors import InputError
 from recpress.data.log import Log, Side
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import check_vocabulary
+from recpress.trainer.distributed.process_group import working
 
 HASH = "hash"
 ROW_VECTORS = "row_vectors.npy"
@@ -68,7 +69,8 @@ def open_maps(path: str, log: Log | None) -> HashArtifact:
     manifest = artifact.read_manifest(path, HASH)
     if log is not None:
         check_vocabulary(path, manifest, log)
-    folder = artifact.fetch(path, manifest)
+    with working(f"fetching {path}"):
+        folder = artifact.fetch(path, manifest)
     names = sorted(place.parent.name for place in folder.glob("*/map.json"))
     if not names:
         raise InputError(f"{path}: no map in it; expected a folder with a map.json for each table")

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
-from recpress.modules.hashing.problem import IdTable, Progress
+from recpress.modules.hashing.problem import IdTable
 from recpress.modules.rows import check_source
 from recpress.modules.shared_rows import shared_rows
 from recpress.trainer.artifacts import describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.collectives import gather_arrays
+from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, working
 from recpress.trainer.evaluate.heldout import read_pairs
 from recpress.trainer.hash.budget import budget, rows_of_tables
 from recpress.trainer.hash.config import HashStageConfig
@@ -26,7 +28,7 @@ from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.hash.tables import read_tables
 from recpress.trainer.logs.damaged import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.report.results import format_bytes
-from tqdm import tqdm
+from recpress.trainer.watch.progress import Steps
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class HashStageResult:
 
 
 def make_maps(config: HashStageConfig) -> HashStageResult:
-    """Make the maps and write them to `config.out`; with torchrun, rank 0 does it. Collective.
+    """Make the maps and write them to `config.out`; with torchrun, each rank makes those of some tables. Collective.
 
     Raises:
         InputError: the log, the factors, an embedding or the settings cannot be used; `out` exists. On every rank.
@@ -62,16 +64,10 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
         log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
         with agreed():
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
-        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite) as tmp:
-            reports: list[TableReport] = []
-            with agreed():
-                if ranks.rank == 0:
-                    try:
-                        reports = _Stage(config, log, tmp).all()
-                    except ValueError as error:
-                        raise InputError(str(error)) from error
-            if ranks.rank == 0:
-                meta["tables"] = {report.name: asdict(report) for report in reports}
+        inputs = [config.data, config.factors, config.extend]
+        with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
+            reports = _Stage(config, log, tmp, ranks).all()
+            meta["tables"] = {report.name: asdict(report) for report in reports}
             share_lost(log)
             meta |= describe_lost(log)
     result = HashStageResult(reports, time.monotonic() - began)
@@ -86,31 +82,65 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
 
 
 class _Stage:
-    def __init__(self, config: HashStageConfig, log: Log, folder: Path) -> None:
-        self.config, self.log, self.folder = config, log, folder
+    def __init__(self, config: HashStageConfig, log: Log, folder: Path, ranks: Ranks) -> None:
+        self.config, self.log, self.folder, self.ranks = config, log, folder, ranks
 
     def all(self) -> list[TableReport]:
+        """Of all tables, on every rank."""
         tables = read_tables(self.config, self.log)
-        extend = self.config.extend
-        maps = extended_maps(extend, self.log, tables) if extend else self._maps(tables)
-        return [self._save(table, id_map) for table, id_map in zip(tables, maps, strict=True)]
+        with agreed():
+            self._check()
+        joint = self.config.method in JOINT_METHODS and not self.config.extend
+        pairs = self._all_pairs() if joint else None
+        mine: list[TableReport] = []
+        with agreed(), working("building maps"):
+            mine = self._joint(tables, pairs) if joint else self._share(tables)
+        parts: list[list[TableReport]] = [[] for _ in range(self.ranks.world)]
+        dist.all_gather_object(parts, mine)
+        made = {report.name: report for part in parts for report in part}
+        return [made[table.name] for table in tables]
 
-    def _maps(self, tables: list[IdTable]) -> list[IdMap]:
+    def _check(self) -> None:
         config = self.config
-        if config.method in JOINT_METHODS:
-            if config.features:
-                raise InputError(f"method {config.method!r}: expected users and items, not features")
-            pairs = read_pairs(self.log, self.log.train)
-            users, items = tables
-            return list(JOINT_METHODS[config.method](users, items, *pairs, budget(config, tables), config))
-        if config.method not in METHODS:
+        if config.extend:
+            return
+        if config.method in JOINT_METHODS and config.features:
+            raise InputError(f"method {config.method!r}: expected users and items, not features")
+        if config.method not in {**METHODS, **JOINT_METHODS}:
             raise InputError(f"method {config.method!r}: expected one of {', '.join([*METHODS, *JOINT_METHODS])}")
-        rows = rows_of_tables(config, tables)
+
+    def _all_pairs(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The pairs of train, each row group read by one rank, on rank 0; None on the others."""
+        with agreed():
+            users, items = read_pairs(self.log, self.log.train)
+        found = gather_arrays([users, items])
+        if found is None:
+            return None
+        return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
+
+    def _joint(self, tables: list[IdTable], pairs: tuple[np.ndarray, np.ndarray] | None) -> list[TableReport]:
+        if pairs is None:
+            return []
+        users, items = tables
+        made = JOINT_METHODS[self.config.method](users, items, *pairs, budget(self.config, tables), self.config)
+        return [self._save(table, id_map) for table, id_map in zip(tables, made, strict=True)]
+
+    def _share(self, tables: list[IdTable]) -> list[TableReport]:
+        """Maps of the tables of this rank; the largest tables are on different ranks."""
+        config = self.config
+        order = sorted(range(len(tables)), key=lambda place: -tables[place].num_ids)
+        mine = [tables[place] for place in sorted(order[self.ranks.rank :: self.ranks.world])]
+        if config.extend:
+            maps = extended_maps(config.extend, self.log, mine)
+            return [self._save(table, id_map) for table, id_map in zip(mine, maps, strict=True)]
+        rows = dict(zip([table.name for table in tables], rows_of_tables(config, tables), strict=True))
         made = []
-        for table, number in zip(tables, rows, strict=True):
+        for table in mine:
+            number = rows[table.name]
             print(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows", flush=True)
-            with tqdm(total=table.num_ids, desc=table.name, unit="id", disable=None) as bar:
-                made.append(build_map(replace(table, progress=_shown(bar)), number, config))
+            with working(f"building the map of {table.name}"), Steps(table.name, "id") as bar:
+                id_map = build_map(replace(table, progress=bar.stage), number, config)
+            made.append(self._save(table, id_map))
         return made
 
     def _save(self, table: IdTable, id_map: IdMap) -> TableReport:
@@ -124,15 +154,3 @@ class _Stage:
             np.save(folder / ROW_VECTORS, vectors.numpy(), allow_pickle=False)
         unseen = 0 if table.counts is None else int((table.counts == 0).sum())
         return TableReport(table.name, table.num_ids, id_map.num_rows, id_map.ways, id_map.nbytes, unseen)
-
-
-def _shown(bar: Any) -> Progress:
-    """A callback that moves a progress bar, which starts anew with each stage."""
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if done < bar.n or total != bar.total:
-            bar.reset(total)
-        bar.set_postfix_str(stage, refresh=False)
-        bar.update(done - bar.n)
-
-    return progress

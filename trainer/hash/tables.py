@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from recpress.data import artifact
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
@@ -14,93 +15,150 @@ from recpress.modules.hashing.problem import IdTable
 from recpress.modules.rows import RowSource
 from recpress.modules.warmup import warm_up
 from recpress.trainer.artifacts import open_factors
+from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
+from recpress.trainer.distributed.process_group import agreed, working
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
 from recpress.trainer.hash.id_maps import SIDES
+from recpress.trainer.watch.progress import Steps
+
+_Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def read_tables(config: HashStageConfig, log: Log) -> list[IdTable]:
-    """The tables to map, in the order in which they share the budget.
+    """The tables to map, in the order in which they share the budget; the same on every rank. Collective.
 
     Raises:
         InputError: an embedding of no table, or that cannot be read; factors of another log; a column that is not
             there, or no label for the warm-up.
     """
-    given = named("embedding", config.embedding)
-    unknown = [name for name in given if name not in (config.features or SIDES)]
-    if unknown:
-        raise InputError(f"embedding: no table {unknown[0]!r}; tables are {', '.join(config.features or SIDES)}")
+    with agreed():
+        given = named("embedding", config.embedding)
+        unknown = [name for name in given if name not in (config.features or SIDES)]
+        if unknown:
+            raise InputError(f"embedding: no table {unknown[0]!r}; tables are {', '.join(config.features or SIDES)}")
     if config.features:
         return _feature_tables(config, log, given)
-    factors = open_factors(config.factors, log) if config.factors else None
-    tables = []
-    for side in SIDES:
-        embedding: RowSource | None = None
-        if side in given:
-            embedding = read_embedding(given[side])
-        elif factors is not None:
-            embedding = factors.table(side)
-        tables.append(
+    embeddings: dict[str, RowSource] = {}
+    counts: dict[str, np.ndarray] = {}
+    with agreed():
+        factors = open_factors(config.factors, log) if config.factors else None
+        for side in SIDES:
+            if side in given:
+                embeddings[side] = read_embedding(given[side])
+            elif factors is not None:
+                embeddings[side] = factors.table(side)
+            if log.vocabulary(side) is not None:
+                counts[side] = log.counts(side)
+    dense = {side: log.num_ids(side) for side in SIDES if side not in counts}
+    if dense:
+        found = _count(log, {log.column(side): number for side, number in dense.items()})
+        counts |= {side: found[log.column(side)] for side in dense}
+    tables: list[IdTable] = []
+    with agreed():
+        tables = [
             IdTable(
                 name=side,
                 num_ids=log.num_ids(side),
-                counts=torch.from_numpy(log.counts(side)).float(),
-                embedding=embedding,
+                counts=torch.from_numpy(counts[side]).float(),
+                embedding=embeddings.get(side),
                 vocabulary=log.vocabulary_fingerprint(side),
             )
-        )
+            for side in SIDES
+        ]
     return tables
+
+
+def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
+    """Rows of train of each id, by column; each row group is read by one rank. Collective.
+
+    Args:
+        columns: name -> number of ids; more where the log has a greater id, unless its vocabulary says how many.
+    """
+    rank, world = rank_and_world()
+    counted = {name: np.zeros(size, np.int64) for name, size in columns.items()}
+    with agreed(), working("counting ids"), Steps("counting ids", "row", show=rank == 0) as bar:
+        for data in iter_columns(log.train, list(columns), rank=rank, world=world):
+            for name in columns:
+                column = data[name]
+                ids = column if isinstance(column, np.ndarray) else column.values
+                found = np.bincount(ids, minlength=len(counted[name]))
+                found[: len(counted[name])] += counted[name]
+                counted[name] = found
+            bar.update(len(next(iter(data.values()))))
+    sizes = torch.stack(all_gather(torch.tensor([len(array) for array in counted.values()]))).amax(0).tolist()
+    total = {}
+    for (name, array), size in zip(counted.items(), sizes, strict=True):
+        total[name] = all_reduce(torch.from_numpy(np.pad(array, (0, size - len(array))))).numpy()
+    return total
 
 
 def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) -> list[IdTable]:
     """Categorical columns of the log; a warm-up gives those an embedding that were given none."""
     missing = [name for name in config.features if name not in log.schema.categorical]
-    if missing:
+    if missing:  # of the log's schema, which is the same on every rank
         raise InputError(
             f"features: {log.path} has no categorical column {missing[0]!r}; "
             f"it has {', '.join(log.schema.categorical) or 'none'}"
         )
     known = (log.manifest or {}).get("features", {})
     sizes = {name: int(known[name]["num_ids"]) if name in known else 0 for name in config.features}
-    counted = {name: np.zeros(sizes[name], np.int64) for name in config.features}
-    for data in iter_columns(log.train, list(config.features)):
-        for name in config.features:
-            column = data[name]
-            ids = column if isinstance(column, np.ndarray) else column.values
-            found = np.bincount(ids, minlength=len(counted[name]))
-            found[: len(counted[name])] += counted[name]
-            counted[name] = found
-    embeddings: dict[str, RowSource] = {name: read_embedding(path) for name, path in given.items()}
+    counted = _count(log, sizes)
+    embeddings: dict[str, RowSource] = {}
+    with agreed():
+        embeddings = {name: read_embedding(path) for name, path in given.items()}
     bare = [name for name in config.features if name not in embeddings]
     if bare and config.method in ("cluster", "learned"):
         if not log.schema.label:
             raise InputError("schema.label: expected the label column, which the warm-up is trained on")
-        warmed = warm_up(
-            _labelled(log, bare, config.warm_rows, config.seed),
-            [len(counted[name]) for name in bare],
-            dim=config.warm_dim,
-            seed=config.seed,
-            names=bare,
-        )
-        print(f"warm-up: {warmed.rows:,} rows, mean loss {warmed.loss:.4f}", flush=True)
-        embeddings |= dict(zip(bare, warmed.embeddings, strict=True))
-    return [
-        IdTable(
-            name=name,
-            num_ids=len(counted[name]),
-            counts=torch.from_numpy(counted[name]).float(),
-            embedding=embeddings.get(name),
-            vocabulary=artifact.fingerprint(f"{log.root}/{known[name]['vocabulary']}", log.filesystem)
-            if name in known
-            else None,
-        )
-        for name in config.features
-    ]
+        embeddings |= _warmed(config, log, {name: len(counted[name]) for name in bare})
+    tables = []
+    with agreed():
+        for name in config.features:
+            vocabulary = None
+            if name in known:
+                vocabulary = artifact.fingerprint(f"{log.root}/{known[name]['vocabulary']}", log.filesystem)
+            tables.append(
+                IdTable(
+                    name=name,
+                    num_ids=len(counted[name]),
+                    counts=torch.from_numpy(counted[name]).float(),
+                    embedding=embeddings.get(name),
+                    vocabulary=vocabulary,
+                )
+            )
+    return tables
 
 
-def _labelled(
-    log: Log, features: list[str], limit: int, seed: int, size: int = 8192
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[str, RowSource]:
+    """Embeddings from the warm-up, which is one pass in order: rank 0 takes it and sends the result. Collective."""
+    rank, world = rank_and_world()
+    made = [torch.zeros(size, 1 + config.warm_dim) for size in sizes.values()]
+    with agreed(), working("warm-up of the features' embeddings"):
+        if rank == 0:
+            with Steps("warm-up", "row") as bar:
+                warmed = warm_up(
+                    _shown(_labelled(log, list(sizes), config.warm_rows, config.seed), bar),
+                    list(sizes.values()),
+                    dim=config.warm_dim,
+                    seed=config.seed,
+                    names=list(sizes),
+                )
+            print(f"warm-up: {warmed.rows:,} rows, mean loss {warmed.loss:.4f}", flush=True)
+            made = warmed.embeddings
+    if world > 1:
+        for table in made:
+            dist.broadcast(table, 0)
+    return dict(zip(sizes, made, strict=True))
+
+
+def _shown(batches: Iterator[_Labelled], bar: Steps) -> Iterator[_Labelled]:
+    for batch in batches:
+        yield batch
+        bar.update(len(batch[2]))
+
+
+def _labelled(log: Log, features: list[str], limit: int, seed: int, size: int = 8192) -> Iterator[_Labelled]:
     """(numbers, ids, label) of a uniform sample of about `limit` rows of train, in batches, in the order of the log."""
     schema = log.schema
     assert schema.label

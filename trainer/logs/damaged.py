@@ -28,7 +28,7 @@ def open_on_all_ranks(
     with agreed():
         log = open_log(path, schema, pairs=pairs, skip_bad=skip, only=only)
     if not skip:
-        return log
+        return _with_fingerprints(log)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, log.bad_files)
     bad = {path: why for of_rank in everyone for path, why in of_rank.items()}
@@ -37,7 +37,19 @@ def open_on_all_ranks(
             log = open_log(path, schema, pairs=pairs, skip_bad=True, bad=bad, only=only)
             if log.bad_files.keys() != bad.keys():
                 raise InputError(f"{path}: files can be read at one moment and not at the next; try again later")
-    return replace(log, train=TolerantRows.of(log.train))
+    return _with_fingerprints(replace(log, train=TolerantRows.of(log.train)))
+
+
+def _with_fingerprints(log: Log) -> Log:
+    """The log, with the fingerprints of its train files on all ranks: rank 0 takes them. Collective."""
+    if dist.get_world_size() > 1:
+        taken: list[dict[str, str]] = [{}]
+        with agreed():
+            if dist.get_rank() == 0:
+                taken = [log.train.take_fingerprints()]
+        dist.broadcast_object_list(taken)
+        log.train.fingerprints.update(taken[0])
+    return log
 
 
 def share_lost(log: Log) -> None:

@@ -130,8 +130,10 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
 def _describe(path: str | Path) -> str | Path:
     log = open_log(path, pairs=False)
     held_out = log.test_negatives or log.test
+    without = (log.manifest or {}).get("held_out", {}).get("left_out", 0)
+    more = f"; none of {without:,} users, who have one item or met too many" if without else ""
     print(
         f"{path}: {log.train.num_rows:,} rows of {log.num_users:,} users and {log.num_items:,} items, "
-        f"{held_out.num_rows if held_out else 0:,} held out"
+        f"{held_out.num_rows if held_out else 0:,} held out{more}"
     )
     return path

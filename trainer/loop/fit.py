@@ -162,11 +162,13 @@ class _Run:
             if stop:
                 break
             self.epoch, self.step = self.epoch + 1, 0
+        if self.checkpoints is not None and self.decisions is not None:
+            stop = self.decisions.settle(stop=self.signal.name is not None)
+            if stop or self.checkpoints.config.steps or self.checkpoints.config.minutes:
+                self.keep()  # a signal while the model is evaluated and written then costs no step
+            if stop:
+                self.stop()
         self.pipeline.detach()  # the model is used without a pipeline from here on
-        if self.decisions is not None:
-            self.decisions.close()
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
         if self.best is not None and self.config.keep_best:
             self.best.restore(self.model)
 
@@ -414,7 +416,7 @@ class _Run:
         if accepted and value > (-math.inf if best is None else best[self.config.metric]):
             self.result.best = {**found, self.config.metric: value}
             if self.config.keep_best:
-                self.best = Snapshot.take(self.model)
+                self.best = Snapshot.take(self.model, self.best)
                 if self.checkpoints is not None:
                     self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
         return self.over()

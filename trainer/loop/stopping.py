@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from recpress.trainer.distributed.process_group import NO_TIMEOUT
 
 STOP, CHECKPOINT = 0, 1  # places in the flags
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -47,7 +48,7 @@ class Decisions:
 
     def __init__(self) -> None:
         self._world = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo") if self._world > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=NO_TIMEOUT) if self._world > 1 else None
         self._sent: tuple[torch.Tensor, Any] | None = None
 
     def exchange(self, *, stop: bool, checkpoint: bool) -> tuple[bool, bool]:
@@ -59,6 +60,12 @@ class Decisions:
         flags[STOP], flags[CHECKPOINT] = int(stop), int(checkpoint)
         self._sent = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return before
+
+    def settle(self, *, stop: bool) -> bool:
+        """Whether any rank wants to stop, now; called by every rank after the last step."""
+        earlier = self.close()[STOP]
+        now = self.exchange(stop=stop, checkpoint=False)[STOP]
+        return earlier or now or self.close()[STOP]
 
     def close(self) -> tuple[bool, bool]:
         """Wait for what was sent last."""

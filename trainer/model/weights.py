@@ -24,6 +24,7 @@ from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection
 from recpress.modules.frozen_kernel import HasKernels
 from recpress.modules.frozen_sharded import ShardedFrozenEmbeddingBagCollection
 from recpress.modules.rows import local_shards
+from recpress.trainer.distributed.process_group import meet
 from torch import nn
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
@@ -32,17 +33,25 @@ Rectangle = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclass
 class Snapshot:
-    """A copy of what training changes, on the device that it lies on; frozen tables are not in it."""
+    """A copy in host memory of what training changes; frozen tables are not in it."""
 
     dense: dict[str, torch.Tensor]
     shards: dict[str, list[torch.Tensor]]
 
     @staticmethod
     @torch.no_grad()
-    def take(model: nn.Module) -> Snapshot:
+    def take(model: nn.Module, before: Snapshot | None = None) -> Snapshot:
+        """A copy of the model's weights, in the memory of the one `before` where that is given."""
+        if before is not None:
+            for name, tensor in _dense(model):
+                before.dense[name].copy_(tensor)
+            for name, parts in _trainable(model):
+                for (_, part), kept in zip(parts, before.shards[name], strict=True):
+                    kept.copy_(part)
+            return before
         return Snapshot(
-            {name: tensor.detach().clone() for name, tensor in _dense(model)},
-            {name: [part.clone() for _, part in parts] for name, parts in _trainable(model)},
+            {name: _on_host(tensor) for name, tensor in _dense(model)},
+            {name: [_on_host(part) for _, part in parts] for name, parts in _trainable(model)},
         )
 
     @torch.no_grad()
@@ -52,6 +61,10 @@ class Snapshot:
         for name, parts in _trainable(model):
             for (_, part), kept in zip(parts, self.shards[name], strict=True):
                 part.copy_(kept)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor)
 
 
 def save_weights(model: nn.Module, folder: str | Path) -> None:
@@ -65,7 +78,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
         for rectangle, part in parts:
             if part.numel():
                 np.save(place / _file_name(rectangle), part.detach().cpu().numpy(), allow_pickle=False)
-    dist.barrier()
+    meet()
 
 
 @torch.no_grad()

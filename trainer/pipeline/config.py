@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from recpress.data.config import Schema
 from recpress.data.errors import InputError
@@ -46,13 +46,15 @@ class PipelineConfig:
 
     def chosen(self) -> dict[StageName, StageConfig]:
         """The stages to run, in order, each with its whole configuration."""
-        factors = self.factorize.out or f"{self.out}/factors"
-        maps = self.hash.out or f"{self.out}/maps"
-        model = self.train.out or f"{self.out}/model"
+        from recpress.data.storage import join  # imports pyarrow, which --help does without
+
+        factors = self.factorize.out or join(self.out, "factors")
+        maps = self.hash.out or join(self.out, "maps")
+        model = self.train.out or join(self.out, "model")
         made = factors if "factorize" in self.stages else None
         starts = made if self.train.model.tables.strategy != "random" else None
         every: dict[StageName, StageConfig] = {
-            "factorize": replace(self.factorize, out=factors),
+            "factorize": replace(self.factorize, out=factors, **self._crossfit()),
             "hash": replace(self.hash, out=maps, factors=self.hash.factors or made),
             "train": replace(
                 self.train,
@@ -63,10 +65,21 @@ class PipelineConfig:
             "evaluate": replace(
                 self.evaluate,
                 model=self.evaluate.model or (model if "train" in self.stages else factors),
-                out=self.evaluate.out or f"{self.out}/metrics.json",
+                out=self.evaluate.out or join(self.out, "metrics.json"),
             ),
         }
         return {name: self._common(every[name]) for name in ORDER if name in self.stages}
+
+    def _crossfit(self) -> dict[str, Any]:
+        """Factors that have not seen the network's sample, unless other ones were asked for: a network of frozen tables
+        is trained on scores of rows that the factorization does not know."""
+        strategy, sample = self.train.model.tables.strategy, self.train.sample
+        frozen = strategy == "auto" or strategy.startswith("init-freeze")
+        wanted = frozen and "train" in self.stages and self.train.factors is None and self.train.crossfit != "no"
+        rate = sample.rate or 0.1
+        if not wanted or self.factorize.crossfit_rate or self.factorize.method != "als" or rate >= 1:
+            return {}
+        return {"crossfit_rate": rate, "crossfit_kind": sample.kind, "crossfit_seed": sample.seed}
 
     def _common(self, config: StageConfig) -> StageConfig:
         schema = self.schema if config.schema == Schema() else config.schema

@@ -1,4 +1,4 @@
-"""`recpress pipeline`: factorize, hash, train and evaluate, going on at the first stage that is not whole."""
+"""`recpress pipeline`: factorize, hash, train and evaluate, resuming at the first stage that is not complete."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from recpress.data import artifact
+from recpress.data import artifact, storage
 from recpress.data.errors import InputError
+from recpress.data.log import Log, open_log
 from recpress.trainer.artifacts import FACTORS, MODEL
-from recpress.trainer.distributed.process_group import agreed, process_group
-from recpress.trainer.evaluate.stage import evaluate
+from recpress.trainer.config import chosen_schema
+from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, waiting
+from recpress.trainer.errors import same_command_resumes
+from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.id_maps import HASH
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.pipeline.config import PipelineConfig, StageConfig, StageName
+from recpress.trainer.pipeline.summary import as_table, summarize
 from recpress.trainer.train.stage import train
 
 RUN: dict[StageName, Callable[[Any], Any]] = {
     "factorize": factorize,
     "hash": make_maps,
     "train": train,
-    "evaluate": evaluate,
 }
 KINDS = {"factorize": FACTORS, "hash": HASH, "train": MODEL}
 _ELSEWHERE = ("device", "overwrite", "tensorboard", "checkpoint", "stall_seconds")
@@ -32,48 +35,124 @@ _ELSEWHERE = ("device", "overwrite", "tensorboard", "checkpoint", "stall_seconds
 
 
 def pipeline(config: PipelineConfig) -> list[StageName]:
-    """Run the stages of `config` that are not whole yet; returns which. Collective.
+    """Run the stages of `config` that are not complete yet; returns which. Collective.
 
-    A stage is whole when its output has its final name, so the same command, given again after a failure or by a
-    scheduler that requeues, goes on at the stage that failed; `recpress train` itself goes on at its last checkpoint.
+    A stage is complete when its output has its final name, so the same command, given again after a failure or by a
+    scheduler that requeues, resumes at the stage that failed; `recpress train` itself resumes from its last checkpoint.
 
     Raises:
-        InputError: an output was made with other settings, or is later than one that is missing; whatever a stage
-            raises. On every rank.
+        InputError: an output was made with other settings or from another log, or is later than one that is missing;
+            whatever a stage raises. On every rank.
+        Preempted: a signal stopped it.
     """
-    with process_group(config.device) as ranks:
-        left: list[StageName] = []
-        with agreed():
-            stages = config.chosen()
-            if ranks.rank == 0:
+    with process_group(config.device) as ranks, same_command_resumes():
+        return _pipeline(config, ranks)
+
+
+def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
+    left: list[StageName] = []
+    with agreed():
+        stages = config.chosen()
+        log = open_log(config.data, chosen_schema(config.schema), skip_bad=True, pairs=not config.hash.features)
+        if "evaluate" in stages and len(stages) > 1 and log.test is None and log.test_negatives is None:
+            del stages["evaluate"]
+            _say(f"{config.data} has no held-out rows, so nothing is evaluated; `recpress split` holds some out")
+        if ranks.rank == 0:
+            if not storage.is_remote(config.out):
                 Path(config.out).mkdir(parents=True, exist_ok=True)
-                left = _left(stages)
-        plan: list[Any] = [left]
+            left = _left(stages, log)
+    plan: list[Any] = [left]
+    with waiting():
         dist.broadcast_object_list(plan)  # what rank 0 saw: shared storage may show another rank another moment
-        left = plan[0]
-        for name, stage in stages.items():
-            if name in left:
-                _say(f"{name} -> {stage.out}")
-                RUN[name](stage)
-            else:
-                _say(f"{name}: {stage.out} is whole")
+    left = plan[0]
+    for name, stage in stages.items():
+        if name not in left:
+            _say(f"{name}: {stage.out} is complete")
+        elif isinstance(stage, EvaluateConfig):
+            _say(f"{name} -> {stage.out}")
+            _evaluate(stages, stage, ranks)
+        else:
+            _say(f"{name} -> {stage.out}")
+            RUN[name](stage)
+    outputs = ", ".join(f"{name} {stage.out}" for name, stage in stages.items())
+    _say(f"outputs: {outputs}")
     return left
 
 
-def _left(stages: dict[StageName, StageConfig]) -> list[StageName]:
+def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks: Ranks) -> None:
+    """Rank the held-out rows by what the pipeline made; print the table and write it. Collective."""
+    with agreed():
+        log = open_log(stage.data, chosen_schema(stage.schema))
+    made = {name: stages[name].out for name in ("factorize", "train") if name in stages}
+    methods = summarize(log, stage, made.get("factorize"), made.get("train"), ranks)
+    with agreed():
+        if ranks.rank == 0:
+            last = list(methods.values())[-1]["metrics"]
+            content = {**last, "methods": methods, "log": log.inputs()}
+            assert stage.out is not None
+            storage.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
+    _say(f"held-out rows\n{as_table(methods)}")
+
+
+def _left(stages: dict[StageName, StageConfig], log: Log) -> list[StageName]:
     """Stages whose output is not there. Raises InputError where what is there cannot be built upon."""
     left: list[StageName] = []
+    prints: dict[str, Any] = {}
+    stale: dict[str, str] = {}
     for name, stage in stages.items():
         assert stage.out is not None
-        if not Path(stage.out).exists():
+        if not _is_there(name, stage.out):
             left.append(name)
-        elif left:
+            continue
+        if left:
             raise InputError(
                 f"{stage.out}: is there, but {stages[left[0]].out}, which comes before it, is not; remove it"
             )
-        elif name in KINDS:
+        if name in KINDS:
             _check_settings(name, stage)
+        if stage.data not in prints:
+            same = stage.data == log.path
+            used = log if same else open_log(stage.data, chosen_schema(stage.schema), skip_bad=True, pairs=False)
+            prints[stage.data] = _prints(used.inputs())
+        files = _log_files(name, stage.out)
+        if files is not None and _prints(files) != prints[stage.data]:
+            stale[stage.out] = stage.data
+    if stale:
+        first = next(iter(stale))
+        later = [str(stage.out) for stage in stages.values() if _is_there("evaluate", str(stage.out))]
+        raise InputError(
+            f"{first}: made from other files than {stale[first]} has now (their fingerprints differ); remove "
+            f"{' and '.join(later)}, or choose another out"
+        )
     return left
+
+
+def _is_there(name: StageName, path: str) -> bool:
+    if not storage.is_remote(path):
+        return Path(path).exists()
+    if name in KINDS:
+        path = storage.join(path, artifact.MANIFEST)
+    try:
+        storage.read_bytes(path)
+    except FileNotFoundError:
+        return name == "evaluate" and artifact.MANIFEST in storage.list_files(path)
+    return True
+
+
+def _log_files(name: StageName, path: str) -> list[dict[str, Any]] | None:
+    """The files of the log that an output was made from; None where it does not say."""
+    if name in KINDS:
+        files = artifact.read_manifest(path, KINDS[name])["log"]["files"]
+    else:
+        try:
+            files = json.loads(storage.read_bytes(path)).get("log")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not metrics of a pipeline: {error}; remove it") from error
+    return list(files) if files is not None else None
+
+
+def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(file["size"], file["fingerprint"]) for file in files]
 
 
 def _check_settings(name: StageName, stage: StageConfig) -> None:

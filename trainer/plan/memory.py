@@ -90,7 +90,7 @@ def rank_lines(
     lines.append(Line("dense part", 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"))
     if job.keep_best:
         copied = trained_bytes + dense
-        lines.append(Line("best weights", copied, "a copy of what is trained", device, "train"))
+        lines.append(Line("best weights", copied, "a copy of what is trained", "host", "train"))
     staged = trained_bytes + state + 3 * dense
     formula = "trainable tables, optimizer state, dense weights and 2 Adam moments"
     lines.append(Line("copy for checkpoints", staged, formula, "host", "checkpoint"))

@@ -26,6 +26,7 @@ from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, same_everywhere
+from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout, show
@@ -87,7 +88,7 @@ def train(config: TrainConfig) -> TrainResult:
             nothing is written but checkpoints.
         Preempted: a signal stopped the run, after a checkpoint.
     """
-    with process_group(config.device, config.stall_seconds) as ranks:
+    with process_group(config.device, config.stall_seconds) as ranks, same_command_resumes():
         return _train(config, ranks)
 
 
@@ -112,7 +113,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model_config = describe_model(
             config.model, factors.dim if factors else None, config.user_features, config.item_features, [*maps]
         )
-        artifact.check_target(config.out, config.overwrite)
+        artifact.check_target(
+            config.out,
+            config.overwrite,
+            MODEL,
+            [path for path in (config.data, config.factors, config.hash) if path],
+        )
         if ranks.rank == 0:
             _say_settings(given, config, stream)
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:

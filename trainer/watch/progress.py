@@ -78,3 +78,66 @@ class Progress:
             return ""
         seconds = (time.monotonic() - self._begin) / (self._done - self._first) * (self._total - self._done)
         return f", {tqdm.format_interval(seconds)} left"
+
+
+class Steps:
+    """Progress of one long piece of work: a bar on a terminal, elsewhere a line every `seconds`, with the time left.
+
+    Used in a `with`. Silent where `show` is false, so that one rank speaks.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        unit: str,
+        total: int | None = None,
+        *,
+        show: bool = True,
+        stream: TextIO | None = None,
+        seconds: float = 30.0,
+    ) -> None:
+        self._description, self._stream = description, stream or sys.stderr
+        self._lines = show and not self._stream.isatty()
+        self._seconds, self._said, self._begin = seconds, time.monotonic(), time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            desc=description,
+            unit=unit,
+            disable=not show or self._lines,
+            file=self._stream,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._unit, self._total, self._done, self._stage = unit, total, 0, ""
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, steps: int = 1) -> None:
+        """Advance by so many units."""
+        self._done += steps
+        self._bar.update(steps)
+        now = time.monotonic()
+        if self._lines and now - self._said >= self._seconds:
+            self._said = now
+            print(f"{self._description}{self._stage}: {self._place()}", file=self._stream, flush=True)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` units of a stage of the work; the count starts anew with each stage."""
+        if done < self._done or total != self._total:
+            self._done, self._total, self._begin = 0, total, time.monotonic()
+            self._bar.reset(total)
+        self._stage = f", {name}"
+        self._bar.set_postfix_str(name, refresh=False)
+        self.update(done - self._done)
+
+    def _place(self) -> str:
+        spent = time.monotonic() - self._begin
+        if not self._total:
+            return f"{self._done:,} {self._unit}s, {tqdm.format_interval(spent)}"
+        left = spent / max(1, self._done) * (self._total - self._done)
+        share = f"{self._done:,} of {self._total:,} {self._unit}s ({self._done / self._total:.0%})"
+        return f"{share}, {tqdm.format_interval(left)} left"

@@ -1,15 +1,21 @@
 """The comparison on a small made log: every strategy, the table, the page, and nothing where it cannot run."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
+from recpress.data.log import open_log
+from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer.compare.cadc import STRATEGIES, compare_cadc
-from recpress.trainer.compare.config import CompareCadcConfig
+from recpress.trainer.compare import bpr
+from recpress.trainer.compare.cadc import _BPR, STRATEGIES, _Steps, compare_cadc
+from recpress.trainer.compare.config import MAX_TRIALS, TRIALS, CompareCadcConfig, changed
+from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.report.results import load_result
 
 
@@ -20,6 +26,7 @@ def small(out):
         seeds=(0, 1),
         als=ALSConfig(factors=16, sweeps=6, mean_penalty=3.0),
         patience=1,
+        trials=2,
     )
     shorter = {
         name: replace(getattr(config, name), epochs=2, stream=replace(getattr(config, name).stream, batch_size=512))
@@ -37,18 +44,120 @@ def result(tmp_path_factory):
 def test_every_strategy_is_run_on_every_seed(result):
     found, _ = result
     keys = [method.key for method in found.methods]
-    assert keys == ["popularity", "factors", *(strategy.key for strategy in STRATEGIES)]
-    assert all(len(method.seeds) == 2 for method in found.methods[1:])
+    assert keys == ["popularity", "bpr", "factors", *(strategy.key for strategy in STRATEGIES)]
+    assert all(len(method.seeds) == 2 for method in found.methods[2:])
     rows = {method.key: method.rows for method in found.methods}
-    assert rows["random-all"] == rows["freeze-all"] == found.total_rows == 16_000
-    assert rows["cadc"] == rows["random-sample"] == rows["train-sample"]
-    assert 1400 < rows["cadc"] < 1800
+    assert rows["random-all"] == found.total_rows == 16_000
+    assert rows["freeze-all"] > 15_000
+    for key in ("cadc", "random-sample", "train-sample"):
+        assert 1300 < rows[key] < 1800
+    sizes = {method.key: method.table_bytes for method in found.methods}
+    assert sizes["factors"] == 4 * 16 * 900
+    assert sizes["random-all"] == 4 * 64 * 900
+
+
+def test_speedups_are_to_the_best_quality_of_the_reference(result):
+    found, _ = result
+    reference = found.method("random-all")
+    best = max(reference.curve, key=lambda point: point.metrics["NDCG@10"])
+    assert found.goal == best.metrics["NDCG@10"]
+    assert found.seconds_to_goal(reference) == best.seconds
+    assert found.speedup(reference) == 1
+    factors, ours = found.method("factors"), found.method("cadc")
+    assert len(factors.curve) == 1
+    assert ours.curve[0].metrics == factors.curve[0].metrics  # epoch 0 is the factorization
+    assert ours.curve[0].seconds > factors.curve[0].seconds
+
+
+def test_what_starts_from_factors_is_not_below_them_on_validation_rows(result):
+    found, _ = result
+    start = found.method("factors").curve[0].metrics["NDCG@10"]
+    for key in ("train-sample", "cadc", "freeze-all"):
+        assert max(point.metrics["NDCG@10"] for point in found.method(key).curve) >= start
+
+
+def test_a_network_below_its_factors_is_not_published(tmp_path, monkeypatch):
+    """Rates that ruin the frozen network and leave the random one as it is: epoch 0 wins, and a warning names the
+    other."""
+    monkeypatch.setattr(
+        "recpress.trainer.compare.cadc.STRATEGIES", tuple(s for s in STRATEGIES if s.key in ("random-all", "cadc"))
+    )
+    config = replace(small(tmp_path / "out"), seeds=(0,), trials=1, bpr=False)
+    frozen = replace(config.frozen, epochs=1, optimizer=replace(config.frozen.optimizer, learning_rate=0.5))
+    still = replace(config.random.optimizer, learning_rate=1e-9, table_learning_rate=1e-9)
+    found = compare_cadc(replace(config, frozen=frozen, random=replace(config.random, epochs=1, optimizer=still)))
+    assert found.method("cadc").seeds[0].metrics == found.method("factors").seeds[0].metrics
+    assert "epoch 0" in found.method("cadc").description
+    assert found.method("cadc").parts.keys() == {"factorize", "cross-fit", "train"}
+    assert found.method("random-all").mean("HR@10") < 0.2  # an untrained network, not the factorization
+    assert any("Two-tower, random init, 100 %" in text and "popularity" in text for text in found.warnings)
+    assert [method.key for method in found.methods] == ["popularity", "factors", "random-all", "cadc"]
+
+
+def test_a_missing_library_is_said_and_the_rest_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpr, "installed", lambda: False)
+    config = replace(small(tmp_path), seeds=(0,))
+    with process_group("cpu"):
+        synth(config.synth, tmp_path / "log")
+        peer = _BPR(config, tmp_path, open_log(str(tmp_path / "log"), None))
+        assert not peer.available
+        row = peer.result()
+    assert "not installed" in row.name
+    assert math.isnan(row.mean("HR@10"))
+
+
+def test_bpr_beats_popularity(tmp_path):
+    pytest.importorskip("implicit")
+    config = small(tmp_path)
+    with process_group("cpu"):
+        synth(config.synth, tmp_path / "log")
+        log = open_log(str(tmp_path / "log"), None)
+        peer = _BPR(config, tmp_path, log)
+        peer.trial(log, 1, seed=0)
+        assert len(peer.curve) == 10
+        assert peer.final(seed=0).metrics["HR@10"] > 0.4
+
+
+@pytest.mark.parametrize("trials", [0, 4])
+def test_an_impossible_number_of_trials_is_refused(trials):
+    with pytest.raises(InputError, match="trials"):
+        CompareCadcConfig(trials=trials)
+
+
+def test_each_network_has_as_many_trials():
+    assert {len(changes) for changes in TRIALS.values()} == {MAX_TRIALS} == {len(bpr.TRIALS)}
+    config = CompareCadcConfig()
+    for name, changes in TRIALS.items():
+        assert changed(getattr(config, name), changes[0]) == getattr(config, name)
+    other = changed(config.random, {"batch_size": 512, "dropout": 0.5, "learning_rate": 3e-3})
+    assert (other.stream.batch_size, other.model.towers.dropout, other.optimizer.learning_rate) == (512, 0.5, 3e-3)
+    assert other.model.tables == config.random.model.tables
+
+
+def test_the_time_left_goes_by_what_parts_of_a_kind_took(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("recpress.trainer.compare.cadc.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with process_group("cpu"):
+        steps = _Steps()
+        steps.expect("short", 1.0, 3)
+        steps.expect("long", 1.0, 2)
+        for kind, seconds in (("short", 10), ("long", 100), ("short", 10)):
+            with steps.part(kind, kind):
+                clock[0] += seconds
+        steps.drop("short")
+        with steps.part("long", "last"):
+            clock[0] += 100
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[1 of 5] short"
+    assert lines[2].startswith("[3 of 5, about 02:00 left]")  # two short ones, one long one
+    assert lines[3].startswith("[4 of 4, about 01:40 left]")
 
 
 def test_times_hold_the_factorization_where_it_was_needed(result):
     found, _ = result
     parts = {method.key: set(method.parts) for method in found.methods}
     assert parts["random-all"] == parts["random-sample"] == {"train"}
+    assert parts["bpr"] <= {"train"}  # none where implicit is not installed
     assert parts["cadc"] == {"factorize", "cross-fit", "train"}
     assert parts["freeze-all"] == parts["train-sample"] == {"factorize", "train"}
     assert parts["factors"] == {"factorize"}

@@ -1,4 +1,4 @@
-"""`compare hash` and `compare both`, small: what they find, write and refuse."""
+"""`compare hash`, small: what it finds, writes and refuses."""
 
 from __future__ import annotations
 
@@ -7,37 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
+from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.compare.both import compare_both
-from recpress.trainer.compare.config import CompareBothConfig, CompareHashConfig
+from recpress.modules.config import ALSConfig
+from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash import NAMES, compare_hash
-from recpress.trainer.config import EvaluationConfig, NetworkConfig
-
-from tests.ranks import run_on_ranks
+from recpress.trainer.compare.hash_report import format_hash_tables
+from recpress.trainer.compare.ties import difference
+from recpress.trainer.config import EvaluationConfig
 
 LOG = SynthConfig(users=600, items=300, rows=18_000, tastes=10)
-ALS = ALSConfig(factors=8, sweeps=4, confidence=1.0, unobserved_weight=0.1, regularization=0.01, frequency_exponent=1.0)
+ALS = ALSConfig(factors=8, sweeps=4, auto=False)
 
 
 def hash_config(out: Path, **more: object) -> CompareHashConfig:
-    given = {"synth": LOG, "als": ALS, "seeds": (0,), "share": 0.15, "sweeps": (0, 1), "choose_users": 200} | more
-    return CompareHashConfig(out=str(out), **given)
-
-
-def both_config(out: Path, **more: object) -> CompareBothConfig:
-    network = NetworkConfig(
-        stream=StreamConfig(batch_size=256),
-        negatives=NegativesConfig(count=16, shared=True),
-        model=TwoTowerConfig(towers=TowersConfig(kind="residual", hidden=(8,))),
-        epochs=1,
-    )
     given = {
-        "synth": LOG, "als": replace(ALS, factors=16), "seeds": (0,), "levels": (1.0, 0.5, 0.17), "rates": (0.2,),
-        "frozen": network,
+        "synth": LOG, "als": ALS, "seeds": (0,), "share": 0.15, "sweeps": (0, 1), "choose_users": 200, "trials": 4,
     } | more  # fmt: skip
-    return CompareBothConfig(out=str(out), **given)
+    return CompareHashConfig(out=str(out), **given)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +60,76 @@ def test_the_page_and_the_json_hold_what_was_found(hashed) -> None:
     assert "Learned hash functions" in page
     assert "<svg" in page
     assert all(method.name in page for method in result.methods)
+    assert all(verdict.split(":")[0] in page for verdict in result.verdicts())
     saved = json.loads((out / "result.json").read_text())
-    assert [method["key"] for method in saved["methods"]] == [method.key for method in result.methods]
-    assert saved["methods"][0]["metrics"][0]["Recall@10"] == pytest.approx(result.methods[0].mean("Recall@10"))
+    methods = saved["rows"]["methods"]
+    assert [method["key"] for method in methods] == [method.key for method in result.methods]
+    assert methods[0]["metrics"][0]["Recall@10"] == pytest.approx(result.methods[0].mean("Recall@10"))
+    for ranking in ("rows", "bytes"):
+        for method in saved[ranking]["methods"]:
+            assert method["bytes"] == method["row_bytes"] + method["map_bytes"]
+            assert method["serving_bytes"] == method["row_bytes"] + method["serving_map_bytes"]
+    assert saved["verdicts"] == result.verdicts()
+
+
+def test_every_method_has_the_same_number_of_trials_or_all_its_settings(hashed) -> None:
+    _, result = hashed
+    for method in result.methods:
+        if method.key == "louvain":  # nothing but the sweeps
+            assert (method.trials, method.settings_exist) == (2, 2)
+            assert "2 (all)" in format_hash_tables(result)
+        elif method.key != "full":
+            assert method.trials == 4
+            assert method.settings_exist > 4
+
+
+def test_at_equal_bytes_a_method_pays_for_its_map_with_rows(hashed) -> None:
+    _, result = hashed
+    assert result.byte_budget == round(0.15 * 900) * 8 * 4
+    for method in result.bytes.methods:
+        if method.key == "full":
+            continue
+        at_rows = result.rows.method(method.key)
+        assert method.bytes <= result.byte_budget
+        if at_rows.map_bytes == 0:  # a formula
+            assert method.rows == at_rows.rows
+            assert method.metrics == at_rows.metrics
+        else:
+            assert method.rows < round(0.15 * 900)
+    learned = result.bytes.method("learned")
+    assert learned.bytes > 0.9 * result.byte_budget
+    assert learned.serving_bytes == learned.row_bytes + 4 * 900  # a row number of 4 bytes for each id
+    # learned-2 at this dimension: two row numbers and two weights an id are more than the rows they save
+    assert {method.key for method in result.bytes.methods} | {"learned-2"} == {m.key for m in result.rows.methods}
+
+
+def test_verdicts_call_a_tie_a_tie(hashed) -> None:
+    _, result = hashed
+    at_rows = next(verdict for verdict in result.verdicts() if "equal rows" in verdict and "one row" in verdict)
+    pair = difference(result.rows.differences, "learned", "cluster")
+    assert ("level with clusters" in at_rows) == pair.level
+    level = replace(result.rows, differences=tuple(replace(d, level=True) for d in result.rows.differences))
+    assert "Learned, one row, is level with clusters" in replace(result, rows=level).verdicts()[0]
+    assert set(level.places().values()) == {"1="}
+
+
+def test_a_factorization_that_is_no_better_than_popularity_is_named(hashed) -> None:
+    _, result = hashed
+    assert not result.warnings()
+    high = dict.fromkeys(result.metrics, 1.0)
+    assert "no better than popularity" in replace(result, popularity=high).warnings()[0]
+
+
+def test_a_method_that_cannot_use_the_budget_is_left_out_and_named(tmp_path: Path) -> None:
+    config = hash_config(
+        tmp_path / "small", methods=("quotient-remainder", "modulo"), rows=20, trials=2, user_shares=(0.5,)
+    )
+    result = compare_hash(config)
+    assert [method.key for method in result.methods] == ["full", "modulo"]
+    assert "Quotient-remainder is left out" in result.warnings()[0]
+    with pytest.raises(InputError, match="no method can use"):
+        compare_hash(hash_config(tmp_path / "none", methods=("quotient-remainder",), rows=20))
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_same_seeds_give_the_same_table(hashed, tmp_path: Path) -> None:
@@ -91,6 +145,10 @@ def test_the_same_seeds_give_the_same_table(hashed, tmp_path: Path) -> None:
         ({"methods": ("magic",)}, "methods: 'magic', expected some of modulo"),
         ({"rows": 1000}, "a budget of 1000, expected 2 to 900"),
         ({"seeds": ()}, "seeds and sweeps"),
+        ({"trials": 0}, "trials is 0"),
+        ({"share": 1.5}, "share: 1.5"),
+        ({"metric": "Recall@20"}, "metric: 'Recall@20', expected one of"),
+        ({"evaluation": EvaluationConfig(protocol="sampled")}, "protocol: 'sampled', expected full"),
         ({"data": "nowhere"}, "nowhere"),
     ],
 )
@@ -98,39 +156,3 @@ def test_what_cannot_be_compared_is_one_error(tmp_path: Path, more: dict, messag
     with pytest.raises(InputError, match=message):
         compare_hash(hash_config(tmp_path / "out", **more))
     assert not any(tmp_path.iterdir())
-
-
-def test_both_keeps_to_the_bytes_and_reads_the_share_of_the_rows(tmp_path: Path) -> None:
-    config = both_config(tmp_path / "both", evaluation=EvaluationConfig(k=(10,)))
-    (result,) = run_on_ranks(compare_both, 1, config)
-    assert {(point.level, point.rate) for point in result.points} == {
-        (level, rate) for level in config.levels for rate in (0.0, 0.2)
-    }
-    for point in result.points:
-        if not point.rate:
-            assert point.bytes <= 1.02 * point.level * result.full_bytes
-            assert point.rows_read == 0
-        else:
-            assert 0.1 < point.rows_read / 18_000 < 0.3
-    errors = [point.error for point in result.ordered() if point.rate == 0]
-    assert errors[0] == 0
-    assert errors == sorted(errors)
-    full, small = result.full(0.2), min((p for p in result.points if p.rate), key=lambda p: p.level)
-    assert small.mean("NDCG@10") > 0.5 * full.mean("NDCG@10")
-    page = (tmp_path / "both" / "report.html").read_text()
-    assert "<svg" in page
-    assert "of the ids" in page
-
-
-def test_levels_and_rates_out_of_range_are_refused() -> None:
-    with pytest.raises(InputError, match=r"levels: 1\.5, expected numbers in \(0, 1\]"):
-        CompareBothConfig(levels=(1.5,))
-    with pytest.raises(InputError, match=r"rates: 0\.0"):
-        CompareBothConfig(rates=(0.0,))
-
-
-def test_a_level_below_the_maps_is_refused(tmp_path: Path) -> None:
-    config = both_config(tmp_path / "both", levels=(0.01,))
-    with pytest.raises(InputError, match=r"levels: 0\.01 of the full tables' bytes does not hold the maps"):
-        run_on_ranks(compare_both, 1, config)
-    assert not (tmp_path / "both").exists()

@@ -15,6 +15,7 @@ from recpress.trainer.report.results import (
     MethodResult,
     SeedResult,
     SweepPoint,
+    differences,
     format_seconds,
     format_table,
     load_result,
@@ -25,22 +26,34 @@ HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
 def method(key, values, seconds, rows=None, curve=(), description="What it does."):
     seeds = tuple(
-        SeedResult(seed=n, metrics={"HR@10": v + 0.2, "NDCG@10": v}, seconds=seconds, curve=curve)
-        for n, v in enumerate(values)
+        SeedResult(seed=n, metrics={"HR@10": v + 0.2, "NDCG@10": v}, seconds=seconds) for n, v in enumerate(values)
     )
-    return MethodResult(key=key, name=f"{key} 10 %", description=description, seeds=seeds, rows=rows)
+    return MethodResult(
+        key=key,
+        name=f"{key} 10 %",
+        description=description,
+        seeds=seeds,
+        rows=rows,
+        table_bytes=1_500_000 if rows else None,
+        curve=curve,
+    )
+
+
+def points(*pairs):
+    return tuple(CurvePoint(seconds=s, epoch=n, metrics={"NDCG@10": v}) for n, (s, v) in enumerate(pairs))
 
 
 @pytest.fixture
 def result():
-    curve = tuple(CurvePoint(seconds=n, epoch=n, metrics={"NDCG@10": 0.3 + 0.01 * n}) for n in range(4))
+    slow = points((1, 0.02), (60, 0.40), (110, 0.42), (120, 0.41))
+    fast = points((9, 0.41), (11, 0.43))
     return CompareResult(
         title=HOSTILE,
         methods=(
             method("popularity", [0.25], {}),
             method("mf", [0.44, 0.45], {"factorize": 6.0}),
-            method("random", [0.40, 0.41], {"train": 120.0}, 1000, curve),
-            method("cadc", [0.45, 0.47], {"factorize": 6.0, "train": 4.0}, 100, curve, HOSTILE),
+            method("random", [0.40, 0.41], {"train": 120.0}, 1000, slow),
+            method("cadc", [0.45, 0.47], {"factorize": 6.0, "train": 4.0}, 100, fast, HOSTILE),
         ),
         ours="cadc",
         reference="random",
@@ -49,6 +62,7 @@ def result():
         sweeps=tuple(SweepPoint(sweep=n, objective=100.0 / n, seconds=n) for n in (1, 2, 3)),
         data={"Log": HOSTILE, "Users": 6040},
         notes=(HOSTILE,),
+        warnings=(HOSTILE,),
         config={"name": HOSTILE},
         versions={"torch": HOSTILE},
         command=f"recpress compare cadc --data {HOSTILE}",
@@ -63,8 +77,46 @@ def test_means_spreads_and_speedups(result):
     assert math.isnan(ours.mean("AUC"))
     assert ours.seconds == 10
     assert ours.parts == {"factorize": 6, "train": 4}
-    assert result.speedup(ours) == 12
+
+
+def with_curves(result, **curves):
+    return dataclasses.replace(
+        result, methods=tuple(dataclasses.replace(m, curve=curves.get(m.key, m.curve)) for m in result.methods)
+    )
+
+
+def test_speedup_is_the_time_to_the_best_quality_of_the_reference(result):
+    assert result.goal == 0.42
+    assert result.seconds_to_goal(result.method("random")) == 110  # its own best, not its end
+    assert result.seconds_to_goal(result.method("cadc")) == 11
+    assert result.speedup(result.method("cadc")) == 10
+    assert result.speedup(result.method("random")) == 1
     assert math.isnan(result.speedup(result.method("popularity")))
+    never = with_curves(result, cadc=points((9, 0.41), (30, 0.419)))
+    assert never.speedup(never.method("cadc")) == 0
+    assert next(line for line in format_table(never).splitlines() if line.startswith(">")).count("not reached") == 2
+    none = with_curves(result, random=())
+    assert math.isnan(none.speedup(none.method("cadc")))
+    assert "to goal:" not in format_table(none)
+
+
+def test_ties_are_what_the_seeds_cannot_tell_apart(result):
+    def of(key, values):
+        return method(key, values, {})
+
+    a, b = of("a", [0.40, 0.42, 0.41]), of("b", [0.41, 0.41, 0.42])
+    assert result.level(a, b, "NDCG@10")  # the sign changes
+    assert not result.level(a, of("c", [0.45, 0.47, 0.455]), "NDCG@10")
+    assert not result.level(of("p", [0.3]), a, "NDCG@10")  # one run stands for every seed
+    assert result.level(of("p", [0.41]), a, "NDCG@10")
+    assert not result.level(of("a", [0.40]), of("b", [0.401]), "NDCG@10")  # one seed tells nothing of noise
+    assert differences(of("p", [0.3]), of("a", [0.4, 0.5]), "NDCG@10") == pytest.approx([-0.1, -0.2])
+    near = dataclasses.replace(result, methods=(*result.methods, of("other", [0.46, 0.455])))
+    assert near.mark(near.method("cadc"), "NDCG@10") == "best"
+    assert near.mark(near.method("mf"), "NDCG@10") == "level"  # 0.01 and 0.02 below: 3 standard errors
+    assert near.mark(near.method("other"), "NDCG@10") == "level"
+    assert near.mark(near.method("random"), "NDCG@10") == ""
+    assert "=: level with the best" in format_table(near)
 
 
 def test_table_for_the_terminal(result):
@@ -75,11 +127,14 @@ def test_table_for_the_terminal(result):
         "0.6600 ± 0.0141",
         "0.4600 ± 0.0141",
         "100 (10 %)",
+        "1.5 MB",
         "10 s",
-        "12x",
+        "11 s",
+        "10x",
         "factorize 6.0 s + train 4.0 s",
     ]
-    assert len(lines) == 2 + len(result.methods)
+    assert any("time to the best NDCG@10" in line and "0.4200" in line for line in lines)
+    assert lines[-1] == f"warning: {HOSTILE}"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +168,7 @@ def test_nan_becomes_null_and_comes_back(result, tmp_path):
     write_compare_report(tmp_path / "page.html", result)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "methods": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 2, "methods": 3}'])
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "result.json"
     path.write_text(text)
@@ -180,8 +235,8 @@ def test_page_is_whole_and_fetches_nothing(result, tmp_path):
 def test_page_shows_everything_and_escapes_it(result, tmp_path):
     write_compare_report(tmp_path / "page.html", result)
     page = Page(tmp_path / "page.html")
-    assert page.text.count(HOSTILE) >= 7  # title twice, note, method, data, versions, command
-    for text in ("0.4600 ± 0.0141", "factorize 6.0 s + train 4.0 s", "12x", "6,040", "+0.0150", "+0.0550"):
+    assert page.text.count(HOSTILE) >= 8  # title twice, warning, note, method, data, versions, command
+    for text in ("0.4600 ± 0.0141", "factorize 6.0 s\n+ train 4.0 s", "10x", "1.5 MB", "6,040", "+0.0150", "+0.0550"):
         assert text in page.text
 
 
@@ -198,7 +253,7 @@ def test_plots_take_the_colours_of_the_page(result, tmp_path):
 
 def test_plots_without_points_are_left_out(result, tmp_path):
     methods = tuple(
-        dataclasses.replace(m, seeds=tuple(dataclasses.replace(s, curve=(), seconds={}) for s in m.seeds))
+        dataclasses.replace(m, curve=(), seeds=tuple(dataclasses.replace(s, seconds={}) for s in m.seeds))
         for m in result.methods
     )
     write_compare_report(tmp_path / "page.html", dataclasses.replace(result, methods=methods, sweeps=()))

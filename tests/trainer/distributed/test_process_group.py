@@ -86,7 +86,7 @@ def one_disagrees():
     try:
         with agreed():
             if dist.get_rank() == 1:
-                raise ValueError("factors have dimension 8, expected 16")
+                raise InputError("factors have dimension 8, expected 16")
     except InputError as error:
         return str(error)
 

@@ -183,3 +183,26 @@ def test_comparisons_refuse_it_by_name():
         CompareCadcConfig(tuned=network)
     with pytest.raises(InputError, match=r"frozen.stream.on_bad_file is 'skip'; expected stop"):
         CompareBothConfig(frozen=network)
+
+
+def taken_on_each_rank(folder):
+    from recpress.data import artifact
+    from recpress.trainer.artifacts import describe_log
+    from recpress.trainer.logs.damaged import open_on_all_ranks
+
+    taken = []
+    plain = artifact.fingerprint
+    artifact.fingerprint = lambda path, filesystem=None: taken.append(path) or plain(path, filesystem)
+    try:
+        log = open_on_all_ranks(folder, None, skip=False)
+        return len(taken), describe_log(log)["files"], len(taken)
+    finally:
+        artifact.fingerprint = plain
+
+
+def test_fingerprints_of_a_log_are_taken_by_one_rank(tmp_path):
+    first, second = run_on_ranks(taken_on_each_rank, 2, str(write(tmp_path / "log")))
+    assert (first[0], second[0]) == (FILES, 0)
+    assert (first[2], second[2]) == (FILES, 0)
+    assert first[1] == second[1]
+    assert all(entry["fingerprint"] for entry in first[1])

@@ -1,5 +1,6 @@
 """The stages in one process group: what is whole is skipped, what does not fit is one error."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.pipeline.config import PipelineConfig
 from recpress.trainer.pipeline.stage import pipeline
+from recpress.trainer.pipeline.summary import as_table
 from recpress.trainer.train.stage import train
 
 from tests.ranks import run_on_ranks
@@ -127,3 +129,43 @@ def test_one_file_says_it_all(log, tmp_path):
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         PipelineConfig(data="log", out="out", **changes)
+
+
+def test_a_table_at_the_end_compares_what_was_made(log, done):
+    made = json.loads((done / "metrics.json").read_text())
+    assert list(made["methods"]) == ["popularity", "factorization", "network"]
+    assert made["methods"]["network"]["metrics"]["NDCG@10"] == made["NDCG@10"]
+    assert made["methods"]["network"]["rows"] < made["methods"]["factorization"]["rows"]
+    text = as_table(made["methods"])
+    assert "rows read" in text
+    assert f"{made['methods']['popularity']['metrics']['HR@10']:.4f}" in text
+
+
+def test_a_log_that_was_made_anew_is_noticed_and_the_stale_outputs_are_named(tmp_path):
+    made = SynthConfig(users=60, items=150, rows=900, tastes=4, held_out_users=20)
+    path = str(synth(made, tmp_path / "log"))
+    config = settings(path, tmp_path / "run", stages=("factorize", "evaluate"))
+    pipeline(config)
+    synth(replace(made, rows=899), path, overwrite=True)
+    with pytest.raises(InputError, match="fingerprints differ") as error:
+        pipeline(config)
+    assert all(str(tmp_path / "run" / name) in str(error.value) for name in ("factors", "metrics.json"))
+
+
+def test_with_frozen_tables_the_factors_are_cross_fitted_for_the_sample_of_the_network(log):
+    plain = PipelineConfig(data=log, out="out").chosen()["factorize"]
+    assert (plain.crossfit_rate, plain.crossfit_kind) == (0.1, "rows")
+    asked = settings(log, "out").chosen()["factorize"]
+    assert asked.crossfit_rate == 0.5
+    network = settings(log, "out").train
+    for changed in (replace(network, crossfit="no"), replace(network, factors="f")):
+        assert settings(log, "out", train=changed).chosen()["factorize"].crossfit_rate == 0
+
+
+def test_without_held_out_rows_the_other_stages_run(tmp_path, capsys):
+    made = SynthConfig(users=60, items=150, rows=900, tastes=4, held_out_users=0)
+    path = str(synth(made, tmp_path / "log"))
+    factorized = FactorizeConfig(data="", out="", als=ALS)
+    assert pipeline(PipelineConfig(data=path, out=str(tmp_path / "run"), stages=("factorize", "evaluate"),
+                                   factorize=factorized)) == ["factorize"]  # fmt: skip
+    assert "no held-out rows" in capsys.readouterr().out

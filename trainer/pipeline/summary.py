@@ -1,0 +1,72 @@
+"""What a pipeline made, at its end: popularity, the factorization and the network on the held-out rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recpress.data import artifact
+from recpress.data.log import Log
+from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
+from recpress.trainer.distributed.process_group import Ranks, agreed, working
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.ranking import VectorFn, vectors_from_factors
+from recpress.trainer.evaluate.stage import evaluate, load_heldout, rank_heldout
+
+
+def summarize(
+    log: Log, config: EvaluateConfig, factors: str | None, model: str | None, ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """Method -> its `metrics`, `rows` that it read and `seconds` that it took. Collective; the same on every rank.
+
+    Args:
+        config: of the evaluation; its model is ranked last.
+        factors, model: folders of the artifacts, where the pipeline has them.
+    """
+    methods: dict[str, dict[str, Any]] = {}
+    heldout = load_heldout(log, config.evaluation)
+
+    def rank(user: VectorFn, item: VectorFn) -> dict[str, float]:
+        return rank_heldout(heldout, user, item, config.evaluation, ranks.device)
+
+    with agreed(), working("counting items"):
+        counts = torch.from_numpy(log.counts("item")).float()[:, None]
+    metrics = rank(vectors_from_factors(torch.ones(log.num_users, 1)), vectors_from_factors(counts))
+    methods["popularity"] = {"metrics": metrics, "rows": log.train.num_rows, "seconds": None}
+    if factors is not None:
+        with agreed():
+            opened = open_factors(factors, log)
+            user, item = (vectors_from_factors(opened.table(side)) for side in ("user", "item"))
+        spent = opened.manifest["seconds"]
+        methods["factorization"] = {
+            "metrics": rank(user, item),
+            "rows": log.train.num_rows,
+            "seconds": spent["seconds"] + spent["crossfit_seconds"],
+        }
+    if model is not None:
+        manifest = artifact.read_manifest(model, MODEL)
+        spent = manifest["seconds"]
+        methods["network"] = {
+            "metrics": evaluate(EvaluateConfig(**{**vars(config), "out": None})),
+            "rows": manifest["rows"],
+            "seconds": spent["setup"] + spent["train"],
+        }
+    elif factors != config.model:  # an artifact from elsewhere
+        kind = str(artifact.read_manifest(config.model).get("kind"))
+        name = {FACTORS: "factorization", MODEL: "network"}.get(kind, kind)
+        made = evaluate(EvaluateConfig(**{**vars(config), "out": None}))
+        methods[name] = {"metrics": made, "rows": None, "seconds": None}
+    return methods
+
+
+def as_table(methods: dict[str, dict[str, Any]]) -> str:
+    """One line a method: its metrics, the rows that it read, its seconds."""
+    first = next(iter(methods.values()))["metrics"]
+    names = [name for name in first if not name.islower() and name not in ("MRR", "AUC")]
+    lines = [f"{'':14}" + "".join(f"{name:>12}" for name in [*names, "rows read", "seconds"])]
+    for method, made in methods.items():
+        values = [f"{made['metrics'].get(name, float('nan')):.4f}" for name in names]
+        rows = "-" if made["rows"] is None else f"{made['rows']:,}"
+        seconds = "-" if made["seconds"] is None else f"{made['seconds']:.1f}"
+        lines.append(f"{method:14}" + "".join(f"{value:>12}" for value in [*values, rows, seconds]))
+    return "\n".join(lines)
