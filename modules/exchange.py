@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from recpress.modules.factors import RowBlocks
 
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
 
 class Exchange:
     """The ranks of a process group: all-to-all of rows, sums and maxima.
@@ -45,7 +47,7 @@ class Exchange:
         whole = shard.new_empty((self.world * blocks.block, shard.shape[1]))
         missing = blocks.block - len(shard)  # only of the last blocks, so that rows lie at their numbers
         mine = torch.nn.functional.pad(shard, (0, 0, 0, missing)) if missing else shard.contiguous()
-        dist.all_gather_into_tensor(whole, mine, group=self.group)
+        _gather(whole, mine, group=self.group)
         return whole[: blocks.num_rows]
 
     def _send(

@@ -78,6 +78,10 @@ class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
 class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollection):
     """TorchRec's sharded collection, its exchanges of ids and vectors, with frozen lookups between."""
 
+    _lookups: list[Any]
+    _embedding_shardings: list[Any]
+    _device: torch.device | None
+
     def __init__(self, module: FrozenEmbeddingBagCollection, *args: Any, **kwargs: Any) -> None:
         self._specs = module.tables()
         configs = EmbeddingBagCollection(

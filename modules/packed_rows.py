@@ -13,10 +13,10 @@ from recpress.modules.hashing.id_map import IdMap
 def pack(maps: Mapping[IdMap, PlacedMap]) -> torch.Tensor:
     """Rows of all maps, `bits` bits each, one after the other from the lowest bit on, in int32 words.
 
-    One word more than is filled, so that a number's second word always exists.
+    One word more than is filled, so that a number's second word always exists; of a map without ids, the first too.
     """
     total = sum(m.rows.numel() * m.bits for m in maps)
-    words = np.zeros(-(-total // 32) + 1, np.uint32)
+    words = np.zeros(-(-total // 32) + 1 + any(not m.rows.numel() for m in maps), np.uint32)
     for id_map, at in maps.items():
         flat = id_map.rows.reshape(-1)
         step = 32 << 15  # entries; a multiple of 32, so that only the map's first word is shared with what precedes

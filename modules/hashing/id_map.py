@@ -43,8 +43,6 @@ class IdMap:
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.dtype != torch.int32:
             raise ValueError(f"id map: rows are {self.rows.dtype} {tuple(self.rows.shape)}, expected int32 (ids, ways)")
-        if not self.rows.numel():
-            raise ValueError(f"id map: rows have shape {tuple(self.rows.shape)}, expected at least one id and one row")
         if self.weights is not None and self.weights.shape != self.rows.shape:
             raise ValueError(
                 f"id map: weights are {tuple(self.weights.shape)}, expected the shape of rows, {tuple(self.rows.shape)}"

@@ -358,3 +358,32 @@ def test_quantised() -> None:
     _, found = quantised(features)
     torch.testing.assert_close(found, want, atol=0.05, rtol=0.05)
     assert not torch.equal(found, want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("others", [{}, {"b": 32}])
+def test_a_map_without_ids_hashes_all(packed: bool, others: dict[str, int]) -> None:
+    empty = IdMap(rows=torch.zeros(0, 1, dtype=torch.int32), num_rows=3)
+    maps = {key: id_map(ids, 2) for key, ids in others.items()} | {"a": empty}
+    found = LearnedHash(maps, packed=packed)(batch({"a": [[4, 2, 9]], "b": [[1]]}))
+    assert found["a"].values().tolist() == empty.hashed(torch.tensor([4, 2, 9])).flatten().tolist()
+
+
+def test_ids_of_other_types_are_refused() -> None:
+    given = batch({"a": [[1, 2]]})
+    floats = KeyedJaggedTensor(given.keys(), given.values().float(), lengths=given.lengths())
+    with pytest.raises(ValueError, match=r"torch.float32, expected torch.int64"):
+        LearnedHash({"a": id_map(5, 2)})(floats)
+
+
+def test_on_the_host_any_integers_are_ids(tmp_path: Path) -> None:
+    one = id_map(20, 7)
+    one.save(tmp_path)
+    mapped = MappedHash({"a": tmp_path})
+    want = one.rows[:3].tolist()
+    for kind in (np.uint64, np.int8, np.uint16, np.int32):
+        assert mapped.rows("a", np.arange(3, dtype=kind))[0].tolist() == want
+    assert mapped.rows("a", np.array([2**64 - 1], np.uint64))[0].tolist() == one.hashed(torch.tensor([-1])).tolist()
+    for ids in (np.array([1.5]), np.array([[1]]), np.array(["x"]), np.array([True])):
+        with pytest.raises(ValueError, match=r"'a'.*integers"):
+            mapped.rows("a", ids)

@@ -42,7 +42,8 @@ class TableSharder(EmbeddingBagCollectionSharder):
         """Shapes for the planner, on the device "meta", and the optimizer, whose state it counts."""
         found: dict[str, nn.Parameter] = {}
         for name, weight in super().shardable_parameters(module).items():
-            table = PlannedTable.of(*weight.shape, weight.dtype, weight.shape[1] * weight.element_size())
+            rows, dim = weight.shape
+            table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
             if (self.fused_params or {}).get("optimizer") == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
                 table._optimizer_classes = [RowWiseAdagrad]  # type: ignore[attr-defined]
             found[name] = table
