@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: help install install-dev demo test test-cluster lint format lock wheel clean
+.PHONY: help install install-dev demo test test-cluster fuzz lint format lock wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -21,6 +21,9 @@ test: install-dev lint  ## lint and tests
 
 test-cluster: install-dev  ## tests on a Slurm of two nodes, which they start and end; as root on Debian
 	$(BIN)/python -m pytest tests/cluster -m cluster -rs
+
+fuzz: install-dev  ## ten minutes of damaged files for ingest (not a part of test)
+	$(BIN)/python -m tests.fuzz.ingest --minutes 10
 
 lint: install-dev  ## ruff, types, import rule
 	$(BIN)/ruff check .

@@ -138,7 +138,8 @@ class BatchBuilder:
             else:
                 features[name] = self._move(column)
         if rows.floats is not None:
-            found = self._move(rows.floats).nan_to_num(0.0)
+            found = self._move(rows.floats)
+            found = found.masked_fill(found.isnan(), 0.0)
             floats = found if floats is None else torch.cat([floats, found], dim=1)
         return self._keyed(features, len(ids)), floats
 

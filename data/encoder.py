@@ -56,6 +56,7 @@ class Encoder:
         self._classes: dict[str, tuple[str, str]] = {}  # of ids: what they are, and where that was seen first
         self._strict = source.integer_ids
         self._unit = unit
+        self._epochs: dict[str, set[str]] = {}  # of each file with numbers as times: `raw_values.epoch_units`
         self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
         self._old: Log | None = None
         self._extended: set[Side] = set()  # sides whose vocabulary is an old one, and keeps its kind
@@ -88,6 +89,8 @@ class Encoder:
             InputError: a value that is missing or of a wrong type, or does not fit; times or ids of two kinds.
             FinerTimes: times of a finer unit than those before.
         """
+        if not piece.table.num_rows:  # a writer that has met no row may not know the types
+            return
         raw = {name: plain(piece.table.column(name)) for name in piece.table.column_names}
         first = piece.first_row
         self._check_missing(raw, piece)
@@ -193,11 +196,25 @@ class Encoder:
                 "times would be mixed whose units differ"
             )
         self._zone = (found.zone, seen or where)
+        if found.zone == "number":
+            self._epochs.setdefault(where, set()).update(raw_values.epoch_units(found.values))
         unit = raw_values.finer(self._unit, found.unit) if self._unit else found.unit
         if self._unit and unit != self._unit:
             raise FinerTimes(unit)
         self._unit = unit
         return raw_values.in_unit(found, unit, where)
+
+    def check_epochs(self) -> None:
+        """Raises InputError where times of one file all look like seconds, say, and of another like milliseconds."""
+        seen: dict[str, str] = {}
+        for where, units in self._epochs.items():
+            if len(units) == 1 and "" not in units:
+                seen.setdefault(next(iter(units)), where)
+        if len(seen) > 1:
+            (one, at), (other, there), *_ = seen.items()
+            raise InputError(
+                f"{there}: times look like {other} since 1970, but like {one} in {at}; expected one unit in all files"
+            )
 
     def _without_nulls(self, array: pa.Array) -> pa.Array:
         if self._config.null_values and pa.types.is_large_string(array.type):

@@ -88,6 +88,7 @@ def _write(
                     if table.num_rows:  # a part without rows has no files
                         writer.part(part).write(table)
                 bar.update(piece.table.num_rows)
+        encoder.check_epochs()
         if not writer.part("train").rows:
             raise InputError(f"{config.input}: no rows for train")
         if source.negatives is not None:
@@ -158,7 +159,7 @@ def detect(place: RawInput) -> str:
     files = (place.home(_of_named_format)[1] if place.is_folder else {}) or place.files()
     if not files and is_pattern(place.filesystem, place.path):
         raise InputError(f"{place.name}: no file matches")
-    if not is_pattern(place.filesystem, place.path) or place.is_folder:
+    if place.is_folder or len(files) == 1:
         by_name = {plain_name(name): file for name, file in files.items()}
         if set(formats.RATINGS) & by_name.keys():
             return "movielens"

@@ -65,7 +65,13 @@ class RawInput:
         """The files of the folder by name; the file, or those that match."""
         if self.is_folder:
             return self._files(self.path)
-        return {path.rpartition("/")[2]: self.file(path) for path in expand(self.filesystem, self.path)}
+        return {path.rpartition("/")[2]: self.file(path) for path in self._matching()}
+
+    def _matching(self) -> list[str]:
+        """The file, which may have `[` in its name, or those that match."""
+        if file_type(self.filesystem, self.path) == pafs.FileType.File:
+            return [self.path]
+        return expand(self.filesystem, self.path)
 
     def home(self, is_part: Callable[[str], bool]) -> tuple[str, dict[str, RawFile]]:
         """The folder that has files whose names pass: the input itself, its folder, or its one subfolder that has.
@@ -91,7 +97,7 @@ class RawInput:
             InputError: no such file; files at several places, so that it is unclear which are meant.
         """
         if not self.is_folder:
-            paths = expand(self.filesystem, self.path)
+            paths = self._matching()
             if not paths:
                 raise InputError(f"{self.name}: no file; expected {_listed(suffixes)}, or a folder or glob of them")
             for path in paths:

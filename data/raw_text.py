@@ -166,6 +166,10 @@ def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Seque
         same = [other for other in found if other == name] or [other for other in found if other.strip() == name]
         if len(same) > 1:
             raise InputError(f"{file.where}: {len(same)} columns '{name}'; expected one")
+        if not same and not dialect.quoted and name in (other.strip().strip('"') for other in found):
+            raise InputError(
+                f"{file.where}: the header encloses {name} in quotes; expected --quoting on for such a file"
+            )
         if not same:
             raise InputError(
                 f"{file.where}: no column '{name}'; found {listed(found)} (delimiter {dialect.delimiter!r})"

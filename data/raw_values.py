@@ -204,6 +204,14 @@ def times(array: pa.Array, where: str, first: int) -> Times:
         raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
+def epoch_units(numbers: pa.Array) -> set[str]:
+    """What numbers count since 1970 if they are times from 1973 to 2286, whose ranges do not overlap; `` of others."""
+    values = numbers.to_numpy(zero_copy_only=False)
+    units = ("", "seconds", "", "milliseconds", "", "microseconds", "", "nanoseconds", "")
+    edges = [10.0 ** (power + 3 * k) for k in range(4) for power in (8, 10)]
+    return {units[k] for k in np.unique(np.digitize(values, edges)).tolist()}
+
+
 def in_unit(found: Times, unit: str, where: str) -> pa.Array:
     """Times in a unit that is as fine as their own: int64, float64 or a timestamp.
 

@@ -60,7 +60,7 @@ Fit = Callable[[ALSConfig], tuple[torch.Tensor, torch.Tensor]]
 class Trial:
     """One candidate on the hidden items."""
 
-    settings: dict[str, float]
+    settings: dict[str, Any]
     ndcg: float
     """NDCG@10, mean over the hidden items."""
     gain: np.ndarray = field(repr=False)
@@ -71,7 +71,7 @@ class Trial:
 class Choice:
     """What `choose` compared, and what it found."""
 
-    settings: dict[str, float]
+    settings: dict[str, Any]
     """The winner."""
     metric: str = "sampled"
     rows: int = 0

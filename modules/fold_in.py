@@ -58,14 +58,14 @@ def fold_in(
     rows = torch.zeros(csr.num_rows, others.shape[1], device=others.device)
     workers = Workers(exchange.device)
     try:
-        side = Side("row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits, scales)
+        solved = Side("row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits, scales)
         others = others.to(torch.float32)
         if gramian is None:
             gramian = others.new_zeros((others.shape[1],) * 2, dtype=torch.float64)
             for part in others.split(4096):
                 gramian += part.T @ part
             exchange.sum(gramian)
-        side.solve(rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky)
+        solved.solve(rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky)
     finally:
         workers.close()
     return rows

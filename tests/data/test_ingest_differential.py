@@ -153,7 +153,7 @@ def test_what_others_write_is_read_back(tmp_path, monkeypatch, writer, kind):
     @settings(
         max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
     )
-    @given(tables(PLAIN if kind == "tsv" else TEXT, SHORT if (writer, kind) == ("pandas", "json") else FLOATS))
+    @given(tables(texts, SHORT if (writer, kind) == ("pandas", "json") else FLOATS))
     def check(table):
         path, out = tmp_path / f"a.{kind}", tmp_path / "out"
         WRITERS[writer](table, path, kind)

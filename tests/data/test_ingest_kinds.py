@@ -123,6 +123,19 @@ def test_byte_order_mark(tmp_path, encoding):
     assert raw_rows(made(source, tmp_path)) == [("é", 1)]
 
 
+def test_tsv_with_quotes(tmp_path):
+    source = write(tmp_path, a__tsv='"user_id"\t"item_id"\n"a"\t1\n') / "a.tsv"
+    refused(source, tmp_path, "a.tsv", "--quoting on")
+    assert raw_rows(made(source, tmp_path, quoting="on")) == [("a", 1)]
+
+
+def test_files_without_rows_have_no_types(tmp_path):
+    empty = pa.table({"user_id": pa.array([], pa.float64()), "item_id": pa.array([], pa.null())})
+    full = pa.table({"user_id": ["a"], "item_id": [1]})
+    source = write(tmp_path, in___a__parquet=empty, in___b__parquet=full, in___c__parquet=empty) / "in"
+    assert raw_rows(made(source, tmp_path)) == [("a", 1)]
+
+
 def test_columns_of_one_name(tmp_path):
     source = write(tmp_path, a__csv="user_id,item_id,item_id\n1,4,7\n") / "a.csv"
     refused(source, tmp_path, "a.csv", "2 columns 'item_id'")
@@ -264,6 +277,18 @@ def test_times_of_two_kinds(tmp_path, first, second):
     refused(source, tmp_path, "a.csv", "b.csv", "time", time="t")
     source = write(tmp_path, c__csv=text([*first, *second])) / "c.csv"
     refused(source, tmp_path, "c.csv", "row 0", "row 2", time="t")
+
+
+@pytest.mark.parametrize("scale", [1000, 10**6, 10**9])
+def test_times_in_seconds_and_finer(tmp_path, scale):
+    def text(times):
+        return "user_id,item_id,t\n" + "".join(f"{k},{k},{time}\n" for k, time in enumerate(times))
+
+    first, second = [1704067200, 1704153600], [1704240000 * scale, 1704326400 * scale]
+    source = write(tmp_path, in___a__csv=text(first), in___b__csv=text(second)) / "in"
+    refused(source, tmp_path, "a.csv", "b.csv", "time", "seconds since 1970", time="t")
+    log = made(write(tmp_path, d__csv=text([0, -1, 5, *second])) / "d.csv", tmp_path, time="t")
+    assert [row[2] for row in raw_rows(log, "time")] == [0, -1, 5, *second]
 
 
 @pytest.mark.parametrize(
@@ -463,6 +488,14 @@ def test_folders_of_table_formats(tmp_path, mark):
     table = pa.table({"user_id": [1], "item_id": [2]})
     source = write(tmp_path, **{f"in___{mark}": "{}", "in___data___a__parquet": table}) / "in"
     refused(source, tmp_path, "table", "Parquet")
+
+
+def test_names_that_look_like_globs(tmp_path):
+    source = write(tmp_path, **{"in[1]___a[0]*__csv": HEAD + "1,2\n", "in[1]___a0x__csv": HEAD + "3,4\n"}) / "in[1]"
+    assert raw_rows(made(source, tmp_path)) == [(3, 4), (1, 2)]
+    log = open_log(ingest(IngestConfig(input=f"{source}/a[0]*.csv"), tmp_path / "one"))
+    assert raw_rows(log) == [(1, 2)]
+    refused(tmp_path / "none*.csv", tmp_path / "in[1]", "none*.csv", "no file")
 
 
 def test_compression(tmp_path):

@@ -11,6 +11,7 @@ from recpress.trainer.config import OptimizerConfig, TrainConfig
 from recpress.trainer.train.stage import train
 
 GROUPS, GROUP, EPOCHS = 20, 50, 2
+PASSES = EPOCHS + 1  # over the sample: the first for the validation rows in it
 
 
 def write(folder, items):
@@ -23,11 +24,11 @@ def write(folder, items):
 @pytest.mark.parametrize(
     ("items", "sample", "reject", "reads", "groups"),
     [
-        (30, SampleConfig(rate=0.1, kind="block"), "auto", 2 * EPOCHS, 2),
-        (30, SampleConfig(rate=0.1, kind="block"), "yes", 2 * EPOCHS + GROUPS, GROUPS),
-        (30_000, SampleConfig(rate=0.1), "auto", GROUPS * EPOCHS, GROUPS),
-        (30, SampleConfig(rate=0.1), "no", GROUPS * EPOCHS, GROUPS),
-        (30, SampleConfig(rate=0.1), "auto", GROUPS * EPOCHS + GROUPS, GROUPS),  # a dense log
+        (30, SampleConfig(rate=0.1, kind="block"), "auto", 2 * PASSES, 2),
+        (30, SampleConfig(rate=0.1, kind="block"), "yes", 2 * PASSES + GROUPS, GROUPS),
+        (30_000, SampleConfig(rate=0.1), "auto", GROUPS * PASSES, GROUPS),
+        (30, SampleConfig(rate=0.1), "no", GROUPS * PASSES, GROUPS),
+        (30, SampleConfig(rate=0.1), "auto", GROUPS * PASSES + GROUPS, GROUPS),  # a dense log
     ],
 )
 def test_row_groups_that_are_read(tmp_path, monkeypatch, items, sample, reject, reads, groups):
