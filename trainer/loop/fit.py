@@ -147,6 +147,7 @@ class _Run:
         self.step = 0
         """Steps of the epoch that are done."""
         self.source: Source | None = None
+        self.labels = torch.zeros(())  # sum over the epoch
         self.kept = -1  # the step of the last checkpoint
         self.looked = False  # whether the evaluation before the first step is done
 
@@ -193,6 +194,7 @@ class _Run:
         iterator = self.counted(batches)
         self.interval.restart()
         self.marked_rows = self.result.rows
+        from_its_start, self.labels = self.step == 0, torch.zeros(())
         stop = False
         while not stop:
             self.heart.at(self.result.steps + 1, "in the step")
@@ -220,12 +222,24 @@ class _Run:
                     self.profiler.step()
         self.heart.rest()
         self.flush()
+        if self.epoch == 1 and from_its_start and not stop:
+            self.check_labels()
         if stop:  # batches that the pipeline has taken already are dropped
             self.pipeline.reset()
             self.taken.clear()
             if self.source is not None:
                 self.source.drop()
         return stop
+
+    def check_labels(self) -> None:
+        """Raise InputError where nothing that was trained on has a label: such a loss says nothing."""
+        total = torch.tensor([float(self.labels), float(self.step)])
+        dist.all_reduce(total)
+        if total[1] and not total[0]:
+            raise InputError(
+                "use_label: each row that was trained on has the label 0: there is nothing to learn; expected labels "
+                "above 0 of positives, or no --use-label, which takes each row for a positive"
+            )
 
     def checkpoint(self) -> None:
         """After a step: write a checkpoint where one is due, and stop where a signal came."""
@@ -317,6 +331,7 @@ class _Run:
                 return
             self.heart.at(self.result.steps + 1, "in the step")
             self.taken.append(batch.label.shape[0])
+            self.labels = self.labels.to(batch.label.device) + batch.label.detach().sum()
             if self.source is not None:
                 self.source.take(batch)
             yield batch

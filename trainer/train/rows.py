@@ -93,9 +93,9 @@ def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
     """Raise InputError where a label is no target of cross-entropy: a rating of 5, say."""
     if rows.label is not None:
         low, high = (float(x) for x in torch.aminmax(rows.label))
-        if low < 0 or high > 1:
+        if not (low >= 0 and high <= 1):  # a NaN compares as false
             raise InputError(
-                f"column '{stream.schema.label}': a label of {low if low < 0 else high:g} at position {rows.position} "
+                f"column '{stream.schema.label}': a label of {high if low >= 0 else low:g} at position {rows.position} "
                 "of the epoch or after it; --use-label expects numbers in [0, 1]"
             )
     return rows

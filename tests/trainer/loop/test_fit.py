@@ -180,3 +180,20 @@ def wants_another_metric():
 def test_a_metric_that_is_not_there_is_an_error():
     with pytest.raises(InputError, match=r"metric 'NDCG@7' is not among those of the evaluation: HR@10"):
         run_on_ranks(wants_another_metric, 1)
+
+
+def without_labels():
+    dmp, optimizer = sharded("init-freeze")
+
+    def zeros(epoch, first):
+        made = batches(epoch, first)
+        for batch in made:
+            batch.label.zero_()
+        return made
+
+    with pytest.raises(InputError, match="each row that was trained on has the label 0"):
+        fit(dmp, optimizer, zeros, FitConfig(epochs=2), device=CPU, show_progress=False)
+
+
+def test_labels_that_are_all_zero_are_refused():
+    run_on_ranks(without_labels, 1)
