@@ -81,7 +81,7 @@ class EvaluationConfig:
     """Steps between evaluations during training, in addition to those by epochs; 0: none."""
     metric: str = "NDCG@10"
     """Metric of the validation rows that chooses the epoch and stops early."""
-    patience: int = 2
+    patience: int = 3
     """Stop after this many evaluations in a row without a better one; 0 runs all epochs. The best epoch is published
     in either case."""
     validation: Literal["auto", "sample", "test"] = "auto"

@@ -91,7 +91,7 @@ class CompareCadcConfig:
     """Share of the rows that the networks are trained on."""
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization; what is not given is chosen on held-out examples of train."""
-    crossfit_sweeps: int = 1
+    crossfit_sweeps: int = 3
     """Sweeps without the sample that make the factors to train on."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     random: NetworkConfig = field(default_factory=_random_network)

@@ -30,7 +30,7 @@ class FactorizeConfig:
     """Seed of that sample; the same as the network's --sample.seed."""
     crossfit_kind: Literal["rows", "block", "user"] = "rows"
     """Kind of that sample; the same as the network's --sample.kind."""
-    crossfit_sweeps: int = 1
+    crossfit_sweeps: int = 3
     """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
 
     use_label: bool = False
