@@ -159,6 +159,8 @@ def absolute(config: ALSConfig, by_user: CSR, by_item: CSR, exchange: Exchange) 
         frequency_exponent=config.frequency_exponent,
         item_exponent=exponent,
         item_scale=scale,
+        used_users=int(num_users),
+        used_items=int(num_items),
         solver=config.solver,
         tolerance=config.tolerance,
         seed=config.seed,
@@ -219,7 +221,8 @@ def choose(
     allowed = _EFFICIENCY * config.auto_cost * budget / max(planned, 1.0)
     share = min(1.0, max(allowed, _LEAST_INTERACTIONS / max(rows, 1)), SAMPLE / max(rows, 1))
     sample = take_sample(by_user, share, config.seed, exchange)
-    choice = Choice(given | ({} if config.factors or not config.auto else {"factors": min(most, 64)}), metric)
+    settings = given | ({} if config.factors or not config.auto else {"factors": min(most, 64)})
+    choice = Choice(_used(config, settings), metric)
     if sample is None or len(sample.hidden_users) < _LEAST_USERS:
         return choice
     fit = prepare(sample)
@@ -254,17 +257,25 @@ def choose(
             runner, runner_dim = wide, most
         else:
             best, runner, dim = wide, best, most
-    choice.settings = given | best.settings | {"factors": dim}
+    choice.settings = _used(config, given | best.settings | {"factors": dim})
     choice.rows, choice.interactions = len(best.gain), len(sample.users)
     choice.ndcg, choice.popularity = best.ndcg, float(baseline.mean())
     if runner is not None:
         settings = choice.settings | runner.settings | {"factors": runner_dim}
-        choice.runner_up = {"settings": settings, "ndcg": round(runner.ndcg, 6)}
+        choice.runner_up = {"settings": _used(config, settings), "ndcg": round(runner.ndcg, 6)}
     margin = best.gain - baseline
     noise = float(margin.std()) / math.sqrt(len(margin))
     choice.above_popularity = bool(margin.mean() > 2 * noise)
     choice.trials.sort(key=lambda trial: (-trial["settings"]["factors"], -trial["ndcg"]))
     return choice
+
+
+def _used(config: ALSConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with the absolute ones of `config` in place of those that they replace."""
+    absolute = {"unobserved_ratio": "unobserved_weight", "mean_penalty": "regularization"}
+    absolute = {name: other for name, other in absolute.items() if getattr(config, other) is not None}
+    kept = {name: value for name, value in settings.items() if name not in absolute}
+    return kept | {other: getattr(config, other) for other in absolute.values()}
 
 
 def _open(config: ALSConfig) -> list[str]:

@@ -123,8 +123,8 @@ class ResidualTower(nn.Module):
         """Take the spreads from rows of the table that e comes from."""
         rows = sample_rows(table)
         lengths = rows.norm(dim=1)
-        self.spread.fill_(rows.std().clamp_min(1e-12))
-        self.length.copy_(torch.stack([lengths.mean(), lengths.std().clamp_min(1e-6)]))
+        self.spread.fill_(rows.std(correction=0).clamp_min(1e-12))
+        self.length.copy_(torch.stack([lengths.mean(), lengths.std(correction=0).clamp_min(1e-6)]))
 
     def forward(
         self,

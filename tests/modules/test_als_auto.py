@@ -220,12 +220,28 @@ def test_a_collapse_is_named_with_its_cause():
     warnings = check_factors(factors, als)
     assert "penalty" in warnings[0]
     assert "mean_penalty" in warnings[0]
+    assert not any("popularity" in warning for warning in warnings)  # the log is not the cause
+
+
+def test_absolute_settings_are_named_in_the_choice_and_in_the_fix():
+    users, items = planted()
+    als, factors = fit(ALSConfig(max_factors=8, sweeps=2, unobserved_weight=1.0, regularization=1e4), users, items)
+    line = als.choice.line()
+    assert "regularization 10000" in line
+    assert "unobserved_weight 1" in line
+    assert "mean_penalty" not in line
+    assert "unobserved_ratio" not in line
+    warnings = check_factors(factors, als)
+    assert "lower regularization" in warnings[0]
+    assert not any("mean_penalty" in warning for warning in warnings)
 
 
 def test_a_log_without_tastes_is_said_to_be_no_better_than_popularity():
     als, factors = fit(ALSConfig(max_factors=16), *random_log())
     assert not als.choice.above_popularity
-    assert any("popularity" in warning for warning in check_factors(factors, als))
+    warnings = check_factors(factors, als)
+    assert any("popularity" in warning for warning in warnings)
+    assert not any("auto" in warning for warning in warnings)  # it chose already
 
 
 def test_effective_rank_of_known_matrices():
