@@ -144,8 +144,12 @@ class ALS:
         workers = Workers(exchange.device)
         try:
             common = (config, exchange, workers, self.limits)
-            users = Side("user", by_user, self.num_users, self.num_items, *common, user_scales)
-            items = Side("item", by_item, self.num_items, self.num_users, *common, item_scales)
+            used = config.used_users, config.used_items
+            users = Side("user", by_user, self.num_users, self.num_items, *common, user_scales, *used)
+            items = Side("item", by_item, self.num_items, self.num_users, *common, item_scales, *used[::-1])
+            # the exact solution, from which no solver moves; a start would add to the other side's gramian
+            factors.users[users.degree == 0] = 0
+            factors.items[items.degree == 0] = 0
             self._sweeps(config, users, items, factors, on_sweep)
             self.separation = separation(by_user, factors, exchange) if measure else math.nan
         finally:

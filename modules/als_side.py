@@ -158,6 +158,8 @@ class Side:
         workers: Workers,
         limits: Limits | None = None,
         scales: Scales | None = None,
+        used_rows: int | None = None,
+        used_others: int | None = None,
     ) -> None:
         self.name, self.csr, self.config, self.exchange, self.workers = name, csr, config, exchange, workers
         self.device = exchange.device
@@ -176,9 +178,9 @@ class Side:
         if csr.values is not None or scales is not None:
             sums = torch.from_numpy(_row_sums(csr.indptr, self._weights, self.pieces))
             self.weight = (sums * config.confidence).to(self.device, torch.float32)
-        self.base = base = config.unobserved_weight * num_others
+        self.base = base = config.unobserved_weight * (used_others or num_others)
         # the line through the regularization of no interactions and of twice the mean number
-        far = max(2 * self.nnz / num_rows, 1.0)
+        far = max(2 * self.nnz / (used_rows or num_rows), 1.0)
         near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
         self.reg_line = (near_reg, (far_reg - near_reg) / far)
         # where rows are fetched from all ranks, in as many rounds on each

@@ -63,7 +63,7 @@ class ALSParameters:
     with p_ui = 1 and c_ui = unobserved_weight + confidence * g_i * value for an interaction, p_ui = 0 and
     c_ui = unobserved_weight elsewhere; g_i = item_scale * n_i ** -item_exponent; reg_u = regularization * (n_u +
     unobserved_weight * num_items) ** frequency_exponent (Rendle et al. 2022), and likewise reg_i. n_u and n_i count
-    distinct interactions.
+    distinct interactions; num_items and num_users are `used_items` and `used_users` where these are given.
     """
 
     factors: int = 64
@@ -82,6 +82,10 @@ class ALSParameters:
     """Interactions of frequent items weigh less."""
     item_scale: float = 1.0
     """Keeps the mean weight of an interaction, whatever `item_exponent` is."""
+    used_users: int | None = None
+    """Users with an interaction: ids that nothing uses, such as gaps between ids, do not raise the penalty."""
+    used_items: int | None = None
+    """Likewise items."""
     solver: Literal["auto", "cg", "cholesky"] = "auto"
     """As in `ALSConfig`."""
     tolerance: float = 0.0

@@ -21,6 +21,23 @@ _LEAST_SCORE = 1e-3  # the same of a user and an item together
 _LEAST_SEPARATION = 0.6
 
 
+_LOG = (
+    "the log has too few interactions per user and item to learn tastes from; collect more interactions, drop rare "
+    "users and items, or rank by popularity"
+)
+
+
+def _fix(als: ALS) -> str:
+    """What to do about a collapse: to the settings that the caller gave, else to the log."""
+    config = als.config
+    if getattr(config, "unobserved_weight", None) is not None or getattr(config, "regularization", None) is not None:
+        return "lower regularization or raise unobserved_weight, or leave both to auto"
+    given = getattr(config, "mean_penalty", None) is not None or getattr(config, "unobserved_ratio", None) is not None
+    if given or not getattr(config, "auto", False):
+        return "lower mean_penalty or raise unobserved_ratio, or leave them to auto"
+    return _LOG
+
+
 def separation(by_user: CSR, factors: Factors, exchange: Exchange, seed: int = 0) -> float:
     """Share of interactions that score above a random item for the same user, ties by half. Collective.
 
@@ -65,11 +82,7 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
     als: what made the factors; None where another method did.
     """
     exchange = als.exchange if als is not None else Exchange(None, factors.users.device)
-    fix = (
-        "lower mean_penalty or raise unobserved_ratio, or leave them to auto"
-        if als is not None
-        else "lower weight_decay or train for more epochs"
-    )
+    fix = "lower weight_decay or train for more epochs" if als is None else _fix(als)
     found, score = [], 1.0
     for side, rows, counts in (
         ("user", factors.users, factors.user_counts),
@@ -102,10 +115,10 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
             f"interactions score above random pairs in only {als.separation:.0%} of cases (50% is chance): the "
             f"factorization did not learn the log; {fix}"
         )
-    if als is not None and als.choice is not None and als.choice.rows and not als.choice.above_popularity:
+    choice = None if als is None else als.choice
+    if choice is not None and choice.rows and not choice.above_popularity and (not found or fix == _LOG):
         found.append(
-            f"held-out examples are ranked no better than by popularity (NDCG@10 {als.choice.ndcg:.4f}, popularity "
-            f"{als.choice.popularity:.4f}): the log has too few interactions per user and item to learn tastes from; "
-            "collect more interactions, drop rare users and items, or rank by popularity"
+            f"held-out examples are ranked no better than by popularity (NDCG@10 {choice.ndcg:.4f}, popularity "
+            f"{choice.popularity:.4f}): {_LOG}"
         )
     return found

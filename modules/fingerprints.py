@@ -38,7 +38,7 @@ def map_fingerprint(id_map: IdMap) -> torch.Tensor:
         if part is not None:
             digest.update(str(part.dtype).encode())
             for first in range(0, len(part), 1 << 22):
-                digest.update(memoryview(np.ascontiguousarray(part[first : first + (1 << 22)].cpu().numpy())))
+                digest.update(part[first : first + (1 << 22)].cpu().contiguous().numpy().tobytes())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 

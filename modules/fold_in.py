@@ -58,7 +58,10 @@ def fold_in(
     rows = torch.zeros(csr.num_rows, others.shape[1], device=others.device)
     workers = Workers(exchange.device)
     try:
-        solved = Side("row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits, scales)
+        used = config.used_items if side == "user" else config.used_users
+        solved = Side(
+            "row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits, scales, used_others=used
+        )
         others = others.to(torch.float32)
         if gramian is None:
             gramian = others.new_zeros((others.shape[1],) * 2, dtype=torch.float64)

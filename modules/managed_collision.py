@@ -25,6 +25,9 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         ValueError: a map with several rows an id or with weights.
     """
 
+    device: torch.device
+    _output_segments_tensor: torch.Tensor
+
     def __init__(
         self,
         id_map: IdMap,

@@ -111,8 +111,9 @@ class SharedALS:
         weights = None
         if config.item_exponent:
             weights = item_weights(config, np.diff(by_item.indptr))
-        self._users = _Side(config, by_user, by_item.num_rows, user_map, Scales(others=weights))
-        self._items = _Side(config, by_item, by_user.num_rows, item_map, Scales(rows=weights))
+        num_users, num_items = config.used_users or by_user.num_rows, config.used_items or by_item.num_rows
+        self._users = _Side(config, by_user, num_items, user_map, Scales(others=weights))
+        self._items = _Side(config, by_item, num_users, item_map, Scales(rows=weights))
 
     def fit(
         self,

@@ -15,8 +15,8 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
     """Rows (num_rows, d) float32 that minimise the squared errors of the ids' vectors, weighted by their counts.
 
     One row an id: the weighted mean of the ids that share it; `vectors` are read in blocks, and the memory is that of
-    the rows. Two: `shared_als.SharedRows.fit`, with the vectors in memory, and about six times their size. A row
-    without ids is zero.
+    the rows. Two: `shared_als.SharedRows.fit`, some columns at a time, with about six times the size of these columns.
+    A row without ids is zero.
 
     Args:
         vectors: (num_ids, d).
@@ -30,25 +30,37 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
     for what, source in (("vectors", vectors), ("counts", counts)):
         if source is not None and source.shape[0] != id_map.num_ids:
             raise ValueError(f"table {table!r}: {what} of {source.shape[0]} ids, but its map has {id_map.num_ids}")
-    rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
-    kept, kept_weights = [], []
-    for first, block in blocks(vectors, table, (0, ids), (0, dim)):
-        stop = first + len(block)
-        weights = torch.ones(len(block), 1)
+    if id_map.ways > 1:
+        weights = torch.ones(ids)
         if counts is not None:
-            read = counts[first:stop]
-            read = read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
-            if not bool(torch.isfinite(read).all()):
-                raise ValueError(f"table {table!r}: a count of ids {first} to {stop - 1} is NaN or infinite")
-            weights = read.clamp_min(0.1)
-        if id_map.ways == 1:
-            add_members(rows, mass, id_map, first, block, weights)
-        else:
-            kept.append(block)
-            kept_weights.append(weights[:, 0])
-    if id_map.ways == 1:
-        return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
-    return SharedRows(id_map).fit(torch.cat(kept), torch.cat(kept_weights))
+            weights = torch.cat(
+                [_weights(counts, table, first, min(first + _COUNTS, ids)) for first in range(0, ids, _COUNTS)]
+            )
+        rows, shared = torch.empty(num_rows, dim), SharedRows(id_map)
+        for first in range(0, dim, _COLUMNS):  # the columns of a least-squares problem do not know each other
+            part = (first, min(first + _COLUMNS, dim))
+            kept = torch.cat([block for _, block in blocks(vectors, table, (0, ids), part)])
+            rows[:, slice(*part)] = shared.fit(kept, weights)
+        return rows
+    rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
+    for first, block in blocks(vectors, table, (0, ids), (0, dim)):
+        of_ids = torch.ones(len(block)) if counts is None else _weights(counts, table, first, first + len(block))
+        add_members(rows, mass, id_map, first, block, of_ids[:, None])
+    return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+_COLUMNS = 16
+"""Columns of two-row dictionaries that are solved together: memory is about six times theirs, and not the table's."""
+_COUNTS = 1 << 20
+
+
+def _weights(counts: RowSource, table: str, first: int, stop: int) -> torch.Tensor:
+    """What ids first..stop-1 weigh, (stop - first,)."""
+    read = counts[first:stop]
+    read = read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
+    if not bool(torch.isfinite(read).all()):
+        raise ValueError(f"table {table!r}: a count of ids {first} to {stop - 1} is NaN or infinite")
+    return read.clamp_min(0.1)[:, 0]
 
 
 def warm_rows(

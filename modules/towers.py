@@ -123,8 +123,9 @@ class ResidualTower(nn.Module):
         """Take the spreads from rows of the table that e comes from."""
         rows = sample_rows(table)
         lengths = rows.norm(dim=1)
-        self.spread.fill_(rows.std().clamp_min(1e-12))
-        self.length.copy_(torch.stack([lengths.mean(), lengths.std().clamp_min(1e-6 + 0.01 * float(lengths.mean()))]))
+        self.spread.fill_(rows.std(correction=0).clamp_min(1e-12))
+        least = 1e-6 + 0.01 * float(lengths.mean())  # lengths that are all alike differ by rounding alone
+        self.length.copy_(torch.stack([lengths.mean(), lengths.std(correction=0).clamp_min(least)]))
 
     def forward(
         self,

@@ -159,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(name, rest)
         if only_check:
             return 0
+        # DDP warns at every start, from C++, that no parameter is unused (see trainer/model/sharding.py).
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
         if COMMANDS[name].clusters:  # read once, when torch is imported with the stage
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         with _signals_raise():

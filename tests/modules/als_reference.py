@@ -30,7 +30,8 @@ def objective(config: ALSParameters, x, y, matrix, seen):
 
 
 def half_sweep(config: ALSParameters, y, matrix, seen):
-    """Exact rows, one at a time."""
+    """Exact rows, one at a time; ids without an interaction have no vector."""
+    y = np.where(seen.any(0)[:, None], y, 0.0)
     weight = config.unobserved_weight + config.confidence * matrix
     reg = regularization(config, seen)
     rows = np.zeros((len(matrix), y.shape[1]))

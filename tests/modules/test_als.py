@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recpress.modules.als import ALS, initial_factors, initial_rows
 from recpress.modules.als_side import FAR, Limits, block_rows
 from recpress.modules.als_solvers import Scratch
-from recpress.modules.config import ALSParameters
+from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.factors import Factors, RowBlocks
 from recpress.modules.interactions import InteractionBuilder
@@ -218,6 +218,21 @@ def test_any_log(seed, num_users, num_items, factors, rows, valued):
     y = reference.half_sweep(config, x, matrix.T, seen.T)
     np.testing.assert_allclose(found.users.numpy(), x, atol=1e-4 * max(1, np.abs(x).max()))
     np.testing.assert_allclose(found.items.numpy(), y, atol=1e-3 * max(1, np.abs(y).max()))
+
+
+def test_gaps_between_ids_change_nothing():
+    """Ids that nothing uses do not raise the penalty: the same log with ids 300 apart has the same factors."""
+    rng = np.random.default_rng(3)
+    users, items = rng.integers(0, 40, 500), rng.integers(0, 30, 500)
+    found = {}
+    for gap in (1, 300):
+        als = ALS(ALSConfig(factors=4, sweeps=30, auto=False, solver="cholesky"), 40 * gap, 30 * gap)
+        als.add(users * gap, items * gap)
+        found[gap] = als.fit()
+    scores = {gap: (f.users[::gap] @ f.items[::gap].T).numpy() for gap, f in found.items()}
+    np.testing.assert_allclose(scores[300], scores[1], atol=0.05)
+    assert np.abs(scores[1]).max() > 0.2
+    assert int((found[300].users.norm(dim=1) > 0).sum()) <= 40
 
 
 def test_stops_on_request_and_by_tolerance():

@@ -167,7 +167,7 @@ def test_a_log_too_small_to_choose_takes_the_defaults():
 def test_hidden_items_are_ranked_as_by_brute_force(metric):
     users, items = planted()
     by_user, _, exchange = csrs(users, items)
-    sample = take_sample(by_user, 1.0, 3, exchange, metric)
+    sample = take_sample(by_user, 1.0, 3, exchange)
     rng = np.random.default_rng(0)
     x, y = rng.random((sample.num_users, 4)), rng.random((sample.num_items, 4))
     rank = als_auto._ranker(sample, metric, 3, exchange)
@@ -188,6 +188,21 @@ def test_hidden_items_are_ranked_as_by_brute_force(metric):
         assert found[chance < 0.02].mean() > 0.7 > 0.1 > found[chance > 0.3].mean()
 
 
+def test_a_pool_of_items_tells_the_position_among_all(monkeypatch):
+    by_user, _, exchange = csrs(*planted())
+    sample = take_sample(by_user, 1.0, 0, exchange)
+    rng = np.random.default_rng(0)
+    vectors = (
+        torch.from_numpy(rng.random((sample.num_users, 4))).float(),
+        torch.from_numpy(rng.random((sample.num_items, 4))).float(),
+    )
+    among_all = als_auto._ranker(sample, "full", 0, exchange)(*vectors)
+    monkeypatch.setattr(als_auto, "_ITEMS", 80)
+    among_some = als_auto._ranker(sample, "full", 0, exchange)(*vectors)
+    assert among_some.mean() == pytest.approx(among_all.mean(), rel=0.5)
+    assert (among_some[among_all == 1] == 1).all()
+
+
 def test_hidden_items_are_not_in_the_sample():
     by_user, _, exchange = csrs(*planted())
     sample = take_sample(by_user, 0.5, 0, exchange)
@@ -206,12 +221,28 @@ def test_a_collapse_is_named_with_its_cause():
     warnings = check_factors(factors, als)
     assert "penalty" in warnings[0]
     assert "mean_penalty" in warnings[0]
+    assert not any("popularity" in warning for warning in warnings)  # the log is not the cause
+
+
+def test_absolute_settings_are_named_in_the_choice_and_in_the_fix():
+    users, items = planted()
+    als, factors = fit(ALSConfig(max_factors=8, sweeps=2, unobserved_weight=1.0, regularization=1e4), users, items)
+    line = als.choice.line()
+    assert "regularization 10000" in line
+    assert "unobserved_weight 1" in line
+    assert "mean_penalty" not in line
+    assert "unobserved_ratio" not in line
+    warnings = check_factors(factors, als)
+    assert "lower regularization" in warnings[0]
+    assert not any("mean_penalty" in warning for warning in warnings)
 
 
 def test_a_log_without_tastes_is_said_to_be_no_better_than_popularity():
     als, factors = fit(ALSConfig(max_factors=16), *random_log())
     assert not als.choice.above_popularity
-    assert any("popularity" in warning for warning in check_factors(factors, als))
+    warnings = check_factors(factors, als)
+    assert any("popularity" in warning for warning in warnings)
+    assert not any("auto" in warning for warning in warnings)  # it chose already
 
 
 def test_effective_rank_of_known_matrices():

@@ -55,6 +55,19 @@ def test_residual_towers_start_with_the_scores_of_the_factorization(strategy, co
     torch.testing.assert_close(scores(model), torch.from_numpy(user @ item.T))
 
 
+def test_residual_towers_of_one_id_are_finite():
+    """The lengths of a table of one row do not vary."""
+    torch.manual_seed(0)
+    config = TwoTowerConfig(
+        tables=TablesConfig(strategy="init-freeze"), towers=TowersConfig(kind="residual", hidden=(10,))
+    )
+    model = TwoTower(config, SideSpec(key="user", rows=1, dim=DIM), SideSpec(key="item", rows=ITEMS, dim=DIM))
+    user, item = factors()[0][:1], factors()[1]
+    model.load_factors(user, item)
+    found = model.user_vectors(keyed(user=[0])) @ model.item_vectors(keyed(item=range(ITEMS))).T
+    torch.testing.assert_close(found, torch.from_numpy(user @ item.T))
+
+
 def test_mlp_towers_do_not():
     user, item = factors()
     assert not torch.allclose(scores(build(kind="mlp")), torch.from_numpy(user @ item.T), atol=0.1)

@@ -119,7 +119,7 @@ def full_from_log(
     known = torch.zeros(log.num_items, dtype=torch.uint8)
     known[torch.from_numpy(items).long()] = 1
     known = all_reduce(known, dist.ReduceOp.MAX)
-    if cold := _total((known[torch.from_numpy(cases.targets.values).long()] == 0).sum().item()):
+    if cold := _total(int((known[torch.from_numpy(cases.targets.values).long()] == 0).sum())):
         cases.facts["targets_without_train"] = cold
     return cases
 

@@ -1,5 +1,6 @@
 """Validation rows: which they are, that they are not trained on, and what is read of the log for them."""
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,7 +99,9 @@ def test_all_items_are_ranked_with_all_that_the_user_has_met_masked(folder):
 
 
 def test_the_val_part_of_a_log_is_used_whole_and_nothing_is_held_out(folder):
-    found, trained, log = load(folder, config(evaluation=EvaluationConfig(protocol="sampled")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as torch's of arrays that it must not write to
+        found, trained, log = load(folder, config(evaluation=EvaluationConfig(protocol="sampled")))
     assert found.source == "val"
     assert found.weights is None
     val = [keys(d["user_id"], d["item_id"]) for d in iter_columns(log.val, ["user_id", "item_id"])]
