@@ -324,7 +324,8 @@ def _chosen(choice: Choice | None, fitted: FitResult, ranks: Ranks) -> dict[str,
         print(f"the network improves on the factorization {cases}: {', '.join(pairs)} (epoch {int(best['epoch'])})")
     if published[metric] <= choice.popularity[metric]:
         cause = (
-            "the factors carry no signal: factorize again with other settings (the defaults, or less regularization)"
+            "so do the factors: the log holds too little about tastes, or the settings of the factorization do not fit "
+            "it (without --als options it chooses them)"
             if choice.start is not None and choice.start[metric] <= choice.popularity[metric]
             else "the network learned too little or too much by heart: give it --factors, more rows (--sample.rate 1) "
             "or more dropout"
