@@ -34,6 +34,8 @@ class Column:
     role: Role
     limit: int | None = None
     """Ids must be smaller than this; None where it is not known."""
+    within: tuple[float, float] | None = None
+    """The smallest and the largest label that are allowed; None: any."""
     time: str | None = None
     """What times are read as: `integer`, `float`, or a zone and a unit (`local ms`, `UTC us`); None: as they are."""
 
@@ -175,6 +177,17 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
+MOST_IDS = 1 << 31
+IDS_A_ROW = 100
+FEW_IDS = 1 << 24
+
+
+def is_dense(largest: int, total: int) -> bool:
+    """Whether ids up to `largest` in `total` rows can be numbers from 0: below MOST_IDS, and above FEW_IDS not more
+    than IDS_A_ROW a row. Others are hashes, or keys of a database."""
+    return largest < min(MOST_IDS, max(FEW_IDS, IDS_A_ROW * total))
+
+
 def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[int], int] | None = None) -> None:
     """Raises InputError, naming the first such row, where an id is negative or not below `limit`.
 
@@ -204,7 +217,7 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
 
     Raises:
         InputError: a null where there may be none, an id that is negative or too large, NaN in a label, a label or
-            float that is infinite as float32, a row without negatives.
+            float that is infinite as float32, a label that is not `within` its limits, a row without negatives.
     """
     where = f"{where}, column '{column.name}'"
     if pa.types.is_dictionary(data.type):
@@ -235,6 +248,12 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
         )
     if column.role == "label" and len(values) and np.isnan(values.max()):  # one NaN makes it NaN
         raise InputError(f"{where}, row {int(np.argmax(np.isnan(values)))}: NaN; expected a number")
+    if column.within is not None and len(values):
+        low, high = column.within
+        if values.min() < low or values.max() > high:
+            row = int(np.argmax((values < low) | (values > high)))
+            allowed = f"at least {low:g}" if high == np.inf else f"in [{low:g}, {high:g}]"
+            raise InputError(f"{where}, row {row}: {given[row].as_py()}; --use-label expects numbers {allowed}")
     return values
 
 

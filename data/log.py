@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 from recpress.data import artifact
-from recpress.data.columns import Column
+from recpress.data.columns import Column, is_dense
 from recpress.data.config import Schema
 from recpress.data.drift import common_time
 from recpress.data.errors import InputError
@@ -45,10 +45,6 @@ __all__ = ["Log", "Rows", "iter_columns", "open_log"]
 KIND = "log"
 PARTS = ("train", "val", "test", "test_negatives")
 _NAMES = {part: (part,) for part in PARTS} | {"val": ("val", "valid", "validation")}
-MOST_IDS = 1 << 31
-IDS_A_ROW = 100
-FEW_IDS = 1 << 24
-"""Ids of a log without a manifest are not dense from MOST_IDS on, and above FEW_IDS where there are so many a row."""
 NEGATIVES = Schema(user="user_id", item="pos_item_id")  # fixed names; the list is `negatives`
 Side = Literal["user", "item"]
 SIDES: tuple[Side, Side] = ("user", "item")
@@ -190,6 +186,7 @@ def open_log(
         elif not parts["train"] and not any(parts.values()):
             parts["train"] = _dataset_files(filesystem, found)
             folders["train"] = partition_root(inner)
+            _warn_of_folders(filesystem, inner, found, parts["train"])
         if not parts["train"]:
             raise InputError(f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob")
         if manifest is None:
@@ -296,6 +293,10 @@ def _dataset_files(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo])
     return sorted(files)
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _warn_of_unread(
     filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], parts: dict[str, list[str]]
 ) -> None:
@@ -315,12 +316,28 @@ def _warn_of_unread(
                     path[len(root) :].lstrip("/") for path in walk(filesystem, found[name].path) if path not in read
                 ]
     if unread:
-        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         logging.getLogger("recpress").warning(
-            "%s: not read, by their names: %s%s; docs/log.md lists the names that a log has",
+            "%s: not read, by their names: %s; docs/log.md lists the names that a log has",
             shown(filesystem, root),
-            ", ".join(unread[:3]),
-            more,
+            _some(unread),
+        )
+
+
+def _warn_of_folders(
+    filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], files: Sequence[str]
+) -> None:
+    """Names the folders beside those of Spark or Hive, of which nothing is read."""
+    folders = [
+        name
+        for name, info in found.items()
+        if info.type == pafs.FileType.Directory and not is_hidden(name) and not is_partition(name)
+    ]
+    if files and folders:
+        logging.getLogger("recpress").warning(
+            "%s: read as a folder of Spark or Hive, from %s on; its other folders are not read: %s",
+            shown(filesystem, root),
+            files[0][len(root) :].lstrip("/"),
+            _some(folders),
         )
 
 
@@ -398,7 +415,7 @@ def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | N
 def _num_dense(rows: Rows, column: str, total: int) -> int:
     """The largest id + 1. Raises InputError where so large an id cannot be dense: hashes, or keys of a database."""
     largest, group = largest_id(rows, column)
-    if group is not None and (largest >= MOST_IDS or largest >= max(FEW_IDS, IDS_A_ROW * total)):
+    if group is not None and not is_dense(largest, total):
         raise InputError(
             f"{rows.where(group)}, column '{column}': id {largest} in a log of {total} rows; expected dense ids, "
             "numbered from 0; run `recpress ingest`, which numbers raw ids"

@@ -41,9 +41,9 @@ def constants(paths: Sequence[str], root: str) -> dict[str, Constants]:
     first = next(iter(found), "")
     for path, values in found.items():
         if values.keys() != found[first].keys():
-            named = [" and ".join(f"'{name}'" for name in found[file]) or "none" for file in (first, path)]
+            named = [" and ".join(f"'{name}'" for name in found[file]) or "none" for file in (path, first)]
             raise InputError(
-                f"{path}: its folders name the columns {named[1]}, but {named[0]} in {first}; expected the same of all"
+                f"columns in the names of folders: {path} has {named[0]}, {first} {named[1]}; expected the same of all"
             )
     types = {name: _type([values[name] for values in found.values()]) for name in found.get(first, {})}
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,6 +74,10 @@ class Rows:
     @property
     def num_rows(self) -> int:
         return sum(group.num_rows for group in self.groups)
+
+    def with_labels_in(self, column: str, low: float, high: float) -> Rows:
+        """The same rows, of which reading refuses labels outside [low, high]."""
+        return replace(self, columns=self.columns | {column: replace(self.columns[column], within=(low, high))})
 
     def where(self, group: RowGroup) -> str:
         """The place of a row group, as errors name it."""

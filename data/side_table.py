@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from recpress.data.columns import Column, Jagged, check_type, decode
+from recpress.data.columns import Column, Jagged, check_type, decode, is_dense
+from recpress.data.errors import InputError
 
 
 @dataclass
@@ -46,8 +47,8 @@ class SideTable:
             where: how errors name the table.
 
         Raises:
-            InputError: a column that is missing or of another type, a null or a negative number in a
-                categorical one.
+            InputError: a column that is missing or of another type, a null, a negative number or one far too large
+                for its number of rows in a categorical one.
         """
 
         def named(given: Sequence[str] | None, role: str) -> list[str]:
@@ -60,6 +61,12 @@ class SideTable:
             column = Column(name, "categorical")
             check_type(column, table.schema, where)
             data = decode(column, table.column(name), where)
+            values = data.values if isinstance(data, Jagged) else data
+            if len(values) and not is_dense(largest := int(values.max()), len(values)):
+                raise InputError(
+                    f"{where}, column '{name}': id {largest} in {len(values)} values; expected ids numbered from 0, as "
+                    "each of them up to the largest has a row in a table"
+                )
             if isinstance(data, Jagged):
                 found[name] = _tensor(data.values), _tensor(data.offsets)
             else:

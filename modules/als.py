@@ -85,7 +85,11 @@ class ALS:
         by_user, by_item = self.builder.build()
         rows = int(self.exchange.sum(torch.tensor(len(by_user.indices), device=self.exchange.device)))
         if rows == 0:
-            raise ValueError("als: no interactions were added, expected at least one")
+            raise ValueError("als: no interactions to fit, expected at least one that was added since the last fit")
+        if by_user.values is not None:
+            total = torch.tensor(by_user.values.sum(dtype=np.float64), device=self.exchange.device)
+            if not self.exchange.sum(total) > 0:
+                raise ValueError("als: each value (the label of an interaction) is 0: there is nothing to learn")
         config = self.config
         if isinstance(config, ALSConfig):
             if start is not None:
@@ -191,7 +195,10 @@ class ALS:
             pairs = config.unobserved_weight * float((user_sums.gramian * item_sums.gramian).sum())
             objective = float(self.exchange.sum(total)) + pairs
             if not math.isfinite(objective):
-                raise ValueError(f"als: the objective is {objective} after sweep {sweep}, expected a finite number")
+                raise ValueError(
+                    f"als: the objective is {objective} after sweep {sweep}, expected a finite number; raise "
+                    "regularization (or mean_penalty), or lower confidence"
+                )
             now = time.perf_counter()
             left = (now - began) / sweep * (config.sweeps - sweep)
             report = SweepReport(sweep, config.sweeps, objective, now - at, left)
@@ -218,6 +225,10 @@ def _solver(config: ALSParameters, sweep: int) -> Solver:
     return partial(solve_cg, steps=1, relaxation=1.4 if sweep < config.sweeps else 1.0)
 
 
+MOST_FACTORS = 1 << 14
+"""One row's equations then take 1 GiB."""
+
+
 def check(config: ALSConfig | ALSParameters) -> None:
     """Raise ValueError that names the first field that is out of its range."""
     values = {name: value for name, value in asdict(config).items() if value is not None}
@@ -226,6 +237,9 @@ def check(config: ALSConfig | ALSParameters) -> None:
     for name, least in (("factors", 1), ("max_factors", 1), ("sweeps", 0), ("auto_trials", 1)):
         if values.get(name, least) < least:
             raise ValueError(f"als: {name} is {values[name]}, expected at least {least}")
+    for name in ("factors", "max_factors"):
+        if values.get(name, 0) > MOST_FACTORS:
+            raise ValueError(f"als: {name} is {values[name]}, expected at most {MOST_FACTORS}")
     for name in (
         "confidence", "unobserved_ratio", "mean_penalty", "item_exponent", "unobserved_weight", "regularization",
         "frequency_exponent", "tolerance", "auto_cost",

@@ -27,7 +27,7 @@ from recpress.modules.interactions import CSR
 
 DEFAULTS: dict[str, Any] = {
     "factors": 64,
-    "sweeps": 12,
+    "sweeps": 10,
     "unobserved_ratio": 4.0,
     "mean_penalty": 3.0,
     "item_exponent": 0.25,
@@ -47,8 +47,8 @@ USERS = 3000
 """Most users that have an item hidden."""
 NEGATIVES = 99
 TOP = 10
-_SCORES = 1 << 24  # scores of one evaluation among all items
-_EFFICIENCY = 0.35  # ranking and building a sample take more than `_cost` counts
+_ITEMS = 2048  # items that stand for all of them
+_EFFICIENCY = 0.38  # ranking and building a sample take more than `_cost` counts
 _LEAST_INTERACTIONS = 20_000
 _LEAST_USERS = 50  # with fewer hidden items a comparison says nothing
 
@@ -220,7 +220,7 @@ def choose(
         planned += min(len(candidates), finalists) * _cost(rows, ids, *rounds[1])
     allowed = _EFFICIENCY * config.auto_cost * budget / max(planned, 1.0)
     share = min(1.0, max(allowed, _LEAST_INTERACTIONS / max(rows, 1)), SAMPLE / max(rows, 1))
-    sample = take_sample(by_user, share, config.seed, exchange, metric)
+    sample = take_sample(by_user, share, config.seed, exchange)
     settings = given | ({} if config.factors or not config.auto else {"factors": min(most, 64)})
     choice = Choice(_used(config, settings), metric)
     if sample is None or len(sample.hidden_users) < _LEAST_USERS:
@@ -306,7 +306,7 @@ def _cost(rows: int, ids: int, dim: int, sweeps: int) -> float:
     return float(sweeps) * (2.0 * rows * (dim + 24) + float(ids) * dim * dim)
 
 
-def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange, metric: str = "sampled") -> Sample | None:
+def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sample | None:
     """A share of the users with all their interactions, one of which is hidden of at most `USERS` of them.
 
     Whether a user is in it, and what is hidden, depends on the seed and the user alone. None where nothing is left.
@@ -336,9 +336,8 @@ def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange, metri
     _, dense_items, item_counts = np.unique(items, return_inverse=True, return_counts=True)
     place = first + (_uniform_of(seed, own_ids, 1) * counts).astype(np.int64)
     able = np.flatnonzero((counts >= 2) & (item_counts[dense_items[place]] >= 2))
-    most = USERS if metric == "sampled" else min(USERS, max(500, _SCORES // max(len(item_counts), 1)))
-    if len(able) > most:
-        able = np.sort(able[np.argsort(_uniform_of(seed, own_ids[able], 2), kind="stable")[:most]])
+    if len(able) > USERS:
+        able = np.sort(able[np.argsort(_uniform_of(seed, own_ids[able], 2), kind="stable")[:USERS]])
     kept = np.ones(len(users), bool)
     kept[place[able]] = False
     # two hidden items may be the only interactions of an item: it is then ranked without a vector, as it would be
@@ -372,34 +371,38 @@ def _ranker(
         met |= np.cumsum(~met, axis=1) > NEGATIVES
         competitors, counted = torch.from_numpy(drawn).to(device), torch.from_numpy(~met).to(device)
     else:
+        pool = np.arange(sample.num_items)
+        if len(pool) > _ITEMS:  # the position among some items tells that among all
+            pool = np.sort(np.argsort(_uniform_of(seed, pool, 3), kind="stable")[:_ITEMS])
+        times = sample.num_items / len(pool)
+        column = np.full(sample.num_items, -1)
+        column[pool] = np.arange(len(pool))
         place = np.full(sample.num_users, -1)
         place[sample.hidden_users[mine]] = np.arange(len(users))
-        met_row, met_item = place[sample.users], sample.items
-        order = np.argsort(met_row, kind="stable")[int((met_row < 0).sum()) :]
-        met_row, met_item = met_row[order], met_item[order]
+        # what the user met is masked, and so is the target itself
+        met_row = np.concatenate([place[sample.users], np.arange(len(users))])
+        met_column = column[np.concatenate([sample.items, items])]
+        counts = (met_row >= 0) & (met_column >= 0)
+        order = np.argsort(met_row[counts], kind="stable")
+        met_row, met_column = met_row[counts][order], met_column[counts][order]
     rows, targets = torch.from_numpy(users).to(device), torch.from_numpy(items).to(device)
 
     def gains(user_vectors: torch.Tensor, item_vectors: torch.Tensor) -> np.ndarray:
         found = np.zeros(len(sample.hidden_users))
         own = []
+        pooled = item_vectors[torch.from_numpy(pool).to(device)] if metric == "full" else None
         for begin in range(0, len(rows), 256):
             part = slice(begin, begin + 256)
             vectors = user_vectors[rows[part]]
+            score = (vectors * item_vectors[targets[part]]).sum(1)
             if metric == "sampled":
-                score = (vectors * item_vectors[targets[part]]).sum(1)
                 others = torch.einsum("bd,bnd->bn", vectors, item_vectors[competitors[part]])
                 ahead = ((others >= score[:, None]) & counted[part]).sum(1)
             else:
-                scores = vectors @ item_vectors.T
-                score = scores.gather(1, targets[part, None])[
-                    :, 0
-                ]  # to the bit, or the target might not tie with itself
-                ahead = (scores >= score[:, None]).sum(1)
+                scores = vectors @ pooled.T  # type: ignore[union-attr]
                 cut = slice(*np.searchsorted(met_row, (begin, begin + len(vectors))))
-                row = torch.from_numpy(met_row[cut] - begin).to(device)
-                above = scores[row, torch.from_numpy(met_item[cut]).to(device)] >= score[row]
-                # what the user met is masked; so is the target, which ranks with itself
-                ahead = (ahead - torch.bincount(row, above, len(vectors)).to(ahead.dtype) - 1).clamp_min(0)
+                scores[torch.from_numpy(met_row[cut] - begin), torch.from_numpy(met_column[cut])] = -torch.inf
+                ahead = (scores >= score[:, None]).sum(1) * times
             own.append(torch.where(ahead < TOP, 1.0 / torch.log2(ahead.double() + 2.0), 0.0))
         if own:
             found[mine] = torch.cat(own).cpu().numpy()

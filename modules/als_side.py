@@ -232,7 +232,7 @@ class Side:
         """
         w0 = self.config.unobserved_weight
         if not bool(torch.isfinite(summary.gramian).all()):
-            raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite")
+            raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite; lower confidence")
         freed()  # what a thread has freed the others cannot use: before this one works, and before they do
         gramian = w0 * summary.gramian
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)

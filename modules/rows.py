@@ -14,6 +14,9 @@ BLOCK_BYTES = 32 << 20
 """Memory of one block while a shard is filled."""
 
 
+LEAST_SPREAD = 0.1
+"""Of log counts. Where all ids have the same count, those of a part of the rows still differ: divided by next to
+nothing, they would be numbers that a network cannot take."""
 LARGEST = 1e15
 """Largest absolute value of vectors whose squared distances are summed: above, float32 overflows."""
 
@@ -107,7 +110,7 @@ class LogCounts:
         else:
             logs = torch.log1p(sample_rows(counts) / share)
             self.mean = float(logs.mean())
-            self.spread = float(logs.std(correction=0).clamp_min(1e-6))
+            self.spread = float(logs.std(correction=0).clamp_min(LEAST_SPREAD))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         counts = torch.as_tensor(np.array(self._counts[index], np.float32))

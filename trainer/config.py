@@ -320,6 +320,14 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs)
+        tables, towers = self.model.tables, self.model.towers
+        widths = {"tables.dim": tables.dim, "tables.plus_dim": tables.plus_dim, "towers.dim": towers.dim}
+        widths |= {"towers.feature_dim": towers.feature_dim}
+        widths |= {"towers.hidden": min(towers.hidden)} if towers.hidden else {}
+        at_least(1, **{f"model.{name}": width for name, width in widths.items()})
+        at_least(0, **{"model.towers.dropout": towers.dropout, "model.towers.penalty": towers.penalty})
+        if towers.dropout is not None and towers.dropout >= 1:
+            raise InputError(f"model.towers.dropout is {towers.dropout}, expected a number in [0, 1)")
 
 
 Network = TypeVar("Network", bound=NetworkConfig)

@@ -339,3 +339,11 @@ def test_fingerprints_tell_vocabularies_apart(made, tmp_path):
     prints = {log.vocabulary_fingerprint("user"), log.vocabulary_fingerprint("item")}
     assert len(prints | {plain.vocabulary_fingerprint("user"), plain.vocabulary_fingerprint("item")}) == 4
     assert plain.inputs()[0]["rows"] == 10
+
+
+def test_folders_beside_those_of_hive_are_named(tmp_path, caplog):
+    rows = pa.table({"user_id": [0, 1], "item_id": [0, 1]})
+    for name in ("day=1", "other", "_temporary"):
+        write(tmp_path / name, "part-0.parquet", rows)
+    assert open_log(tmp_path).train.num_rows == 2
+    assert "its other folders are not read: other" in caplog.text.splitlines()[-1]

@@ -58,3 +58,10 @@ def test_number_of_values():
 def test_bad_tables_are_named(table, columns, message):
     with pytest.raises(InputError, match=message):
         SideTable.from_arrow(table, categorical=columns, where="items.parquet")
+
+
+def test_ids_that_are_no_numbers_from_0_are_refused():
+    """Such as hashes: a table with a row for each number up to them would fill the memory."""
+    for ids in (pa.array([1, 10**12]), pa.array([[1], [10**12]])):
+        with pytest.raises(InputError, match=r"items.parquet, column 'g': id 1000000000000 in 2 values.*from 0"):
+            SideTable.from_arrow(pa.table({"g": ids}), where="items.parquet")

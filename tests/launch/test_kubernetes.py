@@ -38,7 +38,8 @@ def manifest(name):
     text = done.stdout.partition("=== SCHEDULER REQUEST ===")[2].strip() + "\n"
     job = yaml.safe_load(text)["metadata"]["name"]
     # without line breaks, which the length of the random name moves
-    return yaml.dump(yaml.safe_load(text.replace(job, f"{name}-id")), width=100_000)
+    text = yaml.dump(yaml.safe_load(text.replace(job, f"{name}-id")), width=100_000)
+    return text.replace(sys.executable, "/here/bin/python")  # whichever environment the tests run in
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -337,3 +337,15 @@ def test_ranks_agree_with_one(world, valued, limits):
 def test_factors_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="user factors of rank 1 of 2: expected 26 rows"):
         Factors(torch.zeros(27, 4), torch.zeros(15, 4), USERS, ITEMS, rank=1, world=2)
+
+
+def test_values_that_are_all_zero_are_refused():
+    als = ALS(ALSParameters(factors=3), 5, 4)
+    als.add(np.arange(4), np.arange(4), np.zeros(4))
+    with pytest.raises(ValueError, match=r"each value .* is 0: there is nothing to learn"):
+        als.fit()
+
+
+def test_factors_without_end_are_refused():
+    with pytest.raises(ValueError, match="factors is 1000000, expected at most"):
+        ALS(ALSParameters(factors=1_000_000), 5, 4).add(np.arange(4), np.arange(4))

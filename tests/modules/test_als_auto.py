@@ -166,7 +166,7 @@ def test_a_log_too_small_to_choose_takes_the_defaults():
 def test_hidden_items_are_ranked_as_by_brute_force(metric):
     users, items = planted()
     by_user, _, exchange = csrs(users, items)
-    sample = take_sample(by_user, 1.0, 3, exchange, metric)
+    sample = take_sample(by_user, 1.0, 3, exchange)
     rng = np.random.default_rng(0)
     x, y = rng.random((sample.num_users, 4)), rng.random((sample.num_items, 4))
     rank = als_auto._ranker(sample, metric, 3, exchange)
@@ -185,6 +185,21 @@ def test_hidden_items_are_ranked_as_by_brute_force(metric):
         chance = ahead / others.sum(1)
         assert (found[ahead == 0] == 1).all()
         assert found[chance < 0.02].mean() > 0.7 > 0.1 > found[chance > 0.3].mean()
+
+
+def test_a_pool_of_items_tells_the_position_among_all(monkeypatch):
+    by_user, _, exchange = csrs(*planted())
+    sample = take_sample(by_user, 1.0, 0, exchange)
+    rng = np.random.default_rng(0)
+    vectors = (
+        torch.from_numpy(rng.random((sample.num_users, 4))).float(),
+        torch.from_numpy(rng.random((sample.num_items, 4))).float(),
+    )
+    among_all = als_auto._ranker(sample, "full", 0, exchange)(*vectors)
+    monkeypatch.setattr(als_auto, "_ITEMS", 80)
+    among_some = als_auto._ranker(sample, "full", 0, exchange)(*vectors)
+    assert among_some.mean() == pytest.approx(among_all.mean(), rel=0.5)
+    assert (among_some[among_all == 1] == 1).all()
 
 
 def test_hidden_items_are_not_in_the_sample():

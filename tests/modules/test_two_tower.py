@@ -5,6 +5,7 @@ import pytest
 import torch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.rows import LogCounts
 from recpress.modules.shared_rows import SharedVectors, shared_rows
 from recpress.modules.two_tower import CountCodes, MappedRows, SideSpec, TwoTower
 from torchrec import KeyedJaggedTensor
@@ -295,3 +296,15 @@ def test_an_id_beyond_the_map_counts_as_the_rarest():
     codes.load("user_count", torch.tensor([[3.0], [-1.0], [0.5], [1.0]]))
     found = codes(keyed(user=torch.tensor([0, 4, 1, 900])))
     torch.testing.assert_close(found[:, 0], torch.tensor([3.0, -1.0, -1.0, -1.0]))
+
+
+def test_facts_of_a_part_of_the_rows_stay_small_where_all_rows_have_the_same():
+    """All users have 15 rows, and of the half that factors have seen 5 to 10."""
+    like = LogCounts(np.full((USERS, 1), 15, np.float32))
+    part = LogCounts(np.arange(5, 5 + USERS, dtype=np.float32)[:, None] % 11, share=0.5, like=like)
+    assert float(part[0:USERS].abs().max()) < 50
+    model = build(counted=True)
+    directions = torch.nn.functional.normalize(torch.from_numpy(factors()[0]))
+    model.user_tower.fit_scale(directions)
+    mean, spread = model.user_tower.length.tolist()
+    assert abs(1.1 - mean) / spread < 50

@@ -223,15 +223,30 @@ def test_a_label_that_is_no_probability_is_refused(tmp_path):
         epochs=1,
         tensorboard=False,
     )
-    with pytest.raises(InputError, match=r"column 'stars': a label of 5 .*expects numbers in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"log/train.*, row group 0, column 'stars', row 1: 5.0; .*in \[0, 1\]"):
         train(config)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("stars", "message"), [([1.0, -1.0], "column 'stars', row 1: -1.0"), ([0.0, 0.0], "is 0")])
+def test_labels_that_a_factorization_cannot_weigh_by_are_refused(tmp_path, stars, message):
+    write(tmp_path / "log", "train", user_id=[0, 1], item_id=[0, 1], stars=stars)
+    config = FactorizeConfig(data=str(tmp_path / "log"), out=str(tmp_path / "f"), schema=Schema(label="stars"))
+    with pytest.raises(ValueError, match=message):
+        factorize(replace(config, use_label=True))
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: SampleConfig(rate=0.0), "sample.rate is 0.0"),
+        (lambda: FactorizeConfig(data="log", out="out", als=ALSConfig(sweeps=0)), "als.sweeps is 0"),
+        (
+            lambda: TrainConfig(data="log", out="out", model=TwoTowerConfig(tables=TablesConfig(dim=0))),
+            "tables.dim is 0",
+        ),
+        (lambda: TrainConfig(data="log", out="out", model=TwoTowerConfig(towers=TowersConfig(dropout=1.0))), "dropout"),
         (lambda: SampleConfig(rate=1.5), "sample.rate is 1.5"),
         (lambda: SampleConfig(rate=float("nan")), "sample.rate is nan"),
         (lambda: NegativesConfig(kind="in-batch", shared=True), "negatives.shared"),

@@ -126,12 +126,6 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            self._exit(kind, error)
-        finally:
-            self.place.unlock()
-
-    def _exit(self, kind: object, error: object) -> None:
         if kind is None or isinstance(error, Preempted):
             return
         if isinstance(error, Signalled):  # while the model is built, or evaluated and written after the last step

@@ -6,16 +6,13 @@ Nothing here is collective; each method says which ranks call it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from recpress.data import artifact, storage
 from recpress.data.errors import InputError
@@ -28,8 +25,6 @@ RUN = "run.json"
 """The numbers of the run: position in the log, schedule, results."""
 METRICS = "metrics"
 """Folder of the metrics of a run that is not finished."""
-LOCK = ".lock"
-"""File that a run holds locked, so that no second run writes into the same folder."""
 NAME = re.compile(r"(step|best)-(\d{8,})")
 """Of a checkpoint."""
 
@@ -50,9 +45,6 @@ class Place(ABC):
     def at(self, name: str) -> str:
         """How a checkpoint is called in messages: its path or address."""
         return storage.join(self.folder, name)
-
-    def unlock(self) -> None:  # noqa: B027  # where nothing is locked
-        """Let other runs in. Rank 0, when this one has ended."""
 
     # ---- finding
 
@@ -186,13 +178,11 @@ class LocalPlace(Place):
     def __init__(self, folder: str, rank: int) -> None:
         super().__init__(folder, rank)
         self.path = Path(folder)
-        self._held: TextIO | None = None
         self.metrics = self.path / METRICS
 
     def prepare(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
             for path in self.path.glob(".*.tmp-*"):  # left of killed runs
                 shutil.rmtree(path, ignore_errors=True)
             probe = self.path / ".writable"
@@ -202,32 +192,6 @@ class LocalPlace(Place):
             raise InputError(
                 f"{self.folder}: cannot hold checkpoints: {error.strerror}; expected a writable folder"
             ) from error
-
-    def _lock(self) -> None:
-        """Keep other runs out until this process ends, however it ends, or `unlock`."""
-        handle = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            handle.close()
-            raise InputError(
-                f"{self.folder}: in use by a run that is not finished ({owner}); wait for it, end it, or choose "
-                "another --out"
-            ) from None
-        except OSError:  # a filesystem without locks
-            handle.close()
-            return
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
-        self._held = handle
-
-    def unlock(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
 
     def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
         for file in sorted(manifest["files"])[self.rank :: world]:
@@ -260,7 +224,6 @@ class LocalPlace(Place):
     def remove_all(self) -> None:
         if self.rank == 0:
             shutil.rmtree(self.path, ignore_errors=True)
-            self.unlock()
 
     def forget(self) -> None:
         if not self.steps():

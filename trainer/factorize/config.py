@@ -47,3 +47,4 @@ class FactorizeConfig:
         if not 0 <= self.crossfit_rate < 1:
             raise InputError(f"crossfit_rate is {self.crossfit_rate}, expected a number in [0, 1)")
         at_least(1, crossfit_sweeps=self.crossfit_sweeps)
+        at_least(1, **{"als.sweeps": self.als.sweeps})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -63,6 +64,8 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             if config.method == "logistic" and (config.crossfit_rate or config.use_label):
                 given = "crossfit_rate" if config.crossfit_rate else "use_label"
                 raise InputError(f"{given}: expected method 'als'; 'logistic' has no such thing")
+        if config.use_label and log.schema.label:
+            log = replace(log, train=log.train.with_labels_in(log.schema.label, 0, math.inf))
         crossfit = None
         if config.crossfit_rate:
             crossfit = SampleConfig(kind=config.crossfit_kind, rate=config.crossfit_rate, seed=config.crossfit_seed)

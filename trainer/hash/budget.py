@@ -10,7 +10,7 @@ import torch
 from recpress.data.errors import InputError
 from recpress.modules.hashing.problem import IdTable, need_embedding
 from recpress.modules.hashing.split import split_rows
-from recpress.modules.rows import RowSource, blocks
+from recpress.modules.rows import LARGEST, RowSource, blocks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.tables import named
 
@@ -61,7 +61,7 @@ def _comparable(config: HashStageConfig, tables: list[IdTable]) -> list[IdTable]
         assert table.embedding is not None
         rows, dim = table.embedding.shape
         gram = torch.zeros(dim, dim, dtype=torch.float64)
-        for _, block in blocks(table.embedding, table.name, (0, rows), (0, dim)):
+        for _, block in blocks(table.embedding, table.name, (0, rows), (0, dim), largest=LARGEST):
             gram += (block.T @ block).double()
         grams.append(gram)
     if grams[0].shape != grams[1].shape:

@@ -58,9 +58,15 @@ def _parquet(path: str) -> np.ndarray:
     table = pq.read_table(path).combine_chunks()
     if table.num_columns == 1 and _is_list(table.schema.field(0).type):
         column = table.column(0).combine_chunks()
-        lengths = np.unique(pc.list_value_length(column).to_numpy(zero_copy_only=False))
-        if column.null_count or len(lengths) != 1:
-            raise InputError(f"{path}: column '{table.column_names[0]}' has lists of different lengths")
+        lengths = pc.list_value_length(column)
+        odd = pc.fill_null(pc.not_equal(lengths, pc.max(lengths)), True)
+        if pc.any(odd).as_py():
+            row = pc.index(odd, True).as_py()
+            found = "no list" if lengths[row].as_py() is None else f"a list of {lengths[row]}"
+            raise InputError(
+                f"{path}: column '{table.column_names[0]}', row {row}: {found}; expected lists of the same length, as "
+                f"the longest of {pc.max(lengths)}"
+            )
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
     for field in table.schema:
         if not pa.types.is_floating(field.type):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from recpress.data.errors import InputError
 from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, Storage
 from recpress.modules.frozen_sharded import FrozenEmbeddingBagCollectionSharder
 from recpress.modules.frozen_tables import PlannedTable, stored_row_bytes
@@ -19,6 +20,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
@@ -92,10 +94,26 @@ def plan(
         sharding_types: table name -> sharding type, where the planner must not choose.
 
     Raises:
-        ValueError: a table does not fit in the memory there is.
+        InputError: the tables do not fit in the memory there is. On rank 0.
     """
-    chosen = planner(model, topology(device, batch_size), batch_size=batch_size, sharding_types=sharding_types)
-    return chosen.collective_plan(model, table_sharders or sharders(), dist.group.WORLD)
+    cluster = topology(device, batch_size)
+    chosen = planner(model, cluster, batch_size=batch_size, sharding_types=sharding_types)
+    try:
+        return chosen.collective_plan(model, table_sharders or sharders(), dist.group.WORLD)
+    except PlannerError as error:
+        tables = _tables(model, device.type)
+        largest = max(tables, key=lambda name: tables[name].nbytes)
+        storage = cluster.devices[0].storage
+        memory = storage.hbm if device.type == "cuda" else storage.ddr
+        whole, most, each = (
+            f"{size / (1 << 30):.1f} GiB"
+            for size in (sum(table.nbytes for table in tables.values()), tables[largest].nbytes, memory)
+        )
+        raise InputError(
+            f"tables of {whole}, the largest of them '{largest}' of {most}, and batches of {batch_size:,} rows do not "
+            f"fit in the {each} of each of {cluster.world_size} ranks; expected more ranks, smaller batches, fewer "
+            "dimensions, or fewer rows (`recpress hash`)"
+        ) from error
 
 
 def planner(

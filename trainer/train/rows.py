@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from recpress.data.batch import Batch
 from recpress.data.errors import InputError
 from recpress.data.log import Log
 from recpress.data.selection import HoldOut
-from recpress.data.stream import Interactions, InteractionStream
+from recpress.data.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig
@@ -39,7 +38,7 @@ def make_stream(
             raise InputError("use_label: expected schema.label, a column of labels in [0, 1]")
         columns.append(log.schema.label)
     return InteractionStream(
-        log.train,
+        log.train.with_labels_in(log.schema.label, 0, 1) if config.use_label and log.schema.label else log.train,
         log.schema,
         config.stream,
         sample=config.sample,
@@ -82,23 +81,11 @@ def make_source(
 
 
 def make_batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, step: int) -> Iterator[Batch]:
-    """Made in the stream's thread; on CUDA only checked there: kernels belong to the pipeline's own CUDA stream."""
+    """Made in the stream's thread; on CUDA not there: kernels belong to the pipeline's own CUDA stream."""
     stream.set_epoch(epoch, step)
     if model.builder.device.type == "cuda":
-        return map(model.builder, stream.map(lambda rows: _checked(rows, stream)))
-    return stream.map(lambda rows: model.builder(_checked(rows, stream)))
-
-
-def _checked(rows: Interactions, stream: InteractionStream) -> Interactions:
-    """Raise InputError where a label is no target of cross-entropy: a rating of 5, say."""
-    if rows.label is not None:
-        low, high = (float(x) for x in torch.aminmax(rows.label))
-        if not (low >= 0 and high <= 1):  # a NaN compares as false
-            raise InputError(
-                f"column '{stream.schema.label}': a label of {high if low >= 0 else low:g} at position {rows.position} "
-                "of the epoch or after it; --use-label expects numbers in [0, 1]"
-            )
-    return rows
+        return map(model.builder, stream)
+    return stream.map(model.builder)
 
 
 def stream_stats(source: Source) -> Callable[[], Mapping[str, float]] | None:

@@ -179,8 +179,8 @@ def _val_pairs(config: TrainConfig, log: Log, ranks: Ranks) -> Pairs | None:
     share = min(1.0, _most(config, log) / log.val.num_rows)
     found: list[Pairs] = [_no_pairs()]
     for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world):
-        users, items = np.asarray(data[user]), np.asarray(data[item])
-        kept = _uniform(torch.tensor(users), config.sample.seed, "val users").numpy() < share
+        users, items = np.array(data[user]), np.array(data[item])  # Arrow memory is not writable, as torch wants it
+        kept = _uniform(torch.from_numpy(users), config.sample.seed, "val users").numpy() < share
         found.append((users[kept], items[kept]))
     return _joined(found)
 

@@ -33,7 +33,7 @@ def test_every_kind_of_file_gives_the_same_matrix(tmp_path: Path) -> None:
         ("missing.pt:key", "no such file"),
         ("ids.npy", r"holds int64 \(7, 1\), expected a matrix of floats"),
         ("objects.npy", "cannot be read"),
-        ("uneven.parquet", "column 'vector' has lists of different lengths"),
+        ("uneven.parquet", "column 'vector', row [01]: a list of .*same length"),
         ("text.parquet", "column 'name' is string"),
         ("c.pt:absent", "no tensor 'absent'; it has table"),
         ("code.pt:key", "not a file of tensors"),

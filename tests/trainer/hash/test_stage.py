@@ -172,9 +172,10 @@ def test_embeddings_of_the_wrong_length_or_with_nan_are_refused(log: str, tmp_pa
     bad[17, 2] = np.nan
     np.save(tmp_path / "bad.npy", bad)
     np.save(tmp_path / "items.npy", np.random.default_rng(1).normal(size=(ITEMS, 4)).astype(np.float32))
-    for name, message in (("short", f"expected {USERS} rows"), ("bad", "row 17")):
+    np.save(tmp_path / "huge.npy", np.full((USERS, 4), 1e30, np.float32))
+    for name, message in (("short", f"expected {USERS} rows"), ("bad", "row 17"), ("huge", "row 0 .* overflow")):
         files = (f"user={tmp_path}/{name}.npy", f"item={tmp_path}/items.npy")
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(ValueError, match=message):
             make_maps(config(log, tmp_path / "maps", embedding=files, rows=100))
     assert not (tmp_path / "maps").exists()
 

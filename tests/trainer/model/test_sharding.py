@@ -103,3 +103,20 @@ def on_two_ranks() -> list[tuple[int, int]]:
 def test_what_two_ranks_hold_is_what_was_planned() -> None:
     for held, planned in run_on_ranks(on_two_ranks, 2)[0]:
         assert held == planned
+
+
+def on_one_rank_too_small() -> str:
+    from recpress.data.errors import InputError
+    from recpress.trainer.model.sharding import plan
+
+    config = EmbeddingBagConfig(name="t", num_embeddings=10**13, embedding_dim=64, feature_names=["f"])
+    model = nn.ModuleDict({"x": EmbeddingBagCollection([config], device=torch.device("meta"))})
+    with pytest.raises(
+        InputError, match=r"the largest of them 't' of .* GiB.* do not fit in the .*; expected more ranks"
+    ) as error:
+        plan(model, torch.device("cpu"), batch_size=1)
+    return str(error.value)
+
+
+def test_tables_that_do_not_fit_are_one_line() -> None:
+    assert "\n" not in run_on_ranks(on_one_rank_too_small, 1)[0]
