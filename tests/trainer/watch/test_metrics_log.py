@@ -95,7 +95,7 @@ def test_train_serves_while_it_runs(tmp_path, monkeypatch):
     batch = ["--stream.batch-size", "250", "--negatives.count", "8", "--model.loss.candidates", "0"]
     out = ["--data", str(log), "--out", str(tmp_path / "model"), "--no-tensorboard", "--device", "cpu"]
     looks = ["--evaluation.every-steps", "2", "--evaluation.every", "0", "--evaluation.validation", "test"]
-    looks += ["--profile.steps", "2"]
+    looks += ["--profile.steps", "2", "--evaluation.patience", "2"]
     assert main(["train", *out, *tables, *batch, *looks, "--profile.start", "1", "--watch.port", str(port)]) == 0
     assert seen[0]["recpress_step"] == 0
     assert seen[-1]["recpress_train_epoch"] == 1
