@@ -124,8 +124,9 @@ class ResidualTower(nn.Module):
         rows = sample_rows(table)
         lengths = rows.norm(dim=1)
         self.spread.fill_(rows.std(correction=0).clamp_min(1e-12))
-        least = 1e-6 + 0.01 * float(lengths.mean())  # lengths that are all alike differ by rounding alone
-        self.length.copy_(torch.stack([lengths.mean(), lengths.std(correction=0).clamp_min(least)]))
+        self.length.copy_(
+            torch.stack([lengths.mean(), lengths.std(correction=0).clamp_min(1e-6 + 0.01 * float(lengths.mean()))])
+        )
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
         if COMMANDS[name].clusters:  # read once, when torch is imported with the stage
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        _log_plainly()
         with _signals_raise():
             stage = _load(COMMANDS[name].stage)
             stage(config)
@@ -190,6 +192,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{where}: error: {line}", file=sys.stderr)
         return _leaving(status_of(error))
     return 0
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+def _log_plainly() -> None:
+    """`warning: ...`, as the lines that stages print; nothing changes where the host has handlers of its own."""
+    if not logging.root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Plain())
+        logging.root.addHandler(handler)
 
 
 @contextmanager

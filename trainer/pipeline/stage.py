@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.id_maps import HASH
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.pipeline.config import PipelineConfig, StageConfig, StageName
-from recpress.trainer.pipeline.summary import as_table, summarize
+from recpress.trainer.pipeline.summary import as_table, below_popularity, summarize
 from recpress.trainer.train.stage import train
 
 RUN: dict[StageName, Callable[[Any], Any]] = {
@@ -58,8 +59,6 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
             del stages["evaluate"]
             _say(f"{config.data} has no held-out rows, so nothing is evaluated; `recpress split` holds some out")
         if ranks.rank == 0:
-            if not storage.is_remote(config.out):
-                Path(config.out).mkdir(parents=True, exist_ok=True)
             left = _left(stages, log)
     plan: list[Any] = [left]
     with waiting():
@@ -88,9 +87,12 @@ def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks
     with agreed():
         if ranks.rank == 0:
             last = list(methods.values())[-1]["metrics"]
-            content = {**last, "methods": methods, "log": log.inputs()}
+            warning = below_popularity(methods)
+            content = {**last, "methods": methods, "warnings": [warning] if warning else [], "log": log.inputs()}
             assert stage.out is not None
             storage.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
+            if warning:
+                print(f"warning: {stage.out}: {warning}", file=sys.stderr, flush=True)
     _say(f"held-out rows\n{as_table(methods)}")
 
 

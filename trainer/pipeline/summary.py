@@ -50,6 +50,7 @@ def summarize(
             "metrics": evaluate(EvaluateConfig(**{**vars(config), "out": None})),
             "rows": manifest["rows"],
             "seconds": spent["setup"] + spent["train"],
+            "fallback": bool(manifest.get("fallback")),
         }
     elif factors != config.model:  # an artifact from elsewhere
         kind = str(artifact.read_manifest(config.model).get("kind"))
@@ -69,4 +70,21 @@ def as_table(methods: dict[str, dict[str, Any]]) -> str:
         rows = "-" if made["rows"] is None else f"{made['rows']:,}"
         seconds = "-" if made["seconds"] is None else f"{made['seconds']:.1f}"
         lines.append(f"{method:14}" + "".join(f"{value:>12}" for value in [*values, rows, seconds]))
+    if methods.get("network", {}).get("fallback"):
+        lines.append("network: the factorization's own ranking, which no epoch improved on validation rows")
     return "\n".join(lines)
+
+
+def below_popularity(methods: dict[str, dict[str, Any]]) -> str | None:
+    """A warning where the last method is above popularity on no metric of the table; else None."""
+    name, made = list(methods.items())[-1]
+    popular = methods["popularity"]["metrics"]
+    compared = [key for key in popular if key.startswith(("HR@", "NDCG@")) and key in made["metrics"]]
+    if name == "popularity" or not compared or any(made["metrics"][key] > popular[key] for key in compared):
+        return None
+    values = ", ".join(f"{key} {made['metrics'][key]:.4f} against {popular[key]:.4f}" for key in compared)
+    return (
+        f"the {name} ranks the held-out rows no better than popularity ({values}): the log holds too little about "
+        "tastes, or its held-out rows are not like its train rows (new ids, another time); rank by popularity, or "
+        "look at how the rows were held out"
+    )

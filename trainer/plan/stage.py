@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recpress.modules.config import TwoTowerConfig
+from recpress.trainer.config import network_for
 from recpress.trainer.distributed.process_group import _quiet_libraries
 from recpress.trainer.plan.activations import activation_bytes
 from recpress.trainer.plan.asked import job_of
@@ -58,7 +59,8 @@ def variants(config: PlanConfig, job: Job) -> dict[str, Job]:
     ways = max((m.ways for m in known), default=config.ways)
 
     def tables(strategy: Any, storage: Any = "fp32") -> TwoTowerConfig:
-        return replace(config.model, tables=replace(config.model.tables, strategy=strategy, storage=storage, dim=dim))
+        model = network_for(strategy, config).model
+        return replace(model, tables=replace(model.tables, strategy=strategy, storage=storage, dim=dim))
 
     trained = "random" if config.model.tables.strategy == "random" else "init-train"
     way = f", {ways} rows an id" if ways > 1 else ""

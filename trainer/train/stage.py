@@ -148,7 +148,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
         rows = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
         choice = Choice(rows.heldout, config.evaluation, ranks, rows.weights) if rows is not None else None
-        if rows is None and config.evaluation.while_training and ranks.rank == 0:
+        unproven = rows is None and config.evaluation.while_training and factors is not None
+        if unproven:
+            warn(
+                "too few rows to hold validation rows out, so that no network can be shown to be better: trains none "
+                "and keeps the factorization's ranking; a larger --sample.rate or a val part gives validation rows, "
+                "and --evaluation.every 0 trains without"
+            )
+        elif rows is None and config.evaluation.while_training and ranks.rank == 0:
             print(f"too few rows to hold validation rows out: trains for {config.epochs} epochs, without a choice")
 
         def put(model: ShardedTwoTower, of_sample: bool) -> None:
@@ -211,7 +218,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 model.dmp,
                 TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
                 lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
-                _fit_config(config, nothing=choice is not None and choice.seen),
+                _fit_config(config, nothing=unproven or (choice is not None and choice.seen)),
                 device=ranks.device,
                 evaluate=evaluate if choice is not None else None,
                 accept=choice.accepts if choice is not None else None,
@@ -226,6 +233,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         if crossfit:
             put(model, False)
         chosen = _chosen(choice, fitted, ranks)
+        if unproven:
+            chosen |= {"best_epoch": 0, "fallback": True}
         if chosen["fallback"] and config.model.towers.kind != "residual":
             model = as_factorization(False)
             towers = replace(config.model.towers, kind="residual")
@@ -324,7 +333,8 @@ def _chosen(choice: Choice | None, fitted: FitResult, ranks: Ranks) -> dict[str,
         print(f"the network improves on the factorization {cases}: {', '.join(pairs)} (epoch {int(best['epoch'])})")
     if published[metric] <= choice.popularity[metric]:
         cause = (
-            "the factors carry no signal: factorize again with other settings (the defaults, or less regularization)"
+            "so do the factors: the log holds too little about tastes, or the settings of the factorization do not fit "
+            "it (without --als options it chooses them)"
             if choice.start is not None and choice.start[metric] <= choice.popularity[metric]
             else "the network learned too little or too much by heart: give it --factors, more rows (--sample.rate 1) "
             "or more dropout"

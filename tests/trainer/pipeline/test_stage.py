@@ -5,6 +5,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
@@ -17,7 +20,7 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.pipeline.config import PipelineConfig
 from recpress.trainer.pipeline.stage import pipeline
-from recpress.trainer.pipeline.summary import as_table
+from recpress.trainer.pipeline.summary import as_table, below_popularity
 from recpress.trainer.train.stage import train
 
 from tests.ranks import run_on_ranks
@@ -139,6 +142,45 @@ def test_a_table_at_the_end_compares_what_was_made(log, done):
     text = as_table(made["methods"])
     assert "rows read" in text
     assert f"{made['methods']['popularity']['metrics']['HR@10']:.4f}" in text
+
+
+def test_a_model_below_popularity_is_named():
+    def made(hr, ndcg):
+        return {"metrics": {"HR@10": hr, "NDCG@10": ndcg, "cases": 9.0}, "rows": 1, "seconds": 1.0}
+
+    popular = made(0.3, 0.2)
+    assert "HR@10 0.1000 against 0.3000" in below_popularity({"popularity": popular, "network": made(0.1, 0.1)})
+    assert below_popularity({"popularity": popular, "factorization": made(0.3, 0.2)}) is not None
+    assert below_popularity({"popularity": popular, "network": made(0.2, 0.21)}) is None
+    assert below_popularity({"popularity": popular}) is None
+
+
+def test_a_network_that_fell_back_is_said_to_be_the_factorization():
+    made = {"metrics": {"HR@10": 0.5}, "rows": 1, "seconds": 1.0}
+    assert "own ranking" in as_table({"network": {**made, "fallback": True}})
+    assert "own ranking" not in as_table({"network": {**made, "fallback": False}})
+
+
+def test_held_out_rows_unlike_train_warn_on_stderr(tmp_path, capsys):
+    """Held-out rows of new items alone: no method can rank them, and the run says so."""
+    (tmp_path / "log").mkdir()
+    rng = np.random.default_rng(0)
+    for part, low, high in (("train", 0, 40), ("test", 40, 50)):
+        rows = 600 if part == "train" else 30
+        columns = {"user_id": rng.integers(0, 30, rows), "item_id": rng.integers(low, high, rows)}
+        pq.write_table(pa.table(columns), tmp_path / "log" / f"{part}.parquet")
+    config = settings(str(tmp_path / "log"), tmp_path / "run", stages=("factorize", "evaluate"))
+    pipeline(config)
+    assert "no better than popularity" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["warnings"]
+
+
+def test_an_output_inside_the_log_leaves_nothing_behind(log, tmp_path):
+    shutil.copytree(log, tmp_path / "log")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="lies in"):
+        pipeline(settings(str(tmp_path / "log"), tmp_path / "log" / "run"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_log_that_was_made_anew_is_noticed_and_the_stale_outputs_are_named(tmp_path):

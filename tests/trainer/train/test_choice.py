@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
+from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
 from recpress.data.synth import synth
 from recpress.modules.config import ALSConfig, LossConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.config import AutoTablesConfig, CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainConfig
@@ -64,6 +64,19 @@ def test_a_network_that_is_worse_is_not_published(log, factors, kind, tmp_path, 
     of_factors = evaluate(EvaluateConfig(data=log, model=factors))
     assert found["metrics"] == found["factorization_metrics"] == of_factors
     assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model"))) == of_factors
+
+
+@pytest.mark.parametrize("kind", ["residual", "mlp"])
+def test_a_network_that_cannot_be_compared_is_not_published(log, factors, kind, tmp_path, caplog):
+    """A sample of too few rows has no validation rows: the factorization's ranking is kept."""
+    few = SampleConfig(rate=0.02)
+    result = train(config(log, tmp_path / "model", factors, kind, optimizer=HARMFUL, sample=few))
+    assert (result.best_epoch, result.fallback, result.fit.steps) == (0, True, 0)
+    assert "too few rows" in caplog.text
+    of_factors = evaluate(EvaluateConfig(data=log, model=factors))
+    assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model"))) == of_factors
+    unproven = EvaluationConfig(every=0)
+    assert train(config(log, tmp_path / "asked", factors, kind, sample=few, evaluation=unproven)).fit.steps > 0
 
 
 def test_a_network_that_is_better_is_published_with_its_best_epoch(log, factors, tmp_path, capsys):
