@@ -35,15 +35,15 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from recpress.trainer.loop import optimizer
-from recpress.trainer.train import rows as train_rows
+from recpress.data.batch import BatchBuilder
 from recpress.trainer.cli import main
 
 seen, rank, step_to_die = sys.argv[1], os.environ["RANK"], int(sys.argv[2])
-ahead, checked, take = [], train_rows._checked, optimizer.TrainOptimizer.step
+ahead, made, take = [], BatchBuilder.__call__, optimizer.TrainOptimizer.step
 
-def noted(rows, stream):
+def noted(self, rows):
     ahead.append((rows.user * 1000 + rows.item).tolist())
-    return checked(rows, stream)
+    return made(self, rows)
 
 def step(self):
     take(self)
@@ -52,7 +52,7 @@ def step(self):
     if self.steps == step_to_die and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
 
-train_rows._checked, optimizer.TrainOptimizer.step = noted, step
+BatchBuilder.__call__, optimizer.TrainOptimizer.step = noted, step
 sys.exit(main(sys.argv[3:]))
 """
 
