@@ -43,7 +43,8 @@ def constants(paths: Sequence[str], root: str) -> dict[str, Constants]:
         if values.keys() != found[first].keys():
             named = [" and ".join(f"'{name}'" for name in found[file]) or "none" for file in (path, first)]
             raise InputError(
-                f"columns in the names of folders: {path} has {named[0]}, {first} {named[1]}; expected the same of all"
+                f"{path}: columns by the names of its folders: {named[0]}, but {named[1]} in {first}; "
+                "expected the same of all"
             )
     types = {name: _type([values[name] for values in found.values()]) for name in found.get(first, {})}
     return {

@@ -126,7 +126,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None or isinstance(error, Preempted):
+        if kind is None:
+            self.wait()  # a process that ends while its thread writes leaves half a checkpoint, or aborts
+            return
+        if isinstance(error, Preempted):
             return
         if isinstance(error, Signalled):  # while the model is built, or evaluated and written after the last step
             self.wait()

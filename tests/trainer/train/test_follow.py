@@ -39,11 +39,11 @@ from recpress.data.batch import BatchBuilder
 from recpress.trainer.cli import main
 
 seen, rank, step_to_die = sys.argv[1], os.environ["RANK"], int(sys.argv[2])
-ahead, build, take = [], BatchBuilder.__call__, optimizer.TrainOptimizer.step
+ahead, made, take = [], BatchBuilder.__call__, optimizer.TrainOptimizer.step
 
 def noted(self, rows):
     ahead.append((rows.user * 1000 + rows.item).tolist())
-    return build(self, rows)
+    return made(self, rows)
 
 def step(self):
     take(self)
