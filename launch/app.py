@@ -73,6 +73,12 @@ def app(
     for name, value in (("max_restarts", max_restarts), ("max_retries", max_retries), ("grace", grace)):
         if value < 0:
             raise ComponentValidationException(f"--{name} is {value}, expected 0 or more")
+    try:
+        specs.parse_mounts(mounts or [])
+    except (KeyError, ValueError) as error:
+        raise ComponentValidationException(
+            f"--mounts is '{','.join(mounts or [])}', expected type=TYPE,src=SOURCE,dst=FOLDER: {error}"
+        ) from None
     made = dist.ddp(
         *args,
         **program,

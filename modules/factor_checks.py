@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PAIRS = 8192
 """Interactions of a rank that are compared with random pairs."""
 _LEAST_LENGTH = 1e-3  # a vector this short scores every pair as zero beside the target of one
+_LEAST_SCORE = 1e-3  # the same of a user and an item together
 _LEAST_SEPARATION = 0.6
 
 
@@ -82,7 +83,7 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
     """
     exchange = als.exchange if als is not None else Exchange(None, factors.users.device)
     fix = "lower weight_decay or train for more epochs" if als is None else _fix(als)
-    found = []
+    found, score = [], 1.0
     for side, rows, counts in (
         ("user", factors.users, factors.user_counts),
         ("item", factors.items, factors.item_counts),
@@ -90,15 +91,19 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
         lengths = rows.norm(dim=1)
         if counts is not None:
             lengths = lengths[counts.to(lengths.device) > 0]
-        short = torch.tensor(
-            [float((lengths < _LEAST_LENGTH).sum()), float(len(lengths))], dtype=torch.float64, device=rows.device
-        )
-        short_count, total = exchange.sum(short).tolist()
+        sums = [float((lengths < _LEAST_LENGTH).sum()), float(len(lengths)), float(lengths.double().sum())]
+        short_count, total, length = exchange.sum(torch.tensor(sums, dtype=torch.float64, device=rows.device)).tolist()
+        score *= length / max(total, 1)
         if total and short_count > 0.5 * total:
             found.append(
                 f"{short_count / total:.0%} of the {side} vectors are shorter than {_LEAST_LENGTH:g}: the penalty "
                 f"outweighs the interactions; {fix}"
             )
+    if not found and score < _LEAST_SCORE:
+        found.append(
+            f"a user's and an item's vector score {score:.1g} at most on average, beside a target of 1: the penalty "
+            f"outweighs the interactions; {fix}"
+        )
     rank = effective_rank(factors.items, exchange)
     if not found and factors.dim >= 8 and rank < 1.5:
         found.append(

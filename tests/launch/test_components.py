@@ -94,6 +94,7 @@ def test_options_reach_torchrun_and_the_scheduler():
         ({"h": "a100x8"}, "-h is 'a100x8', expected one of cpu_8, .*a100_x8"),
         ({"max_restarts": -1}, "--max_restarts is -1"),
         ({"grace": -1}, "--grace is -1"),
+        ({"mounts": ["type=bind", "src=/a"]}, "--mounts is 'type=bind,src=/a', expected .*dst=FOLDER"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_one_clear_error(options, message):

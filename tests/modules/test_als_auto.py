@@ -14,6 +14,7 @@ from recpress.modules.als_auto import absolute, take_sample
 from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.modules.exchange import Exchange
 from recpress.modules.factor_checks import check_factors, effective_rank
+from recpress.modules.factors import Factors
 from recpress.modules.fold_in import fold_in
 from recpress.modules.interactions import InteractionBuilder
 
@@ -268,3 +269,10 @@ def test_ranks_choose_alike():
         assert np.allclose([t["ndcg"] for t in trials], [t["ndcg"] for t in alone.choice.trials], atol=2e-3)
         assert separation > 0.8
         assert not warnings
+
+
+def test_vectors_of_both_sides_that_are_short_together_are_a_collapse():
+    """Each is longer than the shortest that is named alone; a user and an item score at most 1e-5."""
+    rows = torch.full((20, 4), 0.0016)
+    (warning,) = check_factors(Factors(rows, rows, 20, 20))
+    assert "score 1e-05 at most" in warning
