@@ -19,6 +19,7 @@ import torch.distributed as dist
 from recpress.data.config import SampleConfig
 from recpress.data.errors import InputError
 from recpress.data.log import SIDES, Log, iter_columns
+from recpress.data.selection import Selection
 from recpress.modules.als import ALS, SweepReport
 from recpress.modules.als_auto import DEFAULTS, Choice
 from recpress.modules.config import ALSConfig, ALSParameters
@@ -69,6 +70,13 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         crossfit = None
         if config.crossfit_rate:
             crossfit = SampleConfig(kind=config.crossfit_kind, rate=config.crossfit_rate, seed=config.crossfit_seed)
+            with agreed():
+                taken = Selection(log.train, crossfit).num_rows
+                if taken == log.train.num_rows:
+                    raise InputError(
+                        f"{config.data}: a sample of crossfit_rate {config.crossfit_rate:g} takes all {taken:,} rows "
+                        "of train, expected at least one more for the cross-fitted factors; use a larger log"
+                    )
         meta: dict[str, Any] = {
             "log": describe_log(log),
             "config": asdict(config),

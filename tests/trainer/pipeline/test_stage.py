@@ -175,6 +175,12 @@ def test_held_out_rows_unlike_train_warn_on_stderr(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["warnings"]
 
 
+def test_a_log_of_one_row_is_refused_with_the_cause(tmp_path, capsys):
+    pq.write_table(pa.table({"user_id": [0], "item_id": [0]}), tmp_path / "one.parquet")
+    assert main(["pipeline", "--data", str(tmp_path / "one.parquet"), "--out", str(tmp_path / "run")]) == 2
+    assert "takes all 1 rows" in capsys.readouterr().err
+
+
 def test_an_output_inside_the_log_leaves_nothing_behind(log, tmp_path):
     shutil.copytree(log, tmp_path / "log")
     before = sorted(tmp_path.rglob("*"))
