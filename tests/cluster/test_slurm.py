@@ -93,7 +93,7 @@ def test_a_pipeline_goes_on_at_the_stage_that_failed(jobs: Jobs, log: str, fresh
     assert jobs.wait(failed) == "FAILED"
     assert "shoe_size" in jobs.log(failed)
     job = jobs.run("pipeline", *words)
-    assert f"factorize: {out}/factors is whole" in jobs.log(job)
+    assert f"factorize: {out}/factors is complete" in jobs.log(job)
     assert sorted(path.name for path in out.iterdir()) == ["factors", "metrics.json", "model"]
 
 
