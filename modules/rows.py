@@ -126,7 +126,9 @@ def load_trainable(collection: nn.Module, table: str, source: RowSource) -> None
         ValueError: shape or values do not fit.
     """
     weight = collection.state_dict()[f"embedding_bags.{table}.weight"]
-    check_source(source, table, weight.shape[0], weight.shape[1])
+    # ShardedTensor's own `shape` warns of its deprecation
+    size = weight.metadata().size if hasattr(weight, "metadata") else weight.shape
+    check_source(source, table, size[0], size[1])
     for (rows, columns), local in local_shards(weight):
         for first, block in blocks(source, table, rows, columns):
             start = first - rows[0]
