@@ -172,9 +172,9 @@ def test_what_others_write_is_read_back(tmp_path, monkeypatch, writer, kind):
         try:
             log = open_log(ingest(IngestConfig(input=str(path), label="label", time="t", floats=("x",)), out))
         except InputError as error:  # `1` beside `1.0` may be one id or two: refused
-            assert "one form" in str(error)
-            assert mixed(table)
-            return
+            if "one form" in str(error) and mixed(table):
+                return
+            raise
         assert read_back(log) == original(table)
 
     check()
