@@ -108,7 +108,9 @@ class Jobs:
     def workers(self, node: str, command: str) -> list[int]:
         """Ids of the ranks on a node, without torchrun, which has the same words in its command line."""
         found = self.slurm.processes(node, f"recpress.trainer.cli {command}")
-        return [pid for pid in found if b"torchrun" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        launchers = (b"torchrun", b"torch.distributed.run")
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found}
+        return [pid for pid, line in lines.items() if not any(launcher in line for launcher in launchers)]
 
 
 @pytest.fixture(scope="session")
