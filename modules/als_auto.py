@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "mean_penalty": 3.0,
     "item_exponent": 0.25,
 }
-"""What is not given, where nothing is chosen: within a few percent of the best on eight logs (benchmarks/README.md)."""
+"""What is not given, where nothing is chosen: within a few percent of the best on six logs (benchmarks/README.md)."""
 CANDIDATES = (
     (4.0, 3.0, 0.25), (4.0, 5.0, 0.25), (12.0, 3.0, 0.25), (12.0, 5.0, 0.25), (12.0, 3.0, 0.5), (4.0, 5.0, 0.0),
     (4.0, 8.0, 0.0), (4.0, 2.0, 0.25),

@@ -20,7 +20,7 @@ class ALSConfig:
     max_factors: int = 128
     """Largest dimension to choose."""
     sweeps: int | None = None
-    """Sweeps; one solves all users and all items once. Not given: chosen, at most 16."""
+    """Sweeps; one solves all users and all items once. Not given: 10."""
     unobserved_ratio: float | None = None
     """Total weight of all pairs without an interaction, relative to that of all interactions. Not given: chosen."""
     mean_penalty: float | None = None

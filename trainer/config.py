@@ -296,8 +296,8 @@ _LOSS = LossConfig(kind="softmax", scale=8.0, candidates=100)
 class NetworkConfig:
     """The network and how it is trained, whatever the log.
 
-    Many negatives that the rows of a batch share; what is left out depends on the tables (`DEFAULTS`), and
-    `network_for` fills it in.
+    Many negatives that the examples of a batch share. Settings that are not given depend on the tables (`DEFAULTS`);
+    `network_for` fills them in.
     """
 
     stream: StreamConfig = field(default_factory=AutoStreamConfig)

@@ -1,4 +1,4 @@
-"""Defaults that depend on the tables: what is asked for stays, what is left out suits the strategy."""
+"""Defaults that depend on the tables: given settings stay, the others suit the strategy."""
 
 from dataclasses import replace
 from types import SimpleNamespace
