@@ -16,7 +16,7 @@ class TuneConfig:
     """Choose settings of the factorization and of the network on validation rows, and write them as TOML."""
 
     data: str
-    """The log: a folder, file or glob. Its test part is not used."""
+    """The log: a folder, file or glob. Its test part chooses nothing."""
     out: str
     """TOML file to write; `--config` of every command takes it. Must not exist unless --overwrite."""
     minutes: float = 10.0

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ def tune(config: TuneConfig) -> TuneResult:
     dropout on one sample, and write the best settings to `config.out`. Collective.
 
     Every choice is made on validation rows: of the factorization on items held out of train, of the network on the
-    validation rows that `train` holds out of its sample. The test part is not read.
+    validation rows that `train` holds out of its sample. The test part chooses nothing.
 
     Raises:
         InputError: the log or the settings cannot be used; `out` exists. On every rank; nothing is written.
     """
     began = time.monotonic()
-    with process_group(config.device) as ranks, tempfile.TemporaryDirectory(prefix="recpress-tune-") as own:
+    with process_group(config.device) as ranks, ExitStack() as stack:
+        folders: list[str] = [""]
         with agreed():
             if storage.is_remote(config.out):
                 raise InputError(f"{config.out}: expected a local file")
@@ -58,8 +60,10 @@ def tune(config: TuneConfig) -> TuneResult:
                 raise InputError(f"{config.out}: exists; choose another --out, or --overwrite")
             if not Path(config.out).resolve().parent.is_dir():
                 raise InputError(f"{config.out}: its folder does not exist; create it first")
-        folders: list[str] = [own]
-        dist.broadcast_object_list(folders)  # all ranks of a machine write where rank 0 does
+            if ranks.rank == 0:  # next to `out`, on a disk that all ranks see
+                parent = Path(config.out).resolve().parent
+                folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix=".tune-", dir=parent))]
+        dist.broadcast_object_list(folders)
         folder = folders[0]
         factors = f"{folder}/factors"
         _say("tune: factorize")

@@ -35,6 +35,7 @@ def tuned(log, tmp_path_factory):
 def test_the_best_of_the_trials_is_written(tuned):
     out, found = tuned
     content = tomllib.loads(Path(out).read_text())
+    assert [path.name for path in Path(out).parent.iterdir()] == ["tuned.toml"]
     assert content == found.settings
     assert len(found.trials) == 2
     best, score = found.trials[0]
