@@ -42,7 +42,7 @@ _NAMES = ("unobserved_ratio", "mean_penalty", "item_exponent")
 _ROUNDS = ((32, 3), (64, 5))
 """Largest dimension and sweeps of the rounds before the last, which compares dimensions."""
 SAMPLE = 4_000_000
-"""Most interactions of the subsample, which every rank holds: 8 bytes each."""
+"""Most interactions of the subsample. Every rank holds all of it, in several int64 arrays while it is made."""
 USERS = 3000
 """Most users that have an item hidden."""
 NEGATIVES = 99
@@ -89,8 +89,11 @@ class Choice:
     runner_up: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data; what was not measured is None, which JSON has and NaN is not in."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
 
     def line(self) -> str:
         """One line for the terminal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +161,7 @@ def test_a_log_too_small_to_choose_takes_the_defaults():
     als, factors = fit(ALSConfig(), np.arange(10), np.arange(10), shape=(10, 10))
     assert als.choice.rows == 0
     assert "too few" in als.choice.line()
+    assert json.loads(json.dumps(als.choice.describe(), allow_nan=False))["ndcg"] is None
     assert factors.dim == als_auto.DEFAULTS["factors"]
 
 
