@@ -279,7 +279,10 @@ def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = 
             raise InputError(f"{where}: encrypted; expected a Parquet file without encryption") from error
         remote = isinstance(error, OSError) and not isinstance(filesystem, pafs.LocalFileSystem)
         problem = "cannot be read" if remote else "not a whole Parquet file"
-        raise InputError(f"{where}: {problem}: {first_line(error)}") from error
+        hint = (
+            "" if remote or path.endswith((".parquet", ".parq", ".pq")) else "; `recpress ingest` reads other formats"
+        )
+        raise InputError(f"{where}: {problem}: {first_line(error)}{hint}") from error
 
 
 def read_whole(filesystem: pafs.FileSystem, path: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -87,7 +87,7 @@ COMMANDS = {
     "train": Command(
         "recpress.trainer.config:TrainConfig",
         "recpress.trainer.train.stage:train",
-        "train the two-tower network on a sample",
+        "train the two-tower network on a log or a sample of it",
     ),
     "evaluate": Command(
         "recpress.trainer.evaluate.config:EvaluateConfig",
@@ -97,7 +97,7 @@ COMMANDS = {
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",
-        "factorize, hash, train and evaluate, going on at the first stage that is not whole",
+        "factorize, hash, train and evaluate; resumes at the first stage that is not complete",
     ),
     "tune": Command(
         "recpress.trainer.tune.config:TuneConfig",
@@ -268,7 +268,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
     if words and (group := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]):
         parser.error(f"'{' '.join(words[:2])}': expected one of {', '.join(group)}")
     if words:
-        parser.error(f"unknown command '{' '.join(words[:2])}', expected one of: {', '.join(COMMANDS)}")
+        parser.error(f"unknown command '{words[0]}', expected one of: {', '.join(COMMANDS)}")
     parser.parse_args(arguments or ["--help"])
     raise SystemExit(0)
 

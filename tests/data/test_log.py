@@ -347,3 +347,9 @@ def test_folders_beside_those_of_hive_are_named(tmp_path, caplog):
         write(tmp_path / name, "part-0.parquet", rows)
     assert open_log(tmp_path).train.num_rows == 2
     assert "its other folders are not read: other" in caplog.text.splitlines()[-1]
+
+
+def test_a_text_file_is_pointed_to_ingest(tmp_path):
+    (tmp_path / "ratings.csv").write_text("user_id,item_id\n1,2\n")
+    with pytest.raises(InputError, match=r"ratings\.csv: not a whole Parquet file.*recpress ingest"):
+        open_log(str(tmp_path / "ratings.csv"))

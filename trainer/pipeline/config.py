@@ -19,7 +19,7 @@ ORDER: tuple[StageName, ...] = ("factorize", "hash", "train", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """The stages one after the other, in one process group. What is whole already is not made again."""
+    """The stages one after the other, in one process group. Stages that are complete are skipped."""
 
     data: str
     """The log: a folder, file or glob."""
@@ -45,7 +45,7 @@ class PipelineConfig:
                 raise InputError(f"{name}.overwrite: a pipeline makes what is not there; remove the folder instead")
 
     def chosen(self) -> dict[StageName, StageConfig]:
-        """The stages to run, in order, each with its whole configuration."""
+        """The stages to run, in order, each with its full configuration."""
         from recpress.data.storage import join  # imports pyarrow, which --help does without
 
         factors = self.factorize.out or join(self.out, "factors")
