@@ -48,8 +48,8 @@ USERS = 3000
 NEGATIVES = 99
 TOP = 10
 _ITEMS = 2048  # items that stand for all of them
-_EFFICIENCY = 0.38  # ranking and building a sample take more than `_cost` counts
-_LEAST_INTERACTIONS = 20_000
+_EFFICIENCY = 0.5  # ranking and building a sample take more than `_cost` counts
+_LEAST_INTERACTIONS = 35_000
 _LEAST_USERS = 50  # with fewer hidden items a comparison says nothing
 
 Fit = Callable[[ALSConfig], tuple[torch.Tensor, torch.Tensor]]
@@ -214,15 +214,11 @@ def choose(
     open_names = [name for name in _open(config) if name in _NAMES]
     candidates = _candidates(config, open_names)
     rows = int(exchange.sum(torch.tensor(len(by_user.indices), device=exchange.device)))
-    ids = num_users + num_items
     metric = "full" if config.auto_metric == "full" else "sampled"
-    budget = _cost(rows, ids, most, DEFAULTS["sweeps"])
-    finalists = max(3, len(candidates) // 4)
-    planned = len(candidates) * _cost(rows, ids, *rounds[0]) + _cost(rows, ids, most, rounds[1][1])
-    if len(candidates) > 1:
-        planned += min(len(candidates), finalists) * _cost(rows, ids, *rounds[1])
-    allowed = _EFFICIENCY * config.auto_cost * budget / max(planned, 1.0)
-    share = min(1.0, max(allowed, _LEAST_INTERACTIONS / max(rows, 1)), SAMPLE / max(rows, 1))
+    finalists = max(2, len(candidates) // 4)
+    runs = [(len(candidates), *rounds[0]), (min(len(candidates), finalists), *rounds[1]), (1, most, rounds[1][1])]
+    runs = runs if len(candidates) > 1 else runs[1:]
+    share = _share(config, rows, num_users, num_items, most, runs)
     sample = take_sample(by_user, share, config.seed, exchange)
     settings = given | ({} if config.factors or not config.auto else {"factors": min(most, 64)})
     choice = Choice(_used(config, settings), metric)
@@ -304,9 +300,23 @@ def _candidates(config: ALSConfig, names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+def _share(
+    config: ALSConfig, rows: int, num_users: int, num_items: int, dim: int, runs: list[tuple[int, int, int]]
+) -> float:
+    """The share of users with which `runs` (times, dimension, sweeps) cost `auto_cost` factorizations of `dim`.
+
+    Fewer users have fewer interactions, but nearly as many items.
+    """
+    budget = _cost(rows, num_users + num_items, dim, DEFAULTS["sweeps"]) * config.auto_cost * _EFFICIENCY
+    of_items = sum(times * _cost(0, num_items, *run) for times, *run in runs)
+    of_users = sum(times * _cost(rows, num_users, *run) for times, *run in runs)
+    allowed = (budget - of_items) / max(of_users, 1.0)
+    return min(1.0, max(allowed, _LEAST_INTERACTIONS / max(rows, 1)), SAMPLE / max(rows, 1))
+
+
 def _cost(rows: int, ids: int, dim: int, sweeps: int) -> float:
     """Multiplications of some sweeps, up to a constant: two passes over the interactions, a solve a vector."""
-    return float(sweeps) * (2.0 * rows * (dim + 24) + float(ids) * dim * dim)
+    return float(sweeps) * (2.0 * rows * (dim + 64) + float(ids) * dim * dim)
 
 
 def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sample | None:
