@@ -216,8 +216,10 @@ def choose(
     rows = int(exchange.sum(torch.tensor(len(by_user.indices), device=exchange.device)))
     metric = "full" if config.auto_metric == "full" else "sampled"
     finalists = max(2, len(candidates) // 4)
-    runs = [(len(candidates), *rounds[0]), (min(len(candidates), finalists), *rounds[1]), (1, most, rounds[1][1])]
+    runs = [(len(candidates), *rounds[0]), (min(len(candidates), finalists), *rounds[1])]
     runs = runs if len(candidates) > 1 else runs[1:]
+    if config.factors is None and most > rounds[-1][0]:
+        runs.append((1, most, rounds[-1][1]))
     share = _share(config, rows, num_users, num_items, most, runs)
     sample = take_sample(by_user, share, config.seed, exchange)
     settings = given | ({} if config.factors or not config.auto else {"factors": min(most, 64)})
@@ -311,7 +313,8 @@ def _share(
     of_items = sum(times * _cost(0, num_items, *run) for times, *run in runs)
     of_users = sum(times * _cost(rows, num_users, *run) for times, *run in runs)
     allowed = (budget - of_items) / max(of_users, 1.0)
-    return min(1.0, max(allowed, _LEAST_INTERACTIONS / max(rows, 1)), SAMPLE / max(rows, 1))
+    least = max(_LEAST_INTERACTIONS, min(2 * _LEAST_INTERACTIONS, USERS * rows / max(num_users, 1)))
+    return min(1.0, max(allowed, least / max(rows, 1)), SAMPLE / max(rows, 1))
 
 
 def _cost(rows: int, ids: int, dim: int, sweeps: int) -> float:
