@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from recpress.modules.rows import RowSource
 from torch import nn
+
+from recpress.modules.rows import RowSource
 
 if TYPE_CHECKING:
     from recpress.modules.hashing.id_map import IdMap

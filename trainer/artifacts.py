@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from recpress.data import artifact, claim
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset import artifact, claim
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
-from recpress.modules.factors import FactorTable, Table
+from recpress.modules.als.factors import FactorTable, Table
 from recpress.trainer.distributed.process_group import agreed, meet, working
 
 FACTORS = "factors"

@@ -7,19 +7,9 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from recpress.data.config import (
-    NegativesConfig,
-    SampleConfig,
-    Schema,
-    StreamConfig,
-)
+from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import (
-    LossConfig,
-    TablesConfig,
-    TowersConfig,
-    TwoTowerConfig,
-)
+from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 
 try:
     from tyro.conf import arg

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recpress.data import artifact
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import Log, Side
 from recpress.data.errors import InputError
-from recpress.data.log import Log, Side
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts import check_vocabulary
 from recpress.trainer.distributed.process_group import working

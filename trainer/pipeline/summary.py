@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from recpress.data import artifact
-from recpress.data.log import Log
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import Log
 from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
 from recpress.trainer.distributed.process_group import Ranks, agreed, working
 from recpress.trainer.evaluate.config import EvaluateConfig

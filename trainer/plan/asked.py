@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset.log import Log, open_log
+from recpress.data.dataset.object_store import is_remote
 from recpress.data.errors import InputError
-from recpress.data.log import Log, open_log
-from recpress.data.selection import Selection
-from recpress.data.storage import is_remote
+from recpress.data.sampling.selection import Selection
 from recpress.trainer.artifacts import FactorsArtifact, open_factors
 from recpress.trainer.config import chosen_schema, network_for
 from recpress.trainer.hash.id_maps import SIDES, open_maps

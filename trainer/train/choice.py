@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from recpress.trainer.config import EvaluationConfig
 from recpress.trainer.distributed.collectives import all_reduce, rank_and_world
 from recpress.trainer.distributed.process_group import Ranks

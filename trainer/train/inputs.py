@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from recpress.data.config import SampleConfig
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
 from recpress.trainer.artifacts import FactorsArtifact, open_factors
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import Ranks

@@ -7,10 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from recpress.data.config import SampleConfig, Schema, StreamConfig
-from recpress.data.log import iter_columns, open_log
-from recpress.data.rows import Rows
-from recpress.data.selection import Selection
+from recpress.data.dataset.log import open_log
+from recpress.data.dataset.parquet_split import Rows
+from recpress.data.sampling.scan import iter_columns
+from recpress.data.sampling.selection import Selection
 from recpress.modules.config import TablesConfig, TwoTowerConfig
 from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.distributed.process_group import process_group
