@@ -43,7 +43,7 @@ from recpress.modules.config import HashConfig
 from recpress.modules.hashing.methods import build_map
 from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.split import split_rows
-from recpress.modules.two_tower.warmup import warm_up
+from recpress.modules.hashing.warmup import warm_up
 
 SMALL = ("--rows", "60000", "--test-rows", "20000", "--ids", "20000", "--shares", "0.05", "--seeds", "0")
 

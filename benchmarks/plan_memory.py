@@ -40,8 +40,8 @@ from recpress.data.dataset.log import open_log
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.als.factors import shard_name
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.artifacts import FACTORS, describe_log
-from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS, save_maps
+from recpress.trainer.artifacts.factors import FACTORS, describe_log
+from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS, save_maps
 from recpress.trainer.plan.config import PlanConfig
 from recpress.trainer.plan.stage import plan
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torchrec import KeyedJaggedTensor
 
-from recpress.modules.fingerprints import Fingerprinted, map_fingerprint
-from recpress.modules.hashing.id_map import IdMap, Unknown
+from recpress.modules.fingerprints import Fingerprinted
+from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
 from recpress.modules.hashing.layout import Layout, PlacedMap
 from recpress.modules.hashing.packed_rows import decode, pack
 

@@ -6,8 +6,8 @@ import torch
 from torchrec import JaggedTensor
 from torchrec.modules.mc_modules import ManagedCollisionModule
 
-from recpress.modules.fingerprints import Fingerprinted, map_fingerprint
-from recpress.modules.hashing.id_map import IdMap, Unknown
+from recpress.modules.fingerprints import Fingerprinted
+from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
 from recpress.modules.hashing.mapped_hash import look_up
 
 

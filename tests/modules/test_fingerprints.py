@@ -15,8 +15,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recpress.modules.compress.compress import compress
-from recpress.modules.fingerprints import map_fingerprint, rows_fingerprint
-from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.fingerprints import rows_fingerprint
+from recpress.modules.hashing.id_map import IdMap, map_fingerprint
 from tests.ranks import run_on_ranks
 
 IDS, DIM = 30, 8

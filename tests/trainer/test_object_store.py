@@ -13,7 +13,7 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer import artifacts
+from recpress.trainer.artifacts import factors as artifacts
 from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig

@@ -23,7 +23,8 @@ from recpress.data.synthetic import interactions as data_synth
 from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.shared_als import SharedRows
 from recpress.modules.rows import round_up
-from recpress.trainer.artifacts import FactorsArtifact, open_factors, shared_artifact
+from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, shared_artifact
+from recpress.trainer.artifacts.id_maps import SIDES, open_maps
 from recpress.trainer.compare.both_report import BothResult, Point, format_both_table, write_both_report
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.compare.progress import UnitProgress
@@ -35,7 +36,6 @@ from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.budget import root
 from recpress.trainer.hash.config import HashStageConfig
-from recpress.trainer.hash.id_maps import SIDES, open_maps
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.train.stage import train
 from recpress.trainer.versions import versions

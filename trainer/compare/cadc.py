@@ -23,7 +23,7 @@ from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
 from recpress.data.ingest import split as holdout
 from recpress.data.synthetic import interactions as data_synth
-from recpress.trainer.artifacts import shared_artifact
+from recpress.trainer.artifacts.factors import shared_artifact
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.config import TRIALS, CompareCadcConfig, changed
 from recpress.trainer.compare.report import write_compare_report

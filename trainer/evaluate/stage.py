@@ -10,12 +10,13 @@ import torch
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
+from recpress.trainer.artifacts.factors import FACTORS, MODEL, open_factors
 from recpress.trainer.config import EvaluationConfig, chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
-from recpress.trainer.evaluate.ranking import VectorFn, evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.model.vectors import VectorFn
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:

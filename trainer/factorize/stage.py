@@ -28,11 +28,11 @@ from recpress.modules.als.auto import DEFAULTS, Choice
 from recpress.modules.als.checks import check_factors
 from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig, ALSParameters
-from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
 from recpress.trainer.factorize.config import FactorizeConfig
-from recpress.trainer.prepare.damaged import describe_lost, open_on_all_ranks, share_lost
+from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 
 
 @dataclass

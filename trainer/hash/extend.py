@@ -16,7 +16,7 @@ from recpress.modules.hashing.pairs import extend_pairs
 from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.rows import RowSource
-from recpress.trainer.hash.id_maps import open_maps
+from recpress.trainer.artifacts.id_maps import open_maps
 
 
 def extended_maps(path: str, log: Log, tables: list[IdTable]) -> list[IdMap]:

@@ -17,7 +17,8 @@ from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
 from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.rows import check_source
-from recpress.trainer.artifacts import describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import describe_log, shared_artifact
+from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import gather_arrays
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, working
@@ -25,10 +26,9 @@ from recpress.trainer.evaluate.heldout import read_pairs
 from recpress.trainer.hash.budget import budget, rows_of_tables
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.extend import extended_maps
-from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.hash.tables import read_tables
 from recpress.trainer.observability.progress import Steps
-from recpress.trainer.prepare.damaged import describe_lost, open_on_all_ranks, share_lost
+from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.report.results import format_bytes
 
 

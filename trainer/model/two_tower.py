@@ -19,11 +19,11 @@ from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoT
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import LogCounts
 from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
-from recpress.trainer.artifacts import MODEL, FactorsArtifact, check_vocabulary
+from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
+from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
 from recpress.trainer.distributed.process_group import Ranks, agreed
-from recpress.trainer.evaluate.ranking import VectorFn
-from recpress.trainer.hash.id_maps import HashArtifact, load_maps
 from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
 
 WEIGHTS = "weights"

@@ -13,6 +13,8 @@ from recpress.modules.als.factors import RowBlocks
 from recpress.modules.two_tower.logistic import LogisticMF
 from recpress.modules.two_tower.two_tower import TwoTower
 
+VectorFn = Callable[[torch.Tensor], torch.Tensor]
+"""ids (B,) int64 -> vectors (B, D), always the same B. May be collective: all ranks call it equally often."""
 Inputs = Callable[[torch.Tensor], tuple[KeyedJaggedTensor, torch.Tensor | None]]
 """Ids (n,) -> (features of these ids, stride n; their float features (n, F) or None)."""
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.trainer.artifacts import FACTORS, MODEL
+from recpress.trainer.artifacts.factors import FACTORS, MODEL
+from recpress.trainer.artifacts.id_maps import HASH
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, waiting
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.hash.id_maps import HASH
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.pipeline.config import PipelineConfig, StageConfig, StageName
 from recpress.trainer.pipeline.summary import as_table, below_popularity, summarize

@@ -26,9 +26,9 @@ from recpress.data.sampling.selection import Selection
 from recpress.data.stream.batch import Batch
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import agreed
-from recpress.trainer.hash.id_maps import SIDES
 from recpress.trainer.loop.source import Next, Source
 from recpress.trainer.train.unknown_ids import UnknownIds
 

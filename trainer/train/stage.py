@@ -22,7 +22,8 @@ from recpress.data.stream.order import ORDER_VERSION
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.allocator import give_back
-from recpress.trainer.artifacts import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact
+from recpress.trainer.artifacts.id_maps import SIDES, save_maps
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
@@ -31,7 +32,6 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout, show
-from recpress.trainer.hash.id_maps import SIDES, save_maps
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
@@ -39,7 +39,7 @@ from recpress.trainer.model.two_tower import MAPS, WEIGHTS, Features, ShardedTwo
 from recpress.trainer.model.weights import save_weights
 from recpress.trainer.observability.metrics_log import MetricsLog
 from recpress.trainer.observability.profiling import Profiler
-from recpress.trainer.prepare.damaged import open_on_all_ranks
+from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.train.choice import NOISE, Cases, Choice, paired_gain, warn
 from recpress.trainer.train.follow import first_round
 from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, choose_sample, has_heldout
@@ -457,9 +457,7 @@ def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> It
     made: Endpoint | None = None
     with agreed():
         if config.watch.port and ranks.rank == 0:
-            from recpress.trainer.observability.prometheus import (
-                Endpoint,  # a run without one does not need its package
-            )
+            from recpress.trainer.observability.prometheus import Endpoint
 
             made = Endpoint(config.watch.port, config.watch.address, lambda: checkpoints.failures)
     try:

@@ -13,7 +13,7 @@ from recpress.data.errors import InputError
 from recpress.data.stream.stream import InteractionStream
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.trainer.artifacts import open_factors
+from recpress.trainer.artifacts.factors import open_factors
 from recpress.trainer.cli import main
 from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig

@@ -22,11 +22,11 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, TablesConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.artifacts import describe_log
+from recpress.trainer.artifacts.factors import describe_log
+from recpress.trainer.artifacts.id_maps import HASH, save_maps
 from recpress.trainer.config import FollowConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.hash.id_maps import HASH, save_maps
 from recpress.trainer.train.follow import _advice
 
 USERS, ITEMS = 60, 40

@@ -21,13 +21,13 @@ from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersC
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.two_tower.two_tower import TwoTower
-from recpress.trainer.artifacts import describe_log
+from recpress.trainer.artifacts.factors import describe_log
+from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.config import OptimizerConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import _Run
 from recpress.trainer.loop.optimizer import TrainOptimizer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recpress.modules.two_tower.warmup import FactorizationMachine, _factor, warm_up
+from recpress.modules.hashing.warmup import FactorizationMachine, _factor, warm_up
 
 SIZES = [40, 6, 200]
 

@@ -8,7 +8,7 @@ from torch import tensor
 from torchmetrics.functional import auroc
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG, RetrievalRecall
 
-from recpress.modules.two_tower import ranking_metrics as rm
+from recpress.trainer.evaluate import metrics as rm
 
 
 def test_count_ahead_counts_ties_against_the_model():

@@ -13,13 +13,13 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.modules.als.factors import FactorTable
 from recpress.modules.config import ALSConfig, LogisticConfig
+from recpress.trainer.artifacts.id_maps import open_maps
 from recpress.trainer.cli import main
 from recpress.trainer.compare.config import CompareBothConfig, CompareCadcConfig
 from recpress.trainer.config import NetworkConfig, StreamConfig
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.config import HashStageConfig
-from recpress.trainer.hash.id_maps import open_maps
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.prepare.config import SampleCommand
 from recpress.trainer.prepare.stages import sample
@@ -187,8 +187,8 @@ def test_comparisons_refuse_it_by_name():
 
 def taken_on_each_rank(folder):
     from recpress.data.dataset import artifact
-    from recpress.trainer.artifacts import describe_log
-    from recpress.trainer.prepare.damaged import open_on_all_ranks
+    from recpress.trainer.artifacts.factors import describe_log
+    from recpress.trainer.open_log import open_on_all_ranks
 
     taken = []
     plain = artifact.fingerprint

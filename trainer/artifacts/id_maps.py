@@ -13,7 +13,7 @@ from recpress.data.dataset import artifact
 from recpress.data.dataset.log import Log, Side
 from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.artifacts import check_vocabulary
+from recpress.trainer.artifacts.factors import check_vocabulary
 from recpress.trainer.distributed.process_group import working
 
 HASH = "hash"
