@@ -128,7 +128,7 @@ def _fit(
         return *_fit_logistic(config, log, ranks), None
     als: ALSConfig | ALSParameters = _protocol(config.als, log)
     if parameters is not None:
-        als = replace(parameters, sweeps=config.crossfit_sweeps)
+        als = replace(parameters, sweeps=config.crossfit_sweeps, tolerance=0.0)
     with raise_on_all_ranks():
         model = ALS(als, log.num_users, log.num_items, device=ranks.device)
         for users, items, values in _read(config, log, ranks, without):

@@ -149,6 +149,8 @@ def _settings(config: TuneConfig, als: dict[str, Any], network: Network) -> dict
     """The file: a table for each command that the settings are for."""
     absolute = {"unobserved_ratio": config.als.unobserved_weight, "mean_penalty": config.als.regularization}
     chosen = {name: value for name, value in als.items() if absolute.get(name) is None}
+    if config.als.sweeps is None:
+        del chosen["sweeps"]  # a fit ends when its objective hardly falls
     given = {"unobserved_weight": config.als.unobserved_weight, "regularization": config.als.regularization}
     chosen |= {name: value for name, value in given.items() if value is not None}
     chosen["frequency_exponent"] = config.als.frequency_exponent
