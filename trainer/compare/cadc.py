@@ -29,7 +29,8 @@ from recpress.trainer.compare.config import TRIALS, CompareCadcConfig, changed
 from recpress.trainer.compare.report import write_compare_report
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import evaluate, load_heldout, rank_heldout, show
@@ -173,10 +174,10 @@ class _Comparison:
     def __init__(self, config: CompareCadcConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.path = config.data or str(folder / "log")
-        with agreed():
+        with raise_on_all_ranks():
             if config.data is None and dist.get_rank() == 0:
                 data_synth.synth(config.synth, self.path)
-        with agreed():
+        with raise_on_all_ranks():
             self.log = self._open(self.path)
         self.chosen = {
             s.key: _Chosen(self._network(s), self._network(s).epochs, words="as configured") for s in STRATEGIES
@@ -266,7 +267,7 @@ class _Comparison:
         """Settings and number of epochs of each strategy, on one row a user that is held out of train."""
         seed, metric = self.config.seeds[0], self.config.evaluation.metric
         path = str(self.folder / "choose" / "log")
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 holdout.leave_one_out(self.log, path, by="random", seed=seed)
         made = self._factorize(path, "choose", seed)
@@ -578,7 +579,7 @@ class _BPR:
     ) -> list[tuple[int, float, dict[str, float]]]:
         """(iterations, seconds, metrics) of each point. Rank 0 fits; all rank. Collective."""
         place, config = self.folder / "bpr.npz", self.config
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 points = bpr.fit_bpr(log, settings, factors=self._dim, iterations=iterations, every=every, seed=seed)
                 arrays: dict[str, np.ndarray] = {"at": np.array([(p.iterations, p.seconds) for p in points])}
