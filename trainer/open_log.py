@@ -12,7 +12,7 @@ from recpress.data.config import Schema
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words, left_out
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
 
 def open_on_all_ranks(
@@ -26,14 +26,14 @@ def open_on_all_ranks(
     Raises:
         InputError: see `open_log`. On every rank.
     """
-    with agreed():
+    with raise_on_all_ranks():
         log = open_log(path, schema, pairs=pairs, skip_bad=skip, only=only)
     if not skip:
         return _with_fingerprints(log)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, log.bad_files)
     bad = {path: why for of_rank in everyone for path, why in of_rank.items()}
-    with agreed():
+    with raise_on_all_ranks():
         if any(of_rank.keys() != bad.keys() for of_rank in everyone):
             log = open_log(path, schema, pairs=pairs, skip_bad=True, bad=bad, only=only)
             if log.bad_files.keys() != bad.keys():
@@ -45,7 +45,7 @@ def _with_fingerprints(log: Log) -> Log:
     """The log, with the fingerprints of its train files on all ranks: rank 0 takes them. Collective."""
     if dist.get_world_size() > 1:
         taken: list[dict[str, str]] = [{}]
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 taken = [log.train.take_fingerprints()]
         dist.broadcast_object_list(taken)

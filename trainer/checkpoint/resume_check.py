@@ -32,7 +32,7 @@ ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
 `factors` and `hash` must be the same."""
 
 
-def check_same_run(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_resume(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise InputError where the checkpoint at `path` was written by a run with other settings, another log, factors or
     maps.
 

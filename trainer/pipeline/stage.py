@@ -18,7 +18,9 @@ from recpress.trainer.artifacts.factors import FACTORS, MODEL
 from recpress.trainer.artifacts.id_maps import HASH
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.config_file import current_names
-from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, waiting
+from recpress.trainer.distributed.heartbeat import waiting_for_ranks
+from recpress.trainer.distributed.process_group import Ranks, process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.factorize.stage import factorize
@@ -54,7 +56,7 @@ def pipeline(config: PipelineConfig) -> list[StageName]:
 
 def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
     left: list[StageName] = []
-    with agreed():
+    with raise_on_all_ranks():
         stages = config.chosen()
         log = open_log(config.data, chosen_schema(config.schema), skip_bad=True, pairs=not config.hash.features)
         if "evaluate" in stages and len(stages) > 1 and log.test is None and log.test_negatives is None:
@@ -63,7 +65,7 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
         if ranks.rank == 0:
             left = _left(stages, log)
     plan: list[Any] = [left]
-    with waiting():
+    with waiting_for_ranks():
         dist.broadcast_object_list(plan)  # what rank 0 saw: shared storage may show another rank another moment
     left = plan[0]
     for name, stage in stages.items():
@@ -82,11 +84,11 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
 
 def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks: Ranks) -> None:
     """Rank the held-out rows by what the pipeline made; print the table and write it. Collective."""
-    with agreed():
+    with raise_on_all_ranks():
         log = open_log(stage.data, chosen_schema(stage.schema))
     made = {name: stages[name].out for name in ("factorize", "train") if name in stages}
     methods = summarize(log, stage, made.get("factorize"), made.get("train"), ranks)
-    with agreed():
+    with raise_on_all_ranks():
         if ranks.rank == 0:
             last = list(methods.values())[-1]["metrics"]
             warning = below_popularity(methods)

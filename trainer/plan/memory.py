@@ -26,7 +26,7 @@ ALLOCATOR = 32 * MIB
 MARKS = "marking positives"
 STEP = ("activations", "looked-up vectors", "batches", MARKS)
 """Parts that each step frees and takes again. glibc before 2.38 leaves holes between aligned blocks of changing sizes,
-and `FreedMemory` lets it keep them: a factor of 1.9 to 2.4 in all, of batches of 2,048 to 16,384 (measured)."""
+and `RetainFreedMemory` lets it keep them: a factor of 1.9 to 2.4 in all, of batches of 2,048 to 16,384 (measured)."""
 UPLOAD = 224 * MIB
 """What `data.storage.upload_file` holds: 211 and 221 MiB of files of 256 and 512 MiB (measured, pyarrow 26)."""
 PIPELINE = 3

@@ -28,7 +28,7 @@ from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.config import TrainConfig
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.source import Next, Source
 from recpress.trainer.train.unknown_ids import UnknownIds
 
@@ -43,7 +43,7 @@ def first_round(config: TrainConfig, checkpoints: str) -> list[str]:
         InputError: a log that cannot grow; no whole file. On every rank.
     """
     names: list[Any] = [None]
-    with agreed():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = _of_checkpoints(checkpoints) if config.checkpoint.resume else None
             names = [found or [file["name"] for file in GrowingLog(config.data).new_files()]]
@@ -110,7 +110,7 @@ class FollowedSource(Source):
         if number < 1:
             return self.stream
         if self._opened is None or self._opened[0] != number:
-            with agreed():
+            with raise_on_all_ranks():
                 self._opened = number, self._make(self._open(number))
         return self._opened[1]
 

@@ -25,7 +25,8 @@ from recpress.data.sampling.selection import HoldOut, Selection
 from recpress.data.seeds import key
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.collectives import all_gather_arrays, all_reduce, exchange
-from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_pairs, sampled_from_arrays
 from recpress.trainer.evaluate.stage import load_heldout
 
@@ -99,7 +100,7 @@ def load_validation(
         return ValidationRows(load_heldout(log, look), "test", None, log.counts("item") if count_items else None)
     selection = Selection(log.train, config.sample, hold_out=hold_out)
     counts = np.zeros(log.num_items if count_items else 0, dtype=np.int64)
-    with agreed():
+    with raise_on_all_ranks():
         of_sample = _held_pairs(config, log, selection, ranks, counts) if hold_out or count_items else _no_pairs()
         of_val = _val_pairs(config, log, ranks) if hold_out is None and look.validation == "auto" else None
     held = of_sample if of_val is None else of_val
@@ -108,7 +109,7 @@ def load_validation(
     users = np.unique(np.concatenate([arrays[0] for arrays in all_gather_arrays([np.unique(held[0])])]))
     if not len(users):
         return None
-    with agreed():
+    with raise_on_all_ranks():
         seen = _seen_pairs(log, selection, users, ranks)
     source = "val" if of_val is not None else "sample"
     whole = config.sample.rate == 1.0 or config.sample.kind != "block"
@@ -143,7 +144,7 @@ def _held_pairs(config: TrainConfig, log: Log, selection: Selection, ranks: Rank
     """Held-out pairs of this rank's row groups; adds the other rows of the sample to `counts`, unless it is empty."""
     user, item, label = log.schema.user, log.schema.item, log.schema.label if config.use_label else None
     found: list[Pairs] = [_no_pairs()]
-    places = selection.candidates[ranks.rank :: ranks.world].tolist()
+    places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
     for place, data in iter_row_groups(log.train, [user, item] + ([label] if label else []), places):
         held = selection.held_out(place)
         if label:  # a row that says "no" is no item to rank first
@@ -162,7 +163,7 @@ def _val_pairs(config: TrainConfig, log: Log, ranks: Ranks) -> Pairs | None:
     user, item = log.schema.user, log.schema.item
     share = min(1.0, _most(config, log) / log.val.num_rows)
     found: list[Pairs] = [_no_pairs()]
-    for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world):
+    for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world_size):
         users, items = np.array(data[user]), np.array(data[item])  # Arrow memory is not writable, as torch wants it
         kept = _uniform(torch.from_numpy(users), config.sample.seed, "val users").numpy() < share
         found.append((users[kept], items[kept]))
@@ -173,7 +174,7 @@ def _seen_pairs(log: Log, selection: Selection, users: np.ndarray, ranks: Ranks)
     """Pairs of these users (ascending) in the row groups of the sample that this rank reads, held-out rows excluded."""
     user, item = log.schema.user, log.schema.item
     found: list[Pairs] = [_no_pairs()]
-    places = selection.candidates[ranks.rank :: ranks.world].tolist()
+    places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
     for place, data in iter_row_groups(log.train, [user, item], places):
         at = np.minimum(np.searchsorted(users, data[user]), len(users) - 1)
         wanted = users[at] == data[user]

@@ -130,7 +130,7 @@ def damage(folder, how):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, how):
     quiet = run_on_ranks(train, 1, tmp_path / "quiet")[0]
     *after, said = run_on_ranks(damage, 1, tmp_path / "b", how)[0]
-    assert "step-00000009 is not whole and is passed over" in said[0]
+    assert "step-00000009 is incomplete or corrupt, skipping" in said[0]
     assert tuple(after) == quiet[:4]
 
 
@@ -205,7 +205,7 @@ def test_where_nothing_can_be_written_the_run_goes_on_and_says_so(tmp_path):
     assert tuple(after) == quiet[:4]
     assert "a checkpoint was not written" in said[0]
     assert "File too large" in said[0]
-    assert "the run goes on, there is none before it" in said[0]
+    assert "training continues, no checkpoint is complete yet" in said[0]
     assert [path.name for path in (tmp_path / "b").iterdir()] == []
 
 
