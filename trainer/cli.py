@@ -363,7 +363,7 @@ def _config(name: str, rest: list[str]) -> object:
         rest, passed = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
-    known, rest = file_parser.parse_known_args(rest)
+    known, rest = file_parser.parse_known_args(config_file.current_arguments(rest))
     if known.config is not None:
         rest = config_file.arguments(known.config, config, rest, name)
     made = parse(config, rest, prog=f"recpress {name}", summary=command.summary, main=command.main.split())

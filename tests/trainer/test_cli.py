@@ -67,6 +67,66 @@ def test_a_bad_file_is_one_error_that_names_file_and_key(tmp_path, text, message
     assert message in str(error.value)
 
 
+def test_deprecated_options_of_a_file_are_accepted_with_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(config_file, "RENAMED", {"als.width": "als.widths", "solver": "als"})
+    path = write(tmp_path, 'data = "a"\n[als]\nwidth = [4]\nrate = 1\n')
+    assert config_file.arguments(path, Outer, []) == ["--data", "a", "--als.widths", "4", "--als.rate", "1"]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert path in warning
+    assert "'als.width' is deprecated" in warning
+    assert "use 'als.widths'" in warning
+    path = write(tmp_path, 'data = "a"\n[solver]\nrate = 1\n')  # the name of a section
+    assert config_file.arguments(path, Outer, []) == ["--data", "a", "--als.rate", "1"]
+    path = write(tmp_path, 'data = "a"\n[als]\nwidth = [4]\nwidths = [4]\n')
+    with pytest.raises(InputError, match=r"'als.widths' is set twice"):
+        config_file.arguments(path, Outer, [])
+
+
+def test_the_command_line_overrides_a_deprecated_option_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_file, "RENAMED", {"als.width": "als.widths"})
+    path = write(tmp_path, "[als]\nwidth = [4]\n")
+    assert config_file.arguments(path, Outer, ["--als.widths", "5"]) == ["--als.widths", "5"]
+
+
+def test_deprecated_options_of_the_command_line_are_accepted_with_a_warning(monkeypatch, capsys):
+    monkeypatch.setattr(config_file, "RENAMED", {"als.width": "als.table_widths", "als.loud": "als.verbose"})
+    given = ["--als.width", "4", "--als.width=5", "--train.als.no-loud", "--als.widths", "als.width"]
+    current = ["--als.table-widths", "4", "--als.table-widths=5", "--train.als.no-verbose", "--als.widths", "als.width"]
+    assert config_file.current_arguments(given) == current
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3
+    assert "--train.als.no-loud is deprecated" in warnings[2]
+    assert "use --train.als.no-verbose" in warnings[2]
+    monkeypatch.setenv("RANK", "1")
+    config_file.current_arguments(given)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train", "--stream.lanes=4"),
+        ("train", "--stream.ready=0"),
+        ("train", "--stream.threads=2"),
+        ("train", "--follow.on"),
+        ("pipeline", "--train.stream.lanes=4"),
+    ],
+)
+def test_every_deprecated_option_still_works(command, option, capsys):
+    assert main(["check", command, "--data", "a", "--out", "b", option]) == 0
+    assert "is deprecated" in capsys.readouterr().err
+
+
+def test_stored_configurations_get_current_names():
+    stored = {"stream": {"lanes": 8, "shuffle": True}, "follow": {}, "train": {"stream": {"threads": 1}}}
+    assert config_file.current_names(stored) == {
+        "stream": {"interleave": 8, "shuffle": True},
+        "follow": {},
+        "train": {"stream": {"num_threads": 1}},
+    }
+
+
 def test_a_config_error_exits_2_in_one_line(tmp_path, capsys):
     path = write(tmp_path, "[als]\nfactrs = 3\n")
     assert main(["factorize", "--config", path, "--data", "a", "--out", "b"]) == 2
