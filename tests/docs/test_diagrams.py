@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def diagrams() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_diagrams", ROOT / "scripts" / "docs_diagrams.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

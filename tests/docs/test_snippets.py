@@ -66,7 +66,9 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
         IdMap(rows=rows, num_rows=10, weights=None, seed=0).save(tmp_path / folder)
     for side, ids in (("user", USERS), ("item", ITEMS)):
         np.save(factors / f"{side}-00000-of-00001.npy", rng.random((ids, 4), dtype=np.float32))
-        pq.write_table(pa.table({"raw": np.arange(ids) * 7, "count": np.ones(ids, int)}), vocabulary / f"{side}.parquet")
+        pq.write_table(
+            pa.table({"raw": np.arange(ids) * 7, "count": np.ones(ids, int)}), vocabulary / f"{side}.parquet"
+        )
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=4, num_embeddings=IDS, feature_names=[name])
         for name in ("cat_3", "cat_9")
@@ -228,6 +230,6 @@ def test_options_of_commands_exist(
     monkeypatch.chdir(ROOT)  # for the recipes
     try:
         status = main(["check", *arguments])
-    except SystemExit as stopped:  # tyro's
+    except SystemExit as stopped:  # of --help
         status = int(stopped.code or 0)
     assert status == 0, capfd.readouterr().err
