@@ -11,14 +11,14 @@ import torch.distributed as dist
 from recpress.data.config import Schema
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.data.sampling.corrupt_groups import TolerantRows, in_words, left_out
+from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words, left_out
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
 
 def open_on_all_ranks(
     path: str, schema: Schema | None, *, skip: bool, pairs: bool = True, only: Sequence[str] | None = None
 ) -> Log:
-    """The log; with `skip` without the files of train that any rank cannot open, and with `TolerantRows`. Collective.
+    """The log; with `skip` without the files of train that any rank cannot open, and with `TolerantSplit`. Collective.
 
     Args:
         pairs, only: see `open_log`.
@@ -38,7 +38,7 @@ def open_on_all_ranks(
             log = open_log(path, schema, pairs=pairs, skip_bad=True, bad=bad, only=only)
             if log.bad_files.keys() != bad.keys():
                 raise InputError(f"{path}: files can be read at one moment and not at the next; try again later")
-    return _with_fingerprints(replace(log, train=TolerantRows.of(log.train)))
+    return _with_fingerprints(replace(log, train=TolerantSplit.of(log.train)))
 
 
 def _with_fingerprints(log: Log) -> Log:
@@ -59,7 +59,7 @@ def share_lost(log: Log) -> None:
     Raises:
         InputError: no row group could be read. On every rank.
     """
-    if not isinstance(log.train, TolerantRows):
+    if not isinstance(log.train, TolerantSplit):
         return
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, dict(log.train.lost))

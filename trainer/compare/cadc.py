@@ -291,7 +291,7 @@ class _Comparison:
                 chosen = _Chosen(
                     network,
                     0 if fallback else max(1, int(result.best_epoch or 0)),
-                    _curve(strategy, result, before, metric, alone),
+                    _curve(strategy, result, before, metric, self.alone_curve[0]),
                     words,
                     result.setup_seconds + result.fit.train_seconds,
                     result.rows,
@@ -469,7 +469,8 @@ class _Comparison:
             f"{config.patience} epochs without a better one, and what starts from factors may keep the factors' own "
             "ranking (epoch 0). Then it was trained anew on all of train.",
             "Speed-up: the time of random tables on all rows to their own best quality on those validation rows, "
-            "divided by the time of a method to the same quality. One epoch is the unit of the curves.",
+            "divided by the time of a method to the same quality. One epoch is the unit of the curves. A method that "
+            "starts from factors has the factorization's quality from the end of the factorization on.",
         ]
         if not config.choose:
             notes = [
@@ -604,9 +605,9 @@ class _BPR:
 
 
 def _curve(
-    strategy: Strategy, result: TrainResult, before: float, metric: str, alone: dict[str, float]
+    strategy: Strategy, result: TrainResult, before: float, metric: str, alone: CurvePoint
 ) -> tuple[CurvePoint, ...]:
-    """Quality against all time spent; before the first step it is the factorization's own, where there is one.
+    """Quality against all time spent. What starts from factors has their ranking (epoch 0) once these are made.
 
     With cross-fitted factors the evaluations while training rank with these, and the model that is published with those
     of all rows: only its two ends are comparable with other methods.
@@ -620,7 +621,7 @@ def _curve(
     }
     best = int(result.best_epoch or 0)
     if strategy.factors:
-        points[0] = CurvePoint(seconds=before, epoch=0, metrics={metric: alone[metric]})
+        points[0] = alone
     if strategy.crossfit:
         points = {epoch: point for epoch, point in points.items() if epoch in (0, best)}
         if best:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.log import NEGATIVES, Log
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.trainer.distributed.collectives import (
@@ -110,7 +110,7 @@ def full_from_log(
     Raises:
         InputError: the log has no such part; an id outside the vocabulary. On every rank.
     """
-    rows: Rows | None = getattr(log, part)
+    rows: ParquetSplit | None = getattr(log, part)
     if rows is None:
         raise InputError(f"{log.path}: no {part}.parquet; expected one for ranking all items")
     with raise_on_all_ranks():
@@ -127,7 +127,7 @@ def full_from_log(
     return cases
 
 
-def read_pairs(log: Log, rows: Rows) -> Pairs:
+def read_pairs(log: Log, rows: ParquetSplit) -> Pairs:
     """This rank's part of the (user, item) pairs of rows: users int64, items int32."""
     rank, world = rank_and_world()
     users, items = [], []

@@ -17,6 +17,7 @@ from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import FACTORS, MODEL
 from recpress.trainer.artifacts.id_maps import HASH
 from recpress.trainer.config import chosen_schema
+from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.heartbeat import waiting_for_ranks
 from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -163,7 +164,7 @@ def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
 def _check_settings(name: StageName, stage: StageConfig) -> None:
     """Raise InputError naming the settings with which the artifact was made otherwise."""
     assert stage.out is not None
-    made = _flat(artifact.read_manifest(stage.out, KINDS[name])["config"])
+    made = _flat(current_names(artifact.read_manifest(stage.out, KINDS[name])["config"]))
     wanted = _flat(json.loads(json.dumps(asdict(stage))))
     other = [
         key for key in made.keys() & wanted.keys() if made[key] != wanted[key] and key.split(".")[0] not in _ELSEWHERE

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from recpress.data.dataset import object_store
 from recpress.data.dataset.growing_log import GrowingLog, Taken, open_round, refuse_new_ids
 from recpress.data.dataset.log import Log, Side
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.batch import Batch
@@ -83,7 +83,7 @@ class FollowedSource(Source):
         config: TrainConfig,
         log: Log,
         stream: InteractionStream,
-        make: Callable[[Rows], InteractionStream],
+        make: Callable[[ParquetSplit], InteractionStream],
         maps: Mapping[str, IdMap] | None = None,
     ) -> None:
         super().__init__(stream, log.bad_files)
@@ -173,7 +173,7 @@ class FollowedSource(Source):
     def _before(self, number: int) -> list[Taken]:
         return [file for files in self.rounds[:number] for file in files]
 
-    def _open(self, number: int) -> Rows:
+    def _open(self, number: int) -> ParquetSplit:
         rows = open_round(self._base, self._before(number), self.rounds[number], any_id=self._any_id)
         if not self.skips:  # otherwise their row groups are left out
             refuse_new_ids(rows, self._advice)

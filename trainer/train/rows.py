@@ -73,7 +73,7 @@ def make_source(
     config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks, maps: Mapping[str, IdMap]
 ) -> Source:
     """What the loop takes rows from: the stream for all epochs, or rounds of the files of a log that grows."""
-    if not config.follow.on:
+    if not config.follow.online:
         return Source(stream, log.bad_files)
     return FollowedSource(
         config,

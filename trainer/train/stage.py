@@ -17,7 +17,7 @@ import torch
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import PositivePairs, make_negatives
+from recpress.data.negatives.negatives import InteractionSet, make_negatives
 from recpress.data.stream.order import ORDER_VERSION
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
@@ -103,7 +103,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     begin = time.monotonic()
     given, config = config, config.resolved()
     assert_same_across_ranks(configuration=_digest(asdict(config)))
-    only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
+    only = first_round(config, _checkpoint_folder(config)) if config.follow.online else None
     skip = config.stream.on_bad_file == "skip"
     log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
     with raise_on_all_ranks():
@@ -387,7 +387,7 @@ def _test(
 
 def _total_steps(config: TrainConfig, stream: InteractionStream) -> int:
     """For the schedule and the time left; 0 where nobody knows."""
-    return 0 if config.follow.on else stream.steps_per_epoch * config.epochs
+    return 0 if config.follow.online else stream.steps_per_epoch * config.epochs
 
 
 def _model(
@@ -406,7 +406,7 @@ def _model(
         reject = None
         size = {"rows": log.train.num_rows, "users": log.num_users, "items": log.num_items}
         if config.negatives.rejects(**size, sample=config.sample):
-            reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
+            reject = InteractionSet.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(
         config.model,

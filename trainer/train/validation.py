@@ -9,8 +9,7 @@ items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +17,9 @@ import torch
 
 from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.log import Log
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import iter_row_groups
 from recpress.data.errors import InputError
-from recpress.data.negatives.interaction_set import PositivePairs, mix, shift, signed
+from recpress.data.negatives.interaction_set import InteractionSet, mix, shift, signed
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.sampling.selection import HoldOut, Selection
 from recpress.data.seeds import key
@@ -141,24 +140,12 @@ def _most(config: TrainConfig, log: Log) -> int:
     return max(LEAST, min(MOST, MOST_SCORES // log.num_items)) if _full(config, log) else MOST
 
 
-def _groups(rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(place in `rows.groups`, its columns), one row group read ahead; what cannot be read and may be skipped, is."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
-        ahead = None
-        for number, place in enumerate(places):
-            data = (ahead or pool.submit(rows.read_or_skip, rows.groups[place], columns)).result()
-            following = places[number + 1 : number + 2]
-            ahead = pool.submit(rows.read_or_skip, rows.groups[following[0]], columns) if following else None
-            if data is not None:
-                yield place, data  # type: ignore[misc]  # ids and labels are arrays
-
-
 def _held_pairs(config: TrainConfig, log: Log, selection: Selection, ranks: Ranks, counts: np.ndarray) -> Pairs:
     """Held-out pairs of this rank's row groups; adds the other rows of the sample to `counts`, unless it is empty."""
     user, item, label = log.schema.user, log.schema.item, log.schema.label if config.use_label else None
     found: list[Pairs] = [_no_pairs()]
     places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
-    for place, data in _groups(log.train, [user, item] + ([label] if label else []), places):
+    for place, data in iter_row_groups(log.train, [user, item] + ([label] if label else []), places):
         held = selection.held_out(place)
         if label:  # a row that says "no" is no item to rank first
             held = held[data[label][held] >= 0.5]
@@ -188,7 +175,7 @@ def _seen_pairs(log: Log, selection: Selection, users: np.ndarray, ranks: Ranks)
     user, item = log.schema.user, log.schema.item
     found: list[Pairs] = [_no_pairs()]
     places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
-    for place, data in _groups(log.train, [user, item], places):
+    for place, data in iter_row_groups(log.train, [user, item], places):
         at = np.minimum(np.searchsorted(users, data[user]), len(users) - 1)
         wanted = users[at] == data[user]
         wanted[selection.held_out(place)] = False
@@ -204,11 +191,11 @@ def _sampled(held: Pairs, seen: Pairs, log: Log, count: int, seed: int) -> Sampl
     world_users = -(-log.num_users // torch.distributed.get_world_size())
     held = _sent(held, world_users)
     seen = _sent(seen, world_users)
-    seen_set = PositivePairs.of_pairs(*seen, log.num_items)
+    seen_set = InteractionSet.of_pairs(*seen, log.num_items)
     users, items = (torch.from_numpy(array) for array in held)
     new = ~seen_set.contains(users, items)
     users, items = users[new], items[new]
-    met = PositivePairs.of_pairs(
+    met = InteractionSet.of_pairs(
         np.concatenate([seen[0], users.numpy()]), np.concatenate([seen[1], items.numpy()]), log.num_items
     )
     owner = users.repeat_interleave(count)

@@ -216,7 +216,9 @@ def test_a_run_with_other_settings_or_inputs_is_refused_by_name(tmp_path):
         run_with(tmp_path, other)
     with pytest.raises(InputError, match=r"another log: fingerprint a, now b"):
         run_with(tmp_path, {"inputs": {"log": "b"}})
-    allowed = {"config": DESCRIBE["config"] | {"stream": {"batch_size": 16, "threads": 4}, "checkpoint": {"keep": 9}}}
+    allowed = {
+        "config": DESCRIBE["config"] | {"stream": {"batch_size": 16, "num_threads": 4}, "checkpoint": {"keep": 9}}
+    }
     run_with(tmp_path, allowed)
 
 
