@@ -42,9 +42,9 @@ from recpress.trainer.observability.metrics_log import MetricsLog
 from recpress.trainer.observability.profiling import Profiler
 from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.train.choice import NOISE, Cases, Choice, paired_gain, warn
-from recpress.trainer.train.follow import first_round
+from recpress.trainer.train.data import keep_global_batch, make_batches, make_stream, training_data
 from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, choose_sample, has_heldout
-from recpress.trainer.train.rows import make_batches, make_source, make_stream, stream_as_before, stream_stats
+from recpress.trainer.train.online import first_round
 from recpress.trainer.train.validation import ValidationRows, load_validation, plan_hold_out
 from recpress.trainer.versions import versions
 
@@ -133,9 +133,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 f"{log.train.num_rows:,} rows; --sample.rate 1 takes all of it"
             )
     checkpoints = _checkpoints(config, log, stream, ranks)
-    stream = stream_as_before(config, log, stream, checkpoints, ranks)
+    stream = keep_global_batch(config, log, stream, checkpoints, ranks)
     with raise_on_all_ranks():
-        source = make_source(config, log, stream, ranks, maps)
+        data = training_data(config, log, stream, ranks, maps)
     # `config` is what was asked for, which `recpress pipeline` compares; `resolved` has all defaults filled in.
     meta: dict[str, Any] = {
         "log": describe_log(log),
@@ -219,17 +219,16 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             fitted = fit(
                 model.dmp,
                 TrainOptimizer(model.dmp, config.optimizer, _total_steps(config, stream)),
-                lambda epoch, step: make_batches(source.stream_of(epoch), model, epoch, step),
+                lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
                 _fit_config(config, nothing=unproven or (choice is not None and choice.seen)),
                 device=ranks.device,
                 evaluate=evaluate if choice is not None else None,
                 accept=choice.accepts if choice is not None else None,
                 log=metrics_log,
                 checkpoints=checkpoints,
-                source=source,
+                data=data,
                 metrics=_rec_metrics(config, model, stream, ranks),
                 profiler=_profiler(config, checkpoints, ranks),
-                stream_stats=stream_stats(source),
             )
         if crossfit:
             put(model, False)
@@ -253,8 +252,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
             kept = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
             meta |= {
-                "rows": source.num_rows,
-                **source.describe(),
+                "rows": data.num_rows,
+                **data.describe(),
                 "rejects_positives": model.builder.negatives.reject is not None,
                 "kept_positives": kept,
                 "steps": fitted.steps,
@@ -279,7 +278,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     return TrainResult(
         fitted,
         metrics,
-        source.num_rows,
+        data.num_rows,
         setup_seconds,
         table_bytes,
         map_bytes,

@@ -1,8 +1,9 @@
-"""The rows of a training run: the stream, what follows it in a log that grows, and the batches."""
+"""The training data of a run: the stream of examples, and the batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from recpress.data.dataset.log import Log
@@ -15,9 +16,11 @@ from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.loop.source import Source
+from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.two_tower import ShardedTwoTower
-from recpress.trainer.train.follow import FollowedSource
+from recpress.trainer.train.online import OnlineData
+
+logger = logging.getLogger(__name__)
 
 
 def make_stream(
@@ -30,8 +33,8 @@ def make_stream(
     """The stream of this rank.
 
     Args:
-        global_batch: rows of a step on all ranks, where it is not by `batch_size`.
-        hold_out: validation rows, which are not trained on.
+        global_batch: rows of a step on all ranks; default: `batch_size` per rank.
+        hold_out: validation rows, which the stream skips.
     """
     columns = [log.schema.user, log.schema.item]
     if config.use_label:
@@ -52,30 +55,28 @@ def make_stream(
     )
 
 
-def stream_as_before(
+def keep_global_batch(
     config: TrainConfig, log: Log, stream: InteractionStream, checkpoints: Checkpoints, ranks: Ranks
 ) -> InteractionStream:
-    """The stream of the run that goes on: where the number of ranks has changed, its global batch stays."""
+    """The stream of a resumed run. If the world size has changed, it keeps the global batch size of the checkpoint."""
     if checkpoints.start is None or checkpoints.start.manifest["global_batch"] == stream.global_batch:
         return stream
     rows = int(checkpoints.start.manifest["global_batch"])
     checkpoints.describe["global_batch"] = rows
     if ranks.rank == 0:
-        print(
-            f"world size changed; keeping global batch size {rows:,} ({rows // ranks.world_size:,} per rank)",
-            flush=True,
-        )
+        per_rank = rows // ranks.world_size
+        logger.warning("world size changed; keeping global batch size %s (%s per rank)", f"{rows:,}", f"{per_rank:,}")
     with raise_on_all_ranks():
         return make_stream(config, log, ranks, rows, stream.hold_out)
 
 
-def make_source(
+def training_data(
     config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks, maps: Mapping[str, IdMap]
-) -> Source:
-    """What the loop takes rows from: the stream for all epochs, or rounds of the files of a log that grows."""
+) -> TrainingData:
+    """The stream for all epochs; or, for online training, also the rounds of new files."""
     if not config.follow.online:
-        return Source(stream, log.bad_files)
-    return FollowedSource(
+        return TrainingData(stream, log.bad_files)
+    return OnlineData(
         config,
         log,
         stream,
@@ -85,15 +86,11 @@ def make_source(
 
 
 def make_batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, step: int) -> Iterator[Batch]:
-    """Made in the stream's thread; on CUDA not there: kernels belong to the pipeline's own CUDA stream."""
+    """The batches of an epoch from a step on, built in the stream's thread.
+
+    On CUDA the main thread builds them, because their kernels belong to the CUDA stream of the pipeline.
+    """
     stream.set_epoch(epoch, step)
     if model.builder.device.type == "cuda":
         return map(model.builder, stream)
     return stream.map(model.builder)
-
-
-def stream_stats(source: Source) -> Callable[[], Mapping[str, float]] | None:
-    """What the stream says of itself, where it does: its `stats()` has `as_dict()`, name -> number."""
-    if not hasattr(source.stream, "stats"):
-        return None
-    return lambda: getattr(source.stream, "stats")().as_dict()  # noqa: B009 (streams need not have it)
