@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -12,15 +11,11 @@ from recpress.data.sampling.selection import HoldOut
 from recpress.data.stream.batch import Batch
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import Ranks
-from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.two_tower import ShardedTwoTower
 from recpress.trainer.train.online import OnlineData
-
-logger = logging.getLogger(__name__)
 
 
 def make_stream(
@@ -53,21 +48,6 @@ def make_stream(
         columns=columns,
         pin_memory=ranks.device.type == "cuda",
     )
-
-
-def keep_global_batch(
-    config: TrainConfig, log: Log, stream: InteractionStream, checkpoints: Checkpoints, ranks: Ranks
-) -> InteractionStream:
-    """The stream of a resumed run. If the world size has changed, it keeps the global batch size of the checkpoint."""
-    if checkpoints.start is None or checkpoints.start.manifest["global_batch"] == stream.global_batch:
-        return stream
-    rows = int(checkpoints.start.manifest["global_batch"])
-    checkpoints.describe["global_batch"] = rows
-    if ranks.rank == 0:
-        per_rank = rows // ranks.world_size
-        logger.warning("world size changed; keeping global batch size %s (%s per rank)", f"{rows:,}", f"{per_rank:,}")
-    with raise_on_all_ranks():
-        return make_stream(config, log, ranks, rows, stream.hold_out)
 
 
 def training_data(
