@@ -1,4 +1,4 @@
-"""Progress of a long comparison with its remaining time: a bar on a terminal, plain lines in a file."""
+"""Progress of a long comparison with its remaining time: a bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Longest silence of a command whose standard error is not a terminal."""
-_TICK_SECONDS = 1.0
+"""Longest silence if standard error is not a terminal."""
 
 
 class UnitProgress:
-    """Units of work of several kinds, of which each kind takes a similar time.
+    """Units of work of several kinds; units of one kind take a similar time.
 
-    A thread reports while a unit runs, so that a unit of an hour is not silent. The remaining time adds up, for each
-    kind, the units to do times the mean seconds of those that were done; a kind that was not measured yet counts as
-    the mean of all units.
+    A thread reports while a unit runs, so that a unit of an hour is not silent. The remaining time is, for each kind,
+    the number of units left times the mean seconds of those done; a kind without a measurement uses the mean of all.
 
     Args:
         name: of the command.
-        units: kind -> number of units to do.
-        shown: False on ranks that say nothing.
-        stream: where lines and the bar go; standard error by default.
-        line_seconds: longest time without a line where the stream is not a terminal.
+        units: kind -> number of units.
+        shown: False on ranks that print nothing.
+        stream: of lines and bar; standard error by default.
+        line_seconds: longest time without a line if the stream is not a terminal.
 
     Example:
         >>> with UnitProgress("compare hash", {"factorize": 1, "learned": 10}) as progress:
@@ -48,31 +45,27 @@ class UnitProgress:
         line_seconds: float = LINE_SECONDS,
     ) -> None:
         self._name, self._left = name, dict(units)
-        self._stream, self._line_seconds = stream or sys.stderr, line_seconds
-        self._shown, self._terminal = shown, shown and self._stream.isatty()
+        self._stream, self._line_seconds, self._shown = stream or sys.stderr, line_seconds, shown
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._kind, self._label, self._since = "", "", 0.0
-        self._begin = self._last = time.monotonic()
+        self._begin = self._last_line = time.monotonic()
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._bar = tqdm(
             total=sum(self._left.values()),
             desc=name,
-            disable=not self._terminal,
+            disable=not (shown and self._stream.isatty()),
             file=self._stream,
             dynamic_ncols=True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self._thread = threading.Thread(target=self._run, name="comparison-progress", daemon=True)
+        self._thread = threading.Thread(target=self._report, name="comparison-progress", daemon=True)
 
     def __enter__(self) -> UnitProgress:
-        self._begin = self._last = time.monotonic()
         if self._shown:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._shown:
             self._thread.join()
@@ -80,7 +73,7 @@ class UnitProgress:
 
     @contextmanager
     def unit(self, kind: str, label: str) -> Iterator[None]:
-        """One unit of work. `label` says what it is, in words."""
+        """One unit of work; `label` names it. A unit that raises is not done."""
         with self._lock:
             self._kind, self._label, self._since = kind, label, time.monotonic()
         yield
@@ -91,21 +84,16 @@ class UnitProgress:
             self._bar.update()
 
     def skip(self, kind: str, number: int) -> None:
-        """`number` units of this kind will not be done."""
+        """`number` units of this kind will not run."""
         with self._lock:
             self._left[kind] = max(0, self._left.get(kind, 0) - number)
             self._bar.total = self._total()
 
     def say(self, text: str) -> None:
-        """A result, as a line on standard output; the bar stays below it."""
-        if not self._shown:
-            return
-        with self._lock:
-            self._last = time.monotonic()
-            if self._terminal:
-                self._bar.write(text, file=sys.stdout)
-                sys.stdout.flush()
-            else:
+        """Print a result to standard output, above the bar."""
+        if self._shown:
+            with self._lock, tqdm.external_write_mode(file=sys.stdout):
+                self._last_line = time.monotonic()
                 print(text, flush=True)
 
     def remaining(self) -> float | None:
@@ -113,13 +101,12 @@ class UnitProgress:
         measured = [seconds for of_kind in self._seconds.values() for seconds in of_kind]
         if not measured:
             return None
-        mean = sum(measured) / len(measured)
         total = 0.0
         for kind, number in self._left.items():
-            of_kind = self._seconds.get(kind)
-            each = sum(of_kind) / len(of_kind) if of_kind else mean
+            of_kind = self._seconds.get(kind) or measured
+            each = sum(of_kind) / len(of_kind)
             total += number * each
-            if kind == self._kind and number:  # the running unit has done a part of its share
+            if kind == self._kind and number:  # a part of the running unit is done
                 total -= min(each, time.monotonic() - self._since)
         return total
 
@@ -128,23 +115,22 @@ class UnitProgress:
         total = self._total()
         done = total - sum(self._left.values())
         elapsed = tqdm.format_interval(time.monotonic() - self._begin)
-        now = f"; now {self._label}" if self._kind else ""
-        return f"{self._name}: {done} of {total} done, {elapsed} elapsed{self._about()}{now}"
+        return f"{self._name}: {done} of {total} done, {elapsed} elapsed{self._status()}"
 
-    def _about(self) -> str:
+    def _status(self) -> str:
         seconds = self.remaining()
-        return "" if seconds is None else f", about {tqdm.format_interval(seconds)} left"
+        left = "" if seconds is None else f", about {tqdm.format_interval(seconds)} left"
+        return left + (f"; now {self._label}" if self._kind else "")
 
     def _total(self) -> int:
         return sum(self._left.values()) + sum(map(len, self._seconds.values()))
 
-    def _run(self) -> None:
-        tick = min(_TICK_SECONDS, self._line_seconds)
+    def _report(self) -> None:
+        tick = min(1.0, self._line_seconds)
         while not self._stop.wait(tick):
             with self._lock:
-                if self._terminal:
-                    now = f"; {self._label}" if self._kind else ""
-                    self._bar.set_postfix_str(f"{self._about().removeprefix(', ')}{now}", refresh=True)
-                elif time.monotonic() - self._last >= self._line_seconds - tick:
-                    self._last = time.monotonic()
+                if not self._bar.disable:
+                    self._bar.set_postfix_str(self._status().lstrip(",; "), refresh=True)
+                elif time.monotonic() - self._last_line >= self._line_seconds - tick:
+                    self._last_line = time.monotonic()
                     print(self.line(), file=self._stream, flush=True)
