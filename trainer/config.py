@@ -132,7 +132,7 @@ class CheckpointConfig:
 class FollowConfig:
     """Training that goes on with the files that come to a log (docs/log.md)."""
 
-    on: Annotated[bool, _FOLLOW] = False
+    online: Annotated[bool, _FOLLOW] = False
     """After the epochs of the files that are there at the start, train once on each file that comes to the log. A
     signal ends it, with a checkpoint to go on from, or --follow.idle-minutes, with a model."""
     seconds: float = 30.0
@@ -202,10 +202,11 @@ _FROZEN: dict[str, Any] = {
     "epochs": 5,
 }
 _RANDOM = _FROZEN | {
-    "batch_size": 4096,
+    "batch_size": 1024,
     "dropout": 0.1,
     "penalty": 0.0,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
+    "table_learning_rate": 0.2,
     "schedule": "constant",
     "warmup_steps": 0,
     "epochs": 40,
@@ -247,7 +248,7 @@ class AutoStreamConfig(StreamConfig):
     """How the rows of a log become batches."""
 
     batch_size: int | None = None  # type: ignore[assignment]
-    """Rows of a batch on each rank; by default 2048, and 4096 with random tables."""
+    """Rows of a batch on each rank; by default 2048, and 1024 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,10 +256,10 @@ class AutoOptimizerConfig(OptimizerConfig):
     """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
 
     learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the dense part; by default 0.002, and 0.001 with random tables."""
+    """Of the dense part; by default 0.002, and 0.003 with random tables."""
     table_learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the fused row-wise Adagrad of the trainable tables; by default 0.05, and 0.01 for tables that start as
-    factors."""
+    """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 beside frozen factors,
+    and 0.01 for tables that start as factors."""
     schedule: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
     """After the warm-up: stay, or fall to zero at the last step of the last epoch. Holds for both learning rates. By
     default cosine; constant with random tables and with --follow."""
@@ -389,12 +390,12 @@ class TrainConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.follow.on and self.optimizer.schedule not in ("constant", None):
+        if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and a log "
                 "that is followed has none; expected constant"
             )
-        if self.follow.on and self.stop_after:
+        if self.follow.online and self.stop_after:
             raise InputError("stop_after: expected 0 with follow, which goes on after the last epoch")
 
     def resolved(self) -> TrainConfig:
@@ -403,7 +404,7 @@ class TrainConfig(NetworkConfig):
         if strategy == "auto":
             strategy = "random" if self.factors is None else "init-freeze"
         config = self
-        if self.follow.on:  # no last step to fall to, and nothing to choose at the end
+        if self.follow.online:  # no last step to fall to, and nothing to choose at the end
             every = 0 if self.evaluation.every is None else self.evaluation.every
             schedule = self.optimizer.schedule or "constant"
             config = replace(

@@ -23,7 +23,8 @@ from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.compare.result import run_facts
 from recpress.trainer.compare.setup import COMPARISON, prepare_log, quiet, split_validation, train_config
 from recpress.trainer.config import EvaluationConfig
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 from recpress.trainer.factorize.config import FactorizeConfig
@@ -131,7 +132,7 @@ class _Comparison:
                     device=self.config.device,
                 )
             )
-        with agreed():
+        with raise_on_all_ranks():
             factors = open_factors(path, self.log)
         self.dim = factors.dim
         if self.als.auto and result.auto is not None:  # once: all seeds and rates compare the same tables

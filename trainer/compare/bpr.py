@@ -18,7 +18,7 @@ from recpress.data.sampling.scan import iter_columns
 from recpress.trainer.compare.cadc_result import CurvePoint, MethodResult, SeedResult
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.distributed.collectives import all_reduce
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 
@@ -153,7 +153,7 @@ class BPRMethod:
     ) -> list[tuple[int, float, dict[str, float]]]:
         """(iterations, seconds, metrics) of each point. Rank 0 fits; all ranks evaluate. Collective."""
         path, config = self.folder / "bpr.npz", self.config
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 points = fit_bpr(log, settings, factors=self._dim, iterations=iterations, every=every, seed=seed)
                 arrays: dict[str, np.ndarray] = {"at": np.array([(p.iterations, p.seconds) for p in points])}

@@ -213,7 +213,8 @@ def _notes(config: CompareCadcConfig, peer: BPRMethod | None) -> list[str]:
             f"after {config.patience} epochs without improvement. A strategy that starts from factors may use the "
             "factors' own ranking (epoch 0). Then it was trained again on all of train.",
             "Speed-up: the time of random tables on all examples to their own best quality on those validation "
-            "examples, divided by the time of a method to the same quality. Curves have a point per epoch.",
+            "examples, divided by the time of a method to the same quality. Curves have a point per epoch; a method "
+            "that starts from factors has the factorization's quality from its end on.",
         ]
     else:
         notes.append(

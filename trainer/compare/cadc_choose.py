@@ -38,23 +38,25 @@ def choose(runs: CadcRuns, peer: BPRMethod | None) -> tuple[dict[str, Chosen], t
     config, seed, metric = runs.config, runs.config.seeds[0], runs.config.evaluation.metric
     path = str(runs.folder / "choose" / "log")
     split_validation(runs.log, path, seed, negatives=99)
-    made, factors_metrics = runs.factorize(path, "choose", seed)
-    found = {s.key: _choose_network(runs, path, s, made, factors_metrics[metric]) for s in STRATEGIES}
+    made, metrics = runs.factorize(path, "choose", seed)
+    factors = CurvePoint(seconds=made.seconds, epoch=0, metrics={metric: metrics[metric]})
+    found = {s.key: _choose_network(runs, path, s, made, factors) for s in STRATEGIES}
     if peer is not None and peer.available:
         log = open_heldout(path, config)
         for trial in range(config.trials):
             with runs.progress.unit("choose bpr", f"{peer.name}, trial {trial + 1} of {config.trials}"):
                 runs.progress.say(f"{peer.name}, trial {trial + 1} of {config.trials}: {peer.trial(log, trial, seed)}")
-    return found, (CurvePoint(seconds=made.seconds, epoch=0, metrics={metric: factors_metrics[metric]}),)
+    return found, (factors,)
 
 
 def _choose_network(
-    runs: CadcRuns, path: str, strategy: Strategy, made: FactorizeResult, factors_quality: float
+    runs: CadcRuns, path: str, strategy: Strategy, made: FactorizeResult, factors: CurvePoint
 ) -> Chosen:
     """The best of `config.trials` settings."""
     config, seed, metric = runs.config, runs.config.seeds[0], runs.config.evaluation.metric
     before = made.seconds if strategy.factors else 0.0
     before += made.crossfit_seconds if strategy.crossfit else 0.0
+    factors_quality = factors.metrics[metric]
     best, best_quality = None, 0.0
     for number, change in enumerate(TRIALS[strategy.network][: config.trials], 1):
         words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in change.items()) or "as configured"
@@ -71,7 +73,7 @@ def _choose_network(
             best = Chosen(
                 network,
                 0 if fallback else max(1, int(result.best_epoch or 0)),
-                _curve(strategy, result, before, metric, factors_quality),
+                _curve(strategy, result, before, metric, factors),
                 words,
                 result.setup_seconds + result.fit.train_seconds,
                 result.rows,
@@ -84,9 +86,9 @@ def _choose_network(
 
 
 def _curve(
-    strategy: Strategy, result: TrainResult, before: float, metric: str, factors_quality: float
+    strategy: Strategy, result: TrainResult, before: float, metric: str, factors: CurvePoint
 ) -> tuple[CurvePoint, ...]:
-    """Quality against all time spent; before the first step it is the factorization's own, if there is one.
+    """Quality against all time spent. What starts from factors has their quality (epoch 0) once these are made.
 
     With cross-fitted factors the evaluations while training rank with these, and the published model with those of all
     examples: only the two ends of its curve are comparable with other methods.
@@ -100,7 +102,7 @@ def _curve(
     }
     best = int(result.best_epoch or 0)
     if strategy.factors:
-        points[0] = CurvePoint(seconds=before, epoch=0, metrics={metric: factors_quality})
+        points[0] = factors
     if strategy.crossfit:
         points = {epoch: point for epoch, point in points.items() if epoch in (0, best)}
         if best:

@@ -19,7 +19,7 @@ from recpress.data.ingest import split as holdout
 from recpress.data.synthetic import interactions as data_synth
 from recpress.trainer.compare.config import CompareBothConfig, CompareCadcConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig, chosen_schema
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 
@@ -41,10 +41,10 @@ def prepare_log(config: CompareCadcConfig | CompareBothConfig, folder: Path) -> 
         InputError: the log cannot be used, or has no held-out rows. On every rank.
     """
     path = config.data or str(folder / "log")
-    with agreed():
+    with raise_on_all_ranks():
         if config.data is None and dist.get_rank() == 0:
             data_synth.synth(config.synth, path)
-    with agreed():
+    with raise_on_all_ranks():
         return path, open_heldout(path, config)
 
 
@@ -58,7 +58,7 @@ def open_heldout(path: str, config: CompareCadcConfig | CompareBothConfig) -> Lo
 
 def split_validation(log: Log, path: str, seed: int, negatives: int) -> None:
     """Write a log to `path` that holds one random train row of each user out, to choose settings on. Collective."""
-    with agreed():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0 and not Path(path).exists():
             holdout.leave_one_out(log, path, by="random", seed=seed, negatives=negatives)
 
