@@ -19,7 +19,6 @@ from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, sh
 from recpress.trainer.compare.both_result import BothResult, Point, both_report, format_both_table
 from recpress.trainer.compare.both_tables import Form, FullTables
 from recpress.trainer.compare.config import CompareBothConfig
-from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.compare.result import run_facts
 from recpress.trainer.compare.setup import COMPARISON, prepare_log, quiet, split_validation, train_config
 from recpress.trainer.config import EvaluationConfig
@@ -29,6 +28,7 @@ from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 from recpress.trainer.train.stage import TrainResult, train
 
@@ -83,7 +83,7 @@ class _Comparison:
             "rank": seeds * levels,
             "network": seeds * networks * levels,
         }
-        with UnitProgress("compare both", units, shown=dist.get_rank() == 0) as self.progress:
+        with UnitProgress("compare both", units, show=dist.get_rank() == 0) as self.progress:
             self.epochs = {rate: self._choose_epochs(rate) for rate in config.rates}
             for seed in config.seeds:
                 for rate in rates:

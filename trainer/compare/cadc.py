@@ -28,11 +28,11 @@ from recpress.trainer.compare.cadc_result import (
 )
 from recpress.trainer.compare.cadc_runs import STRATEGIES, CadcRuns, Strategy
 from recpress.trainer.compare.config import CompareCadcConfig
-from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.compare.result import run_facts
 from recpress.trainer.compare.setup import COMPARISON, prepare_log, rank_by_popularity
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.factorize.stage import FactorizeResult
+from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 
 
@@ -59,7 +59,7 @@ def compare_cadc(config: CompareCadcConfig) -> CadcResult:
 def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
     path, log = prepare_log(config, folder)
     peer = BPRMethod(config, folder, log) if config.bpr and log.train.num_rows <= bpr.MAX_ROWS else None
-    with UnitProgress("compare cadc", _units(config, peer), shown=dist.get_rank() == 0) as progress:
+    with UnitProgress("compare cadc", _units(config, peer), show=dist.get_rank() == 0) as progress:
         runs = CadcRuns(config, folder, path, log, progress)
         chosen = {s.key: Chosen(runs.network(s), runs.network(s).epochs) for s in STRATEGIES}
         factors_curve: tuple[CurvePoint, ...] = ()

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from recpress.data.dataset.artifact import read_manifest
 from recpress.data.dataset.log import Log
 from recpress.trainer.compare.config import CompareCadcConfig
-from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.compare.setup import quiet, train_config
 from recpress.trainer.config import NetworkConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import FactorizeResult, factorize
+from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 from recpress.trainer.train.stage import TrainResult, train
 

@@ -29,11 +29,11 @@ from recpress.trainer.compare.hash_result import (
     hash_report,
 )
 from recpress.trainer.compare.hash_settings import NAMES, Setting, search_axes, setting_of
-from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.compare.result import run_facts
 from recpress.trainer.compare.setup import COMPARISON
 from recpress.trainer.compare.ties import all_differences
 from recpress.trainer.compare.trials import Choice, search
+from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 
 
