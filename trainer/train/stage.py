@@ -214,7 +214,7 @@ def _log_too_few_rows(config: TrainConfig, unproven: bool) -> None:
             "--evaluation.every 0 trains without"
         )
     else:
-        logger.info(f"too few rows to hold validation rows out: trains for {config.epochs} epochs, without a choice")
+        logger.info(f"too few rows to hold validation rows out: training for all {config.epochs} epochs")
 
 
 def _fit(
