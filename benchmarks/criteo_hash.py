@@ -1,4 +1,4 @@
-"""How good is a DLRM with fewer table rows, by learned maps and by the hashing trick? A made log, Criteo's columns.
+"""How good is a DLRM with fewer table rows, by learned maps and by the hashing trick? A synthetic log like Criteo's.
 
 Takes 15 s small, 12 minutes full (reckoned, not timed), alone on two cores.
 

@@ -5,10 +5,10 @@ Takes 10 s small, 10 minutes full, alone on two cores.
     OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --rows-per-second 400000 --out runs/soak.json
     OMP_NUM_THREADS=1 python benchmarks/soak.py --cases --minutes 0.5 --rows-per-second 1500000 --every 0.004
 
-Epoch after epoch of a made log, as fast as they come, or with `--rows-per-second` no faster than a trainer would take
-them. Every second (`--every`) the process's anonymous memory is read; what it had before the stream began is taken off.
-The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the stream
-promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
+Epoch after epoch of a synthetic log, as fast as possible, or with `--rows-per-second` no faster than a trainer would
+take them. Every second (`--every`) the anonymous memory of the process is read, above what it was before the stream
+began. The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the
+stream promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
 docs/how/stream.md.
 """
 
