@@ -28,9 +28,8 @@ fuzz: install-dev  ## ten minutes of damaged files for ingest (not a part of tes
 lint: install-dev  ## ruff, types, import rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@scripts/source_tree.sh
-	MYPYPATH=build/src $(BIN)/mypy -p recpress
-	PYTHONPATH=build/src $(BIN)/lint-imports
+	MYPYPATH=src $(BIN)/mypy -p recpress
+	$(BIN)/lint-imports
 
 format: install-dev  ## let ruff write the format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

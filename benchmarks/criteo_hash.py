@@ -27,21 +27,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from recpress.benchmarks.common import lines, publish, settings_of
-from recpress.data.config import SynthCriteoConfig
-from recpress.data.formats import CATEGORIES, INTS
-from recpress.data.log import iter_columns, open_log
-from recpress.data.rows import Rows
-from recpress.data.synth_criteo import MadeCriteo, synth_criteo
-from recpress.modules.config import HashConfig
-from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.problem import IdTable
-from recpress.modules.hashing.split import split_rows
-from recpress.modules.warmup import warm_up
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recpress.benchmarks.common import lines, publish, settings_of
+from recpress.data.config import SynthCriteoConfig
+from recpress.data.dataset.log import open_log
+from recpress.data.dataset.parquet_split import Rows
+from recpress.data.ingest.formats import CATEGORIES, INTS
+from recpress.data.sampling.scan import iter_columns
+from recpress.data.synthetic.criteo import MadeCriteo, synth_criteo
+from recpress.modules.config import HashConfig
+from recpress.modules.hashing.methods import build_map
+from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.split import split_rows
+from recpress.modules.hashing.warmup import warm_up
 
 SMALL = ("--rows", "60000", "--test-rows", "20000", "--ids", "20000", "--shares", "0.05", "--seeds", "0")
 

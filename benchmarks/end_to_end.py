@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from recpress.benchmarks.common import bars, lines, publish, settings_of
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 from recpress.data.config import SampleConfig, SynthConfig
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig

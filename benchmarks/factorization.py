@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
 from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 
@@ -64,7 +65,8 @@ def ours(log: Log, sizes: list[int], args: argparse.Namespace, factors: int, swe
     """A fit of `als` that is ready to run, of the part of the log that this rank has."""
     import torch
     import torch.distributed as dist
-    from recpress.modules.als import ALS
+
+    from recpress.modules.als.als import ALS
     from recpress.modules.config import ALSConfig
 
     torch.set_num_threads(max(1, args.threads // dist.get_world_size()))
@@ -131,6 +133,7 @@ def fit_of(engine: str, log: Log, sizes: list[int], args: argparse.Namespace, fa
 def measured(engine: str, folder: str, sizes: list[int], args: argparse.Namespace, factors: int) -> dict[str, float]:
     """One timed run on each rank; rank 0 has the figures of all."""
     import torch.distributed as dist
+
     from recpress.trainer.distributed.process_group import process_group
 
     with process_group("cpu") as place:

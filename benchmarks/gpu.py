@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from recpress.benchmarks.common import publish, settings_of
 from recpress.benchmarks.on_gpu import factorization, feeding, remapping, training
 from recpress.benchmarks.on_gpu.device import Ceilings, ceilings

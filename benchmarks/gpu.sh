@@ -13,7 +13,6 @@ if [ -n "${SETUP:-}" ]; then
     . "$SETUP" || { echo "gpu.sh: $SETUP failed" >&2; exit 1; }
     set -eu
 fi
-scripts/source_tree.sh
-export PYTHONPATH="$PWD/build/src${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}  # one process, no network
 exec "${PYTHON:-python3}" benchmarks/gpu.py --out "${OUT:-runs/gpu}" "$@"

@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.data import batch as batch_module
+from recpress.data.stream import batch as batch_module
 from recpress.trainer.cli import main as recpress
 from recpress.trainer.loop import optimizer as optimizer_module
 from recpress.trainer.train import stage as train_module  # noqa: F401  # imported once, before the ranks are forked

@@ -12,26 +12,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
 from recpress.benchmarks.plain_torch import PlainTwoTower
-from recpress.data.batch import ITEM, USER, Batch, BatchBuilder
 from recpress.data.config import LayoutConfig, SampleConfig, StreamConfig
-from recpress.data.log import open_log
-from recpress.data.negatives import UniformNegatives
-from recpress.data.stream import InteractionStream
-from recpress.data.writer import LogWriter
+from recpress.data.dataset.log import open_log
+from recpress.data.dataset.writer import LogWriter
+from recpress.data.negatives.negatives import UniformNegatives
+from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
+from recpress.data.stream.stream import InteractionStream
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.frozen import Storage, row_bytes
+from recpress.modules.frozen.frozen import Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import round_up
-from recpress.modules.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
-from recpress.trainer.watch.metrics_log import MetricsLog
-from torchrec import KeyedJaggedTensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from recpress.trainer.observability.metrics_log import MetricsLog
 
 OURS, BARE, DENSE, SPARSE = "recpress", "bare TorchRec", "DDP, dense", "DDP, sparse"
 LOOPS = {

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from recpress.data.config import LayoutConfig, Schema
-from recpress.data.writer import LogWriter
+from recpress.data.dataset.writer import LogWriter
 
 PIECE = 1 << 18
 CATEGORIES, FLOATS = 26, 13

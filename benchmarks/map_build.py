@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
 
 SMALL = ("--ids", "20000", "5000", "--dims", "16", "8", "--iterations", "5")
@@ -95,6 +96,7 @@ def _anonymous() -> int:
 def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.ndarray]:
     """A clustering that is ready to run; returns the row of each id."""
     import torch
+
     from recpress.modules.hashing.clustering import cluster
 
     torch.set_num_threads(case.threads)

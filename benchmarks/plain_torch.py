@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from recpress.modules.config import TwoTowerConfig
-from recpress.modules.two_tower import SideSpec, TwoTower, rows_key
-from recpress.trainer.config import OptimizerConfig
 from torch import nn
 from torchrec import KeyedJaggedTensor
+
+from recpress.modules.config import TwoTowerConfig
+from recpress.modules.two_tower.two_tower import SideSpec, TwoTower, rows_key
+from recpress.trainer.config import OptimizerConfig
 
 
 class PlainTables(nn.Module):

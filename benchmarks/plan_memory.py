@@ -32,15 +32,16 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+
 from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.data import artifact
 from recpress.data.config import SynthConfig
-from recpress.data.log import open_log
-from recpress.data.synth import synth
-from recpress.modules.factors import shard_name
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import open_log
+from recpress.data.synthetic.interactions import synth
+from recpress.modules.als.factors import shard_name
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.artifacts import FACTORS, describe_log
-from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS, save_maps
+from recpress.trainer.artifacts.factors import FACTORS, describe_log
+from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS, save_maps
 from recpress.trainer.plan.config import PlanConfig
 from recpress.trainer.plan.stage import plan
 

@@ -19,14 +19,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from recpress.benchmarks.made_logs import Made
-from recpress.data.config import SampleConfig, Schema, StreamConfig
-from recpress.data.keyed import KeyedBatches
-from recpress.data.log import open_log
-from recpress.data.side_table import JaggedColumn
-from recpress.data.stream import InteractionStream
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchrec import KeyedJaggedTensor
+
+from recpress.benchmarks.made_logs import Made
+from recpress.data.config import SampleConfig, Schema, StreamConfig
+from recpress.data.dataset.log import open_log
+from recpress.data.dataset.side_table import JaggedColumn
+from recpress.data.stream.keyed import KeyedBatches
+from recpress.data.stream.stream import InteractionStream
 
 Columns = dict[str, torch.Tensor | JaggedColumn]
 Read = Callable[[], float]

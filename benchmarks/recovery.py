@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the fixture of t
 
 from recpress.benchmarks.common import publish, settings_of
 from recpress.data.config import SynthConfig
-from recpress.data.synth import synth
-
+from recpress.data.synthetic.interactions import synth
 from tests.cluster.conftest import Jobs
 from tests.cluster.slurm import NODES, Slurm, wait_until
 

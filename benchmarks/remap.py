@@ -24,14 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.learned_hash import LearnedHash
-from recpress.modules.mapped_hash import MappedHash
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, MCHManagedCollisionModule
+
+from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.learned_hash import LearnedHash
+from recpress.modules.hashing.mapped_hash import MappedHash
 
 SMALL = (
     "--map-ids", "1000000", "--ids", "200000", "--runs", "7", "--step-ids", "100000", "--batch", "2048",

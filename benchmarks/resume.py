@@ -21,14 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+
 from recpress.benchmarks import made_logs, readers
 from recpress.benchmarks.common import MISSING, bars, publish, settings_of
 from recpress.benchmarks.made_logs import Made
 from recpress.benchmarks.measure import Cost, alone, cost
 from recpress.benchmarks.reader import imported
 from recpress.data.config import StreamConfig
-from recpress.data.log import open_log
-from recpress.data.stream import InteractionStream
+from recpress.data.dataset.log import open_log
+from recpress.data.stream.stream import InteractionStream
 
 SMALL = ("--rows", "8000000", "--file-rows", "500000", "--steps", "2")
 Resume = Callable[[int], float]

@@ -7,7 +7,7 @@ Takes 5 s small, 1 minute full (reckoned, not timed), alone on two cores.
 For each kind of sample: bytes read as a share of the log's (counted by the operating system), CPU seconds to read it,
 and how far estimates from it are spread over `--seeds` seeds, as variances over those of `rows`: of the mean time, and
 of the share of rows of the most popular item and of the most active user. Beside it the variance of the mean time that
-the design effect of the log (`recpress.data.design`) says.
+the design effect of the log (`recpress.data.sampling.design_effect`) says.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.measure import bytes_read
 from recpress.data.config import LayoutConfig, SampleConfig, SynthConfig
-from recpress.data.design import design_effects
-from recpress.data.log import Log, iter_columns, open_log
-from recpress.data.sample import write_sample
-from recpress.data.selection import Selection
-from recpress.data.synth import synth
+from recpress.data.dataset.log import Log, open_log
+from recpress.data.sampling.design_effect import design_effects
+from recpress.data.sampling.sample import write_sample
+from recpress.data.sampling.scan import iter_columns
+from recpress.data.sampling.selection import Selection
+from recpress.data.synthetic.interactions import synth
 
 SMALL = ("--rows", "200000", "--group", "2000", "--seeds", "20")
 

@@ -43,6 +43,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+
 from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.loops import OURS, Case, Subject, made_batch
 from recpress.trainer.distributed.process_group import process_group

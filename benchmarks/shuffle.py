@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from recpress.benchmarks.common import publish, settings_of
 from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
-from recpress.data.log import open_log
-from recpress.data.stream import InteractionStream
-from recpress.data.synth import synth
+from recpress.data.dataset.log import open_log
+from recpress.data.stream.stream import InteractionStream
+from recpress.data.synthetic.interactions import synth
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.train.stage import train

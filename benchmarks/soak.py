@@ -21,13 +21,14 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
+
 from recpress.benchmarks import made_logs, readers
 from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.measure import alone, memory
 from recpress.data.config import SampleConfig, StreamConfig
-from recpress.data.keyed import KeyedBatch, KeyedBatches
-from recpress.data.log import open_log
-from recpress.data.stream import InteractionStream
+from recpress.data.dataset.log import open_log
+from recpress.data.stream.keyed import KeyedBatch, KeyedBatches
+from recpress.data.stream.stream import InteractionStream
 
 SMALL = ("--minutes", "0.1", "--every", "0.2", "--rows", "1000000")
 FULL = ("--minutes", "10")

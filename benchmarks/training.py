@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from recpress.benchmarks.common import lines, publish, settings_of
 from recpress.benchmarks.loops import BARE, LOOPS, OURS, Case, LogBatches, Subject, made_batch, make_log
 from recpress.benchmarks.processes import PeakMemory, in_own_processes, launched

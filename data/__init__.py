@@ -1,1 +1,1 @@
-"""The log: schema, Parquet stream, sampling, negatives, vocabularies, counts, converters, the made log."""
+"""Logs of interactions: datasets, sampling, the training stream, negatives, ingest, synthetic data."""

@@ -56,7 +56,7 @@ class StreamConfig:
     buffer_rows: int = 1 << 20
     """Rows of all ranks that are shuffled together; bounds the memory of the stream (see docs/stream.md)."""
     lanes: int = 8
-    """Stretches of the shuffled log that each batch draws from evenly (see `recpress.data.order`). A multiple
+    """Stretches of the shuffled log that each batch draws from evenly (see `recpress.data.stream.order`). A multiple
     of the number of ranks shares the decoding among them; a row group for each lane is in memory."""
     seed: int = 0
     """Seed of the order; the epoch is mixed in."""

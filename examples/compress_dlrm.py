@@ -9,13 +9,14 @@ import argparse
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from recpress.modules.compress import compress
-from recpress.modules.config import HashConfig
-from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.problem import IdTable
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM, DLRM_DCN
+
+from recpress.modules.compress.compress import compress
+from recpress.modules.config import HashConfig
+from recpress.modules.hashing.methods import build_map
+from recpress.modules.hashing.problem import IdTable
 
 DENSE, SPARSE, DIM = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1, 27)], 16
 

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recpress.launch.resources import RESOURCES
 from torchx import specs
 from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
+
+from recpress.launch.resources import RESOURCES
 
 ENV = {
     # Restarted workers otherwise read stale addresses from the agent's store (pytorch issue 135712).

@@ -11,8 +11,9 @@ TorchX reads signatures and docstrings from the source of each function, so the 
 from typing import List, Optional  # TorchX reads annotations by these names
 
 import torchx
-from recpress.launch.app import stage_app
 from torchx import specs
+
+from recpress.launch.app import stage_app
 
 
 def factorize(

@@ -7,17 +7,14 @@ place. A checkpoint without fingerprints loads as before: there is nothing to co
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from recpress.modules.rows import RowSource
 from torch import nn
 
-if TYPE_CHECKING:
-    from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.rows import RowSource
 
 PREFIX = "fingerprint."
 _SKETCH, _READ = 1024, 4
@@ -28,18 +25,6 @@ _TOLERANCE = 1e-4
 def is_fingerprint(name: str) -> bool:
     """Whether a name of a `state_dict` is that of a fingerprint."""
     return f".{PREFIX}" in f".{name}"
-
-
-def map_fingerprint(id_map: IdMap) -> torch.Tensor:
-    """(16,) uint8 of all that decides which rows an id gets, those of unknown ids included."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((tuple(id_map.rows.shape), id_map.num_rows, id_map.seed)).encode())
-    for part in (id_map.rows, id_map.weights):
-        if part is not None:
-            digest.update(str(part.dtype).encode())
-            for first in range(0, len(part), 1 << 22):
-                digest.update(part[first : first + (1 << 22)].cpu().contiguous().numpy().tobytes())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def rows_fingerprint(source: RowSource) -> torch.Tensor:

@@ -49,28 +49,28 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "synth": Command(
-        "recpress.trainer.logs.config:SynthCommand",
-        "recpress.trainer.logs.stages:synth",
+        "recpress.trainer.prepare.config:SynthCommand",
+        "recpress.trainer.prepare.stages:synth",
         "write a made log with planted tastes",
     ),
     "synth-criteo": Command(
-        "recpress.trainer.logs.config:SynthCriteoCommand",
-        "recpress.trainer.logs.stages:synth_criteo",
+        "recpress.trainer.prepare.config:SynthCriteoCommand",
+        "recpress.trainer.prepare.stages:synth_criteo",
         "write a made log with Criteo's columns",
     ),
     "ingest": Command(
-        "recpress.trainer.logs.config:IngestCommand",
-        "recpress.trainer.logs.stages:ingest",
+        "recpress.trainer.prepare.config:IngestCommand",
+        "recpress.trainer.prepare.stages:ingest",
         "convert a public format or a table to a log",
     ),
     "split": Command(
-        "recpress.trainer.logs.config:SplitConfig",
-        "recpress.trainer.logs.stages:split",
+        "recpress.trainer.prepare.config:SplitConfig",
+        "recpress.trainer.prepare.stages:split",
         "hold one row of each user out of a log",
     ),
     "sample": Command(
-        "recpress.trainer.logs.config:SampleCommand",
-        "recpress.trainer.logs.stages:sample",
+        "recpress.trainer.prepare.config:SampleCommand",
+        "recpress.trainer.prepare.stages:sample",
         "write a sample of a log once, for the many runs that follow",
     ),
     "factorize": Command(
@@ -275,6 +275,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _config(name: str, rest: list[str]) -> object:
     import tyro
+
     from recpress.trainer import config_file
 
     config = _load(COMMANDS[name].config)

@@ -7,19 +7,9 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from recpress.data.config import (
-    NegativesConfig,
-    SampleConfig,
-    Schema,
-    StreamConfig,
-)
+from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import (
-    LossConfig,
-    TablesConfig,
-    TowersConfig,
-    TwoTowerConfig,
-)
+from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 
 try:
     from tyro.conf import arg
@@ -212,10 +202,11 @@ _FROZEN: dict[str, Any] = {
     "epochs": 5,
 }
 _RANDOM = _FROZEN | {
-    "batch_size": 4096,
+    "batch_size": 1024,
     "dropout": 0.1,
     "penalty": 0.0,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
+    "table_learning_rate": 0.2,
     "schedule": "constant",
     "warmup_steps": 0,
     "epochs": 40,
@@ -257,7 +248,7 @@ class AutoStreamConfig(StreamConfig):
     """How the rows of a log become batches."""
 
     batch_size: int | None = None  # type: ignore[assignment]
-    """Rows of a batch on each rank; by default 2048, and 4096 with random tables."""
+    """Rows of a batch on each rank; by default 2048, and 1024 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +256,10 @@ class AutoOptimizerConfig(OptimizerConfig):
     """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
 
     learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the dense part; by default 0.002, and 0.001 with random tables."""
+    """Of the dense part; by default 0.002, and 0.003 with random tables."""
     table_learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the fused row-wise Adagrad of the trainable tables; by default 0.05, and 0.01 for tables that start as
-    factors."""
+    """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 beside frozen factors,
+    and 0.01 for tables that start as factors."""
     schedule: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
     """After the warm-up: stay, or fall to zero at the last step of the last epoch. Holds for both learning rates. By
     default cosine; constant with random tables and with --follow."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from recpress.benchmarks.on_gpu.device import Ceilings, kernels
-from recpress.modules.als import ALS, SweepReport
+from recpress.modules.als.als import ALS, SweepReport
 from recpress.modules.config import ALSConfig
 
 SWEEPS = 8

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from recpress.benchmarks import made_logs
 from recpress.benchmarks.on_gpu.training import KINDS, Subject, sizes, timed
-from recpress.data.batch import Batch, BatchBuilder
 from recpress.data.config import StreamConfig
-from recpress.data.log import open_log
-from recpress.data.negatives import UniformNegatives
-from recpress.data.stream import InteractionStream
+from recpress.data.dataset.log import open_log
+from recpress.data.negatives.negatives import UniformNegatives
+from recpress.data.stream.batch import Batch, BatchBuilder
+from recpress.data.stream.stream import InteractionStream
 
 
 class Clocked:

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from recpress.benchmarks.on_gpu.device import Ceilings, Job, seconds
 from recpress.benchmarks.remap import FEATURES, keyed, made_ids, made_map
-from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.hashing.learned_hash import LearnedHash
 
 ID_BYTES, ENTRY_BYTES = 8, 4
 

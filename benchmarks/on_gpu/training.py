@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from recpress.benchmarks.loops import bare_loop, made_batch, our_loop
 from recpress.benchmarks.on_gpu.device import kernels, synchronize
 from recpress.benchmarks.remap import made_map
-from recpress.data.batch import ITEM, USER, Batch
+from recpress.data.stream.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+
 from recpress.modules.hashing.problem import Progress
 from recpress.modules.rows import LARGEST, RowSource, blocks
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.louvain import Bipartite, Nodes, fit_resolution, levels

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+
 from recpress.modules.hashing.clustering import nearest
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.shared_rows import add_members
 from recpress.modules.rows import RowSource, blocks
-from recpress.modules.shared_rows import add_members
 
 FORMULA = ("modulo", "universal", "double")
 """Computed methods whose formula does not change with the number of ids."""

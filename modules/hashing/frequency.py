@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.problem import IdTable, need_counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.frequency import SHARE, most_frequent, private_rows
 from recpress.modules.hashing.id_map import IdMap, universal_hash

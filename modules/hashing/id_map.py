@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,3 +159,15 @@ def _signed(value: int) -> int:
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     """torch shifts the sign in; this shifts zeros in."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def map_fingerprint(id_map: IdMap) -> torch.Tensor:
+    """(16,) uint8 of all that decides which rows an id gets, those of unknown ids included."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((tuple(id_map.rows.shape), id_map.num_rows, id_map.seed)).encode())
+    for part in (id_map.rows, id_map.weights):
+        if part is not None:
+            digest.update(str(part.dtype).encode())
+            for first in range(0, len(part), 1 << 22):
+                digest.update(part[first : first + (1 << 22)].cpu().contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

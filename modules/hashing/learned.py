@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.clustering import cluster
 from recpress.modules.hashing.frequency import most_frequent, private_rows

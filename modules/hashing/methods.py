@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.cluster import cluster
 from recpress.modules.hashing.co_cluster import co_cluster

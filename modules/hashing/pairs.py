@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from recpress.modules.hashing.clustering import CHUNK, cluster
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.problem import Progress
+from recpress.modules.hashing.shared_als import SharedRows
 from recpress.modules.rows import RowSource, blocks
-from recpress.modules.shared_als import SharedRows
 
 _TINY = 1e-12
 _LEAST = 0.03

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import RowSource

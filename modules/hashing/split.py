@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.clustering import lloyd
 from recpress.modules.hashing.problem import IdTable, need_counts, need_embedding

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from recpress.benchmarks import made_logs, measure, readers, resume, shuffle
 from recpress.data.config import StreamConfig
 

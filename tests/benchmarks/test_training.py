@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from recpress.benchmarks import loops, training
 from recpress.benchmarks.loops import LOOPS, OURS, Case, LogBatches, make_log
 from recpress.benchmarks.processes import in_own_processes

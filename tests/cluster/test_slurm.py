@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from recpress.data.config import SynthConfig
-from recpress.data.synth import synth
 
+from recpress.data.config import SynthConfig
+from recpress.data.synthetic.interactions import synth
 from tests.cluster.conftest import Jobs, weights
 from tests.cluster.slurm import NODES, Slurm, wait_until
 

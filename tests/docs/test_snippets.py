@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.cli import COMMANDS, main
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.models.dlrm import DLRM
+
+from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -30,11 +30,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from recpress.data import artifact
+
 from recpress.data.config import IngestConfig
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest import ingest
-from recpress.data.log import open_log
+from recpress.data.ingest.ingest import ingest
 
 Pairs = list[tuple[str, str]]
 TOKENS = [

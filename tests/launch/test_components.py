@@ -10,10 +10,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from recpress.launch import components
-from recpress.launch.resources import RESOURCES
 from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
+
+from recpress.launch import components
+from recpress.launch.resources import RESOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["factorize", "hash", "train", "evaluate", "pipeline"]

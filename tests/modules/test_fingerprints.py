@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
-from recpress.modules.compress import compress
-from recpress.modules.fingerprints import map_fingerprint, rows_fingerprint
-from recpress.modules.hashing.id_map import IdMap
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from recpress.modules.compress.compress import compress
+from recpress.modules.fingerprints import rows_fingerprint
+from recpress.modules.hashing.id_map import IdMap, map_fingerprint
 from tests.ranks import run_on_ranks
 
 IDS, DIM = 30, 8

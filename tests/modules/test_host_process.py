@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
 import recpress.data
 import recpress.modules
-import torch
 from recpress.modules import freed
-from recpress.modules.als import ALS
-from recpress.modules.als_side import Workers
+from recpress.modules.als.als import ALS
+from recpress.modules.als.side import Workers
 from recpress.modules.config import ALSConfig
 
 

@@ -7,13 +7,14 @@ import hashlib
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data.batch import ITEM, USER, Batch
+from torchrec import KeyedJaggedTensor
+
+from recpress.data.stream.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
-from torchrec import KeyedJaggedTensor
 
 CPU = torch.device("cpu")
 USERS, ITEMS, DIM, ROWS, NEGATIVES = 40, 30, 8, 16, 3

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
+
 from recpress.data.errors import InputError
 from recpress.trainer import config_file
 from recpress.trainer.cli import COMMANDS, main

@@ -4,18 +4,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+
 from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import TablesConfig, TowersConfig
 from recpress.trainer.cli import _config
-from recpress.trainer.config import (
-    DEFAULTS,
-    EvaluationConfig,
-    FollowConfig,
-    NetworkConfig,
-    TrainConfig,
-    network_for,
-)
+from recpress.trainer.config import DEFAULTS, EvaluationConfig, FollowConfig, NetworkConfig, TrainConfig, network_for
 from recpress.trainer.train.inputs import choose_sample
 
 FACTORS = SimpleNamespace(crossfit=None)

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+
 from recpress.data.errors import InputError
-from recpress.modules.als import ALS
+from recpress.modules.als.als import ALS
 from recpress.modules.config import ALSConfig
 from recpress.trainer import cli
 from recpress.trainer.errors import RankFailed, explain
@@ -79,7 +80,7 @@ def test_sigterm_removes_what_is_not_finished(tmp_path):
     program = (
         "import sys, time\n"
         "from recpress.trainer import cli\n"
-        "from recpress.data.artifact import writing\n"
+        "from recpress.data.dataset.artifact import writing\n"
         "def stage(config):\n"
         f"    with writing({str(tmp_path / 'out')!r}, 'x'):\n"
         "        print('begun', flush=True)\n"

@@ -6,13 +6,14 @@ import tempfile
 
 import numpy as np
 import pytest
-from recpress.data import artifact, storage
+
 from recpress.data.config import SampleConfig, StreamConfig, SynthConfig
+from recpress.data.dataset import artifact, object_store
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.log import open_log
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer import artifacts
+from recpress.trainer.artifacts import factors as artifacts
 from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
@@ -21,12 +22,11 @@ from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.stage import make_maps
-from recpress.trainer.logs import stages as logs
-from recpress.trainer.logs.config import IngestCommand, SampleCommand, SplitConfig
 from recpress.trainer.pipeline.config import PipelineConfig
 from recpress.trainer.pipeline.stage import pipeline
+from recpress.trainer.prepare import stages as logs
+from recpress.trainer.prepare.config import IngestCommand, SampleCommand, SplitConfig
 from recpress.trainer.train.stage import train
-
 from tests.ranks import run_on_ranks
 from tests.s3_server import s3  # noqa: F401  # a fixture
 
@@ -78,7 +78,7 @@ def test_all_stages_do_there_what_they_do_on_local_disk(base, tmp_path):
         synth(SMALL, f"{place}/log")
     there, here = (run_on_ranks(stages, 1, place, str(tmp_path))[0] for place in (base, str(tmp_path)))
     assert there == here
-    assert json.loads(storage.read_bytes(f"{base}/metrics.json")) == pytest.approx(there)
+    assert json.loads(object_store.read_bytes(f"{base}/metrics.json")) == pytest.approx(there)
     for name in ("factors", "maps"):
         contents = [
             [(e["name"], e["fingerprint"]) for e in artifact.read_manifest(f"{place}/{name}")["contents"]]
@@ -87,7 +87,7 @@ def test_all_stages_do_there_what_they_do_on_local_disk(base, tmp_path):
         assert contents[0] == contents[1]
         assert contents[0]
     assert os.listdir(tmp_path / "tmp-0") == []  # nothing is left behind
-    assert storage.list_files(f"{base}/model.checkpoints") == {}
+    assert object_store.list_files(f"{base}/model.checkpoints") == {}
     assert not list((tmp_path / "cache").glob("checkpoints-*"))
 
 
@@ -112,7 +112,7 @@ def test_ranks_without_a_common_disk_make_one_artifact(base, tmp_path):
 
 def test_logs_are_split_ingested_and_extended_there(base, tmp_path):
     csv = "".join(f"u{n % 7},i{n % 31},{n}\n" for n in range(100))
-    storage.write_bytes(f"{base}/raw/a.csv", f"user,item,time\n{csv}".encode())
+    object_store.write_bytes(f"{base}/raw/a.csv", f"user,item,time\n{csv}".encode())
     columns = {"user": "user", "item": "item", "time": "time", "negatives": 2}
     logs.ingest(IngestCommand(input=f"{base}/raw", out=f"{base}/log", **columns))
     logs.ingest(IngestCommand(input=f"{base}/raw", out=f"{base}/log2", extend=f"{base}/log", **columns))
@@ -140,7 +140,7 @@ def test_an_embedding_is_read_from_there(base, tmp_path):
 
     matrix = np.arange(12, dtype=np.float32).reshape(4, 3)
     np.save(tmp_path / "x.npy", matrix)
-    storage.upload_file(tmp_path / "x.npy", f"{base}/x.npy")
+    object_store.upload_file(tmp_path / "x.npy", f"{base}/x.npy")
     np.testing.assert_array_equal(read_embedding(f"{base}/x.npy"), matrix)
     with pytest.raises(InputError, match="no such file"):
         read_embedding(f"{base}/y.npy")
@@ -186,5 +186,5 @@ def test_a_pipeline_skips_what_is_complete_on_a_store(base, tmp_path, monkeypatc
     )
     assert pipeline(config) == ["factorize", "evaluate"]
     assert pipeline(config) == []
-    assert "factorization" in json.loads(storage.read_bytes(f"{base}/run/metrics.json"))["methods"]
+    assert "factorization" in json.loads(object_store.read_bytes(f"{base}/run/metrics.json"))["methods"]
     assert not (tmp_path / "s3:").exists()

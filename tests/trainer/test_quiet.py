@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+
 from recpress.data.config import SynthConfig
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -14,19 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
 from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
+from recpress.modules.als.factors import FactorTable
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.factors import FactorTable
 from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.train.stage import train
-from torch.nn.parallel import DistributedDataParallel
-
 from tests.ranks import run_on_ranks
 
 ALS = ALSConfig(factors=16, sweeps=8)

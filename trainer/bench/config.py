@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
 from recpress.data.errors import InputError
 
 ALL = "all"

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
 from recpress.data.errors import InputError
 from recpress.trainer.report.page import (
     PLOT_STYLE,

@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from recpress.data.dataset.object_store import is_remote
 from recpress.data.errors import InputError
-from recpress.data.storage import is_remote
-from recpress.trainer.checkpoint import storage
+from recpress.trainer.checkpoint import dcp_storage
+from recpress.trainer.checkpoint.backends import RUN, VERSION, Damaged, LocalPlace, Place
 from recpress.trainer.checkpoint.file_bytes import describe
-from recpress.trainer.checkpoint.places import RUN, VERSION, Damaged, LocalPlace, Place
 from recpress.trainer.checkpoint.remote import RemotePlace
-from recpress.trainer.checkpoint.same_run import check_same_run
+from recpress.trainer.checkpoint.resume_check import check_same_run
 from recpress.trainer.checkpoint.staged import Staged, State
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.distributed.process_group import NO_TIMEOUT
 from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted, Signalled
-from torch.distributed.checkpoint.api import CheckpointException
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Checkpoint:
 
     def has(self, state: State) -> bool:
         """Whether it has all of these tensors, with these shapes; not collective."""
-        kept = storage.names(self.files)
+        kept = dcp_storage.names(self.files)
         return all(kept.get(name) == tuple(value.shape) for name, value in state.items())
 
     def load(self, state: State, group: dist.ProcessGroup | None) -> None:
@@ -61,7 +62,7 @@ class Checkpoint:
             InputError: a tensor is missing or has another shape. On every rank.
         """
         try:
-            storage.load(state, self.files, group)
+            dcp_storage.load(state, self.files, group)
         except CheckpointException as error:
             raise InputError(f"{self.path}: does not fit this run: {_reason(error)}") from error
 
@@ -97,7 +98,7 @@ class Checkpoints:
         self.last: str | None = None
         """The newest `step-*` that this run wrote or started from."""
         self._staged = Staged()
-        self._layouts: dict[frozenset[str], storage.Layout] = {}
+        self._layouts: dict[frozenset[str], dcp_storage.Layout] = {}
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
         self._due = time.monotonic()
@@ -198,14 +199,14 @@ class Checkpoints:
                 self._say(f"warning: a checkpoint was not written: {self._problem}; the run goes on, {instead}")
             self._problem = None
 
-    def _layout(self, state: State) -> storage.Layout:
+    def _layout(self, state: State) -> dcp_storage.Layout:
         """Made once for each kind of state: the weights, or everything, whose shapes stay what they are."""
         kind = frozenset(state)
         if kind not in self._layouts:
-            self._layouts[kind] = storage.lay_out(state, self.group)
+            self._layouts[kind] = dcp_storage.lay_out(state, self.group)
         return self._layouts[kind]
 
-    def _write(self, layout: storage.Layout, run: dict[str, Any], name: str) -> None:
+    def _write(self, layout: dcp_storage.Layout, run: dict[str, Any], name: str) -> None:
         tmp: Path | None = None
         try:
             tmp = folder = self.place.staging(self._on_rank_0(lambda: self.place.begin(name)))
@@ -222,9 +223,9 @@ class Checkpoints:
             if tmp is not None:
                 self.place.end(tmp)
 
-    def _put(self, layout: storage.Layout, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
+    def _put(self, layout: dcp_storage.Layout, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         """Write the files of this rank and bring them to their place; their sizes and checksums."""
-        found = storage.write(layout, self._staged, folder)
+        found = dcp_storage.write(layout, self._staged, folder)
         if self.rank == 0:
             (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
             small = [RUN, *(self.place.besides(folder) if name.startswith("step") else [])]

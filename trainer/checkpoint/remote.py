@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recpress.data import artifact, storage
+from recpress.data.dataset import artifact, object_store
 from recpress.data.errors import InputError
-from recpress.trainer.checkpoint.places import KIND, METRICS, NAME, Damaged, Place, check_file
+from recpress.trainer.checkpoint.backends import KIND, METRICS, NAME, Damaged, Place, check_file
 
 
 class RemotePlace(Place):
@@ -28,30 +28,30 @@ class RemotePlace(Place):
     def __init__(self, folder: str, rank: int) -> None:
         super().__init__(folder, rank)
         key = hashlib.sha256(folder.encode()).hexdigest()[:16]
-        self.work = storage.cache_folder() / f"checkpoints-{key}"
+        self.work = object_store.cache_folder() / f"checkpoints-{key}"
         self.metrics = self.work / METRICS
 
     def prepare(self) -> None:
-        probe = storage.join(self.folder, ".writable")
+        probe = object_store.join(self.folder, ".writable")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            storage.write_bytes(probe, b"")
-            storage.remove(probe)
+            object_store.write_bytes(probe, b"")
+            object_store.remove(probe)
         except (OSError, InputError) as error:
             raise InputError(f"{self.folder}: cannot hold checkpoints: {error}") from error
 
     def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) != 0:
             return
-        wanted, there = manifest["files"], storage.list_files(self.at(name))
+        wanted, there = manifest["files"], object_store.list_files(self.at(name))
         for file, want in sorted(wanted.items()):
             if there.get(file) != want["size"]:
                 have = there.get(file, "missing")
-                raise Damaged(f"{storage.join(self.at(name), file)}: expected {want['size']} bytes, is {have}")
+                raise Damaged(f"{object_store.join(self.at(name), file)}: expected {want['size']} bytes, is {have}")
         folder = self.files(name, manifest)
-        with storage.locked(folder):
+        with object_store.locked(folder):
             for file, want in sorted(wanted.items()):
-                _fetch(storage.join(self.at(name), file), folder / file, want)
+                _fetch(object_store.join(self.at(name), file), folder / file, want)
 
     def files(self, name: str, manifest: Mapping[str, Any]) -> Path:
         key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
@@ -69,7 +69,7 @@ class RemotePlace(Place):
 
     def put(self, staging: Path, name: str, files: Iterable[str]) -> None:
         for file in files:
-            storage.upload_file(staging / file, storage.join(self.at(name), file))
+            object_store.upload_file(staging / file, object_store.join(self.at(name), file))
 
     def commit(self, staging: Path, name: str, meta: dict[str, Any]) -> None:
         artifact.publish(self.at(name), KIND, meta, [{"name": file, **what} for file, what in meta["files"].items()])
@@ -90,8 +90,8 @@ class RemotePlace(Place):
             shutil.copytree(files / METRICS, self.metrics)
 
     def remove(self, name: str) -> None:
-        storage.remove(storage.join(self.at(name), artifact.MANIFEST))  # from here on it is not whole
-        storage.remove_folder(self.at(name))
+        object_store.remove(object_store.join(self.at(name), artifact.MANIFEST))  # from here on it is not whole
+        object_store.remove_folder(self.at(name))
 
     def remove_all(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -103,7 +103,7 @@ class RemotePlace(Place):
 
     def _found(self) -> dict[str, bool]:
         found: dict[str, bool] = {}
-        for path in storage.list_files(self.folder):
+        for path in object_store.list_files(self.folder):
             name, _, file = path.partition("/")
             if NAME.fullmatch(name):
                 found[name] = found.get(name, False) or file == artifact.MANIFEST
@@ -111,7 +111,7 @@ class RemotePlace(Place):
 
     def _bytes(self, name: str, file: str) -> bytes:
         try:
-            return storage.read_bytes(storage.join(self.at(name), file))
+            return object_store.read_bytes(object_store.join(self.at(name), file))
         except FileNotFoundError as error:
             raise Damaged(f"no {file}") from error
 
@@ -120,7 +120,7 @@ def _fetch(address: str, path: Path, want: Mapping[str, Any]) -> None:
     """Make `path` a copy, and check it. Raises Damaged."""
     for last in (False, True):  # once more: it may have been damaged on its way
         if not path.exists():
-            storage.fetch_file(address, path)
+            object_store.fetch_file(address, path)
         try:
             return check_file(path, want, address)
         except Damaged:

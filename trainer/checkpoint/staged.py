@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from recpress.trainer.checkpoint.file_bytes import PAGE, new_checksum
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from recpress.trainer.checkpoint.file_bytes import PAGE, new_checksum
 
 State = dict[str, Any]
 """Name -> tensor (replicated, or of one rank alone) or ShardedTensor."""

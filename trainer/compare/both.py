@@ -14,15 +14,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data import holdout
-from recpress.data import synth as data_synth
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.log import open_log
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
+from recpress.data.ingest import split as holdout
+from recpress.data.synthetic import interactions as data_synth
+from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
+from recpress.modules.hashing.shared_als import SharedRows
 from recpress.modules.rows import round_up
-from recpress.modules.shared_als import SharedRows
-from recpress.trainer.artifacts import FactorsArtifact, open_factors, shared_artifact
+from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, shared_artifact
+from recpress.trainer.artifacts.id_maps import SIDES, open_maps
 from recpress.trainer.compare.both_report import BothResult, Point, format_both_table, write_both_report
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.compare.progress import UnitProgress
@@ -34,7 +36,6 @@ from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.budget import root
 from recpress.trainer.hash.config import HashStageConfig
-from recpress.trainer.hash.id_maps import SIDES, open_maps
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.train.stage import train
 from recpress.trainer.versions import versions

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.ticker import FuncFormatter, LogLocator
+from tabulate import tabulate  # type: ignore[import-untyped]
+
 from recpress.trainer.compare.report import chart, plot_legend
 from recpress.trainer.compare.ties import paired_difference
 from recpress.trainer.report.page import (
@@ -29,7 +31,6 @@ from recpress.trainer.report.page import (
     write_report,
 )
 from recpress.trainer.report.results import format_bytes, format_metric, save_json
-from tabulate import tabulate  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from recpress.data.log import Log, iter_columns
+
+from recpress.data.dataset.log import Log
+from recpress.data.sampling.scan import iter_columns
 
 INSTALL = "pip install implicit, or scripts/install.sh .venv bench"
 MAX_ROWS = 2_000_000

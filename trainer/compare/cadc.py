@@ -15,13 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data import holdout
-from recpress.data import synth as data_synth
-from recpress.data.artifact import read_manifest
+from tqdm import tqdm
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset.artifact import read_manifest
+from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.data.log import Log, open_log
-from recpress.trainer.artifacts import shared_artifact
+from recpress.data.ingest import split as holdout
+from recpress.data.synthetic import interactions as data_synth
+from recpress.trainer.artifacts.factors import shared_artifact
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.config import TRIALS, CompareCadcConfig, changed
 from recpress.trainer.compare.report import write_compare_report
@@ -43,7 +45,6 @@ from recpress.trainer.report.results import (
 )
 from recpress.trainer.train.stage import TrainResult, train
 from recpress.trainer.versions import versions
-from tqdm import tqdm
 
 COMPARISON = "comparison"
 

@@ -38,14 +38,14 @@ MAX_TRIALS = 3
 TRIALS: dict[str, tuple[dict[str, float], ...]] = {
     "random": (
         {},
-        {"batch_size": 1024, "learning_rate": 3e-3, "table_learning_rate": 0.2},
+        {"batch_size": 4096, "learning_rate": 1e-3, "table_learning_rate": 0.05},
         {"batch_size": 512, "learning_rate": 3e-3, "table_learning_rate": 0.2, "dropout": 0.5},
     ),
     "frozen": ({}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "dropout": 0.5}),
     "tuned": ({}, {"table_learning_rate": 0.003}, {"learning_rate": 1e-3, "table_learning_rate": 0.03}),
 }
 """Network of `compare cadc` -> what each trial changes in it. On sparse logs random tables need many small steps at a
-high rate to pass popularity before they learn the rows by heart; on dense ones large batches are as good and faster."""
+high rate to pass popularity before they overfit; on dense ones large batches may be as good and faster."""
 
 
 def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:

@@ -12,22 +12,23 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from recpress.data import artifact
-from recpress.data import synth as data_synth
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.log import open_log
-from recpress.modules.als import ALS
+from recpress.data.synthetic import interactions as data_synth
+from recpress.modules.als.als import ALS
+from recpress.modules.als.checks import check_factors
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import Factors
+from recpress.modules.als.interactions import InteractionBuilder
 from recpress.modules.config import ALSConfig, ALSParameters, HashConfig, HashMethod
-from recpress.modules.exchange import Exchange
-from recpress.modules.factor_checks import check_factors
-from recpress.modules.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
 from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.shared_als import SharedALS
 from recpress.modules.hashing.split import split_rows
-from recpress.modules.interactions import InteractionBuilder
 from recpress.modules.rows import round_up
-from recpress.modules.shared_als import SharedALS
 from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash_report import (
     HashMethodResult,

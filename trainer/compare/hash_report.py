@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from tabulate import tabulate  # type: ignore[import-untyped]
+
 from recpress.trainer.compare.report import chart, plot_legend
 from recpress.trainer.compare.ties import Difference, difference, places
 from recpress.trainer.report.page import (
@@ -29,7 +31,6 @@ from recpress.trainer.report.page import (
     write_report,
 )
 from recpress.trainer.report.results import format_bytes, format_metric, format_seconds, save_json
-from tabulate import tabulate  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True, kw_only=True)

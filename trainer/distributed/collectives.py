@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.trainer.distributed.process_group import agreed
 from torch import Tensor
+
+from recpress.trainer.distributed.process_group import agreed
 
 
 def rank_and_world() -> tuple[int, int]:

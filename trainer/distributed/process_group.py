@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
 from recpress.data.errors import InputError
 from recpress.modules.freed import on_freed
 from recpress.trainer.allocator import give_back

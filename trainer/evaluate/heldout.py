@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data.columns import Jagged
+
+from recpress.data.dataset.columns import Jagged
+from recpress.data.dataset.log import NEGATIVES, Log
+from recpress.data.dataset.parquet_split import Rows
 from recpress.data.errors import InputError
-from recpress.data.log import NEGATIVES, Log, Rows, iter_columns
+from recpress.data.sampling.scan import iter_columns
 from recpress.trainer.distributed.collectives import (
     all_gather,
     all_reduce,

@@ -21,16 +21,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data.columns import Jagged
-from recpress.data.errors import InputError
-from recpress.modules import ranking_metrics
-from recpress.modules.factors import FactorTable, RowBlocks
-from recpress.trainer.distributed.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
-from recpress.trainer.evaluate.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
 from torch import Tensor
 
-VectorFn = Callable[[Tensor], Tensor]
-"""ids (B,) int64 -> vectors (B, D), always the same B. May be collective: all ranks call it equally often."""
+from recpress.data.dataset.columns import Jagged
+from recpress.data.errors import InputError
+from recpress.modules.als.factors import FactorTable, RowBlocks
+from recpress.trainer.distributed.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
+from recpress.trainer.evaluate import metrics as ranking_metrics
+from recpress.trainer.evaluate.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
+from recpress.trainer.model.vectors import VectorFn
 
 CPU = torch.device("cpu")
 ITEM_CHUNK = 4096

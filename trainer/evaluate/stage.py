@@ -6,15 +6,17 @@ import json
 import sys
 
 import torch
-from recpress.data import artifact, storage
+
+from recpress.data.dataset import artifact, object_store
+from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.data.log import Log, open_log
-from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
+from recpress.trainer.artifacts.factors import FACTORS, MODEL, open_factors
 from recpress.trainer.config import EvaluationConfig, chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
-from recpress.trainer.evaluate.ranking import VectorFn, evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.model.vectors import VectorFn
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -48,7 +50,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
         for line in notes(metrics, log, config.evaluation):
             print(line, file=sys.stderr)
         if config.out is not None:
-            storage.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
+            object_store.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 
 

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from recpress.data.batch import ITEM, USER, Batch, BatchBuilder
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
-from recpress.data.log import Log
-from recpress.data.negatives import make_negatives
-from recpress.data.stream import InteractionStream
+from recpress.data.dataset.log import Log
+from recpress.data.negatives.negatives import make_negatives
+from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
+from recpress.data.stream.stream import InteractionStream
+from recpress.modules.als.factors import Factors
 from recpress.modules.config import LogisticConfig
-from recpress.modules.factors import Factors
-from recpress.modules.logistic import LogisticMF
-from recpress.modules.two_tower import SideSpec
+from recpress.modules.two_tower.logistic import LogisticMF
+from recpress.modules.two_tower.two_tower import SideSpec
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.distributed.process_group import Ranks, agreed
 from recpress.trainer.loop.config import FitConfig

@@ -16,22 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
-from recpress.data.log import SIDES, Log, iter_columns
-from recpress.data.selection import Selection
-from recpress.modules.als import ALS, SweepReport
-from recpress.modules.als_auto import DEFAULTS, Choice
+from recpress.data.sampling.scan import iter_columns
+from recpress.data.sampling.selection import Selection
+from recpress.modules.als.als import ALS, SweepReport
+from recpress.modules.als.auto import DEFAULTS, Choice
+from recpress.modules.als.checks import check_factors
+from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig, ALSParameters
-from recpress.modules.factor_checks import check_factors
-from recpress.modules.factors import Factors, RowBlocks
-from recpress.trainer.artifacts import CROSSFIT, FACTORS, describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
 from recpress.trainer.factorize.config import FactorizeConfig
-from recpress.trainer.logs.damaged import describe_lost, open_on_all_ranks, share_lost
-from tqdm import tqdm
+from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from recpress.data.errors import InputError
 from recpress.modules.hashing.problem import IdTable, need_embedding
 from recpress.modules.hashing.split import split_rows

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+
+from recpress.data.dataset.object_store import cached_file
 from recpress.data.errors import InputError
-from recpress.data.storage import cached_file
 from recpress.modules.rows import RowSource
 
 

@@ -6,16 +6,17 @@ import contextlib
 from typing import Any
 
 import torch
-from recpress.data import artifact, storage
+
+from recpress.data.dataset import artifact, object_store
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
 from recpress.modules.hashing.extend import extend_map, row_centres
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.pairs import extend_pairs
 from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.rows import RowSource
-from recpress.modules.shared_rows import shared_rows
-from recpress.trainer.hash.id_maps import open_maps
+from recpress.trainer.artifacts.id_maps import open_maps
 
 
 def extended_maps(path: str, log: Log, tables: list[IdTable]) -> list[IdMap]:
@@ -61,7 +62,7 @@ def _check_extends(path: str, log: Log, table: IdTable, old: IdMap) -> None:
     if extends and table.name in manifest.get("features", {}):
         with contextlib.suppress(OSError, InputError):  # the log before is gone: then nothing says what it was
             file = manifest["features"][table.name]["vocabulary"]
-            parent = artifact.fingerprint(storage.join(extends["log"], file))
+            parent = artifact.fingerprint(object_store.join(extends["log"], file))
     if old.vocabulary not in (None, table.vocabulary, parent):
         raise InputError(
             f"{path}: table {table.name!r} was made for another vocabulary than that which "

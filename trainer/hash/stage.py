@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
 from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.rows import check_source
-from recpress.modules.shared_rows import shared_rows
-from recpress.trainer.artifacts import describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import describe_log, shared_artifact
+from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import gather_arrays
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, working
@@ -24,11 +26,10 @@ from recpress.trainer.evaluate.heldout import read_pairs
 from recpress.trainer.hash.budget import budget, rows_of_tables
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.extend import extended_maps
-from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.hash.tables import read_tables
-from recpress.trainer.logs.damaged import describe_lost, open_on_all_ranks, share_lost
+from recpress.trainer.observability.progress import Steps
+from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.report.results import format_bytes
-from recpress.trainer.watch.progress import Steps
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,22 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from recpress.data import artifact
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log, iter_columns
+from recpress.data.sampling.scan import iter_columns
 from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.warmup import warm_up
 from recpress.modules.rows import RowSource
-from recpress.modules.warmup import warm_up
-from recpress.trainer.artifacts import open_factors
+from recpress.trainer.artifacts.factors import open_factors
+from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.distributed.process_group import agreed, working
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
-from recpress.trainer.hash.id_maps import SIDES
-from recpress.trainer.watch.progress import Steps
+from recpress.trainer.observability.progress import Steps
 
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

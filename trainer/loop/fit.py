@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
 from recpress.data.errors import InputError
-from recpress.data.sampling import key
-from recpress.modules.learned_hash import LearnedHash
-from recpress.modules.two_tower import TwoTower
+from recpress.data.seeds import key
+from recpress.modules.hashing.learned_hash import LearnedHash
+from recpress.modules.two_tower.two_tower import TwoTower
 from recpress.trainer.allocator import FreedMemory, give_back
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.process_group import WAITING_FOR_DATA, Heartbeat
@@ -26,15 +29,13 @@ from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.source import Source
 from recpress.trainer.loop.stopping import Decisions, StopSignal
 from recpress.trainer.model.weights import Snapshot
-from recpress.trainer.watch.interval import Interval
-from recpress.trainer.watch.metrics_log import MetricsLog
-from recpress.trainer.watch.profiling import Profiler
-from recpress.trainer.watch.progress import Progress
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from recpress.trainer.observability.interval import Interval
+from recpress.trainer.observability.metrics_log import MetricsLog
+from recpress.trainer.observability.profiling import Profiler
+from recpress.trainer.observability.progress import Progress
 
 if TYPE_CHECKING:
-    from recpress.trainer.watch.rec_metrics import RecMetrics
+    from recpress.trainer.observability.rec_metrics import RecMetrics
 
 Evaluate = Callable[[], Mapping[str, float]]
 Batches = Callable[[int, int], Iterable[Any]]

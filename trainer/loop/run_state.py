@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from recpress.modules.fingerprints import is_fingerprint
-from recpress.modules.two_tower import CountCodes
+from recpress.modules.two_tower.two_tower import CountCodes
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.loop.optimizer import TrainOptimizer
-from torch import nn
 
 
 def weights(model: nn.Module) -> State:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from recpress.data.bad_groups import Lost, TolerantRows
-from recpress.data.batch import Batch
-from recpress.data.stream import InteractionStream
+
+from recpress.data.sampling.corrupt_groups import Lost, TolerantRows
+from recpress.data.stream.batch import Batch
+from recpress.data.stream.stream import InteractionStream
 
 Next = Literal["round", "stop", "end"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from recpress.trainer.distributed.process_group import NO_TIMEOUT
 
 STOP, CHECKPOINT = 0, 1  # places in the flags

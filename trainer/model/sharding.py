@@ -10,10 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from recpress.data.errors import InputError
-from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection, Storage
-from recpress.modules.frozen_sharded import FrozenEmbeddingBagCollectionSharder
-from recpress.modules.frozen_tables import PlannedTable, stored_row_bytes
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -24,6 +20,11 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
+
+from recpress.data.errors import InputError
+from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollection, Storage
+from recpress.modules.frozen.sharded import FrozenEmbeddingBagCollectionSharder
+from recpress.modules.frozen.tables import PlannedTable, stored_row_bytes
 
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value

@@ -7,23 +7,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from recpress.data import artifact
-from recpress.data.batch import ITEM, USER, BatchBuilder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import Log
+from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
-from recpress.data.log import Log
-from recpress.data.negatives import Negatives, UniformNegatives
-from recpress.data.side_table import SideTable
+from recpress.data.negatives.negatives import Negatives, UniformNegatives
+from recpress.data.stream.batch import ITEM, USER, BatchBuilder
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.rows import LogCounts
-from recpress.modules.two_tower import SideSpec, TwoTower
-from recpress.trainer.artifacts import MODEL, FactorsArtifact, check_vocabulary
+from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
+from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
 from recpress.trainer.distributed.process_group import Ranks, agreed
-from recpress.trainer.evaluate.ranking import VectorFn
-from recpress.trainer.hash.id_maps import HashArtifact, load_maps
 from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
 WEIGHTS = "weights"
 MAPS = "maps"

@@ -7,11 +7,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from recpress.modules.factors import RowBlocks
-from recpress.modules.logistic import LogisticMF
-from recpress.modules.two_tower import TwoTower
 from torchrec import KeyedJaggedTensor
 
+from recpress.modules.als.factors import RowBlocks
+from recpress.modules.two_tower.logistic import LogisticMF
+from recpress.modules.two_tower.two_tower import TwoTower
+
+VectorFn = Callable[[torch.Tensor], torch.Tensor]
+"""ids (B,) int64 -> vectors (B, D), always the same B. May be collective: all ranks call it equally often."""
 Inputs = Callable[[torch.Tensor], tuple[KeyedJaggedTensor, torch.Tensor | None]]
 """Ids (n,) -> (features of these ids, stride n; their float features (n, F) or None)."""
 

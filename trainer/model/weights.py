@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from recpress.data.errors import InputError
 from recpress.modules.fingerprints import is_fingerprint
-from recpress.modules.frozen import QUANTIZED, FrozenEmbeddingBagCollection
-from recpress.modules.frozen_kernel import HasKernels
-from recpress.modules.frozen_sharded import ShardedFrozenEmbeddingBagCollection
+from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import HasKernels
+from recpress.modules.frozen.sharded import ShardedFrozenEmbeddingBagCollection
 from recpress.modules.rows import local_shards
 from recpress.trainer.distributed.process_group import meet
-from torch import nn
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """(row range, column range), end-exclusive."""

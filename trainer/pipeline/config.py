@@ -46,7 +46,7 @@ class PipelineConfig:
 
     def chosen(self) -> dict[StageName, StageConfig]:
         """The stages to run, in order, each with its full configuration."""
-        from recpress.data.storage import join  # imports pyarrow, which --help does without
+        from recpress.data.dataset.object_store import join  # imports pyarrow, which --help does without
 
         factors = self.factorize.out or join(self.out, "factors")
         maps = self.hash.out or join(self.out, "maps")

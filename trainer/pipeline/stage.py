@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from recpress.data import artifact, storage
+
+from recpress.data.dataset import artifact, object_store
+from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.data.log import Log, open_log
-from recpress.trainer.artifacts import FACTORS, MODEL
+from recpress.trainer.artifacts.factors import FACTORS, MODEL
+from recpress.trainer.artifacts.id_maps import HASH
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, waiting
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.hash.id_maps import HASH
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.pipeline.config import PipelineConfig, StageConfig, StageName
 from recpress.trainer.pipeline.summary import as_table, below_popularity, summarize
@@ -90,7 +91,7 @@ def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks
             warning = below_popularity(methods)
             content = {**last, "methods": methods, "warnings": [warning] if warning else [], "log": log.inputs()}
             assert stage.out is not None
-            storage.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
+            object_store.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
             if warning:
                 print(f"warning: {stage.out}: {warning}", file=sys.stderr, flush=True)
     _say(f"held-out rows\n{as_table(methods)}")
@@ -130,14 +131,14 @@ def _left(stages: dict[StageName, StageConfig], log: Log) -> list[StageName]:
 
 
 def _is_there(name: StageName, path: str) -> bool:
-    if not storage.is_remote(path):
+    if not object_store.is_remote(path):
         return Path(path).exists()
     if name in KINDS:
-        path = storage.join(path, artifact.MANIFEST)
+        path = object_store.join(path, artifact.MANIFEST)
     try:
-        storage.read_bytes(path)
+        object_store.read_bytes(path)
     except FileNotFoundError:
-        return name == "evaluate" and artifact.MANIFEST in storage.list_files(path)
+        return name == "evaluate" and artifact.MANIFEST in object_store.list_files(path)
     return True
 
 
@@ -147,7 +148,7 @@ def _log_files(name: StageName, path: str) -> list[dict[str, Any]] | None:
         files = artifact.read_manifest(path, KINDS[name])["log"]["files"]
     else:
         try:
-            files = json.loads(storage.read_bytes(path)).get("log")
+            files = json.loads(object_store.read_bytes(path)).get("log")
         except (ValueError, AttributeError) as error:
             raise InputError(f"{path}: not metrics of a pipeline: {error}; remove it") from error
     return list(files) if files is not None else None

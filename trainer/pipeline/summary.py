@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from recpress.data import artifact
-from recpress.data.log import Log
-from recpress.trainer.artifacts import FACTORS, MODEL, open_factors
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import Log
+from recpress.trainer.artifacts.factors import FACTORS, MODEL, open_factors
 from recpress.trainer.distributed.process_group import Ranks, agreed, working
 from recpress.trainer.evaluate.config import EvaluateConfig
-from recpress.trainer.evaluate.ranking import VectorFn, vectors_from_factors
+from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import evaluate, load_heldout, rank_heldout
+from recpress.trainer.model.vectors import VectorFn
 
 
 def summarize(

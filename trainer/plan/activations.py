@@ -6,11 +6,12 @@ import weakref
 from typing import Any, Literal, cast
 
 import torch
-from recpress.modules.towers import TowerInput
-from recpress.trainer.plan.job import Job
-from recpress.trainer.plan.shards import MetaTowers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from recpress.modules.two_tower.towers import TowerInput
+from recpress.trainer.plan.job import Job
+from recpress.trainer.plan.shards import MetaTowers
 
 
 class _Peak(TorchDispatchMode):

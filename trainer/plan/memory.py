@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from recpress.data.memory import KEPT
+from recpress.data.stream.memory import KEPT
 from recpress.modules.rows import BLOCK_BYTES
 from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.shards import MetaTowers, Shard, tables_of

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from recpress.data.batch import ITEM, USER
-from recpress.modules.frozen import FrozenEmbeddingBagCollection
-from recpress.modules.frozen_tables import stored_row_bytes
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.losses import make_loss
-from recpress.modules.two_tower import SideSpec, make_side
-from recpress.trainer.plan.job import Job
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.types import ShardingPlan
+
+from recpress.data.stream.batch import ITEM, USER
+from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.tables import stored_row_bytes
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.two_tower.losses import make_loss
+from recpress.modules.two_tower.two_tower import SideSpec, make_side
+from recpress.trainer.plan.job import Job
 
 
 class MetaTowers(nn.Module):

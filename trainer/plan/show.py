@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from tabulate import tabulate  # type: ignore[import-untyped]
+
 from recpress.trainer.plan.config import ClusterConfig
 from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.memory import gib, peaks
 from recpress.trainer.plan.shards import MetaTowers, tables_of
 from recpress.trainer.plan.sizing import Need
-from tabulate import tabulate  # type: ignore[import-untyped]
 
 
 def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict[str, Any], Need]]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import ShardingPlan
+
 from recpress.trainer.model.sharding import RESERVED, planner, sharders
 from recpress.trainer.plan.config import ClusterConfig
 from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.memory import GIB, Line, gib, peak, rank_lines
 from recpress.trainer.plan.shards import MetaTowers, Shard, even_shards, shards_by_rank
-from torchrec.distributed.planner import Topology
-from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingPlan
 
 MOST_RANKS = 1 << 14
 """Where the search for the smallest cluster ends."""

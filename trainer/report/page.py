@@ -15,6 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
 from recpress.trainer.report.results import write_whole
 
 INK, MUTED, GRID, PAPER = "#010101", "#010102", "#010103", "#010104"

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recpress.data.errors import InputError
 from tabulate import tabulate  # type: ignore[import-untyped]
+
+from recpress.data.errors import InputError
 
 VERSION = 2
 _T = {2: 4.3, 3: 4.3, 4: 3.2, 5: 2.8}

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from recpress.trainer.config import EvaluationConfig
 from recpress.trainer.distributed.collectives import all_reduce, rank_and_world
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
-from recpress.trainer.evaluate.ranking import VectorFn, vectors_from_factors
+from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import rank_heldout
+from recpress.trainer.model.vectors import VectorFn
 
 NOISE = 1.0
 """Standard errors of the mean gain per case that a network must gain."""

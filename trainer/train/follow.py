@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from recpress.data import storage
-from recpress.data.batch import Batch
+
+from recpress.data.dataset import object_store
+from recpress.data.dataset.growing_log import GrowingLog, Taken, open_round, refuse_new_ids
+from recpress.data.dataset.log import Log, Side
+from recpress.data.dataset.parquet_split import Rows
 from recpress.data.errors import InputError
-from recpress.data.follow import GrowingLog, Taken, open_round, refuse_new_ids
-from recpress.data.log import Log, Side
-from recpress.data.rows import Rows
-from recpress.data.selection import Selection
-from recpress.data.stream import InteractionStream
+from recpress.data.sampling.selection import Selection
+from recpress.data.stream.batch import Batch
+from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import agreed
-from recpress.trainer.hash.id_maps import SIDES
 from recpress.trainer.loop.source import Next, Source
 from recpress.trainer.train.unknown_ids import UnknownIds
 
@@ -54,10 +55,10 @@ def first_round(config: TrainConfig, checkpoints: str) -> list[str]:
 
 def _of_checkpoints(folder: str) -> list[str] | None:
     """All checkpoints of a run say the same of its first round."""
-    for name in sorted(storage.list_files(folder), reverse=True):
+    for name in sorted(object_store.list_files(folder), reverse=True):
         if name.startswith("step-") and name.endswith("/run.json"):
             try:
-                rounds = json.loads(storage.read_bytes(storage.join(folder, name)))["source"]["rounds"]
+                rounds = json.loads(object_store.read_bytes(object_store.join(folder, name)))["source"]["rounds"]
             except (ValueError, KeyError, TypeError, OSError):  # damaged, or not of a run that follows
                 continue
             return [file["name"] for file in rounds[0]]

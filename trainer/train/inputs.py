@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from recpress.data.config import SampleConfig
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
-from recpress.trainer.artifacts import FactorsArtifact, open_factors
+from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors
+from recpress.trainer.artifacts.id_maps import SIDES, HashArtifact, open_maps
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import Ranks
-from recpress.trainer.hash.id_maps import SIDES, HashArtifact, open_maps
 
 
 def choose_factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from recpress.data.batch import Batch
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
-from recpress.data.selection import HoldOut
-from recpress.data.stream import InteractionStream
+from recpress.data.sampling.selection import HoldOut
+from recpress.data.stream.batch import Batch
+from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig

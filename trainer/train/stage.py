@@ -13,15 +13,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from recpress.data import artifact, storage
+
+from recpress.data.dataset import artifact, object_store
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.log import Log
-from recpress.data.negatives import PositivePairs, make_negatives
-from recpress.data.order import ORDER_VERSION
-from recpress.data.stream import InteractionStream
+from recpress.data.negatives.negatives import PositivePairs, make_negatives
+from recpress.data.stream.order import ORDER_VERSION
+from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.allocator import give_back
-from recpress.trainer.artifacts import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact
+from recpress.trainer.artifacts.id_maps import SIDES, save_maps
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
@@ -30,25 +32,24 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout, show
-from recpress.trainer.hash.id_maps import SIDES, save_maps
-from recpress.trainer.logs.damaged import open_on_all_ranks
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, Features, ShardedTwoTower, build, describe_model
 from recpress.trainer.model.weights import save_weights
+from recpress.trainer.observability.metrics_log import MetricsLog
+from recpress.trainer.observability.profiling import Profiler
+from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.train.choice import NOISE, Cases, Choice, paired_gain, warn
 from recpress.trainer.train.follow import first_round
 from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, choose_sample, has_heldout
 from recpress.trainer.train.rows import make_batches, make_source, make_stream, stream_as_before, stream_stats
 from recpress.trainer.train.validation import NoRows, ValidationRows, load_validation, plan_hold_out
 from recpress.trainer.versions import versions
-from recpress.trainer.watch.metrics_log import MetricsLog
-from recpress.trainer.watch.profiling import Profiler
 
 if TYPE_CHECKING:
-    from recpress.trainer.watch.prometheus import Endpoint
-    from recpress.trainer.watch.rec_metrics import RecMetrics
+    from recpress.trainer.observability.prometheus import Endpoint
+    from recpress.trainer.observability.rec_metrics import RecMetrics
 
 
 @dataclass
@@ -210,7 +211,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             return choice.evaluate(model.vectors("user"), model.vectors("item"))
 
         setup_seconds = time.monotonic() - begin
-        if ranks.rank == 0 and (config.tensorboard or storage.is_remote(checkpoints.folder)):
+        if ranks.rank == 0 and (config.tensorboard or object_store.is_remote(checkpoints.folder)):
             viewer = "tensorboard --logdir " if config.tensorboard else ""
             print(f"metrics while it runs: {viewer}{checkpoints.metrics}", flush=True)
         with (
@@ -450,7 +451,7 @@ def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks
 
 
 def _checkpoint_folder(config: TrainConfig) -> str:
-    return config.checkpoint.folder or storage.beside(config.out, ".checkpoints")
+    return config.checkpoint.folder or object_store.beside(config.out, ".checkpoints")
 
 
 @contextmanager
@@ -459,7 +460,7 @@ def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> It
     made: Endpoint | None = None
     with agreed():
         if config.watch.port and ranks.rank == 0:
-            from recpress.trainer.watch.prometheus import Endpoint  # a run without one does not need its package
+            from recpress.trainer.observability.prometheus import Endpoint
 
             made = Endpoint(config.watch.port, config.watch.address, lambda: checkpoints.failures)
     try:
@@ -474,7 +475,7 @@ def _rec_metrics(
 ) -> RecMetrics | None:
     if not config.metrics.window:
         return None
-    from recpress.trainer.watch.rec_metrics import RecMetrics  # slow to import: torchmetrics
+    from recpress.trainer.observability.rec_metrics import RecMetrics  # slow to import: torchmetrics
 
     return RecMetrics(config.metrics, model.module.loss, rows=stream.global_batch, device=ranks.device)
 

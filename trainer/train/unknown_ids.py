@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from recpress.data.batch import ITEM, USER, Batch
+
+from recpress.data.stream.batch import ITEM, USER, Batch
 
 
 class UnknownIds:

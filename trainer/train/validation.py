@@ -15,22 +15,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from recpress.data.columns import Jagged
+
+from recpress.data.dataset.columns import Jagged
+from recpress.data.dataset.log import Log
+from recpress.data.dataset.parquet_split import Rows
 from recpress.data.errors import InputError
-from recpress.data.log import Log, iter_columns
-from recpress.data.pairs import PositivePairs, mix, shift, signed
-from recpress.data.rows import Rows
-from recpress.data.sampling import key
-from recpress.data.selection import HoldOut, Selection
+from recpress.data.negatives.interaction_set import PositivePairs, mix, shift, signed
+from recpress.data.sampling.scan import iter_columns
+from recpress.data.sampling.selection import HoldOut, Selection
+from recpress.data.seeds import key
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.collectives import all_gather_arrays, all_reduce, exchange
 from recpress.trainer.distributed.process_group import Ranks, agreed
-from recpress.trainer.evaluate.heldout import (
-    FullHeldout,
-    SampledHeldout,
-    full_from_pairs,
-    sampled_from_arrays,
-)
+from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_pairs, sampled_from_arrays
 from recpress.trainer.evaluate.stage import load_heldout
 
 SHARE = 0.1

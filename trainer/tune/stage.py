@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from recpress.data import storage
+
 from recpress.data.config import SampleConfig
+from recpress.data.dataset import object_store
 from recpress.data.errors import InputError
 from recpress.trainer.distributed.process_group import agreed, process_group
 from recpress.trainer.factorize.config import FactorizeConfig
@@ -54,7 +55,7 @@ def tune(config: TuneConfig) -> TuneResult:
     with process_group(config.device) as ranks, ExitStack() as stack:
         folders: list[str] = [""]
         with agreed():
-            if storage.is_remote(config.out):
+            if object_store.is_remote(config.out):
                 raise InputError(f"{config.out}: expected a local file")
             if Path(config.out).exists() and not config.overwrite:
                 raise InputError(f"{config.out}: exists; choose another --out, or --overwrite")

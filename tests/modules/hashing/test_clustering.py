@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import recpress.modules.hashing.clustering as clustering
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import recpress.modules.hashing.clustering as clustering
 from recpress.modules.hashing.clustering import cluster, lloyd, nearest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.extend import extend_map, row_centres
 from recpress.modules.hashing.id_map import IdMap

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.louvain import Bipartite
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map

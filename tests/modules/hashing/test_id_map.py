@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from recpress.modules.hashing.id_map import IdMap, universal_hash
 
 

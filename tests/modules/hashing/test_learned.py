@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.learned import learned
 from recpress.modules.hashing.methods import build_map

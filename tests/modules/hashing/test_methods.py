@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import universal_hash
 from recpress.modules.hashing.methods import METHODS, build_map

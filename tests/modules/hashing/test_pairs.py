@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import build_map
 from recpress.modules.hashing.pairs import extend_pairs, pair_rows
 from recpress.modules.hashing.problem import IdTable
-from recpress.modules.shared_als import SharedRows
+from recpress.modules.hashing.shared_als import SharedRows
 
 
 def planted(n: int = 600, k: int = 12, d: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

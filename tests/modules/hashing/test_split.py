@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.split import distortions, split_rows

@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+
 from recpress.benchmarks.common import bars, lines, publish
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 from recpress.data.errors import InputError

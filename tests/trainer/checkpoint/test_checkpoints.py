@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from recpress.data.errors import InputError
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import CheckpointConfig
@@ -15,7 +16,6 @@ from recpress.trainer.errors import Preempted
 from recpress.trainer.loop import run_state
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
-
 from tests.ranks import run_on_ranks
 from tests.trainer.small import CPU, batches, digest, sharded
 

@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 import xxhash
+
 from recpress.trainer.checkpoint import file_bytes
 from recpress.trainer.checkpoint.file_bytes import CHECKSUM, PAGE, describe, write
 

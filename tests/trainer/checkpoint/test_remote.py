@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from recpress.data import storage
+from torch import multiprocessing as mp
+
+from recpress.data.dataset import object_store
 from recpress.data.errors import InputError
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.checkpoint.remote import RemotePlace
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.loop.fit import FitConfig, fit
-from recpress.trainer.watch.metrics_log import MetricsLog
-from torch import multiprocessing as mp
-
+from recpress.trainer.observability.metrics_log import MetricsLog
 from tests.ranks import run_on_ranks
 from tests.s3_server import BUCKET, s3  # noqa: F401  # a fixture
 from tests.trainer.checkpoint.test_checkpoints import DESCRIBE, Killed, train
@@ -53,7 +53,7 @@ def crashed(folder, crash, **config):
 
 
 def names(folder):
-    return sorted({path.partition("/")[0] for path in storage.list_files(folder)})
+    return sorted({path.partition("/")[0] for path in object_store.list_files(folder)})
 
 
 def apart(folder, cache):
@@ -123,7 +123,7 @@ def test_a_store_that_goes_on_failing_costs_one_checkpoint_and_no_step(base, s3,
 
 
 def kept(folder):
-    return crashed(folder, 17, keep=2), storage.list_files(folder)
+    return crashed(folder, 17, keep=2), object_store.list_files(folder)
 
 
 def test_only_the_last_ones_are_kept(base):
@@ -135,15 +135,15 @@ def test_only_the_last_ones_are_kept(base):
 def damage(folder, how):
     crashed(folder, crash=11)
     file = f"{folder}/step-00000009/tensors-0.bin"
-    content = storage.read_bytes(file)
+    content = object_store.read_bytes(file)
     if how == "truncated":
-        storage.write_bytes(file, content[: len(content) // 2])
+        object_store.write_bytes(file, content[: len(content) // 2])
     elif how == "flipped bit":
-        storage.write_bytes(file, content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+        object_store.write_bytes(file, content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     elif how == "no object":
-        storage.remove(file)
+        object_store.remove(file)
     elif how == "no best":
-        storage.remove(f"{folder}/best-00000006/manifest.json")
+        object_store.remove(f"{folder}/best-00000006/manifest.json")
     return train(folder)
 
 
@@ -205,7 +205,7 @@ def with_metrics(folder, crash=None):
         return (
             steps,
             events,
-            list(storage.list_files(folder)),
+            list(object_store.list_files(folder)),
             list(Path(os.environ["RECPRESS_CACHE"]).glob("checkpoints-*")),
         )
 

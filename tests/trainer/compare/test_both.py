@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, TowersConfig, TwoTowerConfig
@@ -14,7 +15,6 @@ from recpress.trainer.compare.both import compare_both
 from recpress.trainer.compare.both_report import BothResult, Point, format_both_table
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig
-
 from tests.ranks import run_on_ranks
 
 LOG = SynthConfig(users=600, items=300, rows=18_000, tastes=10)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from recpress.data.config import SynthConfig
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.log import open_log
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.cadc import _BPR, STRATEGIES, _Steps, compare_cadc

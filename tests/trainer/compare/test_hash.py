@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig

@@ -6,6 +6,7 @@ import io
 import threading
 
 import pytest
+
 from recpress.trainer.compare import progress
 from recpress.trainer.compare.progress import UnitProgress
 

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
+
 from recpress.data.errors import InputError
 from recpress.trainer.compare.report import write_compare_report
 from recpress.trainer.report.page import SERIES, Plot, Section, plot_svg, write_report

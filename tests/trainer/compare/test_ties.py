@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from recpress.trainer.compare.ties import all_differences, difference, paired_difference, places
 
 

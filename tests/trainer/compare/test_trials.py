@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from recpress.trainer.compare.trials import search
 
 AXES = {"a": (0, 1, 2, 3), "b": (0, 10, 20), "c": (0, 100)}

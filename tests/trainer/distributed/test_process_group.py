@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
 from recpress.data.errors import InputError
 from recpress.trainer.distributed.process_group import agreed, process_group
-
 from tests.ranks import run_on_ranks
 
 PROGRAM = """

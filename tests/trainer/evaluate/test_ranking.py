@@ -10,18 +10,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recpress.data.columns import Jagged
-from recpress.data.errors import InputError
-from recpress.data.log import open_log
-from recpress.modules.factors import RowBlocks
-from recpress.trainer.evaluate import heldout as ho
-from recpress.trainer.evaluate.ranking import (
-    evaluate_full,
-    evaluate_sampled,
-    vectors_from_factors,
-    vectors_from_shard,
-)
 
+from recpress.data.dataset.columns import Jagged
+from recpress.data.dataset.log import open_log
+from recpress.data.errors import InputError
+from recpress.modules.als.factors import RowBlocks
+from recpress.trainer.evaluate import heldout as ho
+from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors, vectors_from_shard
 from tests.ranks import run_on_ranks
 
 DATA = Path(os.environ.get("RECPRESS_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))

@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+
 from recpress.data.config import SampleConfig
-from recpress.data.log import open_log
+from recpress.data.dataset.log import open_log
 from recpress.modules.config import LogisticConfig
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.factorize.logistic import factorize_logistic
-
 from tests.ranks import run_on_ranks
 
 GROUPS, USERS, ITEMS = 4, 60, 40

@@ -6,14 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+
 from recpress.data.config import IngestConfig
-from recpress.data.ingest import ingest
-from recpress.data.log import open_log
+from recpress.data.dataset.log import open_log
+from recpress.data.ingest.ingest import ingest
+from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig
-from recpress.modules.factors import Factors, RowBlocks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import LARGE, _unused_ids, factorize
-
 from tests.ranks import run_on_ranks
 
 FAR = 500_000

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from recpress.data.errors import InputError
 from recpress.trainer.hash.embeddings import read_embedding
 

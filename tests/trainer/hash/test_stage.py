@@ -11,19 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from recpress.data.config import IngestConfig, Schema, SynthConfig
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest import ingest
-from recpress.data.log import open_log
-from recpress.data.synth import synth
+from recpress.data.ingest.ingest import ingest
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
-from recpress.trainer.artifacts import open_factors
+from recpress.trainer.artifacts.factors import open_factors
+from recpress.trainer.artifacts.id_maps import open_maps
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.config import HashStageConfig
-from recpress.trainer.hash.id_maps import open_maps
 from recpress.trainer.hash.stage import make_maps
-
 from tests.ranks import run_on_ranks
 
 USERS, ITEMS = 400, 300

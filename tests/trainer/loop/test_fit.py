@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+
 from recpress.data.errors import InputError
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
-from recpress.trainer.watch.metrics_log import MetricsLog
-
+from recpress.trainer.observability.metrics_log import MetricsLog
 from tests.ranks import run_on_ranks
 from tests.trainer.small import CPU, batches, digest, frozen_bits, sharded
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.optimizer import schedule_factor
-
 from tests.ranks import run_on_ranks
 from tests.trainer.small import batches, sharded
 

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.trainer import open_log as damaged
 from recpress.trainer.config import OptimizerConfig, TrainConfig
-from recpress.trainer.logs import damaged
 from recpress.trainer.train.stage import train
-
 from tests.ranks import run_on_ranks
 
 GROUP = 50

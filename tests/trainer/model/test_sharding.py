@@ -6,13 +6,13 @@ from typing import get_args
 
 import pytest
 import torch
-from recpress.modules.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage
-from recpress.trainer.model.sharding import planner, sharders
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 
+from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage
+from recpress.trainer.model.sharding import planner, sharders
 from tests.ranks import run_on_ranks
 
 STORAGES = get_args(Storage)
@@ -86,6 +86,7 @@ def test_no_rank_of_64_gets_a_large_table_whole(storage: Storage) -> None:
 def on_two_ranks() -> list[tuple[int, int]]:
     """Bytes that the shards of this rank take, and the planner's."""
     import torch.distributed as dist
+
     from recpress.trainer.model.sharding import shard
 
     found = []

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+
 from recpress.data.errors import InputError
-from recpress.modules.two_tower import TwoTower
+from recpress.modules.two_tower.two_tower import TwoTower
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.model.vectors import id_features, tower_vectors
 from recpress.trainer.model.weights import Snapshot, load_weights, save_weights
-
 from tests.ranks import run_on_ranks
 from tests.trainer.small import CPU, ITEMS, USERS, batches, config, digest, sharded, sides
 

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig, LossConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.cli import main
 from recpress.trainer.config import TrainConfig
@@ -22,7 +23,6 @@ from recpress.trainer.pipeline.config import PipelineConfig
 from recpress.trainer.pipeline.stage import pipeline
 from recpress.trainer.pipeline.summary import as_table, below_popularity
 from recpress.trainer.train.stage import train
-
 from tests.ranks import run_on_ranks
 
 ALS = ALSConfig(factors=8, sweeps=2)

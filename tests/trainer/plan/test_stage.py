@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.learned_hash import LearnedHash
+from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.factorize.config import FactorizeConfig
@@ -24,8 +26,6 @@ from recpress.trainer.plan.shards import MetaTowers, shards_by_rank
 from recpress.trainer.plan.sizing import MOST_RANKS, assess, smallest
 from recpress.trainer.plan.stage import plan
 from recpress.trainer.train.stage import train
-from torch import nn
-
 from tests.ranks import run_on_ranks
 
 GIB = 1 << 30

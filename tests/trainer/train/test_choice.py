@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig, LossConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.config import AutoTablesConfig, CheckpointConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
@@ -18,7 +19,6 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.train.choice import Choice, paired_gain
 from recpress.trainer.train.stage import train
-
 from tests.ranks import run_on_ranks
 
 HARMFUL = OptimizerConfig(learning_rate=0.3, schedule="constant")

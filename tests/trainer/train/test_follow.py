@@ -16,16 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from recpress.data import artifact
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.log import open_log
 from recpress.modules.config import ALSConfig, TablesConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.artifacts import describe_log
+from recpress.trainer.artifacts.factors import describe_log
+from recpress.trainer.artifacts.id_maps import HASH, save_maps
 from recpress.trainer.config import FollowConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.hash.id_maps import HASH, save_maps
 from recpress.trainer.train.follow import _advice
 
 USERS, ITEMS = 60, 40
@@ -35,7 +36,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from recpress.trainer.loop import optimizer
-from recpress.data.batch import BatchBuilder
+from recpress.data.stream.batch import BatchBuilder
 from recpress.trainer.cli import main
 
 seen, rank, step_to_die = sys.argv[1], os.environ["RANK"], int(sys.argv[2])

@@ -10,29 +10,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from recpress.data import artifact
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.log import open_log
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
+from recpress.modules.als.factors import FactorTable
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.factors import FactorTable
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.shared_rows import shared_rows
-from recpress.modules.two_tower import TwoTower
-from recpress.trainer.artifacts import describe_log
+from recpress.modules.hashing.shared_rows import shared_rows
+from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.trainer.artifacts.factors import describe_log
+from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.config import OptimizerConfig, TrainConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.hash.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import _Run
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
 from recpress.trainer.train.stage import train
-
 from tests.ranks import run_on_ranks
 from tests.trainer import small
 

@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
-from recpress.data.rows import Rows
+from recpress.data.dataset.parquet_split import Rows
 from recpress.modules.config import TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.config import OptimizerConfig, TrainConfig
 from recpress.trainer.train.stage import train

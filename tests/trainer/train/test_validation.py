@@ -7,17 +7,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from recpress.data.config import SampleConfig, Schema, StreamConfig
-from recpress.data.log import iter_columns, open_log
-from recpress.data.rows import Rows
-from recpress.data.selection import Selection
+from recpress.data.dataset.log import open_log
+from recpress.data.dataset.parquet_split import Rows
+from recpress.data.sampling.scan import iter_columns
+from recpress.data.sampling.selection import Selection
 from recpress.modules.config import TablesConfig, TwoTowerConfig
 from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.train.rows import make_stream
 from recpress.trainer.train.validation import LEAST_CASES, NoRows, ValidationRows, load_validation, plan_hold_out
-
 from tests.ranks import run_on_ranks
 
 USERS, ITEMS, ROWS, GROUP = 400, 150, 12_000, 1_000

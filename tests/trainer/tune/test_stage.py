@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from recpress.data.config import SynthConfig
-from recpress.data.synth import synth
+from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer import cli, config_file
 from recpress.trainer.compare.config import CompareCadcConfig

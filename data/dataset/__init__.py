@@ -1,0 +1,1 @@
+"""A log on disk: schema, Parquet splits, columns, filesystems, and artifacts with manifests."""

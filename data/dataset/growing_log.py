@@ -1,0 +1,153 @@
+"""A log that grows: new files of a folder or a glob, taken once they are whole.
+
+A file is whole when its Parquet footer can be read: the footer is what a writer writes last. Files whose names begin
+with a dot or an underscore are a writer's own. What was taken is known by name, size and fingerprint, in *rounds*: the
+files known at the start are round 0, and each look that finds new ones makes the next. A file's ordinal, of which the
+sample of its rows is a function, counts from round to round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from recpress.data.dataset import artifact
+from recpress.data.dataset.files import (
+    expand,
+    file_type,
+    first_line,
+    is_hidden,
+    is_pattern,
+    list_folder,
+    resolve,
+    shown,
+)
+from recpress.data.dataset.log import files_of
+from recpress.data.dataset.parquet_split import RowFile, Rows, groups_of, num_ids, open_file
+from recpress.data.dataset.partitions import constants
+from recpress.data.dataset.schema import agree
+from recpress.data.errors import InputError
+
+Taken = dict[str, Any]
+"""`name`, `size` and `fingerprint` of a file, as a checkpoint keeps them."""
+
+
+@dataclass
+class GrowingLog:
+    """Where the train files of a log appear. Lists them; nothing is read but footers and fingerprints.
+
+    Raises:
+        InputError: what lies there cannot grow: one file, or a log whose manifest lists its files.
+    """
+
+    path: str
+    _unfinished: dict[str, int] = field(default_factory=dict, repr=False)
+    """Name -> size, of files that had no footer at the last look; -1 where that was said."""
+
+    def __post_init__(self) -> None:
+        self._filesystem, self._inner = resolve(self.path)
+        self._glob = is_pattern(self._filesystem, self._inner)
+        if self._glob:
+            return
+        if file_type(self._filesystem, self._inner) != pafs.FileType.Directory:
+            raise InputError(f"{self.path}: cannot be followed; expected a folder, or a glob, in which files appear")
+        if artifact.MANIFEST in list_folder(self._filesystem, self._inner):
+            raise InputError(
+                f"{self.path}: cannot be followed: its {artifact.MANIFEST} lists all of its files; expected a folder "
+                "without one, or a glob"
+            )
+
+    def new_files(self, taken: Container[str] = ()) -> list[Taken]:
+        """Whole files whose names are not in `taken`, by name.
+
+        Raises InputError where the filesystem does not answer.
+        """
+        found = []
+        for name in self._list():
+            if name in taken or is_hidden(name.rsplit("/", 1)[-1]):
+                continue
+            try:
+                file = open_file(self._filesystem, name)
+                fingerprint = artifact.fingerprint(name, self._filesystem)
+            except (InputError, OSError, pa.ArrowException) as error:
+                self._not_whole(name, error)
+                continue
+            self._unfinished.pop(name, None)
+            found.append({"name": name, "size": file.size, "fingerprint": fingerprint})
+        return found
+
+    def _list(self) -> list[str]:
+        if self._glob:
+            return expand(self._filesystem, self._inner)
+        return files_of(self._filesystem, list_folder(self._filesystem, self._inner), "train")
+
+    def _not_whole(self, name: str, error: Exception) -> None:
+        """Says, once, that a file has not changed between two looks and is still not whole."""
+        size = self._filesystem.get_file_info(name).size or 0
+        before = self._unfinished.get(name)
+        if before == size:
+            logging.getLogger("recpress").warning(
+                "%s: not taken, not a whole Parquet file (yet): %s", shown(self._filesystem, name), first_line(error)
+            )
+        self._unfinished[name] = -1 if before in (size, -1) else size
+
+
+def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken], *, any_id: Collection[str] = ()) -> Rows:
+    """The rows of the files of one round, as those of `base`, the rows of round 0.
+
+    Args:
+        before: files of all rounds before it: they are not opened, and may be gone.
+        any_id: columns whose ids may be larger than those of round 0.
+
+    Raises:
+        InputError: a file that is gone, changed, or does not fit the log: a column that is missing, or of another type.
+    """
+    opened = []
+    names = [file["name"] for file in files]
+    given = constants(names, base.folders) if base.folders is not None else {}
+    for file in files:
+        where = shown(base.filesystem, file["name"])
+        opened.append(open_file(base.filesystem, file["name"], given.get(file["name"])))
+        found = artifact.fingerprint(file["name"], base.filesystem)
+        if found != file["fingerprint"]:
+            raise InputError(
+                f"{where}: has changed since it was taken (fingerprint {found}, was {file['fingerprint']}); expected a "
+                "log to which files are only added"
+            )
+    schemas = [(shown(base.filesystem, file.path), file.schema) for file in opened]
+    known = [replace(column, limit=None) if column.name in any_id else column for column in base.columns.values()]
+    columns = agree(known, schemas)
+    every = (*(RowFile(file["name"], file["size"], None) for file in before), *opened)
+    return replace(
+        base,
+        files=every,
+        groups=groups_of(every, len(before)),
+        columns={column.name: column for column in columns},
+    )
+
+
+def refuse_new_ids(rows: Rows, advice: Mapping[str, str]) -> None:
+    """Look in the footers for ids that are not below the limit of their column, before any row is trained on.
+
+    Args:
+        advice: column -> what to do about it, which ends the message.
+
+    Raises:
+        InputError: there is one; its file, row group, row and id, and the advice.
+    """
+    for name, what in advice.items():
+        column = rows.columns[name]
+        free = replace(rows, columns=rows.columns | {name: replace(column, limit=None)})
+        if column.limit is None or num_ids(free, name) <= column.limit:
+            continue
+        for group in rows.groups:
+            if num_ids(replace(free, groups=(group,)), name) > column.limit:
+                try:
+                    rows.read(group, [name])
+                except InputError as error:
+                    raise InputError(f"{error}; {what}") from error

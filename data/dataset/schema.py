@@ -1,0 +1,131 @@
+"""What the files of a log must agree on: their columns, which become one type whatever each file stores.
+
+Width and sign of integers, precision of floats, dictionaries, kinds of lists, nullability, the order of columns and
+columns that the schema does not name may differ from file to file: what is read is the same. What cannot become one
+meaning is refused: a column that a file lacks, strings for integers, lists beside single categories, and times of which
+it cannot be known that they are in one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pyarrow as pa
+
+from recpress.data.dataset.columns import Column, check_type, is_list
+from recpress.data.errors import InputError
+
+_UNITS = ("s", "ms", "us", "ns")  # from coarse to fine
+
+
+def agree(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -> list[Column]:
+    """The columns with what is common to all files; `Column.time` says what times are read as.
+
+    Args:
+        columns: with `time` already set, files must fit what it says (those of a log that were opened before).
+        schemas: path and schema of each file.
+
+    Raises:
+        InputError: a column that is missing, of a wrong type, or that cannot be read as in the other files.
+    """
+    found = []
+    for column in columns:
+        having = next((path for path, schema in schemas if column.name in schema.names), None)
+        for path, schema in schemas:
+            if having is not None and column.name not in schema.names:
+                raise InputError(
+                    f"{path}: no column '{column.name}', which {having} has; expected it in all files of the log "
+                    "(leave it out of the schema, or write the files anew with it)"
+                )
+            check_type(column, schema, path)
+        kinds = [(path, schema.field(column.name).type) for path, schema in schemas]
+        if column.role == "categorical":
+            _check_lists(column, kinds)
+        if column.role == "time":
+            column = replace(column, time=_times(column, kinds))
+        found.append(column)
+    return found
+
+
+def stored_as(columns: Sequence[Column], schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """Types that hold the columns of all files, to write them as one: as they are where the files do not differ."""
+    fields = []
+    for column in columns:
+        kinds = [schema.field(column.name).type for schema in schemas]
+        same = all(kind == kinds[0] for kind in kinds)
+        fields.append(pa.field(column.name, kinds[0] if same else _common(column, kinds[0])))
+    return pa.schema(fields)
+
+
+def _common(column: Column, kind: pa.DataType) -> pa.DataType:
+    match column.role:
+        case "label" | "float":
+            return pa.float64()
+        case "time":
+            zone, _, unit = str(column.time).partition(" ")
+            if unit:
+                return pa.timestamp(unit, "UTC" if zone == "UTC" else None)
+            return pa.int64() if zone == "integer" else pa.float64()
+    return pa.list_(pa.int64()) if is_list(kind) else pa.int64()
+
+
+def common_time(name: str, times: Sequence[tuple[str, str]]) -> str:
+    """What times of these kinds (path, `Column.time`) are all read as: their finest unit, which loses nothing.
+
+    Raises InputError where a unit is not known: numbers beside timestamps, or local times beside UTC.
+    """
+    first, kind = times[0]
+    for path, other in times[1:]:
+        if {kind, other} == {"integer", "float"}:
+            kind = "float"
+        elif kind != other:
+            (zone, _, unit), (other_zone, _, other_unit) = kind.partition(" "), other.partition(" ")
+            if zone != other_zone or not unit:
+                raise InputError(
+                    f"{path}, column '{name}': {_said(other)}, but {_said(kind)} in {first}; expected one kind in all "
+                    "files, or times would be mixed whose units differ"
+                )
+            kind = f"{zone} {max(unit, other_unit, key=_UNITS.index)}"
+    return kind
+
+
+def _times(column: Column, kinds: Sequence[tuple[str, pa.DataType]]) -> str:
+    named = [(path, _time_of(kind)) for path, kind in kinds]
+    if column.time is None:
+        return common_time(column.name, named)
+    for path, time in named:
+        if common_time(column.name, [("the files before it", column.time), (path, time)]) != column.time:
+            raise InputError(
+                f"{path}, column '{column.name}': {_said(time)}, but {_said(column.time)} in the files before it, "
+                "which cannot hold it; expected a unit that is not finer"
+            )
+    return column.time
+
+
+def _time_of(kind: pa.DataType) -> str:
+    """`integer`, `float`, or `local UNIT` and `UTC UNIT` of dates and timestamps."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_timestamp(kind):
+        return f"{'local' if kind.tz is None else 'UTC'} {kind.unit}"
+    if pa.types.is_date(kind):
+        return "local s"
+    return "integer" if pa.types.is_integer(kind) else "float"
+
+
+def _said(time: str) -> str:
+    zone, _, unit = time.partition(" ")
+    if not unit:
+        return f"numbers ({zone})"
+    return f"timestamps in {unit} ({'with' if zone == 'UTC' else 'without'} a time zone)"
+
+
+def _check_lists(column: Column, kinds: Sequence[tuple[str, pa.DataType]]) -> None:
+    first, kind = kinds[0]
+    for path, other in kinds[1:]:
+        if is_list(other) != is_list(kind):
+            raise InputError(
+                f"{path}, column '{column.name}': type {other}, but {kind} in {first}; expected lists in all files, or "
+                "in none"
+            )

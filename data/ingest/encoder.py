@@ -1,0 +1,362 @@
+"""Raw rows -> rows of a log, by vocabularies that grow as the rows stream by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recpress.data.config import IngestConfig
+from recpress.data.dataset.log import SIDES, Log, Side, open_log
+from recpress.data.dataset.parquet_split import read_whole
+from recpress.data.dataset.writer import LogWriter
+from recpress.data.errors import InputError
+from recpress.data.ingest import raw_values
+from recpress.data.ingest.raw_values import Times, plain
+from recpress.data.ingest.sources import Piece, Source
+from recpress.data.ingest.vocabulary import Vocabulary
+
+PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+_SUSPICIOUS = ("NA", "N/A", "NULL", "null", "NaN", "nan", "None", "\\N")
+
+
+class FinerTimes(Exception):
+    """Times need a finer unit than the rows that are written already have; ingestion begins anew with it."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(unit)
+        self.unit = unit
+
+
+class Encoder:
+    """Raw pieces -> rows of a log. Holds the vocabularies of users, items and categorical columns.
+
+    Args:
+        unit: of the times (`raw_values.Times.unit`), where an attempt before has found it; else the first rows say it.
+    """
+
+    def __init__(self, source: Source, config: IngestConfig, unit: str = "") -> None:
+        self._source = source
+        self._schema = source.schema
+        self._config = config
+        self._budget = config.memory_gib * 2**30
+        self._nulls = config.null_values or raw_values.NULLS
+        self._id_nulls = (*config.null_values, "")
+        self.sides: dict[Side, Vocabulary] = {}
+        self._features: dict[str, Vocabulary] = {}
+        self._classes: dict[str, tuple[str, str]] = {}  # of ids: what they are, and where that was seen first
+        self._strict = source.integer_ids
+        self._unit = unit
+        self._epochs: dict[str, set[str]] = {}  # of each file with numbers as times: `raw_values.epoch_units`
+        self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
+        self._old: Log | None = None
+        self._extended: set[Side] = set()  # sides whose vocabulary is an old one, and keeps its kind
+        if config.extend is not None:
+            self._extend(open_log(config.extend, pairs=False))
+
+    def _extend(self, log: Log) -> None:
+        self._old = log
+        if log.manifest is None or not (log.manifest.get("vocabularies") or log.manifest.get("features")):
+            raise InputError(f"{log.path}: has no vocabularies; only a log that was ingested can be extended")
+        for side in SIDES:
+            if (table := log.vocabulary(side)) is not None:
+                self.sides[side] = Vocabulary.from_table(table, side, budget=self._budget)
+                self._extended.add(side)
+                kind = self.sides[side].kind
+                if self._config.id_type not in ("auto", kind):
+                    raise InputError(
+                        f"id_type is '{self._config.id_type}', but ids of {side}s in {log.path} are of kind '{kind}'; "
+                        "expected the same, or 'auto'"
+                    )
+        for name, entry in log.manifest["features"].items():
+            table = read_whole(log.filesystem, f"{log.root}/{entry['vocabulary']}")
+            self._features[name] = Vocabulary.from_table(table, name, budget=self._budget)
+
+    def encode(self, piece: Piece) -> Iterator[tuple[str, pa.Table]]:
+        """Parts and their rows: dense ids and categories int64, labels and floats float32, times int64, float64 or
+        timestamps.
+
+        Raises:
+            InputError: a value that is missing or of a wrong type, or does not fit; times or ids of two kinds.
+            FinerTimes: times of a finer unit than those before.
+        """
+        if not piece.table.num_rows:  # a writer that has met no row may not know the types
+            return
+        raw = {name: plain(piece.table.column(name)) for name in piece.table.column_names}
+        first = piece.first_row
+        self._check_missing(raw, piece)
+        parts = _parts(raw.pop("split"), piece) if "split" in raw else None
+        columns: dict[str, pa.Array] = {}
+        for side, name in zip(SIDES, ("user_id", "item_id"), strict=True):
+            if name in raw:
+                columns[name] = self._raw_ids(side, raw[name], piece)
+        if self._schema.label:
+            columns["label"] = raw_values.floats(raw["label"], f"{piece.where}, column 'label'", first, self._nulls)
+        if self._schema.time:
+            where = f"{piece.where}, column 'time'"
+            columns["time"] = self._times(raw_values.times(raw["time"], where, first), where)
+        for name in self._schema.floats:
+            columns[name] = raw_values.floats(raw[name], f"{piece.where}, column '{name}'", first, self._nulls)
+        columns |= {name: self._without_nulls(raw[name]) for name in self._schema.categorical}
+        rows = pa.table(columns)
+        if parts is None:
+            yield piece.part, self._dense(rows, piece.part, piece.where)
+            return
+        for part in ("train", "val", "test"):
+            chosen = rows.filter(pa.array(parts == part))
+            if chosen.num_rows:
+                yield part, self._dense(chosen, part, piece.where)
+
+    def _dense(self, rows: pa.Table, part: str, where: str) -> pa.Table:
+        """The rows with dense ids and categories. Those of train count."""
+        train = part == "train"
+        columns = {}
+        for name, column in zip(rows.column_names, rows.columns, strict=True):
+            if name in self._schema.categorical:
+                columns[name] = self._categories(name, plain(column), train, where)
+            elif name in ("user_id", "item_id"):
+                side = SIDES[("user_id", "item_id").index(name)]
+                columns[name] = pa.array(self.sides[side].encode(column, count=train, where=where))
+            else:
+                columns[name] = column
+        return pa.table(columns)
+
+    def encode_negatives(self, piece: Piece) -> pa.Table:
+        lists = piece.table.column("negatives").combine_chunks()
+        items = self._raw_ids("item", plain(lists.flatten()), piece)
+        users, held_out = (
+            pa.array(self._encode(side, self._raw_ids(side, plain(piece.table.column(name)), piece), piece))
+            for side, name in zip(SIDES, ("user_id", "item_id"), strict=True)
+        )
+        negatives = pa.array(self._encode("item", items, piece))
+        return pa.table(
+            {
+                "user_id": users,
+                "pos_item_id": held_out,
+                "negatives": pa.ListArray.from_arrays(_offsets(lists), negatives),
+            }
+        )
+
+    def _encode(self, side: Side, values: pa.Array, piece: Piece) -> np.ndarray:
+        return self.sides[side].encode(values, count=False, where=piece.where)
+
+    def _check_missing(self, raw: dict[str, pa.Array], piece: Piece) -> None:
+        for name in ("user_id", "item_id", "label", "time"):
+            if name in raw:
+                gone = raw_values.missing(raw[name], self._id_nulls if name.endswith("_id") else self._nulls)
+                if gone.any():
+                    raise InputError(f"{piece.where}, row {piece.first_row + int(np.argmax(gone))}: no {name}")
+
+    def _raw_ids(self, side: Side, array: pa.Array, piece: Piece) -> pa.Array:
+        """Ids as the vocabulary of the side holds them; it is made, or becomes one of strings, where it must."""
+        name, where = f"{side}_id", f"{piece.where}, column '{side}_id'"
+        if (found := raw_values.class_of(array)) is None:
+            raise InputError(f"{where}: type {array.type}; expected strings, integers or other values with an equality")
+        if found != "none":
+            known, seen = self._classes.setdefault(name, (found, piece.where))
+            if found != known:
+                raise InputError(
+                    f"{where}: ids are of type {found}, those in {seen} of type {known}; expected one type"
+                )
+        loose = name in self._source.untyped or found == "number"
+        values = raw_values.ids(array, where, piece.first_row)
+        if side not in self.sides:
+            fixed = self._config.id_type if self._config.id_type != "auto" else "int" if self._strict else None
+            integers = values if pa.types.is_int64(values.type) else raw_values.integer_text(values) if loose else None
+            kind = fixed or ("string" if integers is None else "int")
+            if kind == "string" and name in self._source.untyped and not fixed:
+                raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=False)
+            self.sides[side] = Vocabulary(kind, side, budget=self._budget)
+        vocabulary = self.sides[side]
+        if vocabulary.kind == "int" and pa.types.is_large_string(values.type):
+            integers = raw_values.integer_text(values)
+            if integers is not None:
+                return integers
+            if self._config.id_type == "auto" and not self._strict and side not in self._extended:
+                raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=True)
+                vocabulary.become_strings()
+            elif self._config.id_type != "int":
+                raw_values.refuse_other_integers(values, where, piece.first_row)
+        return vocabulary.fit(values, where=where, first_row=piece.first_row)
+
+    def _times(self, found: Times, where: str) -> pa.Array:
+        zone, seen = self._zone
+        if zone and found.zone != zone:
+            raise InputError(
+                f"{where}: {_TIMES[found.zone]}, but {_TIMES[zone]} in {seen}; expected one kind in all files, or "
+                "times would be mixed whose units differ"
+            )
+        self._zone = (found.zone, seen or where)
+        if found.zone == "number":
+            self._epochs.setdefault(where, set()).update(raw_values.epoch_units(found.values))
+        unit = raw_values.finer(self._unit, found.unit) if self._unit else found.unit
+        if self._unit and unit != self._unit:
+            raise FinerTimes(unit)
+        self._unit = unit
+        return raw_values.in_unit(found, unit, where)
+
+    def check_epochs(self) -> None:
+        """Raises InputError where times of one file all look like seconds, say, and of another like milliseconds."""
+        seen: dict[str, str] = {}
+        for where, units in self._epochs.items():
+            if len(units) == 1 and "" not in units:
+                seen.setdefault(next(iter(units)), where)
+        if len(seen) > 1:
+            (one, at), (other, there), *_ = seen.items()
+            raise InputError(
+                f"{there}: times look like {other} since 1970, but like {one} in {at}; expected one unit in all files"
+            )
+
+    def _without_nulls(self, array: pa.Array) -> pa.Array:
+        if self._config.null_values and pa.types.is_large_string(array.type):
+            gone = pc.is_in(array, value_set=pa.array(list(self._config.null_values), array.type))
+            return pc.if_else(gone, pa.scalar("", array.type), array)
+        return array
+
+    def _categories(self, name: str, array: pa.Array, count: bool, where: str) -> pa.Array:
+        """Dense categories of a plain array of strings, integers, or lists of them. Missing is the category of the
+        empty string."""
+        if name not in self._features:
+            self._features[name] = Vocabulary("string", name, budget=self._budget)
+        vocabulary, where = self._features[name], f"{where}, column '{name}'"
+        try:
+            if _is_list(array.type):
+                values = vocabulary.encode(_text(plain(array.flatten())), count=count, where=where)
+                return pa.ListArray.from_arrays(_offsets(array), pa.array(values))
+            return pa.array(vocabulary.encode(_text(array), count=count, where=where))
+        except pa.ArrowException as error:
+            raise InputError(f"{where}: type {array.type}; expected strings, integers or lists of them") from error
+
+    def suspicious(self) -> list[str]:
+        """A line for each side that has an id such as `NULL`, which may mean that none was known."""
+        return [
+            f"{row['count']:,} rows of train have the {side} {row['raw']!r}; if that means none: --null-values"
+            for side, vocabulary in self.sides.items()
+            if vocabulary.kind == "string"
+            for row in vocabulary.rows_of(_SUSPICIOUS)
+        ]
+
+    def write_side_tables(self, source: Source, writer: LogWriter) -> None:
+        """`users.parquet` and `items.parquet`, a row for each dense id; an id without features has missing
+        ones."""
+        for side, read in zip(SIDES, (source.users, source.items), strict=True):
+            old = self._old.features(side) if self._old else None
+            if read is None and old is None:
+                continue
+            size = len(self.sides[side])
+            rows: list[pa.Table] = [] if old is None else [old]
+            place = np.full(size, -1, dtype=np.int64)  # of each dense id in `rows`
+            if old is not None:
+                place[: old.num_rows] = np.arange(old.num_rows)
+            if read is not None:
+                raw = read()
+                ids = self.sides[side].find(plain(raw.column("raw")))
+                _refuse_twice(raw.column("raw"), f"side table of {side}s")
+                table = self._side_columns(raw.drop_columns("raw"))
+                known = np.flatnonzero(ids >= 0)
+                place[ids[known]] = known + (old.num_rows if old is not None else 0)
+                rows.append(table)
+            if rows[0].column_names != rows[-1].column_names:
+                have, had = ", ".join(rows[-1].column_names), ", ".join(rows[0].column_names)
+                raise InputError(f"side table of {side}s has columns {have}; those of the log to extend are {had}")
+            table = pa.concat_tables([part.cast(rows[-1].schema) for part in rows])
+            missing = self._side_columns(_missing(table)).cast(table.schema)
+            place = np.where(place < 0, table.num_rows, place)
+            writer.table(f"{side}s.parquet", pa.concat_tables([table, missing]).take(pa.array(place)))
+
+    def _side_columns(self, table: pa.Table) -> pa.Table:
+        columns = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            floats = pa.types.is_floating(column.type)
+            columns[name] = (
+                pc.fill_null(column.cast(pa.float32()), float("nan"))
+                if floats
+                else self._categories(name, plain(column), True, "side table")
+            )
+        return pa.table(columns)
+
+    def write_vocabularies(self, writer: LogWriter) -> None:
+        for side, vocabulary in self.sides.items():
+            writer.table(f"vocabulary/{side}.parquet", vocabulary.table())
+        for name, vocabulary in self._features.items():
+            writer.table(_feature_file(name), vocabulary.table())
+
+    def manifest(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "vocabularies": {
+                side: {"num_ids": len(vocabulary), "fingerprint": vocabulary.fingerprint()}
+                for side, vocabulary in self.sides.items()
+            },
+            "features": {
+                name: {"num_ids": len(vocabulary), "vocabulary": _feature_file(name)}
+                for name, vocabulary in self._features.items()
+            },
+        }
+        if self._old is not None:
+            fingerprints = {side: self._old.vocabulary_fingerprint(side) for side in SIDES}
+            entry["extends"] = {"log": self._old.path, "vocabularies": fingerprints}
+        return entry
+
+
+_TIMES = {"number": "numbers", "local": "dates without a time zone", "UTC": "times with a time zone"}
+
+
+def _feature_file(name: str) -> str:
+    return f"vocabulary/feature-{name.replace('%', '%25').replace('/', '%2F')}.parquet"
+
+
+def _refuse_twice(raw: pa.ChunkedArray, where: str) -> None:
+    counts = pc.value_counts(raw)
+    if len(counts) < len(raw):
+        row = pc.index(pc.greater(counts.field("counts"), 1), True).as_py()
+        raise InputError(f"{where}: the id {counts.field('values')[row].as_py()!r} occurs twice; expected each once")
+
+
+def _parts(split: pa.Array, piece: Piece) -> np.ndarray:
+    """`train`, `val` or `test` of each row."""
+    if not pa.types.is_large_string(split.type):
+        raise InputError(f"{piece.where}: split column has type {split.type}; expected strings")
+    names = [PARTS.get((name or "").strip().lower(), "") for name in split.to_pylist()]
+    if "" in names:
+        row = names.index("")
+        raise InputError(
+            f"{piece.where}, row {piece.first_row + row}: split {split[row].as_py()!r}; expected train, val or test"
+        )
+    return np.array(names)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in (*lists, pa.types.is_list_view, pa.types.is_large_list_view))
+
+
+def _text(values: pa.Array) -> pa.Array:
+    return pc.fill_null(raw_values.text(values), "")
+
+
+def _offsets(lists: pa.Array) -> pa.Array:
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
+
+
+def _missing(table: pa.Table) -> pa.Table:
+    """One raw row whose every value is missing."""
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_floating(column.type):
+            columns[name] = pa.array([None], pa.float32())
+        elif pa.types.is_list(column.type):
+            columns[name] = pa.array([[]], pa.list_(pa.string()))
+        else:
+            columns[name] = pa.array([None], pa.string())
+    return pa.table(columns)

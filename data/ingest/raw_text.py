@@ -1,0 +1,345 @@
+"""Delimited text, lines and JSON lines -> tables, in bounded memory.
+
+pyarrow.csv parses delimited text. All of its values stay strings here: their types depend on all files, and
+`raw_values` converts them with the row that an error needs. Python's csv reads the header, Python's json JSON lines.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import decimal
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from recpress.data.dataset.files import first_line
+from recpress.data.errors import InputError
+from recpress.data.ingest.raw_files import RawFile
+
+BLOCK = 16 << 20
+"""Bytes of text that are parsed at once; a line may not be longer."""
+_HEADER = 1 << 20
+"""Bytes of a header line, at most."""
+_LINES = 4 << 20
+"""Bytes of lines that become Python objects at once."""
+_BOMS = (  # in this order: that of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error, zipfile.BadZipFile, MemoryError)
+"""What reading a damaged file raises, besides InputError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How text is written."""
+
+    delimiter: str = ","
+    quoted: bool = True
+    encoding: str = "auto"
+    """A codec of Python's; `auto`: UTF-8, or what a byte order mark says."""
+
+
+def open_text(file: RawFile, encoding: str = "auto") -> pa.NativeFile:
+    """The bytes of a file, decompressed, in UTF-8 without a byte order mark."""
+    stream = _open(file)
+    if encoding == "auto":
+        with stream:
+            head = bytes(stream.read(4))
+        encoding = next((name for mark, name in _BOMS if head.startswith(mark)), "utf-8")
+        stream = _open(file)
+    codec = codecs.lookup(encoding).name
+    return stream if codec in ("utf-8", "utf-8-sig") else pa.transcoding_input_stream(stream, codec, "utf-8")
+
+
+def _open(file: RawFile) -> pa.NativeFile:
+    try:
+        return file.filesystem.open_input_stream(file.path)
+    except (RuntimeError, ValueError) as error:  # of zip files: encrypted, or compressed by an unknown method
+        raise InputError(f"{file.where}: cannot be opened: {first_line(error)}") from error
+
+
+def first_lines(file: RawFile, encoding: str = "auto") -> str:
+    """The beginning of a file, up to 16 KiB, as text."""
+    try:
+        with open_text(file, encoding) as stream:
+            return bytes(stream.read(1 << 14)).decode("utf-8-sig", errors="replace")
+    except UNREADABLE as error:
+        raise InputError(f"{file.where}: {first_line(error)}") from error
+
+
+def header(file: RawFile, dialect: Dialect) -> list[str]:
+    """Names in the header line, as they are written. Raises InputError where there is none."""
+    try:
+        with open_text(file, dialect.encoding) as stream:
+            head = bytes(stream.read(_HEADER)).decode("utf-8-sig", errors="replace")
+        quotes: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE}
+        lines = csv.reader(io.StringIO(head, newline=""), delimiter=dialect.delimiter, **quotes)
+        found = next((line for line in lines if line), None)
+    except (csv.Error, *UNREADABLE) as error:
+        raise InputError(f"{file.where}: {first_line(error)}") from error
+    if found is None:
+        raise InputError(f"{file.where}: empty; expected a header line")
+    return found
+
+
+def choose_delimiter(file: RawFile, dialect: Dialect, needed: Sequence[str]) -> Dialect:
+    """The dialect, with the first delimiter by which the header has all the needed columns, if there is one."""
+    for delimiter in dict.fromkeys((dialect.delimiter, ";", "\t", "|", ",")):
+        candidate = replace(dialect, delimiter=delimiter)
+        if set(needed) <= {name.strip() for name in header(file, candidate)}:
+            return candidate
+    return dialect
+
+
+def read_delimited(
+    file: RawFile, dialect: Dialect, columns: Sequence[str], names: Sequence[str] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
+    """Rows as (ordinal of the first, table of strings). Lines that are empty are no rows.
+
+    Args:
+        columns: which to read, in this order. Names may have spaces around them in the file; where the header has
+            spaces after its delimiters (`a, b`), they are no part of the values either.
+        names: of the columns of a file without a header line.
+
+    Raises:
+        InputError: a column that is missing or there twice, a line with too few or too many fields, a quote that is
+            not closed or closed before the end of its field, bytes that are not of the encoding.
+    """
+    found = list(names) if names else header(file, dialect)
+    in_file = _match(file, dialect, columns, found)
+    spaced = names is None and any(name != name.lstrip() for name in found)
+    convert = pacsv.ConvertOptions(
+        include_columns=in_file, column_types={name: pa.binary() for name in in_file}, strings_can_be_null=False
+    )
+    parse = pacsv.ParseOptions(
+        delimiter=dialect.delimiter,
+        quote_char='"' if dialect.quoted else False,
+        newlines_in_values=dialect.quoted,
+        ignore_empty_lines=len(found) > 1,
+    )
+    row = 0
+    try:
+        with open_text(file, dialect.encoding) as stream:
+            source = pa.PythonFile(_QuotesChecked(stream, file.where, dialect), "r") if dialect.quoted else stream
+            read = pacsv.ReadOptions(block_size=BLOCK, column_names=list(names) if names else None)
+            with pacsv.open_csv(source, read_options=read, parse_options=parse, convert_options=convert) as reader:
+                for batch in reader:
+                    values = [_decoded(column, file, name, row) for name, column in zip(columns, batch, strict=True)]
+                    if spaced:
+                        values = [pc.utf8_trim_whitespace(column) for column in values]
+                    yield row, pa.table(values, names=list(columns))
+                    row += batch.num_rows
+    except UNREADABLE as error:
+        raise InputError(
+            f"{file.where}, after row {row - 1}: {_said(error)}" if row else f"{file.where}: {_said(error)}"
+        ) from error
+
+
+def _said(error: BaseException) -> str:
+    message = first_line(error)
+    if "Expected" in message and "columns, got" in message:
+        return f"{message} (is the delimiter right? are quotes part of the values? --delimiter, --quoting)"
+    return message
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns for an error, in one line."""
+    return " ".join(", ".join(names).split())[:500]
+
+
+def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Sequence[str]) -> list[str]:
+    """The names of the columns as the file writes them."""
+    result = []
+    for name in columns:
+        same = [other for other in found if other == name] or [other for other in found if other.strip() == name]
+        if len(same) > 1:
+            raise InputError(f"{file.where}: {len(same)} columns '{name}'; expected one")
+        if not same and not dialect.quoted and name in (other.strip().strip('"') for other in found):
+            raise InputError(
+                f"{file.where}: the header encloses {name} in quotes; expected --quoting on for such a file"
+            )
+        if not same:
+            raise InputError(
+                f"{file.where}: no column '{name}'; found {listed(found)} (delimiter {dialect.delimiter!r})"
+            )
+        result.append(same[0])
+    return result
+
+
+def _decoded(column: pa.Array, file: RawFile, name: str, first: int) -> pa.Array:
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        row = next(k for k, value in enumerate(column.to_pylist()) if not _is_utf8(value))
+        raise InputError(
+            f"{file.where}, row {first + row}, column '{name}': not UTF-8; name the encoding (--encoding latin-1, say)"
+        ) from None
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class _QuotesChecked(io.RawIOBase):
+    """A stream of quoted text that refuses what pyarrow would read in some way: text after a closing quote, a quote
+    that is never closed. Both are mostly quotes that are part of the values, and would merge or change rows."""
+
+    def __init__(self, stream: pa.NativeFile, where: str, dialect: Dialect) -> None:
+        super().__init__()
+        self._stream = stream
+        self._where = where
+        self._delimiter = dialect.delimiter.encode()
+        d = re.escape(self._delimiter)
+        quoted, plain = rb'"[^"]*+(?:""[^"]*+)*+"', rb'(?!")[^%b\r\n]*+' % d
+        self._whole = re.compile(rb"(?:(?:%b|%b)(?:%b|\r\n?|\n))*+" % (quoted, plain, d))
+        self._begun = re.compile(rb'(?:"[^"]*+(?:""[^"]*+)*+"?+|%b)\Z' % plain)
+        self._last = re.compile(rb"(?:%b|%b)\Z" % (quoted, plain))
+        self._rest = b""
+        self._lines = 0
+        self._at_start = True
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = bytes(self._stream.read(size if size >= 0 else None))
+        text = data
+        if self._at_start and data:
+            self._at_start, text = False, data.removeprefix(codecs.BOM_UTF8)
+        text = self._rest + text
+        if b'"' in text:
+            whole = self._whole.match(text)
+            end = whole.end() if whole else 0
+        else:
+            end = max(text.rfind(mark) for mark in (self._delimiter, b"\n", b"\r")) + 1
+        self._lines += text.count(b"\n", 0, end)
+        self._rest = text[end:]
+        if not (self._begun if data else self._last).match(self._rest):
+            raise InputError(
+                f"{self._where}, line {self._lines + 1}: text after a closing quote, or a quote that is not closed; if "
+                "quotes are part of the values: --quoting off"
+            )
+        return data
+
+
+def read_lines(file: RawFile, encoding: str = "auto") -> Iterator[tuple[int, pa.Array]]:
+    """Lines, which end at a newline alone, as (ordinal of the first, strings without it)."""
+    row, rest = 0, b""
+    try:
+        with open_text(file, encoding) as stream:
+            while data := bytes(stream.read(_LINES)):
+                *lines, rest = (rest + data).split(b"\n")
+                if lines:
+                    yield row, _text_lines(lines, file, row)
+                    row += len(lines)
+                if len(rest) > 4 * BLOCK:
+                    raise InputError(f"{file.where}, row {row}: a line of more than {4 * BLOCK >> 20} MiB")
+            if rest:
+                yield row, _text_lines([rest], file, row)
+    except UNREADABLE as error:
+        raise InputError(f"{file.where}: {first_line(error)}") from error
+
+
+def _text_lines(lines: list[bytes], file: RawFile, first: int) -> pa.Array:
+    lines[0] = lines[0].removeprefix(codecs.BOM_UTF8) if first == 0 else lines[0]
+    return _decoded(pa.array([line.removesuffix(b"\r") for line in lines], pa.binary()), file, "line", first)
+
+
+def read_json_lines(file: RawFile, columns: Sequence[str], encoding: str = "auto") -> Iterator[tuple[int, pa.Table]]:
+    """An object a line, as (ordinal of the first row, table); a key that is missing is null. Empty lines are no rows.
+
+    Raises:
+        InputError: a line that is no JSON object, a key that is there twice, values of several types in one column, a
+            column that no object of the first lines has.
+    """
+    kinds: dict[str, tuple[str, int]] = {}
+    first = 0
+    for _, lines in read_lines(file, encoding):
+        lines = [line for line in lines.to_pylist() if line.strip()]
+        objects = [_json_object(line, file, first + k) for k, line in enumerate(lines)]
+        if not objects:
+            continue
+        for name in columns:
+            if first == 0 and not any(name in row for row in objects):
+                raise InputError(f"{file.where}: no column '{name}'; found {listed(objects[0])}")
+        yield first, pa.table({name: _json_column(name, objects, file, first, kinds) for name in columns})
+        first += len(objects)
+
+
+def _json_object(line: str, file: RawFile, row: int) -> dict[str, Any]:
+    try:
+        value = _JSON.decode(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file.where}, row {row}: {first_line(error)}; expected a JSON object a line") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file.where}, row {row}: JSON {type(value).__name__}; expected a JSON object a line")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
+
+
+def _json_column(
+    name: str, objects: list[dict[str, Any]], file: RawFile, first: int, kinds: dict[str, tuple[str, int]]
+) -> pa.Array:
+    values = [row.get(name) for row in objects]
+    types = set(map(type, values)) - {type(None)}
+    found = {_json_kind(kind) for kind in types} | ({kinds[name][0]} if name in kinds else set())
+    if len(found) > 1:
+        _refuse_mixed(name, values, file, first, kinds.get(name))
+    if "object" in found:
+        raise InputError(f"{file.where}, row {first} and on, column '{name}': a JSON object; expected a plain value")
+    if found:
+        kinds.setdefault(name, (found.pop(), first))
+    try:
+        try:
+            return pa.array(values)
+        except OverflowError:  # integers beyond 64 bits
+            if float in types:
+                raise
+            return pa.array([None if value is None else decimal.Decimal(value) for value in values])
+    except (pa.ArrowException, UnicodeError, ValueError, TypeError, OverflowError) as error:
+        rows = f"rows {first} to {first + len(values) - 1}"
+        raise InputError(f"{file.where}, {rows}, column '{name}': {first_line(error)}") from error
+
+
+def _refuse_mixed(name: str, values: list[Any], file: RawFile, first: int, known: tuple[str, int] | None) -> NoReturn:
+    for row, value in enumerate(values, first):
+        if value is None:
+            continue
+        kind = _json_kind(type(value))
+        kind_before, row_before = known = known or (kind, row)
+        if kind != kind_before:
+            break
+    before = f"a {kind_before} in row {row_before}"
+    raise InputError(f"{file.where}, row {row}, column '{name}': a JSON {kind}, but {before}; expected one type")
+
+
+def _json_kind(kind: type) -> str:
+    known = {bool: "boolean", int: "number", float: "number", str: "string", list: "list"}
+    return known.get(kind, "object")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_distinct)

@@ -1,0 +1,188 @@
+"""Readers of named columns (csv, tsv, json, parquet): raw rows in pieces, in bounded memory, with where they come from.
+
+Columns of the pieces have the log's own names (`user_id`, `item_id`, `label`, `time`, and further ones as
+they are called); their values are still raw. Rows count from 0, a header line and empty lines aside, in errors too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recpress.data.config import IngestConfig, Schema
+from recpress.data.dataset.files import first_line
+from recpress.data.errors import InputError
+from recpress.data.ingest.raw_files import RawFile
+from recpress.data.ingest.raw_text import (
+    UNREADABLE,
+    Dialect,
+    choose_delimiter,
+    first_lines,
+    listed,
+    read_delimited,
+    read_json_lines,
+)
+
+_BATCH = 1 << 18  # rows of Parquet
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some raw rows of one part, or, where the table has a column `split`, of those that it names."""
+
+    part: str
+    where: str
+    first_row: int
+    table: pa.Table
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a format holds."""
+
+    format: str
+    files: tuple[RawFile, ...]
+    schema: Schema
+    pieces: Callable[[], Iterator[Piece]]
+    negatives: Callable[[], Iterator[Piece]] | None = None
+    """Columns user_id, item_id and negatives (lists), raw."""
+    users: Callable[[], pa.Table] | None = None
+    """Side table with a column `raw`; the others are strings, lists of strings or floats."""
+    items: Callable[[], pa.Table] | None = None
+    untyped: frozenset[str] = frozenset()
+    """Columns that come as text because their files have no types: ids may be integers."""
+    integer_ids: bool = False
+    """The format has integers for ids, and nothing else."""
+
+
+def named_columns(config: IngestConfig) -> dict[str, str]:
+    """Name in the file -> name in the log, of csv, tsv, json and parquet. Raises InputError where two are one."""
+    columns: dict[str, str] = {}
+    own = [
+        (config.user, "user_id"),
+        (config.item, "item_id"),
+        (config.label, "label"),
+        (config.time, "time"),
+        (config.split_column, "split"),
+        *((name, name) for name in (*config.categorical, *config.floats)),
+    ]
+    for name, target in own:
+        if not name:
+            continue
+        if name in columns or target in columns.values():
+            raise InputError(f"ingest: column '{name}' has two meanings, or the name of another column")
+        columns[name] = target
+    if bool(config.user) != bool(config.item):
+        raise InputError("ingest: give both a user and an item column, or leave both empty")
+    if not columns:
+        raise InputError("ingest: no column is named; expected a user and an item, or categorical columns")
+    return columns
+
+
+def named_schema(config: IngestConfig) -> Schema:
+    return Schema(
+        user="user_id" if config.user else "",
+        item="item_id" if config.item else "",
+        label="label" if config.label else None,
+        time="time" if config.time else None,
+        categorical=config.categorical,
+        floats=config.floats,
+    )
+
+
+def dialect_of(config: IngestConfig, delimiter: str, *, quoted: bool) -> Dialect:
+    """The dialect of a format, with what the options say."""
+    delimiter = {"\\t": "\t", "tab": "\t"}.get(config.delimiter, config.delimiter) or delimiter
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
+        raise InputError(f"ingest: delimiter is {delimiter!r}; expected one ASCII character, or \\t")
+    quoted = quoted if config.quoting == "auto" else config.quoting == "on"
+    return Dialect(delimiter=delimiter, quoted=quoted, encoding=config.encoding)
+
+
+def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> Source:
+    """Plain CSV or TSV with named columns."""
+    columns = named_columns(config)
+    names = list(config.columns) or None
+    dialect = dialect_of(config, "\t" if name == "tsv" else ",", quoted=name == "csv")
+    if names is None and not config.delimiter:
+        dialect = choose_delimiter(files[0], dialect, [c for c in columns if c not in dict(files[0].partitions)])
+
+    def read(file: RawFile, wanted: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        return read_delimited(file, dialect, wanted, names)
+
+    return _named(config, files, name, read, frozenset(columns.values()))
+
+
+def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> Source:
+    """JSON lines with named keys."""
+    for file in files:
+        if first_lines(file, config.encoding).lstrip()[:1] == "[":
+            raise InputError(
+                f"{file.where}: a JSON array; expected JSON lines, an object a line (`jq -c '.[]'` makes them)"
+            )
+    return _named(
+        config, files, "json", lambda file, wanted: read_json_lines(file, wanted, config.encoding), frozenset()
+    )
+
+
+def parquet(config: IngestConfig, files: Sequence[RawFile]) -> Source:
+    """Parquet with named columns."""
+    return _named(config, files, "parquet", _read_parquet, frozenset())
+
+
+def _named(
+    config: IngestConfig,
+    files: Sequence[RawFile],
+    name: str,
+    read: Callable[[RawFile, Sequence[str]], Iterator[tuple[int, pa.Table]]],
+    untyped: frozenset[str],
+) -> Source:
+    columns = named_columns(config)
+    keys = _partition_keys(files, columns)
+
+    def pieces() -> Iterator[Piece]:
+        for file in files:
+            values = dict(file.partitions)
+            wanted = [column for column in columns if column not in keys]
+            if not wanted:
+                raise InputError(f"{file.where}: every column is a partition; expected one in the file")
+            for first, table in read(file, wanted):
+                found = {column: table.column(column) for column in wanted}
+                found |= {key: pa.repeat(pa.scalar(values[key], pa.string()), table.num_rows) for key in keys}
+                yield Piece("train", file.where, first, pa.table({columns[c]: found[c] for c in columns}))
+
+    return Source(name, tuple(files), named_schema(config), pieces, untyped=untyped | {columns[key] for key in keys})
+
+
+def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[str]:
+    """Columns that the folders name and the files need not hold. Raises InputError where files differ in that."""
+    keys = [column for column in columns if any(column in dict(file.partitions) for file in files)]
+    for key in keys:
+        for file in files:
+            if key not in dict(file.partitions):
+                raise InputError(f"{file.where}: its folder names no partition '{key}=', that of other files does")
+    return keys
+
+
+def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    first = 0
+    try:
+        with (
+            file.filesystem.open_input_file(file.path) as stream,
+            pq.ParquetFile(stream, page_checksum_verification=True) as reader,
+        ):
+            names = reader.schema_arrow.names
+            for name in columns:
+                if names.count(name) != 1:
+                    many = f"{names.count(name)} columns" if name in names else "no column"
+                    raise InputError(f"{file.where}: {many} '{name}'; found {listed(names)}")
+            for batch in reader.iter_batches(_BATCH, columns=list(columns)):
+                yield first, pa.Table.from_batches([batch]).select(list(columns))
+                first += batch.num_rows
+            if first != reader.metadata.num_rows:
+                raise InputError(f"{file.where}: {first} rows; its footer says {reader.metadata.num_rows}")
+    except UNREADABLE as error:
+        raise InputError(f"{file.where}: {first_line(error)}") from error

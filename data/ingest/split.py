@@ -1,0 +1,294 @@
+"""Leave one interaction a user out of train: a validation part to choose settings on, or a test part to
+report.
+
+The written log is a log of its own: its train lacks the left-out pairs, its `test` holds them, its
+`test_negatives` hold for each the items that the user never met in the train of the log that was split. Ids,
+vocabularies and side tables stay. Nothing is taken from that log's own held-out parts, so a setting chosen on
+the new log has not seen them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from recpress.data.config import LayoutConfig
+from recpress.data.dataset import artifact
+from recpress.data.dataset.log import KIND, SIDES, Log, Side
+from recpress.data.dataset.parquet_split import RowGroup, read_whole
+from recpress.data.dataset.schema import stored_as
+from recpress.data.dataset.writer import LogWriter
+from recpress.data.errors import InputError
+from recpress.data.negatives.table import negatives_table
+from recpress.data.seeds import generator
+
+
+def leave_one_out(
+    log: Log,
+    out: str | Path,
+    *,
+    by: Literal["random", "last"],
+    seed: int = 0,
+    negatives: int = 99,
+    max_users: int | None = None,
+    layout: LayoutConfig | None = None,
+    overwrite: bool = False,
+    more: dict[str, Any] | None = None,
+) -> str | Path:
+    """Writes the log `out`, whose train is that of `log` without one pair a user, and whose test is those
+    pairs.
+
+    A user takes part who keeps at least one row and has at least `negatives` items that it did not meet; the manifest
+    says how many do and how many do not (`held_out`). Where the pair occurs in several rows, all of them leave train.
+    All columns of train stay that its files have in common. Reads the log three times and, seldom, more often; memory
+    O(users + items + left-out users x negatives), and a bit for each user and item of those who met almost all items:
+    together at most a quarter of a byte for each row.
+
+    Args:
+        by: `random`, or `last`: the row with the largest time (of equal ones the last in the log).
+        negatives: items drawn uniformly, without replacement, that the user never met; 0 leaves the part out.
+        max_users: at most this many users take part, drawn at random.
+        more: keys of the manifest that take the place of what it would say of itself.
+
+    Raises:
+        InputError: no time column for `last`, no user that can take part, what reading the log raises.
+    """
+    if by == "last" and log.schema.time is None:
+        raise InputError(f"{log.path}: the last interaction needs a time column; the schema names none")
+    if negatives < 0:
+        raise InputError(f"negatives is {negatives}; expected at least 0")
+    asked = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
+    own = {"made_by": "leave_one_out", "config": asked}
+    meta: dict[str, Any] = {}
+    with (
+        artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=[log.path]) as tmp,
+        LogWriter(tmp, layout or LayoutConfig()) as writer,
+    ):
+        counts, chosen = _choose(log, by, seed)
+        held, heavy = _partake(log, counts, chosen, seed, negatives, max_users)
+        left = _write_rows(log, writer, held)
+        users = np.flatnonzero(held >= 0)
+        if negatives:
+            unmet = _draw_negatives(log, users, counts, heavy, negatives, seed)
+            kind = _schema(log).field(log.schema.item).type
+            writer.part("test_negatives").write(negatives_table(users, held[users], unmet, kind))
+        _copy_tables(log, writer, left)
+        old = log.manifest or {}
+        meta |= writer.manifest(
+            log.schema,
+            log.num_users,
+            log.num_items,
+            vocabularies=old.get("vocabularies", {}),
+            features=old.get("features", {}),
+            held_out={"users": len(users), "left_out": int(np.count_nonzero(counts)) - len(users)},
+            **({} if log.sample_of is None else {"sample_of": log.sample_of}),
+            **(more or own | {"inputs": log.inputs()}),
+        )
+    return artifact.place(out)
+
+
+def _scan(log: Log, columns: list[str], what: str) -> Iterator[tuple[RowGroup, dict[str, Any]]]:
+    bar = tqdm(log.train.groups, unit=" row groups", disable=None, desc=what)
+    for group in bar:
+        yield group, log.train.read(group, columns)
+
+
+def _choose(log: Log, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each user, (users,), and the item of the row of each user that may be left out, -1 where it has
+    none."""
+    counts = np.zeros(log.num_users, dtype=np.int64)
+    chosen = np.full(log.num_users, -1, dtype=np.int64)
+    best: np.ndarray | None = None
+    user, item, time = log.schema.user, log.schema.item, log.schema.time or ""
+    columns = [user, item, time] if by == "last" else [user, item]
+    for group, data in _scan(log, columns, "choosing rows"):
+        users = data[user]
+        if by == "last":
+            key = data[time]
+        else:  # the smallest of random numbers is a uniform choice, whatever the number of rows
+            key = -generator(seed, "leave one out", group.file, group.group).random(len(users))
+        if best is None:
+            lowest = np.iinfo(np.int64).min if key.dtype == np.int64 else -np.inf
+            best = np.full(log.num_users, lowest, dtype=key.dtype)
+        np.maximum.at(best, users, key)
+        hits = np.flatnonzero(key == best[users])
+        chosen[users[hits]] = data[item][hits]  # of several hits of one user numpy keeps the last
+        counts += np.bincount(users, minlength=log.num_users)
+    return counts, chosen
+
+
+class _Heavy:
+    """The items that some users met, a bit each: of those with so many rows that few items may be left.
+
+    Of the others `rows` bounds the number of items from above, and is all that needs to be known.
+    """
+
+    def __init__(self, counts: np.ndarray, num_items: int, negatives: int) -> None:
+        self.users = np.flatnonzero(counts > num_items - 4 * negatives) if negatives else np.empty(0, dtype=np.int64)
+        self.place = np.full(len(counts), -1, dtype=np.int64)
+        self.place[self.users] = np.arange(len(self.users))
+        self._width = -(-num_items // 8)
+        self._num_items = num_items
+        self._bits = np.zeros(len(self.users) * self._width, dtype=np.uint8)
+
+    def add(self, users: np.ndarray, items: np.ndarray) -> None:
+        place = self.place[users]
+        place, items = place[place >= 0], items[place >= 0]
+        np.bitwise_or.at(self._bits, place * self._width + (items >> 3), (128 >> (items & 7)).astype(np.uint8))
+
+    def unmet(self, place: int) -> np.ndarray:
+        """The items that the user at this place did not meet, sorted."""
+        bits = np.unpackbits(self._bits[place * self._width : (place + 1) * self._width], count=self._num_items)
+        return np.flatnonzero(bits == 0)
+
+    def num_unmet(self) -> np.ndarray:
+        """Of each of `users`."""
+        return np.array([len(self.unmet(place)) for place in range(len(self.users))], dtype=np.int64)
+
+
+def _partake(
+    log: Log, counts: np.ndarray, chosen: np.ndarray, seed: int, negatives: int, max_users: int | None
+) -> tuple[np.ndarray, _Heavy]:
+    """The item that each user leaves out, (users,), -1 where it leaves out none; and what heavy users met."""
+    copies = np.zeros(log.num_users, dtype=np.int64)  # rows of the chosen pair
+    heavy = _Heavy(counts, log.num_items, negatives)
+    for _, data in _scan(log, [log.schema.user, log.schema.item], "counting copies"):
+        users, items = data[log.schema.user], data[log.schema.item]
+        copies += np.bincount(users[items == chosen[users]], minlength=log.num_users)
+        heavy.add(users, items)
+    unmet = log.num_items - counts  # at least
+    unmet[heavy.users] = heavy.num_unmet()
+    able = np.flatnonzero((counts > copies) & (unmet >= negatives))
+    if not able.size:
+        raise InputError(
+            f"{log.path}: no user has two items and {negatives} of {log.num_items} items that it did not meet"
+        )
+    if max_users is not None and able.size > max_users:
+        if max_users < 1:
+            raise InputError(f"max_users is {max_users}; expected at least 1")
+        rng = generator(seed, "leave one out", "users")
+        able = np.sort(rng.choice(able, max_users, replace=False))
+    held = np.full(log.num_users, -1, dtype=np.int64)
+    held[able] = chosen[able]
+    return held, heavy
+
+
+def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.ndarray]:
+    """Train without the left-out pairs, in its order; one row of each left-out pair, by user, as test.
+
+    Returns how many rows of each user and of each item left train.
+    """
+    user, item, time = log.schema.user, log.schema.item, log.schema.time
+    left: dict[Side, np.ndarray] = {side: np.zeros(log.num_ids(side), dtype=np.int64) for side in SIDES}
+    tests = []
+    schema = _schema(log)
+    for group, data in _scan(log, [user, item], "writing"):
+        leaves = data[item] == held[data[user]]
+        table = log.train.read_table(group, schema.names).select(schema.names).cast(schema)
+        writer.part("train").write(table.filter(pa.array(~leaves)))
+        if leaves.any():
+            tests.append(table.filter(pa.array(leaves)))
+            for side in SIDES:
+                left[side] += np.bincount(data[log.column(side)][leaves], minlength=log.num_ids(side))
+    test = pa.concat_tables(tests)
+    # Of the copies of a pair the latest stands for it.
+    keys = pa.table(
+        {"user": test.column(user), **({"time": test.column(time)} if time else {}), "place": np.arange(test.num_rows)}
+    )
+    order = pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names])
+    users = keys.column("user").take(order).to_numpy()
+    last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
+    writer.part("test").write(test.take(order.take(pa.array(last))))
+    return left
+
+
+def _schema(log: Log) -> pa.Schema:
+    """Of what is written: the files of the log may store the same in different types.
+
+    Columns that the log's schema does not name are written where all files have them with one type.
+    """
+    schemas = [file.schema for file in log.train.files if file.metadata]
+    named = stored_as(list(log.train.columns.values()), schemas)
+    fields = [named.field(field.name) if field.name in named.names else field for field in schemas[0]]
+    kept = [
+        field
+        for field in fields
+        if field.name in named.names
+        or all(other.names.count(field.name) == 1 and other.field(field.name).type == field.type for other in schemas)
+    ]
+    if lost := [field.name for field in fields if field not in kept]:
+        logging.getLogger("recpress").warning(
+            "%s: not written, since its files differ in them: columns %s", log.path, ", ".join(lost)
+        )
+    return pa.schema([field.with_nullable(True).remove_metadata() for field in kept])
+
+
+def _draw_negatives(
+    log: Log, users: np.ndarray, counts: np.ndarray, heavy: _Heavy, count: int, seed: int
+) -> np.ndarray:
+    """(users, count) items that each user never met.
+
+    Heavy users draw from the items that they did not meet. For all others at once candidates are drawn, and struck out
+    while the log streams by; users that are left with too few get more, which takes another pass.
+    """
+    rng = generator(seed, "leave one out", "negatives")
+    size = log.num_items
+    place = np.full(log.num_users, -1, dtype=np.int64)  # of a user among `users`
+    place[users] = np.arange(len(users))
+    seen = np.empty(0, dtype=np.int64)  # keys (place, item) that were candidates before, sorted
+    good: list[np.ndarray] = []
+    need = np.full(len(users), count)
+    for own in np.flatnonzero(heavy.place[users] >= 0).tolist():
+        drawn = rng.choice(heavy.unmet(int(heavy.place[users[own]])), count, replace=False)
+        good.append(own * size + drawn.astype(np.int64))
+        need[own] = 0
+    while need.any():
+        wanted = np.ceil(need * (size / np.maximum(size - counts[users], 1) * 1.1) + 3 * np.sqrt(need)).astype(np.int64)
+        keys = _candidates(rng, np.where(need > 0, wanted, 0), size, seen)
+        met = np.zeros(len(keys), dtype=bool)
+        for _, data in _scan(log, [log.schema.user, log.schema.item], "drawing negatives"):
+            owner = place[data[log.schema.user]]
+            pairs = (owner * size + data[log.schema.item])[owner >= 0]
+            found = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
+            met[found[keys[found] == pairs]] = True
+        seen = np.sort(np.concatenate((seen, keys)))
+        fresh = keys[~met]
+        # Keep as many as are missing, at random: the first would be the smallest ids.
+        owner = fresh // size
+        order = np.lexsort((rng.random(len(fresh)), owner))
+        rank = np.arange(len(fresh)) - np.searchsorted(owner, owner)
+        kept = fresh[order[rank < need[owner]]]
+        good.append(kept)
+        need = need - np.bincount(kept // size, minlength=len(users))
+    return np.sort(np.concatenate(good)).reshape(len(users), count) % size
+
+
+def _candidates(rng: np.random.Generator, wanted: np.ndarray, size: int, seen: np.ndarray) -> np.ndarray:
+    """Sorted keys (place, item), at most `wanted` a place, none of them in `seen`."""
+    owner = np.repeat(np.arange(len(wanted)), wanted)
+    keys = np.sort(owner * size + rng.integers(0, size, owner.size))
+    keys = keys[np.append(True, keys[1:] != keys[:-1])] if keys.size else keys
+    if not seen.size:
+        return keys
+    return keys[seen[np.minimum(np.searchsorted(seen, keys), len(seen) - 1)] != keys]
+
+
+def _copy_tables(log: Log, writer: LogWriter, left: dict[Side, np.ndarray]) -> None:
+    """Side tables as they are, and vocabularies, their counts without the rows that left train."""
+    for side in SIDES:
+        if (table := log.features(side)) is not None:
+            writer.table(f"{side}s.parquet", table)
+        if (table := log.vocabulary(side)) is not None:
+            counts = pa.array(log.counts(side) - left[side])
+            place = table.schema.get_field_index("count")
+            writer.table(f"vocabulary/{side}.parquet", table.set_column(place, "count", counts))
+    for entry in (log.manifest or {}).get("features", {}).values():
+        if name := entry.get("vocabulary"):
+            writer.table(name, read_whole(log.filesystem, f"{log.root}/{name}"))

@@ -1,0 +1,197 @@
+"""Batches for TorchRec models: positives and their negatives as KeyedJaggedTensors, for a train pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from recpress.data.dataset.side_table import JaggedColumn, SideTable
+from recpress.data.errors import InputError
+from recpress.data.negatives.negatives import InBatchNegatives, Negatives
+from recpress.data.stream.stream import Interactions
+
+USER, ITEM = "user", "item"
+"""Keys of the ids in the KeyedJaggedTensors."""
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B rows, each with its positive item and N negatives of its own, or N that all rows share.
+
+    Items lie as B positives, then the negatives: those of row 0, of row 1, …, or the N shared ones. So `x[:B]` are
+    the positives, and `x[B:].view(B, N, …)` or `x[B:]` the negatives.
+    """
+
+    user_features: KeyedJaggedTensor
+    """Keys "user" and the users' categorical features, stride B."""
+    item_features: KeyedJaggedTensor
+    """Keys "item" and the items' categorical features, stride B * (1 + N)."""
+    label: torch.Tensor
+    """Of the positives; ones where the log has none. (B,) float32"""
+    log_q: torch.Tensor
+    """Log of the probability with which each item comes up: of a negative, in one draw; of a positive, as the
+    item of a row where the counts of the items are known, else in one draw. (B * (1 + N),) float32"""
+    excluded: torch.Tensor | None = None
+    """Of shared negatives: which are positives of which row's user, and so no negatives of it. (B, N) bool"""
+    user_floats: torch.Tensor | None = None  # (B, F)
+    item_floats: torch.Tensor | None = None  # (B * (1 + N), F)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.user_features.to(device, non_blocking),
+            self.item_features.to(device, non_blocking),
+            self.label.to(device, non_blocking=non_blocking),
+            self.log_q.to(device, non_blocking=non_blocking),
+            _maybe(self.excluded, lambda mask: mask.to(device, non_blocking=non_blocking)),
+            _maybe(self.user_floats, lambda floats: floats.to(device, non_blocking=non_blocking)),
+            _maybe(self.item_floats, lambda floats: floats.to(device, non_blocking=non_blocking)),
+        )
+
+    def pin_memory(self) -> Batch:
+        return Batch(
+            self.user_features.pin_memory(),
+            self.item_features.pin_memory(),
+            self.label.pin_memory(),
+            self.log_q.pin_memory(),
+            _maybe(self.excluded, torch.Tensor.pin_memory),
+            _maybe(self.user_floats, torch.Tensor.pin_memory),
+            _maybe(self.item_floats, torch.Tensor.pin_memory),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for part in (self.user_features, self.item_features, self.label, self.log_q):
+            part.record_stream(stream)
+        for part in (self.excluded, self.user_floats, self.item_floats):
+            if part is not None:
+                part.record_stream(stream)
+
+
+class BatchBuilder:
+    """Makes batches of the rows of a stream: `map(BatchBuilder(negatives), stream)`.
+
+    Features of users and items come from side tables, by id, so that negatives have them too. Categorical and
+    float columns of the log itself are what is known of the occasion, and join the user's features; a missing
+    float becomes 0.
+
+    Args:
+        negatives: which negatives; `count` of each row, or of the batch.
+        shared: whether all rows of a batch have the same.
+        item_counts: occurrences of each item, for the `log_q` of positives.
+        device: where batches are made. Ids move there first, negatives and features are made there.
+    """
+
+    def __init__(
+        self,
+        negatives: Negatives,
+        *,
+        shared: bool = False,
+        item_counts: np.ndarray | torch.Tensor | None = None,
+        user_table: SideTable | None = None,
+        item_table: SideTable | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.negatives, self.device, self._shared = negatives, torch.device(device), shared
+        self._popularity = None if item_counts is None else InBatchNegatives(item_counts)
+        self._user_table = None if user_table is None else user_table.to(self.device)
+        self._item_table = None if item_table is None else item_table.to(self.device)
+        self._shapes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, rows: Interactions) -> Batch:
+        assert rows.user is not None
+        assert rows.item is not None
+        users, positives = self._move(rows.user), self._move(rows.item)
+        excluded = None
+        if self._shared:
+            negatives, excluded = self.negatives.draw_shared(users, rows.epoch, rows.position)  # (N,), (B, N)
+        else:
+            negatives = self.negatives.draw(users, rows.epoch, rows.position).flatten()  # (B * N,)
+        label = torch.ones(rows.size, device=self.device) if rows.label is None else self._move(rows.label)
+        of_positives = (self._popularity or self.negatives).log_q(positives)
+        user_features, user_floats = self.users(users, rows)
+        item_features, item_floats = self.items(torch.cat([positives, negatives]))
+        return Batch(
+            user_features,
+            item_features,
+            label,
+            torch.cat([of_positives, self.negatives.log_q(negatives)]),
+            excluded,
+            user_floats,
+            item_floats,
+        )
+
+    def users(
+        self, ids: torch.Tensor, rows: Interactions | None = None
+    ) -> tuple[KeyedJaggedTensor, torch.Tensor | None]:
+        """Features of users as a model takes them; `rows` bring the columns of the log."""
+        features, floats = self._lookup(USER, self._move(ids), self._user_table)
+        if rows is None:
+            return self._keyed(features, len(ids)), floats
+        for name, column in rows.categorical.items():
+            if name in features:
+                raise InputError(f"column '{name}' of the log is also a feature of the users; rename one")
+            if isinstance(column, JaggedColumn):
+                features[name] = JaggedColumn(self._move(column.values), self._move(column.lengths))
+            else:
+                features[name] = self._move(column)
+        if rows.floats is not None:
+            found = self._move(rows.floats)
+            found = found.masked_fill(found.isnan(), 0.0)
+            floats = found if floats is None else torch.cat([floats, found], dim=1)
+        return self._keyed(features, len(ids)), floats
+
+    def items(self, ids: torch.Tensor) -> tuple[KeyedJaggedTensor, torch.Tensor | None]:
+        """Features of items as a model takes them."""
+        features, floats = self._lookup(ITEM, self._move(ids), self._item_table)
+        return self._keyed(features, len(ids)), floats
+
+    def _lookup(
+        self, key: str, ids: torch.Tensor, table: SideTable | None
+    ) -> tuple[dict[str, torch.Tensor | JaggedColumn], torch.Tensor | None]:
+        features: dict[str, torch.Tensor | JaggedColumn] = {key: ids}
+        if table is None:
+            return features, None
+        found, floats = table.gather(ids)
+        if key in found:
+            raise InputError(f"a feature of the {key}s is called '{key}', which is the key of their id; rename it")
+        return features | found, floats
+
+    def _keyed(self, features: Mapping[str, torch.Tensor | JaggedColumn], stride: int) -> KeyedJaggedTensor:
+        """Lengths and offsets of batches without lists are made once for each shape: they cost more than the
+        rest. Nothing is read back from the device."""
+        parts = list(features.values())
+        values = [part.values if isinstance(part, JaggedColumn) else part for part in parts]
+        if not any(isinstance(part, JaggedColumn) for part in parts):
+            lengths, offsets = self._ones(len(parts), stride)
+        else:
+            one, _ = self._ones(1, stride)
+            lengths = torch.cat([part.lengths if isinstance(part, JaggedColumn) else one for part in parts])
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return KeyedJaggedTensor(
+            keys=list(features),
+            values=torch.cat(values) if len(values) > 1 else values[0],
+            lengths=lengths,
+            offsets=offsets,
+            stride=stride,
+            length_per_key=[len(part) for part in values],
+        )
+
+    def _ones(self, keys: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._shapes.get((keys, stride))  # once: another thread may clear it
+        if found is None:
+            if len(self._shapes) > 16:  # sizes of all kinds, as an evaluation may have
+                self._shapes.clear()
+            lengths = torch.ones(keys * stride, dtype=torch.int64, device=self.device)
+            found = self._shapes[keys, stride] = lengths, torch.arange(keys * stride + 1, device=self.device)
+        return found
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _maybe(tensor, move):  # type: ignore[no-untyped-def]
+    return None if tensor is None else move(tensor)

@@ -1,0 +1,100 @@
+"""What a stream takes of a rank's host memory, from row counts and footers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from recpress.data.dataset.column_chunks import leaves
+from recpress.data.dataset.parquet_split import Rows
+from recpress.data.stream.order import TILE_ROWS
+from recpress.data.stream.read_plan import Ahead
+
+_PAGE = 1 << 20
+"""Bytes of a page of a column chunk, as writers make them."""
+# Measured, as are the three after it: docs/stream.md has the peaks.
+KEPT = 16 << 20
+"""Permutations, addresses, and what libraries keep from their first use on."""
+_THREAD = 12 << 20
+"""What the allocators keep for a thread that decodes and the one that writes for it."""
+_ROUNDED = 1.35
+"""What allocators take for the columns of row groups, over what they are asked for: most where these are many."""
+_SCATTERED = 2
+"""The same for parts of lists, which come and go in all sizes."""
+_PIPELINE = 3
+"""Batches that training itself holds."""
+
+
+def memory_bound(
+    rows: Rows,
+    columns: Sequence[str],
+    ahead: Ahead,
+    *,
+    rank_rows: int,
+    batch_rows: int,
+    threads: int,
+    ready: int,
+) -> int:
+    """(rounds + 1) x rows of a round x bytes a row + threads x a row group while it is decoded + (threads + 1) x one
+    that is to be written + tiles + lists that are put in order + batches.
+
+    Args:
+        rank_rows: rows of a round on this rank.
+        batch_rows: rows of a batch on this rank.
+    """
+    lists = [name for name in columns if pa.types.is_nested(_type(rows, name))]
+    dense = sum(_width(rows, name) for name in columns if name not in lists)
+    values = sum(_values_a_row(rows, name) for name in lists)
+    row = dense + _SCATTERED * 8 * (values + 2 * len(lists))  # values, offsets, and where in the round a row goes
+    floats = 4 * sum(rows.columns[name].role == "float" for name in columns)
+    decoding = max((_decoding(rows, visit.group, columns) for visit in ahead.visits), default=0)
+    written = ahead.largest * row  # one lies between the threads that decode and those that write
+    begun = ahead.lanes * min(TILE_ROWS, rank_rows) * dense
+    ordered = rank_rows * 8 * (values + 8 * len(lists))  # of one round: in their order, beside as they came
+    batches = (ready + _PIPELINE) * batch_rows * (floats + 8 * (values + 2 * len(lists)))
+    rounds = (ahead.most_rounds() + 1) * rank_rows * row  # training still holds batches of the one before
+    groups = _ROUNDED * (threads * decoding + (threads + 1) * written)
+    return round(rounds + groups + begun + ordered + batches + KEPT + threads * _THREAD)
+
+
+def _type(rows: Rows, name: str) -> pa.DataType:
+    first = rows.files[rows.groups[0].file]  # a file that was left out has no footer
+    return first.schema.field(name).type
+
+
+def _width(rows: Rows, name: str) -> int:
+    """Bytes of a value of a dense column, as it lies in a round."""
+    return 4 if rows.columns[name].role in ("label", "float") else 8
+
+
+def _values_a_row(rows: Rows, name: str) -> float:
+    """Of a column of lists, the mean."""
+    values = sum(chunk.num_values for group in rows.groups for chunk in _chunks(rows, group.file, group.group, name))
+    return values / rows.num_rows
+
+
+def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
+    """Of one row group: the bytes of its column chunks, a page and a dictionary of each, and what they are decoded and
+    converted to. Values of lists are decoded to memory that doubles; the old one is there while the new one fills."""
+    place, total = rows.groups[group], 0
+    schema = rows.files[place.file].schema
+    for name in columns:
+        kind = schema.field(name).type
+        nested = pa.types.is_nested(kind)
+        width = max(1, (kind.value_type if nested else kind).bit_width // 8)
+        wanted = 8 if nested else _width(rows, name)
+        for chunk in _chunks(rows, place.file, place.group, name):
+            grown = 3 << (chunk.num_values - 1).bit_length() >> 1 if nested else chunk.num_values
+            converted = 0 if width == wanted else wanted
+            total += grown * width + chunk.num_values * converted + chunk.total_compressed_size
+            total += 2 * min(_PAGE, chunk.total_uncompressed_size)
+    return total
+
+
+def _chunks(rows: Rows, file: int, group: int, name: str) -> list[Any]:
+    if name in rows.files[file].constants:
+        return []
+    metadata = rows.files[file].metadata
+    return [metadata.row_group(group).column(place) for place in leaves(metadata, [name])]

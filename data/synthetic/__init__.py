@@ -1,0 +1,1 @@
+"""Synthetic logs with planted tastes."""

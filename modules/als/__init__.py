@@ -1,0 +1,1 @@
+"""Alternating least squares: factorization, automatic settings, fold-in, collapse checks."""

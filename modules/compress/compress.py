@@ -1,0 +1,322 @@
+"""Compress the tables of a model that exists: rows that ids share, frozen rows, or both.
+
+model, report = compress(model, {"t_cat_0": id_map}, frozen={"t_item": factors})
+print(report)
+model = DistributedModelParallel(model, sharders=...)
+report.load(model)      # sharding discards the rows of every table, TorchRec's own way
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_configs import PoolingType
+
+from recpress.modules.compress.collections import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+    UnweightedHash,
+)
+from recpress.modules.compress.report import CompressReport, TableReport
+from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
+from recpress.modules.hashing.id_map import IdMap, Unknown
+from recpress.modules.hashing.learned_hash import LearnedHash
+from recpress.modules.hashing.shared_rows import warm_rows
+from recpress.modules.rows import RowSource, check_source, round_up
+
+_META = torch.device("meta")
+
+
+def compress(
+    model: nn.Module,
+    maps: Mapping[str, IdMap],
+    frozen: Mapping[str, RowSource] | None = None,
+    *,
+    counts: Mapping[str, torch.Tensor] | None = None,
+    warm_start: bool = True,
+    storage: Storage = "fp32",
+    unknown: Unknown = "hash",
+    packed: bool = False,
+) -> tuple[nn.Module, CompressReport]:
+    """Replace tables of the EmbeddingBagCollections and EmbeddingCollections anywhere in `model`, in place.
+
+    The forward's signature, the keys of its output, their order and dimensions stay; the other tables stay the same
+    modules. Make optimizers after this call: the replaced weights are new parameters, the frozen ones none.
+
+    Args:
+        model: not sharded yet. Only where it is itself a collection is the returned module another one.
+        maps: table name -> map of its ids onto fewer rows. All features of the table are mapped.
+        frozen: table name -> its rows (ids, dim), frozen from now on. With a map too, the rows that are stored are
+            those of `warm_rows`.
+        counts: table name -> how often each id is accessed, (ids,); 1 each where it is missing.
+        warm_start: rows of a shared, trainable table start as `warm_rows` of the old ones, else by the table's
+            `init_fn`.
+        storage: how frozen rows are stored.
+        unknown, packed: as in `LearnedHash`.
+
+    Raises:
+        ValueError: a table that the model does not have; a map, counts or rows of another size; a table that is
+            sharded already, has an optimizer in its backward pass, or is behind a module that treats its ids in
+            another way; a feature of two tables that do not have the same map; what these collections cannot do:
+            two rows an id in an EmbeddingCollection, frozen rows there, mean pooling with weighted maps or of frozen
+            rows with per-sample weights. The model is unchanged then.
+    """
+    frozen, counts = frozen or {}, counts or {}
+    named = {*maps, *frozen}
+    if not named:
+        raise ValueError("compress: neither maps nor frozen tables, expected at least one table")
+    places = _places(model, named)
+    for table in counts:
+        if table not in maps:
+            raise ValueError(f"table {table!r}: there are counts for it, but no map")
+    if storage not in get_args(Storage):
+        raise ValueError(f"compress: storage is {storage!r}, expected one of {', '.join(get_args(Storage))}")
+    build = _Build(maps, frozen, counts, warm_start, storage, unknown, packed)
+    made = {module: build.collection(module) for module in places}
+    for module, paths in places.items():
+        for path in paths:
+            if not path:
+                model = made[module]
+                continue
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, made[module])
+    return model, CompressReport(tables=build.report, rows=build.rows)
+
+
+def _places(model: nn.Module, named: set[str]) -> dict[nn.Module, list[str]]:
+    """Collections that hold named tables -> all paths to them."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    owner: dict[str, tuple[str, nn.Module]] = {}
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in modules:
+        where = path or "the model"
+        if isinstance(module, ShardedModule):
+            raise ValueError(f"{where}: {type(module).__name__} is sharded already; compress the model before that")
+        tables = _tables(module)
+        for table in tables:
+            if table in named and owner.setdefault(table, (where, module))[1] is not module:
+                raise ValueError(f"table {table!r}: it is in two collections, {owner[table][0]} and {where}")
+        if named & tables.keys():
+            places.setdefault(module, []).append(path)
+            if path:
+                parent = model.get_submodule(path.rpartition(".")[0])
+                if type(parent).__module__.startswith("torchrec.modules."):
+                    raise ValueError(
+                        f"{where}: it is behind {type(parent).__name__}, which treats its ids in a way of its own; "
+                        "compress takes plain collections"
+                    )
+    lacking = sorted(named - owner.keys())
+    if lacking:
+        there = sorted({table for _, module in modules for table in _tables(module)})
+        raise ValueError(f"the model has no table {lacking[0]!r}; it has {', '.join(there) or 'none'}")
+    return places
+
+
+def _tables(module: Any) -> dict[str, Any]:
+    if type(module) is EmbeddingBagCollection:
+        return {config.name: config for config in module.embedding_bag_configs()}
+    if type(module) is EmbeddingCollection:
+        return {config.name: config for config in module.embedding_configs()}
+    return {}
+
+
+def _tables_of(configs: Any) -> dict[str, list[str]]:
+    """Feature -> the tables that it looks up."""
+    found: dict[str, list[str]] = {}
+    for config in configs:
+        for feature in config.feature_names:
+            found.setdefault(feature, []).append(config.name)
+    return found
+
+
+class _Build:
+    """Makes the new collections and notes what it did; changes nothing of the old ones."""
+
+    def __init__(
+        self,
+        maps: Mapping[str, IdMap],
+        frozen: Mapping[str, RowSource],
+        counts: Mapping[str, torch.Tensor],
+        warm_start: bool,
+        storage: Storage,
+        unknown: Unknown,
+        packed: bool,
+    ) -> None:
+        self.maps, self.frozen, self.counts = maps, frozen, counts
+        self.warm_start, self.storage, self.unknown, self.packed = warm_start, storage, unknown, packed
+        self.report: list[TableReport] = []
+        self.rows: dict[str, RowSource] = {}
+        self._seen: set[IdMap] = set()
+
+    def collection(self, old: Any) -> Any:
+        bags = isinstance(old, EmbeddingBagCollection)
+        configs = old.embedding_bag_configs() if bags else old.embedding_configs()
+        old_tables = old.embedding_bags if bags else old.embeddings
+        for config in configs:
+            self._check(config, old_tables[config.name].weight)
+        mapped = self._features(configs)
+        after = [
+            replace(c, num_embeddings=self.maps[c.name].num_rows) if c.name in self.maps else replace(c)
+            for c in configs
+        ]
+        kept = [c for c in after if c.name not in self.frozen]
+        if bags:
+            new = self._bags(old, configs, after, kept, mapped)
+            tables = None if new.trainable is None else new.trainable.embedding_bags
+        else:
+            new = self._sequences(old, configs, kept, mapped)
+            tables = new.trainable.embeddings
+        if new.trainable is not None:  # made on "meta", so that tables that stay are never made twice
+            new.trainable._device = old.device
+        for before, config in zip(configs, after, strict=True):
+            weight = old_tables[config.name].weight
+            if config.name in self.frozen:
+                self.rows[config.name] = self._frozen_rows(before)
+                if old.device.type != "meta":
+                    new.load(config.name, self.rows[config.name])
+            else:
+                assert tables is not None
+                if config.name in self.maps:
+                    self._start(before, config, tables[config.name], weight)
+                else:
+                    tables[config.name] = old_tables[config.name]
+                if weight.device.type != "meta":
+                    self.rows[config.name] = tables[config.name].weight.detach()
+            if config.name in self.maps or config.name in self.frozen:
+                self._note(before, config, weight)
+        return new
+
+    def _bags(self, old: Any, configs: Any, after: Any, kept: Any, mapped: dict[str, IdMap]) -> Any:
+        weighted_maps = any(m.weights is not None for m in mapped.values())
+        weighted = old.is_weighted() or weighted_maps
+        for config in configs:
+            if config.pooling == PoolingType.MEAN and (weighted_maps or (weighted and config.name in self.frozen)):
+                whose = "a map has some" if weighted_maps else "its collection has some"
+                raise ValueError(f"table {config.name!r}: mean pooling takes no per-sample weights, and {whose}")
+        hashes = None
+        if mapped:
+            kind = UnweightedHash if weighted_maps and not old.is_weighted() else LearnedHash
+            hashes = kind(mapped, unknown=self.unknown, packed=self.packed)
+            hashes.tables = _tables_of(configs)
+            hashes = hashes.to(old.device) if old.device.type != "meta" else hashes
+        frozen = [
+            FrozenTable(
+                name=c.name,
+                rows=c.num_embeddings,
+                dim=round_up(c.embedding_dim),
+                features=tuple(c.feature_names),
+                storage=self.storage,
+            )
+            for c in after
+            if c.name in self.frozen
+        ]
+        return CompressedEmbeddingBagCollection(
+            after,
+            hashes,
+            EmbeddingBagCollection(kept, is_weighted=weighted, device=_META) if kept else None,
+            FrozenEmbeddingBagCollection(frozen, old.device, weighted=weighted) if frozen else None,
+            old.device,
+        )
+
+    def _sequences(self, old: EmbeddingCollection, configs: Any, kept: Any, mapped: dict[str, IdMap]) -> Any:
+        for config in configs:
+            if config.name in self.frozen:
+                raise ValueError(f"table {config.name!r}: only tables of an EmbeddingBagCollection can be frozen")
+            one = self.maps.get(config.name)
+            if one is not None and (one.ways != 1 or one.weights is not None):
+                raise ValueError(
+                    f"table {config.name!r}: its map gives an id {one.ways} weighted rows or several, but an "
+                    "EmbeddingCollection can look up one unweighted row an id"
+                )
+        if old.need_indices():
+            raise ValueError("compress: an EmbeddingCollection with need_indices=True would return rows for ids")
+        hashes = LearnedHash(mapped, unknown=self.unknown, packed=self.packed)
+        hashes.tables = _tables_of(configs)
+        options = ("use_gather_select", "use_gather_select_per_sharding")
+        same = {name: getattr(old, name)() for name in options if hasattr(old, name)}  # TorchRec 1.6 lacks the second
+        new = EmbeddingCollection(kept, device=_META, **same)
+        hashes = hashes.to(old.device) if old.device.type != "meta" else hashes
+        return CompressedEmbeddingCollection(hashes, new, old.device)
+
+    def _check(self, config: Any, weight: torch.Tensor) -> None:
+        table, rows = config.name, config.num_embeddings
+        one = self.maps.get(table)
+        if one is not None and one.num_ids != rows:
+            raise ValueError(
+                f"table {table!r}: its map is of {one.num_ids} ids, expected {rows}, the rows of the table"
+            )
+        if table in self.frozen:
+            check_source(self.frozen[table], table, rows, config.embedding_dim)
+        if (one is not None or table in self.frozen) and hasattr(weight, "_in_backward_optimizers"):
+            raise ValueError(
+                f"table {table!r}: an optimizer is applied in its backward pass already; compress the model before that"
+            )
+        trainable = one is not None and table not in self.frozen
+        if trainable and self.warm_start and weight.device.type == "meta":
+            raise ValueError(f"table {table!r}: its rows are on the device 'meta'; pass warm_start=False")
+
+    def _features(self, configs: Any) -> dict[str, IdMap]:
+        """Feature -> its map; a feature has one, whatever the tables that it feeds."""
+        of: dict[str, tuple[str, IdMap | None]] = {}
+        for config in configs:
+            one = self.maps.get(config.name)
+            for feature in config.feature_names:
+                table, other = of.setdefault(feature, (config.name, one))
+                if other is not one:
+                    raise ValueError(
+                        f"feature {feature!r}: it looks up in the tables {table!r} and {config.name!r}, which must "
+                        "have the same map or none"
+                    )
+        return {feature: one for feature, (_, one) in of.items() if one is not None}
+
+    def _frozen_rows(self, config: Any) -> RowSource:
+        source, one = self.frozen[config.name], self.maps.get(config.name)
+        if one is None:
+            return source
+        pooled = config.pooling == PoolingType.MEAN
+        return warm_rows(source, one, self.counts.get(config.name), table=config.name, mean_pooled=pooled)[0]
+
+    def _start(self, before: Any, after: Any, table: Any, old: torch.Tensor) -> None:
+        weight = table.weight
+        if old.device.type != "meta":
+            table.to_empty(device=old.device)
+            weight = table.weight
+            with torch.no_grad():
+                after.init_fn(weight)
+        weight.requires_grad_(old.requires_grad)
+        if not self.warm_start:
+            return
+        pooled = getattr(before, "pooling", None) == PoolingType.MEAN
+        one, counts = self.maps[before.name], self.counts.get(before.name)
+        rows, used = warm_rows(old.detach(), one, counts, table=before.name, mean_pooled=pooled)
+        with torch.no_grad():
+            weight[used.to(weight.device)] = rows[used].to(weight)  # rows of no id keep what init_fn gave them
+
+    def _note(self, before: Any, after: Any, weight: torch.Tensor) -> None:
+        name, one = before.name, self.maps.get(before.name)
+        size = after.embedding_dim * weight.element_size()
+        if name in self.frozen:
+            size = row_bytes(self.storage, round_up(after.embedding_dim))
+        map_bytes = 0
+        if one is not None and one not in self._seen:
+            self._seen.add(one)
+            held = -(-one.rows.numel() * one.bits // 8) if self.packed else one.rows.nbytes
+            map_bytes = held + (0 if one.weights is None else one.weights.nbytes)
+        kinds = ["frozen"] * (name in self.frozen) + ["shared"] * (one is not None)
+        self.report.append(
+            TableReport(
+                table=name,
+                kind=", ".join(kinds),
+                rows_before=before.num_embeddings,
+                rows_after=after.num_embeddings,
+                bytes_before=weight.nbytes,
+                bytes_after=after.num_embeddings * size,
+                map_bytes=map_bytes,
+            )
+        )

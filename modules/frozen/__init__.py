@@ -1,0 +1,1 @@
+"""Frozen embedding tables: an EmbeddingBagCollection that is looked up and never trained."""

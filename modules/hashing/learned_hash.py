@@ -1,0 +1,297 @@
+"""Apply maps of ids in front of any embedding tables: KeyedJaggedTensor -> KeyedJaggedTensor, no parameters.
+
+On the host, for data workers, `mapped_hash.MappedHash` gives the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
+import numpy as np
+import torch
+from torchrec import KeyedJaggedTensor
+
+from recpress.modules.fingerprints import Fingerprinted
+from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
+from recpress.modules.hashing.layout import Layout, PlacedMap
+from recpress.modules.hashing.packed_rows import decode, pack
+
+_CHUNK = 1 << 16
+"""Ids that a packed map decodes at a time on a CPU, so that the intermediate tensors stay in its cache."""
+
+
+class LearnedHash(Fingerprinted):
+    """Replaces the ids of some features by the rows of smaller tables; the other features pass unchanged.
+
+    An id becomes `ways` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights are
+    kept, multiplied by the weights of the map where it has some, and made where only the map has some.
+
+    The maps are replicated on each rank, in buffers that are not part of `state_dict`: int32, or bit-packed. Features
+    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes a feature. For
+    `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
+
+    Args:
+        maps: feature key -> its map.
+        unknown: what becomes of an id that is negative or not below the map's `num_ids`: the rows of
+            `IdMap.hashed`, with weight 1, or a ValueError.
+        packed: bit-pack the maps: `IdMap.bits` bits an entry. Smaller, slower.
+
+    Raises:
+        ValueError: no map; in forward, a feature with a map that the batch lacks, and for `unknown="error"` an id
+            that its map does not cover; on loading a checkpoint, and at the latest in the next forward, one that was
+            saved with other maps.
+    """
+
+    def __init__(self, maps: Mapping[str, IdMap], *, unknown: Unknown = "hash", packed: bool = False) -> None:
+        super().__init__()
+        if not maps:
+            raise ValueError("learned hash: no maps, expected at least one feature with a map")
+        if unknown not in ("hash", "error"):
+            raise ValueError(f"learned hash: unknown is {unknown!r}, expected 'hash' or 'error'")
+        self.unknown, self.packed = unknown, packed
+        self._map_of: dict[str, PlacedMap] = {}
+        placed: dict[IdMap, PlacedMap] = {}
+        start = weight_start = 0
+        for key, id_map in maps.items():
+            if id_map not in placed:  # IdMaps compare by identity
+                weighted = id_map.weights is not None
+                placed[id_map] = PlacedMap(
+                    num_ids=id_map.num_ids,
+                    num_rows=id_map.num_rows,
+                    ways=id_map.ways,
+                    seed=id_map.seed,
+                    start=start,
+                    bits=id_map.bits,
+                    weight_start=weight_start if weighted else -1,
+                )
+                start += id_map.rows.numel() * (id_map.bits if packed else 1)
+                weight_start += id_map.rows.numel() * weighted
+            self._map_of[key] = placed[id_map]
+        rows = pack(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
+        weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("weights", torch.cat(weights) if weights else torch.ones(1), persistent=False)
+        self.register_buffer("_unknown", torch.zeros(len(self._map_of), dtype=torch.int64), persistent=False)
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        prints = {id_map: map_fingerprint(id_map) for id_map in placed}
+        self.init_fingerprints({key: prints[id_map] for key, id_map in maps.items()})
+        self.tables: dict[str, list[str]] = {}
+        """Feature key -> the tables that it looks up, for messages."""
+        self.rows: torch.Tensor
+        self.weights: torch.Tensor
+        self._unknown: torch.Tensor
+
+    def describe_mismatch(self, name: str) -> str:
+        tables = " and ".join(repr(table) for table in self.tables.get(name, ()))
+        return (
+            f"id map of feature {name!r}{f' (table {tables})' if tables else ''}: the checkpoint was saved with "
+            "another map, so that its rows mean other ids; use the map that it was trained with"
+        )
+
+    def unknown_counts(self) -> dict[str, int]:
+        """Feature key -> ids of it that the map did not cover, since construction or `reset_unknown_counts`.
+
+        Counted on this rank; calls of a program made by torch.export are not counted.
+        """
+        return dict(zip(self._map_of, self._unknown.tolist(), strict=True))
+
+    def reset_unknown_counts(self) -> None:
+        self._unknown.zero_()
+
+    def nbytes(self) -> int:
+        """Bytes of the maps and their weights as this rank holds them."""
+        weighted = any(m.weight_start >= 0 for m in self._map_of.values())
+        return self.rows.nbytes + (self.weights.nbytes if weighted else 0)
+
+    def ways(self, key: str) -> int:
+        """Entries that an id of this feature becomes."""
+        return self._map_of[key].ways if key in self._map_of else 1
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The same keys, stride and order; ids are rows now, of the dtype that the ids had."""
+        if not torch.compiler.is_compiling():
+            self.check_fingerprints()
+        layout = self._layout(features.keys())
+        lengths = features.length_per_key()
+        ids, weights = features.values(), features.weights_or_none()
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"learned hash: the ids of the batch are {ids.dtype}, expected torch.int64 or torch.int32")
+        unknown, how_many = self._unknown_ids(ids, layout, lengths)
+        known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
+        each = lengths  # entries of each key
+        if layout.max_ways > 1:
+            known = layout.entries(known, lengths)
+            each = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+            weights = None if weights is None else layout.repeat(weights, lengths)
+        if self.packed:
+            rows = self._unpack(known, layout, each)
+        elif ids.is_cuda or torch.compiler.is_exporting():
+            rows = self._gather(known, layout, each)
+        else:
+            rows = self._gather_cpu(known, layout, each)
+        if layout.weighted:
+            again = None if unknown is None else layout.repeat(unknown, lengths)
+            weights = self._weigh(known, again, weights, layout, each)
+        if unknown is not None:
+            self._hash(rows, ids, unknown, how_many, layout, lengths)
+        return _rebuilt(features, rows.to(ids.dtype), weights, each, layout)
+
+    def _layout(self, keys: list[str]) -> Layout:
+        found = self._layouts.get(tuple(keys))
+        if found is None:
+            missing = [key for key in self._map_of if key not in keys]
+            if missing:
+                raise ValueError(
+                    f"learned hash: the batch has no feature {missing[0]!r}, which has a map; it has {keys}"
+                )
+            found = self._layouts[tuple(keys)] = Layout(keys, self._map_of)
+        return found
+
+    def _unknown_ids(
+        self, ids: torch.Tensor, layout: Layout, lengths: list[int]
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        """(which ids of mapped features their map does not cover, (n,) bool, or None for none; how many of each key).
+
+        Counts them. On CUDA this synchronises; the exchange of ids does so too. While exporting, how many is not
+        known: -1.
+        """
+        exporting = torch.compiler.is_exporting()
+        if exporting and self.unknown == "error":
+            raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
+        if ids.is_cuda or exporting:
+            sizes = layout.per_id("sizes", lengths, ids)
+            bad = (sizes >= 0) & ((ids < 0) | (ids >= sizes))
+            if exporting:
+                return bad, [-1] * len(lengths)
+            found = bool(bad.any())
+        else:
+            bad, found = _unknown_on_cpu(ids, layout, lengths)
+        if not found:
+            return None, []
+        if self.unknown == "error":
+            position = int(bad.nonzero()[0])
+            key = layout.keys[int(np.searchsorted(np.cumsum(lengths), position, side="right"))]
+            raise ValueError(
+                f"learned hash: feature {key!r} has the id {int(ids[position])}, expected 0 to "
+                f"{self._map_of[key].num_ids - 1}"
+            )
+        per_key = torch.stack([part.sum() for part in bad.split(lengths)]).cpu()
+        self._unknown += per_key[layout.positions].to(self._unknown.device)
+        return bad, per_key.tolist()
+
+    def _gather_cpu(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
+        """One fbgemm call for each run of features whose maps lie in ascending order, mostly one for all."""
+        parts: list[torch.Tensor] = []
+        at = first = 0
+        for last, starts in layout.runs:
+            ends = np.cumsum([0, *lengths[first:last]])
+            part = known[at : at + int(ends[-1])]
+            at += int(ends[-1])
+            offsets = torch.from_numpy(ends).to(part.dtype)
+            parts.append(torch.ops.fbgemm.pruned_array_lookup(part.contiguous(), offsets, self.rows, starts))
+            first = last
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gather(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
+        starts = layout.per_id("starts", lengths, known)
+        mapped = starts >= 0
+        rows = self.rows[torch.where(mapped, starts + known, 0)]
+        return torch.where(mapped, rows.to(known.dtype), known)
+
+    def _unpack(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
+        parts: list[torch.Tensor] = []
+        for key, part in zip(layout.keys, known.split(lengths), strict=True):
+            at = self._map_of.get(key)
+            chunks = [part] if at is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
+            parts += chunks if at is None else [decode(self.rows, at.start, at.bits, c).to(known.dtype) for c in chunks]
+        return torch.cat(parts)
+
+    def _weigh(
+        self,
+        known: torch.Tensor,
+        unknown: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        layout: Layout,
+        lengths: list[int],
+    ) -> torch.Tensor:
+        parts: list[torch.Tensor] = []
+        for index, part in enumerate(known.split(lengths)):
+            at = self._map_of.get(layout.keys[index])
+            if at is None or at.weight_start < 0:
+                parts.append(torch.ones_like(part, dtype=torch.float32))
+                continue
+            of_map = self.weights[at.weight_start : at.weight_start + at.num_ids * at.ways]
+            parts.append(of_map.index_select(0, part).float())
+        own = torch.cat(parts) if len(parts) > 1 else parts[0]
+        own = own if unknown is None else own.masked_fill(unknown, 1.0)
+        return own if weights is None else own.to(weights.dtype) * weights
+
+    def _hash(
+        self,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        unknown: torch.Tensor,
+        how_many: list[int],
+        layout: Layout,
+        lengths: list[int],
+    ) -> None:
+        """Write hashed rows into `rows` where ids are unknown."""
+        each = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+        split = rows.split(each), ids.split(lengths), unknown.split(lengths)
+        for key, number, row, part, bad in zip(layout.keys, how_many, *split, strict=True):
+            at = self._map_of.get(key)
+            if at is None or not number:
+                continue
+            row = row.view(-1, at.ways)
+            if number < 0 or row.is_cuda:  # no size that depends on data, so all ids are hashed
+                row.copy_(torch.where(bad[:, None], at.hashed(part).to(row.dtype), row))
+            else:
+                where = bad.nonzero()[:, 0]
+                row.index_copy_(0, where, at.hashed(part.index_select(0, where)).to(row.dtype))
+
+
+def _unknown_on_cpu(ids: torch.Tensor, layout: Layout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
+    """(which ids their map does not cover, whether there are any); where there are none, the first is empty.
+
+    The least and the largest id of a feature cost a tenth of its look-up; a mask is made where they tell of a need.
+    """
+    bad, found, at = torch.empty(0, dtype=torch.bool), False, 0
+    for size, length in zip(layout.mapped_sizes, lengths, strict=True):
+        if size is not None and length:
+            part = ids[at : at + length]
+            low, high = torch.aminmax(part)
+            if int(low) < 0 or int(high) >= size:
+                bad = bad if found else torch.zeros(ids.shape, dtype=torch.bool)
+                found = True
+                torch.bitwise_or(part < 0, part >= size, out=bad[at : at + length])
+        at += length
+    return bad, found
+
+
+def _rebuilt(
+    features: KeyedJaggedTensor,
+    values: torch.Tensor,
+    weights: torch.Tensor | None,
+    length_per_key: list[int],
+    layout: Layout,
+) -> KeyedJaggedTensor:
+    """`features` with other values; what it had worked out already is kept, so that nobody does it twice."""
+    lengths, offsets = features.lengths_or_none(), features.offsets_or_none()
+    if layout.max_ways > 1:
+        strides = features.stride_per_key()
+        of_key = torch.tensor(layout.ways, device=values.device)
+        ways = torch.repeat_interleave(of_key, torch.tensor(strides, device=values.device), output_size=sum(strides))
+        lengths, offsets = features.lengths() * ways.to(features.lengths().dtype), None
+    variable = features.variable_stride_per_key()
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=values,
+        weights=weights,
+        lengths=lengths,
+        offsets=offsets,
+        stride=None if variable else features.stride(),
+        stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
+        length_per_key=length_per_key,
+        inverse_indices=features.inverse_indices_or_none(),
+    )

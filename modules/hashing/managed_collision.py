@@ -1,0 +1,142 @@
+"""A learned map as a collision module of TorchRec's, for models that use ManagedCollision collections."""
+
+from __future__ import annotations
+
+import torch
+from torchrec import JaggedTensor
+from torchrec.modules.mc_modules import ManagedCollisionModule
+
+from recpress.modules.fingerprints import Fingerprinted
+from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
+from recpress.modules.hashing.mapped_hash import look_up
+
+
+class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
+    """Replaces the ids of one table by the rows of its map, before they are sent to the rank that has the row.
+
+    TorchRec shards collision modules row-wise only, lets no two tables share a feature, and drops per-sample weights
+    when it shards an EmbeddingBagCollection behind them; `LearnedHash` has none of these limits. The map is held by
+    each rank and only its fingerprint is part of `state_dict`: a checkpoint can be loaded on any number of ranks.
+
+    Args:
+        id_map: one unweighted row an id; the table behind has `id_map.num_rows` rows.
+        unknown: what becomes of an id that the map does not cover: the row of `IdMap.hashed`, or a ValueError.
+
+    Raises:
+        ValueError: a map with several rows an id or with weights.
+    """
+
+    device: torch.device
+    _output_segments_tensor: torch.Tensor
+
+    def __init__(
+        self,
+        id_map: IdMap,
+        *,
+        device: torch.device | str = "cpu",
+        unknown: Unknown = "hash",
+        output_range: tuple[int, int] | None = None,
+        output_segments: list[int] | None = None,
+    ) -> None:
+        """output_range and output_segments: the rows of this rank and the borders of all, set when sharded."""
+        if id_map.ways != 1 or id_map.weights is not None:
+            raise ValueError(
+                f"collision module: a map with {id_map.ways} rows an id and "
+                f"{'no ' if id_map.weights is None else ''}weights, expected one row and no weights; use LearnedHash"
+            )
+        if unknown not in ("hash", "error"):
+            raise ValueError(f"collision module: unknown is {unknown!r}, expected 'hash' or 'error'")
+        self._range = output_range or (0, id_map.num_rows)
+        segments = output_segments or [0, id_map.num_rows]
+        super().__init__(torch.device(device), segments)
+        self._id_map, self.unknown, self._buckets = id_map, unknown, len(segments) - 1
+        # Not persistent: TorchRec makes a ShardedTensor of any other buffer, and the map is not sharded.
+        self.register_buffer("_rows", id_map.rows.to(device), persistent=False)
+        self.register_buffer("_segments", self._output_segments_tensor.clone(), persistent=False)
+        self._unknown_count = 0
+        self.init_fingerprints({"map": map_fingerprint(id_map)})
+        self._rows: torch.Tensor
+        self._segments: torch.Tensor
+
+    def describe_mismatch(self, name: str) -> str:
+        return (
+            f"collision module: the checkpoint was saved with another map of {self._id_map.num_ids} ids onto "
+            f"{self._id_map.num_rows} rows, so that its rows mean other ids; use the map that it was trained with"
+        )
+
+    def unknown_count(self) -> int:
+        """Ids that the map did not cover, on this rank, since construction."""
+        return self._unknown_count
+
+    def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """Ids -> rows of the whole table; runs on the rank that has the ids."""
+        self.check_fingerprints()
+        found = {}
+        for name, feature in features.items():
+            rows, _, unknown = look_up(self._id_map, feature.values(), self._rows)
+            if unknown is not None:
+                if self.unknown == "error":
+                    first = int(feature.values()[int(unknown.nonzero()[0])])
+                    raise ValueError(f"table {name!r}: the id {first}, expected 0 to {self._id_map.num_ids - 1}")
+                self._unknown_count += int(unknown.sum())
+            found[name] = JaggedTensor(
+                values=rows[:, 0],
+                lengths=feature.lengths(),
+                offsets=feature.offsets_or_none(),
+                weights=feature.weights_or_none(),
+            )
+        return found
+
+    def remap(
+        self,
+        features: dict[str, JaggedTensor],
+        mutate_miss_lengths: bool = True,
+        write_weights: torch.Tensor | None = None,
+    ) -> dict[str, JaggedTensor]:
+        """Nothing is left to do on the rank that has the rows."""
+        return features
+
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """The map does not learn here."""
+        return features
+
+    def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
+        return self.remap(self.preprocess(features))
+
+    def evict(self) -> torch.Tensor | None:
+        return None
+
+    def output_size(self) -> int:
+        """Rows of this rank."""
+        return self._range[1] - self._range[0]
+
+    def input_size(self) -> int:
+        """Rows of the whole table: what `preprocess` gives, and by what the exchange finds a row's rank."""
+        return self._id_map.num_rows
+
+    def buckets(self) -> int:
+        return self._buckets
+
+    def open_slots(self) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def validate_state(self) -> None:
+        """A checkpoint brings the borders of the ranks that wrote it; those of these ranks count."""
+        self._output_segments_tensor.copy_(self._segments)
+
+    def reset_inference_mode(self) -> None:
+        """No state of training to reset."""
+
+    def rebuild_with_output_id_range(
+        self,
+        output_id_range: tuple[int, int],
+        output_segments: list[int],
+        device: torch.device | None = None,
+    ) -> LearnedCollisionModule:
+        return type(self)(
+            self._id_map,
+            device=device or self.device,
+            unknown=self.unknown,
+            output_range=output_id_range,
+            output_segments=output_segments,
+        )

@@ -1,0 +1,205 @@
+"""The rows of a table that its ids share: made from vectors of the ids, and read as vectors of the ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import RowBlocks
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.shared_als import SharedRows
+from recpress.modules.rows import BLOCK_BYTES, RowSource, blocks, check_source
+
+
+def shared_rows(
+    id_map: IdMap,
+    vectors: RowSource,
+    counts: RowSource | None = None,
+    table: str = "",
+    exchange: Exchange | None = None,
+) -> torch.Tensor:
+    """Rows (num_rows, d) float32 that minimise the squared errors of the ids' vectors, weighted by their counts.
+
+    One row an id: the weighted mean of the ids that share it; `vectors` are read in blocks, and the memory is that of
+    the rows. Two: `shared_als.SharedRows.fit`, some columns at a time, with about six times the size of these columns.
+    A row without ids is zero.
+
+    Args:
+        vectors: (num_ids, d).
+        counts: (num_ids, 1), each at least 0; ids below 0.1 weigh 0.1. None: all alike.
+        table: name in messages.
+        exchange: shares the work: each of its ranks calls with the same arguments, reads its part of the ids, and gets
+            all rows. They are those of one rank, of one row an id but for the rounding of sums. None: no other rank.
+
+    Raises:
+        ValueError: lengths that do not fit the map; a vector or a count that is not finite. On every rank.
+    """
+    (ids, dim), num_rows = vectors.shape, id_map.num_rows
+    for what, source in (("vectors", vectors), ("counts", counts)):
+        if source is not None and source.shape[0] != id_map.num_ids:
+            raise ValueError(f"table {table!r}: {what} of {source.shape[0]} ids, but its map has {id_map.num_ids}")
+    if exchange is None:
+        exchange = Exchange(None, torch.device("cpu"))
+        exchange.rank, exchange.world = 0, 1
+    share = RowBlocks(ids, exchange.world)
+    mine = (share.start(exchange.rank), share.stop(exchange.rank))
+    if id_map.ways > 1:
+        return _solved(id_map, vectors, counts, table, exchange, share, mine)
+
+    def sums() -> tuple[torch.Tensor, torch.Tensor]:
+        rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
+        for first, block in blocks(vectors, table, mine, (0, dim)):
+            of_ids = torch.ones(len(block)) if counts is None else _weights(counts, table, first, first + len(block))
+            add_members(rows, mass, id_map, first, block, of_ids[:, None])
+        return rows, mass
+
+    rows, mass = exchange.together(sums)
+    exchange.add_up(rows, BLOCK_BYTES // (4 * dim))
+    exchange.add_up(mass, BLOCK_BYTES // 4)
+    return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _solved(
+    id_map: IdMap,
+    vectors: RowSource,
+    counts: RowSource | None,
+    table: str,
+    exchange: Exchange,
+    share: RowBlocks,
+    mine: tuple[int, int],
+) -> torch.Tensor:
+    """`shared_rows` of ids with several rows. The columns of a least-squares problem do not know each other: in rounds,
+    each rank gets `_COLUMNS` of its own, of the ids that each rank has read, and solves them."""
+    dim, world = vectors.shape[1], exchange.world
+
+    def weights_here() -> torch.Tensor:
+        if counts is None:
+            return torch.ones(mine[1] - mine[0])
+        starts = range(*mine, _COUNTS)
+        return torch.cat(
+            [torch.empty(0), *(_weights(counts, table, first, min(first + _COUNTS, mine[1])) for first in starts)]
+        )
+
+    weights = exchange.gather(exchange.together(weights_here)[:, None].to(exchange.device), share)[:, 0].cpu()
+    rows, shared = torch.empty(id_map.num_rows, dim), SharedRows(id_map)
+    for start in range(0, dim, _COLUMNS * world):
+        parts = [
+            (min(start + rank * _COLUMNS, dim), min(start + (rank + 1) * _COLUMNS, dim)) for rank in range(world)
+        ]  # of each rank, empty where there are fewer columns than ranks
+        whole = (start, parts[-1][1])
+
+        def columns(whole: tuple[int, int] = whole) -> torch.Tensor:
+            none = torch.empty(0, whole[1] - whole[0])
+            return torch.cat([none, *(block for _, block in blocks(vectors, table, mine, whole))])
+
+        read = exchange.together(columns)
+        sent = [read[:, first - start : last - start].reshape(-1).numpy() for first, last in parts]
+        del read
+        kept = torch.from_numpy(exchange.all_to_all(sent))
+        del sent
+        first, last = parts[exchange.rank]
+        found = torch.empty(id_map.num_rows, 0)
+        if last > first:
+            found = shared.fit(kept.reshape(id_map.num_ids, last - first), weights)
+        for rank, (begin, end) in enumerate(parts):
+            if end > begin:
+                own = found if rank == exchange.rank else torch.empty(id_map.num_rows, end - begin)
+                rows[:, begin:end] = exchange.broadcast(own, rank)
+    return rows
+
+
+_COLUMNS = 16
+"""Columns of two-row dictionaries that are solved together: memory is about six times theirs, and not the table's."""
+_COUNTS = 1 << 20
+
+
+def _weights(counts: RowSource, table: str, first: int, stop: int) -> torch.Tensor:
+    """What ids first..stop-1 weigh, (stop - first,)."""
+    read = counts[first:stop]
+    read = read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
+    if not bool(torch.isfinite(read).all()):
+        raise ValueError(f"table {table!r}: a count of ids {first} to {stop - 1} is NaN or infinite")
+    return read.clamp_min(0.1)[:, 0]
+
+
+def warm_rows(
+    source: RowSource,
+    id_map: IdMap,
+    counts: torch.Tensor | None = None,
+    *,
+    table: str = "",
+    mean_pooled: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows (num_rows, dim) float32, which of them some id has (num_rows,) bool) from one row for each id, read once.
+
+    `shared_rows` solves two rows an id by least squares, in memory; here a table of any size is gone through in blocks,
+    for training goes on from these rows.
+
+    A row is the mean of what its ids ask of it, weighted by their counts (alike, where all are 0). An id with one row
+    asks for its own vector x. With several rows of weights w_k it asks of each w_k x / sum(w^2), the smallest vectors
+    whose weighted sum is x: of two unweighted rows, half of x each. With mean pooling, which divides by the number of
+    rows, it asks for x.
+
+    Raises:
+        ValueError: counts that do not fit or are negative; values of `source` that are not finite.
+    """
+    num_ids = id_map.num_ids
+    check_source(source, table, num_ids, source.shape[-1])
+    if counts is None:
+        counts = torch.ones(num_ids)
+    if counts.shape != (num_ids,):
+        raise ValueError(f"table {table!r}: counts have shape {tuple(counts.shape)}, expected ({num_ids},)")
+    if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
+        raise ValueError(f"table {table!r}: counts hold a negative number, NaN or infinity")
+    counts = counts.detach().double().cpu()
+    total = torch.zeros(id_map.num_rows, dtype=torch.float64)
+    members = torch.zeros(id_map.num_rows, dtype=torch.float64)
+    for way in range(id_map.ways):
+        total.index_add_(0, id_map.rows[:, way].long(), counts)
+        members.index_add_(0, id_map.rows[:, way].long(), torch.ones(num_ids, dtype=torch.float64))
+    found = torch.zeros(id_map.num_rows, source.shape[1])
+    for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
+        part = slice(first, first + len(block))
+        weights = torch.ones(len(block), id_map.ways) if id_map.weights is None else id_map.weights[part].float()
+        share = weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
+        if mean_pooled:
+            share = torch.ones_like(share)
+        for way in range(id_map.ways):
+            rows = id_map.rows[part, way].long()
+            of_row = torch.where(total[rows] > 0, counts[part] / total[rows], 1 / members[rows]).float()
+            found.index_add_(0, rows, block * (of_row * share[:, way])[:, None])
+    return found, members > 0
+
+
+def add_members(
+    sums: torch.Tensor, mass: torch.Tensor, id_map: IdMap, first: int, block: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Add the ids from `first` on, of one row each, to the sums of their rows; sums / mass are the rows in the end.
+
+    Args:
+        sums, mass: (num_rows, d) and (num_rows, 1), changed.
+        block, weights: vectors (b, d) of the ids, and what they weigh, (b, 1).
+    """
+    at = id_map.rows[first : first + len(block), 0].long()
+    part = 1.0 if id_map.weights is None else id_map.weights[first : first + len(block)].float()
+    sums.index_add_(0, at, block * (weights * part))
+    mass.index_add_(0, at, weights * part**2)
+
+
+class SharedVectors:
+    """The vectors that the ids get of shared rows, a RowSource (num_ids, d) that is worked out where it is read."""
+
+    def __init__(self, id_map: IdMap, rows: RowSource) -> None:
+        self._map, self._rows = id_map, rows
+        self.shape = (id_map.num_ids, rows.shape[1])
+
+    def __getitem__(self, index: slice) -> torch.Tensor:
+        at = self._map.rows[index].long()
+        read: Any = self._rows[at if isinstance(self._rows, torch.Tensor) else at.numpy()]
+        each = torch.as_tensor(read).float()
+        if self._map.weights is not None:
+            each = each * self._map.weights[index].float().unsqueeze(-1)
+        return each.sum(1)

@@ -1,0 +1,1 @@
+"""The two-tower network: towers, losses, ranking metrics, logistic factorization."""

@@ -1,0 +1,4 @@
+"""recpress: smaller training for recommendation models on TorchRec.
+
+The packages are the folders of the repository, linked here so that every tool sees one import tree.
+"""

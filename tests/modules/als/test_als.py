@@ -1,0 +1,365 @@
+"""The factorization against a dense float64 reference, by itself and on several ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recpress.modules.als.als import ALS, initial_factors, initial_rows
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import Factors, RowBlocks
+from recpress.modules.als.interactions import InteractionBuilder
+from recpress.modules.als.side import FAR, Limits, _pieces, block_rows
+from recpress.modules.als.solvers import Scratch
+from recpress.modules.config import ALSConfig, ALSParameters
+from tests.modules.als import als_reference as reference
+from tests.ranks import run_on_ranks
+
+USERS, ITEMS = 53, 31
+CONFIGS = {
+    "hu": ALSParameters(factors=6, sweeps=4, confidence=5.0, regularization=2.0),
+    "rendle": ALSParameters(
+        factors=6,
+        sweeps=4,
+        confidence=1.0,
+        unobserved_weight=0.1,
+        regularization=0.05,
+        frequency_exponent=1.0,
+    ),
+    "half": ALSParameters(
+        factors=6, sweeps=4, confidence=3.0, unobserved_weight=0.5, regularization=0.2, frequency_exponent=0.5
+    ),
+}
+
+
+def log(valued: bool = False, seed: int = 0, rows: int = 400):
+    """Skewed ids, with duplicates, empty users and empty items."""
+    rng = np.random.default_rng(seed)
+    users = (USERS * rng.random(rows) ** 2).astype(np.int64)
+    items = (ITEMS * rng.random(rows) ** 2).astype(np.int64)
+    users[users == 7] = 8
+    items[items == 5] = 6
+    return users, items, rng.integers(0, 5, rows).astype(np.float32) if valued else None
+
+
+def run(config: ALSParameters, triples, limits=None, start=None, chunks: int = 1, on_sweep=None):
+    als = ALS(config, USERS, ITEMS, limits=limits)
+    for part in np.array_split(np.arange(len(triples[0])), chunks):
+        als.add(*(None if column is None else column[part] for column in triples))
+    objectives: list[float] = []
+
+    def record(report):
+        objectives.append(report.objective)
+        return on_sweep is not None and on_sweep(report)
+
+    return als.fit(record, start), objectives
+
+
+def initial(config: ALSParameters) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(
+        initial_rows(config.seed, side, 0, n, config.factors).astype(float) for side, n in ((0, USERS), (1, ITEMS))
+    )
+
+
+@pytest.mark.parametrize("valued", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_exact_solver_is_the_dense_reference(name, valued):
+    config = replace(CONFIGS[name], solver="cholesky")
+    triples = log(valued)
+    matrix, seen = reference.dense(*triples, (USERS, ITEMS))
+    x, y, objectives = reference.fit(config, *initial(config), matrix, seen)
+    factors, found = run(config, triples, chunks=3)
+    # float32 solves against float64: relative to the largest entry
+    assert np.abs(factors.users.numpy() - x).max() < 1e-4 * np.abs(x).max()
+    assert np.abs(factors.items.numpy() - y).max() < 1e-4 * np.abs(y).max()
+    np.testing.assert_allclose(found, objectives, rtol=1e-5)
+    assert not factors.users[7].any()
+    assert not factors.items[5].any()
+
+
+@pytest.mark.parametrize("solver", ["auto", "cg", "cholesky"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_objective_falls_and_is_that_of_the_factors(name, solver):
+    config = replace(CONFIGS[name], solver=solver, sweeps=8)
+    triples = log(valued=True)
+    factors, found = run(config, triples)
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(found))
+    dense = reference.objective(
+        config, factors.users.double().numpy(), factors.items.double().numpy(),
+        *reference.dense(*triples, (USERS, ITEMS)),
+    )  # fmt: skip
+    assert found[-1] == pytest.approx(dense, rel=1e-5)
+    assert not factors.users[7].any()
+    assert not factors.items[5].any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_solvers_meet(name):
+    """Conjugate gradients and the exact solver go to the same objective."""
+    ends = {
+        solver: run(replace(CONFIGS[name], solver=solver, sweeps=60), log())[1][-1]
+        for solver in ("auto", "cg", "cholesky")
+    }
+    assert ends["auto"] == pytest.approx(ends["cholesky"], rel=5e-3)
+    assert ends["cg"] == pytest.approx(ends["cholesky"], rel=5e-3)
+
+
+@pytest.mark.parametrize("solver", ["auto", "cg", "cholesky"])
+@pytest.mark.parametrize("valued", [False, True])
+def test_chunks_change_nothing(solver, valued):
+    config = replace(CONFIGS["half"], solver=solver)
+    whole, objectives = run(config, log(valued))
+    cut, cut_objectives = run(config, log(valued), limits=Limits(interactions=64, rows=5, heavy=64))
+    assert (torch.diff(whole.users, dim=0) != 0).any()
+    torch.testing.assert_close(cut.users, whole.users, rtol=0, atol=1e-4)
+    torch.testing.assert_close(cut.items, whole.items, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(cut_objectives, objectives, rtol=1e-5)
+
+
+def test_a_row_in_pieces_is_exact():
+    config = replace(CONFIGS["half"], solver="cholesky")
+    whole, objectives = run(config, log(True))
+    cut, cut_objectives = run(config, log(True), limits=Limits(interactions=9, rows=5, heavy=7))
+    torch.testing.assert_close(cut.users, whole.users, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(cut_objectives, objectives, rtol=1e-5)
+
+
+def test_duplicates_sum_and_ones_need_no_values():
+    config = CONFIGS["hu"]
+    users, items, _ = log()
+    pairs, counts = np.unique(np.stack((users, items)), axis=1, return_counts=True)
+    repeated, _ = run(config, (users, items, None))
+    summed, _ = run(config, (*pairs, counts.astype(np.float32)))
+    torch.testing.assert_close(repeated.users, summed.users, rtol=0, atol=1e-5)
+    plain, _ = run(config, (*pairs, None))
+    ones, _ = run(config, (*pairs, np.ones(pairs.shape[1], np.float32)))
+    assert torch.equal(plain.users, ones.users)
+
+
+@pytest.mark.parametrize("valued", [False, True])
+def test_a_log_added_at_once_is_the_log_added_in_parts(valued):
+    """More rows than a buffer, duplicates among them, and the caller's arrays changed after `add`."""
+    rng = np.random.default_rng(0)
+    rows = (1 << 17) + 1000
+    users, items = rng.integers(0, 2000, rows, np.int32), rng.integers(0, 300, rows, np.int32)
+    values = rng.integers(0, 4, rows).astype(np.float64) if valued else None
+    built = []
+    for chunks in (1, 7):
+        builder = InteractionBuilder(2000, 300, Exchange(None, torch.device("cpu")))
+        for part in np.array_split(np.arange(rows), chunks):
+            chunk = [None if column is None else column[part] for column in (users, items, values)]
+            builder.add(*chunk)
+            for column in chunk[:2]:
+                column[:] = 0
+        assert builder.rows == rows
+        built.append(builder.build())
+    for one, other in zip(*built, strict=True):
+        np.testing.assert_array_equal(one.indptr, other.indptr)
+        np.testing.assert_array_equal(one.indices, other.indices)
+        np.testing.assert_array_equal(one.values, other.values)
+    matrix, _ = reference.dense(users, items, values, (2000, 300))
+    found = np.zeros_like(matrix)
+    csr = built[0][0]
+    found[np.repeat(np.arange(2000), np.diff(csr.indptr)), csr.indices] = csr.values
+    np.testing.assert_array_equal(found, matrix)
+
+
+def test_a_bad_value_past_the_first_buffer_is_named_and_nothing_is_taken():
+    builder = InteractionBuilder(5, 5, Exchange(None, torch.device("cpu")))
+    ids, values = np.ones(1 << 17, np.int32), np.ones(1 << 17)
+    values[100_000] = np.nan
+    with pytest.raises(ValueError, match=r"interaction 100000 \(user 1, item 1\): value nan"):
+        builder.add(ids, ids, values)
+    assert builder.rows == 0
+    assert [len(csr.indices) for csr in builder.build()] == [0, 0]
+
+
+def test_working_arrays_are_reused_and_bounded():
+    scratch = Scratch()
+    large = scratch.floats("a", torch.empty(300, 200))
+    small = scratch.floats("a", torch.empty(7, dtype=torch.int32))
+    assert small.data_ptr() == large.data_ptr()
+    assert (small.shape, small.dtype) == ((7,), torch.float32)
+    assert scratch.floats("b", small).data_ptr() != small.data_ptr()
+    assert scratch.floats("a", torch.empty(700, 200)).shape == (700, 200)
+    assert [block_rows(dim) for dim in (1, 32, 128, 1 << 20)] == [1024, 1024, 256, 1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 60),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(0, 200),
+    st.booleans(),
+)
+def test_any_log(seed, num_users, num_items, factors, rows, valued):
+    """One exact sweep of any log is the reference's, whatever is empty, duplicated or wider than it is
+    long.
+    """
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(0, num_users, rows + 1), rng.integers(0, num_items, rows + 1)
+    values = rng.random(rows + 1).astype(np.float32) if valued else None
+    config = ALSParameters(factors=factors, sweeps=1, confidence=2.0, regularization=0.5, solver="cholesky", seed=seed)
+    als = ALS(config, num_users, num_items)
+    als.add(torch.from_numpy(users), items, values)
+    found = als.fit()
+    matrix, seen = reference.dense(users, items, values, (num_users, num_items))
+    start = initial_rows(seed, 1, 0, num_items, factors).astype(float)
+    x = reference.half_sweep(config, start, matrix, seen)
+    y = reference.half_sweep(config, x, matrix.T, seen.T)
+    np.testing.assert_allclose(found.users.numpy(), x, atol=1e-4 * max(1, np.abs(x).max()))
+    np.testing.assert_allclose(found.items.numpy(), y, atol=1e-3 * max(1, np.abs(y).max()))
+
+
+def test_gaps_between_ids_change_nothing():
+    """Ids that nothing uses do not raise the penalty: the same log with ids 300 apart has the same factors."""
+    rng = np.random.default_rng(3)
+    users, items = rng.integers(0, 40, 500), rng.integers(0, 30, 500)
+    found = {}
+    for gap in (1, 300):
+        als = ALS(ALSConfig(factors=4, sweeps=30, auto=False, solver="cholesky"), 40 * gap, 30 * gap)
+        als.add(users * gap, items * gap)
+        found[gap] = als.fit()
+    scores = {gap: (f.users[::gap] @ f.items[::gap].T).numpy() for gap, f in found.items()}
+    np.testing.assert_allclose(scores[300], scores[1], atol=0.05)
+    assert np.abs(scores[1]).max() > 0.2
+    assert int((found[300].users.norm(dim=1) > 0).sum()) <= 40
+
+
+def test_rows_without_interactions_are_in_no_chunk():
+    """Of 10 million ids a handful occurs: the work is that of the handful, on rows and on sums."""
+    degrees = np.zeros(10_000_000, np.int64)
+    degrees[[3, 4, 5_000_000, 7_000_000, 7_000_005, 9_000_000]] = [2, 1, 9, 1, 1, 3]
+    indptr = np.concatenate([[0], np.cumsum(degrees)])
+    assert list(_pieces(indptr, Limits(interactions=8, rows=16, heavy=4))) == [
+        (3, 5, 0, 3),
+        (5_000_000, 5_000_001, 3, 11), (5_000_000, 5_000_001, 11, 12),
+        (7_000_000, 7_000_006, 12, 14),
+        (9_000_000, 9_000_001, 14, 17),
+    ]  # fmt: skip
+    assert list(_pieces(np.zeros(5, np.int64), Limits(interactions=8, rows=16, heavy=4))) == []
+
+
+def test_stops_on_request_and_by_tolerance():
+    reports = []
+    run(CONFIGS["hu"], log(), on_sweep=lambda report: reports.append(report) or report.sweep == 2)
+    assert [r.sweep for r in reports] == [1, 2]
+    assert reports[0].sweeps == 4
+    assert reports[0].eta > 0
+    _, all_sweeps = run(replace(CONFIGS["hu"], sweeps=50), log())
+    _, few = run(replace(CONFIGS["hu"], sweeps=50, tolerance=1e-3), log())
+    assert len(all_sweeps) == 50
+    assert 2 < len(few) < 50
+    assert few == all_sweeps[: len(few)]
+    assert few[-2] - few[-1] < 1e-3 * few[-2]
+
+
+def test_warm_start_goes_on():
+    config = replace(CONFIGS["hu"], solver="cholesky", sweeps=2)
+    _, straight = run(replace(config, sweeps=4), log())
+    half, _ = run(config, log())
+    before = half.items.clone()
+    _, second = run(config, log(), start=half)
+    np.testing.assert_allclose(second, straight[2:], rtol=1e-6)
+    assert torch.equal(half.items, before)
+    with pytest.raises(ValueError, match="start factors"):
+        run(replace(config, factors=5), log(), start=half)
+
+
+def test_initial_vectors_depend_on_seed_side_and_row_alone():
+    whole = initial_rows(3, 1, 0, 40, 6)
+    np.testing.assert_array_equal(np.concatenate([initial_rows(3, 1, a, a + 8, 6) for a in range(0, 40, 8)]), whole)
+    assert len(np.unique(np.concatenate((whole, initial_rows(3, 0, 0, 40, 6), initial_rows(4, 1, 0, 40, 6))))) == 720
+    assert whole.std() == pytest.approx(0.1 / 6**0.5, rel=0.1)
+    shards = [initial_factors(CONFIGS["hu"], USERS, ITEMS, r, 3, torch.device("cpu")).items for r in range(3)]
+    assert torch.equal(torch.cat(shards), initial_factors(CONFIGS["hu"], USERS, ITEMS, 0, 1, torch.device("cpu")).items)
+
+
+@pytest.mark.parametrize(
+    ("triple", "message"),
+    [
+        (([0, 1], [0, ITEMS], None), r"interaction 3: item id 31, expected 0 to 30"),
+        (([0, -1], [0, 1], None), r"interaction 3: user id -1, expected 0 to 52"),
+        (([0, 1], [0, 1], [1.0, float("nan")]), r"interaction 3 \(user 1, item 1\): value nan"),
+        (([0, 1], [0, 1], [-1.0, 1.0]), r"interaction 2 \(user 0, item 0\): value -1"),
+        (([0.5], [0], None), r"user ids: expected one dimension of integers"),
+        (([0, 1], [0], None), r"differ in length"),
+    ],
+)
+def test_bad_interactions_are_named(triple, message):
+    als = ALS(CONFIGS["hu"], USERS, ITEMS)
+    als.add([1, 2], [3, 4])
+    with pytest.raises(ValueError, match=message):
+        als.add(*triple)
+
+
+def test_bad_fits_are_named():
+    with pytest.raises(ValueError, match="no interactions"):
+        ALS(CONFIGS["hu"], USERS, ITEMS).fit()
+    with pytest.raises(ValueError, match="regularization is -1"):
+        ALS(replace(CONFIGS["hu"], regularization=-1.0), USERS, ITEMS)
+    start, _ = run(CONFIGS["hu"], log())
+    start.items[3] = float("nan")
+    with pytest.raises(ValueError, match=r"objective is nan after sweep 1|not finite"):
+        run(CONFIGS["hu"], log(), start=start)
+    flat = replace(CONFIGS["hu"], regularization=0.0, unobserved_weight=0.0, solver="cholesky", factors=20)
+    with pytest.raises(ValueError, match=r"equations of user \d+ are not positive definite"):
+        run(flat, log())
+
+
+def on_rank(config: ALSParameters, valued: bool, limits: Limits | None):
+    """Each rank adds an odd share of the rows, in two chunks; one adds almost nothing."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    triples = log(valued)
+    mine = np.flatnonzero((np.arange(400) ** 2) % world == rank)
+    als = ALS(config, USERS, ITEMS, limits=limits)
+    for part in np.array_split(mine, 2):
+        als.add(*(None if column is None else column[part] for column in triples))
+    objectives: list[float] = []
+    factors = als.fit(lambda report: objectives.append(report.objective) or (rank == 0 and report.sweep == 3))
+    return factors.users, factors.items, objectives
+
+
+SMALL = Limits(interactions=40, rows=6, heavy=30)
+
+
+@pytest.mark.parametrize(
+    ("world", "valued", "limits"),
+    [(2, False, None), (2, False, replace(FAR, table=0)), (3, True, SMALL), (3, True, replace(SMALL, table=0))],
+    ids=["gathered", "fetched", "small chunks, gathered", "small chunks, fetched"],
+)
+def test_ranks_agree_with_one(world, valued, limits):
+    config = replace(CONFIGS["half"], solver="auto")
+    alone, objectives = run(config, log(valued), limits=limits, on_sweep=lambda report: report.sweep == 3)
+    results = run_on_ranks(on_rank, world, config, valued, limits)
+    assert all(result[2] == results[0][2] for result in results)
+    np.testing.assert_allclose(results[0][2], objectives, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), alone.users, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat([r[1] for r in results]), alone.items, rtol=0, atol=1e-4)
+    assert [len(r[0]) for r in results] == [RowBlocks(USERS, world).size(r) for r in range(world)]
+
+
+def test_factors_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="user factors of rank 1 of 2: expected 26 rows"):
+        Factors(torch.zeros(27, 4), torch.zeros(15, 4), USERS, ITEMS, rank=1, world=2)
+
+
+def test_values_that_are_all_zero_are_refused():
+    als = ALS(ALSParameters(factors=3), 5, 4)
+    als.add(np.arange(4), np.arange(4), np.zeros(4))
+    with pytest.raises(ValueError, match=r"each value .* is 0: there is nothing to learn"):
+        als.fit()
+
+
+def test_factors_without_end_are_refused():
+    with pytest.raises(ValueError, match="factors is 1000000, expected at most"):
+        ALS(ALSParameters(factors=1_000_000), 5, 4).add(np.arange(4), np.arange(4))

@@ -1,0 +1,84 @@
+"""Scalars of a run: JSON lines, TensorBoard and a Prometheus endpoint, by rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from recpress.trainer.observability.prometheus import Endpoint
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """`metrics.jsonl` (one object a line: step, seconds, and the scalars) and TensorBoard events in `folder`.
+
+    A folder that has them already is gone on with.
+
+    On other ranks than 0, and with folder None, no file is written. `endpoint`, which stays the caller's to close, is
+    told the same scalars.
+    """
+
+    def __init__(
+        self, folder: str | Path | None, *, tensorboard: bool = True, endpoint: Endpoint | None = None
+    ) -> None:
+        self._endpoint = endpoint
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._start = time.monotonic()
+        if folder is None or dist.get_rank() != 0:
+            return
+        self._folder, self._tensorboard = Path(folder), tensorboard
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._open()
+
+    def _open(self, after: int | None = None) -> None:
+        self._file = open(self._folder / FILE, "a", encoding="utf-8")  # noqa: SIM115
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(self._folder), purge_step=None if after is None else after + 1)
+
+    def cut(self, step: int) -> None:
+        """Forget what was written of later steps, by a run that ended between them and its last checkpoint."""
+        if self._file is None:
+            return
+        self.close()
+        lines = (self._folder / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept:
+            self._start -= json.loads(kept[-1])["seconds"]  # seconds go on from there
+        partial = self._folder / f".{FILE}.tmp"
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.rename(self._folder / FILE)
+        self._open(after=step)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append scalars of a step."""
+        if self._endpoint is not None:
+            self._endpoint.write(step, scalars)
+        if self._file is None:
+            return
+        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **scalars}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in (self._file, self._board):
+            if writer is not None:
+                writer.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
