@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import difflib
 import importlib
 import logging
 import os
@@ -156,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         only_check = arguments[:1] == ["check"]  # `recpress check COMMAND ...`: read the arguments, do nothing
-        name, rest = _command(arguments[only_check:])
-        config = _config(name, rest)
+        with _readers_may_leave():
+            name, rest = _command(arguments[only_check:])
+            config = _config(name, rest)
         if only_check:
             return 0
         # DDP warns at every start, from C++, that no parameter is unused (see trainer/model/sharding.py).
@@ -264,13 +266,31 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    if words and (group := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]):
-        parser.error(f"'{' '.join(words[:2])}': expected one of {', '.join(group)}")
-    if words:
-        parser.error(f"unknown command '{words[0]}', expected one of: {', '.join(COMMANDS)}")
-    parser.parse_args(arguments or ["--help"])
-    raise SystemExit(0)
+    words = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    if not arguments or ({"-h", "--help"} & {*arguments} and not words):
+        parser.parse_args(["--help"])
+    if arguments[0] not in words:
+        parser.error(f"'{arguments[0]}' stands where the command is expected, one of: {', '.join(COMMANDS)}")
+    names = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    given = " ".join(words) if names else words[0]
+    nearest = difflib.get_close_matches(given, names or COMMANDS, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest and given not in {name.split()[0] for name in names} else ""
+    parser.error(
+        f"{'' if names else 'unknown command '}'{given}': expected one of {', '.join(names or COMMANDS)}{hint}"
+    )
+
+
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """`recpress COMMAND --help | head`: help whose end nobody reads is no error."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        raise SystemExit(0) from None
 
 
 def _config(name: str, rest: list[str]) -> object:

@@ -86,6 +86,36 @@ def test_an_unknown_command_and_an_unknown_option_name_what_there_is(capsys):
     assert "--als.factors" in output.out + output.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian", "--data", "x"], ["'trian':", "did you mean 'train'?"]),
+        (["compare", "cacd", "--data", "x"], ["'compare cacd':", "did you mean 'compare cadc'?"]),
+        (["compare", "--data", "x"], ["'compare':", "compare cadc, compare hash, compare both"]),
+        (["--data", "x", "train"], ["'--data'", "where the command"]),
+    ],
+)
+def test_the_word_that_is_no_command_is_named_alone_with_the_nearest(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    for part in said:
+        assert part in error
+    assert "x'" not in error
+
+
+@pytest.mark.parametrize("arguments", [["hash", "--help"], ["--help"]])
+def test_help_that_nobody_reads_to_the_end_is_no_error(arguments):
+    """As with `| head`: the reader has gone before all is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-m", "recpress.trainer.cli", *arguments]
+    done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
