@@ -50,7 +50,7 @@ SHAPES = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs
 def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[str, object]:
     """Runs the stream for the minutes; a row of the table."""
     readers.warmed()
-    config = StreamConfig(batch_size=args.batch, threads=args.threads, buffer_rows=args.buffer_rows)
+    config = StreamConfig(batch_size=args.batch, num_threads=args.threads, buffer_rows=args.buffer_rows)
     log = open_log(folder, made.schema, pairs=False)
     sample = SampleConfig(rate=args.rate)
     before, began = memory("RssAnon"), time.monotonic()

@@ -132,7 +132,7 @@ class CheckpointConfig:
 class FollowConfig:
     """Training that goes on with the files that come to a log (docs/log.md)."""
 
-    on: Annotated[bool, _FOLLOW] = False
+    online: Annotated[bool, _FOLLOW] = False
     """After the epochs of the files that are there at the start, train once on each file that comes to the log. A
     signal ends it, with a checkpoint to go on from, or --follow.idle-minutes, with a model."""
     seconds: float = 30.0
@@ -390,12 +390,12 @@ class TrainConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.follow.on and self.optimizer.schedule not in ("constant", None):
+        if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and a log "
                 "that is followed has none; expected constant"
             )
-        if self.follow.on and self.stop_after:
+        if self.follow.online and self.stop_after:
             raise InputError("stop_after: expected 0 with follow, which goes on after the last epoch")
 
     def resolved(self) -> TrainConfig:
@@ -404,7 +404,7 @@ class TrainConfig(NetworkConfig):
         if strategy == "auto":
             strategy = "random" if self.factors is None else "init-freeze"
         config = self
-        if self.follow.on:  # no last step to fall to, and nothing to choose at the end
+        if self.follow.online:  # no last step to fall to, and nothing to choose at the end
             every = 0 if self.evaluation.every is None else self.evaluation.every
             schedule = self.optimizer.schedule or "constant"
             config = replace(

@@ -220,6 +220,6 @@ def test_options_of_commands_exist(
     monkeypatch.chdir(ROOT)  # for the recipes
     try:
         status = main(["check", *arguments])
-    except SystemExit as stopped:  # tyro's
+    except SystemExit as stopped:  # of --help
         status = int(stopped.code or 0)
     assert status == 0, capfd.readouterr().err

@@ -87,7 +87,7 @@ def test_factors_that_are_trained_on_take_all_rows():
 
 
 def test_a_log_that_is_followed_has_no_end_to_choose_at():
-    config = TrainConfig(data="log", out="out", follow=FollowConfig(on=True)).resolved()
+    config = TrainConfig(data="log", out="out", follow=FollowConfig(online=True)).resolved()
     assert (config.optimizer.schedule, config.evaluation.every) == ("constant", 0)
     assert TrainConfig(data="log", out="out").resolved().evaluation.every == 1
 

@@ -117,7 +117,7 @@ def test_killed_and_preempted_it_goes_on_to_the_same_weights(folder, quiet):
 
     status, said, _ = ranks(folder, "a", ("SIGUSR1", 1, 21))
     assert status == [75, 75], said
-    assert f"goes on from {folder}/a.checkpoints/{left[-1]}" in said[0]
+    assert f"resuming from checkpoint {folder}/a.checkpoints/{left[-1]}" in said[0]
     assert "stopped by" in said[0]
     assert "after step 22" in said[0]
 

@@ -29,7 +29,8 @@ from recpress.trainer.compare.both_report import BothResult, Point, format_both_
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.config import EvaluationConfig, TrainConfig, chosen_schema
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 from recpress.trainer.factorize.config import FactorizeConfig
@@ -90,10 +91,10 @@ class _Comparison:
     def __init__(self, config: CompareBothConfig, folder: Path, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.path = config.data or str(folder / "log")
-        with agreed():
+        with raise_on_all_ranks():
             if config.data is None and dist.get_rank() == 0:
                 data_synth.synth(config.synth, self.path)
-        with agreed():
+        with raise_on_all_ranks():
             self.log = open_log(self.path, chosen_schema(config.schema))
             if self.log.test is None and self.log.test_negatives is None:
                 raise InputError(f"{self.path}: no held-out rows (test or test_negatives), which a comparison needs")
@@ -183,7 +184,7 @@ class _Comparison:
             return config.frozen.epochs
         path = str(self.folder / "choose" / "log")
         full = config.evaluation.protocol == "full" or self.log.test_negatives is None
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0 and not Path(path).exists():
                 negatives = 0 if full else 99
                 holdout.leave_one_out(self.log, path, by="random", seed=seed, negatives=negatives)
@@ -212,7 +213,7 @@ class _Comparison:
                     device=self.config.device,
                 )
             )
-        with agreed():
+        with raise_on_all_ranks():
             factors = open_factors(path, self.log)
         self.dim = factors.dim
         if self.als.auto and result.auto is not None:  # once: all seeds and rates compare the same tables

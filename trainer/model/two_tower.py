@@ -21,7 +21,8 @@ from recpress.modules.rows import LogCounts
 from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
-from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.model.sharding import shard
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
@@ -84,7 +85,7 @@ class ShardedTwoTower:
             ValueError: a shard is missing or damaged; shapes that do not fit.
         """
         mapped = [side for side in SIDES if getattr(self.module, side).map is not None]
-        with agreed():  # a rank that cannot open them is not in the collectives that follow
+        with raise_on_all_ranks():  # a rank that cannot open them is not in the collectives that follow
             counts = [factors.counts(side, crossfit=crossfit) if side in mapped else None for side in SIDES]
             given = [hashed.rows(side) if hashed and side in mapped and not crossfit else None for side in SIDES]
             tables = [factors.table(side, crossfit=crossfit) for side in SIDES]
@@ -128,7 +129,7 @@ def build(
     """
     torch.manual_seed(seed)
     counted = dim is not None and config.towers.kind == "residual"
-    with agreed():
+    with raise_on_all_ranks():
         module = TwoTower(
             config,
             _spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
@@ -166,7 +167,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
     Raises:
         InputError: no such model, another vocabulary, a damaged file. On every rank.
     """
-    with agreed():
+    with raise_on_all_ranks():
         manifest = artifact.read_manifest(path, MODEL)
         check_vocabulary(path, manifest, log)
         try:
@@ -195,7 +196,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         seed=0,
         maps=maps,
     )
-    with agreed():
+    with raise_on_all_ranks():
         load_weights(sharded.dmp, folder / WEIGHTS)
     sharded.dmp.eval()
     return sharded

@@ -26,7 +26,7 @@ from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollecti
 from recpress.modules.frozen.kernel import HasKernels
 from recpress.modules.frozen.sharded import ShardedFrozenEmbeddingBagCollection
 from recpress.modules.rows import local_shards
-from recpress.trainer.distributed.process_group import meet
+from recpress.trainer.distributed.heartbeat import barrier
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """(row range, column range), end-exclusive."""
@@ -79,7 +79,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
         for rectangle, part in parts:
             if part.numel():
                 np.save(place / _file_name(rectangle), part.detach().cpu().numpy(), allow_pickle=False)
-    meet()
+    barrier()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.config import network_for
-from recpress.trainer.distributed.process_group import _quiet_libraries
+from recpress.trainer.distributed.process_group import silence_library_warnings
 from recpress.trainer.plan.activations import activation_bytes
 from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import ClusterConfig, PlanConfig
@@ -27,7 +27,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
         InputError: the log, factors, maps or settings cannot be used. What does not fit is told, not raised.
     """
-    _quiet_libraries()
+    silence_library_warnings()
     job = job_of(config)
     model = MetaTowers(job)
     activations = activation_bytes(job, model)

@@ -130,7 +130,7 @@ def damage(folder, how):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, how):
     quiet = run_on_ranks(train, 1, tmp_path / "quiet")[0]
     *after, said = run_on_ranks(damage, 1, tmp_path / "b", how)[0]
-    assert "step-00000009 is not whole and is passed over" in said[0]
+    assert "step-00000009 is incomplete or corrupt, skipping" in said[0]
     assert tuple(after) == quiet[:4]
 
 
@@ -205,7 +205,7 @@ def test_where_nothing_can_be_written_the_run_goes_on_and_says_so(tmp_path):
     assert tuple(after) == quiet[:4]
     assert "a checkpoint was not written" in said[0]
     assert "File too large" in said[0]
-    assert "the run goes on, there is none before it" in said[0]
+    assert "training continues, no checkpoint is complete yet" in said[0]
     assert [path.name for path in (tmp_path / "b").iterdir()] == []
 
 
@@ -216,7 +216,9 @@ def test_a_run_with_other_settings_or_inputs_is_refused_by_name(tmp_path):
         run_with(tmp_path, other)
     with pytest.raises(InputError, match=r"another log: fingerprint a, now b"):
         run_with(tmp_path, {"inputs": {"log": "b"}})
-    allowed = {"config": DESCRIBE["config"] | {"stream": {"batch_size": 16, "threads": 4}, "checkpoint": {"keep": 9}}}
+    allowed = {
+        "config": DESCRIBE["config"] | {"stream": {"batch_size": 16, "num_threads": 4}, "checkpoint": {"keep": 9}}
+    }
     run_with(tmp_path, allowed)
 
 

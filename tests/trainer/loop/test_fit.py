@@ -140,7 +140,7 @@ def meets_nan(bad_rank):
 
 
 def test_a_loss_that_is_no_number_names_its_step():
-    with pytest.raises(InputError, match=r"step 11 of epoch 2: the loss is nan"):
+    with pytest.raises(InputError, match=r"non-finite loss nan at step 11, epoch 2"):
         run_on_ranks(meets_nan, 1, 0)
 
 

@@ -261,7 +261,7 @@ def test_what_to_do_about_new_ids(strategy, mapped, features, text):
         model=TwoTowerConfig(tables=TablesConfig(strategy=strategy)),
         user_features=features,
         optimizer=OptimizerConfig(schedule="constant"),
-        follow=FollowConfig(on=True),
+        follow=FollowConfig(online=True),
     )
     found = _advice(config, "user", mapped)
     assert (found is None) == (text is None)
@@ -269,10 +269,10 @@ def test_what_to_do_about_new_ids(strategy, mapped, features, text):
 
 
 def test_settings_that_need_an_end_are_refused():
-    follow = FollowConfig(on=True)
+    follow = FollowConfig(online=True)
     with pytest.raises(InputError, match=r"optimizer.schedule is 'cosine', .*expected constant"):
         TrainConfig(data="log", out="out", follow=follow, optimizer=OptimizerConfig(schedule="cosine"))
     with pytest.raises(InputError, match="stop_after: expected 0 with follow"):
         TrainConfig(data="log", out="out", follow=follow, stop_after=1, optimizer=OptimizerConfig(schedule="constant"))
     with pytest.raises(InputError, match=r"seconds is 0, expected at least 0.01"):
-        FollowConfig(on=True, seconds=0)
+        FollowConfig(online=True, seconds=0)
