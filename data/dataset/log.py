@@ -318,7 +318,7 @@ def _warn_of_unread(
                 ]
     if unread:
         logging.getLogger("recpress").warning(
-            "%s: not read, by their names: %s; docs/log.md lists the names that a log has",
+            "%s: not read, by their names: %s; docs/train/log.md lists the names that a log has",
             shown(filesystem, root),
             _some(unread),
         )

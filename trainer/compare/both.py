@@ -27,7 +27,6 @@ from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, sh
 from recpress.trainer.artifacts.id_maps import SIDES, open_maps
 from recpress.trainer.compare.both_report import BothResult, Point, format_both_table, write_both_report
 from recpress.trainer.compare.config import CompareBothConfig
-from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.config import EvaluationConfig, TrainConfig, chosen_schema
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -38,6 +37,7 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.budget import root
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.stage import make_maps
+from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.train.stage import train
 from recpress.trainer.versions import versions
 
@@ -123,7 +123,7 @@ class _Comparison:
         }
         self.found: dict[tuple[float, float], list[dict[str, float]]] = {}
         self.facts: dict[tuple[float, float], dict[str, Any]] = {}
-        with UnitProgress("compare both", units, shown=dist.get_rank() == 0) as self.progress:
+        with UnitProgress("compare both", units, show=dist.get_rank() == 0) as self.progress:
             self.epochs = {rate: self._choose(rate) for rate in self.config.rates}
             for seed in self.config.seeds:
                 for rate in rates:

@@ -37,13 +37,13 @@ from recpress.trainer.compare.hash_report import (
     format_hash_tables,
     write_hash_report,
 )
-from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.compare.ties import all_differences
 from recpress.trainer.compare.trials import Choice, search
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.evaluate.heldout import FullHeldout, Pairs, full_from_pairs, read_pairs
 from recpress.trainer.evaluate.ranking import evaluate_full, vectors_from_factors
 from recpress.trainer.hash.budget import root
+from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.versions import versions
 
 COMPARISON = "comparison"

@@ -124,7 +124,7 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
     if odd := [name for name, effect in effects.items() if effect.effect > high]:
         print(
             f"{log.path} is not shuffled: its row groups differ in {', '.join(odd)} by more than chance, and so may "
-            "the sample from the log; docs/sampling.md says what that means"
+            "the sample from the log; docs/train/sampling.md says what that means"
         )
 
 
