@@ -241,7 +241,7 @@ def _pipelined():
 
     config = FitConfig(epochs=2, evaluate_steps=3)
     run = _Run(dmp, optimizer, config, small.CPU, look, None, False, "test", None)
-    run.all(small.batches)
+    run.run(small.batches)
     # frozen and trained tables of both sides
     assert pipelined == [({"user_rows", "item_rows"}, 4)] * 4
     plain, other = _mapped_model()
