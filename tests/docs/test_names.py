@@ -21,12 +21,12 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 OTHERS = {
-    *("--config", "--help", "--no-deps"),
+    *("--config", "--help", "--help-all", "--version", "--log-format"),  # of every command
     *("--nproc-per-node", "--dryrun", "--streams", "--workspace"),  # torchrun, torchx
     *("--requeue", "--signal", "--export"),  # Slurm
     *("--keep", "--dcn"),  # examples
 }
-"""Options of other programs."""
+"""Options that no configuration has: of the command line as such, and of other programs."""
 
 
 def document_id(path: Path) -> str:

@@ -31,7 +31,7 @@ from recpress.trainer.hash.extend import extended_maps
 from recpress.trainer.hash.tables import read_tables
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
-from recpress.trainer.report.results import format_bytes
+from recpress.trainer.report.numbers import format_bytes
 
 
 @dataclass(frozen=True)
