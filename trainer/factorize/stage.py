@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +35,8 @@ from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,9 +111,9 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             meta |= {"parameters": result.parameters, "auto": result.auto, "checks": result.checks}
     if ranks.rank == 0:
         for warning in result.checks["warnings"]:
-            print(f"warning: {config.out}: {warning}", file=sys.stderr, flush=True)
+            logger.warning("%s: %s", config.out, warning)
         if unused:
-            print(f"warning: {config.data}: {unused}", file=sys.stderr, flush=True)
+            logger.warning("%s: %s", config.data, unused)
         print(
             f"{config.out}: {log.num_users:,} users and {log.num_items:,} items x {factors.dim} "
             f"in {result.seconds:.1f} s" + (f" + {result.crossfit_seconds:.1f} s cross-fitted" if crossfit else "")
@@ -214,7 +216,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        print("stopping after this sweep; once more to interrupt", file=sys.stderr, flush=True)
+        logger.info("SIGINT: stopping after this sweep; once more to interrupt")
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -244,7 +246,7 @@ def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Fact
     seconds = (time.monotonic() - began) / max(1, len(losses))
     if ranks.rank == 0:
         for epoch, loss in enumerate(losses, 1):
-            print(f"epoch {epoch} of {len(losses)}: mean cross-entropy {loss:.6g}")
+            logger.info("epoch %d of %d: mean cross-entropy %.6g", epoch, len(losses), loss)
     factors.user_counts, factors.item_counts = _counts(log, ranks)
     share_lost(log)
     return factors, [(loss, seconds * epoch) for epoch, loss in enumerate(losses, 1)]
