@@ -161,7 +161,7 @@ def sentence(text: str) -> str:
 
 
 def screenshot() -> bytes | None:
-    """The demo's report page as PNG. Not committed, since it is a binary that every run changes."""
+    """The demo's report page as PNG. Not committed, since it is a binary that changes with every run."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None or not REPORT.exists():
         return None

@@ -112,3 +112,31 @@ def test_links_lead_somewhere(path: Path) -> None:
             continue
         assert to.exists(), f"{path}: dead link: {target}"
         assert not anchor or anchor in anchors(to), f"{path}: no heading '{anchor}' in {target or path.name}"
+
+
+def test_messages_exist() -> None:
+    """Messages that docs/operate/errors.md explains, and words that docs/operate/monitor.md says to search for."""
+    sources = [path.read_text() for folder in ("data", "modules", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    errors = (ROOT / "docs" / "operate" / "errors.md").read_text().partition("## Launch")[0]
+    monitor = (ROOT / "docs" / "operate" / "monitor.md").read_text()
+    shown = [
+        code for cell in re.findall(r"^\| ([^|]+) \|", errors, flags=re.MULTILINE) for code in cell.split("`")[1::2]
+    ]
+    shown += re.search(r"^Search for these words: (.*)$", monitor, flags=re.MULTILINE)[1].split("`")[1::2]  # type: ignore[index]
+    messages = [code.removeprefix("OUT: ").removesuffix(" ...") for code in shown if " " in code and "--" not in code]
+    assert len(messages) > 5
+    for message in messages:
+        assert any(message in source for source in sources), f"no such message: {message}"
+
+
+def test_options_of_components_exist() -> None:
+    found = 0
+    for path in DOCUMENTS:
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            if match := re.search(r"(?:launch/components\.py:|recpress\.)(\w+) (-.*)", line):
+                options_of = inspect.signature(getattr(components, match[1])).parameters
+                job = re.split(r"(?:^| )-- ", match[2])[0]
+                for name in re.findall(r"(?:^| )--?(\w+)", job):
+                    found += 1
+                    assert name in options_of, f"{path}: component {match[1]} has no option '{name}'"
+    assert found > 5

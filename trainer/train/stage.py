@@ -38,7 +38,7 @@ from recpress.trainer.train.inputs import Inputs, checkpoint_folder, has_heldout
 from recpress.trainer.train.networks import Networks
 from recpress.trainer.train.outcome import choose_published, rank_test
 from recpress.trainer.train.resume import digest, keep_global_batch, open_checkpoints
-from recpress.trainer.train.validation import ValidationRows, load_validation
+from recpress.trainer.train.validation import NoRows, ValidationRows, load_validation
 
 if TYPE_CHECKING:
     from recpress.trainer.observability.prometheus import Endpoint
@@ -106,14 +106,14 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model = networks.build(config.model)
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
         validation = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
+        unproven = isinstance(validation, NoRows) and factors is not None
         malloc_trim()  # what reading the pairs used, before the tables are filled
         networks.load_factors(model, crossfit=inputs.crossfit)
         malloc_trim()
         # Before `fit` loads a checkpoint, so that a resumed run compares with the same start.
-        choice = _prepare_choice(networks, model, validation) if validation else None
-        unproven = validation is None and config.evaluation.while_training and factors is not None
-        if validation is None and config.evaluation.while_training and ranks.rank == 0:
-            _log_too_few_rows(config, unproven)
+        choice = _prepare_choice(networks, model, validation) if isinstance(validation, ValidationRows) else None
+        if isinstance(validation, NoRows) and ranks.rank == 0:
+            _warn_no_validation(config, validation, unproven)
         setup_seconds = time.monotonic() - start
 
         nothing_to_prove = unproven or (choice is not None and choice.seen)
@@ -206,15 +206,14 @@ def _item_counts(factors: FactorsArtifact | None, validation: ValidationRows, cr
         return torch.from_numpy(factors.counts("item", crossfit=crossfit)[:]).double()
 
 
-def _log_too_few_rows(config: TrainConfig, unproven: bool) -> None:
+def _warn_no_validation(config: TrainConfig, found: NoRows, unproven: bool) -> None:
+    effect = f"training for all {config.epochs} epochs, without a choice"
     if unproven:
-        logger.warning(
-            "too few rows to hold validation rows out, so that no network can be shown to be better: trains none and "
-            "keeps the factorization's ranking; a larger --sample.rate or a val part gives validation rows, and "
-            "--evaluation.every 0 trains without"
-        )
-    else:
-        logger.info(f"too few rows to hold validation rows out: training for all {config.epochs} epochs")
+        effect = "so that no network can be shown to be better: trains none and keeps the factorization's ranking"
+    logger.warning(
+        f"{found.why}; {effect}. A larger --sample.rate or val part gives validation rows, and --evaluation.every 0 "
+        "trains without"
+    )
 
 
 def _fit(
