@@ -45,7 +45,7 @@ from recpress.trainer.train.choice import NOISE, Cases, Choice, paired_gain, war
 from recpress.trainer.train.follow import first_round
 from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, choose_sample, has_heldout
 from recpress.trainer.train.rows import make_batches, make_source, make_stream, stream_as_before, stream_stats
-from recpress.trainer.train.validation import ValidationRows, load_validation, plan_hold_out
+from recpress.trainer.train.validation import NoRows, ValidationRows, load_validation, plan_hold_out
 from recpress.trainer.versions import versions
 
 if TYPE_CHECKING:
@@ -150,22 +150,25 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     with checkpoints:
         model = _model(config, log, features, factors, maps, ranks)
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
-        rows = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
+        found = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
+        rows = found if isinstance(found, ValidationRows) else None
         choice = Choice(rows.heldout, config.evaluation, ranks, rows.weights) if rows is not None else None
-        unproven = rows is None and config.evaluation.while_training and factors is not None
-        if unproven:
-            warn(
-                "too few rows to hold validation rows out, so that no network can be shown to be better: trains none "
-                "and keeps the factorization's ranking; a larger --sample.rate or a val part gives validation rows, "
-                "and --evaluation.every 0 trains without"
+        unproven = isinstance(found, NoRows) and factors is not None
+        if isinstance(found, NoRows):
+            effect = (
+                "so that no network can be shown to be better: trains none and keeps the factorization's ranking"
+                if unproven
+                else f"trains for {config.epochs} epochs, without a choice"
             )
-        elif rows is None and config.evaluation.while_training and ranks.rank == 0:
-            logger.info(f"too few rows to hold validation rows out: training for all {config.epochs} epochs")
+            warn(
+                f"{found.why}; {effect}. A larger --sample.rate or val part gives validation rows, and "
+                "--evaluation.every 0 trains without"
+            )
 
         def put(model: ShardedTwoTower, of_sample: bool) -> None:
             """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
             if factors is not None:
-                with raise_on_all_ranks():
+                with raise_on_all_ranks():  # within it, no rank is in a collective that another one gave up
                     model.load_factors(factors, crossfit=of_sample, hashed=hashed)
 
         def as_factorization(of_sample: bool) -> ShardedTwoTower:
