@@ -43,7 +43,7 @@ def run(
         image: container image, if the scheduler runs containers
         env: environment variables, A=1,B=2; a value may contain `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
-        max_restarts: how often torchrun restarts failed workers; by default 3 for train and pipeline, which resume, else 0
+        max_restarts: how often torchrun restarts failed workers; by default 3 for train and pipeline, else 0
         max_retries: how often the scheduler restarts the whole job after it failed
         rdzv_port: port on the first node at which the nodes meet
         rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
@@ -84,5 +84,5 @@ def pipeline(*args: str, **options: Any) -> specs.AppDef:
 
 @shares_options(run)
 def bench(*args: str, **options: Any) -> specs.AppDef:
-    """Run benchmarks: `recpress bench run`; a benchmark without ranks needs `-j 1x1`. Its arguments follow another `--`."""
+    """Run benchmarks: `recpress bench run`; those without ranks need `-j 1x1`. Their arguments follow another `--`."""
     return run("bench", "run", *args, **options)
