@@ -23,7 +23,7 @@ from torch import Tensor
 
 from recpress.data.dataset.columns import Jagged
 from recpress.data.errors import InputError
-from recpress.modules.als.factors import FactorTable, RowBlocks
+from recpress.modules.als.factors import FactorTable
 from recpress.trainer.distributed.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
 from recpress.trainer.evaluate import metrics as ranking_metrics
 from recpress.trainer.evaluate.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
@@ -125,25 +125,6 @@ def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn
     if isinstance(factors, Tensor):
         return lambda ids: factors[ids.to(factors.device)]
     return lambda ids: torch.from_numpy(np.asarray(factors[ids.cpu().numpy()])).to(ids.device)
-
-
-def vectors_from_shard(block: Tensor, num_rows: int) -> VectorFn:
-    """Rows of a table that is sharded over the ranks by `RowBlocks`, as `Factors` are. Collective.
-
-    Args:
-        block: the rows of this rank, (at most RowBlocks.block, D).
-    """
-    rank, world = rank_and_world()
-    start = RowBlocks(num_rows, world).start(rank)
-
-    def lookup(ids: Tensor) -> Tensor:
-        asked = torch.stack(all_gather(ids))  # (world, B)
-        found = block.new_zeros(*asked.shape, block.shape[1])
-        mine = (asked >= start) & (asked < start + len(block))
-        found[mine.to(block.device)] = block[(asked[mine] - start).to(block.device)]
-        return all_reduce(found)[rank]
-
-    return lookup
 
 
 class _Ranker:

@@ -1,19 +1,24 @@
-"""Progress of long work with the remaining time: a bar on a terminal, plain lines in a log file."""
+"""Progress of long work with the remaining time: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self, TextIO
+from typing import Self
 
 from tqdm import tqdm
 
+from recpress.trainer.observability.logging_setup import shows_bars
+
+logger = logging.getLogger(__name__)
+
 LINE_SECONDS = 30.0
-"""Seconds between two lines if stderr is not a terminal."""
+"""Seconds between two log lines without a bar."""
 _TICK_SECONDS = 1.0
 
 
@@ -25,8 +30,7 @@ class Progress:
         unit: singular noun.
         total: number of units, if known.
         show: False is silent. Usually rank 0 alone shows.
-        stream: default: standard error.
-        line_seconds: minimum time between two lines of `update` if the stream is not a terminal.
+        line_seconds: minimum time between two log lines of `update` without a bar.
 
     Example:
         >>> with Progress("counting ids", "row", total=100) as progress:
@@ -40,20 +44,18 @@ class Progress:
         total: int | None = None,
         *,
         show: bool = True,
-        stream: TextIO | None = None,
         line_seconds: float = LINE_SECONDS,
     ) -> None:
         self.name, self._unit, self.total, self.done = name, unit, total, 0
-        self.stream, self.show, self.line_seconds = stream or sys.stderr, show, line_seconds
-        self.terminal = show and self.stream.isatty()
+        self.show, self.line_seconds = show, line_seconds
+        self.has_bar = show and shows_bars(sys.stderr)
         self.begin = self.last_line = time.monotonic()
         self._first = 0  # units that were done before `begin`
         self._bar = tqdm(
             total=total,
             desc=name,
             unit=unit,
-            disable=not self.terminal,
-            file=self.stream,
+            disable=not self.has_bar,
             dynamic_ncols=True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if total else None,
         )
@@ -78,9 +80,9 @@ class Progress:
         self.done += units
         self._bar.set_postfix_str(_joined(details, self._left()), refresh=False)
         self._bar.update(units)
-        if self.show and not self.terminal and time.monotonic() - self.last_line >= self.line_seconds:
+        if self.show and not self.has_bar and time.monotonic() - self.last_line >= self.line_seconds:
             self.last_line = time.monotonic()
-            print(self.line(details), file=self.stream, flush=True)
+            logger.info("%s", self.line(details))
 
     def stage(self, name: str, done: int, total: int) -> None:
         """`done` of `total` units of a stage of the work. Each stage has its own count."""
@@ -88,13 +90,6 @@ class Progress:
             self.done, self._first, self.total, self.begin = 0, 0, total, time.monotonic()
             self._bar.reset(total)
         self.update(done - self.done, name)
-
-    def write(self, text: str, stream: TextIO | None = None) -> None:
-        """Print a line, above the bar if there is one. `stream`: default: that of the progress."""
-        if self.terminal:
-            self._bar.write(text, file=stream or self.stream)
-        elif self.show:
-            print(text, file=stream or self.stream, flush=True)
 
     def line(self, details: str = "") -> str:
         """`counting ids: 60 of 100 rows (60%), 00:31 elapsed, about 00:20 left`."""
@@ -133,10 +128,9 @@ class UnitProgress(Progress):
         units: Mapping[str, int],
         *,
         show: bool = True,
-        stream: TextIO | None = None,
         line_seconds: float = LINE_SECONDS,
     ) -> None:
-        super().__init__(name, "unit", sum(units.values()), show=show, stream=stream, line_seconds=line_seconds)
+        super().__init__(name, "unit", sum(units.values()), show=show, line_seconds=line_seconds)
         self._todo = dict(units)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._kind, self._label, self._since = "", "", 0.0
@@ -175,10 +169,13 @@ class UnitProgress(Progress):
             self.total = self._bar.total = self.done + sum(self._todo.values())
 
     def say(self, text: str) -> None:
-        """Print a result on standard output."""
+        """Print a result on standard output, above the bar if there is one."""
         with self._lock:
             self.last_line = time.monotonic()
-            self.write(text, sys.stdout)
+            if self.has_bar:
+                self._bar.write(text, file=sys.stdout)
+            elif self.show:
+                print(text, flush=True)
 
     def remaining(self) -> float | None:
         """Estimated seconds: units to do times the mean time of their kind, or of all kinds if it has none yet."""
@@ -200,11 +197,11 @@ class UnitProgress(Progress):
         while not self._stop.wait(tick):
             with self._lock:
                 label = f"now {self._label}" if self._kind else ""
-                if self.terminal:
+                if self.has_bar:
                     self._bar.set_postfix_str(_joined(label, self._left()), refresh=True)
                 elif time.monotonic() - self.last_line >= self.line_seconds - tick:
                     self.last_line = time.monotonic()
-                    print(self.line(label), file=self.stream, flush=True)
+                    logger.info("%s", self.line(label))
 
 
 def _joined(*texts: str) -> str:

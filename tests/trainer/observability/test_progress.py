@@ -1,8 +1,8 @@
-"""Progress in a log file: plain lines, the remaining time, and units of several kinds."""
+"""Progress without a terminal: log lines, the remaining time, and units of several kinds."""
 
 from __future__ import annotations
 
-import io
+import logging
 import threading
 
 import pytest
@@ -18,70 +18,68 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_resumed_run_shows_its_step_and_the_remaining_time(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with Progress("train", "step", 100, stream=stream, line_seconds=0) as shown:
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture(autouse=True)
+def log_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+
+
+def test_a_resumed_run_shows_its_step_and_the_remaining_time(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Progress("train", "step", 100, line_seconds=0) as shown:
         shown.start_at(50)
         clock[0] += 10
         shown.update(25, "loss 0.5000")
-        shown.write("epoch 1, step 75: HR@10 0.5")
-    assert stream.getvalue().splitlines() == [
-        "train: 75 of 100 steps (75%), loss 0.5000, 00:10 elapsed, about 00:10 left",
-        "epoch 1, step 75: HR@10 0.5",
-    ]
+    assert logged(caplog) == ["train: 75 of 100 steps (75%), loss 0.5000, 00:10 elapsed, about 00:10 left"]
 
 
-def test_without_a_total_there_is_no_remaining_time(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with Progress("counting ids", "row", stream=stream, line_seconds=5) as shown:
+def test_without_a_total_there_is_no_remaining_time(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with Progress("counting ids", "row", line_seconds=5) as shown:
         shown.update(3)
         clock[0] += 6
         shown.update(3)
-    assert stream.getvalue() == "counting ids: 6 rows, 00:06 elapsed\n"
+    assert logged(caplog) == ["counting ids: 6 rows, 00:06 elapsed"]
 
 
-def test_each_stage_has_its_own_count(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with Progress("items", "id", stream=stream, line_seconds=0) as shown:
+def test_each_stage_has_its_own_count(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    with Progress("items", "id", line_seconds=0) as shown:
         for name, done, total in (("first", 5, 10), ("first", 10, 10), ("second", 1, 4)):
             clock[0] += 5
             shown.stage(name, done, total)
-    assert [line.split(", ")[:2] for line in stream.getvalue().splitlines()] == [
+    assert [line.split(", ")[:2] for line in logged(caplog)] == [
         ["items: 5 of 10 ids (50%)", "first"],
         ["items: 10 of 10 ids (100%)", "first"],
         ["items: 1 of 4 ids (25%)", "second"],
     ]
 
 
-def test_a_rank_that_does_not_show_is_silent() -> None:
-    stream = io.StringIO()
-    with Progress("train", total=10, show=False, stream=stream, line_seconds=0) as shown:
+def test_a_rank_that_does_not_show_is_silent(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture) -> None:
+    with UnitProgress("compare", {"a": 2}, show=False, line_seconds=0) as shown:
         shown.update(5)
-        shown.write("a line")
-    assert stream.getvalue() == ""
+        shown.say("a result")
+    assert logged(caplog) == []
+    assert capsys.readouterr() == ("", "")
 
 
-class Lines(io.StringIO):
-    """A log file that sets an event at each line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = threading.Event()
-
-    def write(self, text: str) -> int:
-        done = super().write(text)
-        self.written.set()
-        return done
+def test_a_result_is_printed(capsys: pytest.CaptureFixture) -> None:
+    with UnitProgress("compare", {"a": 2}) as shown:
+        shown.say("a result")
+    assert capsys.readouterr().out == "a result\n"
 
 
 def test_a_long_unit_is_not_silent() -> None:
-    lines = Lines()
-    with (
-        UnitProgress("compare", {"slow": 3}, stream=lines, line_seconds=0.02) as shown,
-        shown.unit("slow", "the slow one"),
-    ):
-        assert lines.written.wait(30)
-    assert lines.getvalue().startswith("compare: 0 of 3 units (0%), now the slow one, 00:00 elapsed")
+    written, lines = threading.Event(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: (lines.append(record.getMessage()), written.set())  # type: ignore[method-assign]
+    progress.logger.addHandler(handler)
+    with UnitProgress("compare", {"slow": 3}, line_seconds=0.02) as shown, shown.unit("slow", "the slow one"):
+        assert written.wait(30)
+    progress.logger.removeHandler(handler)
+    assert lines[0].startswith("compare: 0 of 3 units (0%), now the slow one, 00:00 elapsed")
 
 
 def test_no_kind_is_estimated_by_the_pace_of_another_that_was_measured(clock: list[float]) -> None:
