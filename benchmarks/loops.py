@@ -21,7 +21,7 @@ from recpress.data.dataset.log import open_log
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.negatives.negatives import UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.frozen.frozen import Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap

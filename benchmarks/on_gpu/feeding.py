@@ -17,7 +17,7 @@ from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.negatives.negatives import UniformNegatives
 from recpress.data.stream.batch import Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 
 class Clocked:

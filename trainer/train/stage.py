@@ -18,8 +18,8 @@ from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.data.negatives.negatives import InteractionSet, make_negatives
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.stream.order import ORDER_VERSION
-from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.allocator import malloc_trim
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact

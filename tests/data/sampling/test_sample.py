@@ -16,7 +16,7 @@ from recpress.data.sampling.bucket_shuffle import BucketShuffle
 from recpress.data.sampling.design_effect import design_effects
 from recpress.data.sampling.sample import write_sample
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 
 
