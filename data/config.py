@@ -32,9 +32,9 @@ class SampleConfig:
     """Random sample of the rows, each of them with the same probability; a pure function of the seed and the log."""
 
     kind: Literal["rows", "block", "user"] = "rows"
-    """`rows`: each row for itself, whatever the order of the log; all of the log is read. `block`: whole row groups,
-    and nothing else is read; for logs that are shuffled (docs/sampling.md says what it costs elsewhere). `user`: the
-    same share of each user's rows; the column of users is read once before."""
+    """`rows`: single rows, independently; reads all of the log. `block`: whole row groups; reads nothing else; for
+    shuffled logs (docs/train/sampling.md has the cost on other logs). `user`: the same share of each user's rows; reads
+    the user column once before."""
     rate: float = 1.0
     """Share of the rows that are in the sample, in (0, 1]."""
     seed: int = 0
@@ -54,7 +54,7 @@ class StreamConfig:
     shuffle: bool = True
     """Shuffle files, row groups and rows; otherwise the order of the files."""
     buffer_rows: int = 1 << 20
-    """Rows of all ranks that are shuffled together; bounds the memory of the stream (see docs/stream.md)."""
+    """Rows of all ranks that are shuffled together; bounds the memory of the stream (see docs/how/stream.md)."""
     interleave: int = 8
     """Number of file segments interleaved in each batch (see `recpress.data.stream.order`). A multiple of the world
     size shares the decoding evenly between ranks; one row group per segment is in memory."""
@@ -67,7 +67,7 @@ class StreamConfig:
     """Batches that a background thread makes ahead of the training step; 0: batches are made between the steps."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """A file or row group that cannot be read or decoded, after the retries: `stop` ends the run and names it; `skip`
-    names it, counts it, and replaces its rows with rows of other row groups (docs/log.md)."""
+    names it, counts it, and replaces its rows with rows of other row groups (docs/train/log.md)."""
 
     @property
     def chosen_threads(self) -> int:

@@ -186,7 +186,7 @@ class HashConfig:
     """How ids are mapped to fewer rows."""
 
     method: HashMethod = "learned"
-    """How; `recpress.modules.hashing.methods` has the table of names, and README.md a line on each."""
+    """How; `recpress.modules.hashing.methods` has the table of names, and docs/train/hash.md explains each."""
     private: float = -1.0
     """Share of the rows that the most frequent ids have for themselves (`learned`, `frequency`, `hybrid`); below 0:
     the method's own choice."""

@@ -130,7 +130,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FollowConfig:
-    """Training that goes on with the files that come to a log (docs/log.md)."""
+    """Training that goes on with the files that come to a log (docs/train/growing-log.md)."""
 
     online: Annotated[bool, _FOLLOW] = False
     """After the epochs of the files that are there at the start, train once on each file that comes to the log. A

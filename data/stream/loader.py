@@ -145,8 +145,10 @@ class InteractionStream:
         return self._meter.stats(self.config.chosen_threads)
 
     def memory_bound(self) -> int:
-        """Bytes of host memory that an iteration takes, at most: docs/stream.md states the formula. Of lists the mean
-        length of the log is assumed. Nothing is read."""
+        """Upper bound in bytes of the host memory of an iteration, by the formula in docs/how/stream.md.
+
+        Reads nothing. Assumes the log's mean length of lists.
+        """
         return memory_bound(
             self.rows,
             self.columns,

@@ -14,7 +14,7 @@ from recpress.data.stream.read_plan import ReadPlan
 
 _PAGE = 1 << 20
 """Bytes of a page of a column chunk, as writers make them."""
-# Measured, as are the three after it: docs/stream.md has the peaks.
+# Measured, as are the three after it: docs/how/stream.md has the peaks.
 KEPT = 16 << 20
 """Permutations, addresses, and what libraries keep from their first use on."""
 _THREAD = 12 << 20

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -9,6 +12,8 @@ import torch.distributed as dist
 from recpress.modules.als.factors import RowBlocks
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
+T = TypeVar("T")
 
 
 class Exchange:
@@ -23,6 +28,31 @@ class Exchange:
         self.rank = dist.get_rank(group) if live else 0
         self.world = dist.get_world_size(group) if live else 1
         self.device = device
+
+    @classmethod
+    def of_default_group(cls) -> Exchange:
+        """On the device where the default group takes its tensors: the CPU, unless it knows nccl alone."""
+        nccl = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+        return cls(None, torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu"))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work`, which has no collectives, gives on this rank. Where it fails on some ranks, all raise: those
+        their own error, the others ValueError with the text of the lowest of those, and none waits for another."""
+        if self.world == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as found:
+            error = found
+        everyone: list[str | None] = [None] * self.world
+        dist.all_gather_object(everyone, None if error is None else str(error), group=self.group)
+        if error is not None:
+            raise error
+        for text in everyone:
+            if text is not None:
+                raise ValueError(text)
+        return result  # type: ignore[return-value]
 
     def all_to_all(self, parts: list[np.ndarray]) -> np.ndarray:
         """parts[r] (n_r,) goes to rank r; returns what was sent here, concatenated in order of rank."""
@@ -68,6 +98,20 @@ class Exchange:
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def add_up(self, table: torch.Tensor, rows: int) -> None:
+        """Sum a table (n, d) of the CPU over the ranks, in place, `rows` of it at a time on the device."""
+        if self.world > 1:
+            for part in table.split(max(rows, 1)):
+                part.copy_(self.sum(part.to(self.device)))
+
+    def broadcast(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """The tensor of `rank`, on the device of the argument, which has its shape on every rank."""
+        if self.world == 1:
+            return tensor
+        moved = tensor.to(self.device).contiguous()
+        dist.broadcast(moved, group_src=rank, group=self.group)
+        return moved.to(tensor.device)
 
     def max(self, value: int) -> int:
         """Largest value of all ranks."""

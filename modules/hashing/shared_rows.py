@@ -7,12 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import RowBlocks
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.shared_als import SharedRows
-from recpress.modules.rows import RowSource, blocks, check_source
+from recpress.modules.rows import BLOCK_BYTES, RowSource, blocks, check_source
 
 
-def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = None, table: str = "") -> torch.Tensor:
+def shared_rows(
+    id_map: IdMap,
+    vectors: RowSource,
+    counts: RowSource | None = None,
+    table: str = "",
+    exchange: Exchange | None = None,
+) -> torch.Tensor:
     """Rows (num_rows, d) float32 that minimise the squared errors of the ids' vectors, weighted by their counts.
 
     One row an id: the weighted mean of the ids that share it; `vectors` are read in blocks, and the memory is that of
@@ -23,31 +31,84 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
         vectors: (num_ids, d).
         counts: (num_ids, 1), each at least 0; ids below 0.1 weigh 0.1. None: all alike.
         table: name in messages.
+        exchange: shares the work: each of its ranks calls with the same arguments, reads its part of the ids, and gets
+            all rows. They are those of one rank, of one row an id but for the rounding of sums. None: no other rank.
 
     Raises:
-        ValueError: lengths that do not fit the map; a vector or a count that is not finite.
+        ValueError: lengths that do not fit the map; a vector or a count that is not finite. On every rank.
     """
     (ids, dim), num_rows = vectors.shape, id_map.num_rows
     for what, source in (("vectors", vectors), ("counts", counts)):
         if source is not None and source.shape[0] != id_map.num_ids:
             raise ValueError(f"table {table!r}: {what} of {source.shape[0]} ids, but its map has {id_map.num_ids}")
+    if exchange is None:
+        exchange = Exchange(None, torch.device("cpu"))
+        exchange.rank, exchange.world = 0, 1
+    share = RowBlocks(ids, exchange.world)
+    mine = (share.start(exchange.rank), share.stop(exchange.rank))
     if id_map.ways > 1:
-        weights = torch.ones(ids)
-        if counts is not None:
-            weights = torch.cat(
-                [_weights(counts, table, first, min(first + _COUNTS, ids)) for first in range(0, ids, _COUNTS)]
-            )
-        rows, shared = torch.empty(num_rows, dim), SharedRows(id_map)
-        for first in range(0, dim, _COLUMNS):  # the columns of a least-squares problem do not know each other
-            part = (first, min(first + _COLUMNS, dim))
-            kept = torch.cat([block for _, block in blocks(vectors, table, (0, ids), part)])
-            rows[:, slice(*part)] = shared.fit(kept, weights)
-        return rows
-    rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
-    for first, block in blocks(vectors, table, (0, ids), (0, dim)):
-        of_ids = torch.ones(len(block)) if counts is None else _weights(counts, table, first, first + len(block))
-        add_members(rows, mass, id_map, first, block, of_ids[:, None])
+        return _solved(id_map, vectors, counts, table, exchange, share, mine)
+
+    def sums() -> tuple[torch.Tensor, torch.Tensor]:
+        rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
+        for first, block in blocks(vectors, table, mine, (0, dim)):
+            of_ids = torch.ones(len(block)) if counts is None else _weights(counts, table, first, first + len(block))
+            add_members(rows, mass, id_map, first, block, of_ids[:, None])
+        return rows, mass
+
+    rows, mass = exchange.together(sums)
+    exchange.add_up(rows, BLOCK_BYTES // (4 * dim))
+    exchange.add_up(mass, BLOCK_BYTES // 4)
     return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _solved(
+    id_map: IdMap,
+    vectors: RowSource,
+    counts: RowSource | None,
+    table: str,
+    exchange: Exchange,
+    share: RowBlocks,
+    mine: tuple[int, int],
+) -> torch.Tensor:
+    """`shared_rows` of ids with several rows. The columns of a least-squares problem do not know each other: in rounds,
+    each rank gets `_COLUMNS` of its own, of the ids that each rank has read, and solves them."""
+    dim, world = vectors.shape[1], exchange.world
+
+    def weights_here() -> torch.Tensor:
+        if counts is None:
+            return torch.ones(mine[1] - mine[0])
+        starts = range(*mine, _COUNTS)
+        return torch.cat(
+            [torch.empty(0), *(_weights(counts, table, first, min(first + _COUNTS, mine[1])) for first in starts)]
+        )
+
+    weights = exchange.gather(exchange.together(weights_here)[:, None].to(exchange.device), share)[:, 0].cpu()
+    rows, shared = torch.empty(id_map.num_rows, dim), SharedRows(id_map)
+    for start in range(0, dim, _COLUMNS * world):
+        parts = [
+            (min(start + rank * _COLUMNS, dim), min(start + (rank + 1) * _COLUMNS, dim)) for rank in range(world)
+        ]  # of each rank, empty where there are fewer columns than ranks
+        whole = (start, parts[-1][1])
+
+        def columns(whole: tuple[int, int] = whole) -> torch.Tensor:
+            none = torch.empty(0, whole[1] - whole[0])
+            return torch.cat([none, *(block for _, block in blocks(vectors, table, mine, whole))])
+
+        read = exchange.together(columns)
+        sent = [read[:, first - start : last - start].reshape(-1).numpy() for first, last in parts]
+        del read
+        kept = torch.from_numpy(exchange.all_to_all(sent))
+        del sent
+        first, last = parts[exchange.rank]
+        found = torch.empty(id_map.num_rows, 0)
+        if last > first:
+            found = shared.fit(kept.reshape(id_map.num_ids, last - first), weights)
+        for rank, (begin, end) in enumerate(parts):
+            if end > begin:
+                own = found if rank == exchange.rank else torch.empty(id_map.num_rows, end - begin)
+                rows[:, begin:end] = exchange.broadcast(own, rank)
+    return rows
 
 
 _COLUMNS = 16

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
+from recpress.modules.als.exchange import Exchange
 from recpress.modules.config import TwoTowerConfig
 from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
@@ -157,8 +158,10 @@ class TwoTower(nn.Module):
     ) -> None:
         """Fill the id tables, each rank its own shards; call it after sharding, and again to swap factors.
 
+        Collective where ids have a map, if there is a default process group: each rank reads its part of the ids.
+
         Args:
-            user, item: (ids, dim) each. With a map, each rank works out all rows that they share; see
+            user, item: (ids, dim) each. With a map, each rank holds all rows that they share; see
                 `shared_rows.shared_rows` for the memory.
             counts: of users and of items, (ids, 1) each: how much an id weighs among those that share a row.
             rows: of the tables of users and of items, (map.num_rows, dim) each, where they are known already.
@@ -167,23 +170,26 @@ class TwoTower(nn.Module):
             ValueError: shapes or values do not fit.
         """
         assert self.config.tables.strategy != "random", "random tables take no factors"
-        for index, (side, spec, source, frozen, tables, tower) in enumerate(
-            (
-                ("user", self.user, user, self.user_frozen, self.user_tables, self.user_tower),
-                ("item", self.item, item, self.item_frozen, self.item_tables, self.item_tower),
-            )
+        sources: list[RowSource] = []
+        exchange = Exchange.of_default_group()
+        # collective, so for both sides before what can fail on one rank alone
+        for side, spec, source, of_ids, given in zip(
+            ("user", "item"), (self.user, self.item), (user, item), counts, rows, strict=True
         ):
-            table: RowSource = source
             if spec.map is not None:
-                given = rows[index]
-                table = shared_rows(spec.map, source, counts[index], side) if given is None else given
+                source = shared_rows(spec.map, source, of_ids, side, exchange) if given is None else given
+            sources.append(source)
+        for side, spec, source, frozen, tables, tower in (
+            ("user", self.user, sources[0], self.user_frozen, self.user_tables, self.user_tower),
+            ("item", self.item, sources[1], self.item_frozen, self.item_tables, self.item_tower),
+        ):
             if self.config.tables.strategy == "init-train":
                 assert tables is not None
-                load_trainable(tables, side, table)
+                load_trainable(tables, side, source)
             else:
                 assert frozen is not None
-                frozen.load(side, table)
-            tower.fit_scale(table if spec.map is None else SharedVectors(spec.map, table))
+                frozen.load(side, source)
+            tower.fit_scale(source if spec.map is None else SharedVectors(spec.map, source))
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
         """Fill the tables of log counts, (rows, 1) each, standardised (`rows.LogCounts`); after sharding."""

@@ -1,6 +1,9 @@
 """The command line and the config files, as a newcomer meets them."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +13,8 @@ import pytest
 from recpress.data.errors import InputError
 from recpress.trainer import config_file
 from recpress.trainer.cli import COMMANDS, main
+
+CLI = [sys.executable, "-m", "recpress.trainer.cli"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +135,33 @@ def test_a_config_error_exits_2_in_one_line(tmp_path, capsys):
     assert "als.factors" in err
 
 
-def test_an_unknown_command_and_an_unknown_option_name_what_there_is(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["factorise"])
-    assert stop.value.code == 2
-    assert "factorize" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "--help"])
-    assert stop.value.code == 2
-    assert "'bench': expected one of bench list, bench run, bench page" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["factorize", "--data", "a", "--out", "b", "--als.factrs", "3"])
-    assert stop.value.code == 2
-    output = capsys.readouterr()
-    assert "--als.factors" in output.out + output.err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "--data", "x"], "unknown command 'trian'; nearest is 'train'"),
+        (["xyzzy"], "unknown command 'xyzzy'; `recpress --help` lists the commands"),
+        (["bench", "--help"], "'bench': expected one of bench list, bench run, bench page"),
+        (["factorize", "--data", "a", "--out", "b", "--als.factrs", "3"], "--als.factrs, 3; nearest: --als.factors"),
+        (["train", "--data", "a", "--out", "b", "--epochs", "x"], "Error parsing --epochs: invalid literal for int()"),
+        (["train", "--data", "a", "--out", "b", "--epochs=-1"], "epochs is -1, expected at least 0"),
+        (["train", "--data", "a", "--out", "b", "--epochs"], "Missing value for argument '--epochs'"),
+        (["train", "--data", "a", "--out", "b", "--device", "tpu"], "invalid choice 'tpu'"),
+        (
+            ["train", "--epoch", "3"],
+            "Missing from recpress train: --data STR, --out STR; Unrecognized options: --epoch",
+        ),
+        (["--log-format", "xml", "train"], "log format is 'xml', expected one of text, json"),
+        (["train", "--log-format"], "--log-format: expected one argument"),
+        (["completion", "cmd"], "expected `recpress completion SHELL`"),
+    ],
+)
+def test_an_invalid_command_line_is_one_line_on_stderr_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("recpress: error: ")
+    assert err.count("\n") == 1
+    assert not out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -151,12 +169,95 @@ def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])
     assert stop.value.code == 0
-    assert "--" in capsys.readouterr().out
+    short = capsys.readouterr().out
+    assert "--" in short
+    assert short.count("\n") <= 120
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help-all"])
+    assert stop.value.code == 0
+    full = capsys.readouterr().out
+    assert len(full) >= len(short) / 2  # the same options, in a narrower terminal
+    for option in COMMANDS[name].main.split():
+        assert f"--{option}" in short
+        assert f"--{option}" in full
+
+
+def test_the_short_help_begins_with_required_options_and_counts_the_others(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    main_options = lines[lines.index("main options:") + 1 :]
+    assert main_options[0] == "  --data STR"
+    assert "(required)" in main_options[1]
+    assert any(line.split()[:2] == ["--optimizer.*", "7"] for line in lines)
+
+
+def test_a_log_format_is_taken_anywhere_and_only_before_two_dashes(monkeypatch, capsys):
+    monkeypatch.setenv("RECPRESS_LOG_FORMAT", "")
+    assert main(["train", "--data", "a", "--log-format", "json", "--out", "b", "--epochs=-1"]) == 2
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["stage"], line["rank"]) == ("error", "train", 0)
+    assert "epochs is -1" in line["message"]
+    monkeypatch.setenv("RECPRESS_LOG_FORMAT", "")
+    assert main(["check", "bench", "run", "all", "--", "--log-format", "other"]) == 0
+
+
+def test_the_version_names_the_set(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"recpress .*\(torch 2\.\S+, torchrec \S+, fbgemm-gpu \S+\)\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("factorize", "cadc", "--checkpoint.minutes"):
+        assert word in script
+
+
+def test_bash_completes_commands_and_options(tmp_path):
+    program = """
+        source "$1"
+        COMP_WORDS=(recpress compare ca); COMP_CWORD=2; _tyro_recpress; echo "${COMPREPLY[@]}"
+        COMP_WORDS=(recpress train --checkpoint.mi); COMP_CWORD=2; _tyro_recpress; echo "${COMPREPLY[@]}"
+    """
+    script = tmp_path / "completion"
+    with script.open("w") as file:
+        subprocess.run([*CLI, "completion", "bash"], stdout=file, check=True)
+    done = subprocess.run(["bash", "-c", program, "-", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["cadc", "--checkpoint.minutes"]
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help-all"], ["bench", "list"]])
+def test_a_closed_pipe_ends_the_command_without_a_message(arguments):
+    process = subprocess.Popen([*CLI, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert b"pipe" not in err.lower()
+
+
+def test_a_set_that_does_not_match_stops_the_command(monkeypatch, capsys, tmp_path):
+    installed = {"torch": "2.13.0", "torchrec": "1.6.1", "fbgemm-gpu": "1.8.0"}
+    monkeypatch.setattr("recpress.trainer.versions.installed_set", lambda: installed)
+    assert main(["split", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "versions do not match: torch 2.13.0, torchrec 1.6.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["bench", "list"], ["train", "--help"], ["train", "--config", "none.toml"], ["train", "--nothing"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["trian"],
+        ["bench", "list"],
+        ["train", "--help"],
+        ["train", "--help-all"],
+        ["train", "--config", "none.toml"],
+        ["train", "--nothing"],
+    ],
 )
 def test_help_and_config_errors_answer_without_torch(arguments):
     program = (

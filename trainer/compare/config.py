@@ -80,7 +80,7 @@ class CompareCadcConfig:
     """The strategies of the CADC paper side by side, over several seeds, with a report page."""
 
     data: str | None = None
-    """The log, with held-out rows; without one a made log is written and used."""
+    """The log, with held-out rows; without one a synthetic log is written and used."""
     out: str = "runs/compare-cadc"
     """Folder of the report, the results as JSON, and all factors and models; must not exist unless --overwrite."""
     schema: Schema = field(default_factory=Schema)
@@ -124,7 +124,7 @@ class CompareHashConfig:
     """All hashing methods side by side on one log: one backbone, one budget of rows, several seeds, a report page."""
 
     data: str | None = None
-    """The log, with test rows and, to choose on, val rows; without one a made log is written and used."""
+    """The log, with test rows and, to choose on, val rows; without one a synthetic log is written and used."""
     out: str = "runs/compare-hash"
     """Folder of the report and the results as JSON; must not exist unless --overwrite."""
     schema: Schema = field(default_factory=Schema)
@@ -181,7 +181,7 @@ class CompareBothConfig:
     """Both savings together: quality against the bytes of the tables and against the rows read, with a report page."""
 
     data: str | None = None
-    """The log, with held-out rows; without one a made log is written and used."""
+    """The log, with held-out rows; without one a synthetic log is written and used."""
     out: str = "runs/compare-both"
     """Folder of the report, the results as JSON, and all factors, maps and models; must not exist unless
     --overwrite."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recpress.data.config import IngestConfig, LayoutConfig, SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.data.ingest.split import leave_one_out
 from recpress.data.sampling.bucket_shuffle import BucketShuffle
 from recpress.data.sampling.design_effect import design_effects
