@@ -34,7 +34,7 @@ from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.loops import made_batch
 from recpress.data.stream.batch import Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import CheckpointConfig, OptimizerConfig
 from recpress.trainer.distributed.process_group import process_group

@@ -23,10 +23,10 @@ from recpress.data.negatives.negatives import UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.frozen.frozen import Storage, row_bytes
+from recpress.modules.frozen.kernel import Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.rows import round_up
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.row_source import round_up
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit

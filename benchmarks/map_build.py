@@ -97,7 +97,7 @@ def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.
     """A clustering that is ready to run; returns the row of each id."""
     import torch
 
-    from recpress.modules.hashing.clustering import cluster
+    from recpress.modules.hashing.k_means import k_means
 
     torch.set_num_threads(case.threads)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
@@ -110,7 +110,7 @@ def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.
             print(f"{time.strftime('%H:%M:%S')} {stage}: {done:,} of {total:,} ids", flush=True)
 
     def run() -> np.ndarray:
-        found = cluster(vectors, weights, case.rows, seed=0, iterations=args.iterations, progress=progress)
+        found = k_means(vectors, weights, case.rows, seed=0, iterations=args.iterations, progress=progress)
         return found.assignment.numpy()
 
     return run

@@ -42,8 +42,8 @@ SMALL = (
 FEATURES = 26
 
 
-def made_map(ids: int, rows: int, seed: int, ways: int = 1) -> IdMap:
-    values = np.random.default_rng(seed).integers(0, rows, (ids, ways), dtype=np.int32)
+def made_map(ids: int, rows: int, seed: int, rows_per_id: int = 1) -> IdMap:
+    values = np.random.default_rng(seed).integers(0, rows, (ids, rows_per_id), dtype=np.int32)
     return IdMap(rows=torch.from_numpy(values), num_rows=rows)
 
 
@@ -112,7 +112,7 @@ def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device
     plain, packed = (LearnedHash({"f0": id_map}, packed=p).to(device) for p in (False, True))
     for_many = LearnedHash(maps).to(device)
     some_unknown = keyed(torch.where(torch.rand(len(ids), device=device) < 0.01, ids + size, ids), 1)
-    two = LearnedHash({"f0": made_map(size, rows, 1, ways=2)}).to(device)
+    two = LearnedHash({"f0": made_map(size, rows, 1, rows_per_id=2)}).to(device)
     slots = min(args.mch_ids, size)
     mch = filled_mch(torch.arange(size, device=device), slots)
     jagged = {"t": JaggedTensor(values=ids, lengths=torch.ones_like(ids))}

@@ -13,10 +13,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 
-from recpress.modules.compress.compress import compress
+from recpress.modules.compression.replace import compress
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.table_stats import TableStats
 
 DENSE, SPARSE, DIM = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1, 27)], 16
 
@@ -67,7 +67,7 @@ def main() -> None:
         if size >= 100:
             counts[name] = first[1][:, i].bincount(minlength=size)
             embedding = collection.embedding_bags[name].weight.detach()
-            ids = IdTable(name=name, num_ids=size, counts=counts[name], embedding=embedding)
+            ids = TableStats(name=name, num_ids=size, counts=counts[name], embedding=embedding)
             maps[name] = build_map(ids, int(args.keep * size), HashConfig(method="learned"))
     model, report = compress(model, maps, counts=counts)
     print(f"compressed, rows the means of the old ones:  {loss(model, *held_out):.4f}")

@@ -182,19 +182,19 @@ HashMethod = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class HashConfig:
-    """How ids are mapped to fewer rows."""
+    """How to map ids to fewer rows."""
 
     method: HashMethod = "learned"
-    """How; `recpress.modules.hashing.methods` has the table of names, and README.md a line on each."""
-    private: float = -1.0
-    """Share of the rows that the most frequent ids have for themselves (`learned`, `frequency`, `hybrid`); below 0:
-    the method's own choice."""
-    power: float = 0.5
-    """`learned`, `co-cluster`: an id weighs as much as this power of its count."""
-    ways: Literal[1, 2] = 1
-    """`learned`: rows of an id. With 2, an id is the weighted sum of two rows: a larger map, two lookups, and far
-    closer to the embedding (`hashing.pairs`)."""
+    """Hashing method; `recpress.modules.hashing.methods` has the table of methods, README.md a line on each."""
+    exclusive_share: float = -1.0
+    """Share of the rows that belong to one id each, the most frequent ids (`learned`, `frequency`, `hybrid`).
+    Negative: the default of the method."""
+    count_exponent: float = 0.5
+    """`learned`, `co-cluster`: exponent of the count in an id's weight."""
+    rows_per_id: Literal[1, 2] = 1
+    """`learned`: rows per id. With 2, an id is the weighted sum of two rows, much closer to the embedding, at the price
+    of a larger map and two look-ups (`hashing.two_row`)."""
     iterations: int = 15
     """Passes of the clustering over the ids."""
     seed: int = 0
-    """Seed of hashes and of the clustering's start."""
+    """Seed of the hash functions and of the clustering."""

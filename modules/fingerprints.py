@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recpress.modules.rows import RowSource
+from recpress.modules.row_source import RowSource
 
 PREFIX = "fingerprint."
 _SKETCH, _READ = 1024, 4

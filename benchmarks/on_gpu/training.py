@@ -18,7 +18,7 @@ from recpress.benchmarks.remap import made_map
 from recpress.data.stream.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard

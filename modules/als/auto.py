@@ -22,8 +22,8 @@ import torch
 
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
+from recpress.modules.als.half_sweep import Scales
 from recpress.modules.als.interactions import CSR
-from recpress.modules.als.side import Scales
 from recpress.modules.config import ALSConfig, ALSParameters
 
 DEFAULTS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.als.interactions import CSR
 
 if TYPE_CHECKING:
-    from recpress.modules.als.als import ALS
+    from recpress.modules.als.factorization import ALS
 
 PAIRS = 8192
 """Interactions of a rank that are compared with random pairs."""

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from recpress.modules.als.als import check
 from recpress.modules.als.auto import item_weights
 from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factorization import check
+from recpress.modules.als.half_sweep import FAR, Limits, Scales, Side, Summary, Workers
 from recpress.modules.als.interactions import CSR
-from recpress.modules.als.side import FAR, Limits, Scales, Side, Summary, Workers
 from recpress.modules.als.solvers import solve_cholesky
 from recpress.modules.config import ALSParameters
 

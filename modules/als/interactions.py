@@ -9,7 +9,7 @@ import numpy as np
 
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
-from recpress.modules.freed import freed
+from recpress.modules.memory_hook import memory_freed
 
 _BUFFER = 1 << 16  # pairs that are sorted into pieces together
 _ROUND_PIECES = 32  # rounds of the exchange; a round holds about this share of the pairs in working memory
@@ -120,7 +120,7 @@ class InteractionBuilder:
         self._valued = bool(self.exchange.max(int(self._valued)))
         users = self._by_user()
         items = self._by_item(users)
-        freed()
+        memory_freed()
         return users, items
 
     def _by_user(self) -> CSR:

@@ -11,7 +11,7 @@ import torch
 
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.table_stats import TableStats
 
 TRIES = 12
 """Resolutions tried to meet a budget."""
@@ -22,13 +22,13 @@ SWEEPS = 10
 
 
 def louvain(
-    user: IdTable, item: IdTable, users: np.ndarray, items: np.ndarray, rows: int, config: HashConfig
+    user: TableStats, item: TableStats, users: np.ndarray, items: np.ndarray, rows: int, config: HashConfig
 ) -> tuple[IdMap, IdMap]:
     """Users of one community share a row, and so do its items (GraphHash, Wu et al. 2025).
 
-    Communities maximise the bipartite modularity (Barber 2007)
+    Communities maximize the bipartite modularity (Barber 2007)
     sum over pairs (u, i) of one community of  A_ui - resolution * d_u d_i / E ,
-    by the Louvain method (Blondel et al. 2008): nodes move to the best community among their neighbours', communities
+    by the Louvain method (Blondel et al. 2008): nodes move to the best community among their neighbors', communities
     become nodes, and again, until nothing moves. The resolution is searched so that communities with users plus
     communities with items come to at most `rows`, and near to it. The search starts at rows / 40,
     where 5 % of the interactions would be inside of their communities, were those alike in size. Ids without any
@@ -58,18 +58,18 @@ class Nodes:
     """A graph in adjacency lists, and what each node weighs as users and as items."""
 
     starts: list[int]
-    neighbours: list[int]
+    neighbors: list[int]
     values: list[float]
     as_user: list[float]
     as_item: list[float]
 
     def sweep(self, order: Sequence[int], labels: list[int], resolution: float, active: bytearray | None = None) -> int:
-        """Move each node in turn to the label among its neighbours' with the highest  edges to it - resolution *
+        """Move each node in turn to the label among its neighbors' with the highest  edges to it - resolution *
         (the node's weight as user * the label's as item + the reverse); returns how many moved; changes `labels`.
 
         Args:
             active: 1 for each node that is to be looked at; then a node moves only where that is better than its own
-                label, and its neighbours become active when it moves. None: every node, wherever its best neighbours
+                label, and its neighbors become active when it moves. None: every node, wherever its best neighbors
                 are, even where its own label was better.
         """
         users = [0.0] * len(labels)
@@ -85,7 +85,7 @@ class Nodes:
                 active[node] = 0
             first, last = self.starts[node], self.starts[node + 1]
             edges: dict[int, float] = {}
-            for other, value in zip(self.neighbours[first:last], self.values[first:last], strict=True):
+            for other, value in zip(self.neighbors[first:last], self.values[first:last], strict=True):
                 if other != node:
                     label = labels[other]
                     edges[label] = edges.get(label, 0.0) + value
@@ -107,7 +107,7 @@ class Nodes:
                 labels[node] = best
                 moved += 1
                 if active is not None:
-                    for other in self.neighbours[first:last]:
+                    for other in self.neighbors[first:last]:
                         if labels[other] != best:
                             active[other] = 1
         return moved
@@ -115,7 +115,7 @@ class Nodes:
     def merged(self, labels: np.ndarray, number: int) -> Nodes:
         """The graph whose nodes are the labels 0 .. number - 1."""
         own = np.repeat(np.arange(len(self.as_user)), np.diff(self.starts))
-        keys = labels[own] * number + labels[np.array(self.neighbours, np.int64)]
+        keys = labels[own] * number + labels[np.array(self.neighbors, np.int64)]
         pairs, inverse = np.unique(keys, return_inverse=True)
         values = np.bincount(inverse, self.values, len(pairs))
         return Nodes(
@@ -153,12 +153,12 @@ class Bipartite:
     num_users: int
     num_items: int
     starts: np.ndarray
-    neighbours: np.ndarray
+    neighbors: np.ndarray
     values: np.ndarray
     edges: float
 
     @classmethod
-    def of(cls, user: IdTable, item: IdTable, users: np.ndarray, items: np.ndarray, rows: int) -> Bipartite:
+    def of(cls, user: TableStats, item: TableStats, users: np.ndarray, items: np.ndarray, rows: int) -> Bipartite:
         """
         Raises:
             ValueError: see `louvain`.
@@ -205,7 +205,7 @@ class Bipartite:
         """The graph with a weight for each user and each item."""
         return Nodes(
             self.starts.tolist(),
-            self.neighbours.tolist(),
+            self.neighbors.tolist(),
             self.values.tolist(),
             [*user_weight.tolist(), *[0.0] * self.num_items],
             [*[0.0] * self.num_users, *item_weight.tolist()],
@@ -223,7 +223,9 @@ class Bipartite:
         """Rows that labels of all nodes need: labels that users have, and labels that items have."""
         return len(np.unique(labels[: self.num_users])) + len(np.unique(labels[self.num_users :]))
 
-    def maps(self, labels: np.ndarray, user: IdTable, item: IdTable, method: str, seed: int) -> tuple[IdMap, IdMap]:
+    def maps(
+        self, labels: np.ndarray, user: TableStats, item: TableStats, method: str, seed: int
+    ) -> tuple[IdMap, IdMap]:
         """Labels of all nodes as one map for each table."""
         found = []
         for table, part in ((user, labels[: self.num_users]), (item, labels[self.num_users :])):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from recpress.modules.config import LogisticConfig
-from recpress.modules.rows import round_up
-from recpress.modules.two_tower.two_tower import SideSpec
+from recpress.modules.row_source import round_up
+from recpress.modules.two_tower.model import SideSpec
 
 
 class LogisticMF(nn.Module):

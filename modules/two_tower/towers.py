@@ -15,7 +15,7 @@ from torchrec import KeyedTensor
 from torchrec.distributed.types import LazyAwaitable
 
 from recpress.modules.config import TowersConfig
-from recpress.modules.rows import RowSource, sample_rows
+from recpress.modules.row_source import RowSource, sample_rows
 
 Source = tuple[Literal["frozen", "tables"], str]
 """Where a part of the input comes from: which collection's result, and its key there."""
@@ -30,7 +30,7 @@ class TowerInput:
     dim: int
     """Length of e."""
     count: Source | Literal["given"] | None = None
-    """The id's standardised log count: in the first column of a table's rows, or given to the tower as a number."""
+    """The id's standardized log count: in the first column of a table's rows, or given to the tower as a number."""
     others: Sequence[tuple[Source, int]] = ()
     """Further vectors and their lengths."""
     floats: int = 0
@@ -94,7 +94,7 @@ class Tower(nn.Module):
 class ResidualTower(nn.Module):
     """Corrects a factorization's vectors, and begins with their own scores.
 
-        facts f = (log count, |e|), standardised
+        facts f = (log count, |e|), standardized
         (delta, g) = MLP(e / s, f, other features)
         out = (e exp(gate(f)) + s delta, start + g)
 

@@ -13,9 +13,9 @@ import torch
 
 import recpress.data
 import recpress.modules
-from recpress.modules import freed
-from recpress.modules.als.als import ALS
-from recpress.modules.als.side import Workers
+from recpress.modules import memory_hook
+from recpress.modules.als.factorization import ALS
+from recpress.modules.als.half_sweep import Workers
 from recpress.modules.config import ALSConfig
 
 
@@ -81,11 +81,11 @@ def test_freed_memory_is_told_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("no library calls the allocator")
 
     monkeypatch.setattr(ctypes, "CDLL", trimmed)
-    monkeypatch.setattr(freed, "_hook", None)
-    freed.freed()
+    monkeypatch.setattr(memory_hook, "_hook", None)
+    memory_hook.memory_freed()
     told: list[int] = []
-    freed.on_freed(lambda: told.append(1))
-    freed.freed()
-    freed.on_freed(None)
-    freed.freed()
+    memory_hook.set_memory_hook(lambda: told.append(1))
+    memory_hook.memory_freed()
+    memory_hook.set_memory_hook(None)
+    memory_hook.memory_freed()
     assert told == [1]

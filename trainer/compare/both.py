@@ -20,9 +20,10 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.ingest import split as holdout
 from recpress.data.synthetic import interactions as data_synth
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
-from recpress.modules.hashing.shared_als import SharedRows
-from recpress.modules.rows import round_up
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import FrozenTable, Storage, row_bytes
+from recpress.modules.hashing.map_matrix import MapMatrix
+from recpress.modules.row_source import round_up
 from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, shared_artifact
 from recpress.trainer.artifacts.id_maps import SIDES, open_maps
 from recpress.trainer.compare.both_report import BothResult, Point, format_both_table, write_both_report
@@ -264,8 +265,8 @@ class _Comparison:
                                 schema=self.config.schema,
                                 rows=rows,
                                 method="learned",
-                                ways=2,
-                                power=self.config.power,
+                                rows_per_id=2,
+                                count_exponent=self.config.count_exponent,
                                 seed=seed,
                             )
                         )
@@ -293,12 +294,12 @@ class _Comparison:
                 id_map, source = hashed.map(side), hashed.rows(side)
                 assert source is not None
                 stored = _stored(torch.from_numpy(np.array(source[0 : id_map.num_rows])), storage)
-                read = SharedRows(id_map).expand(stored)
+                read = MapMatrix(id_map).expand(stored)
                 rows += id_map.num_rows
                 size += id_map.num_rows * row_bytes(storage, round_up(table.shape[1])) + id_map.nbytes
                 maps += id_map.nbytes
                 served += id_map.rows.nbytes + (0 if id_map.weights is None else id_map.weights.nbytes)
-            w = count.double().clamp_min(0.1) ** self.config.power
+            w = count.double().clamp_min(0.1) ** self.config.count_exponent
             lost += float(((((read - table) @ turn).square().sum(1)) * w).sum())
             weight += float((((table @ turn).square().sum(1)) * w).sum())
             vectors.append(read)

@@ -149,10 +149,10 @@ class CompareHashConfig:
     """Settings that are tried for each method, the same number for all; a method that has fewer tries them all."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
     """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
-    privates: tuple[float, ...] = (0.25, 0.75)
-    """Shares of private rows that are tried, besides a half."""
-    powers: tuple[float, ...] = (0.0, 0.25, 1.0)
-    """Powers of the count that are tried, besides --hash.power."""
+    exclusive_shares: tuple[float, ...] = (0.25, 0.75)
+    """Further shares of exclusive rows to try, besides a half."""
+    count_exponents: tuple[float, ...] = (0.0, 0.25, 1.0)
+    """Further exponents of the count to try, besides --hash.count-exponent."""
     sweeps: tuple[int, ...] = (0, 1, 3)
     """Sweeps with shared rows that are tried; 0 leaves the rows nearest to the full factors."""
     choose_users: int = 4000
@@ -166,7 +166,7 @@ class CompareHashConfig:
     def __post_init__(self) -> None:
         at_least(1, trials=self.trials, choose_users=self.choose_users)
         at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
-        _between(0, 1, user_shares=self.user_shares, privates=self.privates)
+        _between(0, 1, user_shares=self.user_shares, exclusive_shares=self.exclusive_shares)
         if not self.rows:
             _between(0, 1, share=(self.share,))
         if self.evaluation.protocol == "sampled":
@@ -195,7 +195,7 @@ class CompareBothConfig:
     """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization; what is not given is chosen on held-out examples of train."""
-    power: float = 0.5
+    count_exponent: float = 0.5
     """An id weighs as much as this power of its count, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     choose: bool = True

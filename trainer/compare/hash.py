@@ -17,18 +17,18 @@ from recpress.data.dataset import artifact
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.synthetic import interactions as data_synth
-from recpress.modules.als.als import ALS
 from recpress.modules.als.checks import check_factors
 from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.factors import Factors
 from recpress.modules.als.interactions import InteractionBuilder
 from recpress.modules.config import ALSConfig, ALSParameters, HashConfig, HashMethod
+from recpress.modules.hashing.budget import split_rows
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
-from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.shared_als import SharedALS
-from recpress.modules.hashing.split import split_rows
-from recpress.modules.rows import round_up
+from recpress.modules.hashing.table_stats import TableStats
+from recpress.modules.row_source import round_up
 from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash_report import (
     HashMethodResult,
@@ -87,9 +87,9 @@ class Setting:
         if self.hash.method not in JOINT_METHODS:
             chosen["users' share of rows"] = names.get(self.user_share, self.user_share)
         if self.hash.method in ("frequency", "hybrid"):
-            chosen["private"] = self.hash.private
+            chosen["exclusive_share"] = self.hash.exclusive_share
         if self.hash.method in ("learned", "co-cluster"):
-            chosen["power"] = self.hash.power
+            chosen["count_exponent"] = self.hash.count_exponent
         return chosen | {"sweeps": self.sweeps}
 
 
@@ -343,9 +343,9 @@ class _Comparison:
         if method not in JOINT_METHODS:
             axes["user_share"] = (IDS, *config.user_shares, *((CRITERION,) if method in LOCAL else ()))
         if method in ("frequency", "hybrid"):
-            axes["private"] = (0.5, *config.privates)
+            axes["exclusive_share"] = (0.5, *config.exclusive_shares)
         if method.startswith("learned") or method == "co-cluster":
-            axes["power"] = (config.hash.power, *config.powers)
+            axes["count_exponent"] = (config.hash.count_exponent, *config.count_exponents)
         axes["sweeps"] = tuple(sorted(config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
         return axes
 
@@ -355,8 +355,8 @@ class _Comparison:
         hashed = replace(
             self.config.hash,
             method=name,
-            ways=2 if two else 1,
-            **{axis: values[axis] for axis in ("private", "power") if axis in values},
+            rows_per_id=2 if two else 1,
+            **{axis: values[axis] for axis in ("exclusive_share", "count_exponent") if axis in values},
         )
         return Setting(hash=hashed, user_share=values.get("user_share", IDS), sweeps=values["sweeps"])
 
@@ -392,14 +392,14 @@ class _Comparison:
             map_bytes += made.rows * each + made.map_bytes - limit  # the rows were split in another way
         return f"does not fit: no number of rows with its map takes at most {limit:,} bytes"
 
-    def _tables(self, full: Factors) -> tuple[IdTable, IdTable]:
+    def _tables(self, full: Factors) -> tuple[TableStats, TableStats]:
         users, items = (
-            IdTable(name=name, num_ids=len(vectors), counts=counts, embedding=vectors)
+            TableStats(name=name, num_ids=len(vectors), counts=counts, embedding=vectors)
             for name, vectors, counts in zip(("user", "item"), (full.users, full.items), self.counts, strict=True)
         )
         return users, items
 
-    def _split(self, setting: Setting, tables: tuple[IdTable, IdTable], full: Factors, budget: int) -> list[int]:
+    def _split(self, setting: Setting, tables: tuple[TableStats, TableStats], full: Factors, budget: int) -> list[int]:
         users, items = self.log.num_users, self.log.num_items
         if setting.user_share == CRITERION:
             # an error of a vector counts by what it does to the scores: x' Y'Y x of users, and likewise of items

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
-from recpress.modules.freed import on_freed
+from recpress.modules.memory_hook import set_memory_hook
 from recpress.trainer.allocator import give_back
 from recpress.trainer.errors import PREEMPTED_STATUS, Preempted, RankFailed, explain
 
@@ -117,7 +117,7 @@ def process_group(device: str = "auto", stall_seconds: float | None = None) -> I
     place = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     _quiet_libraries()
     global _current, _watch
-    on_freed(give_back)  # the process is this command's
+    set_memory_hook(give_back)  # the process is this command's
     if dist.is_initialized():
         heart = _current.heart if _current is not None else Heartbeat()
         with _watch.limit(stall_seconds) if _watch is not None and stall_seconds is not None else nullcontext():

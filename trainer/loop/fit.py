@@ -18,7 +18,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recpress.data.errors import InputError
 from recpress.data.seeds import key
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.allocator import FreedMemory, give_back
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.process_group import WAITING_FOR_DATA, Heartbeat

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recpress.modules.fingerprints import is_fingerprint
-from recpress.modules.two_tower.two_tower import CountCodes
+from recpress.modules.two_tower.model import CountCodes
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.loop.optimizer import TrainOptimizer
 

@@ -17,8 +17,8 @@ from recpress.data.negatives.negatives import Negatives, UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, BatchBuilder
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.rows import LogCounts
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.row_source import LogCounts
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
 from recpress.trainer.distributed.process_group import Ranks, agreed

@@ -15,7 +15,7 @@ class MapShape:
 
     num_ids: int
     num_rows: int
-    ways: int = 1
+    rows_per_id: int = 1
     weight_bytes: int = 0
     """Of one weight; 0: the map has none."""
 
@@ -27,12 +27,12 @@ class MapShape:
     @classmethod
     def of(cls, id_map: IdMap) -> MapShape:
         width = 0 if id_map.weights is None else id_map.weights.element_size()
-        return cls(num_ids=id_map.num_ids, num_rows=id_map.num_rows, ways=id_map.ways, weight_bytes=width)
+        return cls(num_ids=id_map.num_ids, num_rows=id_map.num_rows, rows_per_id=id_map.rows_per_id, weight_bytes=width)
 
     @property
     def nbytes(self) -> int:
         """As LearnedHash holds it: int32 rows, and the weights."""
-        return self.num_ids * self.ways * (4 + self.weight_bytes)
+        return self.num_ids * self.rows_per_id * (4 + self.weight_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Job:
             return batch, batch
         return batch, batch + negatives.count * (1 if negatives.shared else batch)
 
-    def with_tables(self, config: TwoTowerConfig, dim: int | None, share: float | None, ways: int) -> Job:
+    def with_tables(self, config: TwoTowerConfig, dim: int | None, share: float | None, rows_per_id: int) -> Job:
         """The same run with other tables; `share`: behind maps to so many of the ids, None: without maps."""
 
         def mapped(side: Side) -> Side:
@@ -91,7 +91,9 @@ class Job:
             rows = max(1, round(side.ids * share))
             return replace(
                 side,
-                map=MapShape(num_ids=side.ids, num_rows=rows, ways=ways, weight_bytes=2 if ways > 1 else 0),
+                map=MapShape(
+                    num_ids=side.ids, num_rows=rows, rows_per_id=rows_per_id, weight_bytes=2 if rows_per_id > 1 else 0
+                ),
             )
 
         network = replace(self.network, model=config)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recpress.data.stream.memory import KEPT
-from recpress.modules.rows import BLOCK_BYTES
+from recpress.modules.row_source import BLOCK_BYTES
 from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.shards import MetaTowers, Shard, tables_of
 
@@ -79,7 +79,7 @@ def rank_lines(
     maps = [side.map for side in sides if side.map is not None]
     if maps:
         size = sum(m.nbytes for m in maps)
-        lines.append(Line("maps", size, "every rank: ids x ways x (4 B + weight)", device))
+        lines.append(Line("maps", size, "every rank: ids x rows per id x (4 B + weight)", device))
         if model.counted:
             codes = sum(m.num_ids for m in maps)
             lines.append(Line("log counts behind maps", codes, "every rank: ids x 1 B", device))
@@ -157,7 +157,7 @@ def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) ->
         found = []
         for name, side in sides:
             if side.map is not None:
-                rows = whole[name].rows * 2 if side.map.ways == 1 else side.ids * 6
+                rows = whole[name].rows * 2 if side.map.rows_per_id == 1 else side.ids * 6
                 found.append(4 * rows * job.dim)
         formula = "every rank: rows x dim x 4 B x 2; of two rows an id: ids x dim x 4 B x 6"
         lines.append(Line("shared rows worked out", max(found), formula, "host", "load"))

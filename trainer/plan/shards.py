@@ -12,11 +12,11 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed.types import ShardingPlan
 
 from recpress.data.stream.batch import ITEM, USER
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection
-from recpress.modules.frozen.tables import stored_row_bytes
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import stored_row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.two_tower.losses import make_loss
-from recpress.modules.two_tower.two_tower import SideSpec, make_side
+from recpress.modules.two_tower.model import SideSpec, make_side
 from recpress.trainer.plan.job import Job
 
 

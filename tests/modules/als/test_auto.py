@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from recpress.modules.als import auto as als_auto
-from recpress.modules.als.als import ALS
 from recpress.modules.als.auto import absolute, take_sample
 from recpress.modules.als.checks import check_factors, effective_rank
 from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.factors import Factors
 from recpress.modules.als.fold_in import fold_in
 from recpress.modules.als.interactions import InteractionBuilder

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recpress.modules.als.als import ALS
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.fold_in import fold_in
-from recpress.modules.als.side import Limits
+from recpress.modules.als.half_sweep import Limits
 from recpress.modules.config import ALSParameters
 from tests.modules.als import als_reference as reference
 from tests.ranks import run_on_ranks

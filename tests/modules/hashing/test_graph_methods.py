@@ -9,12 +9,12 @@ import torch
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.louvain import Bipartite
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.table_stats import TableStats
 
 USERS, ITEMS, GROUPS = 300, 200, 10
 TABLES = (
-    IdTable(name="users", num_ids=USERS, vocabulary="v1"),
-    IdTable(name="items", num_ids=ITEMS, vocabulary="v2"),
+    TableStats(name="users", num_ids=USERS, vocabulary="v1"),
+    TableStats(name="items", num_ids=ITEMS, vocabulary="v2"),
 )
 
 
@@ -31,7 +31,7 @@ def modularity(graph: Bipartite, labels: np.ndarray, resolution: float) -> float
     edges = np.zeros((USERS, ITEMS))
     for user in range(USERS):
         part = slice(graph.starts[user], graph.starts[user + 1])
-        edges[user, graph.neighbours[part] - USERS] = graph.values[part]
+        edges[user, graph.neighbors[part] - USERS] = graph.values[part]
     same = labels[:USERS, None] == labels[None, USERS:]
     expected = resolution * np.outer(graph.user_degree, graph.item_degree) / graph.edges
     return float(((edges - expected) * same).sum())
@@ -108,8 +108,8 @@ def test_a_co_cluster_gives_users_a_second_row_that_is_not_their_own() -> None:
     users = np.concatenate([users, np.full(10, 1), np.full(20, 1)])
     items = np.concatenate([items, bridge[:10], np.resize(np.arange(1, ITEMS, GROUPS), 20)])
     user_map, item_map = JOINT_METHODS["co-cluster"](*TABLES, users, items, 2 * GROUPS, HashConfig())
-    assert user_map.ways == 2
-    assert item_map.ways == 1
+    assert user_map.rows_per_id == 2
+    assert item_map.rows_per_id == 1
     first, second = user_map.rows.T
     assert second[1] == first[10]  # user 10 is of the group of the bridge's items
     assert int((first != second).sum()) < 10

@@ -1,4 +1,4 @@
-"""The module that replaces ids by rows: right rows, in any batch, sharded, pipelined, exported and quantised."""
+"""The module that replaces ids by rows: right rows, in any batch, sharded, pipelined, exported and quantized."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from recpress.modules.hashing.mapped_hash import MappedHash
 from tests.ranks import run_on_ranks
 
 
-def id_map(num_ids: int, num_rows: int, ways: int = 1, weighted: bool = False, seed: int = 0) -> IdMap:
+def id_map(num_ids: int, num_rows: int, rows_per_id: int = 1, weighted: bool = False, seed: int = 0) -> IdMap:
     rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(rng.integers(0, num_rows, (num_ids, ways)).astype(np.int32))
+    rows = torch.from_numpy(rng.integers(0, num_rows, (num_ids, rows_per_id)).astype(np.int32))
     kind = np.float16 if seed else np.float32
-    weights = torch.from_numpy(rng.random((num_ids, ways)).astype(kind)) if weighted else None
+    weights = torch.from_numpy(rng.random((num_ids, rows_per_id)).astype(kind)) if weighted else None
     return IdMap(rows=rows, num_rows=num_rows, weights=weights, seed=seed)
 
 
@@ -62,7 +62,7 @@ def by_hand(maps: dict[str, IdMap], features: KeyedJaggedTensor) -> dict[str, li
                 table = maps[key]
                 known = 0 <= one < table.num_ids
                 rows = table.rows[one] if known else table.hashed(torch.tensor([one]))[0]
-                own = table.weights[one] if known and table.weights is not None else torch.ones(table.ways)
+                own = table.weights[one] if known and table.weights is not None else torch.ones(table.rows_per_id)
                 entries += [(int(r), given_weight * float(w)) for r, w in zip(rows, own, strict=True)]
             found[key].append(entries)
     return found
@@ -108,7 +108,7 @@ def test_rows_are_those_of_the_map(case: tuple[dict[str, IdMap], KeyedJaggedTens
 
 
 def test_features_may_have_another_stride_each() -> None:
-    maps = {"a": id_map(10, 4, ways=2), "b": id_map(20, 7)}
+    maps = {"a": id_map(10, 4, rows_per_id=2), "b": id_map(20, 7)}
     features = KeyedJaggedTensor(
         keys=["a", "b"],
         values=torch.tensor([1, 2, 3, 4, 5, 6]),
@@ -125,7 +125,7 @@ def test_features_may_have_another_stride_each() -> None:
 
 
 def test_an_empty_batch_and_ids_of_32_bits() -> None:
-    maps = {"a": id_map(10, 4), "b": id_map(20, 7, ways=2)}
+    maps = {"a": id_map(10, 4), "b": id_map(20, 7, rows_per_id=2)}
     hashes = LearnedHash(maps)
     empty = KeyedJaggedTensor(keys=["a", "b"], values=torch.zeros(0, dtype=torch.int64), lengths=torch.zeros(4).int())
     assert hashes(empty).values().tolist() == []
@@ -135,7 +135,7 @@ def test_an_empty_batch_and_ids_of_32_bits() -> None:
 
 
 def test_unknown_ids_are_counted_or_refused() -> None:
-    maps = {"a": id_map(10, 4, ways=2), "b": id_map(20, 7)}
+    maps = {"a": id_map(10, 4, rows_per_id=2), "b": id_map(20, 7)}
     features = batch({"b": [[20, 3], [-1]], "x": [[-5], [99]], "a": [[9], [10]]})
     hashes = LearnedHash(maps)
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_bad_arguments() -> None:
 
 
 def test_the_maps_are_shared_packed_and_not_saved() -> None:
-    one, other = id_map(1000, 300), id_map(500, 2, ways=2, weighted=True)
+    one, other = id_map(1000, 300), id_map(500, 2, rows_per_id=2, weighted=True)
     plain = LearnedHash({"a": one, "b": other, "c": one})
     packed = LearnedHash({"a": one, "b": other, "c": one}, packed=True)
     assert plain.nbytes() == 4 * 1000 + 4 * 1000 + 4 * 1000  # rows of both, weights of one
@@ -172,7 +172,7 @@ def test_the_maps_are_shared_packed_and_not_saved() -> None:
 
 
 def test_the_data_workers_get_the_same_rows(tmp_path: Path) -> None:
-    maps = {"a": id_map(50, 9), "b": id_map(20, 7, ways=2, weighted=True, seed=3)}
+    maps = {"a": id_map(50, 9), "b": id_map(20, 7, rows_per_id=2, weighted=True, seed=3)}
     for key, one in maps.items():
         (tmp_path / key).mkdir()
         one.save(tmp_path / key)
@@ -195,9 +195,9 @@ def test_the_data_workers_get_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, [0.5, 1.0, 2.0, 0.25, 1.5, 4.0]])
-@pytest.mark.parametrize(("ways", "weighted"), [(1, False), (2, False), (2, True)])
-def test_the_map_on_the_host_called_with_a_batch(tmp_path, ways, weighted, given) -> None:
-    maps = {"a": id_map(50, 9, ways, weighted), "b": id_map(20, 7, seed=3)}
+@pytest.mark.parametrize(("rows_per_id", "weighted"), [(1, False), (2, False), (2, True)])
+def test_the_map_on_the_host_called_with_a_batch(tmp_path, rows_per_id, weighted, given) -> None:
+    maps = {"a": id_map(50, 9, rows_per_id, weighted), "b": id_map(20, 7, seed=3)}
     for key, one in maps.items():
         (tmp_path / key).mkdir()
         one.save(tmp_path / key)
@@ -242,9 +242,9 @@ class Exported(nn.Module):
         return found.values(), found.lengths(), found.values() if weights is None else weights
 
 
-@pytest.mark.parametrize(("ways", "packed"), [(1, False), (2, True)])
-def test_exported(ways: int, packed: bool) -> None:
-    maps = {"a": id_map(10, 4), "b": id_map(20, 7, ways, ways == 2)}
+@pytest.mark.parametrize(("rows_per_id", "packed"), [(1, False), (2, True)])
+def test_exported(rows_per_id: int, packed: bool) -> None:
+    maps = {"a": id_map(10, 4), "b": id_map(20, 7, rows_per_id, rows_per_id == 2)}
     model = Exported(maps, packed)
     seen = batch({"b": [[1, 2], [3]], "x": [[500], [7]], "a": [[9, 50], [0]]})
     dynamic = {0: torch.export.Dim.DYNAMIC}
@@ -349,14 +349,14 @@ def test_sharded_and_pipelined() -> None:
     run_on_ranks(sharded_and_pipelined, 2)
 
 
-def test_quantised() -> None:
+def test_quantized() -> None:
     model = Model()
     fill(model)
     features = made(0, 0)
     _, want = model(features)
-    quantised = quantize_inference_model(copy.deepcopy(model))
-    assert "quant" in type(quantised.tables).__module__
-    _, found = quantised(features)
+    quantized = quantize_inference_model(copy.deepcopy(model))
+    assert "quant" in type(quantized.tables).__module__
+    _, found = quantized(features)
     torch.testing.assert_close(found, want, atol=0.05, rtol=0.05)
     assert not torch.equal(found, want)
 

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import universal_hash
 from recpress.modules.hashing.methods import METHODS, build_map
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.table_stats import TableStats
 
 COMPUTED = ("modulo", "universal", "double", "quotient-remainder")
 
 
-def made(num_ids: int, seed: int = 0, **more: object) -> IdTable:
+def made(num_ids: int, seed: int = 0, **more: object) -> TableStats:
     generator = torch.Generator().manual_seed(seed)
     given_ = {
         "counts": torch.randint(1, 1000, (num_ids,), generator=generator).float(),
         "embedding": torch.randn(num_ids, 4, generator=generator),
         "vocabulary": "v1",
     }
-    return IdTable(name="items", num_ids=num_ids, **(given_ | more))
+    return TableStats(name="items", num_ids=num_ids, **(given_ | more))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,7 +53,7 @@ def test_with_a_row_for_each_id_no_id_shares(method: str) -> None:
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"quotient-remainder"}))
 def test_one_row_is_enough(method: str) -> None:
-    found = build_map(made(50), 1, HashConfig(method=method, private=0))
+    found = build_map(made(50), 1, HashConfig(method=method, exclusive_share=0))
     assert found.num_rows == 1
 
 
@@ -79,10 +79,10 @@ def test_modulo_is_the_remainder() -> None:
     assert found.rows[:, 0].tolist() == [i % 7 for i in range(20)]
 
 
-@pytest.mark.parametrize(("method", "ways"), [("universal", 1), ("double", 2)])
-def test_hashed_methods_are_what_serving_computes(method: str, ways: int) -> None:
+@pytest.mark.parametrize(("method", "rows_per_id"), [("universal", 1), ("double", 2)])
+def test_hashed_methods_are_what_serving_computes(method: str, rows_per_id: int) -> None:
     found = build_map(made(500), 90, HashConfig(method=method, seed=4))
-    assert torch.equal(found.rows, universal_hash(torch.arange(500), 90, 4, ways))
+    assert torch.equal(found.rows, universal_hash(torch.arange(500), 90, 4, rows_per_id))
     assert torch.equal(found.rows, found.hashed(torch.arange(500)))
 
 
@@ -104,7 +104,7 @@ def test_frequency_gives_the_frequent_ids_rows_of_their_own() -> None:
 def test_hybrid_hashes_the_others_into_the_shared_rows(private: float) -> None:
     rows = 200 if private == 1 else 40
     table = made(200)
-    found = build_map(table, rows, HashConfig(method="hybrid", private=private)).rows
+    found = build_map(table, rows, HashConfig(method="hybrid", exclusive_share=private)).rows
     number = int(private * rows)
     top = torch.sort(table.counts, descending=True, stable=True).indices[:number]
     assert torch.equal(found[top], torch.arange(number, dtype=torch.int32)[:, None].expand(-1, 2))
@@ -117,7 +117,7 @@ def test_hybrid_hashes_the_others_into_the_shared_rows(private: float) -> None:
 @pytest.mark.parametrize(("private", "why"), [(1.0, "leave none for the other 190 ids"), (1.5, "expected 0 to 1")])
 def test_a_share_that_leaves_nothing_is_refused(method: str, private: float, why: str) -> None:
     with pytest.raises(ValueError, match=f"'items': .*{why}"):
-        build_map(made(200), 10, HashConfig(method=method, private=private))
+        build_map(made(200), 10, HashConfig(method=method, exclusive_share=private))
 
 
 @given(ids=st.integers(1, 3000), rows=st.integers(1, 3000))
@@ -125,7 +125,7 @@ def test_a_share_that_leaves_nothing_is_refused(method: str, private: float, why
 def test_quotient_remainder_tells_all_ids_apart(ids: int, rows: int) -> None:
     rows = min(rows, ids)
     possible = [k for k in range(1, rows) if k + -(-ids // k) <= rows]
-    table = IdTable(name="items", num_ids=ids)
+    table = TableStats(name="items", num_ids=ids)
     config = HashConfig(method="quotient-remainder")
     if not possible:
         with pytest.raises(ValueError, match=r"'items': a budget of \d+ rows is too small"):
@@ -138,25 +138,29 @@ def test_quotient_remainder_tells_all_ids_apart(ids: int, rows: int) -> None:
     assert len(found.rows.unique(dim=0)) == ids
 
 
-@pytest.mark.parametrize("config", [HashConfig(method="learned"), HashConfig(method="cluster"), HashConfig(ways=2)])
+@pytest.mark.parametrize(
+    "config", [HashConfig(method="learned"), HashConfig(method="cluster"), HashConfig(rows_per_id=2)]
+)
 def test_a_tables_own_weight_is_an_embedding(config):
     weight = torch.nn.Parameter(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)))
     counts = torch.arange(60.0, requires_grad=True)
-    found = build_map(IdTable(name="t", num_ids=60, counts=counts, embedding=weight), 7, config)
-    want = build_map(IdTable(name="t", num_ids=60, counts=counts.detach(), embedding=weight.detach()), 7, config)
+    found = build_map(TableStats(name="t", num_ids=60, counts=counts, embedding=weight), 7, config)
+    want = build_map(TableStats(name="t", num_ids=60, counts=counts.detach(), embedding=weight.detach()), 7, config)
     assert torch.equal(found.rows, want.rows)
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("config", [HashConfig(method="learned"), HashConfig(method="cluster"), HashConfig(ways=2)])
+@pytest.mark.parametrize(
+    "config", [HashConfig(method="learned"), HashConfig(method="cluster"), HashConfig(rows_per_id=2)]
+)
 def test_vectors_whose_distances_overflow_are_refused(config):
     values = torch.ones(60, 8)
     values[3] = 1e30
     with pytest.raises(ValueError, match=r"'t': row 3 .*1e\+30.*overflow"):
-        build_map(IdTable(name="t", num_ids=60, counts=torch.ones(60), embedding=values), 7, config)
+        build_map(TableStats(name="t", num_ids=60, counts=torch.ones(60), embedding=values), 7, config)
 
 
 def test_tensors_without_dense_values_are_refused():
     for values in (torch.empty(6, 2, device="meta"), torch.eye(6).to_sparse()):
         with pytest.raises(ValueError, match="'t': embedding is a tensor"):
-            IdTable(name="t", num_ids=6, embedding=values)
+            TableStats(name="t", num_ids=6, embedding=values)

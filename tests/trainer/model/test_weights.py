@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.model.vectors import id_features, tower_vectors

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.config import OptimizerConfig, ProfileConfig
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit

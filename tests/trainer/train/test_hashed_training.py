@@ -20,7 +20,7 @@ from recpress.modules.als.factors import FactorTable
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.shared_rows import shared_rows
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.artifacts.factors import describe_log
 from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.config import OptimizerConfig, TrainConfig
@@ -54,12 +54,12 @@ def factors(log, tmp_path_factory):
     return out
 
 
-def random_map(log, side, ways=1, weighted=False, rows=None):
+def random_map(log, side, rows_per_id=1, weighted=False, rows=None):
     rng = np.random.default_rng(len(side))
     ids, rows = open_log(log).num_ids(side), rows or ROWS[side]
-    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, ways)).astype(np.float32)) if weighted else None
+    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, rows_per_id)).astype(np.float32)) if weighted else None
     return IdMap(
-        rows=torch.from_numpy(rng.integers(rows, size=(ids, ways)).astype(np.int32)),
+        rows=torch.from_numpy(rng.integers(rows, size=(ids, rows_per_id)).astype(np.int32)),
         num_rows=rows,
         weights=weights,
         method="random",
@@ -149,7 +149,7 @@ def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_wa
     assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model"))) == result.metrics
     broken = shutil.copytree(tmp_path / "model", tmp_path / "broken")
     (broken / "maps" / "user" / "rows.npy").unlink()
-    with pytest.raises(InputError, match="maps/user: not a whole id map"):
+    with pytest.raises(InputError, match="maps/user: incomplete or corrupt id map"):
         evaluate(EvaluateConfig(data=log, model=str(broken)))
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["model"]["maps"] == ["user"]
@@ -215,10 +215,12 @@ def _mapped_model():
     users, items = (
         replace(
             spec,
-            map=IdMap(rows=torch.from_numpy(rng.integers(9, size=(spec.rows, ways)).astype(np.int32)), num_rows=9),
+            map=IdMap(
+                rows=torch.from_numpy(rng.integers(9, size=(spec.rows, rows_per_id)).astype(np.int32)), num_rows=9
+            ),
             counted=True,
         )
-        for spec, ways in zip(small.sides(), (1, 2), strict=True)
+        for spec, rows_per_id in zip(small.sides(), (1, 2), strict=True)
     )
     torch.manual_seed(7)
     model = TwoTower(small.config("init-freeze-plus"), users, items, tables_device="meta")
@@ -299,7 +301,7 @@ def test_maps_that_cannot_be_used_are_one_error(log, factors, tmp_path):
         (empty, "no map in it"),
         (wide, "dimension 8, expected that of .*, 16"),
         (few, r"\(59, 16\), expected float32 \(60, dimension\)"),
-        (damaged, "not a whole id map"),
+        (damaged, "incomplete or corrupt id map"),
         (factors, "expected kind 'hash'"),
         (str(tmp_path / "nothing"), "no manifest.json"),
     ):

@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import FrozenTable
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -168,7 +169,7 @@ def test_per_sample_weights(storage):
     found = collection(weighted_features())
     for key, want in weighted_sums(storage).items():
         torch.testing.assert_close(found[key], want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="no per-sample weights"):
+    with pytest.raises(ValueError, match="lack per-sample weights"):
         collection(features())
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recpress.modules.hashing.clustering as clustering
-from recpress.modules.hashing.clustering import cluster, lloyd, nearest
+import recpress.modules.hashing.k_means as clustering
+from recpress.modules.hashing.k_means import k_means, lloyd, nearest
 
 
 def made(n: int, d: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,7 @@ def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_separate_groups_are_found() -> None:
     middles = torch.tensor([[0.0, 0], [100, 0], [0, 100], [100, 100], [50, 300]])
     of = torch.arange(200) % 5
-    found = cluster(middles[of] + torch.rand(200, 2), None, 5, seed=1, iterations=20)
+    found = k_means(middles[of] + torch.rand(200, 2), None, 5, seed=1, iterations=20)
     for group in range(5):
         assert len(found.assignment[of == group].unique()) == 1
     assert len(found.assignment.unique()) == 5
@@ -51,11 +51,11 @@ def test_separate_groups_are_found() -> None:
 def test_the_best_of_all_partitions_of_a_line() -> None:
     """{0, 1}, {12}, {20, 22} cost 1/2 and 2; where the first two are heavy, they are split and the others joined."""
     x = torch.tensor([[0.0], [1], [12], [20], [22]])
-    found = cluster(x, None, 3, seed=0, iterations=10)
+    found = k_means(x, None, 3, seed=0, iterations=10)
     assert found.assignment[0] == found.assignment[1]
     assert found.assignment[3] == found.assignment[4]
     assert found.distortion == pytest.approx(0.5 + 2)
-    found = cluster(x, torch.tensor([1000.0, 1000, 1, 1, 1]), 3, seed=0, iterations=10)
+    found = k_means(x, torch.tensor([1000.0, 1000, 1, 1, 1]), 3, seed=0, iterations=10)
     assert found.assignment[0] != found.assignment[1]
     assert found.distortion == pytest.approx(float((x[2:] - x[2:].mean()).square().sum()))
 
@@ -72,9 +72,9 @@ def test_every_iteration_lowers_the_distortion_or_leaves_it(n: int, k: int, d: i
 
 
 def test_equal_vectors_leave_rows_over() -> None:
-    found = cluster(torch.ones(30, 3), None, 7, seed=0, iterations=5)
+    found = k_means(torch.ones(30, 3), None, 7, seed=0, iterations=5)
     assert found.distortion == 0
-    assert bool(torch.isfinite(found.centres).all())
+    assert bool(torch.isfinite(found.centers).all())
 
 
 def test_exchanges_give_heavy_ids_rows_of_their_own() -> None:
@@ -82,10 +82,10 @@ def test_exchanges_give_heavy_ids_rows_of_their_own() -> None:
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     weights = torch.ones(500)
     weights[:10] = 1e6
-    found = cluster(x, weights, 30, seed=0, iterations=15)
+    found = k_means(x, weights, 30, seed=0, iterations=15)
     heavy = found.assignment[:10]
     assert len(heavy.unique()) == 10
-    assert torch.allclose(found.centres[heavy.long()], x[:10], atol=1e-3)
+    assert torch.allclose(found.centers[heavy.long()], x[:10], atol=1e-3)
 
 
 def test_an_exchange_lowers_the_distortion_by_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +98,14 @@ def test_an_exchange_lowers_the_distortion_by_what_it_says(monkeypatch: pytest.M
 
 def test_nearest_is_the_nearest() -> None:
     x, _ = made(1000)
-    centres, _ = made(300, seed=1)
-    assert torch.equal(nearest(x, centres), torch.cdist(x, centres).argmin(1))
+    centers, _ = made(300, seed=1)
+    assert torch.equal(nearest(x, centers), torch.cdist(x, centers).argmin(1))
 
 
 @pytest.mark.usefixtures("small_cells")
 def test_cells_come_close_to_one_cell() -> None:
     x, weights = made(6000)
-    found = cluster(x, weights, 600, seed=0, iterations=15)
+    found = k_means(x, weights, 600, seed=0, iterations=15)
     assert found.distortion == pytest.approx(distortion(x, weights, found.assignment, 600), rel=1e-3)
     assert len(found.history) == clustering.ROUNDS
     assert found.history == sorted(found.history, reverse=True)
@@ -121,24 +121,24 @@ def test_a_small_buffer_and_any_source_give_the_same_rows(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weights = made(3000)
-    whole = cluster(x, weights, 300, seed=0, iterations=10)
-    monkeypatch.setattr("recpress.modules.rows.BLOCK_BYTES", 16 * 100)  # 100 ids
+    whole = k_means(x, weights, 300, seed=0, iterations=10)
+    monkeypatch.setattr("recpress.modules.row_source.BLOCK_BYTES", 16 * 100)  # 100 ids
     np.save(tmp_path / "x.npy", x.numpy())
     source = {"array": x.numpy(), "memory map": np.load(tmp_path / "x.npy", mmap_mode="r"), "tensor": x}[kind]
     seen = []
-    again = cluster(
+    again = k_means(
         source, weights, 300, seed=0, iterations=10, buffer_bytes=32 * 700, progress=lambda *now: seen.append(now)
     )
     assert torch.equal(again.assignment, whole.assignment)
-    assert torch.equal(again.centres, whole.centres)
+    assert torch.equal(again.centers, whole.centers)
     assert {total for _, _, total in seen} == {3000}
-    assert {stage for stage, done, _ in seen if done == 3000} == {"partition", *(f"cluster {i}/5" for i in range(1, 6))}
+    assert {stage for stage, done, _ in seen if done == 3000} == {"partition", *(f"k-means {i}/5" for i in range(1, 6))}
 
 
 @pytest.mark.usefixtures("small_cells")
 def test_the_seed_decides() -> None:
     x, weights = made(2000)
-    one, same, other = (cluster(x, weights, 200, seed=seed, iterations=4).assignment for seed in (1, 1, 2))
+    one, same, other = (k_means(x, weights, 200, seed=seed, iterations=4).assignment for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -151,7 +151,7 @@ def test_the_number_of_threads_does_not() -> None:
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(cluster(x, weights, 400, seed=0, iterations=6).assignment)
+            found.append(k_means(x, weights, 400, seed=0, iterations=6).assignment)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -162,7 +162,7 @@ def test_rows_go_where_the_distortion_is() -> None:
     """Half of the ids at one point, the rest spread out: one row, and maybe a few idle ones, for the first half."""
     x, _ = made(4000)
     x[:2000] = 7.0
-    found = cluster(x, None, 400, seed=0, iterations=6)
+    found = k_means(x, None, 400, seed=0, iterations=6)
     assert len(found.assignment[:2000].unique()) == 1
     assert len(found.assignment[2000:].unique()) > 350
 
@@ -174,7 +174,7 @@ def test_a_vector_that_is_not_finite_is_named(bad: float, k: int) -> None:
     x, _ = made(3000)
     x[1234, 2] = bad
     with pytest.raises(ValueError, match="'items': row 1234 of the source holds NaN or infinity"):
-        cluster(x, None, k, seed=0, iterations=2, name="items")
+        k_means(x, None, k, seed=0, iterations=2, name="items")
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_a_vector_that_is_not_finite_is_named(bad: float, k: int) -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(k: int, weights: torch.Tensor | None, iterations: int, why: str) -> None:
     with pytest.raises(ValueError, match=f"'items': {why}"):
-        cluster(torch.randn(50, 3), weights, k, seed=0, iterations=iterations, name="items")
+        k_means(torch.randn(50, 3), weights, k, seed=0, iterations=iterations, name="items")
 
 
 def test_ids_without_weight_get_rows_all_the_same() -> None:
     x, weights = made(300)
     weights[:200] = 0
-    found = cluster(x, weights, 30, seed=0, iterations=10)
-    nearest_row = torch.cdist(x, found.centres).argmin(1)
+    found = k_means(x, weights, 30, seed=0, iterations=10)
+    nearest_row = torch.cdist(x, found.centers).argmin(1)
     assert float((nearest_row == found.assignment)[:200].float().mean()) > 0.9
-    assert cluster(x, torch.zeros(300), 30, seed=0, iterations=3).distortion > 0
+    assert k_means(x, torch.zeros(300), 30, seed=0, iterations=3).distortion > 0

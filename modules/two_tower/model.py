@@ -11,11 +11,12 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from recpress.modules.config import TwoTowerConfig
-from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import QUANTIZED, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.hashing.shared_rows import SharedVectors, shared_rows
-from recpress.modules.rows import RowSource, blocks, check_source, load_trainable, round_up
+from recpress.modules.hashing.shared_rows import IdVectors, shared_rows
+from recpress.modules.row_source import RowSource, blocks, check_source, load_rows, round_up
 from recpress.modules.two_tower.losses import make_loss
 from recpress.modules.two_tower.towers import ResidualTower, Source, Tower, TowerInput, make_tower
 
@@ -179,14 +180,14 @@ class TwoTower(nn.Module):
                 table = shared_rows(spec.map, source, counts[index], side) if given is None else given
             if self.config.tables.strategy == "init-train":
                 assert tables is not None
-                load_trainable(tables, side, table)
+                load_rows(tables.state_dict()[f"embedding_bags.{side}.weight"], side, table)
             else:
                 assert frozen is not None
                 frozen.load(side, table)
-            tower.fit_scale(table if spec.map is None else SharedVectors(spec.map, table))
+            tower.fit_scale(table if spec.map is None else IdVectors(spec.map, table))
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
-        """Fill the tables of log counts, (rows, 1) each, standardised (`rows.LogCounts`); after sharding."""
+        """Fill the tables of log counts, (rows, 1) each, standardized (`rows.LogCounts`); after sharding."""
         for spec, name, source, frozen, codes in (
             (self.user, "user_count", user, self.user_frozen, self.user_counts),
             (self.item, "item_count", item, self.item_frozen, self.item_counts),

@@ -1,8 +1,14 @@
-"""Frozen tables under DistributedModelParallel: TorchRec's plan and exchanges, and lookups without autograd between."""
+"""Frozen embedding tables: an EmbeddingBagCollection that is never trained, plain and under DistributedModelParallel.
+
+TorchRec's fused tables ignore `requires_grad_(False)`, and a learning rate of 0 still pays for the backward pass and
+the optimizer state. Here the look-up and the exchange of its results run without autograd, there is no optimizer, and
+rows have 32, 16, 8 or 4 bits. `state_dict` contains only a fingerprint of each table: rows come from factors (`load`)
+and do not change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,13 +29,90 @@ from torchrec.distributed.types import (
 )
 from torchrec.optim.keyed import CombinedOptimizer
 
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection
-from recpress.modules.frozen.kernel import FrozenKernel, HasKernels, Shard
-from recpress.modules.frozen.tables import DTYPE, QUANTIZED, STORAGE_OF, FrozenTable, PlannedTable, stored_row_bytes
+from recpress.modules.frozen.kernel import (
+    DTYPE,
+    QUANTIZED,
+    STORAGE_OF,
+    FrozenKernel,
+    FrozenTable,
+    HasFrozenTables,
+    PlannedTable,
+    TableShard,
+    stored_row_bytes,
+)
+
+
+class FrozenEmbeddingBagCollection(HasFrozenTables):
+    """Frozen tables with sum pooling: KeyedJaggedTensor -> KeyedTensor without a gradient.
+
+    Use it directly, or shard it by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` among the
+    sharders. On the device "meta" it has no rows and can only be sharded.
+
+    Args:
+        weighted: multiply rows by per-sample weights, which the features must have. If false, weights are ignored, as
+            in TorchRec.
+
+    Raises:
+        ValueError: there is no table; a name occurs twice; a dimension is not a multiple of 4. In forward: a table was
+            never loaded, the batch lacks a feature, or an id is out of its table's range. When loading a checkpoint:
+            it was saved with other rows.
+
+    Example:
+        >>> table = FrozenTable(name="item", rows=1000, dim=64, features=("item_id",), storage="int8")
+        >>> collection = FrozenEmbeddingBagCollection([table])
+        >>> collection.load("item", factors)  # (1000, 64)
+    """
+
+    def __init__(
+        self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu", *, weighted: bool = False
+    ) -> None:
+        super().__init__()
+        self._tables, self.weighted = list(tables), weighted
+        self.device = torch.device(device)
+        if not self._tables:
+            raise ValueError("frozen tables: no table, expected at least one")
+        for table in self._tables:
+            if table.dim % 4:
+                raise ValueError(f"table {table.name!r}: dimension {table.dim} is not a multiple of 4")
+        self._plain: list[FrozenKernel] = []  # not a ModuleList, so that state_dict and DDP do not see the rows
+        if self.device.type != "meta":
+            for t in self._tables:
+                shard = TableShard(t.name, (0, t.rows), (0, t.dim), len(t.features))
+                self._plain.append(FrozenKernel([shard], t.storage, self.device, weighted=weighted))
+        features = [feature for table in self._tables for feature in table.features]
+        self._names = [
+            f"{feature}@{table.name}" if features.count(feature) > 1 else feature
+            for table in self._tables
+            for feature in table.features
+        ]
+        self._dims = [table.dim for table in self._tables for _ in table.features]
+        self.init_checks()
+
+    def tables(self) -> list[FrozenTable]:
+        return self._tables
+
+    def kernels(self) -> Iterator[FrozenKernel]:
+        yield from self._plain
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Keys of the result: `feature`, or `feature@table` if several tables share it, as in TorchRec."""
+        if not self._plain:
+            raise ValueError(
+                f"frozen table {self._tables[0].name!r}: a collection on the device 'meta' can only be sharded; pass "
+                "`FrozenEmbeddingBagCollectionSharder()` in the sharders of DistributedModelParallel"
+            )
+        if not torch.compiler.is_exporting():
+            self.check_batch(features)
+        keys = features.keys()
+        values = [
+            kernel(features.permute([keys.index(feature) for feature in table.features]))
+            for table, kernel in zip(self._tables, self._plain, strict=True)
+        ]
+        return KeyedTensor(self._names, self._dims, torch.cat(values, 1) if len(values) > 1 else values[0])
 
 
 class _FrozenLookup(nn.Module):
-    """The lookup of one sharding type on this rank: a kernel for each group of tables with one storage."""
+    """The look-up of one sharding type on this rank: a kernel for each group of tables with the same storage."""
 
     def __init__(self, grouped_configs: list[Any], device: torch.device) -> None:
         super().__init__()
@@ -40,25 +123,21 @@ class _FrozenLookup(nn.Module):
             for table in config.embedding_tables:
                 row, column = table.local_metadata.shard_offsets
                 rows, columns = (row, row + table.local_rows), (column, column + table.local_cols)
-                shards.append(Shard(table.name, rows, columns, table.num_features()))
+                shards.append(TableShard(table.name, rows, columns, table.num_features()))
             storage = STORAGE_OF[config.data_type]
             self._kernels.append(FrozenKernel(shards, storage, device, weighted=config.is_weighted))
         self._none = torch.empty(0, device=device)
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        if not self._kernels:  # this rank holds no shard, and takes part in the exchange
-            return (
-                self._none.view(features.stride(), 0)
-                if features.stride() == 0
-                else self._none.new_empty(features.stride(), 0)
-            )
+        if not self._kernels:  # this rank has no shard, but takes part in the exchange
+            return self._none.new_empty(features.stride(), 0)
         parts = features.split(self._splits) if len(self._splits) > 1 else [features]
         values = [kernel(part) for kernel, part in zip(self._kernels, parts, strict=True)]
         return torch.cat(values, 1) if len(values) > 1 else values[0]
 
 
 class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
-    """Waits for an exchange without autograd: its wait would otherwise add a backward pass of its own."""
+    """Waits for an exchange without autograd. Otherwise the wait would add a backward pass."""
 
     def __init__(self, inner: LazyAwaitable[KeyedTensor]) -> None:
         super().__init__()
@@ -69,8 +148,8 @@ class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
             return self._inner.wait()
 
 
-class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollection):
-    """TorchRec's sharded collection, its exchanges of ids and vectors, with frozen lookups between."""
+class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCollection):
+    """TorchRec's sharded collection: its exchanges of ids and vectors, with frozen look-ups between them."""
 
     _lookups: list[Any]
     _embedding_shardings: list[Any]
@@ -98,13 +177,13 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
             self._lookups.append(_FrozenLookup(groups, self._device or torch.device("cpu")))
 
     def init_data_parallel(self) -> None:
-        """Nothing to synchronise."""
+        """Nothing to do: no table is replicated."""
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        """Nothing to register: no parameter, no buffer."""
+        """Nothing to do: there are no parameters or buffers."""
 
     def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
-        """As TorchRec's, after `check_batch`: the exchange would cut ids that are out of range to other ones."""
+        """Call `check_batch` before TorchRec's exchange, which would change ids that are out of range."""
         self.check_batch(features)
         return super().input_dist(ctx, features)
 
@@ -122,11 +201,10 @@ class ShardedFrozenEmbeddingBagCollection(HasKernels, ShardedEmbeddingBagCollect
 
 
 class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards frozen tables row-wise, table-row-wise, table-wise or, unless their rows are quantized, column-wise.
+    """Shards frozen tables row-wise, table-row-wise, table-wise or, if not quantized, column-wise.
 
     Args:
-        planned_device: "cpu" or "cuda", what TorchRec plans for: rows of int4 are padded on CUDA. By default CUDA where
-            this machine has it.
+        planned_device: device to plan for, "cpu" or "cuda": CUDA pads int4 rows. Default: CUDA if this machine has it.
     """
 
     def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
@@ -143,7 +221,9 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     ) -> ShardedFrozenEmbeddingBagCollection:
         for table in module.tables():
             if table.storage in QUANTIZED and "column" in params[table.name].sharding_type:
-                raise ValueError(f"table {table.name!r}: rows of {table.storage} cannot be sharded by column")
+                raise ValueError(
+                    f"table {table.name!r}: rows of {table.storage} cannot be sharded by column; use row-wise or table-wise"
+                )
         return ShardedFrozenEmbeddingBagCollection(
             module,
             table_name_to_parameter_sharding=params,
@@ -155,7 +235,7 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         )
 
     def shardable_parameters(self, module: FrozenEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """Shapes and the bytes of rows for the planner; on the device "meta"."""
+        """Table shapes and row bytes for the planner, on the device "meta"."""
         return {
             t.name: PlannedTable.of(
                 t.rows, t.dim, DTYPE[t.storage], stored_row_bytes(t.storage, t.dim, self.planned_device)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recpress.modules.als.als import ALS, initial_factors, initial_rows
 from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factorization import ALS, initial_factors, initial_rows
 from recpress.modules.als.factors import Factors, RowBlocks
+from recpress.modules.als.half_sweep import FAR, Limits, block_rows
 from recpress.modules.als.interactions import InteractionBuilder
-from recpress.modules.als.side import FAR, Limits, block_rows
 from recpress.modules.als.solvers import Scratch
 from recpress.modules.config import ALSConfig, ALSParameters
 from tests.modules.als import als_reference as reference

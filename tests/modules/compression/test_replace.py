@@ -14,8 +14,8 @@ from torchrec.inference.modules import quantize_inference_model
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.modules.embedding_configs import PoolingType
 
-from recpress.modules.compress.collections import CompressedEmbeddingBagCollection
-from recpress.modules.compress.compress import compress
+from recpress.modules.compression.collections import CompressedEmbeddingBagCollection
+from recpress.modules.compression.replace import compress
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.shared_rows import warm_rows
@@ -25,14 +25,16 @@ DIM, IDS = 8, 40
 FEATURES = {"t0": ["f0"], "t1": ["f1", "f1b"], "t2": ["f2"], "t3": ["f3"]}
 
 
-def id_map(num_rows: int = 10, ways: int = 1, weighted: bool = False, num_ids: int = IDS, seed: int = 0) -> IdMap:
+def id_map(
+    num_rows: int = 10, rows_per_id: int = 1, weighted: bool = False, num_ids: int = IDS, seed: int = 0
+) -> IdMap:
     rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(rng.integers(0, num_rows, (num_ids, ways)).astype(np.int32))
-    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (num_ids, ways)).astype(np.float32)) if weighted else None
+    rows = torch.from_numpy(rng.integers(0, num_rows, (num_ids, rows_per_id)).astype(np.int32))
+    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (num_ids, rows_per_id)).astype(np.float32)) if weighted else None
     return IdMap(rows=rows, num_rows=num_rows, weights=weights)
 
 
-def private(num_ids: int = IDS) -> IdMap:
+def one_row_each(num_ids: int = IDS) -> IdMap:
     """Each id has a row of its own, in another order: compression that loses nothing."""
     rows = torch.randperm(num_ids, generator=torch.Generator().manual_seed(3)).int()[:, None]
     return IdMap(rows=rows, num_rows=num_ids)
@@ -79,7 +81,9 @@ def bags(kjt: KeyedJaggedTensor, feature: str, vectors: torch.Tensor, mean: bool
 def test_a_dlrm_whose_ids_keep_rows_of_their_own_says_the_same(kind: str) -> None:
     model, dense = dlrm(kind), torch.randn(4, 3)
     want = model(dense, made())
-    found, report = compress(model, {"t0": private(), "t1": private()}, frozen={"t2": source(), "t3": source()})
+    found, report = compress(
+        model, {"t0": one_row_each(), "t1": one_row_each()}, frozen={"t2": source(), "t3": source()}
+    )
     assert found is model
     vectors = copy.deepcopy(dlrm(kind))
     for table in ("t2", "t3"):
@@ -97,13 +101,13 @@ def source(rows: int = IDS, dim: int = DIM) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
-@pytest.mark.parametrize("ways", [1, 2])
-def test_keys_and_values(pooling: PoolingType, ways: int) -> None:
+@pytest.mark.parametrize("rows_per_id", [1, 2])
+def test_keys_and_values(pooling: PoolingType, rows_per_id: int) -> None:
     """Shared, frozen, both and untouched tables in one collection; the dimension is not a multiple of 4."""
     old = collection(6, pooling)
     want = old(made())
     before = {name: bag.weight.detach().clone() for name, bag in old.embedding_bags.items()}
-    shared, both = id_map(ways=ways), id_map(7, ways=ways, seed=1)
+    shared, both = id_map(rows_per_id=rows_per_id), id_map(7, rows_per_id=rows_per_id, seed=1)
     counts = torch.arange(IDS).float()
     new, _ = compress(
         old, {"t1": shared, "t3": both}, {"t2": source(dim=6), "t3": source(dim=6)}, counts={"t3": counts}
@@ -140,7 +144,7 @@ def test_two_tables_of_one_feature_keep_their_keys() -> None:
         for name in ("a", "b", "c")
     ]
     old = EmbeddingBagCollection(configs)
-    one = private()
+    one = one_row_each()
     want = old(made())
     keep = {name: bag.weight.detach().clone() for name, bag in old.embedding_bags.items()}
     new, report = compress(old, dict.fromkeys("abc", one), {"b": keep["b"]})
@@ -150,17 +154,17 @@ def test_two_tables_of_one_feature_keep_their_keys() -> None:
     assert [t.map_bytes for t in report.tables] == [4 * IDS, 0, 0]  # one map
 
 
-@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("rows_per_id", [1, 2])
 @pytest.mark.parametrize("weighted_map", [False, True])
 @pytest.mark.parametrize("weighted_bags", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_per_sample_weights(ways: int, weighted_map: bool, weighted_bags: bool, frozen: bool) -> None:
+def test_per_sample_weights(rows_per_id: int, weighted_map: bool, weighted_bags: bool, frozen: bool) -> None:
     """Weights of the batch count where they did before, those of the map always; of frozen rows too."""
     old = collection(is_weighted=weighted_bags)
-    one = id_map(ways=ways, weighted=weighted_map)
+    one = id_map(rows_per_id=rows_per_id, weighted=weighted_map)
     new, _ = compress(old, {"t0": one}, {"t0": source()} if frozen else None)
     rows = new.frozen.decoded("t0")[0][1] if frozen else new.trainable.embedding_bags["t0"].weight
-    weights = torch.ones(IDS, ways) if one.weights is None else one.weights
+    weights = torch.ones(IDS, rows_per_id) if one.weights is None else one.weights
     of_id = (rows[one.rows.long()] * weights[:, :, None]).sum(1)
     features = made(weights=True)
     jagged = features["f0"]
@@ -201,7 +205,7 @@ def test_sequences() -> None:
     ]
     model = nn.ModuleDict({"sequence": EmbeddingCollection(configs)})
     want = model["sequence"](made())
-    compress(model, {"t0": private(), "t1": private()})
+    compress(model, {"t0": one_row_each(), "t1": one_row_each()})
     found = model["sequence"](made())
     assert list(found) == list(want)
     for key, value in want.items():
@@ -210,7 +214,7 @@ def test_sequences() -> None:
     compress(other := nn.ModuleList([EmbeddingCollection(configs)]), {"t0": id_map(3)})
     assert other[0].trainable.embeddings["t0"].weight.shape == (3, 4)
     with pytest.raises(ValueError, match="one unweighted row"):
-        compress(nn.ModuleList([EmbeddingCollection(configs)]), {"t0": id_map(ways=2)})
+        compress(nn.ModuleList([EmbeddingCollection(configs)]), {"t0": id_map(rows_per_id=2)})
     with pytest.raises(ValueError, match="only tables of an EmbeddingBagCollection can be frozen"):
         compress(nn.ModuleList([EmbeddingCollection(configs)]), {}, {"t0": source(dim=4)})
     with pytest.raises(ValueError, match="need_indices"):
@@ -317,13 +321,13 @@ def test_collections_behind_other_modules_of_torchrec_are_refused() -> None:
         compress(nn.ModuleList([processed]), {"t0": id_map()})
 
 
-def test_quantised() -> None:
+def test_quantized() -> None:
     model, dense = dlrm(), torch.randn(4, 3)
-    compress(model, {"t0": id_map(), "t1": id_map(ways=2)}, {"t2": source()})
+    compress(model, {"t0": id_map(), "t1": id_map(rows_per_id=2)}, {"t2": source()})
     want = model(dense, made())
-    quantised = quantize_inference_model(copy.deepcopy(model))
-    assert "quant" in type(quantised.sparse_arch.embedding_bag_collection.trainable).__module__
-    torch.testing.assert_close(quantised(dense, made()), want, atol=0.03, rtol=0.03)
+    quantized = quantize_inference_model(copy.deepcopy(model))
+    assert "quant" in type(quantized.sparse_arch.embedding_bag_collection.trainable).__module__
+    torch.testing.assert_close(quantized(dense, made()), want, atol=0.03, rtol=0.03)
 
 
 class Train(nn.Module):
@@ -341,7 +345,7 @@ class Train(nn.Module):
 
 def compressed(kind: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(5)
-    maps = {"t0": id_map(12, ways=2), "t1": id_map(10), "t3": id_map(9)}
+    maps = {"t0": id_map(12, rows_per_id=2), "t1": id_map(10), "t3": id_map(9)}
     model, report = compress(Train(dlrm(kind)), maps, {"t2": source(), "t3": source()})
     return model, report
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recpress.modules.hashing.warmup import FactorizationMachine, _factor, warm_up
+from recpress.modules.hashing.warm_up import FactorizationMachine, _factor, warm_up
 
 SIZES = [40, 6, 200]
 
@@ -119,8 +119,8 @@ def with_value(part, value):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (None, "no rows"),
-        (with_value(0, float("nan")), "batch 0: row 3 has a number that is NaN"),
+        (None, "no examples"),
+        (with_value(0, float("nan")), "batch 0: row 3 has a dense value that is NaN"),
         (with_value(1, 40), r"feature 'b' has the id 40, expected 0 to 5"),
         (with_value(1, -1), r"feature 'b' has the id -1"),
         (with_value(2, 1.5), r"a label is 1\.5"),

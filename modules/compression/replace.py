@@ -18,17 +18,18 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import PoolingType
 
-from recpress.modules.compress.collections import (
+from recpress.modules.compression.collections import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
     UnweightedHash,
 )
-from recpress.modules.compress.report import CompressReport, TableReport
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
+from recpress.modules.compression.report import CompressReport, TableReport
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap, Unknown
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.shared_rows import warm_rows
-from recpress.modules.rows import RowSource, check_source, round_up
+from recpress.modules.row_source import RowSource, check_source, round_up
 
 _META = torch.device("meta")
 
@@ -229,9 +230,9 @@ class _Build:
             if config.name in self.frozen:
                 raise ValueError(f"table {config.name!r}: only tables of an EmbeddingBagCollection can be frozen")
             one = self.maps.get(config.name)
-            if one is not None and (one.ways != 1 or one.weights is not None):
+            if one is not None and (one.rows_per_id != 1 or one.weights is not None):
                 raise ValueError(
-                    f"table {config.name!r}: its map gives an id {one.ways} weighted rows or several, but an "
+                    f"table {config.name!r}: its map gives an id {one.rows_per_id} weighted rows or several, but an "
                     "EmbeddingCollection can look up one unweighted row an id"
                 )
         if old.need_indices():

@@ -17,7 +17,7 @@ from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.interactions import CSR
 from recpress.modules.als.solvers import Chunk, HeavyRow, Scratch, Shared, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSParameters
-from recpress.modules.freed import freed
+from recpress.modules.memory_hook import memory_freed
 
 Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
 """Rows (B, d) of a chunk, and their predictions (nnz,): `als_solvers.solve_cg` or `solve_cholesky`."""
@@ -234,11 +234,11 @@ class Side:
         w0 = self.config.unobserved_weight
         if not bool(torch.isfinite(summary.gramian).all()):
             raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite; lower confidence")
-        freed()  # what a thread has freed the others cannot use: before this one works, and before they do
+        memory_freed()  # what a thread has freed the others cannot use: before this one works, and before they do
         gramian = w0 * summary.gramian
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
         gramian = gramian.float()
-        freed()
+        memory_freed()
         shared = Shared(gramian, w0, basis, scale, self.workers.scratch)
         if not self.fetches:
             others = self.exchange.gather(others, self.other_blocks)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from recpress.modules.compress.collections import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
-from recpress.modules.rows import RowSource
+from recpress.modules.compression.collections import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from recpress.modules.row_source import RowSource
 
 
 @dataclass(frozen=True, kw_only=True)

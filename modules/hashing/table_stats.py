@@ -1,4 +1,4 @@
-"""What a hashing method is given."""
+"""What is known about the ids of a table: the input of every hashing method."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from dataclasses import dataclass
 
 import torch
 
-from recpress.modules.config import HashConfig
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.rows import RowSource
+from recpress.modules.row_source import RowSource
 
 Progress = Callable[[str, int, int], None]
-"""(stage, ids done, ids in all)."""
+"""(stage, ids done, ids in total)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class IdTable:
-    """What is known of the ids of one table.
+class TableStats:
+    """The ids of one table: how many, how frequent, and their embedding.
 
     Raises:
-        ValueError: counts or embedding of another length than the number of ids.
+        ValueError: counts or embedding do not have `num_ids` rows; a count is negative or not finite.
     """
 
     name: str
+    """Table that errors name."""
     num_ids: int
     counts: torch.Tensor | None = None
-    """How often each id is accessed, (num_ids,), finite and >= 0."""
+    """How often each id is accessed: (num_ids,), finite, >= 0."""
     embedding: RowSource | None = None
-    """(num_ids, d) float32, read in blocks: factors, a table of the model, a warm-up."""
+    """(num_ids, d) float32, read in blocks: factors, a table of the model, or the vectors of a warm-up."""
     vocabulary: str | None = None
-    """Fingerprint of the ids, which the map keeps."""
+    """Fingerprint of the ids. The map stores it."""
     progress: Progress | None = None
     """Called while a large table is clustered."""
 
@@ -45,7 +44,7 @@ class IdTable:
                         f"table {self.name!r}: {name} is a tensor of {value.layout} on {value.device.type!r}, expected "
                         "a dense tensor that holds values"
                     )
-                if value.requires_grad or value.device.type != "cpu":  # a table's own weight: nothing trains it here
+                if value.requires_grad or value.device.type != "cpu":  # a weight of a model: methods do not train it
                     object.__setattr__(self, name, value.detach().cpu())
         if self.counts is not None:
             if self.counts.shape != (self.num_ids,):
@@ -65,29 +64,21 @@ class IdTable:
             )
 
 
-Method = Callable[[IdTable, int, HashConfig], IdMap]
-"""(ids, rows, config) -> map onto at most `rows` rows. Deterministic by config.seed.
-
-Raises ValueError that names the table where it lacks the counts or the embedding that the method needs, where a
-row of the embedding is not finite, or where the budget cannot be used.
-"""
-
-
-def check_budget(table: IdTable, rows: int) -> None:
-    """Raise ValueError where a budget is below 1 or above the number of ids."""
+def check_budget(table: TableStats, rows: int) -> None:
+    """Raise ValueError if a budget is below 1 or above the number of ids."""
     if not 1 <= rows <= table.num_ids:
         raise ValueError(f"table {table.name!r}: a budget of {rows} rows, expected 1 to {table.num_ids}, its ids")
 
 
-def need_counts(table: IdTable, method: str) -> torch.Tensor:
-    """The counts; raises ValueError where there are none."""
+def require_counts(table: TableStats, method: str) -> torch.Tensor:
+    """The counts. Raises ValueError if there are none."""
     if table.counts is None:
         raise ValueError(f"table {table.name!r}: method {method!r} needs the counts of its ids")
     return table.counts
 
 
-def need_embedding(table: IdTable, method: str) -> RowSource:
-    """The embedding; raises ValueError where there is none."""
+def require_embedding(table: TableStats, method: str) -> RowSource:
+    """The embedding. Raises ValueError if there is none."""
     if table.embedding is None:
         raise ValueError(f"table {table.name!r}: method {method!r} needs an embedding of its ids")
     return table.embedding

@@ -1,8 +1,8 @@
-"""A quick low-dimensional embedding of the ids of many features, learned on a sample of a log by one pass.
+"""A quick low-dimensional embedding of the ids of many features, learned in one pass over a sample of a log.
 
-For features that no factorization covers: Ghaemmaghami et al. (2022) learn a low-dimensional embedding first and then
-cluster it together with access frequency. Ours is a factorization machine (Rendle 2010), whose second derivatives are
-known in closed form; so its vectors can be given in a scale in which distance means loss, the same for all features.
+It is for features that no factorization covers. Ghaemmaghami et al. (2022) learn a low-dimensional embedding first and
+then cluster it together with access frequency. This one is a factorization machine (Rendle 2010). Its second
+derivatives have a closed form, so its vectors can be scaled such that distances measure loss, alike for all features.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import torch
 from torch import nn
 
 ACCUMULATOR = 10.0
-"""Where Adagrad's sum of squared gradients starts, in accesses about four times as many: an id that is accessed a few
-times moves little, in proportion to what it was told; with a start at 0 its first step would be as long as any."""
+"""Initial value of Adagrad's sum of squared gradients, worth about 40 accesses. So an id with few accesses moves
+little; with an initial value of 0 its first step would be as long as any."""
 MEMORY = 0.98
-"""Share of the running sum of second derivatives that outlives a batch."""
+"""Decay of the running sum of second derivatives per batch."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WarmUp:
-    """What `warm_up` learned."""
+    """Result of `warm_up`."""
 
     embeddings: list[torch.Tensor]
-    """Of each feature, (num_ids, 1 + dim) float32. The squared distance of two ids is twice the rise of the log loss,
-    to second order, at an access of the one that gets the vector of the other. An id that was never accessed has the
-    mean vector of all accesses: nothing is known of it."""
+    """One per feature, (num_ids, 1 + dim) float32. The squared distance of two ids is twice the increase in log loss,
+    to second order, if an access of one gets the vector of the other. An id that was never accessed has the mean vector
+    of all accesses."""
     counts: list[torch.Tensor]
-    """Of each feature, how often each id was accessed, (num_ids,) int64."""
+    """One per feature: how often each id was accessed, (num_ids,) int64."""
     rows: int
-    """Rows that it was trained on."""
+    """Number of training examples."""
     loss: float
-    """Mean log loss of each batch before it was trained on."""
+    """Mean log loss of the batches, each before it was trained on."""
 
 
 class FactorizationMachine(nn.Module):
     """logit = MLP(dense) + sum_f w_f + sum_(f<g) <v_f, v_g>, with (w_f, v_f) the row of the id of feature f.
 
     Args:
-        num_dense: D, numbers of a row; may be 0.
-        num_ids: size of each of the F features.
-        dim: of v.
+        num_dense: D, dense features; may be 0.
+        num_ids: number of ids of each of the F categorical features.
+        dim: dimension of v.
     """
 
     starts: torch.Tensor  # (F,) first row of each feature
@@ -78,25 +78,26 @@ def warm_up(
     seed: int = 0,
     names: Sequence[str] = (),
 ) -> WarmUp:
-    """Train a factorization machine by one pass over `batches` and return its vectors, scaled, and the counts.
+    """Train a factorization machine in one pass over `batches`; return its scaled vectors and the counts.
 
-    Adagrad for the vectors, Adam for the numbers' MLP, cross-entropy. With z the logit of a row and p = sigmoid(z),
-    the loss has the second derivative p (1 - p) by z; with J = dz/d(w_f, v_f), G_f = E[p (1 - p) J J'] over the later
-    rows is the Gauss-Newton matrix of feature f, and its vectors are multiplied by the Cholesky factor of G_f. So a
-    clustering of them, weighted by counts, minimises what sharing rows costs, in units that hold for all features.
+    Uses cross-entropy, Adagrad for the vectors and Adam for the MLP of the dense features. With z the logit of an
+    example and p = sigmoid(z), the second derivative of the loss by z is p (1 - p). With J = dz/d(w_f, v_f), G_f =
+    E[p (1 - p) J J'] over the later examples is the Gauss-Newton matrix of feature f. The vectors of f are multiplied
+    by the Cholesky factor of G_f. So clustering them, weighted by counts, minimizes the loss due to shared rows, in
+    units that are the same for all features.
 
-    Memory: 8 (1 + dim) bytes an id, and a batch. The same seed and batches give the same vectors on one machine.
+    Memory: 8 (1 + dim) bytes per id, and one batch. The same seed and batches give the same vectors on one machine.
 
     Args:
-        batches: (dense (B, D) float32, ids (B, F) integer, label (B,) float32 in [0, 1]), in random order. D may be 0;
-            scale what is large (a logarithm).
+        batches: (dense (B, D) float32, ids (B, F) integer, label (B,) float32 in [0, 1]), in random order. D may be 0.
+            Scale large values, for example by a logarithm.
         num_ids: F sizes; the ids of feature f are 0 to num_ids[f] - 1.
-        dim: of the vectors that interact; the embedding has one dimension more, of single effects.
-        names: of the features, for errors.
+        dim: dimension of the interacting vectors. The embedding has one more dimension, for the linear term.
+        names: names of the features, for errors.
 
     Raises:
-        ValueError: no rows; shapes that do not fit; an id outside of its feature; a number that is not finite; a label
-            outside of [0, 1].
+        ValueError: no examples; shapes do not fit; an id is outside its feature; a value is not finite; a label is
+            outside [0, 1].
     """
     sizes = list(num_ids)
     names = list(names) or [str(feature) for feature in range(len(sizes))]
@@ -133,7 +134,7 @@ def warm_up(
         curvature = MEMORY * curvature + torch.einsum("bfi,bfj->fij", second * by_rows, by_rows)
         weight = MEMORY * weight + len(label)
     if model is None:
-        raise ValueError("warm-up: no rows")
+        raise ValueError("warm-up: no examples, expected at least one batch")
     embeddings = []
     parts = zip(
         model.table.weight.detach().split(sizes), (curvature / weight).double(), counts.split(sizes), strict=True
@@ -151,7 +152,7 @@ def warm_up(
 
 
 def _factor(matrix: torch.Tensor) -> torch.Tensor:
-    """L with L L' = matrix, which is symmetric and may lack full rank: (d, d) float64 -> float32."""
+    """L with L L' = matrix, a symmetric matrix that may be singular: (d, d) float64 -> float32."""
     floor = 1e-9 * matrix.diagonal().mean()
     return torch.linalg.cholesky(matrix + floor * torch.eye(len(matrix), dtype=matrix.dtype)).float()
 
@@ -162,7 +163,7 @@ def _check(
     rows = len(label)
     if ids.shape != (rows, len(sizes)) or dense.ndim != 2 or len(dense) != rows or label.ndim != 1 or not rows:
         raise ValueError(
-            f"warm-up, batch {number}: numbers {tuple(dense.shape)}, ids {tuple(ids.shape)}, labels "
+            f"warm-up, batch {number}: dense {tuple(dense.shape)}, ids {tuple(ids.shape)}, labels "
             f"{tuple(label.shape)}; expected (B, D), (B, {len(sizes)}), (B,) with B at least 1"
         )
     low, high = ids.amin(0).tolist(), ids.amax(0).tolist()
@@ -172,7 +173,7 @@ def _check(
             raise ValueError(f"warm-up, batch {number}: feature {name!r} has the id {bad}, expected 0 to {size - 1}")
     if not bool(torch.isfinite(dense).all()):
         row = int((~torch.isfinite(dense)).any(1).nonzero()[0])
-        raise ValueError(f"warm-up, batch {number}: row {row} has a number that is NaN or infinite")
+        raise ValueError(f"warm-up, batch {number}: row {row} has a dense value that is NaN or infinite")
     if not bool(((label >= 0) & (label <= 1)).all()):
         bad_label = float(label[~((label >= 0) & (label <= 1))][0])
         raise ValueError(f"warm-up, batch {number}: a label is {bad_label}, expected a number in [0, 1]")

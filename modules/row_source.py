@@ -1,4 +1,4 @@
-"""Reading a table of factors straight into the shards of embedding tables, a block of rows at a time."""
+"""Matrices that are read in blocks of rows, and loading them into shards of embedding tables."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 BLOCK_BYTES = 32 << 20
-"""Memory of one block while a shard is filled."""
-
-
+"""Bytes of one block while a shard is loaded."""
 LEAST_SPREAD = 0.1
-"""Of log counts. Where all ids have the same count, those of a part of the rows still differ: divided by next to
-nothing, they would be numbers that a network cannot take."""
+"""Least standard deviation of log counts. If all ids have nearly the same count, dividing by less would give inputs
+that are too large for a network."""
 LARGEST = 1e15
-"""Largest absolute value of vectors whose squared distances are summed: above, float32 overflows."""
+"""Largest absolute value of vectors whose squared distances are summed. float32 overflows above it."""
 
 
 class RowSource(Protocol):
-    """A matrix that is read in blocks: a numpy array or memory map, a tensor, `factors.FactorTable`."""
+    """A matrix that is read in blocks: a numpy array or memory map, a tensor, or a `factors.FactorTable`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,12 +28,12 @@ class RowSource(Protocol):
 
 
 def round_up(dim: int, multiple: int = 4) -> int:
-    """The embedding dimension that a table gets: fbgemm's kernels want a multiple of 4; the rest is zeros."""
+    """Dimension of an embedding table: fbgemm's kernels need a multiple of 4. The padding is zeros."""
     return -(-dim // multiple) * multiple
 
 
 def check_source(source: RowSource, table: str, rows: int, dim: int) -> None:
-    """Raise ValueError where `source` does not fit a table of shape (rows, dim)."""
+    """Raise ValueError if `source` does not fit a table of shape (rows, dim)."""
     if len(source.shape) != 2:
         raise ValueError(f"table {table!r}: source has shape {tuple(source.shape)}, expected ({rows}, {dim})")
     if source.shape[0] != rows:
@@ -53,10 +50,10 @@ def blocks(
     *,
     largest: float = math.inf,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks (first row, float32 values (b, columns)) of a rectangle of `source`, 0 past its last column.
+    """Blocks (first row, float32 values (b, columns)) of a rectangle of `source`, padded with zero columns.
 
     Raises:
-        ValueError: a value is NaN or infinite, or above `largest` without its sign.
+        ValueError: a value is NaN or infinite, or its absolute value exceeds `largest`.
     """
     width = columns[1] - columns[0]
     stop = min(columns[1], source.shape[1])
@@ -80,8 +77,14 @@ def blocks(
         yield first, block
 
 
+def gather_rows(source: RowSource, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (n,), (n, d) float32. Ascending ids are fastest for memory maps."""
+    found = source[ids if isinstance(source, torch.Tensor) else ids.numpy()]
+    return found.float() if isinstance(found, torch.Tensor) else torch.from_numpy(np.array(found, np.float32))
+
+
 def sample_rows(source: RowSource, limit: int = 1 << 16) -> torch.Tensor:
-    """Up to `limit` rows, in 64 blocks spread evenly over the matrix, float32: the same on every rank."""
+    """Up to `limit` rows, (n, d) float32, in 64 blocks spread evenly over the matrix. The same on every rank."""
     rows, pieces = source.shape[0], 64
     step, size = max(1, rows // pieces), max(1, limit // pieces)
     parts = []
@@ -92,12 +95,11 @@ def sample_rows(source: RowSource, limit: int = 1 << 16) -> torch.Tensor:
 
 
 class LogCounts:
-    """log(1 + count / share) of a table of counts (n, 1), standardised: a RowSource for
-    `TwoTower.load_counts`.
+    """A RowSource of log(1 + count / share), standardized, from counts (n, 1): the input of `TwoTower.load_counts`.
 
     Args:
-        share: part of the rows that were counted, so that counts of a part compare with those of all.
-        like: standardise by the mean and spread of these, those of all rows.
+        share: share of the examples that were counted, so that counts of a sample compare with those of the log.
+        like: take mean and spread from these log counts instead, for example those of all examples.
     """
 
     def __init__(self, counts: RowSource, *, share: float = 1.0, like: LogCounts | None = None) -> None:
@@ -117,26 +119,25 @@ class LogCounts:
         return (torch.log1p(counts / self._share) - self.mean) / self.spread
 
 
-def load_trainable(collection: nn.Module, table: str, source: RowSource) -> None:
-    """Copy `source` into a trainable table of an EmbeddingBagCollection, plain or sharded.
+def load_rows(weight: Any, table: str, source: RowSource) -> None:
+    """Copy `source` into the weight of a trainable table, as `state_dict` gives it: a tensor or a ShardedTensor.
 
-    Each rank reads its own rows and columns alone.
+    Each rank reads only its own rows and columns.
 
     Raises:
         ValueError: shape or values do not fit.
     """
-    weight = collection.state_dict()[f"embedding_bags.{table}.weight"]
-    # ShardedTensor's own `shape` warns of its deprecation
+    # ShardedTensor.shape warns that it is deprecated
     size = weight.metadata().size if hasattr(weight, "metadata") else weight.shape
     check_source(source, table, size[0], size[1])
-    for (rows, columns), local in local_shards(weight):
-        for first, block in blocks(source, table, rows, columns):
-            start = first - rows[0]
-            local[start : start + block.shape[0]].copy_(block)
+    with torch.no_grad():
+        for (rows, columns), local in local_shards(weight):
+            for first, block in blocks(source, table, rows, columns):
+                local[first - rows[0] : first - rows[0] + len(block)].copy_(block)
 
 
 def local_shards(weight: Any) -> list[tuple[tuple[tuple[int, int], tuple[int, int]], torch.Tensor]]:
-    """((row range, column range), tensor) of each shard that this rank holds."""
+    """((row range, column range), tensor) of each shard on this rank."""
     if not hasattr(weight, "local_shards"):
         return [(((0, weight.shape[0]), (0, weight.shape[1])), weight)]
     found = []

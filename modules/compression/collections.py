@@ -10,9 +10,9 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.rows import RowSource, blocks, check_source, local_shards
+from recpress.modules.row_source import RowSource, blocks, check_source, local_shards
 
 
 class CompressedEmbeddingBagCollection(nn.Module):

@@ -17,8 +17,8 @@ from recpress.modules.als.auto import Choice, Fit, Sample, absolute, choose, sca
 from recpress.modules.als.checks import separation
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import Factors, RowBlocks
+from recpress.modules.als.half_sweep import Limits, Side, Solver, Workers
 from recpress.modules.als.interactions import CSR, InteractionBuilder
-from recpress.modules.als.side import Limits, Side, Solver, Workers
 from recpress.modules.als.solvers import solve_cg, solve_cholesky
 from recpress.modules.config import ALSConfig, ALSParameters
 

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recpress.modules.config import HashConfig
-from recpress.modules.hashing.problem import IdTable
-from recpress.modules.hashing.split import distortions, split_rows
+from recpress.modules.hashing.budget import distortions, split_rows
+from recpress.modules.hashing.table_stats import TableStats
 
-CONFIG = HashConfig(power=1.0)
+CONFIG = HashConfig(count_exponent=1.0)
 
 
 def table(vectors, counts=None, name="t"):
     vectors = torch.as_tensor(vectors, dtype=torch.float32)
     counts = torch.ones(len(vectors)) if counts is None else torch.as_tensor(counts)
-    return IdTable(name=name, num_ids=len(vectors), counts=counts, embedding=vectors)
+    return TableStats(name=name, num_ids=len(vectors), counts=counts, embedding=vectors)
 
 
 def points(distinct, ids, scale=1.0):
@@ -85,8 +85,8 @@ def test_power_zero_forgets_the_counts():
     counts = torch.arange(1000.0) + 1
     alike = [table(vectors), table(2 * vectors)]
     for power, same in ((0.0, True), (1.0, False)):
-        rows = split_rows([table(vectors, counts), table(2 * vectors)], 200, HashConfig(power=power))
-        assert (rows == split_rows(alike, 200, HashConfig(power=power))) == same
+        rows = split_rows([table(vectors, counts), table(2 * vectors)], 200, HashConfig(count_exponent=power))
+        assert (rows == split_rows(alike, 200, HashConfig(count_exponent=power))) == same
 
 
 def test_a_sample_stands_for_a_large_table():
@@ -117,4 +117,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="table 'x': row 3 of the embedding holds NaN"):
         split_rows([table(vectors, name="x")], 2, CONFIG)
     with pytest.raises(ValueError, match="'x': method 'split' needs the counts"):
-        split_rows([IdTable(name="x", num_ids=2, embedding=torch.ones(2, 1))], 1, CONFIG)
+        split_rows([TableStats(name="x", num_ids=2, embedding=torch.ones(2, 1))], 1, CONFIG)

@@ -7,9 +7,9 @@ from torchrec import KeyedJaggedTensor
 
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.shared_rows import SharedVectors, shared_rows
-from recpress.modules.rows import LogCounts
-from recpress.modules.two_tower.two_tower import CountCodes, MappedRows, SideSpec, TwoTower
+from recpress.modules.hashing.shared_rows import IdVectors, shared_rows
+from recpress.modules.row_source import LogCounts
+from recpress.modules.two_tower.model import CountCodes, MappedRows, SideSpec, TwoTower
 
 USERS, ITEMS, DIM = 9, 7, 6  # a dimension that is padded to 8
 
@@ -150,10 +150,10 @@ def test_what_does_not_fit_is_refused():
         build().load_factors(user[:8], item)
 
 
-def id_map(ids, rows=4, ways=1, weighted=False):
+def id_map(ids, rows=4, rows_per_id=1, weighted=False):
     rng = np.random.default_rng(3)
-    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, ways)).astype(np.float32)) if weighted else None
-    found = torch.from_numpy(rng.integers(rows, size=(ids, ways)).astype(np.int32))
+    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, rows_per_id)).astype(np.float32)) if weighted else None
+    found = torch.from_numpy(rng.integers(rows, size=(ids, rows_per_id)).astype(np.int32))
     return IdMap(rows=found, num_rows=rows, weights=weights)
 
 
@@ -167,25 +167,25 @@ def test_rows_are_the_weighted_means_of_the_ids_that_share_them():
     torch.testing.assert_close(shared_rows(shared, vectors)[2], torch.tensor([0.0, 5.0]))
 
 
-@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("rows_per_id", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
-def test_rows_are_the_least_squares_ones(ways, weighted, counted):
+def test_rows_are_the_least_squares_ones(rows_per_id, weighted, counted):
     """No other rows fit the vectors better: the residuals are orthogonal to the map."""
-    made = id_map(30, 8, ways, weighted)
+    made = id_map(30, 8, rows_per_id, weighted)
     rng = np.random.default_rng(4)
     vectors = rng.normal(size=(30, 3)).astype(np.float32)
     counts = rng.uniform(1, 9, (30, 1)).astype(np.float32) if counted else None
     rows = shared_rows(made, vectors, counts)
     mapping = torch.zeros(30, 8)
-    weights = torch.ones(30, ways) if made.weights is None else made.weights
+    weights = torch.ones(30, rows_per_id) if made.weights is None else made.weights
     mapping.scatter_add_(1, made.rows.long(), weights)
     each = torch.ones(30, 1) if counts is None else torch.from_numpy(counts)
     residual = each * (torch.from_numpy(vectors) - mapping @ rows)
     # the ridge of 1e-6 and the 12 steps of conjugate gradients leave a little
     assert float((mapping.T @ residual).abs().max()) < 0.02
-    torch.testing.assert_close(SharedVectors(made, rows)[3:9], (mapping @ rows)[3:9])
-    torch.testing.assert_close(SharedVectors(made, rows.numpy())[3:9], (mapping @ rows)[3:9])
+    torch.testing.assert_close(IdVectors(made, rows)[3:9], (mapping @ rows)[3:9])
+    torch.testing.assert_close(IdVectors(made, rows.numpy())[3:9], (mapping @ rows)[3:9])
 
 
 def test_rows_that_cannot_be_worked_out_are_refused():
@@ -212,20 +212,20 @@ def test_rows_join_the_features_under_their_own_key():
 
 
 @pytest.mark.parametrize("strategy", ["init-train", "init-freeze", "init-freeze-plus"])
-@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("rows_per_id", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_towers_start_with_the_scores_of_the_shared_rows(strategy, ways, weighted):
+def test_towers_start_with_the_scores_of_the_shared_rows(strategy, rows_per_id, weighted):
     user, item = factors()
-    made = id_map(USERS, 4, ways, weighted)
+    made = id_map(USERS, 4, rows_per_id, weighted)
     rng = np.random.default_rng(5)
     counts, rows = rng.uniform(1, 5, (USERS, 1)).astype(np.float32), rng.normal(size=(4, DIM)).astype(np.float32)
     model = build(strategy, counted=True, map=made)
     model.load_counts(np.zeros((USERS, 1), np.float32), np.zeros((ITEMS, 1), np.float32))
     model.load_factors(user, item, counts=(counts, None))
-    shared = SharedVectors(made, shared_rows(made, user, counts))[:]
+    shared = IdVectors(made, shared_rows(made, user, counts))[:]
     torch.testing.assert_close(scores(model), shared @ torch.from_numpy(item).T)
     model.load_factors(user, item, rows=(rows, None))
-    torch.testing.assert_close(scores(model), SharedVectors(made, rows)[:] @ torch.from_numpy(item).T)
+    torch.testing.assert_close(scores(model), IdVectors(made, rows)[:] @ torch.from_numpy(item).T)
 
 
 def test_counts_and_features_of_a_mapped_side_stay_by_id():
