@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: help install install-dev demo test test-cluster fuzz lint format lock wheel clean
+.PHONY: help install install-dev demo test test-cluster fuzz lint format docs lock wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -33,6 +33,11 @@ lint: install-dev  ## ruff, types, import rule
 
 format: install-dev  ## let ruff write the format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs:            ## build the documentation site into build/site, offline; a dead link is an error
+	@scripts/install.sh $(VENV) dev s3 docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html; to search, run $(BIN)/python -m http.server --directory build/site"
 
 lock: install    ## resolve requirements/*.in anew into the pinned lists
 	$(BIN)/python scripts/lock.py

@@ -57,7 +57,7 @@ def main() -> None:
         ("steps", int, 100), ("repeat", int, 4), ("folder", str, "checkpoint-bench"), ("out", str, None),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
-    parser.add_argument("--strategy", choices=("random", "init-freeze"), default="random")
+    parser.add_argument("--strategy", choices=("random", "frozen"), default="random")
     parser.add_argument("--sharding", choices=("planner", *SHARDING_TYPES), default="planner")
     args = parser.parse_args()
     args.items = 50_000

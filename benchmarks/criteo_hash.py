@@ -35,7 +35,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recpress.benchmarks.common import lines, publish, settings_of
 from recpress.data.config import SynthCriteoConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.ingest.formats import CATEGORIES, INTS
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.synthetic.criteo import MadeCriteo, synth_criteo
@@ -66,7 +66,7 @@ class Part(NamedTuple):
     label: torch.Tensor
 
 
-def read(rows: Rows) -> Part:
+def read(rows: ParquetSplit) -> Part:
     """The rows of a part; numbers as log(1 + x), a missing one 0."""
     read = list(iter_columns(rows, ["label", *INTS, *CATEGORIES]))
     columns = {name: np.concatenate([part[name] for part in read]) for name in read[0]}

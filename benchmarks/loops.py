@@ -199,7 +199,7 @@ class Subject:
         self.case, self.device, frozen = case, device, case.tables.startswith("frozen")
         config = TwoTowerConfig(
             tables=TablesConfig(
-                strategy="init-freeze" if frozen else "random", dim=round_up(case.dim), storage=case.storage
+                strategy="frozen" if frozen else "random", dim=round_up(case.dim), storage=case.storage
             ),
             towers=TowersConfig(kind="residual", hidden=hidden),
             loss=LossConfig(kind="bce"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recpress.trainer.allocator import give_back
+from recpress.trainer.allocator import malloc_trim
 
 _FORK = multiprocessing.get_context("fork")  # what the parent has imported is not imported again
 
@@ -61,7 +61,7 @@ def _send(pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
 def cost(work: Callable[[], float], workers: int = 0) -> Cost:
     """What `work`, which returns how much it did, costs in this process; `workers` is how many it starts."""
     gc.collect()
-    give_back()
+    malloc_trim()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before, read, wall, cpu = memory("VmRSS"), bytes_read(), time.perf_counter(), _cpu_seconds()

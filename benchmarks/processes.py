@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from recpress.trainer.allocator import give_back
+from recpress.trainer.allocator import malloc_trim
 
 _PRELOAD = ["recpress.trainer.train.stage", "recpress.trainer.factorize.stage", "recpress.trainer.hash.stage"]
 _case = itertools.count(1)
@@ -81,7 +81,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        give_back()  # else it would hide what comes next
+        malloc_trim()  # else it would hide what comes next
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         self.start = status_bytes("VmRSS")

@@ -76,7 +76,7 @@ def sides(case: Case, args: argparse.Namespace) -> list[readers.Peer]:
     """All that take turns: bare and ours by threads, then the peers."""
     found = []
     for threads in args.threads:
-        shuffled = StreamConfig(batch_size=args.batch, threads=threads)
+        shuffled = StreamConfig(batch_size=args.batch, num_threads=threads)
         found.append(readers.Peer(f"bare decoding, {threads}", readers.bare(case.made, threads)))
         found.append(readers.Peer(f"recpress, {threads}", readers.ours(case.made, shuffled, case.sample)))
     if args.no_peers:

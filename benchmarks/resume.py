@@ -97,7 +97,7 @@ def main() -> None:
         made = alone(made_logs.long, Path(folder) / "log", args.rows, args.file_rows)
         steps = np.random.default_rng(0).integers(0, args.rows // args.batch, args.steps).tolist()
         shuffled, plain = (
-            StreamConfig(batch_size=args.batch, threads=args.threads, shuffle=shuffle) for shuffle in (True, False)
+            StreamConfig(batch_size=args.batch, num_threads=args.threads, shuffle=shuffle) for shuffle in (True, False)
         )
         sides = {
             "recpress, shuffled": ours(made, shuffled),

@@ -88,12 +88,12 @@ def work(args: argparse.Namespace) -> None:
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     with process_group("cpu") as ranks:
         case = Case(
-            tables=args.tables, loop=OURS, table_rows=args.table_rows, dim=args.dim, batch=args.batch // ranks.world,
-            ranks=ranks.world, share=1.0, negatives=args.negatives,
+            tables=args.tables, loop=OURS, table_rows=args.table_rows, dim=args.dim,
+            batch=args.batch // ranks.world_size, ranks=ranks.world_size, share=1.0, negatives=args.negatives,
         )  # fmt: skip
         batches = [made_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
         subjects = {"ours": Subject(case, tuple(args.hidden), ranks.device)}
-        if ranks.world == 2 and interface == "lo":
+        if ranks.world_size == 2 and interface == "lo":
             default = sharding.DefaultDataParallelWrapper()
             with mock.patch.object(sharding, "DefaultDataParallelWrapper", return_value=default):
                 subjects["default"] = Subject(case, tuple(args.hidden), ranks.device)
@@ -104,7 +104,7 @@ def work(args: argparse.Namespace) -> None:
             for name, subject in subjects.items():
                 found[name].append(stretch(subject, batches, interface))
         result: dict[str, Any] = {"stretches": found, "collectives": 0, "transfer": 0.0}
-        if ranks.world > 1:
+        if ranks.world_size > 1:
             result |= transfer(subjects["ours"], batches)
         for subject in subjects.values():
             subject.close()

@@ -93,8 +93,8 @@ def qualities(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "perfect": lambda: rng.permutation(args.rows),
         "recpress, default": lambda: streamed(log, default),
         "recpress, a quarter of the buffer": lambda: streamed(log, replace(default, buffer_rows=1 << 18)),
-        "recpress, 32 lanes": lambda: streamed(log, replace(default, lanes=32)),
-        "recpress, 1 lane": lambda: streamed(log, replace(default, lanes=1)),
+        "recpress, 32 lanes": lambda: streamed(log, replace(default, interleave=32)),
+        "recpress, 1 lane": lambda: streamed(log, replace(default, interleave=1)),
         f"a buffer of {default.buffer_rows:,}": lambda: buffered(args.rows, default.buffer_rows, rng),
         "not shuffled": lambda: np.arange(args.rows),
     }

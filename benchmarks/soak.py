@@ -9,7 +9,7 @@ Epoch after epoch of a made log, as fast as they come, or with `--rows-per-secon
 them. Every second (`--every`) the process's anonymous memory is read; what it had before the stream began is taken off.
 The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the stream
 promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
-docs/stream.md.
+docs/how/stream.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHAPES = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs
 def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[str, object]:
     """Runs the stream for the minutes; a row of the table."""
     readers.warmed()
-    config = StreamConfig(batch_size=args.batch, threads=args.threads, buffer_rows=args.buffer_rows)
+    config = StreamConfig(batch_size=args.batch, num_threads=args.threads, buffer_rows=args.buffer_rows)
     log = open_log(folder, made.schema, pairs=False)
     sample = SampleConfig(rate=args.rate)
     before, began = memory("RssAnon"), time.monotonic()
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--cases",
         action="store_true",
-        help="the configurations of docs/stream.md, one after the other, whatever the five above say",
+        help="the configurations of docs/how/stream.md, one after the other, whatever the five above say",
     )
     parser.add_argument("--out")
     args = parser.parse_args()

@@ -97,7 +97,7 @@ def measured(case: Case, log: str, args: argparse.Namespace) -> dict[str, float]
         before = torch.cuda.memory_allocated() if cuda else 0
         memory = PeakMemory()
         source = LogBatches(log, case, ranks.rank, ranks.device) if case.rate else batches
-        rows = source.rows if isinstance(source, LogBatches) else ranks.world * steps * case.batch
+        rows = source.rows if isinstance(source, LogBatches) else ranks.world_size * steps * case.batch
         subject = Subject(case, tuple(args.hidden), ranks.device)
         subject.train(batches[:WARM_UP])
         dist.barrier()
@@ -108,7 +108,7 @@ def measured(case: Case, log: str, args: argparse.Namespace) -> dict[str, float]
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         peak = torch.cuda.max_memory_allocated() - before if cuda else memory.bytes
         subject.close()
-        found: list[Any] = [None] * ranks.world
+        found: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(found, (wall, cpu, peak))
     longest = max(wall for wall, _, _ in found)
     figures = {

@@ -32,9 +32,9 @@ class SampleConfig:
     """Random sample of the rows, each of them with the same probability; a pure function of the seed and the log."""
 
     kind: Literal["rows", "block", "user"] = "rows"
-    """`rows`: each row for itself, whatever the order of the log; all of the log is read. `block`: whole row groups,
-    and nothing else is read; for logs that are shuffled (docs/sampling.md says what it costs elsewhere). `user`: the
-    same share of each user's rows; the column of users is read once before."""
+    """`rows`: single rows, independently; reads all of the log. `block`: whole row groups; reads nothing else; for
+    shuffled logs (docs/train/sampling.md has the cost on other logs). `user`: the same share of each user's rows; reads
+    the user column once before."""
     rate: float = 1.0
     """Share of the rows that are in the sample, in (0, 1]."""
     seed: int = 0
@@ -54,26 +54,26 @@ class StreamConfig:
     shuffle: bool = True
     """Shuffle files, row groups and rows; otherwise the order of the files."""
     buffer_rows: int = 1 << 20
-    """Rows of all ranks that are shuffled together; bounds the memory of the stream (see docs/stream.md)."""
-    lanes: int = 8
-    """Stretches of the shuffled log that each batch draws from evenly (see `recpress.data.stream.order`). A multiple
-    of the number of ranks shares the decoding among them; a row group for each lane is in memory."""
+    """Rows of all ranks that are shuffled together; bounds the memory of the stream (see docs/how/stream.md)."""
+    interleave: int = 8
+    """Number of file segments interleaved in each batch (see `recpress.data.stream.order`). A multiple of the world
+    size shares the decoding evenly between ranks; one row group per segment is in memory."""
     seed: int = 0
     """Seed of the order; the epoch is mixed in."""
-    threads: int = 0
-    """Background threads that read and decode row groups. 0: half of the processor's cores that this rank has (of
-    those of its machine, divided by LOCAL_WORLD_SIZE), at least 1, at most 4."""
-    ready: int = 2
-    """Batches that a thread makes ahead of the training step; 0: batches are made between the steps."""
+    num_threads: int = 0
+    """Background threads that read and decode row groups. 0: half of the processor cores of this rank (the cores of the
+    machine divided by LOCAL_WORLD_SIZE), at least 1, at most 4."""
+    prefetch_batches: int = 2
+    """Batches that a background thread makes ahead of the training step; 0: batches are made between the steps."""
     on_bad_file: Literal["stop", "skip"] = "stop"
-    """A file or row group that cannot be read or decoded, after the retries: `stop` ends the run with its name; `skip`
-    leaves it out, names and counts it, and lets rows of others take its place (docs/log.md)."""
+    """A file or row group that cannot be read or decoded, after the retries: `stop` ends the run and names it; `skip`
+    names it, counts it, and replaces its rows with rows of other row groups (docs/train/log.md)."""
 
     @property
     def chosen_threads(self) -> int:
-        """`threads`, or what 0 means on this machine."""
-        if self.threads:
-            return self.threads
+        """`num_threads`, or what 0 means on this machine."""
+        if self.num_threads:
+            return self.num_threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 2))
 

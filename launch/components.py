@@ -3,7 +3,7 @@
     torchx run -s local_cwd launch/components.py:train -j 1x2 -- --data LOG --out OUT
 
 With recpress installed, `recpress.train` is the same as `launch/components.py:train`. The arguments after `--` are
-those of `recpress train`, and are checked before anything is submitted. docs/cluster.md is the guide.
+those of `recpress train`, and are checked before anything is submitted. docs/launch/cluster.md is the guide.
 
 TorchX reads signatures and docstrings from the source of each function, so the common options stand in all of them.
 """

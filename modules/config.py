@@ -20,7 +20,8 @@ class ALSConfig:
     max_factors: int = 128
     """Largest dimension to choose."""
     sweeps: int | None = None
-    """Sweeps; one solves all users and all items once. Not given: 10."""
+    """Sweeps; one solves all users and all items once. Not given: until a sweep lowers
+    the objective by less than 0.2 %, at most 15; with --als.no-auto, 10."""
     unobserved_ratio: float | None = None
     """Total weight of all pairs without an interaction, relative to that of all interactions. Not given: chosen."""
     mean_penalty: float | None = None
@@ -50,7 +51,7 @@ class ALSConfig:
     conjugate gradients from the last sweep's vector. `auto`: two such steps in the first two sweeps, then
     one, over-relaxed; the fastest, and mostly to a lower objective."""
     tolerance: float = 0.0
-    """Stop when a sweep lowers the objective by less than this share; 0 runs all sweeps."""
+    """Stop one sweep after the objective fell by less than this share; 0 runs all sweeps that --als.sweeps names."""
     seed: int = 0
     """Seed of the initial vectors and of the choice."""
 
@@ -117,14 +118,14 @@ class LogisticConfig:
 class TablesConfig:
     """Where the embedding tables come from and whether they are trained."""
 
-    strategy: Literal["random", "init-train", "init-freeze", "init-freeze-plus"] = "init-freeze"
-    """`random`: random and trained; `init-train`: factors, trained on; `init-freeze`: factors, frozen (CADC);
-    `init-freeze-plus`: frozen factors beside a small trainable table."""
+    strategy: Literal["random", "warm-start", "frozen", "frozen+residual"] = "frozen"
+    """`random`: random and trained; `warm-start`: factors, trained on; `frozen`: factors, frozen (CADC);
+    `frozen+residual`: frozen factors beside a small trainable table."""
     dim: int = 64
     """Dimension of the tables of `random`; the others take the factors' own."""
     storage: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     """How frozen rows are stored; `int8` and `int4` with a scale and an offset of each row."""
-    plus_dim: int = 16
+    residual_dim: int = 16
     """Dimension of the trainable table beside the frozen one."""
 
 

@@ -45,7 +45,7 @@ if __name__ == "__main__":
     write("cuda.txt", resolve(["runtime.in"], PUBLIC))
     # CUDA is the superset: the CPU list keeps its versions, less what only the CUDA build of torch asks for.
     write("cpu.txt", resolve(["runtime.in", "cuda.txt"], {}))
-    for extra in ("dev", "bench"):
+    for extra in ("dev", "docs", "bench"):
         runtime = resolve(["runtime.in", "cpu.txt"], {})
         both = resolve(["runtime.in", f"{extra}.in", "cpu.txt"], {})
         write(f"{extra}.txt", {name: both[name] for name in both.keys() - runtime.keys()})

@@ -21,14 +21,14 @@ _MMAPS = 65536
 """glibc's own most."""
 
 
-def give_back() -> None:
+def malloc_trim() -> None:
     """Let the C library return to the system what was freed: it keeps MBs of it in each thread's heap."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class FreedMemory:
-    """Within: what is freed stays with the process, blocks of all sizes, until `give_back`; after: glibc's own ways.
+class RetainFreedMemory:
+    """Within: what is freed stays with the process, blocks of all sizes, until `malloc_trim`; after: glibc's own ways.
 
     For the whole process, all its threads. Nothing changes where the environment sets one of the thresholds
     (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `MALLOC_MMAP_MAX_`, or `GLIBC_TUNABLES`).
@@ -44,7 +44,7 @@ class FreedMemory:
 
     def __exit__(self, *exc: object) -> None:
         self._usual()
-        give_back()
+        malloc_trim()
 
     @contextlib.contextmanager
     def usual(self) -> Iterator[None]:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import difflib
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import NamedTuple
 
+from recpress.data.errors import InputError
 from recpress.trainer.errors import (
     CHECKPOINT_THREAD,
     PREEMPTED_STATUS,
@@ -29,34 +31,44 @@ from recpress.trainer.errors import (
     record,
     status_of,
 )
+from recpress.trainer.observability.logging_setup import FORMATS, logging_to_stderr
+from recpress.trainer.observability.logging_setup import VARIABLE as LOG_FORMAT_VARIABLE
+from recpress.trainer.options import SHELLS, completion, parse
+from recpress.trainer.versions import check_set, version_line
+
+_LOG = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 3.0
 """How long a process that ends by an error lets a checkpoint be written."""
 
 
 class Command(NamedTuple):
-    """A subcommand: where its configuration and its stage function lie, both as `module:name`."""
+    """A subcommand."""
 
     config: str
+    """Its configuration, as `module:class`."""
     stage: str
+    """The function that runs it, as `module:function`."""
     summary: str
+    main: str = ""
+    """Options that its short `--help` lists; by default those that are in no section."""
     passes_on: bool = False
-    """Whether what stands after `--` goes to what it runs, as the field `args`."""
+    """Whether what follows `--` goes to the processes that it starts, as the field `args`."""
     clusters: bool = False
-    """Whether it clusters ids: many short parallel stretches. On cores that others use, too, OpenMP's threads that spin
-    while they wait made it twenty times slower, so that they sleep, unless the user says otherwise."""
+    """Whether it clusters ids, in many short parallel regions. On cores that other processes use too, OpenMP threads
+    that spin while they wait made it twenty times slower, so they sleep unless the user sets OMP_WAIT_POLICY."""
 
 
 COMMANDS = {
     "synth": Command(
         "recpress.trainer.prepare.config:SynthCommand",
         "recpress.trainer.prepare.stages:synth",
-        "write a made log with planted tastes",
+        "write a synthetic log, with tastes to learn",
     ),
     "synth-criteo": Command(
         "recpress.trainer.prepare.config:SynthCriteoCommand",
         "recpress.trainer.prepare.stages:synth_criteo",
-        "write a made log with Criteo's columns",
+        "write a synthetic log with Criteo's columns",
     ),
     "ingest": Command(
         "recpress.trainer.prepare.config:IngestCommand",
@@ -77,37 +89,45 @@ COMMANDS = {
         "recpress.trainer.factorize.config:FactorizeConfig",
         "recpress.trainer.factorize.stage:factorize",
         "factorize the interactions of a log",
+        main="data out method als.factors als.max-factors als.sweeps crossfit-rate schema.user schema.item "
+        "device overwrite",
     ),
     "hash": Command(
         "recpress.trainer.hash.config:HashStageConfig",
         "recpress.trainer.hash.stage:make_maps",
-        "map the ids of tables to fewer rows, by counts and an embedding",
+        "map the ids of tables to fewer embedding rows, by counts and vectors",
         clusters=True,
     ),
     "train": Command(
         "recpress.trainer.config:TrainConfig",
         "recpress.trainer.train.stage:train",
         "train the two-tower network on a log or a sample of it",
+        main="data out factors hash model.tables.strategy sample.rate epochs stream.batch-size "
+        "evaluation.metric checkpoint.minutes device overwrite",
     ),
     "evaluate": Command(
         "recpress.trainer.evaluate.config:EvaluateConfig",
         "recpress.trainer.evaluate.stage:evaluate",
-        "rank held-out rows with a checkpoint or with factors",
+        "rank held-out rows with a model or with factors",
     ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",
         "factorize, hash, train and evaluate; resumes at the first stage that is not complete",
+        main="data out stages schema.user schema.item hash.share train.model.tables.strategy train.sample.rate "
+        "train.epochs device",
     ),
     "tune": Command(
         "recpress.trainer.tune.config:TuneConfig",
         "recpress.trainer.tune.stage:tune",
-        "choose settings of the factorization and the network within a budget, and write them as TOML",
+        "choose settings of the factorization and the network within a time budget, and write them as TOML",
     ),
     "plan": Command(
         "recpress.trainer.plan.config:PlanConfig",
         "recpress.trainer.plan.stage:plan",
-        "say what a training run needs of a cluster that need not exist: sharding plan, memory, smallest size",
+        "plan a training run on a cluster that need not exist: sharding, memory, smallest number of GPUs",
+        main="data users items rows dim share compare json cluster.nodes cluster.ranks-per-node "
+        "cluster.memory-gib cluster.device",
     ),
     "compare cadc": Command(
         "recpress.trainer.compare.config:CompareCadcConfig",
@@ -123,8 +143,13 @@ COMMANDS = {
     "compare both": Command(
         "recpress.trainer.compare.config:CompareBothConfig",
         "recpress.trainer.compare.both:compare_both",
-        "quality against bytes of table and rows read, with a report page",
+        "quality against bytes of the tables and rows read, with a report page",
         clusters=True,
+    ),
+    "doctor": Command(
+        "recpress.trainer.doctor.config:DoctorConfig",
+        "recpress.trainer.doctor.stage:doctor",
+        "check versions, devices, backends, write access and collective latency",
     ),
     "bench list": Command(
         "recpress.trainer.bench.config:BenchListConfig",
@@ -134,7 +159,7 @@ COMMANDS = {
     "bench run": Command(
         "recpress.trainer.bench.config:BenchRunConfig",
         "recpress.trainer.bench.stages:run",
-        "run benchmarks beside their peers, on this machine or as a job",
+        "run benchmarks and their peers, on this machine or as a job",
         passes_on=True,
     ),
     "bench page": Command(
@@ -144,67 +169,91 @@ COMMANDS = {
     ),
 }
 
-EPILOG = """`recpress COMMAND --help` lists the options of a command; `--config FILE.toml` sets any of them
-from a file, and the command line overrides it. On several processes:
+EPILOG = f"""
+`recpress COMMAND --help` lists the main options of a command, `--help-all` all of them. `--config FILE.toml` sets any
+option from a file; the command line overrides the file. Other commands:
+  recpress check COMMAND ...          read the arguments and do nothing
+  recpress completion SHELL           print a completion script for {", ".join(SHELLS)}
+  recpress --version                  print the versions of recpress, torch, torchrec and fbgemm
+With every command: `--log-format json` writes log lines to stderr as JSON (or {LOG_FORMAT_VARIABLE}=json), and
+RECPRESS_DEBUG=1 prints the traceback of an error. On several processes:
   torchrun --nproc-per-node 2 -m recpress.trainer.cli COMMAND ...
-  torchx run -s local_cwd launch/components.py:train -j 1x2 -- ...
-`recpress check COMMAND ...` reads the arguments and does nothing. RECPRESS_DEBUG=1 prints the traceback of an error."""
+  torchx run -s local_cwd launch/components.py:run -j 1x2 -- COMMAND ..."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (see `errors`)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        only_check = arguments[:1] == ["check"]  # `recpress check COMMAND ...`: read the arguments, do nothing
-        name, rest = _command(arguments[only_check:])
-        config = _config(name, rest)
-        if only_check:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout at its exit
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: list[str]) -> int:
+    with logging_to_stderr("recpress"):
+        try:
+            arguments = _with_log_format(arguments)
+        except InputError as error:
+            return _failed(error)
+    if arguments == ["--version"]:
+        print(version_line())
+        return 0
+    if arguments[:1] == ["completion"]:
+        return _completion(arguments[1:])
+    only_check = arguments[:1] == ["check"]
+    name, rest = _command(arguments[only_check:])
+    with logging_to_stderr(name or "recpress"):
+        try:
+            if name is None:
+                raise InputError(_unknown_command(rest))
+            config = _config(name, rest)
+            if only_check:
+                return 0
+            if name != "doctor":  # which reports them
+                check_set()
+            # DDP warns at every start, from C++, that no parameter is unused (see trainer/model/sharding.py).
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
+            if COMMANDS[name].clusters:  # read once, when torch is imported with the stage
+                os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+            with _signals_raise():
+                _load(COMMANDS[name].stage)(config)
             return 0
-        # DDP warns at every start, from C++, that no parameter is unused (see trainer/model/sharding.py).
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
-        if COMMANDS[name].clusters:  # read once, when torch is imported with the stage
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        _log_plainly()
-        with _signals_raise():
-            stage = _load(COMMANDS[name].stage)
-            stage(config)
-    except Preempted as error:
-        record(error)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"recpress: {error}", file=sys.stderr)
-        return PREEMPTED_STATUS
-    except Signalled as signalled:
-        print(f"recpress: stopped by {signalled.name}; nothing was written", file=sys.stderr)
-        return _leaving(128 + signalled.number)
-    except KeyboardInterrupt:
-        print("recpress: interrupted", file=sys.stderr)
-        return _leaving(130)
-    except Exception as error:
-        record(error)
-        rank = os.environ.get("RANK")
-        where, line = f"recpress{f' [rank {rank}]' if rank else ''}", explain(error)
-        if line is None or os.environ.get("RECPRESS_DEBUG"):
-            traceback.print_exc()
-        if line is None:
-            kind = type(error).__name__
-            print(f"{where}: {kind}: this is a bug of recpress; please report it with the lines above", file=sys.stderr)
-        else:
-            print(f"{where}: error: {line}", file=sys.stderr)
-        return _leaving(status_of(error))
-    return 0
+        except Preempted as error:
+            record(error)
+            if os.environ.get("RANK", "0") == "0":
+                _LOG.warning("%s", error)
+            return PREEMPTED_STATUS
+        except Signalled as signalled:
+            _LOG.warning("stopped by %s; nothing was written", signalled.name)
+            return _leaving(128 + signalled.number)
+        except KeyboardInterrupt:
+            _LOG.warning("interrupted")
+            return _leaving(130)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _stdout_is_broken():
+                raise
+            return _failed(error)
 
 
-class _Plain(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {super().format(record)}"
+def _stdout_is_broken() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _log_plainly() -> None:
-    """`warning: ...`, as the lines that stages print; nothing changes where the host has handlers of its own."""
-    if not logging.root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Plain())
-        logging.root.addHandler(handler)
+def _failed(error: Exception) -> int:
+    """Log an error that ends the command, in one line unless it is a bug; returns the exit status."""
+    record(error)
+    line = explain(error)
+    trace = error if line is None or os.environ.get("RECPRESS_DEBUG") else None
+    if line is None:
+        line = f"{type(error).__name__}: this is a bug of recpress; please report it with the traceback"
+    _LOG.error("%s", line, exc_info=trace)
+    return _leaving(status_of(error))
 
 
 @contextmanager
@@ -249,50 +298,75 @@ def _leaving(status: int) -> int:
     return status
 
 
-def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    two_words = " ".join(arguments[:2])
-    if two_words in COMMANDS:
-        return two_words, arguments[2:]
-    if arguments and arguments[0] in COMMANDS:
-        return arguments[0], arguments[1:]
+def _command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The command that the arguments begin with, or None, and what follows it. Prints the list of commands if asked."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+    if arguments and not arguments[0].startswith("-"):
+        return None, arguments
     width = max(map(len, COMMANDS)) + 2
     listing = "\n".join(f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="recpress",
-        usage="recpress COMMAND [--config FILE.toml] [--key value ...]",
+        usage="recpress COMMAND [--config FILE.toml] [--option value ...]",
         description="Smaller training for recommendation models on TorchRec.\n\ncommands:\n" + listing,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    if words and (group := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]):
-        parser.error(f"'{' '.join(words[:2])}': expected one of {', '.join(group)}")
-    if words:
-        parser.error(f"unknown command '{words[0]}', expected one of: {', '.join(COMMANDS)}")
     parser.parse_args(arguments or ["--help"])
     raise SystemExit(0)
 
 
-def _config(name: str, rest: list[str]) -> object:
-    import tyro
+def _unknown_command(words: list[str]) -> str:
+    if group := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]:
+        asked = " ".join(word for word in words[:2] if not word.startswith("-"))
+        return f"'{asked}': expected one of {', '.join(group)}"
+    near = difflib.get_close_matches(words[0], [*COMMANDS, "check", "completion"], n=1, cutoff=0.6)
+    hint = f"nearest is '{near[0]}'; " if near else ""
+    return f"unknown command '{words[0]}'; {hint}`recpress --help` lists the commands"
 
+
+def _with_log_format(arguments: list[str]) -> list[str]:
+    """The arguments without --log-format, which is set for this process and those that it starts."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--log-format")
+    try:
+        known, rest = parser.parse_known_args(own)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    chosen = known.log_format if known.log_format is not None else os.environ.get(LOG_FORMAT_VARIABLE)
+    if chosen and chosen not in FORMATS:
+        raise InputError(f"log format is '{chosen}', expected one of {', '.join(FORMATS)}")
+    if known.log_format:
+        os.environ[LOG_FORMAT_VARIABLE] = known.log_format
+    return rest + arguments[len(own) :]
+
+
+def _completion(words: list[str]) -> int:
+    if len(words) != 1 or words[0] not in SHELLS:
+        with logging_to_stderr("completion"):
+            return _failed(InputError(f"expected `recpress completion SHELL`, SHELL one of {', '.join(SHELLS)}"))
+    commands = {name: (_load(command.config), command.summary) for name, command in COMMANDS.items()}
+    print(completion(commands, words[0], "recpress"))
+    return 0
+
+
+def _config(name: str, rest: list[str]) -> object:
     from recpress.trainer import config_file
 
-    config = _load(COMMANDS[name].config)
+    command = COMMANDS[name]
+    config = _load(command.config)
     passed: list[str] = []
-    if COMMANDS[name].passes_on and "--" in rest:
+    if command.passes_on and "--" in rest:
         rest, passed = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
-    known, rest = file_parser.parse_known_args(rest)
+    known, rest = file_parser.parse_known_args(config_file.current_arguments(rest))
     if known.config is not None:
         rest = config_file.arguments(known.config, config, rest, name)
-    made = tyro.cli(
-        config,
-        prog=f"recpress {name}",
-        description=f"{COMMANDS[name].summary.capitalize()}. Options may be in a TOML file: --config FILE.",
-        args=rest,
-    )
+    made = parse(config, rest, prog=f"recpress {name}", summary=command.summary, main=command.main.split())
     return replace(made, args=tuple(passed)) if passed else made
 
 

@@ -7,17 +7,131 @@ argument `--section.key value`, unless the command line names the same one.
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from recpress.data.errors import InputError
 
+RENAMED = {
+    "stream.lanes": "stream.interleave",
+    "stream.ready": "stream.prefetch_batches",
+    "stream.threads": "stream.num_threads",
+    "follow.on": "follow.online",
+    "tables.plus_dim": "tables.residual_dim",
+    "hash.private": "hash.exclusive_share",
+    "hash.power": "hash.count_exponent",
+    "hash.ways": "hash.rows_per_id",
+    "private": "exclusive_share",
+    "privates": "exclusive_shares",
+    "power": "count_exponent",
+    "powers": "count_exponents",
+    "ways": "rows_per_id",
+}
+"""Deprecated option -> its name now. Command lines and TOML files accept the old name for one release, with a warning.
+A name in a section also matches within another section (`train.stream.lanes`), a name without a section only at the
+start. The name of a section matches all options in it."""
+
+RENAMED_VALUES = {
+    "tables.strategy": {"init-train": "warm-start", "init-freeze": "frozen", "init-freeze-plus": "frozen+residual"},
+}
+"""Option -> deprecated value -> its name now, accepted likewise."""
+
 _STAGES = ("factorize", "hash", "train", "evaluate")
+
+
+def current_name(option: str) -> str:
+    """The name now of an option, such as `stream.lanes`; the same name unless it is in `RENAMED`."""
+    for old, new in RENAMED.items():
+        start = "(?<![^.])" if "." in old else "^"
+        option = re.sub(rf"{start}{re.escape(old)}(?![^.])", new, option)
+    return option
+
+
+def current_value(option: str, value: Any) -> Any:
+    """The name now of a value of an option; the same value unless it is in `RENAMED_VALUES`."""
+    for name, values in RENAMED_VALUES.items():
+        if isinstance(value, str) and f".{option}".endswith(f".{name}"):
+            return values.get(value, value)
+    return value
+
+
+def current_names(config: Mapping[str, Any], source: str = "", *, warn: bool = False) -> dict[str, Any]:
+    """A nested configuration with the current names of its options, such as one that an earlier release stored.
+
+    Args:
+        source: how messages name what `config` was read from.
+        warn: print a line to stderr for each deprecated name.
+
+    Raises:
+        InputError: `config` has an option under both its old and its current name.
+    """
+    result: dict[str, Any] = {}
+
+    def copy(section: Mapping[str, Any], prefix: tuple[str, ...]) -> None:
+        for key, value in section.items():
+            path = (*prefix, key)
+            if isinstance(value, Mapping) and value:
+                copy(value, path)
+                continue
+            old = ".".join(path).replace("-", "_")
+            new = current_name(old)
+            if new != old:
+                path = tuple(new.split("."))
+                if warn:
+                    _warn(f"{source}: '{old}'", f"'{new}'")
+            parent = result
+            for name in path[:-1]:
+                parent = parent.setdefault(name, {})
+            if path[-1] in parent:
+                raise InputError(f"{source}: '{new}' is set twice, once by its old name; remove one")
+            parent[path[-1]] = current_value(new, value)
+            if warn and parent[path[-1]] != value:
+                _warn(f"{source}: '{new} = {value}'", repr(parent[path[-1]]))
+
+    copy(config, ())
+    return result
+
+
+def current_arguments(command_line: Sequence[str]) -> list[str]:
+    """`command_line` with the current names of its options. Prints a line to stderr for each deprecated name."""
+    found: list[str] = []
+    for argument in command_line:
+        flag, equals, value = argument.partition("=")
+        section, dot, option = flag.removeprefix("--").replace("-", "_").rpartition(".")
+        negated = "no_" if option.startswith("no_") else ""
+        old = section + dot + option.removeprefix(negated)
+        new = current_name(old) if flag.startswith("--") else old
+        if new != old:
+            section, dot, option = new.replace("_", "-").rpartition(".")
+            current = f"--{section}{dot}{negated.replace('_', '-')}{option}"
+            _warn(flag, current)
+            flag, argument = current, current + equals + value
+        if not equals and not argument.startswith("--") and found:
+            argument = _current_argument(found[-1], argument)
+        elif equals:
+            argument = flag + equals + _current_argument(flag, value)
+        found.append(argument)
+    return found
+
+
+def _current_argument(flag: str, value: str) -> str:
+    current = current_value(flag.removeprefix("--").replace("-", "_"), value)
+    if current != value:
+        _warn(f"{flag} {value}", current)
+    return current
+
+
+def _warn(old: str, new: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {old} is deprecated and will be removed in the next release; use {new}", file=sys.stderr)
 
 
 def for_command(command: str, content: dict[str, Any], config: type) -> dict[str, Any]:
@@ -50,6 +164,8 @@ def arguments(path: str, config: type, command_line: Sequence[str], command: str
 
     command: takes its part of a file that has a table for each stage (`for_command`).
 
+    Deprecated names are accepted (`RENAMED`).
+
     Raises InputError naming the file, the key, and the nearest known key or the expected type.
     """
     try:
@@ -58,6 +174,7 @@ def arguments(path: str, config: type, command_line: Sequence[str], command: str
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from None
+    content = current_names(content, path, warn=True)
     given = {argument.split("=")[0].replace("_", "-") for argument in command_line if argument.startswith("--")}
     from_file: list[str] = []
     for key, value in _flatten(path, config, for_command(command, content, config), ""):

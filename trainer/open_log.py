@@ -11,14 +11,14 @@ import torch.distributed as dist
 from recpress.data.config import Schema
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.data.sampling.corrupt_groups import TolerantRows, in_words, left_out
-from recpress.trainer.distributed.process_group import agreed
+from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words, left_out
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
 
 def open_on_all_ranks(
     path: str, schema: Schema | None, *, skip: bool, pairs: bool = True, only: Sequence[str] | None = None
 ) -> Log:
-    """The log; with `skip` without the files of train that any rank cannot open, and with `TolerantRows`. Collective.
+    """The log; with `skip` without the files of train that any rank cannot open, and with `TolerantSplit`. Collective.
 
     Args:
         pairs, only: see `open_log`.
@@ -26,26 +26,26 @@ def open_on_all_ranks(
     Raises:
         InputError: see `open_log`. On every rank.
     """
-    with agreed():
+    with raise_on_all_ranks():
         log = open_log(path, schema, pairs=pairs, skip_bad=skip, only=only)
     if not skip:
         return _with_fingerprints(log)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, log.bad_files)
     bad = {path: why for of_rank in everyone for path, why in of_rank.items()}
-    with agreed():
+    with raise_on_all_ranks():
         if any(of_rank.keys() != bad.keys() for of_rank in everyone):
             log = open_log(path, schema, pairs=pairs, skip_bad=True, bad=bad, only=only)
             if log.bad_files.keys() != bad.keys():
                 raise InputError(f"{path}: files can be read at one moment and not at the next; try again later")
-    return _with_fingerprints(replace(log, train=TolerantRows.of(log.train)))
+    return _with_fingerprints(replace(log, train=TolerantSplit.of(log.train)))
 
 
 def _with_fingerprints(log: Log) -> Log:
     """The log, with the fingerprints of its train files on all ranks: rank 0 takes them. Collective."""
     if dist.get_world_size() > 1:
         taken: list[dict[str, str]] = [{}]
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 taken = [log.train.take_fingerprints()]
         dist.broadcast_object_list(taken)
@@ -59,7 +59,7 @@ def share_lost(log: Log) -> None:
     Raises:
         InputError: no row group could be read. On every rank.
     """
-    if not isinstance(log.train, TolerantRows):
+    if not isinstance(log.train, TolerantSplit):
         return
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, dict(log.train.lost))

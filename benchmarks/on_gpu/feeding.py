@@ -52,7 +52,7 @@ def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
             builder = BatchBuilder(UniformNegatives(args.items, args.negatives), device=device)
 
             def stream(threads: int, pin: bool, builder: BatchBuilder = builder) -> Iterator[Batch]:
-                config = StreamConfig(batch_size=args.batch, threads=threads)
+                config = StreamConfig(batch_size=args.batch, num_threads=threads)
                 found = InteractionStream(log.train, log.schema, config, pin_memory=pin)
                 return map(builder, islice(found.map(lambda rows: rows), steps))
 

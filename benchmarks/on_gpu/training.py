@@ -35,12 +35,12 @@ class Kind:
 
 
 KINDS = (
-    Kind("trainable", "init-train"),
-    Kind("frozen fp32", "init-freeze"),
-    Kind("frozen 8-bit", "init-freeze", "int8"),
-    Kind("hashed, trainable", "init-train", hashed=True),
-    Kind("hashed, frozen fp32", "init-freeze", hashed=True),
-    Kind("hashed, frozen 8-bit", "init-freeze", "int8", hashed=True),
+    Kind("trainable", "warm-start"),
+    Kind("frozen fp32", "frozen"),
+    Kind("frozen 8-bit", "frozen", "int8"),
+    Kind("hashed, trainable", "warm-start", hashed=True),
+    Kind("hashed, frozen fp32", "frozen", hashed=True),
+    Kind("hashed, frozen 8-bit", "frozen", "int8", hashed=True),
 )
 
 

@@ -36,7 +36,7 @@ def _requests() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_REQUESTS, thread_name_prefix="recpress-requests")
 
 
-class Ranges:
+class ColumnChunkFile:
     """A file of which a few ranges are in memory: what `pyarrow.PythonFile` takes. A read is not a copy.
 
     Args:
@@ -84,7 +84,7 @@ class Ranges:
 
 def fetch(
     filesystem: pafs.FileSystem, path: str, metadata: pq.FileMetaData, group: int, columns: Sequence[str]
-) -> Ranges:
+) -> ColumnChunkFile:
     """Reads the chunks of the given columns; counted in `SPENT`. Raises OSError where they cannot be read."""
     began = time.perf_counter()
     wanted = chunks(metadata, group, columns)
@@ -102,7 +102,7 @@ def fetch(
             pieces = [(first, data) for (first, _), data in zip(wanted, found, strict=True)]
     SPENT.bytes += sum(end - first for first, end in wanted)
     SPENT.seconds += time.perf_counter() - began
-    return Ranges(pieces, size)
+    return ColumnChunkFile(pieces, size)
 
 
 def leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:

@@ -28,9 +28,9 @@ from recpress.data.dataset.files import (
     shown,
 )
 from recpress.data.dataset.log import files_of
-from recpress.data.dataset.parquet_split import RowFile, Rows, groups_of, num_ids, open_file
+from recpress.data.dataset.parquet_split import ParquetSplit, SplitFile, groups_of, num_ids, open_file
 from recpress.data.dataset.partitions import constants
-from recpress.data.dataset.schema import agree
+from recpress.data.dataset.schema import unify
 from recpress.data.errors import InputError
 
 Taken = dict[str, Any]
@@ -97,7 +97,9 @@ class GrowingLog:
         self._unfinished[name] = -1 if before in (size, -1) else size
 
 
-def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken], *, any_id: Collection[str] = ()) -> Rows:
+def open_round(
+    base: ParquetSplit, before: Sequence[Taken], files: Sequence[Taken], *, any_id: Collection[str] = ()
+) -> ParquetSplit:
     """The rows of the files of one round, as those of `base`, the rows of round 0.
 
     Args:
@@ -121,8 +123,8 @@ def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken], *, a
             )
     schemas = [(shown(base.filesystem, file.path), file.schema) for file in opened]
     known = [replace(column, limit=None) if column.name in any_id else column for column in base.columns.values()]
-    columns = agree(known, schemas)
-    every = (*(RowFile(file["name"], file["size"], None) for file in before), *opened)
+    columns = unify(known, schemas)
+    every = (*(SplitFile(file["name"], file["size"], None) for file in before), *opened)
     return replace(
         base,
         files=every,
@@ -131,7 +133,7 @@ def open_round(base: Rows, before: Sequence[Taken], files: Sequence[Taken], *, a
     )
 
 
-def refuse_new_ids(rows: Rows, advice: Mapping[str, str]) -> None:
+def refuse_new_ids(rows: ParquetSplit, advice: Mapping[str, str]) -> None:
     """Look in the footers for ids that are not below the limit of their column, before any row is trained on.
 
     Args:

@@ -36,7 +36,7 @@ from recpress.data.dataset.files import (
     split_glob,
     walk,
 )
-from recpress.data.dataset.parquet_split import Rows, iter_row_groups, largest_id, open_rows, read_whole
+from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups, largest_id, open_split, read_whole
 from recpress.data.dataset.partitions import is_partition, partition_root
 from recpress.data.dataset.schema import common_time
 from recpress.data.errors import InputError
@@ -59,10 +59,10 @@ class Log:
     schema: Schema
     num_users: int
     num_items: int
-    train: Rows
-    val: Rows | None
-    test: Rows | None
-    test_negatives: Rows | None
+    train: ParquetSplit
+    val: ParquetSplit | None
+    test: ParquetSplit | None
+    test_negatives: ParquetSplit | None
     manifest: dict[str, Any] | None
     """Of a log that was written by us."""
     filesystem: pafs.FileSystem
@@ -318,7 +318,7 @@ def _warn_of_unread(
                 ]
     if unread:
         logging.getLogger("recpress").warning(
-            "%s: not read, by their names: %s; docs/log.md lists the names that a log has",
+            "%s: not read, by their names: %s; docs/train/log.md lists the names that a log has",
             shown(filesystem, root),
             _some(unread),
         )
@@ -370,21 +370,21 @@ def _open_part(
     skip: bool,
     bad: dict[str, str],
     folders: str | None,
-) -> Rows:
+) -> ParquetSplit:
     if part == "test_negatives":
         columns = [Column(NEGATIVES.user, "id"), Column(NEGATIVES.item, "id"), Column("negatives", "ids")]
-        return open_rows(filesystem, files, columns)
+        return open_split(filesystem, files, columns)
     ids = [Column(name, "id") for name in (schema.user, schema.item) if name]
     rest = [Column(schema.label, "label")] if schema.label else []
     rest += [Column(schema.time, "time")] if schema.time else []
     rest += [Column(name, "categorical") for name in schema.categorical]
     rest += [Column(name, "float") for name in schema.floats]
     if part == "train":
-        return open_rows(filesystem, files, ids + rest, skip=skip, bad=bad, folders=folders)
-    return open_rows(filesystem, files, ids, rest, folders=folders)  # held-out rows may lack what only training needs
+        return open_split(filesystem, files, ids + rest, skip=skip, bad=bad, folders=folders)
+    return open_split(filesystem, files, ids, rest, folders=folders)  # held-out rows may lack what only training needs
 
 
-def _same_times(opened: dict[str, Rows], schema: Schema) -> dict[str, Rows]:
+def _same_times(opened: dict[str, ParquetSplit], schema: Schema) -> dict[str, ParquetSplit]:
     """The same rows, the times of all parts in one unit."""
     name = schema.time or ""
     having = {part: rows for part, rows in opened.items() if name in rows.columns}
@@ -397,7 +397,7 @@ def _same_times(opened: dict[str, Rows], schema: Schema) -> dict[str, Rows]:
     }
 
 
-def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | None) -> tuple[int, int]:
+def _sizes(opened: dict[str, ParquetSplit], schema: Schema, manifest: dict[str, Any] | None) -> tuple[int, int]:
     if manifest is not None:
         return manifest["num_users"], manifest["num_items"]
     total = sum(rows.num_rows for part, rows in opened.items() if part != "test_negatives")
@@ -413,7 +413,7 @@ def _sizes(opened: dict[str, Rows], schema: Schema, manifest: dict[str, Any] | N
     return users, items
 
 
-def _num_dense(rows: Rows, column: str, total: int) -> int:
+def _num_dense(rows: ParquetSplit, column: str, total: int) -> int:
     """The largest id + 1. Raises InputError where so large an id cannot be dense: hashes, or keys of a database."""
     largest, group = largest_id(rows, column)
     if group is not None and not is_dense(largest, total):
@@ -424,7 +424,7 @@ def _num_dense(rows: Rows, column: str, total: int) -> int:
     return largest + 1
 
 
-def _limited(rows: Rows, limits: dict[str, int], schema: Schema) -> Rows:
+def _limited(rows: ParquetSplit, limits: dict[str, int], schema: Schema) -> ParquetSplit:
     """The same rows with the column of users, and with the number of ids of each column where it is known."""
     columns = {name: replace(column, limit=limits.get(name)) for name, column in rows.columns.items()}
     return replace(rows, columns=columns, user=schema.user or None)

@@ -16,12 +16,12 @@ from recpress.data.dataset.column_chunks import fetch, leaves
 from recpress.data.dataset.columns import Column, Jagged, decode, plain_schema, plain_table
 from recpress.data.dataset.files import first_line, retried, shown
 from recpress.data.dataset.partitions import Constants, constants
-from recpress.data.dataset.schema import agree
+from recpress.data.dataset.schema import unify
 from recpress.data.errors import InputError
 
 
 @dataclass(frozen=True)
-class RowFile:
+class SplitFile:
     """One Parquet file and its footer, which is read once."""
 
     path: str
@@ -33,7 +33,7 @@ class RowFile:
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the table that `Rows.read_table` returns."""
+        """Of the table that `ParquetSplit.read_table` returns."""
         fields = [*plain_schema(self.metadata.schema.to_arrow_schema())]
         fields += [pa.field(name, value.type) for name, value in self.constants.items()]
         return pa.schema(fields)
@@ -49,7 +49,7 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ParquetSplit:
     """Rows of a log in their natural order. Row groups without rows are left out; ordinals are not changed by
     it.
 
@@ -57,7 +57,7 @@ class Rows:
     """
 
     filesystem: pafs.FileSystem
-    files: tuple[RowFile, ...]
+    files: tuple[SplitFile, ...]
     groups: tuple[RowGroup, ...]
     columns: dict[str, Column]
     user: str | None = None
@@ -71,7 +71,7 @@ class Rows:
     def num_rows(self) -> int:
         return sum(group.num_rows for group in self.groups)
 
-    def with_labels_in(self, column: str, low: float, high: float) -> Rows:
+    def with_labels_in(self, column: str, low: float, high: float) -> ParquetSplit:
         """The same rows, of which reading refuses labels outside [low, high]."""
         return replace(self, columns=self.columns | {column: replace(self.columns[column], within=(low, high))})
 
@@ -162,13 +162,13 @@ class Rows:
 
 
 def iter_row_groups(
-    rows: Rows, columns: Sequence[str], places: Sequence[int] | None = None
+    rows: ParquetSplit, columns: Sequence[str], places: Sequence[int] | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray | Jagged]]]:
     """(place in `rows.groups`, its columns) of these row groups, by default of all. One row group is read ahead by a
     thread; one that cannot be read and may be skipped, is.
 
     Raises:
-        InputError: see `Rows.read`.
+        InputError: see `ParquetSplit.read`.
     """
     places = range(len(rows.groups)) if places is None else places
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
@@ -181,7 +181,7 @@ def iter_row_groups(
                 yield place, data
 
 
-def open_rows(
+def open_split(
     filesystem: pafs.FileSystem,
     paths: Sequence[str],
     required: Sequence[Column],
@@ -190,7 +190,7 @@ def open_rows(
     skip: bool = False,
     bad: dict[str, str] | None = None,
     folders: str | None = None,
-) -> Rows:
+) -> ParquetSplit:
     """Reads the footers of the files, checks their columns and lists their row groups.
 
     Args:
@@ -202,14 +202,14 @@ def open_rows(
 
     Raises:
         InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or that
-            the files do not agree on (`drift.agree`).
+            the files do not unify on (`schema.unify`).
     """
     if not paths:
         raise InputError("no Parquet file")
     bad = {} if bad is None else bad
     given = constants(sorted(paths), folders) if folders is not None else {}
 
-    def open_one(path: str) -> RowFile:
+    def open_one(path: str) -> SplitFile:
         if path not in bad:
             try:
                 return open_file(filesystem, path, given.get(path))
@@ -217,7 +217,7 @@ def open_rows(
                 if not skip:
                     raise
                 bad[path] = str(error)
-        return RowFile(path, 0, None)
+        return SplitFile(path, 0, None)
 
     with ThreadPoolExecutor(max_workers=min(16, len(paths))) as pool:
         files = tuple(pool.map(open_one, sorted(paths)))
@@ -225,11 +225,13 @@ def open_rows(
     if not schemas:
         raise InputError(f"{bad[files[0].path]}; nor can any other of the {len(files)} files be used")
     there = {name for _, schema in schemas for name in schema.names}
-    columns = agree([*required, *(column for column in optional if column.name in there)], schemas)
-    return Rows(filesystem, files, groups_of(files), {column.name: column for column in columns}, folders=folders)
+    columns = unify([*required, *(column for column in optional if column.name in there)], schemas)
+    return ParquetSplit(
+        filesystem, files, groups_of(files), {column.name: column for column in columns}, folders=folders
+    )
 
 
-def groups_of(files: Sequence[RowFile], first: int = 0) -> tuple[RowGroup, ...]:
+def groups_of(files: Sequence[SplitFile], first: int = 0) -> tuple[RowGroup, ...]:
     """The row groups that have rows, of the files from this ordinal on."""
     return tuple(
         RowGroup(ordinal, group, file.metadata.row_group(group).num_rows)
@@ -240,17 +242,17 @@ def groups_of(files: Sequence[RowFile], first: int = 0) -> tuple[RowGroup, ...]:
     )
 
 
-def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = None) -> RowFile:
+def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = None) -> SplitFile:
     """Reads the footer; `given` are values that the names of folders hold, for columns that the file lacks.
 
     Raises InputError where it cannot be read.
     """
 
-    def read() -> RowFile:
+    def read() -> SplitFile:
         with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as parquet:
             own = parquet.schema_arrow.names
             more = {name: value for name, value in (given or {}).items() if name not in own}
-            return RowFile(path, source.size(), parquet.metadata, more)
+            return SplitFile(path, source.size(), parquet.metadata, more)
 
     where = shown(filesystem, path)
     try:
@@ -281,7 +283,7 @@ def read_whole(filesystem: pafs.FileSystem, path: str, columns: Sequence[str] | 
         raise InputError(f"{where}: cannot be read: {first_line(error)}") from error
 
 
-def num_ids(rows: Rows, column: str) -> int:
+def num_ids(rows: ParquetSplit, column: str) -> int:
     """The largest id of a column + 1, from the footers' statistics; row groups without any are read.
 
     Raises InputError where the column holds a null or a negative id, naming the row.
@@ -289,7 +291,7 @@ def num_ids(rows: Rows, column: str) -> int:
     return largest_id(rows, column)[0] + 1
 
 
-def largest_id(rows: Rows, column: str) -> tuple[int, RowGroup | None]:
+def largest_id(rows: ParquetSplit, column: str) -> tuple[int, RowGroup | None]:
     """The largest id of a column and its row group; (-1, None) without rows. Raises InputError as `num_ids`."""
     places = [
         leaves(file.metadata, [column])[0] if file.metadata and column not in file.constants else -1

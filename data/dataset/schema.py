@@ -19,7 +19,7 @@ from recpress.data.errors import InputError
 _UNITS = ("s", "ms", "us", "ns")  # from coarse to fine
 
 
-def agree(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -> list[Column]:
+def unify(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -> list[Column]:
     """The columns with what is common to all files; `Column.time` says what times are read as.
 
     Args:

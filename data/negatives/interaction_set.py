@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 
 _SLOTS = 1 << 16
-"""Slots of the filter that `PositivePairs.among` makes of the low bits of the items: small enough for a cache."""
+"""Slots of the filter that `InteractionSet.among` makes of the low bits of the items: small enough for a cache."""
 
 
-class PositivePairs:
+class InteractionSet:
     """The set of (user, item) pairs of a log, to look pairs up in. About 10 bytes a pair, on each rank.
 
     Args:
@@ -27,12 +27,12 @@ class PositivePairs:
         self._filter = _BitFilter(keys) if keys.device.type == "cpu" and len(keys) else None
 
     @classmethod
-    def of_pairs(cls, users: np.ndarray, items: np.ndarray, num_items: int) -> PositivePairs:
+    def of_pairs(cls, users: np.ndarray, items: np.ndarray, num_items: int) -> InteractionSet:
         """Of int64 arrays of pairs, in any order, with repetitions."""
         return cls(torch.from_numpy(_distinct(_keys(users, items, num_items))), num_items)
 
     @classmethod
-    def of(cls, parts: Sequence[Rows], user: str, item: str, num_items: int) -> PositivePairs:
+    def of(cls, parts: Sequence[ParquetSplit], user: str, item: str, num_items: int) -> InteractionSet:
         """Of parts of a log, read in a stream. `user` and `item` are the names of the columns."""
         keys = [np.empty(0, dtype=np.int64)]
         for rows in parts:
@@ -43,8 +43,8 @@ class PositivePairs:
                 keys.append(_keys(users, items, num_items))
         return cls(torch.from_numpy(_distinct(np.concatenate(keys))), num_items)
 
-    def to(self, device: torch.device | str) -> PositivePairs:
-        return PositivePairs(self.keys.to(device), self.num_items)
+    def to(self, device: torch.device | str) -> InteractionSet:
+        return InteractionSet(self.keys.to(device), self.num_items)
 
     def __len__(self) -> int:
         return len(self.keys)

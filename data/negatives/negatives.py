@@ -11,7 +11,7 @@ import torch
 
 from recpress.data.config import NegativesConfig
 from recpress.data.errors import InputError
-from recpress.data.negatives.interaction_set import PositivePairs, mix, shift, signed
+from recpress.data.negatives.interaction_set import InteractionSet, mix, shift, signed
 from recpress.data.seeds import key
 
 _ATTEMPTS = 16
@@ -27,7 +27,7 @@ class Negatives:
             redraws (a user who has nearly all items) is kept, and counted in `kept_positives`.
     """
 
-    def __init__(self, num_items: int, count: int, seed: int = 0, reject: PositivePairs | None = None) -> None:
+    def __init__(self, num_items: int, count: int, seed: int = 0, reject: InteractionSet | None = None) -> None:
         if num_items < 1 or count < 0:
             raise InputError(f"{count} negatives of {num_items} items; expected at least 0 of at least 1")
         self.num_items, self.count, self.seed, self.reject = num_items, count, seed, reject
@@ -117,7 +117,7 @@ class PopularityNegatives(Negatives):
         count: int,
         power: float = 0.75,
         seed: int = 0,
-        reject: PositivePairs | None = None,
+        reject: InteractionSet | None = None,
     ) -> None:
         counts = torch.as_tensor(counts)
         super().__init__(len(counts), count, seed, reject)
@@ -189,7 +189,7 @@ def make_negatives(
     config: NegativesConfig,
     num_items: int,
     counts: np.ndarray | torch.Tensor | None = None,
-    reject: PositivePairs | None = None,
+    reject: InteractionSet | None = None,
 ) -> Negatives:
     """The negatives that a configuration asks for.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recpress.data.dataset.columns import Jagged, take
-from recpress.data.dataset.parquet_split import RowGroup, Rows
+from recpress.data.dataset.parquet_split import ParquetSplit, RowGroup
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
 from recpress.data.seeds import generator
@@ -33,13 +33,13 @@ Lost = dict[Place, int]
 
 
 @dataclass(frozen=True)
-class TolerantRows(Rows):
+class TolerantSplit(ParquetSplit):
     """Rows whose damaged row groups are left out by `read_or_skip`, and remembered in `lost`."""
 
     lost: Lost = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Rows, **more: object) -> TolerantRows:
+    def of(cls, rows: ParquetSplit, **more: object) -> TolerantSplit:
         """The same rows; what `rows` has lost already stays lost, in the same dictionary."""
         parts = {part.name: getattr(rows, part.name) for part in fields(cls) if hasattr(rows, part.name)}
         return cls(**parts | more)
@@ -64,7 +64,7 @@ class TolerantRows(Rows):
 def left_out(log: Log) -> dict[str, Any]:
     """What the manifest of what is made of a log says of files and row groups of train that were left out so far;
     nothing where none may be."""
-    if not isinstance(log.train, TolerantRows):
+    if not isinstance(log.train, TolerantSplit):
         return {}
     lost = dict(log.train.lost)
     return {"bad_files": dict(log.bad_files), "bad_row_groups": len(lost), "lost_rows": sum(lost.values())}
@@ -82,7 +82,7 @@ def in_words(log: Log) -> str | None:
 
 
 @dataclass(frozen=True)
-class ReplacingRows(TolerantRows):
+class ReplacingSplit(TolerantSplit):
     """Rows whose `read` always gives as many as the footer says: of another row group, where one is damaged."""
 
     selection: Selection | None = None
@@ -90,7 +90,7 @@ class ReplacingRows(TolerantRows):
     seed: int = 0
 
     def read(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged]:
-        """As `Rows.read`; at the places of a damaged group's members stand members of another one.
+        """As `ParquetSplit.read`; at the places of a damaged group's members stand members of another one.
 
         Raises InputError where TRIES others cannot be read either, or there is none.
         """

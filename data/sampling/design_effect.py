@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class DesignEffect:
     """Row groups that it was measured on; chance alone moves the effect of a shuffled log by sqrt(2 / groups)."""
 
 
-def design_effects(rows: Rows, columns: Sequence[str], groups: Sequence[int] | None = None) -> dict[str, DesignEffect]:
+def design_effects(
+    rows: ParquetSplit, columns: Sequence[str], groups: Sequence[int] | None = None
+) -> dict[str, DesignEffect]:
     """The design effect of each of the columns (scalar ones), from all row groups or those that are named by place.
 
     Reads the columns once. A column that is constant has effect 1; a row with NaN is left out.

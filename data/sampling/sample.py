@@ -24,7 +24,7 @@ from recpress.data.dataset.log import KIND, Log
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.sampling.bucket_shuffle import BucketShuffle
-from recpress.data.sampling.corrupt_groups import TolerantRows, left_out
+from recpress.data.sampling.corrupt_groups import TolerantSplit, left_out
 from recpress.data.sampling.selection import Selection
 
 
@@ -47,7 +47,7 @@ def write_sample(
         shuffle: write the rows in a random order, a function of the files, the sample's seed and `shuffle_rows`.
         shuffle_rows: rows of a bucket (see `BucketShuffle`); buckets lie beside `out`, or in TMPDIR where it is remote.
 
-    Of a log with `TolerantRows`, row groups that cannot be read, or whose types cannot be converted, are left out, and
+    Of a log with `TolerantSplit`, row groups that cannot be read, or whose types cannot be converted, are left out, and
     the manifest says so (`bad_groups.left_out`).
 
     Raises:
@@ -109,7 +109,7 @@ def _sampled(log: Log, selection: Selection) -> Iterator[pa.Table]:
         try:
             table = _conformed(rows.read_table(group, schema.names), schema, rows.where(group))
         except InputError as error:
-            if not isinstance(rows, TolerantRows):
+            if not isinstance(rows, TolerantSplit):
                 raise
             rows.lose(group, error, group.num_rows if chosen is None else len(chosen))
             return None

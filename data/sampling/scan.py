@@ -8,12 +8,12 @@ import numpy as np
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset.columns import Jagged, take
-from recpress.data.dataset.parquet_split import Rows, iter_row_groups
+from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups
 from recpress.data.sampling.selection import Selection
 
 
 def iter_columns(
-    rows: Rows,
+    rows: ParquetSplit,
     columns: Sequence[str],
     *,
     rank: int = 0,
@@ -28,7 +28,7 @@ def iter_columns(
         sample: only the rows that are in this sample; with `complement` only those that are not.
 
     Raises:
-        InputError: see `Rows.read`.
+        InputError: see `ParquetSplit.read`.
     """
     selection = Selection(rows, sample, complement)
     for group, data in iter_row_groups(rows, columns, selection.candidates[rank::world].tolist()):

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from recpress.data.config import SampleConfig
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.sampling.bernoulli import check_rate, membership, num_members
 from recpress.data.sampling.block_sample import BlockSample
 from recpress.data.sampling.user_sample import UserSample
@@ -28,7 +28,7 @@ class _Members(Protocol):
 class RowSample:
     """Each row independently (see `bernoulli`); costs no memory, and 10 ns per member for `counts`."""
 
-    def __init__(self, rows: Rows, rate: float, seed: int) -> None:
+    def __init__(self, rows: ParquetSplit, rate: float, seed: int) -> None:
         self._places = [(seed, rate, group.file, group.group, group.num_rows) for group in rows.groups]
 
     @cached_property
@@ -47,7 +47,7 @@ class HoldOut:
     rate: float
     seed: int
 
-    def place(self, rows: Rows, group: int, count: int) -> tuple[int, float, int, int, int]:
+    def place(self, rows: ParquetSplit, group: int, count: int) -> tuple[int, float, int, int, int]:
         """Arguments of `membership` for a row group with `count` selected rows."""
         where = rows.groups[group]
         return key("hold out", self.seed), self.rate, where.file, where.group, count
@@ -64,7 +64,7 @@ class Selection:
     """
 
     def __init__(
-        self, rows: Rows, sample: SampleConfig | None, complement: bool = False, hold_out: HoldOut | None = None
+        self, rows: ParquetSplit, sample: SampleConfig | None, complement: bool = False, hold_out: HoldOut | None = None
     ) -> None:
         self._rows, self._hold_out = rows, hold_out
         self._sizes = np.array([group.num_rows for group in rows.groups], dtype=np.int64)

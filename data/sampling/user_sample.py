@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from recpress.data.dataset import object_store
-from recpress.data.dataset.parquet_split import Rows, iter_row_groups
+from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups
 from recpress.data.errors import InputError
 from recpress.data.seeds import philox
 
@@ -40,7 +40,7 @@ class UserSample:
         InputError: the log has no column of users, or one that cannot be read; the cache cannot be written.
     """
 
-    def __init__(self, rows: Rows, rate: float, seed: int) -> None:
+    def __init__(self, rows: ParquetSplit, rate: float, seed: int) -> None:
         self._sizes = [group.num_rows for group in rows.groups]
         self._starts = np.concatenate(([0], np.cumsum([(size + 7) // 8 for size in self._sizes])))
         self._bits = _cached(rows, rate, seed, int(self._starts[-1]))
@@ -99,7 +99,7 @@ def _by_user(users: np.ndarray) -> np.ndarray:
     return order
 
 
-def _cached(rows: Rows, rate: float, seed: int, size: int) -> np.ndarray:
+def _cached(rows: ParquetSplit, rate: float, seed: int, size: int) -> np.ndarray:
     """The bits of all row groups, each from a byte of its own on: (size,) uint8, mapped."""
     if rows.user is None:
         raise InputError("sample.kind is 'user': expected a log with a column of users; its schema names none")
@@ -113,10 +113,10 @@ def _cached(rows: Rows, rate: float, seed: int, size: int) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def _bits(rows: Rows, rate: float, seed: int, size: int) -> np.ndarray:
+def _bits(rows: ParquetSplit, rate: float, seed: int, size: int) -> np.ndarray:
 
     # A row group that is left out would change what is drawn of its users elsewhere: none may be.
-    rows = Rows(**{part.name: getattr(rows, part.name) for part in fields(Rows)})
+    rows = ParquetSplit(**{part.name: getattr(rows, part.name) for part in fields(ParquetSplit)})
     assert rows.user is not None
     bits = np.empty(size, dtype=np.uint8)
     marker = Marker(rate, seed, rows.columns[rows.user].limit or 0)

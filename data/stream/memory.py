@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 
 from recpress.data.dataset.column_chunks import leaves
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.stream.order import TILE_ROWS
-from recpress.data.stream.read_plan import Ahead
+from recpress.data.stream.read_plan import ReadPlan
 
 _PAGE = 1 << 20
 """Bytes of a page of a column chunk, as writers make them."""
-# Measured, as are the three after it: docs/stream.md has the peaks.
+# Measured, as are the three after it: docs/how/stream.md has the peaks.
 KEPT = 16 << 20
 """Permutations, addresses, and what libraries keep from their first use on."""
 _THREAD = 12 << 20
@@ -28,9 +28,9 @@ _PIPELINE = 3
 
 
 def memory_bound(
-    rows: Rows,
+    rows: ParquetSplit,
     columns: Sequence[str],
-    ahead: Ahead,
+    ahead: ReadPlan,
     *,
     rank_rows: int,
     batch_rows: int,
@@ -54,28 +54,28 @@ def memory_bound(
     begun = ahead.lanes * min(TILE_ROWS, rank_rows) * dense
     ordered = rank_rows * 8 * (values + 8 * len(lists))  # of one round: in their order, beside as they came
     batches = (ready + _PIPELINE) * batch_rows * (floats + 8 * (values + 2 * len(lists)))
-    rounds = (ahead.most_rounds() + 1) * rank_rows * row  # training still holds batches of the one before
+    rounds = (ahead.most_windows() + 1) * rank_rows * row  # training still holds batches of the one before
     groups = _ROUNDED * (threads * decoding + (threads + 1) * written)
     return round(rounds + groups + begun + ordered + batches + KEPT + threads * _THREAD)
 
 
-def _type(rows: Rows, name: str) -> pa.DataType:
+def _type(rows: ParquetSplit, name: str) -> pa.DataType:
     first = rows.files[rows.groups[0].file]  # a file that was left out has no footer
     return first.schema.field(name).type
 
 
-def _width(rows: Rows, name: str) -> int:
+def _width(rows: ParquetSplit, name: str) -> int:
     """Bytes of a value of a dense column, as it lies in a round."""
     return 4 if rows.columns[name].role in ("label", "float") else 8
 
 
-def _values_a_row(rows: Rows, name: str) -> float:
+def _values_a_row(rows: ParquetSplit, name: str) -> float:
     """Of a column of lists, the mean."""
     values = sum(chunk.num_values for group in rows.groups for chunk in _chunks(rows, group.file, group.group, name))
     return values / rows.num_rows
 
 
-def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
+def _decoding(rows: ParquetSplit, group: int, columns: Sequence[str]) -> int:
     """Of one row group: the bytes of its column chunks, a page and a dictionary of each, and what they are decoded and
     converted to. Values of lists are decoded to memory that doubles; the old one is there while the new one fills."""
     place, total = rows.groups[group], 0
@@ -93,7 +93,7 @@ def _decoding(rows: Rows, group: int, columns: Sequence[str]) -> int:
     return total
 
 
-def _chunks(rows: Rows, file: int, group: int, name: str) -> list[Any]:
+def _chunks(rows: ParquetSplit, file: int, group: int, name: str) -> list[Any]:
     if name in rows.files[file].constants:
         return []
     metadata = rows.files[file].metadata

@@ -51,28 +51,28 @@ _STEPS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """Rows of one row group that belong to one block: rows [first, first + count) of the group's sample are
     the block's rows from `offset` on."""
 
     lane: int
-    round: int
+    window: int
     first: int
     offset: int
     count: int
 
 
 @dataclass(frozen=True)
-class Visit:
+class RowGroupRead:
     """One row group to decode, the first step that needs it, and the blocks that its rows go to."""
 
     group: int
     step: int
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Segment] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Tile:
+class ShuffleTile:
     """Rows of a block that lie in one tile."""
 
     first: int
@@ -115,7 +115,7 @@ class EpochOrder:
     epoch: int = 0
     shuffle: bool = True
     buffer_rows: int = 1 << 20
-    max_lanes: int = 8
+    interleave: int = 8
 
     _known_ranges: dict = field(default_factory=dict, repr=False, compare=False)
     _known_blocks: dict = field(default_factory=dict, repr=False, compare=False)
@@ -125,7 +125,7 @@ class EpochOrder:
         return Pool(self.seed, self.epoch)
 
     def __post_init__(self) -> None:
-        assert min(self.global_batch, self.buffer_rows, self.max_lanes) > 0
+        assert min(self.global_batch, self.buffer_rows, self.interleave) > 0
 
     # ---- the line of row groups
 
@@ -174,7 +174,7 @@ class EpochOrder:
 
     @cached_property
     def lanes(self) -> int:
-        return min(self.max_lanes, max(1, len(self.groups))) if self.shuffle else 1
+        return min(self.interleave, max(1, len(self.groups))) if self.shuffle else 1
 
     def _cuts(self, rows: int) -> np.ndarray:
         """How `rows` rows of a batch are shared among the lanes: lane l has [cuts[l], cuts[l + 1])."""
@@ -228,32 +228,32 @@ class EpochOrder:
     # ---- rounds
 
     @cached_property
-    def num_rounds(self) -> int:
+    def num_windows(self) -> int:
         rows = self.buffer_rows if self.shuffle else min(self.buffer_rows, _PLAIN_ROWS)
         longest = max(1, min(_STEPS, rows // self.global_batch))
         return max(1, -(-self.full_steps // longest))
 
-    def round_steps(self, number: int) -> tuple[int, int]:
+    def window_steps(self, number: int) -> tuple[int, int]:
         """Full steps [first, end) of a round. The last one has the rows of the smaller last step, too."""
-        return tuple(self.full_steps * k // self.num_rounds for k in (number, number + 1))  # type: ignore[return-value]
+        return tuple(self.full_steps * k // self.num_windows for k in (number, number + 1))  # type: ignore[return-value]
 
-    def round_of(self, step: int) -> int:
+    def window_of(self, step: int) -> int:
         if step >= self.full_steps:
-            return self.num_rounds - 1
-        return ((step + 1) * self.num_rounds - 1) // self.full_steps
+            return self.num_windows - 1
+        return ((step + 1) * self.num_windows - 1) // self.full_steps
 
     @cached_property
-    def round_rows(self) -> int:
+    def window_rows(self) -> int:
         """Rows of a round on all ranks, at most."""
-        return -(-self.full_steps // self.num_rounds) * self.global_batch + self._tail
+        return -(-self.full_steps // self.num_windows) * self.global_batch + self._tail
 
     def _tail_of(self, lane: int, number: int) -> int:
         """Rows of the last, smaller step in a block."""
-        return int(np.diff(self._tail_cuts)[lane]) if number == self.num_rounds - 1 else 0
+        return int(np.diff(self._tail_cuts)[lane]) if number == self.num_windows - 1 else 0
 
     def block_bounds(self, lane: int, number: int) -> tuple[int, int]:
         """The lane's positions [first, end) that it has in a round."""
-        first, end = (step * int(self._share[lane]) for step in self.round_steps(number))
+        first, end = (step * int(self._share[lane]) for step in self.window_steps(number))
         return first, end + self._tail_of(lane, number)
 
     def _block_line(self, lane: int, number: int) -> tuple[int, int]:
@@ -279,7 +279,7 @@ class EpochOrder:
         The step after the round's full ones is the smaller last step of the epoch.
         """
         places = np.empty(count, dtype=np.int64)
-        begin, end = self.round_steps(number)
+        begin, end = self.window_steps(number)
         block = self._block(lane, number)
         tile = bisect.bisect_right(block.starts, first) - 1
         while tile < len(block.starts) - 1 and block.starts[tile] < first + count:
@@ -298,7 +298,7 @@ class EpochOrder:
             tile += 1
         return places
 
-    def tiles(self, lane: int, number: int, first: int, count: int) -> Iterator[Tile]:
+    def tiles(self, lane: int, number: int, first: int, count: int) -> Iterator[ShuffleTile]:
         """The rows [first, first + count) of a block, tile by tile: what `places` says, from the other side; of an
         order that is shuffled."""
         block = self._block(lane, number)
@@ -309,12 +309,12 @@ class EpochOrder:
             slot, width, rows = block.slots[tile], block.slots[tile + 1] - block.slots[tile], after - begin
             tail, extra = block.tail_slots[tile], block.tail_slots[tile + 1] - block.tail_slots[tile]
             index = self.pool.sources(rows, block.bits[2 * tile] % members(rows), block.bits[2 * tile + 1] % rows)
-            yield Tile(at - first, min(after, end) - at, tile, at - begin, rows, slot, width, extra, tail, index)
+            yield ShuffleTile(at - first, min(after, end) - at, tile, at - begin, rows, slot, width, extra, tail, index)
             at, tile = min(after, end), tile + 1
 
     def _block(self, lane: int, number: int) -> _Block:
         if (found := self._known_blocks.get((lane, number))) is None:
-            begin, end = self.round_steps(number)
+            begin, end = self.window_steps(number)
             steps, share, tail = end - begin, int(self._share[lane]), self._tail_of(lane, number)
             tiles = max(1, min(share, -(-steps * share // TILE_ROWS))) if self.shuffle else 1
             cuts, tail_cuts = (np.arange(tiles + 1) * rows // tiles for rows in (share, tail))
@@ -332,28 +332,28 @@ class EpochOrder:
 
     # ---- what a rank decodes
 
-    def visits(self, rank: int, world: int, start: int = 0) -> list[Visit]:
+    def visits(self, rank: int, world: int, start: int = 0) -> list[RowGroupRead]:
         """The row groups that a rank decodes from step `start` on, each once, in the order of need."""
-        visits: dict[int, Visit] = {}
-        for number in range(self.round_of(start), self.num_rounds):
-            step = max(start, self.round_steps(number)[0])
+        visits: dict[int, RowGroupRead] = {}
+        for number in range(self.window_of(start), self.num_windows):
+            step = max(start, self.window_steps(number)[0])
             for lane in self._lanes_of(rank, world, number, start):
                 low, high = self._block_line(lane, number)
                 at = int(np.searchsorted(self._starts, low, side="right")) - 1
                 while at < len(self.groups) and self._starts[at] < high:
                     first, end = max(low, int(self._starts[at])), min(high, int(self._starts[at + 1]))
                     group = int(self.groups[at])
-                    visit = visits.setdefault(group, Visit(group, step))
-                    visit.parts.append(Part(lane, number, first - int(self._starts[at]), first - low, end - first))
+                    visit = visits.setdefault(group, RowGroupRead(group, step))
+                    visit.parts.append(Segment(lane, number, first - int(self._starts[at]), first - low, end - first))
                     at += 1
         return list(visits.values())
 
     def _lanes_of(self, rank: int, world: int, number: int, start: int) -> list[int]:
         """Lanes of which a rank has rows in a round, from step `start` on."""
         found: set[int] = set()
-        if max(start, self.round_steps(number)[0]) < self.round_steps(number)[1]:
+        if max(start, self.window_steps(number)[0]) < self.window_steps(number)[1]:
             found |= {lane for lane, _, _ in self.slices(0, rank, world)}
-        if number == self.num_rounds - 1 and start < self.num_steps(world):
+        if number == self.num_windows - 1 and start < self.num_steps(world):
             found |= {lane for lane, _, _ in self.slices(self.full_steps, rank, world)}
         return sorted(found)
 
@@ -361,8 +361,8 @@ class EpochOrder:
 
     def locate(self, step: int, rank: int, world: int) -> np.ndarray:
         """The rank's rows of a step: (rows, 2) int64, row group and place in the group's sample."""
-        number = self.round_of(step)
-        step_of_round = step - self.round_steps(number)[0]
+        number = self.window_of(step)
+        step_of_round = step - self.window_steps(number)[0]
         first = self.first_position(step, rank, world) - step * self.global_batch
         found = [np.empty((0, 2), dtype=np.int64)]
         for lane, _, _ in self.slices(step, rank, world):

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 
 from recpress.data.dataset.column_chunks import SPENT
 from recpress.data.dataset.columns import take
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.sampling.selection import Selection
-from recpress.data.stream.order import EpochOrder, Visit
-from recpress.data.stream.shuffle_window import Columns, Round, Spare
+from recpress.data.stream.order import EpochOrder, RowGroupRead
+from recpress.data.stream.shuffle_window import BufferPool, Columns, ShuffleWindow
 from recpress.data.stream.stats import Meter
 
 
-class Ahead:
+class ReadPlan:
     """What one rank reads from a step on, and how far ahead of its use: arithmetic, no data."""
 
     def __init__(self, order: EpochOrder, rank: int, world: int, start: int) -> None:
@@ -33,7 +33,7 @@ class Ahead:
         self.rows_of: Counter[int] = Counter()
         """Rows of each round."""
         for part in parts:
-            self.rows_of[part.round] += part.count
+            self.rows_of[part.window] += part.count
         self.largest = max((int(order.counts[visit.group]) for visit in self.visits), default=0)
         """Selected rows of a row group."""
         self.lanes = len({part.lane for part in parts})
@@ -41,16 +41,16 @@ class Ahead:
         self.limit = 2 * max(self.rows_of.values(), default=0) + self.lanes * self.largest
         """Rows that are read and not yet given out."""
 
-    def most_rounds(self) -> int:
+    def most_windows(self) -> int:
         """Rounds that are in memory at a time, whole or in part."""
-        floor, top, held, most = self.order.round_of(self.start), 0, 0, 0
+        floor, top, held, most = self.order.window_of(self.start), 0, 0, 0
         for visit in self.visits:
             rows = sum(part.count for part in visit.parts)
-            while held + rows > self.limit and self.order.round_of(visit.step) > floor:
+            while held + rows > self.limit and self.order.window_of(visit.step) > floor:
                 held -= self.rows_of[floor]
                 floor += 1
             held += rows
-            top = max(top, *(part.round for part in visit.parts))
+            top = max(top, *(part.window for part in visit.parts))
             most = max(most, top - floor + 1)
         return most
 
@@ -65,7 +65,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: ParquetSplit,
         columns: Sequence[str],
         order: EpochOrder,
         *,
@@ -75,24 +75,24 @@ class ReadAhead:
         threads: int,
         start: int,
         meter: Meter,
-        spare: Spare,
+        spare: BufferPool,
     ) -> None:
         self._rows, self._columns, self._order = rows, list(columns), order
         self._rank, self._world = rank, world
         self._selection, self._meter, self._spare = selection, meter, spare
-        ahead = Ahead(order, rank, world, start)
+        ahead = ReadPlan(order, rank, world, start)
         self._visits, self._rows_of, self._limit = ahead.visits, ahead.rows_of, ahead.limit
         self._next = 0
         self._step = start
         lock = threading.Lock()
         self._changed, self._decoded_some, self._wrote_some = (threading.Condition(lock) for _ in range(3))
-        self._filling: dict[int, Round] = {}
-        self._ready: dict[int, Round] = {}
+        self._filling: dict[int, ShuffleWindow] = {}
+        self._ready: dict[int, ShuffleWindow] = {}
         self._error: BaseException | None = None
         self._closed = False
         self._held = 0  # rows decoded or being decoded and not yet released
         self._floor = 0  # the first round that is still wanted
-        self._decoded: deque[tuple[Visit, Columns]] = deque()
+        self._decoded: deque[tuple[RowGroupRead, Columns]] = deque()
         self._decoding = threads  # threads that may still hand over a row group
         self._threads = [
             threading.Thread(target=work, name=f"recpress-stream-{name}-{k}", daemon=True)
@@ -134,7 +134,7 @@ class ReadAhead:
         if self._error is not None:
             raise self._error
 
-    def round(self, number: int, step: int) -> Round:
+    def window(self, number: int, step: int) -> ShuffleWindow:
         """The rows of a round, which step `step` needs; waits for it. Raises what a thread has raised."""
         with self._changed:
             self._step = step
@@ -178,7 +178,7 @@ class ReadAhead:
             self._meter.add(shuffle=time.perf_counter() - began)
 
     @contextmanager
-    def _told(self, visit: Visit) -> Iterator[None]:
+    def _told(self, visit: RowGroupRead) -> Iterator[None]:
         """Lets the consumer know of an error, whatever it is."""
         try:
             yield
@@ -188,7 +188,7 @@ class ReadAhead:
                 self._error = self._error or error
                 self._end()
 
-    def _hand_over(self, visit: Visit, columns: Columns) -> None:
+    def _hand_over(self, visit: RowGroupRead, columns: Columns) -> None:
         """To the threads that write, once they have taken what was handed over before."""
         began = time.perf_counter()
         with self._changed:
@@ -198,7 +198,7 @@ class ReadAhead:
             self._decoded_some.notify()
         self._meter.add(room=time.perf_counter() - began)
 
-    def _next_decoded(self) -> tuple[Visit, Columns] | None:
+    def _next_decoded(self) -> tuple[RowGroupRead, Columns] | None:
         with self._changed:
             while not self._decoded:
                 if self._closed or not self._decoding:
@@ -207,7 +207,7 @@ class ReadAhead:
             self._wrote_some.notify()
             return self._decoded.popleft()
 
-    def _take(self) -> Visit | None:
+    def _take(self) -> RowGroupRead | None:
         """The next row group, once there is room for it or the consumer cannot go on without it."""
         with self._changed:
             while True:
@@ -223,7 +223,7 @@ class ReadAhead:
                 self._changed.wait()
                 self._meter.add(room=time.perf_counter() - began)
 
-    def _decode(self, visit: Visit) -> Columns:
+    def _decode(self, visit: RowGroupRead) -> Columns:
         group = self._rows.groups[visit.group]
         SPENT.bytes, SPENT.seconds = 0, 0.0
         times = [time.perf_counter()]
@@ -241,28 +241,28 @@ class ReadAhead:
         )
         return columns
 
-    def _deal(self, visit: Visit, columns: Columns) -> None:
+    def _deal(self, visit: RowGroupRead, columns: Columns) -> None:
         """Writes the rows of a row group to their rounds."""
         for part in visit.parts:
             with self._changed:
                 if self._closed:
                     return
-                made = self._filling.get(part.round) or self._filling.setdefault(
-                    part.round, self._new_round(part.round, columns)
+                made = self._filling.get(part.window) or self._filling.setdefault(
+                    part.window, self._new_window(part.window, columns)
                 )
             made.fill(part, columns)
             with self._changed:
                 made.missing -= part.count
                 if made.missing:
                     continue
-                del self._filling[part.round]
+                del self._filling[part.window]
             made.finish()
             with self._changed:
-                if part.round < self._floor:
-                    self._drop(part.round)
+                if part.window < self._floor:
+                    self._drop(part.window)
                 else:
-                    self._ready[part.round] = made
+                    self._ready[part.window] = made
                     self._changed.notify_all()
 
-    def _new_round(self, number: int, columns: Columns) -> Round:
-        return Round(self._order, number, self._rank, self._world, columns, self._rows_of[number], self._spare)
+    def _new_window(self, number: int, columns: Columns) -> ShuffleWindow:
+        return ShuffleWindow(self._order, number, self._rank, self._world, columns, self._rows_of[number], self._spare)

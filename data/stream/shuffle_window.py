@@ -21,7 +21,7 @@ import torch
 
 from recpress.data.dataset.columns import Jagged, to_tensor
 from recpress.data.dataset.side_table import JaggedColumn
-from recpress.data.stream.order import TILE_ROWS, EpochOrder, Part, Tile
+from recpress.data.stream.order import TILE_ROWS, EpochOrder, Segment, ShuffleTile
 
 Columns = dict[str, np.ndarray | Jagged]
 
@@ -63,7 +63,7 @@ class _Begun:
     missing: int
 
 
-class Spare:
+class BufferPool:
     """Memory that is used again once no batch in it is left: new memory has to be cleared by the kernel first, which
     takes as long as filling it. Shared by threads.
 
@@ -131,7 +131,7 @@ def _mapped(size: int) -> np.ndarray:
     return np.frombuffer(memory, dtype=np.uint8)
 
 
-class Round:
+class ShuffleWindow:
     """One rank's rows of a round, while they come in and until the last batch of it is given out.
 
     Args:
@@ -148,12 +148,12 @@ class Round:
         world: int,
         columns: Columns,
         missing: int,
-        spare: Spare,
+        spare: BufferPool,
     ) -> None:
         self._order, self.missing, self._spare = order, missing, spare
-        self._first_step, end = order.round_steps(number)
+        self._first_step, end = order.window_steps(number)
         self._full = end - self._first_step
-        self._last = number == order.num_rounds - 1
+        self._last = number == order.num_windows - 1
         tail = order.full_steps
         self._sizes = [order.step_rows(step, world) for step in range(self._first_step, end)]
         self._lows = [rank * order.global_batch // world] * self._full  # of the rank in the global batch
@@ -179,7 +179,7 @@ class Round:
 
     # ---- rows that come in
 
-    def fill(self, part: Part, columns: Columns) -> None:
+    def fill(self, part: Segment, columns: Columns) -> None:
         """Writes the rows of a part. Parts of several threads are for different places."""
         rows = {
             name: column[part.first : part.first + part.count]
@@ -189,7 +189,7 @@ class Round:
         if self._order.shuffle:
             sources = {name: to_tensor(column) for name, column in rows.items()}
             if self._whole(part.lane):
-                for tile in self._order.tiles(part.lane, part.round, part.offset, part.count):
+                for tile in self._order.tiles(part.lane, part.window, part.offset, part.count):
                     if tile.count == tile.rows:
                         self._gather(tile, sources)
                     else:
@@ -215,7 +215,7 @@ class Round:
         inside = self._lows[0] <= low and high <= self._lows[0] + self._sizes[0]
         return self._alone or (inside and not self._last)
 
-    def _gather(self, tile: Tile, sources: dict[str, torch.Tensor], near: bool = False) -> None:
+    def _gather(self, tile: ShuffleTile, sources: dict[str, torch.Tensor], near: bool = False) -> None:
         """Writes a whole tile: into the processor's cache (unless it is `near`), there in its new order, and to its
         stretch of each batch."""
         index, low = torch.from_numpy(tile.index), 0 if self._alone else self._lows[0]
@@ -233,7 +233,7 @@ class Round:
                     begin += self._full * buffer.stride + tile.tail_slot
                     buffer.flat[begin : begin + tile.extra] = ordered[tile.rows - tile.extra :]
 
-    def _collect(self, lane: int, tile: Tile, sources: dict[str, torch.Tensor]) -> None:
+    def _collect(self, lane: int, tile: ShuffleTile, sources: dict[str, torch.Tensor]) -> None:
         """Keeps rows of a tile that a row group has a part of, until all are there."""
         with self._lock:
             held = self._tiles_begun.get((lane, tile.number))
@@ -250,7 +250,7 @@ class Round:
         self._gather(replace(tile, first=0, count=tile.rows), held.memory, near=True)
         self._spare.give_tile(held.memory)
 
-    def _scatter(self, part: Part, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
+    def _scatter(self, part: Segment, buffer: _Buffer, sources: dict[str, torch.Tensor]) -> None:
         """Writes the rank's rows of a lane that it shares with other ranks."""
         rows, places = self._mine(part, buffer.stride)
         kept, index = torch.from_numpy(rows), torch.from_numpy(places)
@@ -260,16 +260,16 @@ class Round:
             target = buffer.flat.narrow(0, begin, len(buffer.flat) - begin)
             target.scatter_(0, index, source if source.dtype == target.dtype else source.to(target.dtype))
 
-    def _mine(self, part: Part, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    def _mine(self, part: Segment, stride: int) -> tuple[np.ndarray, np.ndarray]:
         """Which rows of a part are the rank's, and the addresses that they go to."""
         batch = self._order.global_batch
-        places = self._order.places(part.lane, part.round, part.offset, part.count)
+        places = self._order.places(part.lane, part.window, part.offset, part.count)
         step, slot = np.divmod(places, batch)
         slot -= np.array(self._lows)[step]
         kept = np.flatnonzero((slot >= 0) & (slot < np.array(self._sizes)[step]))
         return kept, (step * stride + slot)[kept]
 
-    def _copy(self, part: Part, buffer: _Buffer, rows: dict[str, np.ndarray]) -> None:
+    def _copy(self, part: Segment, buffer: _Buffer, rows: dict[str, np.ndarray]) -> None:
         """Without shuffling: what goes to a batch lies together."""
         batch, end = self._order.global_batch, part.offset + part.count
         flat = buffer.flat.numpy()

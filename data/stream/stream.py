@@ -15,16 +15,16 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recpress.data.config import SampleConfig, Schema, StreamConfig
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.errors import InputError
-from recpress.data.sampling.corrupt_groups import ReplacingRows
+from recpress.data.sampling.corrupt_groups import ReplacingSplit
 from recpress.data.sampling.selection import HoldOut, Selection
 from recpress.data.stream.memory import memory_bound
 from recpress.data.stream.order import EpochOrder
 from recpress.data.stream.prefetch import in_background
-from recpress.data.stream.read_plan import Ahead, ReadAhead
-from recpress.data.stream.shuffle_window import Round, Spare, Table
+from recpress.data.stream.read_plan import ReadAhead, ReadPlan
+from recpress.data.stream.shuffle_window import BufferPool, ShuffleWindow, Table
 from recpress.data.stream.stats import Meter, StreamStats
 
 Made = TypeVar("Made")
@@ -81,7 +81,7 @@ class InteractionStream:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: ParquetSplit,
         schema: Schema,
         config: StreamConfig,
         *,
@@ -100,7 +100,7 @@ class InteractionStream:
     ) -> None:
         assert 0 <= rank < world
         assert 0 <= worker < workers
-        least = {"batch_size": 1, "buffer_rows": 1, "lanes": 1, "threads": 0, "ready": 0}
+        least = {"batch_size": 1, "buffer_rows": 1, "interleave": 1, "num_threads": 0, "prefetch_batches": 0}
         for name, low in least.items():
             if getattr(config, name) < low:
                 raise InputError(f"stream.{name} is {getattr(config, name)}; expected at least {low}")
@@ -120,12 +120,12 @@ class InteractionStream:
                 raise InputError(f"{rows.files[0].path}: no column '{name}'; expected {', '.join(rows.columns)}")
         self.selection = Selection(rows, sample, complement, hold_out)
         if config.on_bad_file == "skip":
-            self.rows = ReplacingRows.of(rows, selection=self.selection, seed=config.seed)
+            self.rows = ReplacingSplit.of(rows, selection=self.selection, seed=config.seed)
         if self.num_rows < world:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
         self.pin_memory, self._is_share = pin_memory, False
-        self._meter, self._spare = Meter(), Spare(pin_memory)
+        self._meter, self._spare = Meter(), BufferPool(pin_memory)
         self.set_epoch(epoch, start_step)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class InteractionStream:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         iterated: bool = state["_iterated_by_worker"]
-        self._meter, self._spare = Meter(), Spare(self.pin_memory)
+        self._meter, self._spare = Meter(), BufferPool(self.pin_memory)
         self.set_epoch(self.epoch, self.start_step)
         self._iterated_by_worker = iterated
 
@@ -145,16 +145,18 @@ class InteractionStream:
         return self._meter.stats(self.config.chosen_threads)
 
     def memory_bound(self) -> int:
-        """Bytes of host memory that an iteration takes, at most: docs/stream.md states the formula. Of lists the mean
-        length of the log is assumed. Nothing is read."""
+        """Upper bound in bytes of the host memory of an iteration, by the formula in docs/how/stream.md.
+
+        Reads nothing. Assumes the log's mean length of lists.
+        """
         return memory_bound(
             self.rows,
             self.columns,
-            Ahead(self.order, self.rank, self.world, self.start_step),
-            rank_rows=-(-self.order.round_rows // self.world),
+            ReadPlan(self.order, self.rank, self.world, self.start_step),
+            rank_rows=-(-self.order.window_rows // self.world),
             batch_rows=-(-self.global_batch // self.world),
             threads=self.config.chosen_threads,
-            ready=self.config.ready,
+            ready=self.config.prefetch_batches,
         )
 
     @property
@@ -176,7 +178,7 @@ class InteractionStream:
             epoch,
             config.shuffle,
             config.buffer_rows,
-            config.lanes,
+            config.interleave,
         )
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"step {start_step} of epoch {epoch}: the epoch has {self.steps_per_epoch} steps")
@@ -212,7 +214,9 @@ class InteractionStream:
         self._iterated_by_worker = True
         share = InteractionStream.__new__(InteractionStream)
         # Locks that were taken when the process was forked would stay so.
-        vars(share).update(vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _spare=Spare())
+        vars(share).update(
+            vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _spare=BufferPool()
+        )
         return share
 
     def _iterate(self, waiting: str) -> Iterator[Interactions]:
@@ -237,15 +241,15 @@ class InteractionStream:
             spare=self._spare,
         )
         with reader:
-            held: Round | None = None
+            held: ShuffleWindow | None = None
             number = -1
             for step in steps:
                 reader.check()
-                if held is None or order.round_of(step) != number:
-                    number, held = order.round_of(step), None
+                if held is None or order.window_of(step) != number:
+                    number, held = order.window_of(step), None
                     reader.release(number)
                     began = time.perf_counter()
-                    held = reader.round(number, step)
+                    held = reader.window(number, step)
                     self._meter.add(**{waiting: time.perf_counter() - began})
                 began = time.perf_counter()
                 batch = self._batch(held, epoch, step)
@@ -253,8 +257,8 @@ class InteractionStream:
                 yield batch
 
     def map(self, make: Callable[[Interactions], Made]) -> Iterator[Made]:
-        """`make(batch)` of each batch of the next iteration, made in a thread of its own, `config.ready` of them ahead
-        of their use: assembly, remapping and the draw of negatives then run beside the training step."""
+        """`make(batch)` of each batch of the next iteration, made by a background thread, up to
+        `config.prefetch_batches` ahead: assembly, remapping and negative sampling overlap with the training step."""
 
         def timed(batch: Interactions) -> Made:
             began = time.perf_counter()
@@ -262,11 +266,11 @@ class InteractionStream:
             self._meter.add(assemble=time.perf_counter() - began)
             return found
 
-        ahead = self.config.ready
+        ahead = self.config.prefetch_batches
         rows = self._iterate("wait" if ahead == 0 else "behind")
         return in_background(timed, rows, ahead, lambda seconds: self._meter.add(wait=seconds))
 
-    def _batch(self, made: Round, epoch: int, step: int) -> Interactions:
+    def _batch(self, made: ShuffleWindow, epoch: int, step: int) -> Interactions:
         tables, found, size = made.batch(step)
         return self._named(tables, found, epoch=epoch, step=step, size=size)
 

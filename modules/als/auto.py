@@ -48,6 +48,10 @@ USERS = 3000
 """Most users that have an item hidden."""
 NEGATIVES = 99
 TOP = 10
+MOST_SWEEPS = 15
+TOLERANCE = 2e-3
+"""A fit ends one sweep after the objective fell by less than this share: after 8 to 13 sweeps on seven logs, whose
+NDCG@10 differs by less than 1 % from that after 10."""
 _ITEMS = 2048  # items that stand for all of them
 _EFFICIENCY = 0.5  # ranking and building a sample take more than `_cost` counts
 _LEAST_INTERACTIONS = 35_000
@@ -98,7 +102,7 @@ class Choice:
 
     def line(self) -> str:
         """One line for the terminal."""
-        shown = ", ".join(f"{name} {value:g}" for name, value in self.settings.items())
+        shown = ", ".join(f"{name} {value:g}" for name, value in self.settings.items() if name != "sweeps")
         if not self.rows:
             return f"auto: too few interactions to compare settings; taking the defaults ({shown})"
         text = f"auto: {shown}: NDCG@{TOP} {self.ndcg:.4f} on {self.rows:,} held-out examples"
@@ -171,6 +175,13 @@ def absolute(config: ALSConfig, by_user: CSR, by_item: CSR, exchange: Exchange) 
     )
 
 
+def until_converged(config: ALSConfig) -> ALSConfig:
+    """`config` with as many sweeps as the log needs, unless it has a number of sweeps or a tolerance."""
+    if config.sweeps is not None:
+        return config
+    return replace(config, sweeps=MOST_SWEEPS, tolerance=config.tolerance or TOLERANCE)
+
+
 def settings_of(config: ALSConfig) -> dict[str, Any]:
     """The settings that can be chosen, by name; `DEFAULTS` for what is not given."""
     defaults = DEFAULTS | {"factors": min(DEFAULTS["factors"], config.max_factors)}
@@ -235,7 +246,9 @@ def choose(
     )
 
     def run(settings: dict[str, Any], dim: int, sweeps: int) -> Trial:
-        gain = rank_hidden(*fit(replace(config, auto=False, **(settings | {"factors": dim, "sweeps": sweeps}))))
+        gain = rank_hidden(
+            *fit(replace(config, auto=False, tolerance=0.0, **(settings | {"factors": dim, "sweeps": sweeps})))
+        )
         trial = Trial(settings, float(gain.mean()), gain)
         listed = {"settings": settings | {"factors": dim}, "sweeps": sweeps, "ndcg": round(trial.ndcg, 6)}
         choice.trials.append(listed)

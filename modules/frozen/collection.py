@@ -221,9 +221,7 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     ) -> ShardedFrozenEmbeddingBagCollection:
         for table in module.tables():
             if table.storage in QUANTIZED and "column" in params[table.name].sharding_type:
-                raise ValueError(
-                    f"table {table.name!r}: rows of {table.storage} cannot be sharded by column; use row-wise or table-wise"
-                )
+                raise ValueError(f"table {table.name!r}: rows of {table.storage} cannot be sharded by column")
         return ShardedFrozenEmbeddingBagCollection(
             module,
             table_name_to_parameter_sharding=params,

@@ -20,8 +20,8 @@ def co_cluster(
 
     Clusters are to maximize  sum over pairs (u, i) of one cluster of  A_ui - resolution * w_u w_i , whose second term
     is the product of the cluster's volumes on the two sides and so balances them. The weights are powers of the degree,
-    w = d ** config.count_exponent: 0 balances the numbers of ids, 1 is the modularity of `louvain`. Then each user gets a
-    secondary cluster, the best of its neighbors' other than its own; its vector is the sum of the two rows (twice its
+    w = d ** config.count_exponent: 0 balances the numbers of ids, 1 is the modularity of `louvain`. Then each user gets
+    a secondary cluster, the best of its neighbors' other than its own; its vector is the sum of the two rows (twice its
     row, where there is none other).
 
     Two departures from the authors' code, for what it gave here: they propagate labels in one level, with a resolution

@@ -45,8 +45,8 @@ class SideSpec:
 class TwoTower(nn.Module):
     """score(u, i) = user tower(u) . item tower(i).
 
-    Tables by `config.tables.strategy`: `random` and `init-train` train the id tables, `init-freeze` keeps
-    them frozen in a collection of their own, `init-freeze-plus` adds a small trainable table of the ids to
+    Tables by `config.tables.strategy`: `random` and `warm-start` train the id tables, `frozen` keeps
+    them frozen in a collection of their own, `frozen+residual` adds a small trainable table of the ids to
     the frozen one. Factors are loaded by `load_factors`, after sharding. With tables_device="meta" the module
     is only to be sharded.
 
@@ -178,7 +178,7 @@ class TwoTower(nn.Module):
             if spec.map is not None:
                 given = rows[index]
                 table = shared_rows(spec.map, source, counts[index], side) if given is None else given
-            if self.config.tables.strategy == "init-train":
+            if self.config.tables.strategy == "warm-start":
                 assert tables is not None
                 load_rows(tables.state_dict()[f"embedding_bags.{side}.weight"], side, table)
             else:
@@ -310,7 +310,7 @@ def make_side(
     trained: list[EmbeddingBagConfig] = []
     others: list[tuple[Source, int]] = []
     base: Source
-    if strategy in ("init-freeze", "init-freeze-plus"):
+    if strategy in ("frozen", "frozen+residual"):
         dim = round_up(spec.dim or 0)
         frozen.append(FrozenTable(name=name, rows=rows, dim=dim, features=(key,), storage=config.tables.storage))
         base = ("frozen", f"{key}@{name}" if spec.counted and spec.map is None else key)
@@ -327,8 +327,8 @@ def make_side(
         storage: Storage = "int4" if config.tables.storage in QUANTIZED else "fp32"
         frozen.append(FrozenTable(name=table, rows=spec.rows, dim=round_up(1), features=(spec.key,), storage=storage))
         count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 else spec.key)
-    if strategy == "init-freeze-plus":
-        width = round_up(config.tables.plus_dim)
+    if strategy == "frozen+residual":
+        width = round_up(config.tables.residual_dim)
         trained.append(_table(f"{name}_plus", rows, width, key))
         others.append((("tables", key), width))
     for feature, values in spec.categorical.items():

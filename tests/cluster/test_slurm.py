@@ -18,7 +18,7 @@ from tests.cluster.slurm import NODES, Slurm, wait_until
 FACTORS = ("--als.factors", "8", "--als.sweeps", "3")
 NETWORK = (
     *("--stream.batch-size", "64", "--negatives.count", "16", "--model.towers.hidden", "16", "--sample.rate", "1"),
-    *("--model.tables.strategy", "init-train", "--model.tables.dim", "8", "--no-tensorboard"),
+    *("--model.tables.strategy", "warm-start", "--model.tables.dim", "8", "--no-tensorboard"),
     *("--evaluation.every", "0"),  # otherwise factors that have seen the validation rows are kept, without a step
 )
 
@@ -66,7 +66,7 @@ def started(jobs: Jobs, job: str, out: Path) -> None:
 def went_on(jobs: Jobs, job: str, out: Path, quiet: dict[str, bytes]) -> None:
     """The job ends well, after it went on from a checkpoint, with the weights of the quiet run."""
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert f"goes on from {out}.checkpoints/step-" in jobs.log(job)
+    assert f"resuming from checkpoint {out}.checkpoints/step-" in jobs.log(job)
     assert weights(out) == quiet
 
 
@@ -127,7 +127,7 @@ def test_a_link_that_is_down_for_a_while(
     time.sleep(6)
     slurm.link(NODES[1], up=True)
     assert jobs.wait(job) == "COMPLETED", jobs.log(job)
-    assert "goes on from" not in jobs.log(job)
+    assert "resuming from checkpoint" not in jobs.log(job)
     assert weights(fresh / "model") == quiet
 
 
@@ -144,7 +144,7 @@ def test_a_link_that_is_down_for_longer_than_a_step_may_take(
     wait_until(lambda: " stalled" in jobs.log(job) or "all ranks wait" in jobs.log(job), "a rank is named", 120)
 
     # torchrun may start the ranks again by itself; or the job fails, and TorchX's script requeues it
-    wait_until(lambda: "goes on from" in jobs.log(job), "the job is started anew", 240, every=1)
+    wait_until(lambda: "resuming from checkpoint" in jobs.log(job), "the job is started anew", 240, every=1)
     went_on(jobs, job, fresh / "model", quiet)
 
 
@@ -178,4 +178,4 @@ def test_a_signal_before_the_time_is_up(
     step = re.search(r"stopped by .* after step (\d+): ", said)
     assert step is not None, said
     went_on(jobs, job, fresh / "model", quiet)
-    assert f"goes on from {fresh}/model.checkpoints/step-{int(step[1]):08d}" in jobs.log(job)
+    assert f"resuming from checkpoint {fresh}/model.checkpoints/step-{int(step[1]):08d}" in jobs.log(job)

@@ -29,12 +29,12 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = [*DOCUMENTS, ROOT / "benchmarks" / "README.md"]
 WITH_PYTHON = [path for path in DOCUMENTS if "```python" in path.read_text()]
 PACKAGES = ("data", "modules", "trainer", "launch")
 USERS, ITEMS, ROWS, IDS = 60, 40, 500, 50
-MOST_SKIPPED = 2
+MOST_SKIPPED = 0
 
 
 def document_id(path: Path) -> str:
@@ -56,12 +56,19 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
         "tags": [list(range(k % 3)) for k in range(ROWS)],
         "price": rng.random(ROWS),
     }
-    (tmp_path / "runs" / "log").mkdir(parents=True)
+    vocabulary, factors = tmp_path / "runs" / "log" / "vocabulary", tmp_path / "runs" / "factors"
+    vocabulary.mkdir(parents=True)
+    factors.mkdir()
     pq.write_table(pa.table(columns), tmp_path / "runs" / "log" / "train.parquet", row_group_size=50)
     for folder, ids in (("runs/maps/user", USERS), ("maps/t_cat_3", IDS), ("maps/t_cat_9", IDS)):
         (tmp_path / folder).mkdir(parents=True)
         rows = torch.from_numpy(rng.integers(0, 10, (ids, 1)).astype(np.int32))
         IdMap(rows=rows, num_rows=10, weights=None, seed=0).save(tmp_path / folder)
+    for side, ids in (("user", USERS), ("item", ITEMS)):
+        np.save(factors / f"{side}-00000-of-00001.npy", rng.random((ids, 4), dtype=np.float32))
+        pq.write_table(
+            pa.table({"raw": np.arange(ids) * 7, "count": np.ones(ids, int)}), vocabulary / f"{side}.parquet"
+        )
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=4, num_embeddings=IDS, feature_names=[name])
         for name in ("cat_3", "cat_9")
@@ -106,7 +113,7 @@ def _of_compress(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-OF_DOCUMENT = {"README.md": _of_readme, "compress.md": _of_compress}
+OF_DOCUMENT = {"README.md": _of_readme, "get-started.md": _of_readme, "compress.md": _of_compress}
 """What single documents say that the reader has."""
 
 
@@ -151,12 +158,15 @@ def test_examples_of_docstrings(namespace: dict[str, Any]) -> None:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Arguments after `recpress` of each command that a document shows, whatever starts it."""
-    joined = text.replace("\\\n", " ")
+    """Arguments after `recpress` of each command in a document's code blocks, whatever starts it."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    shell = [block for language, block in blocks if language in ("", "sh", "bash")]
+    indented = re.findall(r"^ {4}\S.*\n", text, flags=re.MULTILINE)
+    joined = "\n".join([*shell, *indented]).replace("\\\n", " ")
     for line in joined.splitlines():
         try:
             words = shlex.split(line.strip(), comments=True)
-        except ValueError:  # prose
+        except ValueError:  # output of a command
             continue
         words = [word for word in words if word not in ("...", "…")]
         if "recpress.trainer.cli" in words and "-m" in words:
@@ -220,6 +230,6 @@ def test_options_of_commands_exist(
     monkeypatch.chdir(ROOT)  # for the recipes
     try:
         status = main(["check", *arguments])
-    except SystemExit as stopped:  # tyro's
+    except SystemExit as stopped:  # of --help
         status = int(stopped.code or 0)
     assert status == 0, capfd.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recpress.trainer.allocator import FreedMemory, _set_by_user, give_back
+from recpress.trainer.allocator import RetainFreedMemory, _set_by_user, malloc_trim
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 MIB = 1 << 20
@@ -23,7 +23,7 @@ def faults_and_memory(keep: bool, pipe: Any) -> None:  # in a process of its own
 
     import torch
 
-    with FreedMemory(keep) as memory:
+    with RetainFreedMemory(keep) as memory:
         start = resident()
         for _ in range(20):  # until the small pieces, which aligned blocks leave and glibc < 2.38 hoards, are enough
             torch.ones(64 * MIB // 4)  # freed at once
@@ -32,7 +32,7 @@ def faults_and_memory(keep: bool, pipe: Any) -> None:  # in a process of its own
         for _ in range(5):
             torch.ones(64 * MIB // 4)
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        give_back()
+        malloc_trim()
         given = resident() - start
         with memory.usual():
             torch.ones(64 * MIB // 4)

@@ -69,7 +69,7 @@ def test_a_bug_prints_its_traceback_and_says_so(error, status, monkeypatch, caps
 
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    monkeypatch.setattr(cli, "_load", lambda place, load=cli._load: stage if "logs.stages" in place else load(place))
+    monkeypatch.setattr(cli, "_load", lambda place, load=cli._load: stage if "prepare.stages" in place else load(place))
     assert cli.main(["synth", "--out", "x"]) == status
     said = capsys.readouterr().err
     assert ("Traceback" in said) == ("bug" in said) == (status == 1)
@@ -86,7 +86,7 @@ def test_sigterm_removes_what_is_not_finished(tmp_path):
         "        print('begun', flush=True)\n"
         "        time.sleep(60)\n"
         "load = cli._load\n"
-        "cli._load = lambda place: stage if 'logs.stages' in place else load(place)\n"
+        "cli._load = lambda place: stage if 'prepare.stages' in place else load(place)\n"
         "sys.exit(cli.main(['synth', '--out', 'x']))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=os.environ)

@@ -16,7 +16,8 @@ from recpress.data.dataset import artifact, claim
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.modules.als.factors import FactorTable, Table
-from recpress.trainer.distributed.process_group import agreed, meet, working
+from recpress.trainer.distributed.heartbeat import activity, barrier
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
 FACTORS = "factors"
 MODEL = "model"
@@ -34,7 +35,7 @@ def claimed(*paths: str) -> Iterator[None]:
         InputError: another run writes to one of them. On every rank.
     """
     with ExitStack() as claims:
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 for path in paths:
                     artifact.check_name(path)
@@ -60,7 +61,7 @@ def shared_artifact(
             another run writes there; it cannot be written. On every rank.
     """
     names: list[Path | None] = [None]
-    with agreed():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             given = [name for name in inputs if name]
             names = [artifact.begin(path, overwrite=overwrite, kind=kind, inputs=given)]
@@ -72,13 +73,13 @@ def shared_artifact(
         tmp, own = Path(tempfile.mkdtemp(prefix="recpress-")), True
     try:
         yield tmp
-        meet()
-        with working(f"writing {path}"):
+        barrier()
+        with activity(f"writing {path}"):
             if artifact.is_remote(path):
                 _publish(tmp, own, path, kind, meta, overwrite)
             elif own:
                 artifact.commit(tmp, path, kind, meta, overwrite=overwrite)
-        meet()
+        barrier()
     finally:
         if own:
             artifact.abort(tmp)
@@ -91,16 +92,16 @@ def _sees(folder: Path) -> bool:
 
 def _publish(tmp: Path, own: bool, path: str, kind: str, meta: dict[str, Any], overwrite: bool) -> None:
     """Each rank that has a folder uploads its files; rank 0 then lists them all in the manifest."""
-    with agreed():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             artifact.prepare(path, overwrite=overwrite)
     contents: list[dict[str, Any]] = []
-    with agreed():
+    with raise_on_all_ranks():
         if own:
             contents = artifact.upload(tmp, path)
     parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, contents)
-    with agreed():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             listed = {entry["name"]: entry for part in parts for entry in part}  # replicas are written by several
             artifact.publish(path, kind, meta, [listed[name] for name in sorted(listed)])
@@ -170,7 +171,7 @@ class FactorsArtifact:
 
     def _open(self, table: Table, crossfit: bool) -> FactorTable:
         below = f"{CROSSFIT}/" if crossfit else ""
-        with working(f"fetching {self.path}"):
+        with activity(f"fetching {self.path}"):
             folder = artifact.fetch(self.path, self.manifest, f"{below}{table}-*")
         return FactorTable(folder / below, table)
 

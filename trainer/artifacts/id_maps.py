@@ -14,7 +14,7 @@ from recpress.data.dataset.log import Log, Side
 from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import check_vocabulary
-from recpress.trainer.distributed.process_group import working
+from recpress.trainer.distributed.heartbeat import activity
 
 HASH = "hash"
 ROW_VECTORS = "row_vectors.npy"
@@ -70,7 +70,7 @@ def open_maps(path: str, log: Log | None) -> HashArtifact:
     manifest = artifact.read_manifest(path, HASH)
     if log is not None:
         check_vocabulary(path, manifest, log)
-    with working(f"fetching {path}"):
+    with activity(f"fetching {path}"):
         folder = artifact.fetch(path, manifest)
     names = sorted(place.parent.name for place in folder.glob("*/map.json"))
     if not names:

@@ -29,11 +29,11 @@ NAME = re.compile(r"(step|best)-(\d{8,})")
 """Of a checkpoint."""
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """What lies there is no whole checkpoint; the message says why."""
 
 
-class Place(ABC):
+class CheckpointBackend(ABC):
     """The checkpoints `step-00000100` and `best-00000080` in one folder."""
 
     metrics: Path
@@ -56,7 +56,7 @@ class Place(ABC):
         """Manifest, and content of `run.json`. Rank 0.
 
         Raises:
-            Damaged: they are not both there and whole.
+            CorruptCheckpoint: they are not both there and whole.
             InputError: another version of the format; a store that does not answer.
         """
         blob = self._bytes(name, artifact.MANIFEST)
@@ -64,23 +64,23 @@ class Place(ABC):
             manifest = artifact.parse_manifest(blob, self.at(name), KIND, VERSION)
             for file in manifest["files"]:
                 if file.startswith("/") or ".." in file.split("/"):
-                    raise Damaged(f"its manifest lists {file!r}, expected names below the folder")
+                    raise CorruptCheckpoint(f"its manifest lists {file!r}, expected names below the folder")
         except artifact.UnknownVersion:
             raise
         except (InputError, KeyError, TypeError, AttributeError) as error:
-            raise Damaged(str(error)) from error
+            raise CorruptCheckpoint(str(error)) from error
         blob = self._bytes(name, RUN)
         try:
             return manifest, json.loads(blob)
         except ValueError as error:
-            raise Damaged(f"{RUN}: {error}") from error
+            raise CorruptCheckpoint(f"{RUN}: {error}") from error
 
     @abstractmethod
     def check(self, name: str, manifest: Mapping[str, Any], world: int) -> None:
         """Compare size and checksum of this rank's share of the files. Every rank.
 
         Raises:
-            Damaged: a file is missing, or is another one.
+            CorruptCheckpoint: a file is missing, or is another one.
             InputError: a store that does not answer.
         """
 
@@ -141,7 +141,7 @@ class Place(ABC):
         for name in whole[-keep:]:
             try:
                 wanted.add(json.loads(self._bytes(name, RUN)).get("best_step"))
-            except Damaged:
+            except CorruptCheckpoint:
                 continue
         for name in _sorted(found, "best")[:-1]:  # the newest may be of a step that is not written yet
             if _step(name) not in wanted:
@@ -169,10 +169,10 @@ class Place(ABC):
 
     @abstractmethod
     def _bytes(self, name: str, file: str) -> bytes:
-        """Content of a small file. Raises Damaged where there is none."""
+        """Content of a small file. Raises CorruptCheckpoint where there is none."""
 
 
-class LocalPlace(Place):
+class LocalBackend(CheckpointBackend):
     """A folder of a disk that all ranks see."""
 
     def __init__(self, folder: str, rank: int) -> None:
@@ -237,16 +237,16 @@ class LocalPlace(Place):
         try:
             return (self.path / name / file).read_bytes()
         except OSError as error:
-            raise Damaged(f"{self.path / name / file}: {error.strerror}") from error
+            raise CorruptCheckpoint(f"{self.path / name / file}: {error.strerror}") from error
 
 
 def check_file(path: Path, want: Mapping[str, Any], shown: object) -> None:
-    """Raise Damaged where a local file is not the one that the manifest lists."""
+    """Raise CorruptCheckpoint where a local file is not the one that the manifest lists."""
     have = path.stat().st_size if path.is_file() else "missing"
     if have != want["size"]:
-        raise Damaged(f"{shown}: expected {want['size']} bytes, is {have}")
+        raise CorruptCheckpoint(f"{shown}: expected {want['size']} bytes, is {have}")
     if checksum(path) != want[CHECKSUM]:
-        raise Damaged(f"{shown}: does not have the checksum that its manifest says")
+        raise CorruptCheckpoint(f"{shown}: does not have the checksum that its manifest says")
 
 
 def _step(name: str) -> int:

@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from recpress.data.dataset.object_store import is_remote
 from recpress.data.errors import InputError
 from recpress.trainer.checkpoint import dcp_storage
-from recpress.trainer.checkpoint.backends import RUN, VERSION, Damaged, LocalPlace, Place
+from recpress.trainer.checkpoint.backends import RUN, VERSION, CheckpointBackend, CorruptCheckpoint, LocalBackend
 from recpress.trainer.checkpoint.file_bytes import describe
-from recpress.trainer.checkpoint.remote import RemotePlace
-from recpress.trainer.checkpoint.resume_check import check_same_run
+from recpress.trainer.checkpoint.remote import ObjectStoreBackend
+from recpress.trainer.checkpoint.resume_check import check_resume
 from recpress.trainer.checkpoint.staged import Staged, State
 from recpress.trainer.config import CheckpointConfig
-from recpress.trainer.distributed.process_group import NO_TIMEOUT
+from recpress.trainer.distributed.watchdog import NO_TIMEOUT
 from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted, Signalled
 
 
@@ -93,7 +93,9 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
         """Of the writing thread, and of loading."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.place: Place = (RemotePlace if is_remote(folder) else LocalPlace)(str(folder), self.rank)
+        self.backend: CheckpointBackend = (ObjectStoreBackend if is_remote(folder) else LocalBackend)(
+            str(folder), self.rank
+        )
         self.failures = 0
         self.last: str | None = None
         """The newest `step-*` that this run wrote or started from."""
@@ -102,26 +104,26 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
         self._due = time.monotonic()
-        self._on_rank_0(self.place.prepare)
+        self._on_rank_0(self.backend.prepare)
         self.start: Checkpoint | None = None
         """What this run goes on from."""
         if config.resume:
             self.start = found = self.newest()
             if found is not None:
-                self._on_rank_0(lambda: check_same_run(found.path, found.manifest, self.describe))
+                self._on_rank_0(lambda: check_resume(found.path, found.manifest, self.describe))
         else:
-            self._on_rank_0(self.place.clear)
-        self._on_rank_0(lambda: self.place.restore(self.start.files if self.start else None))
+            self._on_rank_0(self.backend.clear)
+        self._on_rank_0(lambda: self.backend.restore(self.start.files if self.start else None))
 
     @property
     def folder(self) -> str:
         """Path or address."""
-        return self.place.folder
+        return self.backend.folder
 
     @property
     def metrics(self) -> Path:
         """Local folder of the metrics while the run is not finished; they go on where it goes on."""
-        return self.place.metrics
+        return self.backend.metrics
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -140,14 +142,14 @@ class Checkpoints:
                 ) from None
         # Not collective: other ranks may be gone, and so may the checkpoint that is being written.
         if self.rank == 0 and self.last is None:
-            self.place.forget()
+            self.backend.forget()
 
     def finish(self) -> None:
         """Remove the folder: the run is over and its result is whole."""
         self.wait()
         dist.barrier(group=self.group)
         try:
-            self.place.remove_all()
+            self.backend.remove_all()
         except InputError as error:  # of rank 0
             self._say(f"warning: the checkpoints of this run, which is over, could not be removed: {error}")
         dist.barrier(group=self.group)
@@ -195,8 +197,10 @@ class Checkpoints:
         if self._problem is not None:
             self.failures += 1
             if self.rank == 0:
-                instead = f"the last whole one is {self.last}" if self.last else "there is none before it"
-                self._say(f"warning: a checkpoint was not written: {self._problem}; the run goes on, {instead}")
+                previous = (
+                    f"the last complete checkpoint is {self.last}" if self.last else "no checkpoint is complete yet"
+                )
+                self._say(f"warning: a checkpoint was not written: {self._problem}; training continues, {previous}")
             self._problem = None
 
     def _layout(self, state: State) -> dcp_storage.Layout:
@@ -209,33 +213,33 @@ class Checkpoints:
     def _write(self, layout: dcp_storage.Layout, run: dict[str, Any], name: str) -> None:
         tmp: Path | None = None
         try:
-            tmp = folder = self.place.staging(self._on_rank_0(lambda: self.place.begin(name)))
+            tmp = folder = self.backend.staging(self._on_rank_0(lambda: self.backend.begin(name)))
             parts = self._together(lambda: self._put(layout, folder, name, run))
             meta = self.describe | {"version": VERSION, "files": {k: v for part in parts for k, v in part.items()}}
-            self._on_rank_0(lambda: self.place.commit(folder, name, meta))
+            self._on_rank_0(lambda: self.backend.commit(folder, name, meta))
             if name.startswith("step"):
-                self.last = self.place.at(name)
+                self.last = self.backend.at(name)
             if self.rank == 0:
                 self._prune(name)
         except Exception as error:
-            self._problem = f"{self.place.at(name)}: {_reason(error)}"
+            self._problem = f"{self.backend.at(name)}: {_reason(error)}"
         finally:
             if tmp is not None:
-                self.place.end(tmp)
+                self.backend.end(tmp)
 
     def _put(self, layout: dcp_storage.Layout, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
         """Write the files of this rank and bring them to their place; their sizes and checksums."""
         found = dcp_storage.write(layout, self._staged, folder)
         if self.rank == 0:
             (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
-            small = [RUN, *(self.place.besides(folder) if name.startswith("step") else [])]
+            small = [RUN, *(self.backend.besides(folder) if name.startswith("step") else [])]
             found |= {file: describe(folder / file) for file in small}
-        self.place.put(folder, name, found)
+        self.backend.put(folder, name, found)
         return found
 
     def _prune(self, name: str) -> None:
         try:
-            self.place.prune(name, self.config.keep)
+            self.backend.prune(name, self.config.keep)
         except InputError as error:  # of a store; the next one tries again
             self._say(f"warning: old checkpoints could not be removed: {error}")
 
@@ -247,22 +251,22 @@ class Checkpoints:
         Raises:
             InputError: one of another version of the format; a store that does not answer. On every rank.
         """
-        for name in reversed(self._on_rank_0(self.place.steps)):
+        for name in reversed(self._on_rank_0(self.backend.steps)):
             found = self._verified(name)
             if isinstance(found, Checkpoint):
                 self.last = found.path
                 return found
             if self.rank == 0:
-                self._say(f"warning: {self.place.at(name)} is not whole and is passed over: {found}")
+                self._say(f"warning: checkpoint {self.backend.at(name)} is incomplete or corrupt, skipping: {found}")
         return None
 
     def _verified(self, name: str) -> Checkpoint | str:
         """A checkpoint with the best weights that it refers to, or what is wrong; each rank checks a part."""
-        found = self._on_rank_0(lambda: _or_damage(lambda: self.place.read(name)))
+        found = self._on_rank_0(lambda: _or_damage(lambda: self.backend.read(name)))
         if isinstance(found, str):
             return found
         manifest, run = found
-        problems = self._together(lambda: _or_damage(lambda: self.place.check(name, manifest, self.world)))
+        problems = self._together(lambda: _or_damage(lambda: self.backend.check(name, manifest, self.world)))
         for problem in problems:
             if problem is not None:
                 return str(problem)
@@ -270,7 +274,7 @@ class Checkpoints:
         best = None if step is None else self._verified(f"best-{step:08d}")
         if isinstance(best, str):
             return best
-        return Checkpoint(self.place.at(name), self.place.files(name, manifest), run, manifest, best)
+        return Checkpoint(self.backend.at(name), self.backend.files(name, manifest), run, manifest, best)
 
     # ---- ranks
 
@@ -306,7 +310,7 @@ def _or_damage(work: Callable[[], Any]) -> Any:
     """What `work` makes, or, as text, what is damaged."""
     try:
         return work()
-    except Damaged as damage:
+    except CorruptCheckpoint as damage:
         return str(damage)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from recpress.data.dataset import artifact, object_store
 from recpress.data.errors import InputError
-from recpress.trainer.checkpoint.backends import KIND, METRICS, NAME, Damaged, Place, check_file
+from recpress.trainer.checkpoint.backends import KIND, METRICS, NAME, CheckpointBackend, CorruptCheckpoint, check_file
 
 
-class RemotePlace(Place):
+class ObjectStoreBackend(CheckpointBackend):
     """A folder of an object store; `work` is a local folder, of each machine its own.
 
     A machine fetches all files of a checkpoint once, whatever its ranks need of it.
@@ -47,7 +47,9 @@ class RemotePlace(Place):
         for file, want in sorted(wanted.items()):
             if there.get(file) != want["size"]:
                 have = there.get(file, "missing")
-                raise Damaged(f"{object_store.join(self.at(name), file)}: expected {want['size']} bytes, is {have}")
+                raise CorruptCheckpoint(
+                    f"{object_store.join(self.at(name), file)}: expected {want['size']} bytes, is {have}"
+                )
         folder = self.files(name, manifest)
         with object_store.locked(folder):
             for file, want in sorted(wanted.items()):
@@ -113,17 +115,17 @@ class RemotePlace(Place):
         try:
             return object_store.read_bytes(object_store.join(self.at(name), file))
         except FileNotFoundError as error:
-            raise Damaged(f"no {file}") from error
+            raise CorruptCheckpoint(f"no {file}") from error
 
 
 def _fetch(address: str, path: Path, want: Mapping[str, Any]) -> None:
-    """Make `path` a copy, and check it. Raises Damaged."""
+    """Make `path` a copy, and check it. Raises CorruptCheckpoint."""
     for last in (False, True):  # once more: it may have been damaged on its way
         if not path.exists():
             object_store.fetch_file(address, path)
         try:
             return check_file(path, want, address)
-        except Damaged:
+        except CorruptCheckpoint:
             path.unlink()
             if last:
                 raise

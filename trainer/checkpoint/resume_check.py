@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recpress.data.errors import InputError
+from recpress.trainer.config_file import current_names
 
 ALLOWED = (
     "out",
@@ -17,11 +18,11 @@ ALLOWED = (
     "stall_seconds",
     "on_nonfinite",
     "evaluation.patience",
-    "stream.threads",
+    "stream.num_threads",
     "stream.on_bad_file",
     "follow.seconds",
     "follow.idle_minutes",
-    "stream.ready",
+    "stream.prefetch_batches",
     "data",
     "factors",
     "hash",
@@ -31,7 +32,7 @@ ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
 `factors` and `hash` must be the same."""
 
 
-def check_same_run(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_resume(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise InputError where the checkpoint at `path` was written by a run with other settings, another log, factors or
     maps.
 
@@ -39,7 +40,7 @@ def check_same_run(path: object, made: Mapping[str, Any], now: Mapping[str, Any]
         made: its manifest.
         now: `config` (nested, JSON values), and `inputs`: name -> fingerprint, of this run.
     """
-    before, after = dict(_flat(made["config"])), dict(_flat(json.loads(json.dumps(now["config"]))))
+    before, after = dict(_flat(current_names(made["config"]))), dict(_flat(json.loads(json.dumps(now["config"]))))
     changed = [
         key
         for key in sorted(before.keys() | after.keys())

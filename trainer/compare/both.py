@@ -30,7 +30,8 @@ from recpress.trainer.compare.both_report import BothResult, Point, format_both_
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.compare.progress import UnitProgress
 from recpress.trainer.config import EvaluationConfig, TrainConfig, chosen_schema
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 from recpress.trainer.factorize.config import FactorizeConfig
@@ -91,10 +92,10 @@ class _Comparison:
     def __init__(self, config: CompareBothConfig, folder: Path, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.path = config.data or str(folder / "log")
-        with agreed():
+        with raise_on_all_ranks():
             if config.data is None and dist.get_rank() == 0:
                 data_synth.synth(config.synth, self.path)
-        with agreed():
+        with raise_on_all_ranks():
             self.log = open_log(self.path, chosen_schema(config.schema))
             if self.log.test is None and self.log.test_negatives is None:
                 raise InputError(f"{self.path}: no held-out rows (test or test_negatives), which a comparison needs")
@@ -184,7 +185,7 @@ class _Comparison:
             return config.frozen.epochs
         path = str(self.folder / "choose" / "log")
         full = config.evaluation.protocol == "full" or self.log.test_negatives is None
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0 and not Path(path).exists():
                 negatives = 0 if full else 99
                 holdout.leave_one_out(self.log, path, by="random", seed=seed, negatives=negatives)
@@ -213,7 +214,7 @@ class _Comparison:
                     device=self.config.device,
                 )
             )
-        with agreed():
+        with raise_on_all_ranks():
             factors = open_factors(path, self.log)
         self.dim = factors.dim
         if self.als.auto and result.auto is not None:  # once: all seeds and rates compare the same tables
@@ -342,7 +343,7 @@ class _Comparison:
         network = self.config.frozen
         settings = {name: getattr(network, name) for name in network.__dataclass_fields__}
         storage = form.storage if form is not None else "fp32"
-        tables = replace(network.model.tables, strategy="init-freeze", storage=storage)
+        tables = replace(network.model.tables, strategy="frozen", storage=storage)
         settings["model"] = replace(network.model, tables=tables)
         settings["stream"] = replace(network.stream, seed=seed)
         settings["negatives"] = replace(network.negatives, seed=seed)

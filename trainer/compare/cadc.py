@@ -29,7 +29,8 @@ from recpress.trainer.compare.config import TRIALS, CompareCadcConfig, changed
 from recpress.trainer.compare.report import write_compare_report
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import evaluate, load_heldout, rank_heldout, show
@@ -57,7 +58,7 @@ class Strategy:
     name: str
     description: str
     network: Literal["frozen", "random", "tuned"]
-    tables: Literal["random", "init-train", "init-freeze"]
+    tables: Literal["random", "warm-start", "frozen"]
     sampled: bool
 
     @property
@@ -68,7 +69,7 @@ class Strategy:
     @property
     def crossfit(self) -> bool:
         """Whether it is trained on factors that have not seen its rows."""
-        return self.tables == "init-freeze" and self.sampled
+        return self.tables == "frozen" and self.sampled
 
 
 STRATEGIES = (
@@ -83,17 +84,17 @@ STRATEGIES = (
     Strategy(
         "train-sample", "MF-init, trained on, {rate}",
         "Tables start as the factors of the full log and are trained on with the towers, on the sample.",
-        "tuned", "init-train", True,
+        "tuned", "warm-start", True,
     ),
     Strategy(
         "cadc", "MF-init, frozen, {rate} (CADC)",
         "Tables are the factors of the full log, frozen; the towers are trained on the sample, with factors that have "
         "not seen it, and then rank with those of all rows.",
-        "frozen", "init-freeze", True,
+        "frozen", "frozen", True,
     ),
     Strategy(
         "freeze-all", "MF-init, frozen, 100 %", "The same factors, frozen; the towers are trained on all rows.",
-        "frozen", "init-freeze", False,
+        "frozen", "frozen", False,
     ),
 )  # fmt: skip
 
@@ -173,10 +174,10 @@ class _Comparison:
     def __init__(self, config: CompareCadcConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.path = config.data or str(folder / "log")
-        with agreed():
+        with raise_on_all_ranks():
             if config.data is None and dist.get_rank() == 0:
                 data_synth.synth(config.synth, self.path)
-        with agreed():
+        with raise_on_all_ranks():
             self.log = self._open(self.path)
         self.chosen = {
             s.key: _Chosen(self._network(s), self._network(s).epochs, words="as configured") for s in STRATEGIES
@@ -266,7 +267,7 @@ class _Comparison:
         """Settings and number of epochs of each strategy, on one row a user that is held out of train."""
         seed, metric = self.config.seeds[0], self.config.evaluation.metric
         path = str(self.folder / "choose" / "log")
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 holdout.leave_one_out(self.log, path, by="random", seed=seed)
         made = self._factorize(path, "choose", seed)
@@ -290,7 +291,7 @@ class _Comparison:
                 chosen = _Chosen(
                     network,
                     0 if fallback else max(1, int(result.best_epoch or 0)),
-                    _curve(strategy, result, before, metric, alone),
+                    _curve(strategy, result, before, metric, self.alone_curve[0]),
                     words,
                     result.setup_seconds + result.fit.train_seconds,
                     result.rows,
@@ -468,7 +469,8 @@ class _Comparison:
             f"{config.patience} epochs without a better one, and what starts from factors may keep the factors' own "
             "ranking (epoch 0). Then it was trained anew on all of train.",
             "Speed-up: the time of random tables on all rows to their own best quality on those validation rows, "
-            "divided by the time of a method to the same quality. One epoch is the unit of the curves.",
+            "divided by the time of a method to the same quality. One epoch is the unit of the curves. A method that "
+            "starts from factors has the factorization's quality from the end of the factorization on.",
         ]
         if not config.choose:
             notes = [
@@ -577,7 +579,7 @@ class _BPR:
     ) -> list[tuple[int, float, dict[str, float]]]:
         """(iterations, seconds, metrics) of each point. Rank 0 fits; all rank. Collective."""
         place, config = self.folder / "bpr.npz", self.config
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 points = bpr.fit_bpr(log, settings, factors=self._dim, iterations=iterations, every=every, seed=seed)
                 arrays: dict[str, np.ndarray] = {"at": np.array([(p.iterations, p.seconds) for p in points])}
@@ -603,9 +605,9 @@ class _BPR:
 
 
 def _curve(
-    strategy: Strategy, result: TrainResult, before: float, metric: str, alone: dict[str, float]
+    strategy: Strategy, result: TrainResult, before: float, metric: str, alone: CurvePoint
 ) -> tuple[CurvePoint, ...]:
-    """Quality against all time spent; before the first step it is the factorization's own, where there is one.
+    """Quality against all time spent. What starts from factors has their ranking (epoch 0) once these are made.
 
     With cross-fitted factors the evaluations while training rank with these, and the model that is published with those
     of all rows: only its two ends are comparable with other methods.
@@ -619,7 +621,7 @@ def _curve(
     }
     best = int(result.best_epoch or 0)
     if strategy.factors:
-        points[0] = CurvePoint(seconds=before, epoch=0, metrics={metric: alone[metric]})
+        points[0] = alone
     if strategy.crossfit:
         points = {epoch: point for epoch, point in points.items() if epoch in (0, best)}
         if best:

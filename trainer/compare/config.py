@@ -12,7 +12,7 @@ from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, n
 
 
 def _frozen_network() -> NetworkConfig:
-    return network_for("init-freeze", NetworkConfig())
+    return network_for("frozen", NetworkConfig())
 
 
 def _random_network() -> NetworkConfig:
@@ -23,7 +23,7 @@ def _random_network() -> NetworkConfig:
 
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, the tables by small steps."""
-    return network_for("init-train", NetworkConfig())
+    return network_for("warm-start", NetworkConfig())
 
 
 def _between(low: float, high: float, **options: tuple[float, ...]) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from recpress.trainer.distributed.process_group import agreed
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -96,8 +93,3 @@ def exchange(arrays: Sequence[np.ndarray], owner: np.ndarray) -> list[np.ndarray
         dist.all_to_all_single(arrived, rows, out_splits, in_splits)
         result.append(arrived.cpu().numpy())
     return result
-
-
-def same_error_everywhere() -> AbstractContextManager[None]:
-    """`distributed.agreed` where there is a process group; otherwise an error is everywhere already."""
-    return agreed() if dist.is_initialized() else nullcontext()

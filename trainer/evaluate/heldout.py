@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.log import NEGATIVES, Log
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.trainer.distributed.collectives import (
@@ -24,8 +24,8 @@ from recpress.trainer.distributed.collectives import (
     all_reduce,
     exchange,
     rank_and_world,
-    same_error_everywhere,
 )
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
 CHUNK = 1024
 Pairs = tuple[np.ndarray, np.ndarray]  # users, items
@@ -82,7 +82,7 @@ def sampled_from_log(log: Log, chunk: int = CHUNK) -> SampledHeldout:
     lengths: list[np.ndarray] = []
     negatives: list[np.ndarray] = []
     rank, world = rank_and_world()
-    with same_error_everywhere():
+    with raise_on_all_ranks():
         columns = [NEGATIVES.user, NEGATIVES.item, "negatives"]
         for data in iter_columns(log.test_negatives, columns, rank=rank, world=world):
             lists = data["negatives"]
@@ -110,10 +110,10 @@ def full_from_log(
     Raises:
         InputError: the log has no such part; an id outside the vocabulary. On every rank.
     """
-    rows: Rows | None = getattr(log, part)
+    rows: ParquetSplit | None = getattr(log, part)
     if rows is None:
         raise InputError(f"{log.path}: no {part}.parquet; expected one for ranking all items")
-    with same_error_everywhere():
+    with raise_on_all_ranks():
         heldout = read_pairs(log, rows)
         seen = [read_pairs(log, others) for name in masked if (others := getattr(log, name)) is not None]
     users = _concat([pairs[0] for pairs in seen], np.int64)
@@ -127,7 +127,7 @@ def full_from_log(
     return cases
 
 
-def read_pairs(log: Log, rows: Rows) -> Pairs:
+def read_pairs(log: Log, rows: ParquetSplit) -> Pairs:
     """This rank's part of the (user, item) pairs of rows: users int64, items int32."""
     rank, world = rank_and_world()
     users, items = [], []
@@ -159,7 +159,7 @@ def sampled_from_arrays(
     if isinstance(negatives, np.ndarray):
         offsets = np.arange(len(users) + 1, dtype=np.int64) * negatives.shape[1]
         negatives = Jagged(negatives.reshape(-1), offsets)
-    with same_error_everywhere():
+    with raise_on_all_ranks():
         _check_ids(users, num_users, "held-out user")
         _check_ids(items, num_items, "held-out item")
         _check_ids(negatives.values, num_items, "negative item")
@@ -207,7 +207,7 @@ def full_from_pairs(heldout: Pairs, seen: Pairs, *, num_users: int, num_items: i
     Raises:
         InputError: an id outside the vocabulary. On every rank.
     """
-    with same_error_everywhere():
+    with raise_on_all_ranks():
         for (users, items), kind in ((heldout, "held-out"), (seen, "seen")):
             _check_ids(users, num_users, f"{kind} user")
             _check_ids(items, num_items, f"{kind} item")

@@ -12,7 +12,8 @@ from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import FACTORS, MODEL, open_factors
 from recpress.trainer.config import EvaluationConfig, chosen_schema
-from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
+from recpress.trainer.distributed.process_group import Ranks, process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
 from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
@@ -31,12 +32,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
     """`evaluate` within its process group, which outlives the model: see `process_group`."""
-    with agreed():
+    with raise_on_all_ranks():
         log = open_log(config.data, chosen_schema(config.schema))
         kind = kind_of(config.model)
     heldout = load_heldout(log, config.evaluation)
     if kind == FACTORS:
-        with agreed():
+        with raise_on_all_ranks():
             factors = open_factors(config.model, log)
             user, item = (vectors_from_factors(factors.table(side)) for side in ("user", "item"))
     else:

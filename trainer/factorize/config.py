@@ -37,7 +37,7 @@ class FactorizeConfig:
     """Let the label scale the confidence of a row; otherwise every row counts one."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
-    its rows out, names and counts it (docs/log.md)."""
+    its rows out, names and counts it (docs/train/log.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the sweeps run."""
     overwrite: bool = False

@@ -17,7 +17,8 @@ from recpress.modules.config import LogisticConfig
 from recpress.modules.two_tower.logistic import LogisticMF
 from recpress.modules.two_tower.model import SideSpec
 from recpress.trainer.config import OptimizerConfig
-from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
@@ -48,7 +49,7 @@ def factorize_logistic(
     Raises:
         InputError: what is wrong in the log or the settings; a loss that is not finite.
     """
-    with agreed():
+    with raise_on_all_ranks():
         stream = InteractionStream(
             log.train,
             log.schema,
@@ -56,7 +57,7 @@ def factorize_logistic(
             sample=without,
             complement=without is not None,
             rank=ranks.rank,
-            world=ranks.world,
+            world=ranks.world_size,
             columns=[log.schema.user, log.schema.item],
         )
         negatives = make_negatives(
@@ -96,6 +97,6 @@ def factorize_logistic(
         num_users=log.num_users,
         num_items=log.num_items,
         rank=ranks.rank,
-        world=ranks.world,
+        world=ranks.world_size,
     )
     return factors, result.losses

@@ -30,7 +30,8 @@ from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.trainer.artifacts.factors import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
-from recpress.trainer.distributed.process_group import Ranks, agreed, process_group
+from recpress.trainer.distributed.process_group import Ranks, process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 
@@ -61,7 +62,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
     with process_group(config.device) as ranks:
         skip = config.on_bad_file == "skip"
         log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip)
-        with agreed():
+        with raise_on_all_ranks():
             if config.use_label and not log.schema.label:
                 raise InputError("use_label: expected schema.label, the column that scales the confidence")
             if config.method == "logistic" and (config.crossfit_rate or config.use_label):
@@ -72,7 +73,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         crossfit = None
         if config.crossfit_rate:
             crossfit = SampleConfig(kind=config.crossfit_kind, rate=config.crossfit_rate, seed=config.crossfit_seed)
-            with agreed():
+            with raise_on_all_ranks():
                 taken = Selection(log.train, crossfit).num_rows
                 if taken == log.train.num_rows:
                     raise InputError(
@@ -127,8 +128,8 @@ def _fit(
         return *_fit_logistic(config, log, ranks), None
     als: ALSConfig | ALSParameters = _protocol(config.als, log)
     if parameters is not None:
-        als = replace(parameters, sweeps=config.crossfit_sweeps)
-    with agreed():
+        als = replace(parameters, sweeps=config.crossfit_sweeps, tolerance=0.0)
+    with raise_on_all_ranks():
         model = ALS(als, log.num_users, log.num_items, device=ranks.device)
         for users, items, values in _read(config, log, ranks, without):
             model.add(users, items, values)
@@ -198,7 +199,7 @@ def _read(
     schema = log.schema
     columns = [schema.user, schema.item] + ([schema.label] if config.use_label and schema.label else [])
     chunks = iter_columns(
-        log.train, columns, rank=ranks.rank, world=ranks.world, sample=without, complement=without is not None
+        log.train, columns, rank=ranks.rank, world=ranks.world_size, sample=without, complement=without is not None
     )
     for data in chunks:
         yield data[schema.user], data[schema.item], data[columns[2]] if config.use_label else None
@@ -223,11 +224,11 @@ def _counts(log: Log, ranks: Ranks) -> list[torch.Tensor]:
     found = []
     for side in SIDES:
         counts = torch.zeros(log.num_ids(side), dtype=torch.int64)
-        with agreed():
-            for data in iter_columns(log.train, [log.column(side)], rank=ranks.rank, world=ranks.world):
+        with raise_on_all_ranks():
+            for data in iter_columns(log.train, [log.column(side)], rank=ranks.rank, world=ranks.world_size):
                 here = torch.from_numpy(np.bincount(data[log.column(side)]))
                 counts[: len(here)] += here
         dist.all_reduce(counts)
-        block = RowBlocks(log.num_ids(side), ranks.world)
+        block = RowBlocks(log.num_ids(side), ranks.world_size)
         found.append(counts[block.start(ranks.rank) : block.stop(ranks.rank)].float())
     return found

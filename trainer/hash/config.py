@@ -28,7 +28,7 @@ class HashStageConfig(HashConfig):
     quick warm-up: a factorization machine of the label."""
     warm_rows: int = 1_000_000
     """About so many rows, a uniform sample, train the warm-up. It sees labels, and so does a map of it: take a part of
-    the log, not all of it, where a network is to train on the same rows (docs/criteo.md)."""
+    the log, not all of it, where a network is to train on the same rows (docs/reference/synthetic-criteo.md)."""
     warm_dim: int = 8
     """Dimension of its vectors."""
     share: float = 0.25
@@ -48,7 +48,7 @@ class HashStageConfig(HashConfig):
     """Maps of an earlier part of this log: its ids keep their rows, new ones get the nearest or a hashed one."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
-    its rows out of the counts and the warm-up, names and counts it (docs/log.md)."""
+    its rows out of the counts and the warm-up, names and counts it (docs/train/log.md)."""
     schema: Schema = field(default_factory=Schema)
     overwrite: bool = False
     """Replace an existing --out."""

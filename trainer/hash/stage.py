@@ -21,7 +21,9 @@ from recpress.trainer.artifacts.factors import describe_log, shared_artifact
 from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import gather_arrays
-from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, working
+from recpress.trainer.distributed.heartbeat import activity
+from recpress.trainer.distributed.process_group import Ranks, process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.heldout import read_pairs
 from recpress.trainer.hash.budget import budget, rows_of_tables
 from recpress.trainer.hash.config import HashStageConfig
@@ -63,7 +65,7 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
     with process_group("cpu") as ranks:
         skip, schema = config.on_bad_file == "skip", chosen_schema(config.schema)
         log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
-        with agreed():
+        with raise_on_all_ranks():
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
         inputs = [config.data, config.factors, config.extend]
         with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
@@ -89,14 +91,14 @@ class _Stage:
     def all(self) -> list[TableReport]:
         """Of all tables, on every rank."""
         tables = read_tables(self.config, self.log)
-        with agreed():
+        with raise_on_all_ranks():
             self._check()
         joint = self.config.method in JOINT_METHODS and not self.config.extend
         pairs = self._all_pairs() if joint else None
         mine: list[TableReport] = []
-        with agreed(), working("building maps"):
+        with raise_on_all_ranks(), activity("building maps"):
             mine = self._joint(tables, pairs) if joint else self._share(tables)
-        parts: list[list[TableReport]] = [[] for _ in range(self.ranks.world)]
+        parts: list[list[TableReport]] = [[] for _ in range(self.ranks.world_size)]
         dist.all_gather_object(parts, mine)
         made = {report.name: report for part in parts for report in part}
         return [made[table.name] for table in tables]
@@ -112,7 +114,7 @@ class _Stage:
 
     def _all_pairs(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The pairs of train, each row group read by one rank, on rank 0; None on the others."""
-        with agreed():
+        with raise_on_all_ranks():
             users, items = read_pairs(self.log, self.log.train)
         found = gather_arrays([users, items])
         if found is None:
@@ -130,7 +132,7 @@ class _Stage:
         """Maps of the tables of this rank; the largest tables are on different ranks."""
         config = self.config
         order = sorted(range(len(tables)), key=lambda place: -tables[place].num_ids)
-        mine = [tables[place] for place in sorted(order[self.ranks.rank :: self.ranks.world])]
+        mine = [tables[place] for place in sorted(order[self.ranks.rank :: self.ranks.world_size])]
         if config.extend:
             maps = extended_maps(config.extend, self.log, mine)
             return [self._save(table, id_map) for table, id_map in zip(mine, maps, strict=True)]
@@ -139,7 +141,7 @@ class _Stage:
         for table in mine:
             number = rows[table.name]
             print(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows", flush=True)
-            with working(f"building the map of {table.name}"), Steps(table.name, "id") as bar:
+            with activity(f"building the map of {table.name}"), Steps(table.name, "id") as bar:
                 id_map = build_map(replace(table, progress=bar.stage), number, config)
             made.append(self._save(table, id_map))
         return made

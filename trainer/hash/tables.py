@@ -19,7 +19,8 @@ from recpress.modules.row_source import RowSource
 from recpress.trainer.artifacts.factors import open_factors
 from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
-from recpress.trainer.distributed.process_group import agreed, working
+from recpress.trainer.distributed.heartbeat import activity
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
 from recpress.trainer.observability.progress import Steps
@@ -34,7 +35,7 @@ def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
         InputError: an embedding of no table, or that cannot be read; factors of another log; a column that is not
             there, or no label for the warm-up.
     """
-    with agreed():
+    with raise_on_all_ranks():
         given = named("embedding", config.embedding)
         unknown = [name for name in given if name not in (config.features or SIDES)]
         if unknown:
@@ -43,7 +44,7 @@ def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
         return _feature_tables(config, log, given)
     embeddings: dict[str, RowSource] = {}
     counts: dict[str, np.ndarray] = {}
-    with agreed():
+    with raise_on_all_ranks():
         factors = open_factors(config.factors, log) if config.factors else None
         for side in SIDES:
             if side in given:
@@ -57,7 +58,7 @@ def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
         found = _count(log, {log.column(side): number for side, number in dense.items()})
         counts |= {side: found[log.column(side)] for side in dense}
     tables: list[TableStats] = []
-    with agreed():
+    with raise_on_all_ranks():
         tables = [
             TableStats(
                 name=side,
@@ -79,7 +80,7 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
     """
     rank, world = rank_and_world()
     counted = {name: np.zeros(size, np.int64) for name, size in columns.items()}
-    with agreed(), working("counting ids"), Steps("counting ids", "row", show=rank == 0) as bar:
+    with raise_on_all_ranks(), activity("counting ids"), Steps("counting ids", "row", show=rank == 0) as bar:
         for data in iter_columns(log.train, list(columns), rank=rank, world=world):
             for name in columns:
                 column = data[name]
@@ -107,7 +108,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
     sizes = {name: int(known[name]["num_ids"]) if name in known else 0 for name in config.features}
     counted = _count(log, sizes)
     embeddings: dict[str, RowSource] = {}
-    with agreed():
+    with raise_on_all_ranks():
         embeddings = {name: read_embedding(path) for name, path in given.items()}
     bare = [name for name in config.features if name not in embeddings]
     if bare and config.method in ("cluster", "learned"):
@@ -115,7 +116,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
             raise InputError("schema.label: expected the label column, which the warm-up is trained on")
         embeddings |= _warmed(config, log, {name: len(counted[name]) for name in bare})
     tables = []
-    with agreed():
+    with raise_on_all_ranks():
         for name in config.features:
             vocabulary = None
             if name in known:
@@ -136,7 +137,7 @@ def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[st
     """Embeddings from the warm-up, which is one pass in order: rank 0 takes it and sends the result. Collective."""
     rank, world = rank_and_world()
     made = [torch.zeros(size, 1 + config.warm_dim) for size in sizes.values()]
-    with agreed(), working("warm-up of the features' embeddings"):
+    with raise_on_all_ranks(), activity("warm-up of the features' embeddings"):
         if rank == 0:
             with Steps("warm-up", "row") as bar:
                 warmed = warm_up(

@@ -19,9 +19,9 @@ from recpress.data.errors import InputError
 from recpress.data.seeds import key
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.two_tower.model import TwoTower
-from recpress.trainer.allocator import FreedMemory, give_back
+from recpress.trainer.allocator import RetainFreedMemory, malloc_trim
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
-from recpress.trainer.distributed.process_group import WAITING_FOR_DATA, Heartbeat
+from recpress.trainer.distributed.heartbeat import WAITING_FOR_DATA, heartbeat
 from recpress.trainer.errors import Preempted
 from recpress.trainer.loop import run_state
 from recpress.trainer.loop.config import FitConfig, FitResult
@@ -54,7 +54,6 @@ def fit(
     show_progress: bool = True,
     description: str = "train",
     checkpoints: Checkpoints | None = None,
-    heart: Heartbeat | None = None,
     source: Source | None = None,
     metrics: RecMetrics | None = None,
     profiler: Profiler | None = None,
@@ -70,7 +69,6 @@ def fit(
         batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`,
             `pin_memory` and `record_stream`.
         evaluate: metrics, the same on every rank; called with the model in eval mode and out of the pipeline.
-        heart: told where the loop is.
         source: what the batches come from: kept in checkpoints, its scalars logged, asked for more at the end.
         metrics: of the rows that are trained on; logged with the losses and kept in checkpoints.
         profiler: of some steps.
@@ -82,7 +80,7 @@ def fit(
         InputError: a loss is NaN or infinite; or the evaluation does not give `config.metric`.
         Preempted: a signal came; the checkpoint is written. On every rank, after the same step.
     """
-    run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints, heart)
+    run = _Run(model, optimizer, config, device, evaluate, log, show_progress, description, checkpoints)
     run.source = source
     run.metrics, run.stream_stats, run.accept = metrics, stream_stats, accept
     profiled: AbstractContextManager[Any] = nullcontext()
@@ -93,10 +91,10 @@ def fit(
             if checkpoints is not None:
                 run.resume(checkpoints)
             with run.memory, profiled as run.profiler:
-                run.all(batches)
+                run.run(batches)
         finally:
             run.progress.close()
-            run.heart.rest()
+            heartbeat.outside_step()
     return run.result
 
 
@@ -112,12 +110,11 @@ class _Run:
         show_progress: bool,
         description: str,
         checkpoints: Checkpoints | None,
-        heart: Heartbeat | None,
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.evaluate, self.log = evaluate, log
-        self.checkpoints, self.heart = checkpoints, heart or Heartbeat()
-        self.memory = FreedMemory(keep=device.type == "cpu")
+        self.evaluate_model, self.log = evaluate, log
+        self.checkpoints = checkpoints
+        self.memory = RetainFreedMemory(keep=device.type == "cpu")
         self.signal = StopSignal()
         self.decisions = Decisions() if checkpoints is not None else None
         self.result = FitResult()
@@ -152,53 +149,53 @@ class _Run:
         self.kept = -1  # the step of the last checkpoint
         self.looked = False  # whether the evaluation before the first step is done
 
-    def all(self, batches: Batches) -> None:
+    def run(self, batches: Batches) -> None:
         if self.config.evaluate_first and not self.looked:
-            self.look()
+            self.evaluate()
         self.looked = True
         self.epoch = max(self.epoch, 1)
-        while not self.over() and self.another():
-            stop = self.one_epoch(batches(self.epoch - 1, self.step))
+        while not self.out_of_patience() and self.has_next_epoch():
+            stop = self.train_epoch(batches(self.epoch - 1, self.step))
             if not stop and self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0:
-                stop = self.look()
+                stop = self.evaluate()
             if stop:
                 break
             self.epoch, self.step = self.epoch + 1, 0
         if self.checkpoints is not None and self.decisions is not None:
             stop = self.decisions.settle(stop=self.signal.name is not None)
             if stop or self.checkpoints.config.steps or self.checkpoints.config.minutes:
-                self.keep()  # a signal while the model is evaluated and written then costs no step
+                self.save_checkpoint()  # a signal while the model is evaluated and written then costs no step
             if stop:
                 self.stop()
         self.pipeline.detach()  # the model is used without a pipeline from here on
         if self.best is not None and self.config.keep_best:
             self.best.restore(self.model)
 
-    def another(self) -> bool:
+    def has_next_epoch(self) -> bool:
         """Whether there is another epoch; where the source grows, waits for one, or stops where a signal came."""
         if self.source is None or not self.source.grows or self.epoch <= self.config.epochs:
             return self.epoch <= self.config.epochs
         if self.source.known(self.epoch - 1):
             return True
         if self.checkpoints is not None and (self.checkpoints.config.steps or self.checkpoints.config.minutes):
-            self.keep()  # files may be long in coming
-        self.heart.rest()
+            self.save_checkpoint()  # files may be long in coming
+        heartbeat.outside_step()
         answer = self.source.wait(lambda: self.signal.name)
         if answer == "stop":
-            self.keep()
+            self.save_checkpoint()
             self.stop()
         return answer == "round"
 
-    def one_epoch(self, batches: Iterable[Any]) -> bool:
+    def train_epoch(self, batches: Iterable[Any]) -> bool:
         """Whether to stop early."""
         self.model.train()
-        iterator = self.counted(batches)
+        iterator = self.track_batches(batches)
         self.interval.restart()
         self.marked_rows = self.result.rows
         from_its_start, self.labels = self.step == 0, torch.zeros(())
         stop = False
         while not stop:
-            self.heart.at(self.result.steps + 1, "in the step")
+            heartbeat.in_step(self.result.steps + 1, "in the step")
             try:
                 loss = self.pipeline.progress(iterator)
             except StopIteration:
@@ -215,13 +212,13 @@ class _Run:
                 self.flush()
             if self.config.evaluate_steps and self.result.steps % self.config.evaluate_steps == 0:
                 self.flush()
-                stop = self.look()
+                stop = self.evaluate()
             self.checkpoint()
             if self.profiler is not None:
-                self.heart.rest()
+                heartbeat.outside_step()
                 with self.interval.pause(named=False):
                     self.profiler.step()
-        self.heart.rest()
+        heartbeat.outside_step()
         self.flush()
         if self.epoch == 1 and from_its_start and not stop:
             self.check_labels()
@@ -249,16 +246,16 @@ class _Run:
         overdue = self.checkpoints.rank == 0 and self.checkpoints.overdue()
         stop, due = self.decisions.exchange(stop=self.signal.name is not None, checkpoint=overdue)
         if stop or due or self.checkpoints.due(self.result.steps):
-            self.keep()
+            self.save_checkpoint()
         if stop:
             self.stop()
 
-    def keep(self) -> None:
+    def save_checkpoint(self) -> None:
         """Write a checkpoint, unless the last one is of this step."""
         if self.checkpoints is None or self.kept == self.result.steps:
             return
         self.flush()
-        self.heart.rest()
+        heartbeat.outside_step()
         state = run_state.everything(self.model, self.optimizer) | run_state.random_states(self.device)
         state |= self.metrics.state() if self.metrics is not None else {}
         with self.memory.usual():
@@ -272,7 +269,7 @@ class _Run:
         self.checkpoints.wait()
         self.decisions.close()
         name, where = self.signal.name or "a signal of another rank", self.checkpoints.last
-        kept = f"{where} is what the same command goes on from" if where else "no checkpoint could be written"
+        kept = f"rerun the same command to resume from {where}" if where else "no checkpoint could be written"
         raise Preempted(f"stopped by {name} after step {self.result.steps}: {kept}")
 
     def numbers(self) -> dict[str, Any]:
@@ -319,18 +316,18 @@ class _Run:
         if self.log:
             self.log.cut(self.result.steps)
         self.progress.skip(self.result.steps)
-        self.progress.say(f"goes on from {found.path}: step {self.result.steps}, epoch {self.epoch}")
+        self.progress.say(f"resuming from checkpoint {found.path} at step {self.result.steps}, epoch {self.epoch}")
 
-    def counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def track_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, as the pipeline takes them."""
         iterator = iter(batches)
         while True:
-            self.heart.at(self.result.steps + 1, WAITING_FOR_DATA)
+            heartbeat.in_step(self.result.steps + 1, WAITING_FOR_DATA)
             with self.interval.waiting():
                 batch = next(iterator, None)
             if batch is None:
                 return
-            self.heart.at(self.result.steps + 1, "in the step")
+            heartbeat.in_step(self.result.steps + 1, "in the step")
             self.taken.append(batch.label.shape[0])
             self.labels = self.labels.to(batch.label.device) + batch.label.detach().sum()
             if self.source is not None:
@@ -349,9 +346,8 @@ class _Run:
             step = self.result.steps - steps + 1 + int((~finite).nonzero()[0])
             value = float(losses[step - 1 - self.result.steps + steps])
             raise InputError(
-                f"step {step} of epoch {self.epoch}: the loss is {value}, expected a finite number; "
-                "lower the learning rate, or look for NaN in labels, features and factors (--on-nonfinite skip leaves "
-                "such batches out)"
+                f"non-finite loss {value} at step {step}, epoch {self.epoch}; lower the learning rate, or check "
+                "labels, features and factors for NaN (--on-nonfinite skip skips such batches)"
             )
         kept = losses.cpu()[finite]
         seconds, waited = self.interval.end()
@@ -365,8 +361,8 @@ class _Run:
         if total[2]:
             self.result.skipped += int(total[2])
             self.progress.say(
-                f"steps {self.result.steps - steps + 1} to {self.result.steps}: {int(total[2])} batches without a "
-                f"finite loss were skipped, {self.result.skipped} in all"
+                f"steps {self.result.steps - steps + 1} to {self.result.steps}: skipped {int(total[2])} batches with a "
+                f"non-finite loss, {self.result.skipped} in total"
             )
         rows, self.marked_rows = self.result.rows - self.marked_rows, self.result.rows
         self.result.train_seconds += seconds
@@ -391,18 +387,18 @@ class _Run:
         if self.log:
             self.log.write(self.result.steps, scalars)
 
-    def look(self) -> bool:
+    def evaluate(self) -> bool:
         """Evaluate, remember the best; whether patience is over. Once a step."""
         seen = self.result.evaluations
-        if self.evaluate is None or (seen and seen[-1]["step"] == self.result.steps):
+        if self.evaluate_model is None or (seen and seen[-1]["step"] == self.result.steps):
             return False
         start = time.monotonic()
-        self.heart.rest()
+        heartbeat.outside_step()
         with self.interval.pause(), self.memory.usual():
-            give_back()  # what steps left, before the vectors of all users and items come
+            malloc_trim()  # what steps left, before the vectors of all users and items come
             self.pipeline.detach()
             self.model.eval()
-            metrics = dict(self.evaluate())
+            metrics = dict(self.evaluate_model())
             self.model.train()
             self.pipeline.attach()
         self.result.evaluate_seconds += time.monotonic() - start
@@ -435,8 +431,8 @@ class _Run:
                 self.best = Snapshot.take(self.model, self.best)
                 if self.checkpoints is not None:
                     self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
-        return self.over()
+        return self.out_of_patience()
 
-    def over(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether patience is."""
         return 0 < self.config.patience <= self.worse

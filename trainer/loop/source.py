@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from recpress.data.sampling.corrupt_groups import Lost, TolerantRows
+from recpress.data.sampling.corrupt_groups import Lost, TolerantSplit
 from recpress.data.stream.batch import Batch
 from recpress.data.stream.stream import InteractionStream
 
@@ -26,8 +26,8 @@ class Source:
 
     def __init__(self, stream: InteractionStream, bad_files: Mapping[str, str] | None = None) -> None:
         self.stream, self.bad_files = stream, dict(bad_files or {})
-        self.skips = isinstance(stream.rows, TolerantRows)
-        self.lost: Lost = stream.rows.lost if isinstance(stream.rows, TolerantRows) else {}
+        self.skips = isinstance(stream.rows, TolerantSplit)
+        self.lost: Lost = stream.rows.lost if isinstance(stream.rows, TolerantSplit) else {}
         self._known = 0  # of `lost`, on all ranks
 
     def stream_of(self, epoch: int) -> InteractionStream:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from recpress.trainer.distributed.process_group import NO_TIMEOUT
+from recpress.trainer.distributed.watchdog import NO_TIMEOUT
 
 STOP, CHECKPOINT = 0, 1  # places in the flags
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

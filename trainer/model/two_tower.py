@@ -21,7 +21,9 @@ from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
-from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.config_file import current_names
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.model.sharding import shard
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
@@ -127,7 +129,7 @@ def build(
     """
     torch.manual_seed(seed)
     counted = dim is not None and config.towers.kind == "residual"
-    with agreed():
+    with raise_on_all_ranks():
         module = TwoTower(
             config,
             _spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
@@ -165,12 +167,12 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
     Raises:
         InputError: no such model, another vocabulary, a damaged file. On every rank.
     """
-    with agreed():
+    with raise_on_all_ranks():
         manifest = artifact.read_manifest(path, MODEL)
         check_vocabulary(path, manifest, log)
         try:
             model = manifest["model"]
-            parts = dict(model["two_tower"])
+            parts = current_names(model["two_tower"])
             parts["towers"]["hidden"] = tuple(parts["towers"]["hidden"])
             config = TwoTowerConfig(
                 tables=TablesConfig(**parts["tables"]),
@@ -194,7 +196,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         seed=0,
         maps=maps,
     )
-    with agreed():
+    with raise_on_all_ranks():
         load_weights(sharded.dmp, folder / WEIGHTS)
     sharded.dmp.eval()
     return sharded

@@ -25,7 +25,7 @@ from recpress.modules.fingerprints import is_fingerprint
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables
 from recpress.modules.row_source import local_shards
-from recpress.trainer.distributed.process_group import meet
+from recpress.trainer.distributed.heartbeat import barrier
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """(row range, column range), end-exclusive."""
@@ -78,7 +78,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
         for rectangle, part in parts:
             if part.numel():
                 np.save(place / _file_name(rectangle), part.detach().cpu().numpy(), allow_pickle=False)
-    meet()
+    barrier()
 
 
 @torch.no_grad()

@@ -17,7 +17,10 @@ from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import FACTORS, MODEL
 from recpress.trainer.artifacts.id_maps import HASH
 from recpress.trainer.config import chosen_schema
-from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, waiting
+from recpress.trainer.config_file import current_names
+from recpress.trainer.distributed.heartbeat import waiting_for_ranks
+from recpress.trainer.distributed.process_group import Ranks, process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.factorize.stage import factorize
@@ -53,7 +56,7 @@ def pipeline(config: PipelineConfig) -> list[StageName]:
 
 def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
     left: list[StageName] = []
-    with agreed():
+    with raise_on_all_ranks():
         stages = config.chosen()
         log = open_log(config.data, chosen_schema(config.schema), skip_bad=True, pairs=not config.hash.features)
         if "evaluate" in stages and len(stages) > 1 and log.test is None and log.test_negatives is None:
@@ -62,7 +65,7 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
         if ranks.rank == 0:
             left = _left(stages, log)
     plan: list[Any] = [left]
-    with waiting():
+    with waiting_for_ranks():
         dist.broadcast_object_list(plan)  # what rank 0 saw: shared storage may show another rank another moment
     left = plan[0]
     for name, stage in stages.items():
@@ -81,11 +84,11 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
 
 def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks: Ranks) -> None:
     """Rank the held-out rows by what the pipeline made; print the table and write it. Collective."""
-    with agreed():
+    with raise_on_all_ranks():
         log = open_log(stage.data, chosen_schema(stage.schema))
     made = {name: stages[name].out for name in ("factorize", "train") if name in stages}
     methods = summarize(log, stage, made.get("factorize"), made.get("train"), ranks)
-    with agreed():
+    with raise_on_all_ranks():
         if ranks.rank == 0:
             last = list(methods.values())[-1]["metrics"]
             warning = below_popularity(methods)
@@ -161,7 +164,7 @@ def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
 def _check_settings(name: StageName, stage: StageConfig) -> None:
     """Raise InputError naming the settings with which the artifact was made otherwise."""
     assert stage.out is not None
-    made = _flat(artifact.read_manifest(stage.out, KINDS[name])["config"])
+    made = _flat(current_names(artifact.read_manifest(stage.out, KINDS[name])["config"]))
     wanted = _flat(json.loads(json.dumps(asdict(stage))))
     other = [
         key for key in made.keys() & wanted.keys() if made[key] != wanted[key] and key.split(".")[0] not in _ELSEWHERE

@@ -9,7 +9,9 @@ import torch
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import Log
 from recpress.trainer.artifacts.factors import FACTORS, MODEL, open_factors
-from recpress.trainer.distributed.process_group import Ranks, agreed, working
+from recpress.trainer.distributed.heartbeat import activity
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import evaluate, load_heldout, rank_heldout
@@ -31,12 +33,12 @@ def summarize(
     def rank(user: VectorFn, item: VectorFn) -> dict[str, float]:
         return rank_heldout(heldout, user, item, config.evaluation, ranks.device)
 
-    with agreed(), working("counting items"):
+    with raise_on_all_ranks(), activity("counting items"):
         counts = torch.from_numpy(log.counts("item")).float()[:, None]
     metrics = rank(vectors_from_factors(torch.ones(log.num_users, 1)), vectors_from_factors(counts))
     methods["popularity"] = {"metrics": metrics, "rows": log.train.num_rows, "seconds": None}
     if factors is not None:
-        with agreed():
+        with raise_on_all_ranks():
             opened = open_factors(factors, log)
             user, item = (vectors_from_factors(opened.table(side)) for side in ("user", "item"))
         spent = opened.manifest["seconds"]

@@ -46,7 +46,7 @@ class _Peak(TorchDispatchMode):
 def activation_bytes(job: Job, model: MetaTowers) -> int:
     """Most bytes of tensors in forward and backward of towers and loss, run on tensors without memory."""
     batch, items = job.strides
-    training = job.network.model.tables.strategy != "init-freeze"
+    training = job.network.model.tables.strategy != "frozen"
     negatives = job.network.negatives
 
     def given(tower: TowerInput, size: int) -> tuple[dict, dict, Any, Any]:

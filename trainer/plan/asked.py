@@ -32,12 +32,12 @@ def job_of(config: PlanConfig) -> Job:
     factors = open_factors(config.factors, log) if log and config.factors else None
     strategy = config.model.tables.strategy
     if strategy == "auto":  # factors that need not exist
-        strategy = "init-freeze"
+        strategy = "frozen"
     config = cast(PlanConfig, network_for(strategy, config).resolved())
     if log is not None:
         config = replace(config, sample=choose_sample(config, log, factors))
     elif not config.sample.rate:
-        config = replace(config, sample=SampleConfig(rate=0.1 if strategy.startswith("init-freeze") else 1.0))
+        config = replace(config, sample=SampleConfig(rate=0.1 if strategy.startswith("frozen") else 1.0))
     dim = None if strategy == "random" else _dim(config, factors)
     network = config
     if strategy == "random" and config.dim:
@@ -71,7 +71,7 @@ def job_of(config: PlanConfig) -> Job:
 
 def _row_vectors(config: PlanConfig, log: Log | None, factors: FactorsArtifact | None) -> bool:
     """Whether `recpress train` finds the vectors of the maps' rows stored; cross-fitted ones never are."""
-    frozen = config.model.tables.strategy.startswith("init-freeze")
+    frozen = config.model.tables.strategy.startswith("frozen")
     fits = factors is not None and log is not None and frozen and factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" or (config.crossfit == "auto" and fits):
         return False

@@ -26,7 +26,7 @@ ALLOCATOR = 32 * MIB
 MARKS = "marking positives"
 STEP = ("activations", "looked-up vectors", "batches", MARKS)
 """Parts that each step frees and takes again. glibc before 2.38 leaves holes between aligned blocks of changing sizes,
-and `FreedMemory` lets it keep them: a factor of 1.9 to 2.4 in all, of batches of 2,048 to 16,384 (measured)."""
+and `RetainFreedMemory` lets it keep them: a factor of 1.9 to 2.4 in all, of batches of 2,048 to 16,384 (measured)."""
 UPLOAD = 224 * MIB
 """What `data.storage.upload_file` holds: 211 and 221 MiB of files of 256 and 512 MiB (measured, pyarrow 26)."""
 PIPELINE = 3
@@ -131,13 +131,15 @@ def _stream_lines(job: Job, world: int) -> list[Line]:
     network = job.network
     config, row = network.stream, 8 * 2 + (4 if network.use_label else 0)
     rate = job.sampled / job.rows if job.rows else 1.0
-    ahead = rate * job.group_rows * config.lanes  # rows of all ranks that row groups bring beyond a round
+    ahead = rate * job.group_rows * config.interleave  # rows of all ranks that row groups bring beyond a round
     held = 3 * config.buffer_rows + 2 * ahead
     held = min(held, job.sampled or held) / world
     threads, group = config.chosen_threads, job.group_rows * row
     decode = threads * 4 * group + (2 * threads + 1) * rate * group
     return [
-        Line("stream", round(held * row), "(3 buffer_rows + 2 lanes x row group) / ranks x B a row", "host", "train"),
+        Line(
+            "stream", round(held * row), "(3 buffer_rows + 2 interleave x row group) / ranks x B a row", "host", "train"
+        ),
         Line("decoding", round(decode), "(4 threads + (2 threads + 1) x rate) x row group x B a row", "host", "always"),
         Line("kept in threads' heaps", KEPT, "glibc: of what reading threads have freed (measured)", "host", "always"),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.config import network_for
-from recpress.trainer.distributed.process_group import _quiet_libraries
+from recpress.trainer.distributed.process_group import silence_library_warnings
 from recpress.trainer.plan.activations import activation_bytes
 from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import ClusterConfig, PlanConfig
@@ -27,7 +27,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
         InputError: the log, factors, maps or settings cannot be used. What does not fit is told, not raised.
     """
-    _quiet_libraries()
+    silence_library_warnings()
     job = job_of(config)
     model = MetaTowers(job)
     activations = activation_bytes(job, model)
@@ -62,18 +62,18 @@ def variants(config: PlanConfig, job: Job) -> dict[str, Job]:
         model = network_for(strategy, config).model
         return replace(model, tables=replace(model.tables, strategy=strategy, storage=storage, dim=dim))
 
-    trained = "random" if config.model.tables.strategy == "random" else "init-train"
+    trained = "random" if config.model.tables.strategy == "random" else "warm-start"
     way = f", {rows_per_id} rows an id" if rows_per_id > 1 else ""
     hashed = f"learned hash {100 * share:.3g} %{way}"
     return {
         "trainable": job.with_tables(tables(trained), None if trained == "random" else dim, None, 1),
-        "frozen fp32": job.with_tables(tables("init-freeze"), dim, None, 1),
-        "frozen int8": job.with_tables(tables("init-freeze", "int8"), dim, None, 1),
+        "frozen fp32": job.with_tables(tables("frozen"), dim, None, 1),
+        "frozen int8": job.with_tables(tables("frozen", "int8"), dim, None, 1),
         f"{hashed}, trainable": job.with_tables(
             tables(trained), None if trained == "random" else dim, share, rows_per_id
         ),
-        f"{hashed}, frozen fp32": job.with_tables(tables("init-freeze"), dim, share, rows_per_id),
-        f"{hashed}, frozen int8": job.with_tables(tables("init-freeze", "int8"), dim, share, rows_per_id),
+        f"{hashed}, frozen fp32": job.with_tables(tables("frozen"), dim, share, rows_per_id),
+        f"{hashed}, frozen int8": job.with_tables(tables("frozen", "int8"), dim, share, rows_per_id),
     }
 
 

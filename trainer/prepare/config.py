@@ -77,7 +77,7 @@ class SampleCommand:
     """Rows that are shuffled in memory at a time; up to five times as many are held."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """A file or row group of train that cannot be read, after the retries: `stop` ends the stage with its name; `skip`
-    leaves its rows out, names and counts it (docs/log.md)."""
+    leaves its rows out, names and counts it (docs/train/log.md)."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
     overwrite: bool = False

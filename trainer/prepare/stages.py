@@ -20,7 +20,7 @@ from recpress.data.config import SampleConfig
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.ingest import ingest as data_ingest
 from recpress.data.ingest import split as data_holdout
-from recpress.data.sampling.corrupt_groups import TolerantRows, in_words
+from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words
 from recpress.data.sampling.design_effect import design_effects
 from recpress.data.sampling.sample import write_sample
 from recpress.data.sampling.selection import Selection
@@ -82,7 +82,7 @@ def sample(config: SampleCommand) -> str | Path:
     skip = config.on_bad_file == "skip"
     log = open_log(config.data, chosen_schema(config.schema), pairs=False, skip_bad=skip)
     if skip:
-        log = replace(log, train=TolerantRows.of(log.train))
+        log = replace(log, train=TolerantSplit.of(log.train))
     with _ended_by_sigterm():
         out = write_sample(
             log,
@@ -112,7 +112,7 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
     names = [name for name in (schema.user, schema.item, schema.label, schema.time) if name]
     counts = Selection(log.train, drawn).counts
     sizes = np.array([group.num_rows for group in log.train.groups])
-    lost = log.train.lost if isinstance(log.train, TolerantRows) else {}
+    lost = log.train.lost if isinstance(log.train, TolerantSplit) else {}
     whole = [(place, log.train.groups[place]) for place in np.flatnonzero(counts == sizes).tolist()]
     groups = [place for place, group in whole if (group.file, group.group) not in lost][:64]
     if len(groups) < 2 or not names:
@@ -124,7 +124,7 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
     if odd := [name for name, effect in effects.items() if effect.effect > high]:
         print(
             f"{log.path} is not shuffled: its row groups differ in {', '.join(odd)} by more than chance, and so may "
-            "the sample from the log; docs/sampling.md says what that means"
+            "the sample from the log; docs/train/sampling.md says what that means"
         )
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from recpress.data.dataset import object_store
 from recpress.data.dataset.growing_log import GrowingLog, Taken, open_round, refuse_new_ids
 from recpress.data.dataset.log import Log, Side
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.batch import Batch
@@ -28,7 +28,7 @@ from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.config import TrainConfig
-from recpress.trainer.distributed.process_group import agreed
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.source import Next, Source
 from recpress.trainer.train.unknown_ids import UnknownIds
 
@@ -43,7 +43,7 @@ def first_round(config: TrainConfig, checkpoints: str) -> list[str]:
         InputError: a log that cannot grow; no whole file. On every rank.
     """
     names: list[Any] = [None]
-    with agreed():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             found = _of_checkpoints(checkpoints) if config.checkpoint.resume else None
             names = [found or [file["name"] for file in GrowingLog(config.data).new_files()]]
@@ -83,7 +83,7 @@ class FollowedSource(Source):
         config: TrainConfig,
         log: Log,
         stream: InteractionStream,
-        make: Callable[[Rows], InteractionStream],
+        make: Callable[[ParquetSplit], InteractionStream],
         maps: Mapping[str, IdMap] | None = None,
     ) -> None:
         super().__init__(stream, log.bad_files)
@@ -110,7 +110,7 @@ class FollowedSource(Source):
         if number < 1:
             return self.stream
         if self._opened is None or self._opened[0] != number:
-            with agreed():
+            with raise_on_all_ranks():
                 self._opened = number, self._make(self._open(number))
         return self._opened[1]
 
@@ -173,7 +173,7 @@ class FollowedSource(Source):
     def _before(self, number: int) -> list[Taken]:
         return [file for files in self.rounds[:number] for file in files]
 
-    def _open(self, number: int) -> Rows:
+    def _open(self, number: int) -> ParquetSplit:
         rows = open_round(self._base, self._before(number), self.rounds[number], any_id=self._any_id)
         if not self.skips:  # otherwise their row groups are left out
             refuse_new_ids(rows, self._advice)

@@ -43,7 +43,7 @@ def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | No
     """Whether to train on factors that have not seen the sample."""
     if config.crossfit == "no" or factors is None:
         return False
-    frozen = config.model.tables.strategy.startswith("init-freeze")
+    frozen = config.model.tables.strategy.startswith("frozen")
     fits = factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" and not (frozen and fits):
         drawn = f"{config.sample}" if log.sample_of is None else f"{config.sample} of {log.path}, itself a sample"
@@ -61,7 +61,7 @@ def choose_sample(config: TrainConfig, log: Log, factors: FactorsArtifact | None
     asked = config.sample
     if asked.rate:
         return SampleConfig(kind=asked.kind, rate=asked.rate, seed=asked.seed)
-    if factors is None or not config.model.tables.strategy.startswith("init-freeze") or log.is_part:
+    if factors is None or not config.model.tables.strategy.startswith("frozen") or log.is_part:
         return SampleConfig(kind=asked.kind, rate=1.0, seed=asked.seed)
     unseen, plain = factors.crossfit, SampleConfig()
     untouched = (asked.kind, asked.seed) == (plain.kind, plain.seed)

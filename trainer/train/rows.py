@@ -13,7 +13,8 @@ from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig
-from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.source import Source
 from recpress.trainer.model.two_tower import ShardedTwoTower
 from recpress.trainer.train.follow import FollowedSource
@@ -44,7 +45,7 @@ def make_stream(
         sample=config.sample,
         hold_out=hold_out,
         rank=ranks.rank,
-        world=ranks.world,
+        world=ranks.world_size,
         global_batch=global_batch,
         columns=columns,
         pin_memory=ranks.device.type == "cuda",
@@ -60,8 +61,11 @@ def stream_as_before(
     rows = int(checkpoints.start.manifest["global_batch"])
     checkpoints.describe["global_batch"] = rows
     if ranks.rank == 0:
-        print(f"other ranks than before: a step still has {rows:,} rows, {rows // ranks.world:,} on each", flush=True)
-    with agreed():
+        print(
+            f"world size changed; keeping global batch size {rows:,} ({rows // ranks.world_size:,} per rank)",
+            flush=True,
+        )
+    with raise_on_all_ranks():
         return make_stream(config, log, ranks, rows, stream.hold_out)
 
 
@@ -69,7 +73,7 @@ def make_source(
     config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks, maps: Mapping[str, IdMap]
 ) -> Source:
     """What the loop takes rows from: the stream for all epochs, or rounds of the files of a log that grows."""
-    if not config.follow.on:
+    if not config.follow.online:
         return Source(stream, log.bad_files)
     return FollowedSource(
         config,

@@ -17,17 +17,18 @@ import torch
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import PositivePairs, make_negatives
+from recpress.data.negatives.negatives import InteractionSet, make_negatives
 from recpress.data.stream.order import ORDER_VERSION
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.allocator import give_back
+from recpress.trainer.allocator import malloc_trim
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, claimed, describe_log, shared_artifact
 from recpress.trainer.artifacts.id_maps import SIDES, save_maps
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
-from recpress.trainer.distributed.process_group import Ranks, agreed, process_group, same_everywhere
+from recpress.trainer.distributed.process_group import Ranks, process_group
+from recpress.trainer.distributed.rank_errors import assert_same_across_ranks, raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.evaluate.ranking import vectors_from_factors
@@ -101,11 +102,11 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     """`train` within its process group, which outlives the model: see `process_group`."""
     begin = time.monotonic()
     given, config = config, config.resolved()
-    same_everywhere(configuration=_digest(asdict(config)))
-    only = first_round(config, _checkpoint_folder(config)) if config.follow.on else None
+    assert_same_across_ranks(configuration=_digest(asdict(config)))
+    only = first_round(config, _checkpoint_folder(config)) if config.follow.online else None
     skip = config.stream.on_bad_file == "skip"
     log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
-    with agreed():
+    with raise_on_all_ranks():
         factors = choose_factors(config, log)
         config = replace(config, sample=choose_sample(config, log, factors))
         crossfit = choose_crossfit(config, log, factors)
@@ -133,7 +134,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             )
     checkpoints = _checkpoints(config, log, stream, ranks)
     stream = stream_as_before(config, log, stream, checkpoints, ranks)
-    with agreed():
+    with raise_on_all_ranks():
         source = make_source(config, log, stream, ranks, maps)
     # `config` is what was asked for, which `recpress pipeline` compares; `resolved` has all defaults filled in.
     meta: dict[str, Any] = {
@@ -162,7 +163,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         def put(model: ShardedTwoTower, of_sample: bool) -> None:
             """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
             if factors is not None:
-                with agreed():
+                with raise_on_all_ranks():
                     model.load_factors(factors, crossfit=of_sample, hashed=hashed)
 
         def as_factorization(of_sample: bool) -> ShardedTwoTower:
@@ -175,9 +176,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             like.dmp.eval()
             return like
 
-        give_back()  # what reading the pairs took, before the tables come
+        malloc_trim()  # what reading the pairs took, before the tables come
         put(model, crossfit)
-        give_back()
+        malloc_trim()
         if choice is not None:
             assert rows is not None
             residual = config.model.towers.kind == "residual"
@@ -225,7 +226,6 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 accept=choice.accepts if choice is not None else None,
                 log=metrics_log,
                 checkpoints=checkpoints,
-                heart=ranks.heart,
                 source=source,
                 metrics=_rec_metrics(config, model, stream, ranks),
                 profiler=_profiler(config, checkpoints, ranks),
@@ -245,7 +245,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         with shared_artifact(config.out, MODEL, meta, overwrite=config.overwrite) as tmp:
             (tmp / WEIGHTS).mkdir(exist_ok=True)
             save_weights(model.dmp, tmp / WEIGHTS)
-            with agreed():
+            with raise_on_all_ranks():
                 if maps and ranks.rank == 0:
                     save_maps(maps, tmp / MAPS)
                 if ranks.rank == 0:
@@ -306,7 +306,7 @@ def _item_counts(factors: FactorsArtifact | None, rows: ValidationRows, crossfit
     if rows.item_counts is not None:
         return torch.from_numpy(rows.item_counts).double()[:, None]
     assert factors is not None
-    with agreed():
+    with raise_on_all_ranks():
         return torch.from_numpy(factors.counts("item", crossfit=crossfit)[:]).double()
 
 
@@ -370,7 +370,7 @@ def _test(
     metrics = rank_heldout(heldout, model.vectors("user"), model.vectors("item"), look, device, cases)
     if factors is None:
         return metrics, {}
-    with agreed():
+    with raise_on_all_ranks():
         user, item = (vectors_from_factors(factors.table(side)) for side in SIDES)
     own: Cases = {}
     factorization = rank_heldout(heldout, user, item, look, device, own)
@@ -387,7 +387,7 @@ def _test(
 
 def _total_steps(config: TrainConfig, stream: InteractionStream) -> int:
     """For the schedule and the time left; 0 where nobody knows."""
-    return 0 if config.follow.on else stream.steps_per_epoch * config.epochs
+    return 0 if config.follow.online else stream.steps_per_epoch * config.epochs
 
 
 def _model(
@@ -399,14 +399,14 @@ def _model(
     ranks: Ranks,
 ) -> ShardedTwoTower:
     loss, kind = config.model.loss, config.negatives.kind
-    with agreed():
+    with raise_on_all_ranks():
         if kind == "in-batch" and not (loss.kind == "softmax" and loss.in_batch):
             raise InputError("negatives.kind is 'in-batch': expected model.loss.kind 'softmax' and model.loss.in_batch")
         counts = log.counts("item") if loss.in_batch or kind != "uniform" else None
         reject = None
         size = {"rows": log.train.num_rows, "users": log.num_users, "items": log.num_items}
         if config.negatives.rejects(**size, sample=config.sample):
-            reject = PositivePairs.of([log.train], log.schema.user, log.schema.item, log.num_items)
+            reject = InteractionSet.of([log.train], log.schema.user, log.schema.item, log.num_items)
         negatives = make_negatives(config.negatives, log.num_items, counts, reject)
     return build(
         config.model,
@@ -426,7 +426,7 @@ def _model(
 
 def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks: Ranks) -> Checkpoints:
     """Where the state of this run is kept, and what must be the same when it goes on."""
-    with agreed():
+    with raise_on_all_ranks():
         inputs = {"log": _digest([[file["size"], file["fingerprint"]] for file in log.inputs()])}
         inputs["order of the rows"] = str(ORDER_VERSION)
         inputs |= {f"{side} vocabulary": str(log.vocabulary_fingerprint(side)) for side in SIDES}
@@ -455,7 +455,7 @@ def _checkpoint_folder(config: TrainConfig) -> str:
 def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Iterator[Endpoint | None]:
     """The Prometheus endpoint, on rank 0, where one is asked for."""
     made: Endpoint | None = None
-    with agreed():
+    with raise_on_all_ranks():
         if config.watch.port and ranks.rank == 0:
             from recpress.trainer.observability.prometheus import Endpoint
 

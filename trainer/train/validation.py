@@ -9,8 +9,7 @@ items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +17,16 @@ import torch
 
 from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.log import Log
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import iter_row_groups
 from recpress.data.errors import InputError
-from recpress.data.negatives.interaction_set import PositivePairs, mix, shift, signed
+from recpress.data.negatives.interaction_set import InteractionSet, mix, shift, signed
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.sampling.selection import HoldOut, Selection
 from recpress.data.seeds import key
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.collectives import all_gather_arrays, all_reduce, exchange
-from recpress.trainer.distributed.process_group import Ranks, agreed
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_pairs, sampled_from_arrays
 from recpress.trainer.evaluate.stage import load_heldout
 
@@ -100,7 +100,7 @@ def load_validation(
         return ValidationRows(load_heldout(log, look), "test", None, log.counts("item") if count_items else None)
     selection = Selection(log.train, config.sample, hold_out=hold_out)
     counts = np.zeros(log.num_items if count_items else 0, dtype=np.int64)
-    with agreed():
+    with raise_on_all_ranks():
         of_sample = _held_pairs(config, log, selection, ranks, counts) if hold_out or count_items else _no_pairs()
         of_val = _val_pairs(config, log, ranks) if hold_out is None and look.validation == "auto" else None
     held = of_sample if of_val is None else of_val
@@ -109,7 +109,7 @@ def load_validation(
     users = np.unique(np.concatenate([arrays[0] for arrays in all_gather_arrays([np.unique(held[0])])]))
     if not len(users):
         return None
-    with agreed():
+    with raise_on_all_ranks():
         seen = _seen_pairs(log, selection, users, ranks)
     source = "val" if of_val is not None else "sample"
     whole = config.sample.rate == 1.0 or config.sample.kind != "block"
@@ -140,24 +140,12 @@ def _most(config: TrainConfig, log: Log) -> int:
     return max(LEAST, min(MOST, MOST_SCORES // log.num_items)) if _full(config, log) else MOST
 
 
-def _groups(rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(place in `rows.groups`, its columns), one row group read ahead; what cannot be read and may be skipped, is."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="recpress-read") as pool:
-        ahead = None
-        for number, place in enumerate(places):
-            data = (ahead or pool.submit(rows.read_or_skip, rows.groups[place], columns)).result()
-            following = places[number + 1 : number + 2]
-            ahead = pool.submit(rows.read_or_skip, rows.groups[following[0]], columns) if following else None
-            if data is not None:
-                yield place, data  # type: ignore[misc]  # ids and labels are arrays
-
-
 def _held_pairs(config: TrainConfig, log: Log, selection: Selection, ranks: Ranks, counts: np.ndarray) -> Pairs:
     """Held-out pairs of this rank's row groups; adds the other rows of the sample to `counts`, unless it is empty."""
     user, item, label = log.schema.user, log.schema.item, log.schema.label if config.use_label else None
     found: list[Pairs] = [_no_pairs()]
-    places = selection.candidates[ranks.rank :: ranks.world].tolist()
-    for place, data in _groups(log.train, [user, item] + ([label] if label else []), places):
+    places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
+    for place, data in iter_row_groups(log.train, [user, item] + ([label] if label else []), places):
         held = selection.held_out(place)
         if label:  # a row that says "no" is no item to rank first
             held = held[data[label][held] >= 0.5]
@@ -175,7 +163,7 @@ def _val_pairs(config: TrainConfig, log: Log, ranks: Ranks) -> Pairs | None:
     user, item = log.schema.user, log.schema.item
     share = min(1.0, _most(config, log) / log.val.num_rows)
     found: list[Pairs] = [_no_pairs()]
-    for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world):
+    for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world_size):
         users, items = np.array(data[user]), np.array(data[item])  # Arrow memory is not writable, as torch wants it
         kept = _uniform(torch.from_numpy(users), config.sample.seed, "val users").numpy() < share
         found.append((users[kept], items[kept]))
@@ -186,8 +174,8 @@ def _seen_pairs(log: Log, selection: Selection, users: np.ndarray, ranks: Ranks)
     """Pairs of these users (ascending) in the row groups of the sample that this rank reads, held-out rows excluded."""
     user, item = log.schema.user, log.schema.item
     found: list[Pairs] = [_no_pairs()]
-    places = selection.candidates[ranks.rank :: ranks.world].tolist()
-    for place, data in _groups(log.train, [user, item], places):
+    places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
+    for place, data in iter_row_groups(log.train, [user, item], places):
         at = np.minimum(np.searchsorted(users, data[user]), len(users) - 1)
         wanted = users[at] == data[user]
         wanted[selection.held_out(place)] = False
@@ -203,11 +191,11 @@ def _sampled(held: Pairs, seen: Pairs, log: Log, count: int, seed: int) -> Sampl
     world_users = -(-log.num_users // torch.distributed.get_world_size())
     held = _sent(held, world_users)
     seen = _sent(seen, world_users)
-    seen_set = PositivePairs.of_pairs(*seen, log.num_items)
+    seen_set = InteractionSet.of_pairs(*seen, log.num_items)
     users, items = (torch.from_numpy(array) for array in held)
     new = ~seen_set.contains(users, items)
     users, items = users[new], items[new]
-    met = PositivePairs.of_pairs(
+    met = InteractionSet.of_pairs(
         np.concatenate([seen[0], users.numpy()]), np.concatenate([seen[1], items.numpy()]), log.num_items
     )
     owner = users.repeat_interleave(count)

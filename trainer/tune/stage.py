@@ -17,7 +17,8 @@ import torch.distributed as dist
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import object_store
 from recpress.data.errors import InputError
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.train.stage import TrainResult, train
@@ -54,7 +55,7 @@ def tune(config: TuneConfig) -> TuneResult:
     began = time.monotonic()
     with process_group(config.device) as ranks, ExitStack() as stack:
         folders: list[str] = [""]
-        with agreed():
+        with raise_on_all_ranks():
             if object_store.is_remote(config.out):
                 raise InputError(f"{config.out}: expected a local file")
             if Path(config.out).exists() and not config.overwrite:
@@ -88,7 +89,7 @@ def tune(config: TuneConfig) -> TuneResult:
             _say(f"tune: {config.evaluation.metric} {found[-1][1]:.4f} on validation rows")
         found.sort(key=lambda trial: -trial[1])  # stable: of equals the first, so that the defaults win a tie
         settings = _settings(config, made.auto["settings"], found[0][0])
-        with agreed():
+        with raise_on_all_ranks():
             if ranks.rank == 0:
                 _write(config.out, settings, found)
         dist.barrier()
@@ -148,6 +149,8 @@ def _settings(config: TuneConfig, als: dict[str, Any], network: Network) -> dict
     """The file: a table for each command that the settings are for."""
     absolute = {"unobserved_ratio": config.als.unobserved_weight, "mean_penalty": config.als.regularization}
     chosen = {name: value for name, value in als.items() if absolute.get(name) is None}
+    if config.als.sweeps is None:
+        del chosen["sweeps"]  # a fit ends when its objective hardly falls
     given = {"unobserved_weight": config.als.unobserved_weight, "regularization": config.als.regularization}
     chosen |= {name: value for name, value in given.items() if value is not None}
     chosen["frequency_exponent"] = config.als.frequency_exponent

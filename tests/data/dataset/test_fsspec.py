@@ -41,7 +41,7 @@ def archive(tmp_path):
 @pytest.mark.parametrize("where", ["log", "log/train-*.parquet", "log/*-[0123].parquet"])
 def test_a_log_in_an_archive_is_streamed_by_threads(archive, where):
     log = open_log(f"zip://{where}::{archive}")
-    stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=16, threads=4))
+    stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=16, num_threads=4))
     assert sorted(user for batch in stream for user in batch.user.tolist()) == list(range(200))
     assert log.train.where(log.train.groups[1]) == "zip://log/train-0.parquet, row group 1"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("recpress-stream")]

@@ -12,7 +12,7 @@ from recpress.data.dataset.growing_log import GrowingLog, open_round, refuse_new
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.bernoulli import membership
-from recpress.data.sampling.corrupt_groups import TolerantRows
+from recpress.data.sampling.corrupt_groups import TolerantSplit
 from recpress.data.stream.stream import InteractionStream
 from recpress.data.synthetic.interactions import synth
 
@@ -98,7 +98,7 @@ def test_a_round_goes_on_with_the_ordinals_and_needs_no_older_file(folder):
     stream = InteractionStream(rows, SCHEMA, StreamConfig(batch_size=4), sample=sample)
     want = [20 + 10 * group + int(row) for group in range(3) for row in membership(3, 0.5, 2, group, 10)]
     assert sorted(user for batch in stream for user in batch.user.tolist()) == want
-    tolerant = TolerantRows.of(log.train)
+    tolerant = TolerantSplit.of(log.train)
     assert open_round(tolerant, rounds[0] + rounds[1], rounds[2]).lost is tolerant.lost
 
 

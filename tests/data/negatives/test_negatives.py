@@ -13,8 +13,8 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.negatives.negatives import (
     InBatchNegatives,
+    InteractionSet,
     PopularityNegatives,
-    PositivePairs,
     UniformNegatives,
     alias_table,
     make_negatives,
@@ -90,7 +90,7 @@ def test_slots_rows_epochs_and_seeds_are_independent():
 def test_draws_depend_on_the_place_alone(position, rows, count, epoch, reject):
     """A batch that is split in any way (over ranks, or by a resume) has the same negatives."""
     users = torch.arange(rows) % 5
-    pairs = PositivePairs.of_pairs(np.array([0, 0, 1, 3]), np.array([1, 2, 3, 4]), 9) if reject else None
+    pairs = InteractionSet.of_pairs(np.array([0, 0, 1, 3]), np.array([1, 2, 3, 4]), 9) if reject else None
     negatives = PopularityNegatives(np.arange(1, 10), count, seed=7, reject=pairs)
     whole = negatives.draw(users, epoch, position)
     assert whole.shape == (rows, count)
@@ -106,7 +106,7 @@ def test_draws_depend_on_the_place_alone(position, rows, count, epoch, reject):
 def test_draws_are_the_same_on_cuda():
     users = torch.arange(5000) % 90
     rng = np.random.default_rng(0)
-    pairs = PositivePairs.of_pairs(rng.integers(0, 90, 4000), rng.integers(0, 100, 4000), 100)
+    pairs = InteractionSet.of_pairs(rng.integers(0, 90, 4000), rng.integers(0, 100, 4000), 100)
     for make in (
         lambda: UniformNegatives(100, 4, 3, pairs),
         lambda: PopularityNegatives(np.arange(100), 4, 0.75, 3, pairs),
@@ -121,7 +121,7 @@ def test_draws_are_the_same_on_cuda():
 def test_own_positives_are_rejected():
     rng = np.random.default_rng(1)
     owner, owned = rng.integers(0, 50, 2000), rng.integers(0, 200, 2000)
-    pairs = PositivePairs.of_pairs(owner, owned, 200)
+    pairs = InteractionSet.of_pairs(owner, owned, 200)
     have = set(zip(owner.tolist(), owned.tolist(), strict=True))
     assert len(pairs) == len(have)
     users = torch.arange(4000) % 60
@@ -136,13 +136,13 @@ def test_own_positives_are_rejected():
 
 
 def test_what_is_left_is_uniform_over_the_other_items():
-    pairs = PositivePairs.of_pairs(np.zeros(5, np.int64), np.arange(5), 12)
+    pairs = InteractionSet.of_pairs(np.zeros(5, np.int64), np.arange(5), 12)
     drawn = UniformNegatives(12, 4, reject=pairs).draw(torch.zeros(20_000, dtype=torch.int64), 0, 0)
     assert abs(chi_square(drawn, np.array([0.0] * 5 + [1 / 7] * 7))) < 5
 
 
 def test_a_user_with_every_item_keeps_positives_and_they_are_counted():
-    pairs = PositivePairs.of_pairs(np.zeros(4, np.int64), np.arange(4), 4)
+    pairs = InteractionSet.of_pairs(np.zeros(4, np.int64), np.arange(4), 4)
     negatives = UniformNegatives(4, 3, reject=pairs)
     drawn = negatives.draw(torch.tensor([0, 1, 0]), 0, 0)
     assert drawn.shape == (3, 3)
@@ -157,7 +157,7 @@ def test_pairs_of_a_log(tmp_path):
     table = pa.table({"user_id": [3, 0, 3, 3], "item_id": [1, 2, 1, 0]})
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=2)
     log = open_log(tmp_path)
-    pairs = PositivePairs.of([log.train], "user_id", "item_id", log.num_items)
+    pairs = InteractionSet.of([log.train], "user_id", "item_id", log.num_items)
     assert pairs.keys.tolist() == [2, 9, 10]
     assert pairs.contains(torch.tensor([0, 3, 2, 9**9]), torch.tensor([2, 2, 1, 1])).tolist() == [
         True,
@@ -165,7 +165,7 @@ def test_pairs_of_a_log(tmp_path):
         False,
         False,
     ]
-    empty = PositivePairs.of([], "user_id", "item_id", 3)
+    empty = InteractionSet.of([], "user_id", "item_id", 3)
     assert not empty.contains(torch.tensor([0]), torch.tensor([0])).any()
 
 
@@ -173,7 +173,7 @@ def test_pairs_of_a_log(tmp_path):
 def test_pairs_are_found_exactly(size, items, seed):
     rng = np.random.default_rng(seed)
     users, owned = rng.integers(0, 30, size), rng.integers(0, items, size)
-    pairs = PositivePairs.of_pairs(users, owned, items)
+    pairs = InteractionSet.of_pairs(users, owned, items)
     expected = torch.zeros(40, items, dtype=torch.bool)
     expected[users, owned] = True
     assert torch.equal(pairs.contains(torch.arange(40).unsqueeze(1), torch.arange(items)), expected)
@@ -186,7 +186,7 @@ def test_among_finds_exactly_the_items_of_each_user(size, items, count, stride, 
     """Items far apart, and of one filter slot (65,536 apart), are told from each other."""
     rng = np.random.default_rng(seed)
     users, owned = rng.integers(0, 5, size), rng.integers(0, items, size) * stride
-    pairs = PositivePairs.of_pairs(users, owned, items * stride)
+    pairs = InteractionSet.of_pairs(users, owned, items * stride)
     asked, drawn = torch.from_numpy(rng.integers(0, 6, 7)), torch.from_numpy(rng.integers(0, items, count) * stride)
     known = set(zip(users.tolist(), owned.tolist(), strict=True))
     expected = [[(user, item) in known for item in drawn.tolist()] for user in asked.tolist()]
@@ -195,7 +195,7 @@ def test_among_finds_exactly_the_items_of_each_user(size, items, count, stride, 
 
 def test_among_takes_no_memory_of_the_size_of_the_catalog():
     items = 2**40  # 4 TiB of int32
-    pairs = PositivePairs.of_pairs(np.array([0, 1]), np.array([7, items - 1]), items)
+    pairs = InteractionSet.of_pairs(np.array([0, 1]), np.array([7, items - 1]), items)
     found = pairs.among(torch.tensor([0, 1, 2]), torch.tensor([items - 1, 7]))
     assert found.tolist() == [[False, True], [True, False], [False, False]]
 
@@ -217,7 +217,7 @@ def test_positives_are_rejected_by_default_where_a_log_is_dense_and_read_as_a_wh
 
 def test_pairs_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="63 bits"):
-        PositivePairs.of_pairs(np.array([2**40]), np.array([0]), 2**30)
+        InteractionSet.of_pairs(np.array([2**40]), np.array([0]), 2**30)
 
 
 def test_an_item_beyond_the_counts_is_as_likely_as_one_with_a_count_of_1():

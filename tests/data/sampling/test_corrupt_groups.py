@@ -13,7 +13,7 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.bernoulli import membership
-from recpress.data.sampling.corrupt_groups import TRIES, TolerantRows
+from recpress.data.sampling.corrupt_groups import TRIES, TolerantSplit
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.stream.stream import InteractionStream
 
@@ -47,7 +47,7 @@ def members(sample, file, group):
 
 
 def stream(log, world=1, rank=0, sample=None, seed=0, **config):
-    config = {"batch_size": 6, "buffer_rows": 50, "lanes": 3, "seed": seed, "on_bad_file": "skip"} | config
+    config = {"batch_size": 6, "buffer_rows": 50, "interleave": 3, "seed": seed, "on_bad_file": "skip"} | config
     return InteractionStream(log.train, log.schema, StreamConfig(**config), sample=sample, rank=rank, world=world)
 
 
@@ -137,7 +137,7 @@ def test_it_gives_up_where_everything_fails(tmp_path):
 def test_whole_passes_leave_it_out(tmp_path):
     write_log(tmp_path)
     damage(tmp_path, 0, 2)
-    rows = TolerantRows.of(open_log(tmp_path, SCHEMA).train)
+    rows = TolerantSplit.of(open_log(tmp_path, SCHEMA).train)
     users = [user for part in iter_columns(rows, ["user_id"]) for user in part["user_id"].tolist()]
     assert users == [user for user in range(ROWS) if not 40 <= user < 60]
     shared = InteractionStream(rows, SCHEMA, StreamConfig(on_bad_file="skip"))

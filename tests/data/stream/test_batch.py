@@ -15,7 +15,7 @@ from recpress.data.config import Schema, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import InBatchNegatives, PopularityNegatives, PositivePairs, UniformNegatives
+from recpress.data.negatives.negatives import InBatchNegatives, InteractionSet, PopularityNegatives, UniformNegatives
 from recpress.data.stream.batch import Batch, BatchBuilder
 from recpress.data.stream.stream import InteractionStream
 
@@ -124,7 +124,7 @@ def test_in_batch_has_positives_alone(log):
 
 
 def test_rejection_reaches_the_batch(log):
-    pairs = PositivePairs.of([log.train], "user_id", "item_id", ITEMS)
+    pairs = InteractionSet.of([log.train], "user_id", "item_id", ITEMS)
     build = BatchBuilder(UniformNegatives(ITEMS, 4, reject=pairs))
     for rows in rows_of(log):
         items = build(rows).item_features["item"].values()[rows.size :].view(rows.size, 4)
@@ -184,7 +184,7 @@ def test_a_pipeline_trains_on_it(log, tables, device):
     torch.manual_seed(0)
     model = Model().to(device)
     pipeline = TrainPipelineBase(model, torch.optim.Adam(model.parameters(), 0.05), torch.device(device))
-    pairs = PositivePairs.of([log.train], "user_id", "item_id", ITEMS)
+    pairs = InteractionSet.of([log.train], "user_id", "item_id", ITEMS)
     negatives = UniformNegatives(ITEMS, 2, reject=pairs)
     build = BatchBuilder(negatives, user_table=tables[0], item_table=tables[1])
     stream, losses = rows_of(log), []

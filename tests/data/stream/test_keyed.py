@@ -40,8 +40,8 @@ def log(tmp_path_factory):
     return open_log(folder, Schema(label="label", categorical=("kind", "tags"), floats=("price", "age")))
 
 
-def batches(log, keys=None, ready=2, **kwargs):
-    config = StreamConfig(batch_size=64, buffer_rows=200, ready=ready, threads=2)
+def batches(log, keys=None, prefetch_batches=2, **kwargs):
+    config = StreamConfig(batch_size=64, buffer_rows=200, prefetch_batches=prefetch_batches, num_threads=2)
     return KeyedBatches(InteractionStream(log.train, log.schema, config), keys, **kwargs)
 
 
@@ -70,7 +70,7 @@ def test_features_are_the_columns(log, keys, ready):
 
 
 def test_values_that_lie_together_are_not_copied(log):
-    made = batches(log, ["user_id", "item_id", "kind"], ready=0)
+    made = batches(log, ["user_id", "item_id", "kind"], prefetch_batches=0)
     rows = next(iter(made.stream))
     values = made.keyed(rows).features.values()
     assert values.data_ptr() == rows.user.data_ptr()

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recpress.data.config import Schema
-from recpress.data.dataset.column_chunks import Ranges, leaves
+from recpress.data.dataset.column_chunks import ColumnChunkFile, leaves
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.parquet_split import RowGroup
 from recpress.data.errors import InputError
@@ -232,7 +232,7 @@ def test_fingerprints_are_taken_once(tmp_path, monkeypatch):
 
 
 def test_ranges_are_read_to_their_end():
-    ranges = Ranges([(4, b"abcdef")], 20)
+    ranges = ColumnChunkFile([(4, b"abcdef")], 20)
     ranges.seek(6)
     assert bytes(ranges.read()) == b"cdef"
     ranges.seek(4)

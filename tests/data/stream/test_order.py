@@ -26,7 +26,7 @@ def everything(counts: list[int]) -> set[tuple[int, int]]:
 def test_every_row_once_or_dropped_by_the_rule(counts, world):
     for batch, buffer, lanes, shuffle in itertools.product([1, 3, 8], [1, 10, 1000], [1, 3, 8], [True, False]):
         order = EpochOrder(
-            np.array(counts), world * batch, seed=3, shuffle=shuffle, buffer_rows=buffer, max_lanes=lanes
+            np.array(counts), world * batch, seed=3, shuffle=shuffle, buffer_rows=buffer, interleave=lanes
         )
         batches = epoch(order, world)
         rows = [tuple(row) for found in batches for row in found.tolist()]
@@ -94,7 +94,7 @@ def test_visits_bring_every_row_that_a_rank_needs_in_time(counts, world, batch, 
     filled: dict[tuple[int, int], int] = {}
     for visit in visits:
         for part in visit.parts:
-            filled[part.lane, part.round] = filled.get((part.lane, part.round), 0) + part.count
+            filled[part.lane, part.window] = filled.get((part.lane, part.window), 0) + part.count
     for place, count in filled.items():
         low, high = order.block_bounds(*place)
         assert count == high - low
@@ -146,14 +146,14 @@ def test_batches_mix_the_lanes_evenly():
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_share_the_decoding(world):
     """64 row groups, 8 lanes: beyond the groups at the cuts between ranks no group is decoded twice."""
-    order = EpochOrder(np.full(64, 997), 8 * 16, seed=2, buffer_rows=2000, max_lanes=8)
+    order = EpochOrder(np.full(64, 997), 8 * 16, seed=2, buffer_rows=2000, interleave=8)
     decoded = [len(order.visits(rank, world)) for rank in range(world)]
     assert sum(decoded) <= 64 + world - 1
     assert max(decoded) <= 64 / world + 2
 
 
 def test_resume_decodes_only_what_is_left():
-    order = EpochOrder(np.full(40, 100), 100, seed=2, buffer_rows=200, max_lanes=4)
+    order = EpochOrder(np.full(40, 100), 100, seed=2, buffer_rows=200, interleave=4)
     left = [len(order.visits(0, 1, start)) for start in (0, 20, 36, 40)]
     assert left[0] == 40
     assert 20 <= left[1] <= 28
@@ -173,6 +173,6 @@ def test_known_order():
         [0, 2],
         [0, 3],
     ]
-    large = EpochOrder(np.array([3000, 0, 500, 40_000]), 64, seed=3, epoch=2, buffer_rows=8192, max_lanes=4)
+    large = EpochOrder(np.array([3000, 0, 500, 40_000]), 64, seed=3, epoch=2, buffer_rows=8192, interleave=4)
     rows = np.concatenate([large.locate(step, 1, 2) for step in (0, 7, 300, large.num_steps(2) - 1)])
     assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == "4521dd1e13f611ee"

@@ -11,13 +11,13 @@ from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.stream import shuffle_window as rounds
 from recpress.data.stream.order import TILE_ROWS
-from recpress.data.stream.read_plan import Ahead
-from recpress.data.stream.shuffle_window import Spare
+from recpress.data.stream.read_plan import ReadPlan
+from recpress.data.stream.shuffle_window import BufferPool
 from recpress.data.stream.stream import InteractionStream
 
 
 def test_a_tile_is_used_again_only_for_columns_of_its_types_and_length():
-    spare = Spare()
+    spare = BufferPool()
     ids = {"user_id": torch.zeros(3, dtype=torch.int64), "time": torch.zeros(3, dtype=torch.int64)}
     tile = spare.take_tile(3, ids)
     assert {name: (column.dtype, len(column)) for name, column in tile.items()} == {
@@ -34,7 +34,7 @@ def test_a_tile_is_used_again_only_for_columns_of_its_types_and_length():
 
 
 def test_memory_comes_back_when_its_last_tensor_ends():
-    spare = Spare()
+    spare = BufferPool()
     kind = np.dtype(np.int64)
     first = spare.take(kind, 1000)
     address = first.data_ptr()
@@ -52,7 +52,7 @@ def test_memory_comes_back_when_its_last_tensor_ends():
 
 
 def test_memory_that_is_too_small_is_let_go():
-    spare = Spare()
+    spare = BufferPool()
     del (small := [spare.take(np.dtype(np.int64), 10) for _ in range(3)])[:]
     assert len(small) == 0
     large = spare.take(np.dtype(np.int64), 100)
@@ -61,7 +61,7 @@ def test_memory_that_is_too_small_is_let_go():
 
 
 def test_memory_outlives_its_pool():
-    spare = Spare()
+    spare = BufferPool()
     tensor = spare.take(np.dtype(np.float32), 100).fill_(3.0)
     del spare
     gc.collect()
@@ -76,9 +76,11 @@ def test_steady_state_maps_no_new_memory(tmp_path, monkeypatch):
     user = np.arange(60_000)
     pq.write_table(pa.table({"user_id": user, "item_id": user % 7}), tmp_path / "train.parquet", row_group_size=1000)
     log = open_log(tmp_path)
-    stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=50, buffer_rows=4000, lanes=4, threads=1))
+    stream = InteractionStream(
+        log.train, log.schema, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4, num_threads=1)
+    )
     for epoch in range(3):
         stream.set_epoch(epoch)
         assert sum(batch.size for batch in stream) == 60_000
-    in_use = Ahead(stream.order, 0, 1, 0).most_rounds() + 2
-    assert len(mapped) <= 2 * in_use < 3 * stream.order.num_rounds  # two sizes: the last round is larger
+    in_use = ReadPlan(stream.order, 0, 1, 0).most_windows() + 2
+    assert len(mapped) <= 2 * in_use < 3 * stream.order.num_windows  # two sizes: the last round is larger

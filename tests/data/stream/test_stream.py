@@ -80,7 +80,7 @@ def members(log: Log, sample: SampleConfig, complement: bool = False) -> set[int
 
 
 def test_columns_stay_together(log):
-    config = StreamConfig(batch_size=16, buffer_rows=40, lanes=3)
+    config = StreamConfig(batch_size=16, buffer_rows=40, interleave=3)
     columns = ["user_id", "item_id", "rating", "time", "kind", "tags", "price", "age"]
     seen = 0
     for batch in stream(log, config, columns=columns):
@@ -121,7 +121,9 @@ def test_only_the_columns_that_are_asked_for(log):
 def test_exactly_once_or_dropped_by_the_rule(log, world, rate, shuffle):
     threaded = [(1, 1), (4, 3)]
     for batch_size, buffer, (lanes, threads) in itertools.product([7, 64], [5, 1000], threaded):
-        config = StreamConfig(batch_size=batch_size, buffer_rows=buffer, lanes=lanes, shuffle=shuffle, threads=threads)
+        config = StreamConfig(
+            batch_size=batch_size, buffer_rows=buffer, interleave=lanes, shuffle=shuffle, num_threads=threads
+        )
         sample = None if rate is None else SampleConfig(rate=rate, seed=4)
         expected = set(range(249)) if sample is None else members(log, sample)
         found, lengths = [], set()
@@ -154,7 +156,9 @@ def test_stream_is_the_order_row_by_row(tmp_path_factory, files, world, batch_si
         return
     log = make_log(tmp_path_factory.mktemp("log"), files)
     sample = SampleConfig(rate=rate, seed=seed)
-    config = StreamConfig(batch_size=batch_size, buffer_rows=buffer, lanes=lanes, seed=seed, shuffle=shuffle, threads=2)
+    config = StreamConfig(
+        batch_size=batch_size, buffer_rows=buffer, interleave=lanes, seed=seed, shuffle=shuffle, num_threads=2
+    )
     expected = members(log, sample)
     if len(expected) < world:
         with pytest.raises(InputError, match="expected at least"):
@@ -170,7 +174,7 @@ def test_stream_is_the_order_row_by_row(tmp_path_factory, files, world, batch_si
 
 def test_steps_depend_on_the_global_batch_alone(log):
     def run(world):
-        config = StreamConfig(batch_size=12 // world, buffer_rows=50, lanes=4)
+        config = StreamConfig(batch_size=12 // world, buffer_rows=50, interleave=4)
         ranks = [users(stream(log, config, rank=rank, world=world, epoch=2)) for rank in range(world)]
         return [flat(parts) for parts in zip(*ranks, strict=True)]
 
@@ -190,13 +194,13 @@ def test_positions_are_the_places_in_the_global_order(log):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_resume_at_any_step_and_on_other_ranks(log, shuffle):
-    config = StreamConfig(batch_size=8, buffer_rows=30, lanes=3, shuffle=shuffle)
+    config = StreamConfig(batch_size=8, buffer_rows=30, interleave=3, shuffle=shuffle)
     whole = users(stream(log, config, epoch=5))
     for start in (0, 1, 2, 7, 15, 16, 30, 31, 32):
         rest = stream(log, config, epoch=5, start_step=start)
         assert len(rest) == len(whole) - start
         assert users(rest) == whole[start:]
-    half = StreamConfig(batch_size=4, buffer_rows=30, lanes=3, shuffle=shuffle)
+    half = StreamConfig(batch_size=4, buffer_rows=30, interleave=3, shuffle=shuffle)
     ranks = [users(stream(log, half, epoch=5, start_step=9, rank=rank, world=2)) for rank in (0, 1)]
     assert [one + other for one, other in zip(*ranks, strict=True)] == whole[9 : 249 // 8]
     with pytest.raises(InputError, match="step 99 of epoch 5"):
@@ -327,7 +331,7 @@ def test_an_error_of_ours_names_the_row_group(log, monkeypatch):
 
 
 def test_threads_end_when_the_consumer_stops(log):
-    config = StreamConfig(batch_size=2, buffer_rows=4, lanes=2, threads=3)
+    config = StreamConfig(batch_size=2, buffer_rows=4, interleave=2, num_threads=3)
     batches = iter(stream(log, config))
     next(batches)
     batches.close()
@@ -357,7 +361,7 @@ def test_reading_ahead_is_bounded(tmp_path):
             return original(self, group, columns)
 
     rows = Counted(log.train.filesystem, log.train.files, log.train.groups, log.train.columns)
-    batches = iter(InteractionStream(rows, SCHEMA, StreamConfig(batch_size=4, buffer_rows=40, lanes=2)))
+    batches = iter(InteractionStream(rows, SCHEMA, StreamConfig(batch_size=4, buffer_rows=40, interleave=2)))
     next(batches)
     for _ in range(20):
         threading.Event().wait(0.01)
@@ -369,9 +373,9 @@ def test_reading_ahead_is_bounded(tmp_path):
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"threads": -1}, "threads"),
-        ({"ready": -1}, "ready"),
-        ({"lanes": -1}, "lanes"),
+        ({"num_threads": -1}, "num_threads"),
+        ({"prefetch_batches": -1}, "prefetch_batches"),
+        ({"interleave": -1}, "interleave"),
     ],
 )
 def test_bad_configuration(log, change, message):

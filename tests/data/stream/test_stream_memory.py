@@ -13,7 +13,7 @@ import torch
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.stream.order import EpochOrder
-from recpress.data.stream.read_plan import Ahead, ReadAhead
+from recpress.data.stream.read_plan import ReadAhead, ReadPlan
 from recpress.data.stream.stream import InteractionStream
 
 
@@ -40,7 +40,7 @@ def anonymous():
 
 torch.set_num_threads(1)
 log = open_log(sys.argv[1], Schema(label="label"))
-config = StreamConfig(batch_size=1024, buffer_rows=1 << 18, threads=1)
+config = StreamConfig(batch_size=1024, buffer_rows=1 << 18, num_threads=1)
 stream = InteractionStream(log.train, log.schema, config)
 before, most, end = anonymous(), 0, threading.Event()
 
@@ -73,35 +73,35 @@ def test_the_bound_follows_the_configuration(tmp_path):
     log = numbers(tmp_path, 400_000, 10_000)
 
     def bound(world=1, **change):
-        config = StreamConfig(**{"batch_size": 64, "buffer_rows": 50_000, "lanes": 4, "threads": 1, **change})
+        config = StreamConfig(**{"batch_size": 64, "buffer_rows": 50_000, "interleave": 4, "num_threads": 1, **change})
         return InteractionStream(log.train, log.schema, config, world=world).memory_bound()
 
     assert bound(buffer_rows=100_000) > bound() + 50_000 * 20
-    assert bound(lanes=8) > bound()
-    assert bound(threads=3) > bound(threads=1) + 2 * 10_000 * 20
+    assert bound(interleave=8) > bound()
+    assert bound(num_threads=3) > bound(num_threads=1) + 2 * 10_000 * 20
     assert bound(world=2) < bound()
 
 
 def test_rounds_in_memory_are_bounded(tmp_path, monkeypatch):
     log = numbers(tmp_path, 60_000, 1000)
-    part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, lanes=4, threads=3))
-    most = Ahead(part.order, 0, 1, 0).most_rounds()
+    part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4, num_threads=3))
+    most = ReadPlan(part.order, 0, 1, 0).most_windows()
     seen = []
-    original = ReadAhead._new_round
+    original = ReadAhead._new_window
 
     def counted(self, number, columns):
         seen.append(len(self._filling) + len(self._ready) + 1)
         return original(self, number, columns)
 
-    monkeypatch.setattr(ReadAhead, "_new_round", counted)
+    monkeypatch.setattr(ReadAhead, "_new_window", counted)
     assert sum(batch.size for batch in part) == 60_000
-    assert max(seen) <= most < part.order.num_rounds
+    assert max(seen) <= most < part.order.num_windows
 
 
 def test_memory_is_used_again_only_where_no_batch_is_left(tmp_path):
     """Batches that are kept are not written over, and without them the memory of a few rounds is enough."""
     log = numbers(tmp_path, 60_000, 1000)
-    part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, lanes=4))
+    part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4))
     kept = list(part)
     assert torch.equal(torch.cat([batch.user for batch in kept]).sort().values, torch.arange(60_000))
     assert torch.equal(torch.cat([batch.item for batch in kept]), torch.cat([batch.user for batch in kept]) % 1000)
@@ -112,7 +112,7 @@ def test_memory_is_used_again_only_where_no_batch_is_left(tmp_path):
 
 def test_statistics(tmp_path):
     log = numbers(tmp_path, 200_000, 20_000)
-    part = stream(log, StreamConfig(batch_size=1000, threads=2), sample=SampleConfig(rate=0.5))
+    part = stream(log, StreamConfig(batch_size=1000, num_threads=2), sample=SampleConfig(rate=0.5))
     rows = sum(batch.size for batch in part)
     stats = part.stats()
     assert stats.rows_per_second * stats.seconds == pytest.approx(rows)

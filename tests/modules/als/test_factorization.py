@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recpress.modules.als.auto import DEFAULTS, MOST_SWEEPS, TOLERANCE
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factorization import ALS, initial_factors, initial_rows
 from recpress.modules.als.factors import Factors, RowBlocks
@@ -245,8 +246,27 @@ def test_stops_on_request_and_by_tolerance():
     _, few = run(replace(CONFIGS["hu"], sweeps=50, tolerance=1e-3), log())
     assert len(all_sweeps) == 50
     assert 2 < len(few) < 50
-    assert few == all_sweeps[: len(few)]
-    assert few[-2] - few[-1] < 1e-3 * few[-2]
+    assert few[:-1] == all_sweeps[: len(few) - 1]
+    assert few[-3] - few[-2] < 1e-3 * few[-3]  # what ends the fit is seen one sweep before
+    assert few[-1] < few[-2]
+
+
+def test_auto_sweeps_until_the_objective_hardly_falls():
+    reports, users, items = [], *np.random.default_rng(0).integers(0, 60, (2, 1500))
+
+    def fit(**settings):
+        als = ALS(ALSConfig(factors=4, **settings), 60, 60)
+        als.add(users, items)
+        reports.clear()
+        als.fit(on_sweep=reports.append)
+        return [report.objective for report in reports]
+
+    chosen = fit()
+    assert 2 < len(chosen) <= MOST_SWEEPS
+    if len(chosen) < MOST_SWEEPS:
+        assert chosen[-3] - chosen[-2] < TOLERANCE * chosen[-3]
+    assert len(fit(sweeps=4)) == 4
+    assert len(fit(auto=False)) == DEFAULTS["sweeps"]
 
 
 def test_warm_start_goes_on():

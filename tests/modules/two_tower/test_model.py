@@ -19,10 +19,10 @@ def factors():
     return tuple(rng.normal(0, 0.4, (n, DIM)).astype(np.float32) for n in (USERS, ITEMS))
 
 
-def build(strategy="init-freeze", kind="residual", counted=False, storage="fp32", **side):
+def build(strategy="frozen", kind="residual", counted=False, storage="fp32", **side):
     torch.manual_seed(0)
     config = TwoTowerConfig(
-        tables=TablesConfig(strategy=strategy, storage=storage, dim=8, plus_dim=4),
+        tables=TablesConfig(strategy=strategy, storage=storage, dim=8, residual_dim=4),
         towers=TowersConfig(kind=kind, hidden=(10,), dim=5, feature_dim=4),
         loss=LossConfig(),
     )
@@ -46,7 +46,7 @@ def scores(model, **floats):
     return users @ model.item_vectors(keyed(item=range(ITEMS))).T
 
 
-@pytest.mark.parametrize("strategy", ["init-train", "init-freeze", "init-freeze-plus"])
+@pytest.mark.parametrize("strategy", ["warm-start", "frozen", "frozen+residual"])
 @pytest.mark.parametrize("counted", [False, True])
 def test_residual_towers_start_with_the_scores_of_the_factorization(strategy, counted):
     user, item = factors()
@@ -59,9 +59,7 @@ def test_residual_towers_start_with_the_scores_of_the_factorization(strategy, co
 def test_residual_towers_of_one_id_are_finite():
     """The lengths of a table of one row do not vary."""
     torch.manual_seed(0)
-    config = TwoTowerConfig(
-        tables=TablesConfig(strategy="init-freeze"), towers=TowersConfig(kind="residual", hidden=(10,))
-    )
+    config = TwoTowerConfig(tables=TablesConfig(strategy="frozen"), towers=TowersConfig(kind="residual", hidden=(10,)))
     model = TwoTower(config, SideSpec(key="user", rows=1, dim=DIM), SideSpec(key="item", rows=ITEMS, dim=DIM))
     user, item = factors()[0][:1], factors()[1]
     model.load_factors(user, item)
@@ -85,7 +83,7 @@ class Rows:
         self.excluded = self.user_floats = self.item_floats = None
 
 
-@pytest.mark.parametrize("strategy", ["random", "init-train", "init-freeze", "init-freeze-plus"])
+@pytest.mark.parametrize("strategy", ["random", "warm-start", "frozen", "frozen+residual"])
 @pytest.mark.parametrize("kind", ["mlp", "residual"])
 def test_a_few_steps_lower_the_loss_and_move_what_should_move(strategy, kind):
     model = build(strategy, kind)
@@ -96,9 +94,9 @@ def test_a_few_steps_lower_the_loss_and_move_what_should_move(strategy, kind):
         sorted({name.split(".")[2] for name in tables})
         == {
             "random": ["item", "user"],
-            "init-train": ["item", "user"],
-            "init-freeze": [],
-            "init-freeze-plus": ["item_plus", "user_plus"],
+            "warm-start": ["item", "user"],
+            "frozen": [],
+            "frozen+residual": ["item_plus", "user_plus"],
         }[strategy]
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -118,7 +116,7 @@ def test_a_few_steps_lower_the_loss_and_move_what_should_move(strategy, kind):
 
 
 def test_further_features_join_the_tower():
-    model = build("init-freeze", "mlp", categorical={"genre": 4}, floats=2)
+    model = build("frozen", "mlp", categorical={"genre": 4}, floats=2)
     users = torch.arange(3)
     features = keyed(user=users, genre=[0, 1, 2])
     first = model.user_vectors(features, torch.zeros(3, 2))
@@ -211,7 +209,7 @@ def test_rows_join_the_features_under_their_own_key():
     assert torch.equal(found["user_rows"].weights(), made.weights[[5, 0, 8]].flatten())
 
 
-@pytest.mark.parametrize("strategy", ["init-train", "init-freeze", "init-freeze-plus"])
+@pytest.mark.parametrize("strategy", ["warm-start", "frozen", "frozen+residual"])
 @pytest.mark.parametrize("rows_per_id", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_towers_start_with_the_scores_of_the_shared_rows(strategy, rows_per_id, weighted):
@@ -254,7 +252,7 @@ def test_counts_and_features_of_a_mapped_side_stay_by_id():
 def test_the_tower_sees_the_counts_by_id(shared, storage):
     """A vector moves with its id's count alone, and by the same on either way that counts are kept."""
     made = IdMap(rows=torch.arange(USERS, dtype=torch.int32)[:, None], num_rows=USERS) if shared else None
-    model = build("init-freeze", "mlp", counted=True, storage=storage, map=made)
+    model = build("frozen", "mlp", counted=True, storage=storage, map=made)
     user, item = np.zeros((USERS, 1), np.float32), np.zeros((ITEMS, 1), np.float32)
     user[0] = -1
     model.load_counts(user, item)

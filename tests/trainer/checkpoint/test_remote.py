@@ -15,7 +15,7 @@ from torch import multiprocessing as mp
 from recpress.data.dataset import object_store
 from recpress.data.errors import InputError
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
-from recpress.trainer.checkpoint.remote import RemotePlace
+from recpress.trainer.checkpoint.remote import ObjectStoreBackend
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.loop.fit import FitConfig, fit
 from recpress.trainer.observability.metrics_log import MetricsLog
@@ -73,14 +73,14 @@ def test_ranks_without_a_common_disk_go_on_to_the_bits_of_a_run_that_was_never_s
 def killed(folder):
     """Rank 1 gets SIGKILL in step 8, while its part of the checkpoint of step 6 does not get through."""
     if os.environ["RANK"] == "1":
-        begin = RemotePlace.put
+        begin = ObjectStoreBackend.put
 
         def put(self, staging, name, files):
             if name == "step-00000006":
                 os.kill(os.getpid(), signal.SIGKILL)
             begin(self, staging, name, files)
 
-        RemotePlace.put = put
+        ObjectStoreBackend.put = put
     train(folder)
 
 
@@ -90,7 +90,10 @@ def test_what_a_killed_rank_had_not_uploaded_is_passed_over(base, quiet_on_two):
     assert "step-00000003" in names(base)
     (*first, said), (*second, _) = run_on_ranks(train, 2, base)
     assert [tuple(first), tuple(second)] == [result[:4] for result in quiet_on_two]
-    assert said in ([], [f"warning: {base}/step-00000006 is not whole and is passed over: no manifest.json"])
+    assert said in (
+        [],
+        [f"warning: checkpoint {base}/step-00000006 is incomplete or corrupt, skipping: no manifest.json"],
+    )
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "reset", "stall"])
@@ -117,7 +120,7 @@ def test_a_store_that_goes_on_failing_costs_one_checkpoint_and_no_step(base, s3,
     assert tuple(after) == quiet[:4]
     assert len(said) == 1
     assert f"a checkpoint was not written: {base}/step-00000009" in said[0]
-    assert f"the run goes on, the last whole one is {base}/step-00000006" in said[0]
+    assert f"training continues, the last complete checkpoint is {base}/step-00000006" in said[0]
     assert "step-00000009" not in left  # nothing of it is left once the next one is whole
     assert "step-00000012" in left
 
@@ -150,7 +153,7 @@ def damage(folder, how):
 @pytest.mark.parametrize("how", ["truncated", "flipped bit", "no object", "no best"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base, quiet, how):
     *after, said = run_on_ranks(damage, 1, base, how)[0]
-    assert f"{base}/step-00000009 is not whole and is passed over" in said[0]
+    assert f"{base}/step-00000009 is incomplete or corrupt, skipping" in said[0]
     assert tuple(after) == quiet[:4]
 
 
@@ -179,7 +182,7 @@ def test_a_store_that_does_not_answer_ends_the_start_and_nothing_is_passed_over(
 
 def with_metrics(folder, crash=None):
     """Steps of `metrics.jsonl` when training has ended."""
-    dmp, optimizer = sharded("init-train")
+    dmp, optimizer = sharded("warm-start")
     step = optimizer.step
 
     def counted_step():

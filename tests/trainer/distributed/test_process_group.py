@@ -10,13 +10,15 @@ import pytest
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
-from recpress.trainer.distributed.process_group import agreed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from tests.ranks import run_on_ranks
 
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 from recpress.data.errors import InputError
-from recpress.trainer.distributed.process_group import RankFailed, process_group
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.errors import RankFailed
 
 try:
     with process_group("cpu") as ranks:
@@ -72,7 +74,7 @@ def test_one_process_needs_no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     with process_group("cpu") as ranks:
-        assert (ranks.rank, ranks.world, str(ranks.device)) == (0, 1, "cpu")
+        assert (ranks.rank, ranks.world_size, str(ranks.device)) == (0, 1, "cpu")
     assert not dist.is_initialized()
 
 
@@ -84,12 +86,12 @@ def test_an_absent_device_is_refused(monkeypatch):
 
 def one_disagrees():
     try:
-        with agreed():
+        with raise_on_all_ranks():
             if dist.get_rank() == 1:
                 raise InputError("factors have dimension 8, expected 16")
     except InputError as error:
         return str(error)
 
 
-def test_agreed_raises_the_same_on_all_ranks():
+def test_raise_on_all_ranks_raises_the_same_everywhere():
     assert run_on_ranks(one_disagrees, 2) == ["factors have dimension 8, expected 16"] * 2

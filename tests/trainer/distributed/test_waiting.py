@@ -11,27 +11,29 @@ PROGRAM = """
 import os, signal, sys, time, torch, torch.distributed as dist
 from recpress.data.errors import InputError
 from recpress.trainer.errors import RankFailed
-from recpress.trainer.distributed import process_group as module
-from recpress.trainer.distributed.process_group import WAITING_FOR_DATA, agreed, process_group, working
+from recpress.trainer.distributed import watchdog as module
+from recpress.trainer.distributed.heartbeat import WAITING_FOR_DATA, activity, heartbeat
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
-module.BEAT_SECONDS, module._REPORT_SECONDS, module._MARGIN = 0.2, 1.0, 0.0
+module.BEAT_SECONDS, module._REPORT_SECONDS = 0.2, 1.0
 try:
     with process_group("cpu", 2.0) as ranks:
         dist.all_reduce(torch.ones(1))
         if sys.argv[1] == "work":
-            with agreed(), working("building maps"):
+            with raise_on_all_ranks(), activity("building maps"):
                 if ranks.rank == 0:
                     time.sleep(5)
             if ranks.rank == 1:
                 time.sleep(4)
             dist.all_reduce(torch.ones(1))
         elif sys.argv[1] == "stop":
-            with agreed():
+            with raise_on_all_ranks():
                 if ranks.rank == 1:
                     os.kill(os.getpid(), signal.SIGSTOP)
         else:
             with process_group("cpu", 1.0) as inner:
-                inner.heart.at(7, WAITING_FOR_DATA if inner.rank else "in the step")
+                heartbeat.in_step(7, WAITING_FOR_DATA if inner.rank else "in the step")
                 if inner.rank == 1:
                     time.sleep(60)
                 dist.all_reduce(torch.ones(1))
@@ -82,7 +84,7 @@ def test_a_rank_that_works_alone_is_waited_for_and_the_others_say_so(tmp_path):
 def test_a_rank_that_goes_silent_outside_of_steps_is_named(tmp_path):
     first, _ = run(tmp_path, "stop")
     assert first[0] == 2
-    assert "rank 1 stalled: not heard of for" in first[2]
+    assert "rank 1 stalled: no heartbeat for" in first[2]
 
 
 def test_the_time_limit_of_a_step_holds_within_a_group_that_was_there(tmp_path):

@@ -23,7 +23,7 @@ def factorized(folder):
     found = []
     for without in (None, SampleConfig(rate=0.2, seed=1)):
         factors, losses = factorize_logistic(
-            config, open_log(folder), ranks, without=without, batch_size=256 // ranks.world
+            config, open_log(folder), ranks, without=without, batch_size=256 // ranks.world_size
         )
         found.append((factors.users, factors.items, losses))
     return found

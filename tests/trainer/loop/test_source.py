@@ -42,7 +42,7 @@ def config(root, on_bad_file, reject=False):
         model=TwoTowerConfig(
             tables=TablesConfig(strategy="random", dim=4), towers=TowersConfig(kind="mlp", hidden=(4,), dim=4)
         ),
-        stream=StreamConfig(batch_size=16, lanes=2, on_bad_file=on_bad_file),
+        stream=StreamConfig(batch_size=16, interleave=2, on_bad_file=on_bad_file),
         negatives=NegativesConfig(count=2, reject_positives="yes" if reject else "no"),
         optimizer=OptimizerConfig(schedule="constant"),
         sample=SampleConfig(rate=1.0),

@@ -35,7 +35,7 @@ def scrape(port):
 
 def watched(port):
     """What the endpoint says, and the losses, of a run of two epochs of six steps."""
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     settings = FitConfig(epochs=2, evaluate_every=1, log_every=4, metric="NDCG@10")
     endpoint = Endpoint(port, "127.0.0.1", lambda: 3)
     try:
@@ -116,7 +116,7 @@ def test_train_serves_while_it_runs(tmp_path, monkeypatch):
 
 def waits(clock):
     """The share of waiting of each log interval where a batch takes 3 seconds, and the rest of a step 1."""
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     step = optimizer.step
 
     def slow_step():

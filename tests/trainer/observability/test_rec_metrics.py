@@ -84,7 +84,7 @@ def test_a_pair_that_is_no_number_counts_nothing():
 
 def while_training(folder):
     """The last line of a run whose weights stay as they are, and the pairs of its last two steps by the vectors."""
-    dmp, optimizer = sharded("init-freeze", learning_rate=0.0)
+    dmp, optimizer = sharded("frozen", learning_rate=0.0)
     module, pairs = dmp.module, ROWS * (1 + small.NEGATIVES)
     module = getattr(module, "module", module)
     metrics = RecMetrics(
@@ -125,7 +125,7 @@ class Killed(RuntimeError):
 
 def run(folder, crash=None, window=150):
     """Bits, and every line with its metrics but those of the clock."""
-    dmp, optimizer = sharded("init-train")
+    dmp, optimizer = sharded("warm-start")
     step = optimizer.step
 
     def counted():

@@ -90,12 +90,12 @@ def two_way(log, tmp_path_factory):
     return write_maps(folder, log, {"user": random_map(log, "user", 2, weighted=True)})
 
 
-def network(log, out, factors=None, hashed=None, strategy="init-freeze", storage="fp32", **changes):
+def network(log, out, factors=None, hashed=None, strategy="frozen", storage="fp32", **changes):
     settings = {
         "stream": StreamConfig(batch_size=256),
         "negatives": NegativesConfig(count=32, shared=True),
         "model": TwoTowerConfig(
-            tables=TablesConfig(strategy=strategy, dim=DIM, plus_dim=4, storage=storage),
+            tables=TablesConfig(strategy=strategy, dim=DIM, residual_dim=4, storage=storage),
             towers=TowersConfig(kind="residual", hidden=(32,), dim=DIM),
             loss=LossConfig(kind="softmax"),
         ),
@@ -140,7 +140,7 @@ def test_a_map_that_renames_the_rows_changes_nothing(log, factors, tmp_path):
     assert with_map.fit.losses == pytest.approx(without.fit.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["random", "init-train", "init-freeze", "init-freeze-plus"])
+@pytest.mark.parametrize("strategy", ["random", "warm-start", "frozen", "frozen+residual"])
 def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_way, strategy, tmp_path):
     hashed = shutil.copytree(two_way, tmp_path / "maps")
     start = None if strategy == "random" else factors
@@ -155,9 +155,9 @@ def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_wa
     assert manifest["model"]["maps"] == ["user"]
     sizes = {
         "random": {"user": 60 * 64, "item": ITEMS * 64},
-        "init-train": {"user": 60 * 64, "item": ITEMS * 64},
-        "init-freeze": {"user": 60 * 64, "item": ITEMS * 64},
-        "init-freeze-plus": {"user": 60 * 64, "user_plus": 60 * 16, "item": ITEMS * 64, "item_plus": ITEMS * 16},
+        "warm-start": {"user": 60 * 64, "item": ITEMS * 64},
+        "frozen": {"user": 60 * 64, "item": ITEMS * 64},
+        "frozen+residual": {"user": 60 * 64, "user_plus": 60 * 16, "item": ITEMS * 64, "item_plus": ITEMS * 16},
     }[strategy]
     if strategy != "random":
         sizes |= {"user_count": USERS, "item_count": ITEMS * 16}
@@ -194,7 +194,7 @@ def test_row_vectors_of_the_artifact_are_taken_as_they_are(log, factors, tmp_pat
 
 
 def _train_and_evaluate(log, factors, maps, out):
-    metrics = train(network(log, out, factors, maps, "init-freeze-plus", "int4")).metrics
+    metrics = train(network(log, out, factors, maps, "frozen+residual", "int4")).metrics
     return metrics, evaluate(EvaluateConfig(data=log, model=out))
 
 
@@ -206,7 +206,7 @@ def test_two_ranks_train_and_evaluate_as_one(log, factors, two_way, tmp_path):
     # the checkpoint of two ranks, ranked by one: the same to the last bit
     assert evaluate(EvaluateConfig(data=log, model=out)) == of_ranks[0][0]
     users = stored(out, "user")
-    train(network(log, tmp_path / "one", factors, two_way, "init-freeze-plus", "int4"))
+    train(network(log, tmp_path / "one", factors, two_way, "frozen+residual", "int4"))
     np.testing.assert_array_equal(users, stored(tmp_path / "one", "user"))
 
 
@@ -223,7 +223,7 @@ def _mapped_model():
         for spec, rows_per_id in zip(small.sides(), (1, 2), strict=True)
     )
     torch.manual_seed(7)
-    model = TwoTower(small.config("init-freeze-plus"), users, items, tables_device="meta")
+    model = TwoTower(small.config("frozen+residual"), users, items, tables_device="meta")
     dmp = shard(model, small.CPU, batch_size=small.ROWS, learning_rate=0.1)
     dmp.module.load_factors(*small.factors())
     dmp.module.load_counts(np.ones((small.USERS, 1), np.float32), np.ones((small.ITEMS, 1), np.float32))

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.modules.config import TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.config import OptimizerConfig, TrainConfig
 from recpress.trainer.train.stage import train
@@ -35,13 +35,13 @@ def write(folder, items):
 def test_row_groups_that_are_read(tmp_path, monkeypatch, items, sample, reject, reads, groups):
     write(tmp_path / "log", items)
     read = []
-    original = Rows.read_table
+    original = ParquetSplit.read_table
 
     def counted(self, group, columns):
         read.append((group.file, group.group))
         return original(self, group, columns)
 
-    monkeypatch.setattr(Rows, "read_table", counted)
+    monkeypatch.setattr(ParquetSplit, "read_table", counted)
     tables = TablesConfig(strategy="random", dim=4)
     train(
         TrainConfig(

@@ -10,7 +10,7 @@ import pytest
 
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.dataset.parquet_split import Rows
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.sampling.selection import Selection
 from recpress.modules.config import TablesConfig, TwoTowerConfig
@@ -116,13 +116,13 @@ def test_the_val_part_of_a_log_is_used_whole_and_nothing_is_held_out(folder):
 def test_a_block_sample_reads_its_own_row_groups_alone(folder, monkeypatch):
     asked = config(sample=SampleConfig(kind="block", rate=0.25, seed=1))
     read = set()
-    whole = Rows.read
+    whole = ParquetSplit.read
 
     def counted(self, group, columns):
         read.add((self.files[group.file].path.rsplit("/", 1)[-1], group.group))
         return whole(self, group, columns)
 
-    monkeypatch.setattr(Rows, "read", counted)
+    monkeypatch.setattr(ParquetSplit, "read", counted)
     found, _, log = load(folder, asked)
     selection = Selection(log.train, asked.sample)
     assert read == {("train.parquet", log.train.groups[place].group) for place in selection.candidates}

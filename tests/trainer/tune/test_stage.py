@@ -43,7 +43,7 @@ def test_the_best_of_the_trials_is_written(tuned):
     assert score == max(score for _, score in found.trials)
     assert content["train"]["epochs"] == best.epochs
     assert content["train"]["optimizer"]["learning_rate"] == best.learning_rate
-    assert content["factorize"]["als"].keys() >= {"factors", "sweeps", "unobserved_ratio", "mean_penalty"}
+    assert content["factorize"]["als"].keys() >= {"factors", "unobserved_ratio", "mean_penalty"}
 
 
 def test_every_command_takes_the_file(tuned, log, tmp_path):

@@ -1,0 +1,114 @@
+"""Names in the documents exist: options, modules, classes, files, links and their anchors."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tyro
+
+from recpress.launch import components
+from recpress.trainer.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+OTHERS = {
+    *("--config", "--help", "--no-deps"),
+    *("--nproc-per-node", "--dryrun", "--streams", "--workspace"),  # torchrun, torchx
+    *("--requeue", "--signal", "--export"),  # Slurm
+    *("--keep", "--dcn"),  # examples
+}
+"""Options of other programs."""
+
+
+def document_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def inline(path: Path) -> list[str]:
+    """Text between single backticks, outside of code blocks."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@cache
+def options() -> set[str]:
+    """Options of all commands, of the TorchX components and of other programs."""
+    found = set(OTHERS)
+    for command in COMMANDS.values():
+        module, _, attribute = command.config.partition(":")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            parser = tyro.extras.get_parser(getattr(importlib.import_module(module), attribute))
+        found |= {name for action in parser._actions for name in action.option_strings}
+    for _, component in inspect.getmembers(components, inspect.isfunction):
+        found |= {f"--{name}" for name in inspect.signature(component).parameters}
+    for script in (*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py")):
+        found |= set(re.findall(r'"(--[a-z][\w-]*)"', script.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
+def test_options_exist(path: Path) -> None:
+    shown = {name for code in inline(path) for name in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code)}
+    sections = {name.split(".")[0] for name in options() if "." in name}
+    missing = shown - options() - sections
+    assert not missing, f"{path}: no such option: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
+def test_python_names_exist(path: Path) -> None:
+    for name in set(re.findall(r"\brecpress(?:\.[a-zA-Z_]\w*)+", path.read_text())):
+        if not hasattr(components, name.removeprefix("recpress.")):  # `recpress.train` is a TorchX component
+            resolve(name)
+
+
+def resolve(name: str) -> object:
+    """Import the longest module of a dotted name and take the rest as attributes. Raises where there is none."""
+    words = name.split(".")
+    for split in range(len(words), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(words[:split]))
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+            continue
+        for word in words[split:]:
+            found = getattr(found, word)
+        return found
+    raise AssertionError(f"no module of {name}")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
+def test_files_exist(path: Path) -> None:
+    folders = "benchmarks|data|docs|examples|launch|modules|requirements|scripts|src|tests|trainer"
+    for code in inline(path):
+        for name in re.findall(rf"(?:^|\s)((?:{folders})/[\w./-]+?(?:\.\w+|/))(?=[\s:]|$)", code):
+            if "NAME" not in name:
+                assert (ROOT / name).exists(), f"{path}: no such file: {name}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of the headings, as Python-Markdown and GitHub make them of plain text."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
+def test_links_lead_somewhere(path: Path) -> None:
+    generated = {"docs/reference/cli/index.md"}  # scripts/docs_site.py makes these
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", path.read_text()):
+        to = (path.parent / target).resolve() if target else path
+        if document_id(to) in generated:
+            continue
+        assert to.exists(), f"{path}: dead link: {target}"
+        assert not anchor or anchor in anchors(to), f"{path}: no heading '{anchor}' in {target or path.name}"

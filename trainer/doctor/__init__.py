@@ -1,0 +1,1 @@
+"""`recpress doctor`: whether recpress can run here."""
