@@ -17,7 +17,7 @@ from recpress.modules.als.auto import Choice, Fit, Sample, absolute, choose, sca
 from recpress.modules.als.checks import separation
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import Factors, RowBlocks
-from recpress.modules.als.half_sweep import Limits, Side, Solver, Workers
+from recpress.modules.als.half_sweep import HalfSweep, Limits, Solver, Workers
 from recpress.modules.als.interactions import CSR, InteractionBuilder
 from recpress.modules.als.solvers import solve_cg, solve_cholesky
 from recpress.modules.config import ALSConfig, ALSParameters
@@ -25,21 +25,39 @@ from recpress.modules.config import ALSConfig, ALSParameters
 
 @dataclass(frozen=True)
 class SweepReport:
-    """One sweep that ended: its number from 1, the objective after it, its seconds, and those left (eta)."""
+    """A finished sweep."""
 
     sweep: int
+    """Its number, from 1."""
     sweeps: int
+    """Number of all sweeps."""
     objective: float
+    """Objective after the sweep."""
     seconds: float
     eta: float
+    """Expected seconds for the remaining sweeps."""
 
 
 class ALS:
-    """Factorizes the interactions that all ranks add: every rank makes one, adds its part and calls `fit`.
+    """Factorizes the interactions of all ranks. Each rank creates one, adds its part of the log, and calls `fit`.
 
-    Users and items are sharded in contiguous blocks (`RowBlocks`). No rank holds the whole log. While one side is
-    solved a rank holds all rows of the other where they take no more memory than its part of the log, and else fetches
-    for each chunk those that it touches (`Limits.table`).
+    Users and items are sharded in contiguous blocks (`RowBlocks`). No rank holds the whole log. To solve users, a rank
+    holds all item vectors if they take no more memory than its part of the log. Otherwise it fetches, for each chunk,
+    the vectors that the chunk needs (`Limits.table`). Items likewise.
+
+    Args:
+        config: settings, or the absolute parameters of the objective.
+        device: device of the vectors.
+        process_group: None for the default group, or for one process if none is initialized.
+        limits: bounds of the working memory; None for the defaults.
+
+    Raises:
+        ValueError: a parameter or a number of ids is out of range.
+
+    Example:
+        >>> als = ALS(ALSConfig(factors=64), num_users, num_items)
+        >>> als.add(user_ids, item_ids)  # integer arrays, in any number of calls
+        >>> factors = als.fit()  # factors.users (num_users, 64), factors.items (num_items, 64)
     """
 
     def __init__(
@@ -57,31 +75,38 @@ class ALS:
         self.exchange = Exchange(process_group, torch.device(device))
         self.limits = limits
         self.parameters: ALSParameters | None = config if isinstance(config, ALSParameters) else None
-        """Those of the objective; known after `fit`."""
+        """Parameters of the objective, after `fit`."""
         self.choice: Choice | None = None
-        """What `fit` compared to choose what was left open, and how the winner ranks held-out examples."""
+        """How `fit` chose the settings that were not given, and how well the best ones rank held-out examples."""
         self.separation = math.nan
-        """How often an interaction scores above a random pair of its user, after `fit` (`factor_checks`)."""
+        """Share of interactions that score above a random pair of the same user, after `fit` (`checks.separation`)."""
         self.on_choice: Callable[[Choice], None] | None = None
-        """Sees the choice before the sweeps."""
+        """Called with the choice before the sweeps."""
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
     def add(self, users: Any, items: Any, values: Any = None) -> None:
-        """Add interactions: integer ids (n,) of any rows, numpy or torch, and values >= 0 (n,).
+        """Add interactions of any users and items.
 
-        Without values each counts one. A pair that comes more than once, on any rank, has the sum.
-        Raises ValueError that names the interaction whose id or value is bad.
+        Args:
+            users, items: integer ids (n,), numpy or torch.
+            values: (n,) >= 0; None for ones. The values of a repeated pair, on any ranks, are summed.
+
+        Raises:
+            ValueError: an id or a value is out of range. The error names the interaction.
         """
         self.builder.add(np.asarray(users), np.asarray(items), None if values is None else np.asarray(values))
 
     def fit(
         self, on_sweep: Callable[[SweepReport], bool | None] | None = None, start: Factors | None = None
     ) -> Factors:
-        """Run the sweeps over what was added, which is used up.
+        """Factorize the interactions that were added, and drop them. Collective.
 
-        on_sweep: sees each sweep's report; True, on any rank, stops after it.
-        start: factors of this sharding to go on from, instead of random ones; they are not changed.
-        Raises ValueError where the objective is not finite or a row's equations cannot be solved.
+        Args:
+            on_sweep: called with the report of each sweep. True, on any rank, stops the sweeps.
+            start: initial factors with this sharding, instead of random ones. They are not changed.
+
+        Raises:
+            ValueError: there are no interactions; the objective is not finite; a row's equations cannot be solved.
         """
         by_user, by_item = self.builder.build()
         rows = int(self.exchange.sum(torch.tensor(len(by_user.indices), device=self.exchange.device)))
@@ -90,7 +115,7 @@ class ALS:
         if by_user.values is not None:
             total = torch.tensor(by_user.values.sum(dtype=np.float64), device=self.exchange.device)
             if not self.exchange.sum(total) > 0:
-                raise ValueError("als: each value (the label of an interaction) is 0: there is nothing to learn")
+                raise ValueError("als: all values (labels of interactions) are 0, expected a positive one")
         config = self.config
         if isinstance(config, ALSConfig):
             if start is not None:
@@ -103,7 +128,7 @@ class ALS:
         return self._factorize(config, by_user, by_item, on_sweep, start)
 
     def _choose(self, config: ALSConfig, by_user: CSR) -> ALSConfig:
-        """`config` with nothing left open."""
+        """`config` with all settings chosen."""
         exchange = self.exchange
 
         def prepare(sample: Sample) -> Fit:
@@ -138,7 +163,7 @@ class ALS:
     ) -> Factors:
         exchange = self.exchange
         self._check_start(start)
-        factors = self._begin(config, start)  # after the log's peak of memory
+        factors = self._begin(config, start)  # after the peak of memory while building the CSRs
         user_scales, item_scales = None, None
         if config.item_exponent:
             user_scales, item_scales = scales(config, by_item, self.num_items, exchange)
@@ -146,9 +171,9 @@ class ALS:
         try:
             common = (config, exchange, workers, self.limits)
             used = config.used_users, config.used_items
-            users = Side("user", by_user, self.num_users, self.num_items, *common, user_scales, *used)
-            items = Side("item", by_item, self.num_items, self.num_users, *common, item_scales, *used[::-1])
-            # the exact solution, from which no solver moves; a start would add to the other side's gramian
+            users = HalfSweep("user", by_user, self.num_users, self.num_items, *common, user_scales, *used)
+            items = HalfSweep("item", by_item, self.num_items, self.num_users, *common, item_scales, *used[::-1])
+            # zero is the exact solution, and a random start would add to the other side's gramian
             factors.users[users.degree == 0] = 0
             factors.items[items.degree == 0] = 0
             self._sweeps(config, users, items, factors, on_sweep)
@@ -177,8 +202,8 @@ class ALS:
     def _sweeps(
         self,
         config: ALSParameters,
-        users: Side,
-        items: Side,
+        users: HalfSweep,
+        items: HalfSweep,
         factors: Factors,
         on_sweep: Callable[[SweepReport], bool | None] | None,
     ) -> None:
@@ -191,7 +216,7 @@ class ALS:
             user_sums = users.summary(factors.users)
             local = items.solve(factors.items, factors.users, user_sums, solver)
             item_sums = items.summary(factors.items)
-            # sum over all pairs of w_0 s^2 = w_0 trace(X'X Y'Y); the interactions' part came from the solver
+            # sum over all pairs of w_0 s^2 = w_0 trace(X'X Y'Y); the solver has returned the part of the interactions
             local += user_sums.penalty + item_sums.penalty
             total = torch.tensor(local, dtype=torch.float64, device=self.exchange.device)
             pairs = config.unobserved_weight * float((user_sums.gramian * item_sums.gramian).sum())
@@ -213,11 +238,11 @@ class ALS:
 
 
 def _solver(config: ALSParameters, sweep: int, last: bool) -> Solver:
-    """How a sweep, counted from 1, solves its rows.
+    """The solver of a sweep, counted from 1.
 
-    `auto` was measured on MovieLens-1M and Gowalla at several settings. After two sweeps the vectors move so
-    little in one that a second step costs more than it gains, while steps that go 1.4 times as far bring 15
-    sweeps to an objective mostly below the exact solver's. The last sweep's steps are of the best length.
+    `auto` was measured on MovieLens-1M and Gowalla at several settings. After two sweeps, vectors move so little that
+    a second step costs more than it gains, while steps that are 1.4 times as long usually give a lower objective after
+    15 sweeps than the exact solver. The last sweep has steps of the best length.
     """
     if config.solver == "cholesky":
         return solve_cholesky
@@ -229,11 +254,11 @@ def _solver(config: ALSParameters, sweep: int, last: bool) -> Solver:
 
 
 MOST_FACTORS = 1 << 14
-"""One row's equations then take 1 GiB."""
+"""The equations of one row then take 1 GiB."""
 
 
 def check(config: ALSConfig | ALSParameters) -> None:
-    """Raise ValueError that names the first field that is out of its range."""
+    """Raise ValueError that names the first field that is out of range."""
     values = {name: value for name, value in asdict(config).items() if value is not None}
     if config.solver not in ("auto", "cg", "cholesky"):
         raise ValueError(f"als: solver is {config.solver!r}, expected auto, cg or cholesky")
@@ -253,9 +278,10 @@ def check(config: ALSConfig | ALSParameters) -> None:
 
 
 def initial_rows(seed: int, side: int, first: int, last: int, dim: int) -> np.ndarray:
-    """Rows first..last-1 of a side's initial vectors: float32 (rows, dim), uniform, std 0.1 / sqrt(dim).
+    """Rows first..last-1 of the initial vectors of users (side 0) or items (1).
 
-    A pure function of (seed, side, row), so that every world size starts alike: a Philox step is 8 float32.
+    float32 (rows, dim), uniform with standard deviation 0.1 / sqrt(dim). A pure function of (seed, side, row), the same
+    at every world size: a Philox step gives 8 float32.
     """
     width = -(-dim // 8) * 8
     bits = np.random.Philox(key=[seed % 2**64, side]).advance(first * width // 8)
@@ -266,7 +292,7 @@ def initial_rows(seed: int, side: int, first: int, last: int, dim: int) -> np.nd
 def initial_factors(
     config: ALSParameters, num_users: int, num_items: int, rank: int, world: int, device: torch.device
 ) -> Factors:
-    """The random factors that a fit begins with."""
+    """The random initial factors."""
     shards = []
     for side, count in enumerate((num_users, num_items)):
         blocks = RowBlocks(count, world)

@@ -1,4 +1,4 @@
-"""One side's half of a sweep: fetch the other side's rows for a chunk, solve it, count the loss."""
+"""Half a sweep: solve all users or all items. Fetch the other side's vectors for a chunk, solve it, sum the loss."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ import torch
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.interactions import CSR
-from recpress.modules.als.solvers import Chunk, HeavyRow, Scratch, Shared, SingularRow, loss_of, preconditioner
+from recpress.modules.als.solvers import Chunk, HeavyRow, Scratch, SharedTerms, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSParameters
 from recpress.modules.memory_hook import memory_freed
 
-Solver = Callable[[Chunk, Shared], tuple[torch.Tensor, torch.Tensor]]
-"""Rows (B, d) of a chunk, and their predictions (nnz,): `als_solvers.solve_cg` or `solve_cholesky`."""
+Solver = Callable[[Chunk, SharedTerms], tuple[torch.Tensor, torch.Tensor]]
+"""Rows (B, d) of a chunk, and their predictions (nnz,): `solvers.solve_cg` or `solve_cholesky`."""
 
 
 class Workers:
-    """Threads that each run torch on one core: chunks are small, and a core a chunk beats all cores on each.
+    """Threads that each run torch on one core: chunks are small, so one core per chunk is faster than all on each.
 
-    One torch thread a worker also keeps LAPACK's serial batches busy on all cores. While they work, the
-    calling thread uses one too: more would spin at their barriers and take the cores from the workers. On
-    CUDA work runs inline.
+    With one torch thread per worker, LAPACK's serial batches use all cores, too. Meanwhile the calling thread also has
+    one torch thread: more would spin at their barriers and take cores from the workers. On CUDA, work runs inline.
 
-    The host process keeps its settings: the calling thread has its number of threads again after `close`, which
-    belongs into a `finally`, and other threads of the host are never changed.
+    `close`, to be called in a `finally`, restores the number of threads of the calling thread. Other threads of the
+    host process never change.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,21 +39,24 @@ class Workers:
         self._pool = None
         if self.count > 1:
             self._pool = ThreadPoolExecutor(self.count)
-            everyone = threading.Barrier(self.count)  # so that no thread takes two of these calls
+            everyone = threading.Barrier(self.count)  # so that each thread gets one of these calls
             for done in [self._pool.submit(_one_torch_thread, everyone) for _ in range(self.count)]:
                 done.result()
             torch.set_num_threads(1)
             self._restore_default()
 
     def _restore_default(self) -> None:
-        """torch.set_num_threads sets the number of the calling thread, and of all threads that torch meets later: a
-        thread of no other use sets the latter back, so that new threads of the host get what they would have got."""
+        """Restore torch's default for new threads of the host process.
+
+        torch.set_num_threads sets the number for the calling thread and for all threads that use torch later. A
+        temporary thread resets the latter.
+        """
         thread = threading.Thread(target=torch.set_num_threads, args=(self.count,))
         thread.start()
         thread.join()
 
     def map(self, work: Callable[..., Any], calls: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results in the order of the calls; at most two calls a worker are held at a time."""
+        """Results in the order of the calls. At most one call per worker waits."""
         if self._pool is None:
             yield from (work(*call) for call in calls)
             return
@@ -67,62 +69,60 @@ class Workers:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """End the threads; the calling thread uses as many torch threads as before."""
+        """End the threads, and restore the number of torch threads of the calling thread."""
         if self._pool is not None:
             try:
                 self._pool.shutdown(cancel_futures=True)
-            finally:  # an interrupt ends the wait
+            finally:  # also if an interrupt ends the wait
                 torch.set_num_threads(self.count)
 
 
 def _one_torch_thread(everyone: threading.Barrier) -> None:
-    torch.get_num_threads()  # torch's first call in a thread takes the process's number; the next one stays
+    torch.get_num_threads()  # the first call in a thread applies the number of the process; then ours is permanent
     torch.set_num_threads(1)
     everyone.wait()
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Sums over one side's rows of all ranks: gramian = sum y y' and popular = mean of w y y' over all
-    interactions, (d, d) float64; penalty = sum reg |y|^2 over this rank's rows only.
-    """
+    """Sums over the users or the items of all ranks."""
 
     gramian: torch.Tensor
+    """sum y y', (d, d) float64."""
     popular: torch.Tensor
+    """Mean of w y y' over all interactions, (d, d) float64."""
     penalty: float
+    """sum reg |y|^2 over this rank's rows only."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the working memory: the size of a chunk, which rows are too heavy for one, and what a rank holds of
-    other ranks' rows.
-
-    interactions, rows: most of a chunk. heavy, at most `interactions`: a row of more is summed in pieces and
-    solved exactly; the same on every world size, so that all solve alike.
-    table: bytes of the other side's table up to which each rank gathers all of it for a half-sweep, as ALX does
-    (Mehta et al. 2021); a larger one is fetched in parts, by each chunk what it touches. None: as many as a rank's part
-    of the interactions takes, at least `GATHERED`.
-    """
+    """Bounds of the working memory."""
 
     interactions: int
+    """Most interactions of a chunk."""
     rows: int
+    """Most rows of a chunk."""
     heavy: int = 1 << 15
+    """A row with more interactions is summed in pieces and solved exactly, at every world size. At most
+    `interactions`."""
     table: int | None = None
+    """Each rank gathers the other side's table for a half-sweep if it has at most this many bytes, as in ALX (Mehta et
+    al. 2021). Otherwise each chunk fetches the rows that it needs. None: the bytes of a rank's part of the
+    interactions, at least `GATHERED`."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors of the interactions' weights by item (`ALSParameters.item_exponent`).
-
-    rows: (local rows,) float32 where this side is the items'; others: (num_others,) float32, all of them on each rank,
-    where the other side is.
-    """
+    """Factors of the interactions' weights by item (`ALSParameters.item_exponent`)."""
 
     rows: np.ndarray | None = None
+    """To solve items: (local rows,) float32."""
     others: np.ndarray | None = None
+    """To solve users: (num_others,) float32, all items on each rank."""
 
     def of(self, csr: CSR, start: int, stop: int, first: int, last: int) -> np.ndarray:
-        """Weights of interactions start..stop-1, which lie in rows first..last-1, without the confidence: float32."""
+        """Weights of interactions start..stop-1, in rows first..last-1, without the confidence: float32."""
         weights = np.ones(stop - start, np.float32)
         if csr.values is not None:
             weights *= csr.values[start:stop]
@@ -135,18 +135,18 @@ class Scales:
 
 
 GATHERED = 64 << 20
-"""Bytes of a table that each rank may gather however small its part of the log is."""
+"""Bytes of a table that each rank may gather, even if its part of the log is smaller."""
 FAR = Limits(interactions=1 << 18, rows=16384)
-"""Where rows are fetched from other ranks, or work runs on CUDA: few large chunks."""
+"""Few large chunks, if rows are fetched from other ranks, or on CUDA."""
 
 
 def block_rows(dim: int) -> int:
-    """Rows of `dim` float32 that take at most 128 KiB, 1024 at most: they stay in a core's caches."""
+    """Number of rows of `dim` float32 that stay in a core's caches: at most 128 KiB, at most 1024."""
     return min(1024, max(1, (1 << 15) // dim))
 
 
-class Side:
-    """One side's rows of this rank, with what their half-sweeps need. Its public methods are collective."""
+class HalfSweep:
+    """Solves this rank's users, or its items. The public methods are collective."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Side:
         self.degree = torch.from_numpy(degree).to(self.device)
         self.nnz = int(exchange.sum(torch.tensor(len(csr.indices), device=self.device)))
         self.fetches = exchange.world > 1 and not self._gathers(None if limits is None else limits.table)
-        near = self.device.type == "cpu" and not self.fetches  # in cache-sized chunks
+        near = self.device.type == "cpu" and not self.fetches  # then use cache-sized chunks
         if limits is None:
             limits = Limits(interactions=1 << 15, rows=block_rows(config.factors)) if near else FAR
         self.pieces = list(_pieces(csr.indptr, limits))
@@ -180,24 +180,24 @@ class Side:
             sums = torch.from_numpy(_row_sums(csr.indptr, self._weights, self.pieces))
             self.weight = (sums * config.confidence).to(self.device, torch.float32)
         self.base = base = config.unobserved_weight * (used_others or num_others)
-        # the line through the regularization of no interactions and of twice the mean number
+        # the line through the regularization at no interactions and at twice the mean number
         far = max(2 * self.nnz / (used_rows or num_rows), 1.0)
         near_reg, far_reg = (config.regularization * (n + base) ** config.frequency_exponent for n in (0.0, far))
         self.reg_line = (near_reg, (far_reg - near_reg) / far)
-        # where rows are fetched from all ranks, in as many rounds on each
+        # to fetch rows is collective, so all ranks need the same number of rounds
         self.rounds = exchange.max(len(self.pieces)) if self.fetches else len(self.pieces)
 
     def _weights(self, start: int, stop: int, first: int, last: int) -> np.ndarray:
         return self.scales.of(self.csr, start, stop, first, last)
 
     def _gathers(self, most: int | None) -> bool:
-        """Whether each rank holds the other side's whole table while it solves; the same on all ranks."""
+        """Whether each rank gathers the other side's table to solve. The same on all ranks."""
         if most is None:
             most = max(GATHERED, 8 * self.nnz // self.exchange.world)
         return 4 * self.config.factors * self.other_blocks.num_rows <= most
 
     def summary(self, rows: torch.Tensor) -> Summary:
-        """Of this side's rows (local, d)."""
+        """Sums over this side's rows (local, d)."""
         both = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
         penalty = 0.0
         # float32 within a block, float64 between them
@@ -222,31 +222,34 @@ class Side:
         return part.T @ part, weighted, penalty
 
     def _reg(self, first: int, last: int) -> torch.Tensor:
-        """reg of rows first..last-1."""
+        """Regularization of rows first..last-1."""
         reg = self.degree[first:last] + self.base
         return reg.pow_(self.config.frequency_exponent).mul_(self.config.regularization)
 
     def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, solver: Solver) -> float:
-        """Solve all `rows` (local, d) in place, from `others`, the other side's, and their `summary`.
+        """Solve all `rows` (local, d) in place from the other side's vectors `others` and their `summary`.
 
-        Returns `loss_of` this rank's interactions.
+        Returns the `loss_of` this rank's interactions.
+
+        Raises:
+            ValueError: the other side's vectors are not finite; a row's equations cannot be solved.
         """
         w0 = self.config.unobserved_weight
         if not bool(torch.isfinite(summary.gramian).all()):
-            raise ValueError(f"als: the vectors that {self.name}s are solved from are not finite; lower confidence")
-        memory_freed()  # what a thread has freed the others cannot use: before this one works, and before they do
+            raise ValueError(f"als: the vectors to solve {self.name}s from are not finite; lower confidence")
+        memory_freed()  # other threads cannot reuse the memory that a thread freed: call it before each of them works
         gramian = w0 * summary.gramian
         basis, scale = preconditioner(gramian, summary.popular, self.reg_line)
         gramian = gramian.float()
         memory_freed()
-        shared = Shared(gramian, w0, basis, scale, self.workers.scratch)
+        shared = SharedTerms(gramian, w0, basis, scale, self.workers.scratch)
         if not self.fetches:
             others = self.exchange.gather(others, self.other_blocks)
         total, singular = 0.0, None
         for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, solver)):
             total += loss
             singular = row if singular is None else singular
-        # told to all ranks once all chunks are through, so that none waits for one that gave up
+        # tell all ranks after the last chunk, so that none waits for a rank that failed
         worst = self.exchange.max(-1 if singular is None else singular)
         if worst >= 0:
             raise ValueError(
@@ -256,9 +259,9 @@ class Side:
         return total
 
     def _chunks(
-        self, rows: torch.Tensor, others: torch.Tensor, shared: Shared, solver: Solver
+        self, rows: torch.Tensor, others: torch.Tensor, shared: SharedTerms, solver: Solver
     ) -> Iterator[tuple[Any, ...]]:
-        """Arguments of `_solve_chunk`, one a round; rows in pieces are summed here."""
+        """Arguments of `_solve_chunk`, one per round. Sums rows in pieces."""
         heavy = HeavyRow(shared, 0.0)
         for k in range(self.rounds):
             first, last, start, stop = self.pieces[k] if k < len(self.pieces) else (0, 0, 0, 0)
@@ -274,9 +277,9 @@ class Side:
                     yield first, rows, heavy, shared, solver
 
     def _solve_chunk(
-        self, first: int, rows: torch.Tensor, chunk: Chunk | HeavyRow, shared: Shared, solver: Solver
+        self, first: int, rows: torch.Tensor, chunk: Chunk | HeavyRow, shared: SharedTerms, solver: Solver
     ) -> tuple[float, int | None]:
-        """Loss of the chunk, and the global row that could not be solved, if any."""
+        """Loss of the chunk, and the global number of a row that cannot be solved, or None."""
         try:
             if isinstance(chunk, HeavyRow):
                 rows[first], loss = chunk.solve()
@@ -289,7 +292,7 @@ class Side:
         return loss_of(scores, chunk.weights, shared.unobserved_weight), None
 
     def _chunk(self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor) -> Chunk:
-        """Rows first..last-1 with interactions start..stop-1, and others with those that they touch among them."""
+        """Rows first..last-1 with interactions start..stop-1, and a table that contains the vectors that they need."""
         indptr = np.clip(self.csr.indptr[first : last + 1], start, stop) - start
         indices = torch.from_numpy(self.csr.indices[start:stop]).to(self.device)
         weights: torch.Tensor | float = self.config.confidence
@@ -297,7 +300,7 @@ class Side:
             weights = torch.from_numpy(self._weights(start, stop, first, last)).to(self.device) * self.config.confidence
         if self.fetches:
             ids, indices = torch.unique(indices, return_inverse=True)
-            others, indices = self.exchange.rows(others, ids, self.other_blocks), indices.to(torch.int32)
+            others, indices = self.exchange.fetch_rows(others, ids, self.other_blocks), indices.to(torch.int32)
         offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)
         return Chunk(offsets, indices, weights, others, self._reg(first, last), rows[first:last])
 
@@ -307,7 +310,7 @@ def _row_sums(
     weights: Callable[[int, int, int, int], np.ndarray],
     pieces: list[tuple[int, int, int, int]],
 ) -> np.ndarray:
-    """Sum of each row's weights, float64; a piece at a time, for numpy casts what it sums."""
+    """Sum of each row's weights, float64. One piece at a time, because numpy casts what it sums."""
     sums = np.zeros(len(indptr) - 1)
     for first, last, start, stop in pieces:
         ends = np.clip(indptr[first : last + 1], start, stop) - start
@@ -320,7 +323,7 @@ def _row_sums(
 def _pieces(indptr: np.ndarray, limits: Limits) -> Iterator[tuple[int, int, int, int]]:
     """(first row, last row, first interaction, last interaction) of chunks within the limits, in order.
 
-    A heavy row comes alone, in as many pieces as it needs.
+    A heavy row is not in a chunk with others, and has as many pieces as it needs.
     """
     assert limits.heavy <= limits.interactions
     first, num_rows = 0, len(indptr) - 1

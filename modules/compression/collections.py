@@ -1,8 +1,6 @@
-"""Collections that take the place of TorchRec's in a model that `compress` went over."""
+"""The collections that `compress` puts in place of TorchRec's."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +10,11 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.row_source import RowSource, blocks, check_source, local_shards
+from recpress.modules.row_source import RowSource, load_rows
 
 
 class CompressedEmbeddingBagCollection(nn.Module):
-    """Takes the place of an EmbeddingBagCollection: maps ids, looks trainable and frozen tables up, joins them."""
+    """Replaces an EmbeddingBagCollection: maps ids, looks up trainable and frozen tables, and joins the results."""
 
     def __init__(
         self,
@@ -26,7 +24,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
         frozen: FrozenEmbeddingBagCollection | None,
         device: torch.device,
     ) -> None:
-        """configs: of all tables in the old order, with the rows that they have now."""
+        """configs: all tables in their original order, with their new numbers of rows."""
         super().__init__()
         self.hashes, self.trainable, self.frozen = hashes, trainable, frozen
         self._configs, self._device = configs, device
@@ -37,7 +35,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
         kept = [c for c in configs if c.name not in self._frozen_tables]
         frozen_features = [f for c in configs if c.name in self._frozen_tables for f in c.feature_names]
         part_names = dict(zip([c.name for c in kept], get_embedding_names_by_table(kept), strict=True))
-        # For each output: its key, its width, its key in the part that has it, the feature whose length divides it.
+        # Per output: key, dimension, whether it is frozen, its key in that part, the feature whose length divides it.
         self._outputs: list[tuple[str, int, bool, str, str]] = []
         for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True):
             is_frozen = config.name in self._frozen_tables
@@ -50,7 +48,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
                 self._outputs.append((name, config.embedding_dim, is_frozen, inner, divide))
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """As the EmbeddingBagCollection whose place it takes."""
+        """As the forward of the EmbeddingBagCollection."""
         if self.hashes is not None:
             features = self.hashes(features)
         if self.frozen is None:
@@ -61,7 +59,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
         return _join(frozen, trained, features, self._outputs)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """All tables in the old order, with the rows that they have now."""
+        """All tables in their original order, with their new numbers of rows."""
         return self._configs
 
     def is_weighted(self) -> bool:
@@ -75,17 +73,17 @@ class CompressedEmbeddingBagCollection(nn.Module):
         return [config.name for config in self._configs]
 
     def load(self, table: str, source: RowSource) -> None:
-        """Fill a table, plain or sharded, from its new rows (num_rows, dim)."""
+        """Load a table, plain or sharded, from its new rows (num_rows, dim)."""
         if table in self._frozen_tables:
             assert self.frozen is not None
             self.frozen.load(table, source)
         else:
             assert self.trainable is not None
-            _fill(self.trainable.state_dict()[f"embedding_bags.{table}.weight"], table, source)
+            load_rows(self.trainable.state_dict()[f"embedding_bags.{table}.weight"], table, source)
 
 
 class CompressedEmbeddingCollection(nn.Module):
-    """Takes the place of an EmbeddingCollection: maps ids, then looks them up."""
+    """Replaces an EmbeddingCollection: maps ids, then looks them up."""
 
     def __init__(self, hashes: LearnedHash, trainable: EmbeddingCollection, device: torch.device) -> None:
         super().__init__()
@@ -93,7 +91,7 @@ class CompressedEmbeddingCollection(nn.Module):
         self._configs, self._device = trainable.embedding_configs(), device
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """As the EmbeddingCollection whose place it takes."""
+        """As the forward of the EmbeddingCollection."""
         return self.trainable(self.hashes(features))
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
@@ -116,12 +114,12 @@ class CompressedEmbeddingCollection(nn.Module):
         return [config.name for config in self._configs]
 
     def load(self, table: str, source: RowSource) -> None:
-        """Fill a table, plain or sharded, from its new rows (num_rows, dim)."""
-        _fill(self.trainable.state_dict()[f"embeddings.{table}.weight"], table, source)
+        """Load a table, plain or sharded, from its new rows (num_rows, dim)."""
+        load_rows(self.trainable.state_dict()[f"embeddings.{table}.weight"], table, source)
 
 
 class UnweightedHash(LearnedHash):
-    """Before tables that took no per-sample weights, and take those of their maps now."""
+    """For unweighted collections behind a weighted map: ignores the weights of the batch, and uses those of the map."""
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         if features.weights_or_none() is not None:
@@ -146,28 +144,20 @@ def _join(
     features: KeyedJaggedTensor,
     outputs: list[tuple[str, int, bool, str, str]],
 ) -> KeyedTensor:
-    """Columns of both parts in the order of `outputs`; a leaf of torch.fx, so that the pipeline can trace past it.
+    """Columns of both parts in the order of `outputs`. A leaf of torch.fx, so that pipelines can trace the model.
 
     Raises:
-        ValueError: the keys of the batch have strides of their own, which frozen tables do not know.
+        ValueError: the keys of the batch have different strides, which frozen tables do not support.
     """
     if features.variable_stride_per_key():
-        raise ValueError("compress: a batch with another stride for each key cannot look up in frozen tables")
+        raise ValueError("compress: frozen tables do not support a batch with a different stride for each key")
     values = []
     for _, dim, is_frozen, name, divide in outputs:
         part = frozen if is_frozen else trained
         assert part is not None
         value = part[name]
-        value = value if value.shape[1] == dim else value[:, :dim]  # a frozen table's dimension is padded
+        value = value if value.shape[1] == dim else value[:, :dim]  # the dimension of a frozen table is padded
         if divide:
             value = value / features[divide].lengths().clamp_min(1)[:, None]
         values.append(value)
     return KeyedTensor([o[0] for o in outputs], [o[1] for o in outputs], torch.cat(values, 1))
-
-
-def _fill(weight: Any, table: str, source: RowSource) -> None:
-    check_source(source, table, weight.shape[0], weight.shape[1])
-    for (rows, columns), local in local_shards(weight):
-        for first, block in blocks(source, table, rows, columns):
-            with torch.no_grad():
-                local[first - rows[0] : first - rows[0] + len(block)].copy_(block)

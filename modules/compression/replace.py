@@ -1,10 +1,4 @@
-"""Compress the tables of a model that exists: rows that ids share, frozen rows, or both.
-
-model, report = compress(model, {"t_cat_0": id_map}, frozen={"t_item": factors})
-print(report)
-model = DistributedModelParallel(model, sharders=...)
-report.load(model)      # sharding discards the rows of every table, TorchRec's own way
-"""
+"""Compress the tables of an existing model: shared rows, frozen rows, or both."""
 
 from __future__ import annotations
 
@@ -45,42 +39,48 @@ def compress(
     unknown: Unknown = "hash",
     packed: bool = False,
 ) -> tuple[nn.Module, CompressReport]:
-    """Replace tables of the EmbeddingBagCollections and EmbeddingCollections anywhere in `model`, in place.
+    """Replace tables in the EmbeddingBagCollections and EmbeddingCollections of `model`, in place.
 
-    The forward's signature, the keys of its output, their order and dimensions stay; the other tables stay the same
-    modules. Make optimizers after this call: the replaced weights are new parameters, the frozen ones none.
+    The signature of the forward, and the keys, order and dimensions of its output do not change. Other tables remain
+    the same modules. Create optimizers after this call: replaced weights are new parameters, and frozen tables have no
+    parameters.
 
     Args:
-        model: not sharded yet. Only where it is itself a collection is the returned module another one.
-        maps: table name -> map of its ids onto fewer rows. All features of the table are mapped.
-        frozen: table name -> its rows (ids, dim), frozen from now on. With a map too, the rows that are stored are
-            those of `warm_rows`.
-        counts: table name -> how often each id is accessed, (ids,); 1 each where it is missing.
-        warm_start: rows of a shared, trainable table start as `warm_rows` of the old ones, else by the table's
-            `init_fn`.
-        storage: how frozen rows are stored.
+        model: a model that is not sharded. If it is itself a collection, the returned module is a new one.
+        maps: table name -> map of its ids onto fewer rows. Applies to all features of the table.
+        frozen: table name -> its rows (ids, dim), which are not trained. With a map, `warm_rows` gives the stored rows.
+        counts: table name -> how often each id is accessed, (ids,). Default: 1 for each id.
+        warm_start: initialize a shared, trainable table by `warm_rows` of the old rows, otherwise by its `init_fn`.
+        storage: how to store frozen rows.
         unknown, packed: as in `LearnedHash`.
 
+    Returns:
+        The model, and a report whose `load` fills the tables after sharding.
+
     Raises:
-        ValueError: a table that the model does not have; a map, counts or rows of another size; a table that is
-            sharded already, has an optimizer in its backward pass, or is behind a module that treats its ids in
-            another way; a feature of two tables that do not have the same map; what these collections cannot do:
-            two rows an id in an EmbeddingCollection, frozen rows there, mean pooling with weighted maps or of frozen
-            rows with per-sample weights. The model is unchanged then.
+        ValueError: the model has no such table; a map, counts or rows have another size; a table is sharded, has an
+            optimizer in its backward pass, or is behind a module that treats ids in its own way; two tables of a
+            feature have different maps. Not supported: two rows per id or frozen rows in an EmbeddingCollection; mean
+            pooling with weighted maps, or of frozen rows with per-sample weights. The model is then unchanged.
+
+    Example:
+        >>> model, report = compress(model, {"t_cat_0": id_map}, frozen={"t_item": factors})
+        >>> model = DistributedModelParallel(model, sharders=sharders)
+        >>> report.load(model)  # because sharding discards the rows of every table
     """
     frozen, counts = frozen or {}, counts or {}
     named = {*maps, *frozen}
     if not named:
         raise ValueError("compress: neither maps nor frozen tables, expected at least one table")
-    places = _places(model, named)
+    paths_of = _find_collections(model, named)
     for table in counts:
         if table not in maps:
             raise ValueError(f"table {table!r}: there are counts for it, but no map")
     if storage not in get_args(Storage):
         raise ValueError(f"compress: storage is {storage!r}, expected one of {', '.join(get_args(Storage))}")
     build = _Build(maps, frozen, counts, warm_start, storage, unknown, packed)
-    made = {module: build.collection(module) for module in places}
-    for module, paths in places.items():
+    made = {module: build.collection(module) for module in paths_of}
+    for module, paths in paths_of.items():
         for path in paths:
             if not path:
                 model = made[module]
@@ -90,33 +90,35 @@ def compress(
     return model, CompressReport(tables=build.report, rows=build.rows)
 
 
-def _places(model: nn.Module, named: set[str]) -> dict[nn.Module, list[str]]:
-    """Collections that hold named tables -> all paths to them."""
+def _find_collections(model: nn.Module, named: set[str]) -> dict[nn.Module, list[str]]:
+    """Collections with named tables -> all paths to them."""
     modules = list(model.named_modules(remove_duplicate=False))
     owner: dict[str, tuple[str, nn.Module]] = {}
-    places: dict[nn.Module, list[str]] = {}
+    paths_of: dict[nn.Module, list[str]] = {}
     for path, module in modules:
         where = path or "the model"
         if isinstance(module, ShardedModule):
-            raise ValueError(f"{where}: {type(module).__name__} is sharded already; compress the model before that")
+            raise ValueError(f"{where}: {type(module).__name__} is already sharded; compress the model before sharding")
         tables = _tables(module)
         for table in tables:
             if table in named and owner.setdefault(table, (where, module))[1] is not module:
-                raise ValueError(f"table {table!r}: it is in two collections, {owner[table][0]} and {where}")
+                raise ValueError(
+                    f"table {table!r}: two collections have it, {owner[table][0]} and {where}; expected one"
+                )
         if named & tables.keys():
-            places.setdefault(module, []).append(path)
+            paths_of.setdefault(module, []).append(path)
             if path:
                 parent = model.get_submodule(path.rpartition(".")[0])
                 if type(parent).__module__.startswith("torchrec.modules."):
                     raise ValueError(
-                        f"{where}: it is behind {type(parent).__name__}, which treats its ids in a way of its own; "
-                        "compress takes plain collections"
+                        f"{where}: it is behind {type(parent).__name__}, which treats ids in its own way; expected a "
+                        "plain collection"
                     )
-    lacking = sorted(named - owner.keys())
-    if lacking:
+    missing = sorted(named - owner.keys())
+    if missing:
         there = sorted({table for _, module in modules for table in _tables(module)})
-        raise ValueError(f"the model has no table {lacking[0]!r}; it has {', '.join(there) or 'none'}")
-    return places
+        raise ValueError(f"the model has no table {missing[0]!r}; it has {', '.join(there) or 'none'}")
+    return paths_of
 
 
 def _tables(module: Any) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def _tables_of(configs: Any) -> dict[str, list[str]]:
 
 
 class _Build:
-    """Makes the new collections and notes what it did; changes nothing of the old ones."""
+    """Builds the new collections and the report. Does not change the old collections."""
 
     def __init__(
         self,
@@ -173,7 +175,7 @@ class _Build:
         else:
             new = self._sequences(old, configs, kept, mapped)
             tables = new.trainable.embeddings
-        if new.trainable is not None:  # made on "meta", so that tables that stay are never made twice
+        if new.trainable is not None:  # built on "meta", so that unchanged tables are not allocated twice
             new.trainable._device = old.device
         for before, config in zip(configs, after, strict=True):
             weight = old_tables[config.name].weight
@@ -198,8 +200,10 @@ class _Build:
         weighted = old.is_weighted() or weighted_maps
         for config in configs:
             if config.pooling == PoolingType.MEAN and (weighted_maps or (weighted and config.name in self.frozen)):
-                whose = "a map has some" if weighted_maps else "its collection has some"
-                raise ValueError(f"table {config.name!r}: mean pooling takes no per-sample weights, and {whose}")
+                whose = "a map has weights" if weighted_maps else "its collection has weights"
+                raise ValueError(
+                    f"table {config.name!r}: mean pooling does not support per-sample weights, and {whose}"
+                )
         hashes = None
         if mapped:
             kind = UnweightedHash if weighted_maps and not old.is_weighted() else LearnedHash
@@ -228,15 +232,18 @@ class _Build:
     def _sequences(self, old: EmbeddingCollection, configs: Any, kept: Any, mapped: dict[str, IdMap]) -> Any:
         for config in configs:
             if config.name in self.frozen:
-                raise ValueError(f"table {config.name!r}: only tables of an EmbeddingBagCollection can be frozen")
+                raise ValueError(f"table {config.name!r}: frozen tables need an EmbeddingBagCollection")
             one = self.maps.get(config.name)
             if one is not None and (one.rows_per_id != 1 or one.weights is not None):
                 raise ValueError(
-                    f"table {config.name!r}: its map gives an id {one.rows_per_id} weighted rows or several, but an "
-                    "EmbeddingCollection can look up one unweighted row an id"
+                    f"table {config.name!r}: its map has {one.rows_per_id} rows per id"
+                    f"{'' if one.weights is None else ' with weights'}, expected one unweighted row per id for an "
+                    "EmbeddingCollection"
                 )
         if old.need_indices():
-            raise ValueError("compress: an EmbeddingCollection with need_indices=True would return rows for ids")
+            raise ValueError(
+                "compress: an EmbeddingCollection with need_indices=True would return rows in place of ids"
+            )
         hashes = LearnedHash(mapped, unknown=self.unknown, packed=self.packed)
         hashes.tables = _tables_of(configs)
         options = ("use_gather_select", "use_gather_select_per_sharding")
@@ -249,21 +256,19 @@ class _Build:
         table, rows = config.name, config.num_embeddings
         one = self.maps.get(table)
         if one is not None and one.num_ids != rows:
-            raise ValueError(
-                f"table {table!r}: its map is of {one.num_ids} ids, expected {rows}, the rows of the table"
-            )
+            raise ValueError(f"table {table!r}: its map has {one.num_ids} ids, expected {rows}, the rows of the table")
         if table in self.frozen:
             check_source(self.frozen[table], table, rows, config.embedding_dim)
         if (one is not None or table in self.frozen) and hasattr(weight, "_in_backward_optimizers"):
             raise ValueError(
-                f"table {table!r}: an optimizer is applied in its backward pass already; compress the model before that"
+                f"table {table!r}: its backward pass already applies an optimizer; compress the model before that"
             )
         trainable = one is not None and table not in self.frozen
         if trainable and self.warm_start and weight.device.type == "meta":
             raise ValueError(f"table {table!r}: its rows are on the device 'meta'; pass warm_start=False")
 
     def _features(self, configs: Any) -> dict[str, IdMap]:
-        """Feature -> its map; a feature has one, whatever the tables that it feeds."""
+        """Feature -> its map. All tables of a feature must have the same map."""
         of: dict[str, tuple[str, IdMap | None]] = {}
         for config in configs:
             one = self.maps.get(config.name)
@@ -271,8 +276,8 @@ class _Build:
                 table, other = of.setdefault(feature, (config.name, one))
                 if other is not one:
                     raise ValueError(
-                        f"feature {feature!r}: it looks up in the tables {table!r} and {config.name!r}, which must "
-                        "have the same map or none"
+                        f"feature {feature!r}: it looks up in the tables {table!r} and {config.name!r}, which have "
+                        "different maps; expected the same map or none"
                     )
         return {feature: one for feature, (_, one) in of.items() if one is not None}
 
@@ -297,7 +302,7 @@ class _Build:
         one, counts = self.maps[before.name], self.counts.get(before.name)
         rows, used = warm_rows(old.detach(), one, counts, table=before.name, mean_pooled=pooled)
         with torch.no_grad():
-            weight[used.to(weight.device)] = rows[used].to(weight)  # rows of no id keep what init_fn gave them
+            weight[used.to(weight.device)] = rows[used].to(weight)  # rows without ids keep the values of init_fn
 
     def _note(self, before: Any, after: Any, weight: torch.Tensor) -> None:
         name, one = before.name, self.maps.get(before.name)

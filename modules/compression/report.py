@@ -1,4 +1,4 @@
-"""What `compress` did to the tables of a model, and the rows that go into them once it is sharded."""
+"""What `compress` did to the tables of a model, and the rows to load after sharding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recpress.modules.row_source import RowSource
 
 @dataclass(frozen=True, kw_only=True)
 class TableReport:
-    """What became of one table; bytes are those of its rows, without optimizer state."""
+    """One table before and after. Bytes are those of its rows, without optimizer state."""
 
     table: str
     kind: str
@@ -22,25 +22,25 @@ class TableReport:
     bytes_before: int
     bytes_after: int
     map_bytes: int
-    """Of the map as each rank holds it; 0 where another table of this report has the same map."""
+    """Bytes of the map on each rank; 0 if an earlier table of the report has the same map."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CompressReport:
-    """What `compress` did; `str(report)` is a table. Holds the new rows until it is dropped."""
+    """What `compress` did. `str(report)` is a table. Holds the new rows until it is deleted."""
 
     tables: list[TableReport]
     rows: dict[str, RowSource] = field(repr=False)
-    """Every table of the collections that were replaced -> its rows, as they are now."""
+    """Name of each table in the replaced collections -> its rows."""
 
     def load(self, model: nn.Module) -> None:
-        """Fill the tables of `model`, which was sharded after `compress`: each rank its own shards.
+        """Load the tables of `model`, which was sharded after `compress`. Each rank loads its own shards.
 
-        DistributedModelParallel makes new rows for every table; without this call the frozen ones have none.
+        DistributedModelParallel creates new rows for every table. Without this call, frozen tables have no rows.
 
         Raises:
-            ValueError: the model has none of the compressed collections, or a table has no rows to load (its weights
-                were on the device "meta" when the model was compressed).
+            ValueError: the model has no compressed collection; a table has no rows to load, because its weights were on
+                the device "meta" in `compress`.
         """
         found = [
             m
@@ -48,7 +48,7 @@ class CompressReport:
             if isinstance(m, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
         ]
         if not found:
-            raise ValueError("compress: the model to load has no compressed collection")
+            raise ValueError("compress: the model has no compressed collection to load")
         for module in found:
             for table in module.tables():
                 if table not in self.rows:

@@ -18,40 +18,39 @@ from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.shared_rows import IdVectors, shared_rows
 from recpress.modules.row_source import RowSource, blocks, check_source, load_rows, round_up
 from recpress.modules.two_tower.losses import make_loss
-from recpress.modules.two_tower.towers import ResidualTower, Source, Tower, TowerInput, make_tower
+from recpress.modules.two_tower.towers import ResidualTower, TableOutput, Tower, TowerInput, make_tower
 
 
 @dataclass(frozen=True, kw_only=True)
 class SideSpec:
-    """What is known of users, or of items."""
+    """The features and table sizes of users, or of items."""
 
     key: str
     """Feature key of the id in the KeyedJaggedTensor."""
     rows: int
     """Number of ids."""
     dim: int | None = None
-    """Dimension of the factors; None where there are none (`random`)."""
+    """Dimension of the factors; None if there are none (`random`)."""
     counted: bool = False
-    """Whether the tower is given the id's log count (see `load_counts`): from a frozen table of its own, or where the
-    ids have a map, which is replicated too, from a byte an id (`CountCodes`)."""
+    """Whether the tower gets the id's log count (see `load_counts`). It comes from a separate frozen table or, if the
+    ids have a map, which is replicated, from one byte per id (`CountCodes`)."""
     categorical: Mapping[str, int] = field(default_factory=dict)
-    """Further categorical features: key -> number of values."""
+    """Additional categorical features: key -> number of values."""
     floats: int = 0
-    """Number of further float features."""
+    """Number of additional float features."""
     map: IdMap | None = None
-    """Where given, the id tables have the map's rows, which the ids share; counts and features stay by id."""
+    """If given, ids share the rows of their tables by this map. Counts and features remain per id."""
 
 
 class TwoTower(nn.Module):
     """score(u, i) = user tower(u) . item tower(i).
 
-    Tables by `config.tables.strategy`: `random` and `warm-start` train the id tables, `frozen` keeps
-    them frozen in a collection of their own, `frozen+residual` adds a small trainable table of the ids to
-    the frozen one. Factors are loaded by `load_factors`, after sharding. With tables_device="meta" the module
-    is only to be sharded.
+    The strategy `config.tables.strategy` decides on the id tables: `random` and `warm-start` train them, `frozen` puts
+    them into a separate collection without training, `frozen+residual` adds a small trainable table. Call
+    `load_factors` after sharding. With tables_device="meta", the module can only be sharded.
 
-    A side with a map looks its id tables up under the key "<key>_rows", which is made here of the ids; a train pipeline
-    takes that in with `pipeline_postproc=True`.
+    With an id map, the id tables are looked up by the key "<key>_rows", which the forward computes from the ids. A
+    train pipeline needs `pipeline_postproc=True` for it.
     """
 
     def __init__(
@@ -63,8 +62,8 @@ class TwoTower(nn.Module):
     ) -> None:
         """
         Raises:
-            ValueError: a strategy without factors to start from; vectors of users and items that differ in
-                length; a map of another number of ids.
+            ValueError: the strategy needs factors, and there are none; vectors of users and items have different
+                dimensions; a map has another number of ids.
         """
         super().__init__()
         self.config, self.user, self.item = config, user, item
@@ -82,23 +81,23 @@ class TwoTower(nn.Module):
         for name, codes in (("user_count", self.user_counts), ("item_count", self.item_counts)):
             if codes is not None:
                 self.table_bytes[name] = codes.codes.nbytes
-        """Bytes of each table, as it is stored, of all ranks together."""
+        """Bytes of each stored table, summed over the ranks."""
         if self.user_tower.out_dim != self.item_tower.out_dim:
             raise ValueError(
-                f"user vectors have length {self.user_tower.out_dim}, expected that of item vectors, "
+                f"user vectors have dimension {self.user_tower.out_dim}, expected that of item vectors, "
                 f"{self.item_tower.out_dim}"
             )
         self.loss = make_loss(config.loss, item.rows)
         self.skip_nonfinite = False
-        """Whether a batch whose loss is NaN or infinite gives zero loss and zero gradients to towers and tables."""
+        """Whether a batch with a non-finite loss gives zero loss and zero gradients to towers and tables."""
         self.item_ids = _Ids(item.key)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss to differentiate, the same detached); what TrainPipelineSparseDist expects.
+        """(loss, the same detached), as TrainPipelineSparseDist expects.
 
         Args:
             batch: `user_features` KeyedJaggedTensor of stride B, `item_features` (layout in `losses`),
-                `label` (B,), `log_q` (items,), `excluded` (B, N) or None, and where there are float features
+                `label` (B,), `log_q` (items,), `excluded` (B, N) or None, and, if there are float features,
                 `user_floats` (B, F) and `item_floats` (items, F).
         """
         user_features, item_features = batch.user_features, batch.item_features
@@ -132,7 +131,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def user_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
+        """(B, d). Collective if the tables are sharded: each rank must call it equally often."""
         count = None if self.user_counts is None else self.user_counts(features)
         features = features if self.user_rows is None else self.user_rows(features)
         frozen = self.user_frozen(features) if self.user_frozen is not None else None
@@ -141,7 +140,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def item_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, d). Collective where the tables are sharded: every rank calls it equally often."""
+        """(B, d). Collective if the tables are sharded: each rank must call it equally often."""
         count = None if self.item_counts is None else self.item_counts(features)
         features = features if self.item_rows is None else self.item_rows(features)
         frozen = self.item_frozen(features) if self.item_frozen is not None else None
@@ -156,13 +155,13 @@ class TwoTower(nn.Module):
         counts: Sequence[RowSource | None] = (None, None),
         rows: Sequence[RowSource | None] = (None, None),
     ) -> None:
-        """Fill the id tables, each rank its own shards; call it after sharding, and again to swap factors.
+        """Load the id tables, each rank its own shards. Call it after sharding, and again to replace the factors.
 
         Args:
-            user, item: (ids, dim) each. With a map, each rank works out all rows that they share; see
-                `shared_rows.shared_rows` for the memory.
-            counts: of users and of items, (ids, 1) each: how much an id weighs among those that share a row.
-            rows: of the tables of users and of items, (map.num_rows, dim) each, where they are known already.
+            user, item: (ids, dim) each. With a map, each rank computes all shared rows; see `shared_rows.shared_rows`
+                for the memory.
+            counts: (ids, 1) each, of users and of items: the weight of an id among those that share a row.
+            rows: (map.num_rows, dim) each, the shared rows of users and of items, if already known.
 
         Raises:
             ValueError: shapes or values do not fit.
@@ -187,7 +186,7 @@ class TwoTower(nn.Module):
             tower.fit_scale(table if spec.map is None else IdVectors(spec.map, table))
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
-        """Fill the tables of log counts, (rows, 1) each, standardized (`rows.LogCounts`); after sharding."""
+        """Load standardized log counts (`row_source.LogCounts`), (ids, 1) each. Call it after sharding."""
         for spec, name, source, frozen, codes in (
             (self.user, "user_count", user, self.user_frozen, self.user_counts),
             (self.item, "item_count", item, self.item_frozen, self.item_counts),
@@ -199,16 +198,16 @@ class TwoTower(nn.Module):
                 frozen.load(name, source)
 
 
-@torch.fx.wrap  # the pipeline traces the model, and cannot look into this
+@torch.fx.wrap  # the train pipeline cannot trace this
 def _guard(vectors: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-    """The vectors, whose gradient is zero where `finite`, which is filled in later, is false."""
+    """The vectors. Their gradient is zero if `finite`, which is set later, is false."""
     if vectors.requires_grad:
         vectors.register_hook(lambda grad: torch.where(finite, grad, torch.zeros_like(grad)))
     return vectors
 
 
 class _Ids(nn.Module):
-    """The ids of one feature of a KeyedJaggedTensor that has one id in each bag."""
+    """The ids of one feature of a KeyedJaggedTensor, with one id per bag."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -219,9 +218,9 @@ class _Ids(nn.Module):
 
 
 class MappedRows(nn.Module):
-    """Adds to the features the rows of the ids of one of them, under a key of their own, "<key>_rows".
+    """Adds a feature "<key>_rows" with the rows of the ids of one feature.
 
-    The other keys stay as they are; they get weights of 1 where the map has weights.
+    The other features do not change. They get weights of 1 if the map has weights.
     """
 
     def __init__(self, key: str, id_map: IdMap) -> None:
@@ -256,7 +255,7 @@ class MappedRows(nn.Module):
 
 
 class CountCodes(nn.Module):
-    """A number of each id in one byte, 256 even steps from the smallest to the largest; replicated on each rank."""
+    """One number per id in one byte: 256 even steps from the smallest to the largest. Replicated on each rank."""
 
     def __init__(self, spec: SideSpec) -> None:
         super().__init__()
@@ -268,7 +267,7 @@ class CountCodes(nn.Module):
 
     @torch.no_grad()
     def load(self, table: str, source: RowSource) -> None:
-        """Fill it from (ids, 1). Raises ValueError where shape or values do not fit."""
+        """Load from (ids, 1). Raises ValueError if shape or values do not fit."""
         check_source(source, table, len(self.codes), 1)
         whole = (0, len(self.codes))
         low, high = torch.inf, -torch.inf
@@ -281,35 +280,35 @@ class CountCodes(nn.Module):
         self.span.copy_(torch.tensor([low, step]))
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        """(B, 1) float32 of the ids of a batch, one in each bag; an id beyond the table has the smallest number."""
+        """(B, 1) float32 for the ids of a batch, one per bag. An id beyond the table gets the smallest number."""
         ids = features[self.key].values()
         codes = self.codes[ids.clamp(max=len(self.codes) - 1)].masked_fill(ids >= len(self.codes), 0)
         return (self.span[0] + self.span[1] * codes.float()).unsqueeze(1)
 
 
 def rows_key(key: str) -> str:
-    """The key of the rows that the ids of `key` are mapped to."""
+    """The key of the rows of feature `key`."""
     return f"{key}_rows"
 
 
 def make_side(
     name: Literal["user", "item"], config: TwoTowerConfig, spec: SideSpec, device: torch.device
 ) -> tuple[FrozenEmbeddingBagCollection | None, EmbeddingBagCollection | None, Tower | ResidualTower]:
-    """The frozen tables, the trainable ones and the tower of users or items; of a map only its sizes are looked at."""
+    """The frozen tables, the trainable tables and the tower of users or items. Uses only the sizes of a map."""
     strategy = config.tables.strategy
     if strategy != "random" and spec.dim is None:
-        raise ValueError(f"strategy {strategy!r} starts from factors, and none are given for {name}s")
+        raise ValueError(f"strategy {strategy!r} starts from factors; there are none for {name}s")
     key, rows, weighted = spec.key, spec.rows, False
     if spec.map is not None:
         key, rows, weighted = rows_key(spec.key), spec.map.num_rows, spec.map.weights is not None
         if spec.map.num_ids != spec.rows:
             raise ValueError(f"table {name!r}: its map has {spec.map.num_ids} ids, expected {spec.rows}")
         if key in spec.categorical:
-            raise ValueError(f"a feature of the {name}s is called {key!r}, the key of their rows; rename it")
+            raise ValueError(f"a feature of the {name}s is named {key!r}, the key of their rows; rename it")
     frozen: list[FrozenTable] = []
     trained: list[EmbeddingBagConfig] = []
-    others: list[tuple[Source, int]] = []
-    base: Source
+    others: list[tuple[TableOutput, int]] = []
+    base: TableOutput
     if strategy in ("frozen", "frozen+residual"):
         dim = round_up(spec.dim or 0)
         frozen.append(FrozenTable(name=name, rows=rows, dim=dim, features=(key,), storage=config.tables.storage))
@@ -318,12 +317,12 @@ def make_side(
         dim = round_up(config.tables.dim if strategy == "random" else spec.dim or 0)
         trained.append(_table(name, rows, dim, key))
         base = ("tables", key)
-    count: Source | Literal["given"] | None = None
+    count: TableOutput | Literal["given"] | None = None
     if spec.counted and spec.map is not None:
         count = "given"
     elif spec.counted:
         table = f"{name}_count"
-        # Of one number and zeros, a row of 4-bit codes says the number to float16, in 6 bytes instead of 16.
+        # One number and zeros in 4-bit codes have the precision of float16, in 6 bytes instead of 16.
         storage: Storage = "int4" if config.tables.storage in QUANTIZED else "fp32"
         frozen.append(FrozenTable(name=table, rows=spec.rows, dim=round_up(1), features=(spec.key,), storage=storage))
         count = ("frozen", f"{spec.key}@{table}" if len(frozen) > 1 else spec.key)

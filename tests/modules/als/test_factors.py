@@ -84,9 +84,9 @@ def pickled(path):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), r"user-00001-of-00002\.npy: missing, expected 2 shards"),
-        (truncate, r"user-00001-of-00002\.npy: not a whole shard"),
-        (lambda path: path.write_bytes(b""), r"user-00001-of-00002\.npy: not a whole shard"),
-        (pickled, r"user-00001-of-00002\.npy: not a whole shard"),
+        (truncate, r"user-00001-of-00002\.npy: incomplete or corrupt shard"),
+        (lambda path: path.write_bytes(b""), r"user-00001-of-00002\.npy: incomplete or corrupt shard"),
+        (pickled, r"user-00001-of-00002\.npy: incomplete or corrupt shard"),
         (narrow, r"user-00001-of-00002\.npy: holds float32 \(11, 5\)"),
         (replace_rows, r"user-0000[01]-of-00002\.npy: \d+ rows, expected"),
         (lambda path: path.rename(path.with_name(shard_name("user", 2, 3))), "shards of"),

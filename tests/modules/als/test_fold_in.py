@@ -71,7 +71,7 @@ def test_unknown_ids_are_left_out():
     ("indptr", "indices", "values", "message"),
     [
         ([0, 2], [0, ITEMS], None, "index 25 at 1, expected less than 25"),
-        ([0, 3], [0, 1], None, "indptr does not run from 0"),
+        ([0, 3], [0, 1], None, "indptr: expected 0 to 2"),
         ([0, 2], [0, 1], [1.0, float("nan")], "nan found"),
         ([0, 2], [0, 1], [1.0], "number differs"),
     ],

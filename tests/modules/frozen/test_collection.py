@@ -253,11 +253,11 @@ def test_a_feature_that_the_batch_lacks_is_named():
 
 
 def test_tables_that_cannot_be_told_apart_are_refused():
-    with pytest.raises(ValueError, match="'t' is there twice"):
+    with pytest.raises(ValueError, match="'t' is repeated"):
         FrozenEmbeddingBagCollection([FrozenTable(name="t", rows=2, dim=4, features=(f,)) for f in "ab"])
-    with pytest.raises(ValueError, match="none are given"):
+    with pytest.raises(ValueError, match="no table, expected"):
         FrozenEmbeddingBagCollection([])
-    with pytest.raises(ValueError, match=r"no frozen table 'u'; there are a, b"):
+    with pytest.raises(ValueError, match=r"no frozen table .u.; expected one of a, b"):
         FrozenEmbeddingBagCollection(tables("fp32")).load("u", np.ones((2, 4), np.float32))
 
 

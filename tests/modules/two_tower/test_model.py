@@ -285,7 +285,7 @@ def test_a_compressed_table_is_trained():
 def test_a_map_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="table 'user': its map has 8 ids, expected 9"):
         build(map=id_map(8))
-    with pytest.raises(ValueError, match="a feature of the users is called 'user_rows'"):
+    with pytest.raises(ValueError, match="a feature of the users is named 'user_rows'"):
         build(map=id_map(USERS), categorical={"user_rows": 3})
 
 

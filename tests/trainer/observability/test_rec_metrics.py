@@ -50,7 +50,7 @@ def of_all_ranks(steps, window):
     loss = make_loss(small.config().loss, 10)
     metrics = RecMetrics(MetricsConfig(window=window), loss, rows=60, device=CPU)
     for step in range(steps):
-        loss.watcher(Predictions(*torch.from_numpy(told(rank, step)).float()))
+        loss.observer(Predictions(*torch.from_numpy(told(rank, step)).float()))
     return metrics.compute()
 
 
@@ -71,7 +71,7 @@ def with_a_bad_pair():
     given = torch.from_numpy(told(0, 0)).float()
     bad = given.clone()
     bad[0, 3] = bad[1, 7] = torch.nan
-    loss.watcher(Predictions(*bad))
+    loss.observer(Predictions(*bad))
     keep = torch.ones(given.shape[1], dtype=torch.bool)
     keep[[3, 7]] = False
     return metrics.compute(), formulas(*given[:, keep].numpy())[0]
