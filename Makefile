@@ -10,10 +10,10 @@ help:            ## this list
 install:         ## make the virtual environment and install the pinned set (CUDA where a driver answers)
 	@scripts/install.sh $(VENV)
 
-install-dev:     ## the same, with what tests and lint need
-	@scripts/install.sh $(VENV) dev s3
+install-dev:     ## the same, with the tools for tests, lint and docs
+	@scripts/install.sh $(VENV) dev s3 docs
 
-demo: install    ## the main job on a made log: table on the terminal, report page in runs/demo
+demo: install    ## the main job on a synthetic log: table on the terminal, report page in runs/demo
 	$(BIN)/recpress compare cadc --config benchmarks/recipes/demo.toml
 
 test: install-dev lint  ## lint and tests
@@ -34,8 +34,7 @@ lint: install-dev  ## ruff, types, import rule
 format: install-dev  ## let ruff write the format
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-docs:            ## build the documentation site into build/site, offline; a dead link is an error
-	@scripts/install.sh $(VENV) dev s3 docs
+docs: install-dev  ## build the documentation site into build/site, offline; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: build/site/index.html; to search, run $(BIN)/python -m http.server --directory build/site"
 

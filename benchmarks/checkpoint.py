@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.benchmarks.loops import made_batch
+from recpress.benchmarks.loops import random_batch
 from recpress.data.stream.batch import Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower.model import SideSpec, TwoTower
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     forced = {} if args.sharding == "planner" else dict.fromkeys(("user", "item"), args.sharding)
     dmp = shard(model, device, batch_size=args.batch, sharding_types=forced)
     optimizer = TrainOptimizer(dmp, OptimizerConfig(), args.steps)
-    batches = [made_batch(args, 1000 * dist.get_rank() + seed, device) for seed in range(min(args.steps, 20))]
+    batches = [random_batch(args, 1000 * dist.get_rank() + seed, device) for seed in range(min(args.steps, 20))]
     describe: dict[str, Any] = {"config": {}, "inputs": {}, "global_batch": 0}
     checkpoints = Checkpoints(CheckpointConfig(resume=False, keep=1), args.folder, describe)
     spent = [0.0]  # of the processor by this rank's copies and writing

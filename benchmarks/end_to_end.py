@@ -2,7 +2,7 @@
 
 Takes 20 s small, 6 minutes full, alone on two cores.
 
-    python benchmarks/end_to_end.py                         # on a made log
+    python benchmarks/end_to_end.py                         # on a synthetic log
     python benchmarks/end_to_end.py --data LOG              # with held-out rows
 
 The peer is the usual network: random tables, a row for each id, all rows of the log. The others are fewer rows of data

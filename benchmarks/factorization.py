@@ -2,13 +2,13 @@
 
 Takes 15 s small, 7 minutes full, alone on two cores.
 
-    python benchmarks/factorization.py                                        # made logs of growing size
-    python benchmarks/factorization.py --made 256000000 --sweeps 2            # as far as the machine goes
+    python benchmarks/factorization.py                                        # synthetic logs of growing size
+    python benchmarks/factorization.py --synthetic 256000000 --sweeps 2            # as far as the machine goes
     python benchmarks/factorization.py --data ml-1m=.../train.parquet gowalla=.../interactions.parquet
 
 Each run is a process of its own for each rank; ours, on each number of `--ranks`, and theirs take turns. Ours is timed
-from arrays of ids (both CSRs are built within the time), theirs from a CSR that is ready; implicit knows no ranks. Made
-logs have 5 users an item and 80 rows a user, of which those that are the same count once, so that the tables grow with
+from arrays of ids (both CSRs are built within the time), theirs from a CSR that is ready; implicit knows no ranks.
+Synthetic logs have 5 users per item and 80 rows per user, of which duplicates count once, so that the tables grow with
 the log; the first one is factorized with each number of `--factors`, the others with the first of them. One that would
 need more than half of the machine's memory is not run, and its row says so. `rows/s` are rows of the log times sweeps
 over seconds, `table rows` users and items.
@@ -37,16 +37,16 @@ import numpy as np
 from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 
-SMALL = ("--made", "400000", "100000", "--factors", "32", "16", "--sweeps", "3")
+SMALL = ("--synthetic", "400000", "100000", "--factors", "32", "16", "--sweeps", "3")
 
 Log = tuple[np.ndarray, np.ndarray]
 OURS, THEIRS = "recpress", "implicit"
 
 
-def load(source: str | None, made: int) -> Log:
-    """Distinct (user, item) pairs of a Parquet file (its `train` part where it has a split), or made ones."""
+def load(source: str | None, rows: int) -> Log:
+    """Distinct (user, item) pairs of a Parquet file (its `train` part if it has a split), or `rows` synthetic ones."""
     if source is None:
-        rows, num_users, num_items = made, max(64, made // 80), max(64, made // 400)
+        num_users, num_items = max(64, rows // 80), max(64, rows // 400)
         rng = np.random.default_rng(0)
         users = (num_users * rng.random(rows) ** 1.5).astype(np.int64)
         items = (num_items * rng.random(rows) ** 2.5).astype(np.int64)
@@ -70,10 +70,7 @@ def ours(log: Log, sizes: list[int], args: argparse.Namespace, factors: int, swe
     from recpress.modules.config import ALSConfig
 
     torch.set_num_threads(max(1, args.threads // dist.get_world_size()))
-    config = ALSConfig(
-        factors=factors, sweeps=sweeps, confidence=args.confidence, regularization=args.regularization,
-        solver=args.solver,
-    )  # fmt: skip
+    config = ALSConfig(factors=factors, sweeps=sweeps, confidence=args.confidence, regularization=args.regularization)
 
     def fit() -> tuple:
         als = ALS(config, *sizes)
@@ -158,11 +155,11 @@ def measured(engine: str, folder: str, sizes: list[int], args: argparse.Namespac
 
 
 def compare(
-    name: str, source: str | None, made: int, widths: list[int], args: argparse.Namespace
+    name: str, source: str | None, rows: int, widths: list[int], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Rows of the table of one log, with each number of factors of `widths`: medians of runs that take turns."""
     with tempfile.TemporaryDirectory() as folder:
-        log = load(source, made)
+        log = load(source, rows)
         sizes = [int(ids.max()) + 1 for ids in log]
         np.save(f"{folder}/users.npy", log[0])
         np.save(f"{folder}/items.npy", log[1])
@@ -207,8 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PARQUET", help="logs to measure on")
     parser.add_argument(
-        "--made", nargs="*", type=int, default=[4_000_000, 1_000_000, 16_000_000, 48_000_000], metavar="ROWS",
-        help="random logs of so many rows, where no --data is given; the first is the base",
+        "--synthetic", nargs="*", type=int, default=[4_000_000, 1_000_000, 16_000_000, 48_000_000], metavar="ROWS",
+        help="synthetic logs of so many rows, without --data; the first is the base",
     )  # fmt: skip
     parser.add_argument("--factors", nargs="+", type=int, default=[64, 32, 128], help="the first is the base")
     parser.add_argument("--sweeps", type=int, default=5)
@@ -217,7 +214,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
     parser.add_argument("--confidence", type=float, default=3.0)
     parser.add_argument("--regularization", type=float, default=10.0)
-    parser.add_argument("--solver", default="auto")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     if not all("=" in data for data in args.data):
@@ -228,14 +224,14 @@ def main() -> None:
     for data in args.data:
         name, _, source = data.partition("=")
         rows += compare(name, source, 0, args.factors, args)
-    for made in [] if args.data else args.made:
-        widths = args.factors if made == args.made[0] else args.factors[:1]
-        needs = needed_bytes(made, max(widths))
+    for size in [] if args.data else args.synthetic:
+        widths = args.factors if size == args.synthetic[0] else args.factors[:1]
+        needs = needed_bytes(size, max(widths))
         if needs > memory / 2:
             note = f"not run: needs {needs / 1e9:.1f} GB, more than half of {memory / 1e9:.1f} GB"
-            rows.append({"data": "made", "rows": made, "note": note})
+            rows.append({"data": "synthetic", "rows": size, "note": note})
         else:
-            rows += compare("made", None, made, widths, args)
+            rows += compare("synthetic", None, size, widths, args)
     settings = settings_of(vars(args), leave_out=("out", "data"))
     publish(
         "Factorization: seconds and memory, beside implicit",
@@ -243,8 +239,9 @@ def main() -> None:
         out=args.out,
         settings=settings | {"data": [data.partition("=")[0] for data in args.data]},
         plots=[
-            lines(["table rows", "factors"], ["rows/s", "peak MB"], ["engine", "ranks"], title="Made logs",
-                  at={"table rows": rows[0].get("table rows"), "factors": args.factors[0]}, only={"data": ["made"]}),
+            lines(["table rows", "factors"], ["rows/s", "peak MB"], ["engine", "ranks"], title="Synthetic logs",
+                  at={"table rows": rows[0].get("table rows"), "factors": args.factors[0]},
+                  only={"data": ["synthetic"]}),
         ],
     )  # fmt: skip
 

@@ -19,7 +19,6 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 
 from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.processes import free_port
 from recpress.data.stream import batch as batch_module
 from recpress.trainer.cli import main as recpress
 from recpress.trainer.loop import optimizer as optimizer_module
@@ -73,9 +73,7 @@ def rank(number: int, world: int, port: int, arguments: list[str], seen: Path, k
 
 def attempt(world: int, arguments: list[str], seen: Path, kill: tuple[int, int, float] | None) -> bool:
     """Start the ranks; whether they ended by themselves. kill: (rank, step, seconds after it)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("fork")
     processes = []
     for number in range(world):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recpress.benchmarks.plain_torch import PlainTwoTower
+from recpress.benchmarks.synthetic_logs import keyed, random_map, skewed_ids
 from recpress.data.config import LayoutConfig, SampleConfig, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.writer import LogWriter
@@ -24,7 +24,6 @@ from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
 from recpress.data.stream.stream import InteractionStream
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.frozen.kernel import Storage, row_bytes
-from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import round_up
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
@@ -77,43 +76,51 @@ class Case:
         return self.users, self.items
 
     @property
+    def frozen(self) -> bool:
+        return "frozen" in self.tables
+
+    @property
+    def hashed(self) -> bool:
+        return self.tables.startswith("hashed")
+
+    @property
     def storage(self) -> Storage:
-        return "int8" if self.tables == "frozen int8" else "fp32"
+        return "int8" if self.tables.endswith("int8") else "fp32"
 
     @property
     def table_bytes(self) -> int:
         """Of all tables as they are stored, with the maps."""
         rows = sum(max(1, round(self.share * ids)) for ids in self.sides)
-        maps = 4 * self.table_rows if self.tables == "hashed" else 0
+        maps = 4 * self.table_rows if self.hashed else 0
         return rows * row_bytes(self.storage, round_up(self.dim)) + maps
 
 
-class MadeFactors:
-    """Random rows that nobody holds: made when they are read."""
+class RandomFactors:
+    """Random rows, drawn when they are read; without memory."""
 
     def __init__(self, rows: int, dim: int) -> None:
         self.shape = (rows, dim)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        count = len(range(*rows.indices(self.shape[0]))) if isinstance(rows, slice) else len(rows)
+        shape = (len(range(*rows.indices(self.shape[0]))),) if isinstance(rows, slice) else np.shape(rows)
         width = len(range(*columns.indices(self.shape[1])))
-        return np.random.default_rng(0).normal(0, 0.3, (count, width)).astype(np.float32)
+        return np.random.default_rng(0).normal(0, 0.3, (*shape, width)).astype(np.float32)
 
 
-def made_batch(sizes: Any, seed: int, device: torch.device) -> Batch:
-    """Ids fall off as 1 / rank, as those of a log do; negatives are uniform.
+def random_batch(sizes: Any, seed: int, device: torch.device) -> Batch:
+    """Skewed ids of users and positive items, uniform negatives.
 
     Args:
         sizes: has `users`, `items`, `batch` (rows) and `negatives` (of a row).
     """
     rng = np.random.default_rng(seed)
     negatives = torch.from_numpy(rng.integers(0, sizes.items, sizes.batch * sizes.negatives))
-    users, positives = (torch.from_numpy(_skewed(rng, ids, sizes.batch)) for ids in (sizes.users, sizes.items))
+    users, positives = (torch.from_numpy(skewed_ids(rng, ids, sizes.batch)) for ids in (sizes.users, sizes.items))
     items = torch.cat([positives, negatives])
     return Batch(
-        keyed(USER, users),
-        keyed(ITEM, items),
+        keyed(users, [USER]),
+        keyed(items, [ITEM]),
         torch.ones(sizes.batch),
         torch.full((len(items),), -float(np.log(sizes.items))),
     ).to(device)
@@ -123,7 +130,9 @@ def make_log(folder: Path, case: Case, rows: int) -> None:
     """A log of such ids, in row groups small enough that its rows are shuffled as those of a long log are."""
     rng = np.random.default_rng(0)
     with LogWriter(folder, LayoutConfig(row_group_rows=max(1, rows // 32))) as writer:
-        ids = {f"{side}_id": _skewed(rng, number, rows) for side, number in zip((USER, ITEM), case.sides, strict=True)}
+        ids = {
+            f"{side}_id": skewed_ids(rng, number, rows) for side, number in zip((USER, ITEM), case.sides, strict=True)
+        }
         writer.part("train").write(pa.table(ids))
 
 
@@ -147,22 +156,10 @@ class LogBatches:
         self.stream.set_epoch(self.stream.epoch + 1)
 
 
-def _skewed(rng: np.random.Generator, num: int, count: int) -> np.ndarray:
-    return (num ** rng.random(count) - 1).astype(np.int64).clip(0, num - 1)
-
-
-def keyed(key: str, ids: torch.Tensor) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor([key], ids, lengths=torch.ones_like(ids, dtype=torch.int32), stride=len(ids))
-
-
 def side(key: str, ids: int, case: Case) -> SideSpec:
     """Users or items, with a map where they are hashed."""
-    id_map = None
-    if case.tables == "hashed":
-        rows = max(1, round(case.share * ids))
-        drawn = np.random.default_rng(2).integers(0, rows, (ids, 1), dtype=np.int32)
-        id_map = IdMap(rows=torch.from_numpy(drawn), num_rows=rows)
-    return SideSpec(key=key, rows=ids, dim=case.dim if case.tables.startswith("frozen") else None, map=id_map)
+    id_map = random_map(ids, max(1, round(case.share * ids)), 2) if case.hashed else None
+    return SideSpec(key=key, rows=ids, dim=case.dim if case.frozen else None, map=id_map)
 
 
 def bare_loop(model: torch.nn.Module, optimizer: TrainOptimizer, batches: Iterable[Batch]) -> None:
@@ -196,7 +193,7 @@ class Subject:
 
     def __init__(self, case: Case, hidden: tuple[int, ...], device: torch.device) -> None:
         torch.manual_seed(0)
-        self.case, self.device, frozen = case, device, case.tables.startswith("frozen")
+        self.case, self.device, frozen = case, device, case.frozen
         config = TwoTowerConfig(
             tables=TablesConfig(
                 strategy="frozen" if frozen else "random", dim=round_up(case.dim), storage=case.storage
@@ -213,7 +210,9 @@ class Subject:
         model = TwoTower(config, user, item, tables_device="meta")
         self.model = shard(model, device, batch_size=case.batch)
         if frozen:
-            self.model.module.load_factors(*(MadeFactors(ids, case.dim) for ids in case.sides))
+            factors = (RandomFactors(ids, case.dim) for ids in case.sides)
+            rows = [RandomFactors(s.map.num_rows, case.dim) if s.map else None for s in (user, item)]
+            self.model.module.load_factors(*factors, rows=rows)
         self.optimizer = TrainOptimizer(self.model, OptimizerConfig(), 0)
 
     def close(self) -> None:
@@ -225,11 +224,12 @@ class Subject:
         self.__dict__.clear()
         gc.collect()
 
-    def train(self, batches: Iterable[Batch]) -> None:
-        """One pass."""
-        if self.case.loop == OURS:
+    def train(self, batches: Iterable[Batch], loop: str | None = None) -> None:
+        """One pass, in the loop of the case or another one for the same model."""
+        loop = loop or self.case.loop
+        if loop == OURS:
             our_loop(self.model, self.optimizer, batches, self.device)
-        elif self.case.loop == BARE:
+        elif loop == BARE:
             bare_loop(self.model, self.optimizer, batches)
         else:
             self.plain.train(batches)

@@ -5,9 +5,9 @@ Takes 20 s small, 7 minutes full, alone on two cores.
     python benchmarks/map_build.py                                                  # both, growing numbers of ids
     python benchmarks/map_build.py --ids 100000000 --iterations 5                   # as far as the machine goes
 
-Made data: ids in a mixture of Gaussians, written to a temporary file and read by memory map; an id's count falls off
-as a power of its rank, and its weight is the root of its count. A tenth of the ids is the number of rows. Each run is a
-process of its own, and ours and faiss's take turns. Both get the same weights, iterations and threads; the first value
+Synthetic data: ids in a mixture of Gaussians, written to a temporary file and read by memory map; an id's count falls
+off as a power of its rank, and its weight is the root of its count. A tenth of the ids is the number of rows. Each run
+has its own process, and ours and faiss's take turns. Both get the same weights, iterations and threads; the first value
 of each option is the base, and ids, the length of their vectors and threads are varied one at a time. One rank makes
 the maps of a job, whatever the number of its ranks, so that there are none to vary. `ids/s` are ids times iterations
 over seconds. Distortion is
@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
+from recpress.benchmarks.processes import status_bytes
 
 SMALL = ("--ids", "20000", "5000", "--dims", "16", "8", "--iterations", "5")
 
@@ -67,10 +68,10 @@ def make(folder: Path, ids: int, dim: int, seed: int = 0) -> None:
 
 
 class Peak:
-    """Highest resident memory without file pages (RssAnon) above that at the start, read 20 times a second."""
+    """Peak of anonymous memory (RssAnon) above that at the start, read 20 times per second."""
 
     def __enter__(self) -> Peak:
-        self._start = self.bytes = _anonymous()
+        self._start = self.bytes = status_bytes("RssAnon")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -83,14 +84,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
-            self.bytes = max(self.bytes, _anonymous())
-
-
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    return 0
+            self.bytes = max(self.bytes, status_bytes("RssAnon"))
 
 
 def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.ndarray]:
@@ -102,15 +96,9 @@ def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.
     torch.set_num_threads(case.threads)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     weights = torch.from_numpy(np.load(folder / "weights.npy"))
-    shown = [time.perf_counter()]
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if args.progress and time.perf_counter() - shown[0] > 20:
-            shown[0] = time.perf_counter()
-            print(f"{time.strftime('%H:%M:%S')} {stage}: {done:,} of {total:,} ids", flush=True)
 
     def run() -> np.ndarray:
-        found = k_means(vectors, weights, case.rows, seed=0, iterations=args.iterations, progress=progress)
+        found = k_means(vectors, weights, case.rows, seed=0, iterations=args.iterations)
         return found.assignment.numpy()
 
     return run
@@ -221,7 +209,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of both libraries")
     parser.add_argument("--runs", type=int, default=1, help="of each engine, taking turns")
     parser.add_argument("--most-faiss", type=int, default=200_000, help="most ids with which faiss is run")
-    parser.add_argument("--progress", action="store_true", help="a line now and then")
     parser.add_argument("--folder", help="where the made data lie for the time of the run")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
@@ -231,7 +218,7 @@ def main() -> None:
         "Making a map: seconds, memory and distortion, beside faiss's k-means",
         [row for case in todo for row in compare(case, args)],
         out=args.out,
-        settings=settings_of(vars(args), leave_out=("out", "folder", "progress")),
+        settings=settings_of(vars(args), leave_out=("out", "folder")),
         plots=[
             lines(["ids", "dim", "threads"], ["ids/s", "peak MB"], ["engine"], title="A tenth of the ids as rows",
                   at={"ids": todo[0].ids, "dim": todo[0].dim, "threads": todo[0].threads}),

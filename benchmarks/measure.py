@@ -1,4 +1,4 @@
-"""What a piece of work costs (wall time, CPU time, memory, bytes read), in a process of its own."""
+"""What a piece of work costs (wall time, CPU time, memory, bytes read), in its own process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recpress.trainer.allocator import malloc_trim
+from recpress.benchmarks.processes import PeakMemory
 
 _FORK = multiprocessing.get_context("fork")  # what the parent has imported is not imported again
 
@@ -27,20 +26,20 @@ class Cost:
     wall: float
     cpu: float
     peak: int
-    """Bytes of resident memory at its highest, over what the process had before the work; of worker processes, the
-    largest is counted for each."""
+    """Bytes of resident memory at its highest, above that before the work; of worker processes, the largest is counted
+    for each."""
     read: int
-    """Bytes asked of files, pages that were in memory already included."""
+    """Bytes read from files, from the page cache too."""
 
 
 def alone(work: Callable[..., Any], *args: Any) -> Any:
-    """work(*args) in a new process, which is forked: the caller must not have threads at work.
+    """work(*args) in a forked process: the caller must not have running threads.
 
     Raises:
         RuntimeError: the process failed; its traceback is on standard error.
     """
     mine, theirs = _FORK.Pipe(duplex=False)
-    process = _FORK.Process(target=_send, args=(theirs, work, args))
+    process = _FORK.Process(target=lambda: theirs.send(work(*args)))
     process.start()
     theirs.close()
     try:
@@ -53,34 +52,19 @@ def alone(work: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def _send(pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    pipe.send(work(*args))
-    pipe.close()
-
-
 def cost(work: Callable[[], float], workers: int = 0) -> Cost:
-    """What `work`, which returns how much it did, costs in this process; `workers` is how many it starts."""
+    """Cost of `work` in this process; it returns how much it did, and starts `workers` processes."""
     gc.collect()
-    malloc_trim()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
-    before, read, wall, cpu = memory("VmRSS"), bytes_read(), time.perf_counter(), _cpu_seconds()
+    memory = PeakMemory()
+    read, wall, cpu = bytes_read(), time.perf_counter(), _cpu_seconds()
     done = work()
-    wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
-    children = workers * max(0, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 - before)
-    return Cost(done, wall, cpu, memory("VmHWM") - before + children, bytes_read() - read)
-
-
-def memory(field: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS, VmHWM, RssAnon."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+    wall, cpu, peak = time.perf_counter() - wall, _cpu_seconds() - cpu, memory.bytes
+    children = workers * max(0, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 - memory.start)
+    return Cost(done, wall, cpu, peak + children, bytes_read() - read)
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked of files and pipes."""
+    """Bytes that this process has read from files and pipes."""
     first = Path("/proc/self/io").read_text(encoding="ascii").splitlines()[0]
     return int(first.split()[1])
 
@@ -91,7 +75,7 @@ def _cpu_seconds() -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
-    """Each of `runs` once a round, forwards and backwards by turns, so that a slow spell of the machine is shared."""
+    """Each of `runs` once per round, in alternating order, so that all share a slow period of the machine."""
     found: dict[str, list[Cost]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs) if number % 2 == 0 else reversed(runs):
@@ -100,6 +84,6 @@ def in_turns(runs: dict[str, Callable[[], Cost]], rounds: int) -> dict[str, list
 
 
 def ratio(these: Sequence[Cost], those: Sequence[Cost], kind: str) -> float:
-    """How many times as long as `those` do `these` take for as much: median over the rounds, `kind` wall or cpu."""
+    """Median over the rounds of time per unit of `these` / that of `those`; `kind`: wall or cpu."""
     pairs = zip(these, those, strict=True)
     return statistics.median((getattr(a, kind) / a.done) / (getattr(b, kind) / b.done) for a, b in pairs)

@@ -20,7 +20,6 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import torch
 import tyro
 
 from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.processes import free_port
 from recpress.data.config import SynthConfig
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import open_log
@@ -144,14 +144,8 @@ def compare(folder: Path, kind: str, megabytes: int, ranks: int, every: int, bat
     steps = ["--stream.batch-size", str(batch), "--overwrite", "--no-tensorboard", "--out", str(folder / "model")]
     steps += ["--checkpoint.minutes", "0", "--checkpoint.steps", str(every)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cluster = [
-        "--cluster.device",
-        "cpu",
-        "--cluster.ranks-per-node",
-        str(ranks),
-        "--cluster.host-memory-gib",
-        str(memory),
-    ]
+    cluster = ["--cluster.device", "cpu", "--cluster.ranks-per-node", str(ranks)]
+    cluster += ["--cluster.host-memory-gib", str(memory)]
     with contextlib.redirect_stdout(io.StringIO()):
         said = plan(tyro.cli(PlanConfig, args=[*options, *steps, *cluster, "--no-compare"]))
     moments = {moment: size for moment, size in said["peaks"]["host"].items() if every or moment != "checkpoint"}
@@ -174,9 +168,7 @@ def compare(folder: Path, kind: str, megabytes: int, ranks: int, every: int, bat
 
 def run(options: list[str], ranks: int) -> tuple[list[float], float]:
     """Peak RssAnon of each rank in MiB, and the time of the run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     began, processes = time.monotonic(), []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchrec import KeyedJaggedTensor
 
-from recpress.benchmarks.made_logs import Made
+from recpress.benchmarks.synthetic_logs import SyntheticLog
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.side_table import JaggedColumn
@@ -38,7 +38,7 @@ class Assembler:
     """Columns of a batch -> (KeyedJaggedTensor, label (B,), floats (B, F) or None). Lengths and offsets of keys with
     one id a row are made once for each batch size."""
 
-    def __init__(self, made: Made) -> None:
+    def __init__(self, made: SyntheticLog) -> None:
         self.made = made
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -84,13 +84,13 @@ def warmed() -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # of TorchRec's own code
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     warnings.filterwarnings("ignore", message=".*set_vital.*")
-    made = Made("", (), Schema(), ("user_id",))
+    made = SyntheticLog("", (), Schema(), ("user_id",))
     features, _, _ = Assembler(made)({"user_id": torch.zeros(1, dtype=torch.int64), "label": torch.ones(1)})
     features.to_dict()
     pa.array([1]).to_numpy()  # Arrow imports pandas where it is installed
 
 
-def bare(made: Made, threads: int) -> Read:
+def bare(made: SyntheticLog, threads: int) -> Read:
     """The limit: whole row groups decoded by so many threads, Arrow's own threads off, and let go."""
 
     def read() -> float:
@@ -107,7 +107,7 @@ def bare(made: Made, threads: int) -> Read:
     return read
 
 
-def ours(made: Made, config: StreamConfig, sample: SampleConfig | None = None) -> Read:
+def ours(made: SyntheticLog, config: StreamConfig, sample: SampleConfig | None = None) -> Read:
     """The stream, all features on; each reading is the next epoch of the same stream."""
     streams: list[InteractionStream] = []
 
@@ -128,7 +128,7 @@ def ours(made: Made, config: StreamConfig, sample: SampleConfig | None = None) -
 class ArrowBatches(IterableDataset):
     """A plain `iter_batches` loop; DataLoader workers share the row groups. With `rate`, a random mask a batch."""
 
-    def __init__(self, made: Made, size: int, rate: float = 1.0) -> None:
+    def __init__(self, made: SyntheticLog, size: int, rate: float = 1.0) -> None:
         self.made, self.size, self.rate = made, size, rate
 
     def __iter__(self) -> Iterator[Columns]:
@@ -159,14 +159,14 @@ def tensors(batch: pa.RecordBatch | pa.Table) -> Columns:
     return found
 
 
-def loop(made: Made, size: int, workers: int = 0, rate: float = 1.0, limit: float | None = None) -> Read:
+def loop(made: SyntheticLog, size: int, workers: int = 0, rate: float = 1.0, limit: float | None = None) -> Read:
     """The `iter_batches` loop in torch's DataLoader."""
     return lambda: _drain(
         made, DataLoader(ArrowBatches(made, size, rate), batch_size=None, num_workers=workers), limit, 1 / rate
     )
 
 
-def stateful(made: Made, size: int) -> Read:
+def stateful(made: SyntheticLog, size: int) -> Read:
     """The same loop in torchdata's StatefulDataLoader."""
 
     def read() -> float:
@@ -177,7 +177,7 @@ def stateful(made: Made, size: int) -> Read:
     return read
 
 
-def hugging_face(made: Made, size: int, form: str, limit: float | None = None) -> Read:
+def hugging_face(made: SyntheticLog, size: int, form: str, limit: float | None = None) -> Read:
     """`datasets` streaming: form `rows` (torch format in a DataLoader), `torch` or `arrow` (`.iter(batch_size)`)."""
 
     def read() -> float:
@@ -196,14 +196,14 @@ def hugging_face(made: Made, size: int, form: str, limit: float | None = None) -
     return read
 
 
-def _jagged(made: Made, batch: dict[str, Any]) -> Columns:
+def _jagged(made: SyntheticLog, batch: dict[str, Any]) -> Columns:
     for name in made.lists:  # a list of tensors
         lists = batch[name]
         batch[name] = JaggedColumn(torch.cat(list(lists)), torch.tensor([len(part) for part in lists]))
     return batch
 
 
-def _drain(made: Made, batches: Iterable[Columns], limit: float | None = None, scale: float = 1.0) -> float:
+def _drain(made: SyntheticLog, batches: Iterable[Columns], limit: float | None = None, scale: float = 1.0) -> float:
     """All batches, or those of the first `limit` seconds."""
     assemble, rows, end = Assembler(made), 0.0, None if limit is None else time.perf_counter() + limit
     for columns in batches:
@@ -230,7 +230,7 @@ class Peer:
         return self.package is not None and importlib.util.find_spec(self.package) is None
 
 
-def peers(made: Made, size: int, seconds: float) -> list[Peer]:
+def peers(made: SyntheticLog, size: int, seconds: float) -> list[Peer]:
     """Those that read all rows. The slow ones get so many seconds each; lists come a tensor a row from `datasets`."""
     found = [
         Peer("iter_batches, DataLoader, 0 workers", loop(made, size)),

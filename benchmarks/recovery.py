@@ -49,18 +49,8 @@ def measure(kills: int, folder: Path) -> dict[str, list[float]]:
         (folder / "jobs").mkdir()
         jobs = Jobs(slurm, folder / "jobs")
         began = time.monotonic()
-        words = [
-            "--data",
-            log,
-            "--out",
-            str(out),
-            "--sample.rate",
-            "1",
-            "--epochs",
-            "1000",
-            "--stream.batch-size",
-            "64",
-        ]
+        words = ["--data", log, "--out", str(out), "--sample.rate", "1", "--epochs", "1000"]
+        words += ["--stream.batch-size", "64"]
         words += ["--model.tables.strategy", "random", "--model.tables.dim", "8", "--model.towers.hidden", "16"]
         words += ["--negatives.count", "16", "--no-tensorboard", "--checkpoint.steps", "1"]
         job = jobs.submit("train", *words, options=("--max_restarts", str(kills)))

@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
@@ -30,7 +29,7 @@ from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, MCHManagedCollisionModule
 
 from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.modules.hashing.id_map import IdMap
+from recpress.benchmarks.synthetic_logs import keyed, random_ids, random_map
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.mapped_hash import MappedHash
 
@@ -42,26 +41,7 @@ SMALL = (
 FEATURES = 26
 
 
-def made_map(ids: int, rows: int, seed: int, rows_per_id: int = 1) -> IdMap:
-    values = np.random.default_rng(seed).integers(0, rows, (ids, rows_per_id), dtype=np.int32)
-    return IdMap(rows=torch.from_numpy(values), num_rows=rows)
-
-
-def made_ids(kind: str, ids: int, count: int, seed: int) -> torch.Tensor:
-    rng = np.random.default_rng(seed)
-    if kind == "uniform":
-        return torch.from_numpy(rng.integers(0, ids, count))
-    ranks = (ids ** rng.random(count) - 1).astype(np.int64).clip(0, ids - 1)
-    return torch.from_numpy(np.random.default_rng(0).permutation(ids)[ranks])
-
-
-def keyed(ids: torch.Tensor, keys: int) -> KeyedJaggedTensor:
-    """One id a row and feature."""
-    count = len(ids) // keys * keys
-    lengths = torch.ones(count, dtype=torch.int32, device=ids.device)
-    features = KeyedJaggedTensor([f"f{i}" for i in range(keys)], ids[:count], lengths=lengths)
-    features.length_per_key()  # worked out once a batch by whoever comes first, and kept
-    return features
+KEYS = [f"f{k}" for k in range(FEATURES)]
 
 
 def filled_mch(ids: torch.Tensor, slots: int) -> MCHManagedCollisionModule:
@@ -103,16 +83,16 @@ def ratio(these: list[float], those: list[float]) -> float:
 def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device) -> list[dict[str, Any]]:
     """A row of the table for each way of making rows of ids."""
     rows = size // 10
-    id_map = made_map(size, rows, 1)
-    ids = made_ids(kind, size, args.ids, 2).to(device)
+    id_map = random_map(size, rows, 1)
+    ids = random_ids(kind, size, args.ids, 2).to(device)
     per_key = size // FEATURES
-    maps = {f"f{i}": made_map(per_key, max(1, per_key // 10), i) for i in range(FEATURES)}
-    many = keyed(ids.remainder(per_key), FEATURES)
-    one = keyed(ids, 1)
+    maps = {f"f{i}": random_map(per_key, max(1, per_key // 10), i) for i in range(FEATURES)}
+    many = keyed(ids.remainder(per_key), KEYS)
+    one = keyed(ids, ["f0"])
     plain, packed = (LearnedHash({"f0": id_map}, packed=p).to(device) for p in (False, True))
     for_many = LearnedHash(maps).to(device)
-    some_unknown = keyed(torch.where(torch.rand(len(ids), device=device) < 0.01, ids + size, ids), 1)
-    two = LearnedHash({"f0": made_map(size, rows, 1, rows_per_id=2)}).to(device)
+    some_unknown = keyed(torch.where(torch.rand(len(ids), device=device) < 0.01, ids + size, ids), ["f0"])
+    two = LearnedHash({"f0": random_map(size, rows, 1, rows_per_id=2)}).to(device)
     slots = min(args.mch_ids, size)
     mch = filled_mch(torch.arange(size, device=device), slots)
     jagged = {"t": JaggedTensor(values=ids, lengths=torch.ones_like(ids))}
@@ -166,7 +146,7 @@ class Batch:
 def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The same tables and rows with and without the hash: without it, the ids are rows already."""
     size = args.step_ids
-    maps = {f"f{i}": made_map(size, size // 10, i) for i in range(FEATURES)}
+    maps = {f"f{i}": random_map(size, size // 10, i) for i in range(FEATURES)}
     tables = [
         EmbeddingBagConfig(name=f"t{i}", num_embeddings=size // 10, embedding_dim=args.dim, feature_names=[f"f{i}"])
         for i in range(FEATURES)
@@ -184,8 +164,8 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[s
         bag.sparse = True  # as TorchRec's fused tables, a step touches the rows of its batch alone
     hashes = LearnedHash(maps).to(device)
     subjects = {"plain": Hashed(nn.Identity(), copy.deepcopy(model)), "LearnedHash": Hashed(hashes, model)}
-    ids = torch.cat([made_ids("skewed", size, args.batch, 10 + i) for i in range(FEATURES)]).to(device)
-    features = {"LearnedHash": keyed(ids, FEATURES), "plain": hashes(keyed(ids, FEATURES))}
+    ids = torch.cat([random_ids("skewed", size, args.batch, 10 + i) for i in range(FEATURES)]).to(device)
+    features = {"LearnedHash": keyed(ids, KEYS), "plain": hashes(keyed(ids, KEYS))}
     dense = torch.randn(args.batch, 13, device=device)
     label = torch.randint(2, (args.batch,), device=device)
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from recpress.benchmarks import made_logs, readers
+from recpress.benchmarks import readers, synthetic_logs
 from recpress.benchmarks.common import MISSING, bars, publish, settings_of
-from recpress.benchmarks.made_logs import Made
 from recpress.benchmarks.measure import Cost, alone, cost
 from recpress.benchmarks.reader import imported
+from recpress.benchmarks.synthetic_logs import SyntheticLog
 from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.stream.stream import InteractionStream
@@ -36,7 +36,7 @@ Resume = Callable[[int], float]
 """Goes on at this step, and returns after the first batch."""
 
 
-def ours(made: Made, config: StreamConfig) -> Resume:
+def ours(made: SyntheticLog, config: StreamConfig) -> Resume:
     def resume(step: int) -> float:
         log = open_log(made.folder, made.schema)
         batch = next(iter(InteractionStream(log.train, log.schema, config, start_step=step)))
@@ -46,7 +46,7 @@ def ours(made: Made, config: StreamConfig) -> Resume:
     return resume
 
 
-def replay(made: Made, size: int) -> Resume:
+def replay(made: SyntheticLog, size: int) -> Resume:
     def resume(step: int) -> float:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -70,7 +70,7 @@ def replay(made: Made, size: int) -> Resume:
     return resume
 
 
-def _rows_at(made: Made, size: int, step: int) -> np.ndarray:
+def _rows_at(made: SyntheticLog, size: int, step: int) -> np.ndarray:
     """Users of the batch that `ArrowBatches` gives at a step; all files are the same one."""
     with pq.ParquetFile(made.files[0]) as parquet:
         column = parquet.read(["user_id"], use_threads=False).column(0).to_numpy()
@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     imported()
     with tempfile.TemporaryDirectory() as folder:
-        made = alone(made_logs.long, Path(folder) / "log", args.rows, args.file_rows)
+        made = alone(synthetic_logs.long, Path(folder) / "log", args.rows, args.file_rows)
         steps = np.random.default_rng(0).integers(0, args.rows // args.batch, args.steps).tolist()
         shuffled, plain = (
             StreamConfig(batch_size=args.batch, num_threads=args.threads, shuffle=shuffle) for shuffle in (True, False)

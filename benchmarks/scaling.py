@@ -28,7 +28,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -45,7 +44,8 @@ import torch
 import torch.distributed as dist
 
 from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.benchmarks.loops import OURS, Case, Subject, made_batch
+from recpress.benchmarks.loops import OURS, Case, Subject, random_batch
+from recpress.benchmarks.processes import free_port
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.model import sharding
 
@@ -91,7 +91,7 @@ def work(args: argparse.Namespace) -> None:
             tables=args.tables, loop=OURS, table_rows=args.table_rows, dim=args.dim,
             batch=args.batch // ranks.world_size, ranks=ranks.world_size, share=1.0, negatives=args.negatives,
         )  # fmt: skip
-        batches = [made_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
+        batches = [random_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(args.steps)]
         subjects = {"ours": Subject(case, tuple(args.hidden), ranks.device)}
         if ranks.world_size == 2 and interface == "lo":
             default = sharding.DefaultDataParallelWrapper()
@@ -248,12 +248,6 @@ def run(args: argparse.Namespace, places: list[str | None]) -> dict[str, Any]:
                 process.kill()
                 process.wait()
         return json.loads(Path(f"{folder}/result").read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- two nodes

@@ -10,7 +10,7 @@ quantiles 0.051, 0.293 and 0.684. `clumps` is the variance of the batches' mean 
 shuffle has: 1 where a batch is a fair draw from the whole log, the batch size where it is a stretch of it. The buffer
 is what other readers have (`datasets`, torchdata): the next row takes the place of a random one of the buffer.
 
-Second question (`--train`): a made log, sorted by user or by a time in which items come and go, one epoch of the
+Second question (`--train`): a synthetic log, sorted by user or by a time in which items come and go, one epoch of the
 two-tower on random tables, and NDCG@10 of the held-out rows. The log is `--buffers` times the buffer of the stream,
 whose row groups are a quarter of it as by default.
 """

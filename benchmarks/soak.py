@@ -5,10 +5,10 @@ Takes 10 s small, 10 minutes full, alone on two cores.
     OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 60 --rows-per-second 400000 --out runs/soak.json
     OMP_NUM_THREADS=1 python benchmarks/soak.py --cases --minutes 0.5 --rows-per-second 1500000 --every 0.004
 
-Epoch after epoch of a made log, as fast as they come, or with `--rows-per-second` no faster than a trainer would take
-them. Every second (`--every`) the process's anonymous memory is read; what it had before the stream began is taken off.
-The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the stream
-promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
+Epoch after epoch of a synthetic log, as fast as possible, or with `--rows-per-second` no faster than a trainer would
+take them. Every second (`--every`) the anonymous memory of the process is read, above what it was before the stream
+began. The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the
+stream promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
 docs/how/stream.md.
 """
 
@@ -22,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from recpress.benchmarks import made_logs, readers
+from recpress.benchmarks import readers, synthetic_logs
 from recpress.benchmarks.common import bars, publish, settings_of
-from recpress.benchmarks.measure import alone, memory
+from recpress.benchmarks.measure import alone
+from recpress.benchmarks.processes import status_bytes
 from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.stream.keyed import KeyedBatch, KeyedBatches
@@ -44,16 +45,16 @@ CASES: list[dict[str, object]] = [
     {"shape": "wide", "threads": 1, "buffer_rows": 1 << 17, "rows": 4_000_000},
     {"shape": "lists", "threads": 1, "rows": 4_000_000},
 ]
-SHAPES = {"narrow": made_logs.narrow, "wide": made_logs.wide, "lists": made_logs.with_lists}
+SHAPES = {"narrow": synthetic_logs.narrow, "wide": synthetic_logs.wide, "lists": synthetic_logs.with_lists}
 
 
-def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[str, object]:
+def soak(folder: Path, made: synthetic_logs.SyntheticLog, args: argparse.Namespace) -> dict[str, object]:
     """Runs the stream for the minutes; a row of the table."""
     readers.warmed()
     config = StreamConfig(batch_size=args.batch, num_threads=args.threads, buffer_rows=args.buffer_rows)
     log = open_log(folder, made.schema, pairs=False)
     sample = SampleConfig(rate=args.rate)
-    before, began = memory("RssAnon"), time.monotonic()
+    before, began = status_bytes("RssAnon"), time.monotonic()
     end, due, rows, epoch = began + 60 * args.minutes, began, 0, 0
     samples: list[tuple[float, int]] = []
     held: deque[KeyedBatch] = deque(maxlen=3)  # as a training pipeline holds them
@@ -64,7 +65,7 @@ def soak(folder: Path, made: made_logs.Made, args: argparse.Namespace) -> dict[s
             held.append(batch)
             rows += batch.features.stride()
             if (now := time.monotonic()) >= due:
-                samples.append((now - began, memory("RssAnon") - before))
+                samples.append((now - began, status_bytes("RssAnon") - before))
                 due = now + args.every
             if args.rows_per_second and (wait := began + rows / args.rows_per_second - now) > 0:
                 time.sleep(min(wait, 1.0))

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 
 from recpress.benchmarks.common import lines, publish, settings_of
-from recpress.benchmarks.loops import BARE, LOOPS, OURS, Case, LogBatches, Subject, made_batch, make_log
+from recpress.benchmarks.loops import BARE, LOOPS, OURS, Case, LogBatches, Subject, make_log, random_batch
 from recpress.benchmarks.processes import PeakMemory, in_own_processes, launched
 from recpress.modules.row_source import round_up
 from recpress.trainer.distributed.process_group import process_group
@@ -92,7 +92,7 @@ def measured(case: Case, log: str, args: argparse.Namespace) -> dict[str, float]
     torch.set_num_threads(args.threads)
     with process_group(args.device) as ranks:
         steps = WARM_UP if case.rate else max(FEWEST, args.rows // case.batch)
-        batches = [made_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(steps)]
+        batches = [random_batch(case, 1000 * ranks.rank + i, ranks.device) for i in range(steps)]
         cuda = ranks.device.type == "cuda"
         before = torch.cuda.memory_allocated() if cuda else 0
         memory = PeakMemory()

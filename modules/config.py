@@ -185,7 +185,7 @@ class HashConfig:
     """How to map ids to fewer rows."""
 
     method: HashMethod = "learned"
-    """Hashing method; `recpress.modules.hashing.methods` has the table of methods, README.md a line on each."""
+    """Hashing method; `recpress.modules.hashing.methods` has the table of methods, docs/train/hash.md explains each."""
     exclusive_share: float = -1.0
     """Share of the rows that belong to one id each, the most frequent ids (`learned`, `frequency`, `hybrid`).
     Negative: the default of the method."""

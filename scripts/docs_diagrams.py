@@ -92,7 +92,7 @@ def flow() -> str:
     d.arrow((530, 185), (560, 185), (560, 130), (588, 130))
     d.arrow((740, 120), (788, 120))
     d.arrow((70, 155), (70, 237), (665, 237), (665, 157), dashed=True)
-    d.text(300, 231, "10 % sample of the examples", 12, "#444444")
+    d.text(225, 228, "10 % sample of the examples", 12, "#444444")
     return d.done()
 
 

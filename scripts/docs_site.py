@@ -1,7 +1,7 @@
 """Hooks of mkdocs.yml: pages that are generated from code or live elsewhere in the repository.
 
 - `reference/cli/*.md`: one page per command, from the same dataclasses as the command line itself.
-- `benchmarks.md`, `contributing.md`: benchmarks/README.md and CONTRIBUTING.md.
+- `benchmarks.md`, `contributing.md` and others: files of the repository outside of docs/ (`ELSEWHERE`).
 - A screenshot of the report page, if `make demo` has written one and Chromium is installed.
 """
 
@@ -27,7 +27,13 @@ from mkdocs.structure.pages import Page
 from recpress.trainer.cli import COMMANDS, Command
 
 ROOT = Path(__file__).resolve().parents[1]
-ELSEWHERE = {"benchmarks/README.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
+ELSEWHERE = {
+    "README.md": "index.md",
+    "benchmarks/README.md": "benchmarks.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 """File of the repository -> page of the site."""
 REPORT = ROOT / "runs" / "demo" / "report.html"
 CLI = "reference/cli"
@@ -92,14 +98,17 @@ def command_list() -> str:
         [
             "# Command line",
             "",
-            "Generated from the code. `recpress COMMAND --help` prints the same options.",
+            "Generated from the code. `recpress COMMAND --help` prints the main options, `--help-all` all of them.",
             "",
             "| command | |",
             "|---|---|",
             *rows,
             "",
             "- `--config FILE.toml` sets any option from a file. The command line overrides the file.",
+            "- `--log-format json` (or `RECPRESS_LOG_FORMAT=json`) writes log lines to stderr as JSON.",
             "- `recpress check COMMAND ...` validates the arguments and does nothing else.",
+            "- `recpress completion SHELL` prints a completion script for bash, zsh or fish.",
+            "- `recpress --version` prints the versions of recpress, torch, torchrec and fbgemm.",
             "- `RECPRESS_DEBUG=1` prints the traceback of an error.",
             "",
         ]
@@ -115,7 +124,7 @@ def command_page(name: str) -> str:
             continue
         title = (group.title or "options").removesuffix(" options")
         lines += [f"## {title}", ""] + ([cell(group.description), ""] if group.description else [])
-        lines += ["| option | values | meaning |", "|---|---|---|", *map(option_row, actions), ""]
+        lines += ["| option | values | meaning |", "|---|---|---|", *map(option_row, required_first(actions)), ""]
     return "\n".join(lines)
 
 
@@ -127,6 +136,10 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
         return tyro.extras.get_parser(getattr(importlib.import_module(module), attribute))
 
 
+def required_first(actions: list[argparse.Action]) -> list[argparse.Action]:
+    return sorted(actions, key=lambda action: not action.required)
+
+
 def option_row(action: argparse.Action) -> str:
     names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest}`"
     values = f"`{action.metavar}`".replace("|", " or ") if action.metavar else ""
@@ -135,7 +148,8 @@ def option_row(action: argparse.Action) -> str:
 
 def cell(text: str) -> str:
     """Help text for a table cell, with its mentions of pages as links."""
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace(" (default: )", "")
+    text = re.sub(r"(?<![`\w-])--[a-z][\w.-]*\w", r"`\g<0>`", text)
     return re.sub(r"docs/([\w/-]+\.md)", lambda found: f"[{found[1]}](../../{found[1]})", text)
 
 
@@ -147,7 +161,7 @@ def sentence(text: str) -> str:
 
 
 def screenshot() -> bytes | None:
-    """The demo's report page as PNG. Not committed, since it is a binary that every run changes."""
+    """The demo's report page as PNG. Not committed, since it is a binary that changes with every run."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None or not REPORT.exists():
         return None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recpress.benchmarks import made_logs
-from recpress.benchmarks.on_gpu.training import KINDS, Subject, sizes, timed
+from recpress.benchmarks import synthetic_logs
+from recpress.benchmarks.on_gpu.training import TABLES, case_of, subject_of, timed
 from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.negatives.negatives import UniformNegatives
@@ -41,39 +42,39 @@ def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     """Three times over the same steps: batches that lie on the device already, and the stream with ordinary and with
     pinned memory. `waiting %` is the host's time for the next batch (decoding that is not ahead, and assembly), and
     `slower %` what the stream adds to the steps' wall time: the device waits only as far as that is above zero."""
-    args, table = sizes(tiny), []
-    steps = 8 if tiny else 300
-    args.users, args.items, args.dim = 1_000_000, 100_000, 4 if tiny else args.dim  # the ids of the made log
+    table, steps, batch = [], 8 if tiny else 300, case_of("trained", tiny).batch
     with tempfile.TemporaryDirectory() as folder:
-        made = made_logs.narrow(Path(folder), max(args.batch * steps, 1000))
+        made = synthetic_logs.narrow(Path(folder), max(batch * steps, 1000))
         log = open_log(folder, made.schema)
-        for kind in KINDS[:1] if tiny else KINDS[:3]:
-            subject = Subject(kind, args, device)
-            builder = BatchBuilder(UniformNegatives(args.items, args.negatives), device=device)
+        for tables in TABLES[:1] if tiny else TABLES[:3]:
+            # 1 M users and 250,000 items: the log's ids, and more
+            case = replace(case_of(tables, tiny), table_rows=1_250_000)
+            subject = subject_of(case, tiny, device)
+            builder = BatchBuilder(UniformNegatives(case.items, case.negatives), device=device)
 
             def stream(threads: int, pin: bool, builder: BatchBuilder = builder) -> Iterator[Batch]:
-                config = StreamConfig(batch_size=args.batch, num_threads=threads)
+                config = StreamConfig(batch_size=batch, num_threads=threads)
                 found = InteractionStream(log.train, log.schema, config, pin_memory=pin)
                 return map(builder, islice(found.map(lambda rows: rows), steps))
 
             ready = list(stream(2, False))
-            subject.fit(ready[:3])  # warms up
-            alone = timed(subject.fit, ready, device)
-            table.append({"tables": kind.name, "batches": "ready on the device", "ms a step": 1e3 * alone / steps})
+            subject.train(ready[:3])  # warms up
+            alone = timed(subject.train, ready, device)
+            table.append({"tables": tables, "batches": "ready on the device", "ms a step": 1e3 * alone / steps})
             del ready
             for threads in (1,) if tiny else (1, 2, 4):
                 for pin in (False, True) if device.type == "cuda" else (False,):
                     batches = Clocked(stream(threads, pin))
-                    took = timed(subject.fit, batches, device)
+                    took = timed(subject.train, batches, device)
                     table.append(
                         {
-                            "tables": kind.name,
+                            "tables": tables,
                             "batches": f"stream, {threads} threads{', pinned' if pin else ''}",
                             "ms a step": 1e3 * took / steps,
-                            "M rows/s": args.batch * steps / took / 1e6,
+                            "M rows/s": batch * steps / took / 1e6,
                             "waiting %": 100 * batches.seconds / took,
                             "slower %": 100 * (took / alone - 1),
                         }
                     )
-            del subject
+            subject.close()
     return table

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from recpress.benchmarks.on_gpu.device import Ceilings, Job, seconds
-from recpress.benchmarks.remap import FEATURES, keyed, made_ids, made_map
+from recpress.benchmarks.remap import FEATURES, KEYS
+from recpress.benchmarks.synthetic_logs import keyed, random_ids, random_map
 from recpress.modules.hashing.learned_hash import LearnedHash
 
 ID_BYTES, ENTRY_BYTES = 8, 4
@@ -22,14 +23,14 @@ def rows(device: torch.device, best: Ceilings, tiny: bool) -> list[dict[str, Any
     count = 1 << (12 if tiny else 23)
     for size in (1 << 12,) if tiny else (1_000_000, 100_000_000):
         per_key = size // FEATURES
-        one_map = made_map(size, max(1, size // 10), 1)
-        maps = {f"f{k}": made_map(per_key, max(1, per_key // 10), k) for k in range(FEATURES)}
+        one_map = random_map(size, max(1, size // 10), 1)
+        maps = {f"f{k}": random_map(per_key, max(1, per_key // 10), k) for k in range(FEATURES)}
         plain, packed = (LearnedHash({"f0": one_map}, packed=p).to(device) for p in (False, True))
         for_many = LearnedHash(maps).to(device)
-        two = LearnedHash({"f0": made_map(size, max(1, size // 10), 1, rows_per_id=2)}).to(device)
+        two = LearnedHash({"f0": random_map(size, max(1, size // 10), 1, rows_per_id=2)}).to(device)
         for kind in ("uniform", "skewed"):
-            ids = made_ids(kind, size, count, 2).to(device)
-            one, many = keyed(ids, 1), keyed(ids.remainder(per_key), FEATURES)
+            ids = random_ids(kind, size, count, 2).to(device)
+            one, many = keyed(ids, ["f0"]), keyed(ids.remainder(per_key), KEYS)
             jobs: dict[str, tuple[Job, int]] = {  # name -> job, bytes of map and of result an id
                 "torch.remainder": (partial(torch.remainder, ids, 1000), ID_BYTES),
                 "LearnedHash": (partial(plain, one), ENTRY_BYTES + ID_BYTES),

@@ -36,4 +36,4 @@ def test_everything_runs_without_what_an_offline_machine_lacks(tmp_path):
     assert len(speeds) == 6
     assert min(speeds) > 0
     tables = {row["tables"]: row["tables MB"] for row in found["gpu_train"]["rows"]}
-    assert tables["hashed, frozen 8-bit"] < tables["frozen 8-bit"] < tables["frozen fp32"]
+    assert tables["hashed, frozen int8"] < tables["frozen int8"] < tables["frozen fp32"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recpress.benchmarks import made_logs, measure, readers, resume, shuffle
+from recpress.benchmarks import measure, readers, resume, shuffle, synthetic_logs
 from recpress.data.config import StreamConfig
 
 
@@ -14,10 +14,10 @@ from recpress.data.config import StreamConfig
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     return {
-        "narrow": made_logs.narrow(folder / "narrow", 2000),
-        "groups": made_logs.narrow(folder / "groups", 2000, 900),
-        "wide": made_logs.wide(folder / "wide", 700),
-        "lists": made_logs.with_lists(folder / "lists", 700),
+        "narrow": synthetic_logs.narrow(folder / "narrow", 2000),
+        "groups": synthetic_logs.narrow(folder / "groups", 2000, 900),
+        "wide": synthetic_logs.wide(folder / "wide", 700),
+        "lists": synthetic_logs.with_lists(folder / "lists", 700),
     }
 
 
@@ -67,7 +67,7 @@ def test_a_cost_is_that_of_the_work():
 
 
 def test_a_long_log_is_one_file_under_many_names(tmp_path):
-    long = made_logs.long(tmp_path, 2500, file_rows=1000)
+    long = synthetic_logs.long(tmp_path, 2500, file_rows=1000)
     assert len(long.files) == 3
     config = StreamConfig(batch_size=100, num_threads=1)
     assert resume.ours(long, config)(17) == 100

@@ -21,12 +21,12 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 OTHERS = {
-    *("--config", "--help", "--no-deps"),
+    *("--config", "--help", "--help-all", "--version", "--log-format"),  # of every command
     *("--nproc-per-node", "--dryrun", "--streams", "--workspace"),  # torchrun, torchx
     *("--requeue", "--signal", "--export"),  # Slurm
     *("--keep", "--dcn"),  # examples
 }
-"""Options of other programs."""
+"""Options that no configuration has: of the command line as such, and of other programs."""
 
 
 def document_id(path: Path) -> str:
@@ -112,3 +112,18 @@ def test_links_lead_somewhere(path: Path) -> None:
             continue
         assert to.exists(), f"{path}: dead link: {target}"
         assert not anchor or anchor in anchors(to), f"{path}: no heading '{anchor}' in {target or path.name}"
+
+
+def test_messages_exist() -> None:
+    """Messages that docs/operate/errors.md explains, and words that docs/operate/monitor.md says to search for."""
+    sources = [path.read_text() for folder in ("data", "modules", "trainer") for path in (ROOT / folder).rglob("*.py")]
+    errors = (ROOT / "docs" / "operate" / "errors.md").read_text().partition("## Launch")[0]
+    monitor = (ROOT / "docs" / "operate" / "monitor.md").read_text()
+    shown = [
+        code for cell in re.findall(r"^\| ([^|]+) \|", errors, flags=re.MULTILINE) for code in cell.split("`")[1::2]
+    ]
+    shown += re.search(r"^Search for these words: (.*)$", monitor, flags=re.MULTILINE)[1].split("`")[1::2]  # type: ignore[index]
+    messages = [code.removeprefix("OUT: ").removesuffix(" ...") for code in shown if " " in code and "--" not in code]
+    assert len(messages) > 5
+    for message in messages:
+        assert any(message in source for source in sources), f"no such message: {message}"

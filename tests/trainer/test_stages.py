@@ -1,4 +1,4 @@
-"""The main job, stage by stage, on a small made log: on one rank, on two, and on bad input."""
+"""The main job, stage by stage, on a small synthetic log: on one rank, on two, and on bad input."""
 
 import gc
 import json

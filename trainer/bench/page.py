@@ -1,4 +1,4 @@
-"""The page of `recpress bench`: what benchmarks found, as plots and tables."""
+"""The report page of `recpress bench`: results of benchmarks as charts and tables."""
 
 from __future__ import annotations
 
@@ -9,38 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
 from recpress.data.errors import InputError
-from recpress.trainer.report.page import (
-    PLOT_STYLE,
-    SERIES,
-    Cell,
-    Code,
-    Facts,
-    Paragraph,
-    Plot,
-    Section,
-    Table,
-    Tiles,
-    plot_svg,
-    write_report,
-)
+from recpress.trainer.report.charts import Bars, Chart, Lines, Series
+from recpress.trainer.report.page import Report, Section, Table
 
 FORMAT = 1
-_MARKERS = "osD^vP<>X*"
 _MEASURES = ("/s", "ratio", "seconds", "seconds to quality", "MB", " s", "ms", "bytes")
-"""Endings of columns that are worth a bar where a benchmark says nothing of plots, the first ones first."""
-_MOST_BARS = 40
+"""Endings of columns that are drawn if a benchmark defines no charts, the most important first."""
+_MAX_BARS = 40
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one benchmark found, as `benchmarks/common.py` writes it."""
+    """Of one benchmark, as `benchmarks/common.py` writes it."""
 
     benchmark: str
     question: str
@@ -49,7 +31,7 @@ class Result:
     rows: list[Row]
     plots: list[dict[str, Any]] = field(default_factory=list)
     seconds: float | None = None
-    """That the benchmark took, start and end included."""
+    """That the benchmark took, with its start."""
 
     @property
     def columns(self) -> list[str]:
@@ -58,7 +40,7 @@ class Result:
 
 
 def read_results(folder: str | Path) -> list[Result]:
-    """The results in a folder, by name. Raises InputError where there are none, naming a file that is none."""
+    """The results in a folder, by name. Raises InputError if there are none, or naming a file that is not one."""
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
         raise InputError(f"{folder}: no results, expected NAME.json of `recpress bench run`")
@@ -66,25 +48,30 @@ def read_results(folder: str | Path) -> list[Result]:
 
 
 def write_page(path: str | Path, results: Sequence[Result]) -> None:
-    """Write the page as one HTML file. Raises InputError where it cannot be written."""
+    """Write the page as one HTML file. Raises InputError if it cannot be written."""
     machines = list(dict.fromkeys(_machine(result) for result in results))
-    head: list[Any] = [
-        Tiles([(str(len(results)), "benchmarks"), *_size(results[0])]),
-        Paragraph(
-            "Each section is one question, with the peer measured in the same run. Times of a machine that others use "
-            "too are noise of tens of per cent; ratios, which are of runs that took turns, say more."
-        ),
-    ]
-    sections = [Section("", head)]
+    sections = []
     for result in results:
-        blocks: list[Any] = [*_plots(result), _table(result)]
-        if len(machines) > 1:
-            blocks.append(Facts([("Machine", _machine(result))]))
-        blocks.append(Code(json.dumps(result.settings, indent=1), _settings(result)))
-        sections.append(Section(result.question, blocks))
-    facts = [("Machine" if len(machines) == 1 else f"Machine {place}", name) for place, name in enumerate(machines, 1)]
-    sections.append(Section("Where it ran", [Facts(facts)]))
-    write_report(path, "Memory and speed, measured", sections)
+        took = "" if result.seconds is None else f", which took {result.seconds:,.0f} s"
+        section = Section(
+            title=result.question,
+            charts=list(_charts(result)),
+            table=_table(result),
+            facts=[("Machine", _machine(result))] if len(machines) > 1 else [],
+            details=(f"Settings of {result.benchmark}{took}", json.dumps(result.settings, indent=1)),
+        )
+        sections.append(section)
+    names = ["Machine"] if len(machines) == 1 else [f"Machine {number}" for number in range(1, len(machines) + 1)]
+    sections.append(Section(title="Where it ran", facts=list(zip(names, machines, strict=True))))
+    Report(
+        title="Memory and speed, measured",
+        tiles=[(str(len(results)), "benchmarks"), *_size(results[0])],
+        summary=[
+            "Each section is one question, with the peer measured in the same run. Times on a shared machine are noisy "
+            "by tens of percent; ratios of runs that took turns say more."
+        ],
+        sections=sections,
+    ).write(path)
 
 
 def _read(path: Path) -> Result:
@@ -96,16 +83,12 @@ def _read(path: Path) -> Result:
         return Result(
             **{name: found[name] for name in names}, plots=found.get("plots", []), seconds=found.get("seconds")
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(f"{path}: not a result of `recpress bench run`: it has no {error}") from None
+    except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: not a result of `recpress bench run`: {reason}") from None
-
-
-def _settings(result: Result) -> str:
-    took = "" if result.seconds is None else f", which took {result.seconds:,.0f} s"
-    return f"Settings of {result.benchmark}{took}"
+        raise InputError(f"{path}: not a result of `recpress bench run`: {error}") from None
 
 
 def _size(result: Result) -> list[tuple[str, str]]:
@@ -126,42 +109,44 @@ def _machine(result: Result) -> str:
 
 def _table(result: Result) -> Table:
     columns = result.columns
-    return Table(header=columns, rows=[[Cell(shown(row.get(column))) for column in columns] for row in result.rows])
+    return Table(header=columns, rows=[[shown(row.get(column)) for column in columns] for row in result.rows])
 
 
 def shown(value: Any) -> str:
-    """A value of a table: four digits, thousands apart."""
-    if value is None or value == "":
+    """A value of a table: four digits, thousands separated."""
+    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
         return "–"  # noqa: RUF001
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        if not math.isfinite(value):
-            return "–"  # noqa: RUF001
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
 
 
-def _plots(result: Result) -> Iterator[Plot]:
-    wanted = result.plots or [_guess(result)]
-    for number, plot in enumerate(wanted):
-        rows = [
-            row for row in result.rows if all(row.get(key) in values for key, values in plot.get("only", {}).items())
-        ]
-        name = f"{result.benchmark}-{number}"
+def _short(value: float) -> str:
+    """1500000 -> 1.5M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _charts(result: Result) -> Iterator[Chart]:
+    for plot in result.plots or [_guess(result)]:
+        only = plot.get("only", {})
+        rows = [row for row in result.rows if all(row.get(key) in values for key, values in only.items())]
         if plot["kind"] == "bars":
-            yield from _bars(rows, plot, name)
-        else:
-            for x in plot["x"]:
-                at = {key: value for key, value in plot["at"].items() if key != x}
-                here = [row for row in rows if all(row.get(key) == value for key, value in at.items())]
-                yield from _lines(here, x, plot, f"{name}-{plot['x'].index(x)}")
+            yield from _bars(rows, plot)
+            continue
+        for x in plot["x"]:
+            fixed = {key: value for key, value in plot["at"].items() if key != x}
+            yield from _lines([row for row in rows if all(row.get(k) == v for k, v in fixed.items())], x, plot, fixed)
 
 
 def _guess(result: Result) -> dict[str, Any]:
-    """Bars of the column that looks most like a measure, named by the columns of words."""
+    """Bars of the column that is most likely a measure, labeled by the text columns."""
     numbers = [c for c in result.columns if any(_is_number(row.get(c)) for row in result.rows)]
     measures = [c for ending in _MEASURES for c in numbers if c.endswith(ending)] or numbers[-1:]
     words = [c for c in result.columns if any(isinstance(row.get(c), str) for row in result.rows)]
@@ -173,91 +158,61 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _name(row: Row, columns: Sequence[str]) -> str:
-    said = ((column, row[column]) for column in columns if row.get(column) not in (None, ""))
-    return ", ".join(f"{column} {shown(value)}" if _is_number(value) else shown(value) for column, value in said)
+def _label(row: Row, columns: Sequence[str]) -> str:
+    known = ((column, row[column]) for column in columns if row.get(column) not in (None, ""))
+    return ", ".join(f"{column} {shown(value)}" if _is_number(value) else shown(value) for column, value in known)
 
 
-def _bars(rows: list[Row], plot: dict[str, Any], name: str) -> Iterator[Plot]:
+def _bars(rows: list[Row], plot: dict[str, Any]) -> Iterator[Chart]:
     measures = [y for y in plot["y"] if any(_is_number(row.get(y)) for row in rows)]
     rows = [row for row in rows if any(_is_number(row.get(y)) for y in measures)]
-    if not measures or not 0 < len(rows) <= _MOST_BARS:
+    if not measures or not 0 < len(rows) <= _MAX_BARS:
         return
-    with rc_context(PLOT_STYLE):
-        figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(rows)), layout="constrained")
-        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-        for axes, measure in zip(panels, measures, strict=True):
-            values = [row[measure] if _is_number(row.get(measure)) else 0.0 for row in rows]
-            drawn = axes.barh(range(len(rows)), values, color=SERIES[1], height=0.66)
-            labels = [shown(row.get(measure)) for row in rows]
-            axes.bar_label(drawn, labels, padding=3, fontsize=8)
-            axes.margins(x=0.22)
-            axes.set_xlim(left=0)
-            axes.set_xlabel(measure)
-            axes.grid(False, axis="y")
-            axes.xaxis.set_major_locator(MaxNLocator(3))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-            axes.tick_params(axis="y", length=0)
-        panels[0].set_yticks(range(len(rows)), [_name(row, plot["by"]) for row in rows])
-        panels[0].invert_yaxis()
-        title = plot["title"] or f"{' and '.join(measures)}, by {', '.join(plot['by'])}"
-        yield Plot(plot_svg(figure, name), f"{title}.", title)
+    panels = [
+        Bars(
+            x_label=measure,
+            labels=[_label(row, plot["by"]) for row in rows],
+            groups=[(measure, [row[measure] if _is_number(row.get(measure)) else 0.0 for row in rows])],
+            value_labels=[shown(row.get(measure)) for row in rows],
+            format_x=_short,
+        )
+        for measure in measures
+    ]
+    title = plot["title"] or f"{' and '.join(measures)}, by {', '.join(plot['by'])}"
+    yield Chart(title=title, caption=f"{title}.", panels=panels, size=(7.2, 0.9 + 0.27 * len(rows)), legend=False)
 
 
-def _lines(rows: list[Row], x: str, plot: dict[str, Any], name: str) -> Iterator[Plot]:
+def _lines(rows: list[Row], x: str, plot: dict[str, Any], fixed: dict[str, Any]) -> Iterator[Chart]:
     rows = [row for row in rows if _is_number(row.get(x))]
     measures = [y for y in plot["y"] if any(_is_number(row.get(y)) for row in rows)]
-    places = sorted({row[x] for row in rows})
-    if not measures or len(places) < 2:
+    ticks = sorted({row[x] for row in rows})
+    if not measures or len(ticks) < 2:
         return
-    series = list(dict.fromkeys(_name(row, plot["by"]) for row in rows))
-    with rc_context(PLOT_STYLE):
-        figure = Figure(figsize=(3.6 * max(2, len(measures)), 3.1), layout="constrained")
-        panels = figure.subplots(1, len(measures), squeeze=False)[0]
-        for axes, measure in zip(panels, measures, strict=True):
-            for place, label in enumerate(series):
-                points = sorted(
-                    (row[x], row[measure])
-                    for row in rows
-                    if _name(row, plot["by"]) == label and _is_number(row.get(measure))
-                )
-                if points:
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        color=SERIES[(place + 1) % len(SERIES)],
-                        marker=_MARKERS[place % len(_MARKERS)],
-                        markersize=4.5,
-                        label=label,
-                    )
-            _axis(axes, x, places)
-            axes.set_ylabel(measure)
-            if measure.endswith(_MEASURES):  # an amount; of a quality the differences count
-                axes.set_ylim(0, 1.06 * axes.dataLim.y1)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        handles = {
-            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8.5, handlelength=1.6
+    panels = [
+        Lines(
+            x_label=x,
+            y_label=measure,
+            series=_series(rows, x, measure, plot["by"]),
+            log_x=ticks[0] > 0 and ticks[-1] / ticks[0] > 5,
+            x_ticks=ticks,
+            format_x=lambda tick: shown(tick) if tick < 1e5 else _short(tick),
+            format_y=_short,
+            y_from_zero=measure.endswith(_MEASURES),  # an amount; of a quality the differences count
         )
-        fixed = ", ".join(f"{key} {shown(value)}" for key, value in plot["at"].items() if key != x)
-        caption = f"{plot['title']}: {' and '.join(measures)} against {x}" + (f"; {fixed}" if fixed else "") + "."
-        yield Plot(plot_svg(figure, name), caption, caption)
+        for measure in measures
+    ]
+    at = ", ".join(f"{key} {shown(value)}" for key, value in fixed.items())
+    caption = f"{plot['title']}: {' and '.join(measures)} against {x}" + (f"; {at}" if at else "") + "."
+    yield Chart(title=caption, caption=caption, panels=panels, size=(3.6 * max(2, len(measures)), 3.1))
 
 
-def _axis(axes: Axes, x: str, places: list[float]) -> None:
-    """Marks at the measured values alone; logarithmic where they span more than a factor of five."""
-    axes.set_xlabel(x)
-    if places[0] > 0 and places[-1] / places[0] > 5:
-        axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(places, [shown(place) if place < 1e5 else _short(place) for place in places])
-    axes.minorticks_off()
-
-
-def _short(value: float) -> str:
-    """1500000 -> 1.5M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+def _series(rows: list[Row], x: str, measure: str, by: Sequence[str]) -> list[Series]:
+    points: dict[str, list[tuple[float, float]]] = {_label(row, by): [] for row in rows}
+    for row in sorted(rows, key=lambda row: row[x]):
+        if _is_number(row.get(measure)):
+            points[_label(row, by)].append((row[x], row[measure]))
+    return [
+        Series(label=label, x=[at for at, _ in found], y=[y for _, y in found], color=color, size=4.5)
+        for color, (label, found) in enumerate(points.items(), 1)
+        if found
+    ]

@@ -80,7 +80,7 @@ class CompareCadcConfig:
     """The strategies of the CADC paper side by side, over several seeds, with a report page."""
 
     data: str | None = None
-    """The log, with held-out rows; without one a made log is written and used."""
+    """The log, with held-out rows; without one a synthetic log is written and used."""
     out: str = "runs/compare-cadc"
     """Folder of the report, the results as JSON, and all factors and models; must not exist unless --overwrite."""
     schema: Schema = field(default_factory=Schema)
@@ -124,7 +124,7 @@ class CompareHashConfig:
     """All hashing methods side by side on one log: one backbone, one budget of rows, several seeds, a report page."""
 
     data: str | None = None
-    """The log, with test rows and, to choose on, val rows; without one a made log is written and used."""
+    """The log, with test rows and, to choose on, val rows; without one a synthetic log is written and used."""
     out: str = "runs/compare-hash"
     """Folder of the report and the results as JSON; must not exist unless --overwrite."""
     schema: Schema = field(default_factory=Schema)
@@ -181,7 +181,7 @@ class CompareBothConfig:
     """Both savings together: quality against the bytes of the tables and against the rows read, with a report page."""
 
     data: str | None = None
-    """The log, with held-out rows; without one a made log is written and used."""
+    """The log, with held-out rows; without one a synthetic log is written and used."""
     out: str = "runs/compare-both"
     """Folder of the report, the results as JSON, and all factors, maps and models; must not exist unless
     --overwrite."""
@@ -196,7 +196,7 @@ class CompareBothConfig:
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization; what is not given is chosen on held-out examples of train."""
     count_exponent: float = 0.5
-    """An id weighs as much as this power of its count, in maps and in the distortion."""
+    """Exponent of the count in an id's weight, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     choose: bool = True
     """Choose the networks' number of epochs, from 0, the factors' own ranking, to --frozen.epochs, on one row a user

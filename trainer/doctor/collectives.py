@@ -22,7 +22,7 @@ ROUNDS = 20
 def between_launched_ranks(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The checks of all ranks, and one of their collectives. Collective."""
     with process_group("auto") as ranks:
-        everyone: list[Any] = [None] * ranks.world
+        everyone: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(everyone, checks)
         detail = _measure(ranks)
     found = [check for of_rank in everyone for check in of_rank]
@@ -76,7 +76,7 @@ def _measure(ranks: Ranks) -> str:
     small, large = _seconds(ranks, SMALL_BYTES), _seconds(ranks, LARGE_BYTES)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     return (
-        f"{backend}, {ranks.world} ranks: all-reduce of {SMALL_BYTES} bytes {small * 1e6:,.0f} us, of "
+        f"{backend}, {ranks.world_size} ranks: all-reduce of {SMALL_BYTES} bytes {small * 1e6:,.0f} us, of "
         f"{LARGE_BYTES >> 20} MiB {large * 1e3:,.1f} ms ({LARGE_BYTES / large / 1e9:.2f} GB/s)"
     )
 
@@ -96,6 +96,6 @@ def _seconds(ranks: Ranks, size: int) -> float:
         dist.all_reduce(tensor)
         total = float(tensor[-1])  # waits for the device
         taken.append(time.perf_counter() - begin)
-        if total != ranks.world:
-            raise InputError(f"an all-reduce over {ranks.world} ranks gave {total}, expected {ranks.world}")
+        if total != ranks.world_size:
+            raise InputError(f"an all-reduce over {ranks.world_size} ranks gave {total}, expected {ranks.world_size}")
     return sorted(taken[2:])[ROUNDS // 2]  # the first two connect the ranks

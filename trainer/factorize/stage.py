@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset.log import SIDES, Log
@@ -33,6 +32,7 @@ from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 
 
@@ -137,26 +137,27 @@ def _fit(
     sweeps: list[tuple[float, float]] = []
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
-    hidden = None if ranks.rank == 0 else True  # None: hidden where there is no terminal
     with (
         _stop_on_interrupt() as asked,
-        tqdm(total=als.sweeps or DEFAULTS["sweeps"], desc=description, unit="sweep", disable=hidden) as bar,
+        Progress(
+            description,
+            "sweep",
+            als.sweeps or DEFAULTS["sweeps"],
+            show=ranks.rank == 0,
+            line_seconds=math.inf,  # each sweep prints a line
+        ) as progress,
     ):
 
         def on_choice(choice: Choice) -> None:
-            if ranks.rank == 0:
-                bar.write(choice.line())
+            progress.write(choice.line())
 
         def on_sweep(report: SweepReport) -> bool:
-            bar.total = report.sweeps
             sweeps.append((report.objective, time.monotonic() - began))
-            bar.update()
-            bar.set_postfix_str(f"objective {report.objective:.6g}", refresh=False)
-            if ranks.rank == 0:
-                bar.write(
-                    f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
-                    f"{report.seconds:.2f} s, {report.eta:.0f} s left"
-                )
+            progress.stage(f"objective {report.objective:.6g}", report.sweep, report.sweeps)
+            progress.write(
+                f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
+                f"{report.seconds:.2f} s, {report.eta:.0f} s left"
+            )
             return asked.is_set()
 
         model.on_choice = on_choice

@@ -29,9 +29,9 @@ from recpress.trainer.hash.budget import budget, rows_of_tables
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.extend import extended_maps
 from recpress.trainer.hash.tables import read_tables
-from recpress.trainer.observability.progress import Steps
+from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
-from recpress.trainer.report.results import format_bytes
+from recpress.trainer.report.numbers import format_bytes
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Stage:
         for table in mine:
             number = rows[table.name]
             print(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows", flush=True)
-            with activity(f"building the map of {table.name}"), Steps(table.name, "id") as bar:
+            with activity(f"building the map of {table.name}"), Progress(table.name, "id") as bar:
                 id_map = build_map(replace(table, progress=bar.stage), number, config)
             made.append(self._save(table, id_map))
         return made

@@ -23,7 +23,7 @@ from recpress.trainer.distributed.heartbeat import activity
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
-from recpress.trainer.observability.progress import Steps
+from recpress.trainer.observability.progress import Progress
 
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -80,7 +80,7 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
     """
     rank, world = rank_and_world()
     counted = {name: np.zeros(size, np.int64) for name, size in columns.items()}
-    with raise_on_all_ranks(), activity("counting ids"), Steps("counting ids", "row", show=rank == 0) as bar:
+    with raise_on_all_ranks(), activity("counting ids"), Progress("counting ids", "row", show=rank == 0) as bar:
         for data in iter_columns(log.train, list(columns), rank=rank, world=world):
             for name in columns:
                 column = data[name]
@@ -139,7 +139,7 @@ def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[st
     made = [torch.zeros(size, 1 + config.warm_dim) for size in sizes.values()]
     with raise_on_all_ranks(), activity("warm-up of the features' embeddings"):
         if rank == 0:
-            with Steps("warm-up", "row") as bar:
+            with Progress("warm-up", "row") as bar:
                 warmed = warm_up(
                     _shown(_labelled(log, list(sizes), config.warm_rows, config.seed), bar),
                     list(sizes.values()),
@@ -155,7 +155,7 @@ def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[st
     return dict(zip(sizes, made, strict=True))
 
 
-def _shown(batches: Iterator[_Labelled], bar: Steps) -> Iterator[_Labelled]:
+def _shown(batches: Iterator[_Labelled], bar: Progress) -> Iterator[_Labelled]:
     for batch in batches:
         yield batch
         bar.update(len(batch[2]))

@@ -37,6 +37,17 @@ from recpress.trainer.observability.progress import Progress
 if TYPE_CHECKING:
     from recpress.trainer.observability.rec_metrics import RecMetrics
 
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/rows_per_second": "{:,.0f} rows/s",
+    "train/waiting": "waiting {:.0%}",
+    "train/ne": "NE {:.3f}",
+    "train/auc": "AUC {:.3f}",
+    "hash/unknown_users": "{:,.0f} unknown users",
+    "hash/unknown_items": "{:,.0f} unknown items",
+}
+"""Scalars in the status line."""
 Evaluate = Callable[[], Mapping[str, float]]
 Batches = Callable[[int, int], Iterable[Any]]
 """(epoch, first step) -> the batches of the epoch from that step on; both are counted from 0."""
@@ -85,7 +96,7 @@ def fit(
     run.metrics, run.stream_stats, run.accept = metrics, stream_stats, accept
     profiled: AbstractContextManager[Any] = nullcontext()
     if profiler is not None:
-        profiler.say, profiled = run.progress.say, profiler
+        profiler.say, profiled = run.progress.write, profiler
     with StopSignal() if checkpoints is not None else nullcontext(run.signal) as run.signal:
         try:
             if checkpoints is not None:
@@ -118,7 +129,12 @@ class _Run:
         self.signal = StopSignal()
         self.decisions = Decisions() if checkpoints is not None else None
         self.result = FitResult()
-        self.progress = Progress(optimizer.total_steps or None, description, show_progress)
+        self.progress = Progress(
+            description,
+            total=optimizer.total_steps or None,
+            show=show_progress and dist.get_rank() == 0,
+            line_seconds=0,
+        )
         # Without pipeline_postproc, lookups behind a map of ids would leave the pipeline, with a warning alone.
         mapped = any(isinstance(module, LearnedHash) for module in model.modules())
         self.pipeline = TrainPipelineSparseDist(
@@ -315,8 +331,8 @@ class _Run:
         self.optimizer.resume(self.result.steps)
         if self.log:
             self.log.cut(self.result.steps)
-        self.progress.skip(self.result.steps)
-        self.progress.say(f"resuming from checkpoint {found.path} at step {self.result.steps}, epoch {self.epoch}")
+        self.progress.start_at(self.result.steps)
+        self.progress.write(f"resuming from checkpoint {found.path} at step {self.result.steps}, epoch {self.epoch}")
 
     def track_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, as the pipeline takes them."""
@@ -360,7 +376,7 @@ class _Run:
         loss = float(total[0] / total[1]) if total[1] else math.nan
         if total[2]:
             self.result.skipped += int(total[2])
-            self.progress.say(
+            self.progress.write(
                 f"steps {self.result.steps - steps + 1} to {self.result.steps}: skipped {int(total[2])} batches with a "
                 f"non-finite loss, {self.result.skipped} in total"
             )
@@ -383,7 +399,8 @@ class _Run:
             scalars |= {f"stream/{name}": float(value) for name, value in self.stream_stats().items()}
         if self.source is not None:
             scalars |= self.source.scalars()
-        self.progress.update(steps, scalars)
+        shown = (form.format(scalars[name]) for name, form in _SHOWN.items() if name in scalars)
+        self.progress.update(steps, ", ".join(shown))
         if self.log:
             self.log.write(self.result.steps, scalars)
 
@@ -415,7 +432,7 @@ class _Run:
         if self.log:
             self.log.write(self.result.steps, {f"evaluate/{name}": value for name, value in metrics.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
-        self.progress.say(f"epoch {self.epoch}, step {self.result.steps}: {shown}")
+        self.progress.write(f"epoch {self.epoch}, step {self.result.steps}: {shown}")
         best = self.result.best
         accepted = best is None or self.accept is None or self.accept(found)
         decided = torch.tensor([metrics[self.config.metric], float(accepted)], dtype=torch.float64)

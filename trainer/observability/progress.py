@@ -1,143 +1,211 @@
-"""The status line of a run, on rank 0: a bar on a terminal, plain lines in a file."""
+"""Progress of long work with the remaining time: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from typing import TextIO
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Self, TextIO
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-_SHOWN = {
-    "train/loss": "loss {:.4f}",
-    "train/learning_rate": "lr {:.2e}",
-    "train/rows_per_second": "{:,.0f} rows/s",
-    "train/waiting": "waiting {:.0%}",
-    "train/ne": "NE {:.3f}",
-    "train/auc": "AUC {:.3f}",
-    "hash/unknown_users": "{:,.0f} unknown users",
-    "hash/unknown_items": "{:,.0f} unknown items",
-}
+LINE_SECONDS = 30.0
+"""Seconds between two lines if stderr is not a terminal."""
+_TICK_SECONDS = 1.0
 
 
 class Progress:
-    """Steps done, with loss, learning rate, rows/s, the share of the time that is spent waiting for data, TorchRec's
-    metrics where there are some, and the time left; silent on other ranks than 0, or without `show`.
+    """Counts units of work, each of which takes a similar time. Use it in a `with`, or call `close`.
 
-    Where standard error is no terminal (the log file of a scheduler) each update is a line of its own.
-    """
+    Args:
+        name: of the work.
+        unit: singular noun.
+        total: number of units, if known.
+        show: False is silent. Usually rank 0 alone shows.
+        stream: default: standard error.
+        line_seconds: minimum time between two lines of `update` if the stream is not a terminal.
 
-    def __init__(self, total: int | None, description: str, show: bool = True, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._shown = show and dist.get_rank() == 0
-        self._total, self._description = total, description
-        self._done, self._first, self._begin = 0, 0, time.monotonic()
-        self._bar = tqdm(
-            total=total,
-            desc=description,
-            unit="step",
-            disable=not self._shown or not self._stream.isatty(),
-            file=self._stream,
-            dynamic_ncols=True,
-        )
-
-    def update(self, steps: int, scalars: Mapping[str, float]) -> None:
-        """Advance by `steps`; of the scalars those that `_SHOWN` names are shown."""
-        self._done += steps
-        numbers = ", ".join(form.format(scalars[name]) for name, form in _SHOWN.items() if name in scalars)
-        self._bar.set_postfix_str(numbers, refresh=False)
-        self._bar.update(steps)
-        if self._bar.disable:
-            self.say(f"{self._description}: {self._place()}, {numbers}{self._left()}")
-
-    def skip(self, steps: int) -> None:
-        """Begin at this step: those before it were done by an earlier run."""
-        self._done = self._first = steps
-        self._bar.initial = self._bar.n = steps
-        self._bar.refresh()
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
-        if not self._bar.disable:
-            self._bar.write(text, file=self._stream)
-        elif self._shown:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def _place(self) -> str:
-        if not self._total:
-            return f"step {self._done:,}"
-        return f"step {self._done:,} of {self._total:,} ({self._done / self._total:.0%})"
-
-    def _left(self) -> str:
-        if not self._total or self._done == self._first:
-            return ""
-        seconds = (time.monotonic() - self._begin) / (self._done - self._first) * (self._total - self._done)
-        return f", {tqdm.format_interval(seconds)} left"
-
-
-class Steps:
-    """Progress of one long piece of work: a bar on a terminal, elsewhere a line every `seconds`, with the time left.
-
-    Used in a `with`. Silent where `show` is false, so that one rank speaks.
+    Example:
+        >>> with Progress("counting ids", "row", total=100) as progress:
+        ...     progress.update(60)
     """
 
     def __init__(
         self,
-        description: str,
-        unit: str,
+        name: str,
+        unit: str = "step",
         total: int | None = None,
         *,
         show: bool = True,
         stream: TextIO | None = None,
-        seconds: float = 30.0,
+        line_seconds: float = LINE_SECONDS,
     ) -> None:
-        self._description, self._stream = description, stream or sys.stderr
-        self._lines = show and not self._stream.isatty()
-        self._seconds, self._said, self._begin = seconds, time.monotonic(), time.monotonic()
+        self.name, self._unit, self.total, self.done = name, unit, total, 0
+        self.stream, self.show, self.line_seconds = stream or sys.stderr, show, line_seconds
+        self.terminal = show and self.stream.isatty()
+        self.begin = self.last_line = time.monotonic()
+        self._first = 0  # units that were done before `begin`
         self._bar = tqdm(
             total=total,
-            desc=description,
+            desc=name,
             unit=unit,
-            disable=not show or self._lines,
-            file=self._stream,
+            disable=not self.terminal,
+            file=self.stream,
             dynamic_ncols=True,
-            leave=False,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if total else None,
         )
-        self._unit, self._total, self._done, self._stage = unit, total, 0, ""
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._bar.close()
 
-    def update(self, steps: int = 1) -> None:
-        """Advance by so many units."""
-        self._done += steps
-        self._bar.update(steps)
-        now = time.monotonic()
-        if self._lines and now - self._said >= self._seconds:
-            self._said = now
-            print(f"{self._description}{self._stage}: {self._place()}", file=self._stream, flush=True)
+    def start_at(self, done: int) -> None:
+        """Count from here: an earlier run has done the units before."""
+        self.done = self._first = done
+        self._bar.initial = self._bar.n = done
+        self._bar.refresh()
+
+    def update(self, units: int = 1, details: str = "") -> None:
+        """Add units that are done. `details` are shown after the count."""
+        self.done += units
+        self._bar.set_postfix_str(_joined(details, self._left()), refresh=False)
+        self._bar.update(units)
+        if self.show and not self.terminal and time.monotonic() - self.last_line >= self.line_seconds:
+            self.last_line = time.monotonic()
+            print(self.line(details), file=self.stream, flush=True)
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` units of a stage of the work; the count starts anew with each stage."""
-        if done < self._done or total != self._total:
-            self._done, self._total, self._begin = 0, total, time.monotonic()
+        """`done` of `total` units of a stage of the work. Each stage has its own count."""
+        if done < self.done or total != self.total:
+            self.done, self._first, self.total, self.begin = 0, 0, total, time.monotonic()
             self._bar.reset(total)
-        self._stage = f", {name}"
-        self._bar.set_postfix_str(name, refresh=False)
-        self.update(done - self._done)
+        self.update(done - self.done, name)
 
-    def _place(self) -> str:
-        spent = time.monotonic() - self._begin
-        if not self._total:
-            return f"{self._done:,} {self._unit}s, {tqdm.format_interval(spent)}"
-        left = spent / max(1, self._done) * (self._total - self._done)
-        share = f"{self._done:,} of {self._total:,} {self._unit}s ({self._done / self._total:.0%})"
-        return f"{share}, {tqdm.format_interval(left)} left"
+    def write(self, text: str, stream: TextIO | None = None) -> None:
+        """Print a line, above the bar if there is one. `stream`: default: that of the progress."""
+        if self.terminal:
+            self._bar.write(text, file=stream or self.stream)
+        elif self.show:
+            print(text, file=stream or self.stream, flush=True)
+
+    def line(self, details: str = "") -> str:
+        """`counting ids: 60 of 100 rows (60%), 00:31 elapsed, about 00:20 left`."""
+        count = f"{self.done:,} {self._unit}s"
+        if self.total:
+            count = f"{self.done:,} of {self.total:,} {self._unit}s ({self.done / self.total:.0%})"
+        elapsed = f"{tqdm.format_interval(time.monotonic() - self.begin)} elapsed"
+        return f"{self.name}: {_joined(count, details, elapsed, self._left())}"
+
+    def remaining(self) -> float | None:
+        """Estimated seconds; None if the total is not known or nothing is done."""
+        if not self.total or self.done == self._first:
+            return None
+        return (time.monotonic() - self.begin) / (self.done - self._first) * (self.total - self.done)
+
+    def _left(self) -> str:
+        seconds = self.remaining()
+        return "" if seconds is None else f"about {tqdm.format_interval(seconds)} left"
+
+
+class UnitProgress(Progress):
+    """Progress over units of several kinds, with a mean time per kind. A thread reports while a long unit runs.
+
+    Args:
+        units: kind -> number of units to do.
+
+    Example:
+        >>> with UnitProgress("compare hash", {"factorize": 1, "learned": 10}) as progress:
+        ...     with progress.unit("factorize", "factorization, seed 0"):
+        ...         pass
+    """
+
+    def __init__(
+        self,
+        name: str,
+        units: Mapping[str, int],
+        *,
+        show: bool = True,
+        stream: TextIO | None = None,
+        line_seconds: float = LINE_SECONDS,
+    ) -> None:
+        super().__init__(name, "unit", sum(units.values()), show=show, stream=stream, line_seconds=line_seconds)
+        self._todo = dict(units)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._kind, self._label, self._since = "", "", 0.0
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.begin = self.last_line = time.monotonic()
+        if self.show:
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        super().close()
+
+    @contextmanager
+    def unit(self, kind: str, label: str) -> Iterator[None]:
+        """One unit of work. `label` describes it."""
+        with self._lock:
+            self._kind, self._label, self._since = kind, label, time.monotonic()
+        yield
+        with self._lock:
+            self._seconds[kind].append(time.monotonic() - self._since)
+            self._todo[kind] = max(0, self._todo.get(kind, 0) - 1)
+            self._kind = ""
+            self.done += 1
+            self._bar.update()
+
+    def skip(self, kind: str, number: int) -> None:
+        """Reduce the number of units of this kind that are still to do."""
+        with self._lock:
+            self._todo[kind] = max(0, self._todo.get(kind, 0) - number)
+            self.total = self._bar.total = self.done + sum(self._todo.values())
+
+    def say(self, text: str) -> None:
+        """Print a result on standard output."""
+        with self._lock:
+            self.last_line = time.monotonic()
+            self.write(text, sys.stdout)
+
+    def remaining(self) -> float | None:
+        """Estimated seconds: units to do times the mean time of their kind, or of all kinds if it has none yet."""
+        measured = [seconds for of_kind in self._seconds.values() for seconds in of_kind]
+        if not measured:
+            return None
+        mean = sum(measured) / len(measured)
+        total = 0.0
+        for kind, number in self._todo.items():
+            of_kind = self._seconds.get(kind)
+            each = sum(of_kind) / len(of_kind) if of_kind else mean
+            total += number * each
+            if kind == self._kind and number:  # a part of the running unit is done
+                total -= min(each, time.monotonic() - self._since)
+        return total
+
+    def _report(self) -> None:
+        tick = min(_TICK_SECONDS, self.line_seconds)
+        while not self._stop.wait(tick):
+            with self._lock:
+                label = f"now {self._label}" if self._kind else ""
+                if self.terminal:
+                    self._bar.set_postfix_str(_joined(label, self._left()), refresh=True)
+                elif time.monotonic() - self.last_line >= self.line_seconds - tick:
+                    self.last_line = time.monotonic()
+                    print(self.line(label), file=self.stream, flush=True)
+
+
+def _joined(*texts: str) -> str:
+    return ", ".join(text for text in texts if text)

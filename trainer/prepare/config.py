@@ -11,7 +11,7 @@ from recpress.trainer.config import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class SynthCommand(SynthConfig):
-    """A made log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
+    """A synthetic log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
 
     out: str
     """Folder of the log; must not exist unless --overwrite."""
@@ -21,7 +21,7 @@ class SynthCommand(SynthConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SynthCriteoCommand(SynthCriteoConfig):
-    """A made log with Criteo's columns: a label, 13 numbers, 26 categorical features whose ids are alike in groups."""
+    """A synthetic log with Criteo's columns: a label, 13 numbers, 26 categorical features whose ids form groups."""
 
     out: str
     """Folder of the log; must not exist unless --overwrite."""

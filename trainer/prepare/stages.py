@@ -31,13 +31,13 @@ from recpress.trainer.prepare.config import IngestCommand, SampleCommand, SplitC
 
 
 def synth(config: SynthCommand) -> str | Path:
-    """Write a made log and say what it holds."""
+    """Write a synthetic log and say what it holds."""
     with _ended_by_sigterm():
         return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
 
 
 def synth_criteo(config: SynthCriteoCommand) -> str | Path:
-    """Write a made log with Criteo's columns and say what it holds."""
+    """Write a synthetic log with Criteo's columns and say what it holds."""
     with _ended_by_sigterm():
         out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
     ids = sum(data_synth_criteo.feature_sizes(config.ids))

@@ -12,7 +12,7 @@ from recpress.data.config import NegativesConfig, StreamConfig, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.compare.both import compare_both
-from recpress.trainer.compare.both_report import BothResult, Point, format_both_table
+from recpress.trainer.compare.both_result import BothResult, Point, format_both_table
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, OptimizerConfig
 from tests.ranks import run_on_ranks
@@ -55,7 +55,7 @@ def test_both_keeps_to_the_bytes_and_reads_the_share_of_the_rows(tmp_path: Path)
     assert small.mean("NDCG@10") > 0.5 * full.mean("NDCG@10")
     saved = json.loads((tmp_path / "both" / "result.json").read_text())
     for point in saved["points"]:
-        if point["form"].endswith("a row an id"):
+        if point["form"].endswith("one per id"):
             assert point["serving_bytes"] == point["bytes"]
         else:  # two row numbers an id, of 4 bytes instead of a few bits each
             assert 0 < point["serving_bytes"] - point["bytes"] < 8 * 900
@@ -108,9 +108,9 @@ def test_a_difference_within_the_noise_of_the_seeds_is_marked() -> None:
 
     points = point(1.0, 0.70, 0.72), point(0.5, 0.69, 0.725), point(0.25, 0.60, 0.62)
     result = BothResult(title="", points=points, metrics=("HR@10",), full_bytes=1, total_rows=1)
-    assert [result.level(p, "HR@10") for p in points] == [False, True, False]
+    assert [result.tied(p, "HR@10") for p in points] == [False, True, False]
     zero = BothResult(title="", points=(point(1.0, 0.0),), metrics=("HR@10",), full_bytes=1, total_rows=1)
-    assert not zero.level(zero.points[0], "HR@10")
+    assert not zero.tied(zero.points[0], "HR@10")
     assert "nan" in format_both_table(zero)
 
 

@@ -12,8 +12,9 @@ from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig
 from recpress.trainer.compare.config import CompareHashConfig
-from recpress.trainer.compare.hash import NAMES, compare_hash
-from recpress.trainer.compare.hash_report import format_hash_tables
+from recpress.trainer.compare.hash import compare_hash
+from recpress.trainer.compare.hash_result import format_hash_tables
+from recpress.trainer.compare.hash_settings import NAMES
 from recpress.trainer.compare.ties import difference
 from recpress.trainer.config import EvaluationConfig
 
@@ -116,18 +117,19 @@ def test_verdicts_call_a_tie_a_tie(hashed) -> None:
 
 def test_a_factorization_that_is_no_better_than_popularity_is_named(hashed) -> None:
     _, result = hashed
-    assert not result.warnings()
+    assert not result.warnings
+    assert result.no_signal() is None
     high = dict.fromkeys(result.metrics, 1.0)
-    assert "no better than popularity" in replace(result, popularity=high).warnings()[0]
+    assert "no better than popularity" in replace(result, popularity=high).no_signal()
 
 
-def test_a_method_that_cannot_use_the_budget_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_method_that_cannot_use_the_budget_is_excluded_and_named(tmp_path: Path) -> None:
     config = hash_config(
         tmp_path / "small", methods=("quotient-remainder", "modulo"), rows=20, trials=2, user_shares=(0.5,)
     )
     result = compare_hash(config)
     assert [method.key for method in result.methods] == ["full", "modulo"]
-    assert "Quotient-remainder is left out" in result.warnings()[0]
+    assert "Quotient-remainder was not run" in result.warnings[0]
     with pytest.raises(InputError, match="no method can use"):
         compare_hash(hash_config(tmp_path / "none", methods=("quotient-remainder",), rows=20))
     assert not (tmp_path / "none").exists()

@@ -1,30 +1,108 @@
+"""Progress in a log file: plain lines, the remaining time, and units of several kinds."""
+
+from __future__ import annotations
+
 import io
+import threading
 
-import torch.distributed as dist
+import pytest
 
-from recpress.trainer.observability.progress import Progress
-from tests.ranks import run_on_ranks
+from recpress.trainer.observability import progress
+from recpress.trainer.observability.progress import Progress, UnitProgress
 
 
-def lines():
-    """What a log file gets of a run that goes on at step 50."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_resumed_run_shows_its_step_and_the_remaining_time(clock: list[float]) -> None:
     stream = io.StringIO()
-    progress = Progress(100, "train", stream=stream)
-    progress.skip(50)
-    scalars = {"train/loss": 0.5, "train/learning_rate": 1e-3, "train/rows_per_second": 12_345.0, "train/epoch": 1}
-    progress.update(25, scalars | {"train/waiting": 0.032, "train/ne": 0.81234, "train/auc": 0.9})
-    progress.say("epoch 1, step 75: HR@10 0.5")
-    progress.close()
-    return dist.get_rank(), stream.getvalue()
+    with Progress("train", "step", 100, stream=stream, line_seconds=0) as shown:
+        shown.start_at(50)
+        clock[0] += 10
+        shown.update(25, "loss 0.5000")
+        shown.write("epoch 1, step 75: HR@10 0.5")
+    assert stream.getvalue().splitlines() == [
+        "train: 75 of 100 steps (75%), loss 0.5000, 00:10 elapsed, about 00:10 left",
+        "epoch 1, step 75: HR@10 0.5",
+    ]
 
 
-def test_a_file_gets_plain_lines_and_only_from_rank_0():
-    first, second = run_on_ranks(lines, 2)
-    status, said = first[1].splitlines()
-    assert status.startswith(
-        "train: step 75 of 100 (75%), loss 0.5000, lr 1.00e-03, 12,345 rows/s, waiting 3%, NE 0.812, AUC 0.900, 00:0"
-    )
-    assert status.endswith(" left")
-    assert said == "epoch 1, step 75: HR@10 0.5"
-    assert "\r" not in first[1]
-    assert second == (1, "")
+def test_without_a_total_there_is_no_remaining_time(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Progress("counting ids", "row", stream=stream, line_seconds=5) as shown:
+        shown.update(3)
+        clock[0] += 6
+        shown.update(3)
+    assert stream.getvalue() == "counting ids: 6 rows, 00:06 elapsed\n"
+
+
+def test_each_stage_has_its_own_count(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Progress("items", "id", stream=stream, line_seconds=0) as shown:
+        for name, done, total in (("first", 5, 10), ("first", 10, 10), ("second", 1, 4)):
+            clock[0] += 5
+            shown.stage(name, done, total)
+    assert [line.split(", ")[:2] for line in stream.getvalue().splitlines()] == [
+        ["items: 5 of 10 ids (50%)", "first"],
+        ["items: 10 of 10 ids (100%)", "first"],
+        ["items: 1 of 4 ids (25%)", "second"],
+    ]
+
+
+def test_a_rank_that_does_not_show_is_silent() -> None:
+    stream = io.StringIO()
+    with Progress("train", total=10, show=False, stream=stream, line_seconds=0) as shown:
+        shown.update(5)
+        shown.write("a line")
+    assert stream.getvalue() == ""
+
+
+class Lines(io.StringIO):
+    """A log file that sets an event at each line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        done = super().write(text)
+        self.written.set()
+        return done
+
+
+def test_a_long_unit_is_not_silent() -> None:
+    lines = Lines()
+    with (
+        UnitProgress("compare", {"slow": 3}, stream=lines, line_seconds=0.02) as shown,
+        shown.unit("slow", "the slow one"),
+    ):
+        assert lines.written.wait(30)
+    assert lines.getvalue().startswith("compare: 0 of 3 units (0%), now the slow one, 00:00 elapsed")
+
+
+def test_no_kind_is_estimated_by_the_pace_of_another_that_was_measured(clock: list[float]) -> None:
+    shown = UnitProgress("compare", {"fast": 10, "slow": 2, "other": 1}, show=False)
+    assert shown.remaining() is None
+    assert "left" not in shown.line()
+    for kind, seconds in (("fast", 1.0), ("fast", 3.0), ("slow", 50.0)):
+        with shown.unit(kind, kind):
+            clock[0] += seconds
+    # 8 fast ones of 2 s, one slow one of 50 s, and one that was never measured: the mean of all, 18 s
+    assert shown.remaining() == pytest.approx(8 * 2 + 50 + 18)
+    assert shown.line() == "compare: 3 of 13 units (23%), 00:54 elapsed, about 01:24 left"
+    with shown.unit("slow", "the last slow one"):
+        clock[0] += 20
+        assert shown.remaining() == pytest.approx(8 * 2 + 30 + 18)
+    shown.skip("fast", 8)
+    assert shown.remaining() == pytest.approx(74 / 4)
+
+
+def test_a_unit_that_fails_is_not_done() -> None:
+    shown = UnitProgress("compare", {"a": 2}, show=False)
+    with pytest.raises(ValueError, match="no"), shown.unit("a", "one"):
+        raise ValueError("no")
+    assert "0 of 2 units" in shown.line()

@@ -1,26 +1,29 @@
-"""Parquet files for the measurements of reading: narrow, wide, with lists, and long by hard links."""
+"""Synthetic logs, ids and maps: narrow, wide, with lists, and long by hard links."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torchrec import KeyedJaggedTensor
 
 from recpress.data.config import LayoutConfig, Schema
 from recpress.data.dataset.writer import LogWriter
+from recpress.modules.hashing.id_map import IdMap
 
 PIECE = 1 << 18
 CATEGORIES, FLOATS = 26, 13
 
 
 @dataclass(frozen=True)
-class Made:
-    """A log that was made: where, what its columns mean, and what becomes the keys of the features."""
+class SyntheticLog:
+    """A log on disk: where, its schema, and which columns become the keys of the features."""
 
     folder: str
     files: tuple[str, ...]
@@ -43,8 +46,9 @@ class Made:
         return sum(Path(file).stat().st_size for file in self.files)
 
 
-def narrow(folder: Path, rows: int, group: int | None = None) -> Made:
-    """User, item, label and time, which is not read. With `group` as pyarrow writes by default, zstd; else as ours."""
+def narrow(folder: Path, rows: int, group: int | None = None) -> SyntheticLog:
+    """User, item, label and time, which is not read. With `group`, pyarrow's row groups of that size
+    (zstd); otherwise our layout."""
 
     def piece(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
         return {
@@ -54,11 +58,13 @@ def narrow(folder: Path, rows: int, group: int | None = None) -> Made:
             "time": rng.integers(0, 10**8, count),
         }
 
-    return Made(str(folder), _written(folder, rows, piece, group), Schema(label="label"), ("user_id", "item_id"))
+    return SyntheticLog(
+        str(folder), _written(folder, rows, piece, group), Schema(label="label"), ("user_id", "item_id")
+    )
 
 
-def wide(folder: Path, rows: int) -> Made:
-    """Criteo's shape: 26 categorical columns, 13 numbers, a label; each id column with a vocabulary of its own."""
+def wide(folder: Path, rows: int) -> SyntheticLog:
+    """Criteo's shape: 26 categorical columns, 13 numbers, a label; each id column has its own vocabulary."""
     keys = tuple(f"C{number}" for number in range(1, CATEGORIES + 1))
     floats = tuple(f"I{number}" for number in range(1, FLOATS + 1))
 
@@ -68,10 +74,10 @@ def wide(folder: Path, rows: int) -> Made:
         return {"label": (rng.random(count) < 0.25).astype(np.float32), **numbers, **ids}
 
     schema = Schema(user="", item="", label="label", categorical=keys, floats=floats)
-    return Made(str(folder), _written(folder, rows, piece), schema, keys, floats)
+    return SyntheticLog(str(folder), _written(folder, rows, piece), schema, keys, floats)
 
 
-def with_lists(folder: Path, rows: int, mean: float = 9.5) -> Made:
+def with_lists(folder: Path, rows: int, mean: float = 9.5) -> SyntheticLog:
     """User, item, label, and a list of items of `mean` length."""
 
     def piece(rng: np.random.Generator, count: int) -> dict[str, np.ndarray | pa.Array]:
@@ -87,21 +93,21 @@ def with_lists(folder: Path, rows: int, mean: float = 9.5) -> Made:
 
     schema = Schema(label="label", categorical=("history",))
     keys = ("user_id", "item_id", "history")
-    return Made(str(folder), _written(folder, rows, piece), schema, keys, lists=frozenset({"history"}))
+    return SyntheticLog(str(folder), _written(folder, rows, piece), schema, keys, lists=frozenset({"history"}))
 
 
-def long(folder: Path, rows: int, file_rows: int = 4_000_000) -> Made:
-    """A narrow log of at least `rows` rows in our layout: one real file under many names, by hard links.
+def long(folder: Path, rows: int, file_rows: int = 4_000_000) -> SyntheticLog:
+    """A narrow log of at least `rows` rows in our layout: one file under many names, by hard links.
 
-    Each name is a file with a footer and row groups of its own for every reader, and only the first takes room.
+    For every reader each name is a file with its own footer and row groups; only the first takes disk space.
     """
-    made = narrow(folder, file_rows)
-    files = list(made.files)
+    log = narrow(folder, file_rows)
+    files = list(log.files)
     for number in range(1, -(-rows // file_rows)):
         link = Path(files[0]).with_name(f"part-{number:05d}.parquet")
         os.link(files[0], link)
         files.append(str(link))
-    return Made(str(folder), tuple(files), made.schema, made.keys)
+    return SyntheticLog(str(folder), tuple(files), log.schema, log.keys)
 
 
 Piece = Callable[[np.random.Generator, int], dict[str, np.ndarray | pa.Array]]
@@ -123,3 +129,31 @@ def _written(folder: Path, rows: int, piece: Piece, group: int | None = None) ->
     whole = pa.concat_tables(list(tables()))
     pq.write_table(whole, path, compression="zstd", row_group_size=group)
     return (str(path),)
+
+
+def skewed_ids(rng: np.random.Generator, num_ids: int, count: int) -> np.ndarray:
+    """int64 (count,): id k about in proportion to 1 / (k + 1), as in a log."""
+    return (num_ids ** rng.random(count) - 1).astype(np.int64).clip(0, num_ids - 1)
+
+
+def random_ids(kind: str, num_ids: int, count: int, seed: int) -> torch.Tensor:
+    """`uniform` ids; or `skewed` ones, with the frequent ones spread over all ids."""
+    rng = np.random.default_rng(seed)
+    if kind == "uniform":
+        return torch.from_numpy(rng.integers(0, num_ids, count))
+    return torch.from_numpy(np.random.default_rng(0).permutation(num_ids)[skewed_ids(rng, num_ids, count)])
+
+
+def random_map(ids: int, rows: int, seed: int, rows_per_id: int = 1) -> IdMap:
+    """Each id on random rows."""
+    values = np.random.default_rng(seed).integers(0, rows, (ids, rows_per_id), dtype=np.int32)
+    return IdMap(rows=torch.from_numpy(values), num_rows=rows)
+
+
+def keyed(ids: torch.Tensor, keys: Sequence[str]) -> KeyedJaggedTensor:
+    """One id per key and example: `ids` (keys x B,), by key; what is left over is dropped."""
+    count = len(ids) // len(keys) * len(keys)
+    lengths = torch.ones(count, dtype=torch.int32, device=ids.device)
+    features = KeyedJaggedTensor([*keys], ids[:count], lengths=lengths, stride=count // len(keys))
+    features.length_per_key()  # computed once per batch, whoever asks first
+    return features

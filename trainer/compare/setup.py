@@ -1,0 +1,87 @@
+"""What the comparisons share before and between their runs: the log, popularity, silence of the stages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from recpress.data.config import SampleConfig
+from recpress.data.dataset.log import Log, open_log
+from recpress.data.errors import InputError
+from recpress.data.ingest import split as holdout
+from recpress.data.synthetic import interactions as data_synth
+from recpress.trainer.compare.config import CompareBothConfig, CompareCadcConfig
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig, chosen_schema
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.evaluate.ranking import vectors_from_factors
+from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
+
+COMPARISON = "comparison"
+"""Kind of the artifact that a comparison writes."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Discard standard output: the stages of a comparison print lines that its own lines replace."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def prepare_log(config: CompareCadcConfig | CompareBothConfig, folder: Path) -> tuple[str, Log]:
+    """(path, log) to compare on; a synthetic log is written into `folder` if the config names none. Collective.
+
+    Raises:
+        InputError: the log cannot be used, or has no held-out rows. On every rank.
+    """
+    path = config.data or str(folder / "log")
+    with raise_on_all_ranks():
+        if config.data is None and dist.get_rank() == 0:
+            data_synth.synth(config.synth, path)
+    with raise_on_all_ranks():
+        return path, open_heldout(path, config)
+
+
+def open_heldout(path: str, config: CompareCadcConfig | CompareBothConfig) -> Log:
+    """The log. Raises InputError if it has no held-out rows."""
+    log = open_log(path, chosen_schema(config.schema))
+    if log.test is None and log.test_negatives is None:
+        raise InputError(f"{path}: no held-out rows (test or test_negatives), which a comparison needs")
+    return log
+
+
+def split_validation(log: Log, path: str, seed: int, negatives: int) -> None:
+    """Write a log to `path` that holds one random train row of each user out, to choose settings on. Collective."""
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0 and not Path(path).exists():
+            holdout.leave_one_out(log, path, by="random", seed=seed, negatives=negatives)
+
+
+def rank_by_popularity(log: Log, evaluation: EvaluationConfig) -> dict[str, float]:
+    """Metrics of the items by their number of examples, the same for every user. Collective."""
+    counts = torch.from_numpy(log.counts("item")).double()[:, None]
+    return rank_heldout(
+        load_heldout(log, evaluation),
+        lambda users: torch.ones(len(users), 1),
+        vectors_from_factors(counts),
+        evaluation,
+        torch.device("cpu"),
+    )
+
+
+def train_config(
+    network: NetworkConfig, tables: dict[str, Any], seed: int, sample_rate: float, **settings: Any
+) -> TrainConfig:
+    """How one network of a comparison is trained: `tables` replaces settings of its tables, one seed for all draws."""
+    fields = {name: getattr(network, name) for name in network.__dataclass_fields__}
+    fields["model"] = replace(network.model, tables=replace(network.model.tables, **tables))
+    fields["stream"] = replace(network.stream, seed=seed)
+    fields["negatives"] = replace(network.negatives, seed=seed)
+    sample = SampleConfig(rate=sample_rate, seed=seed)
+    return TrainConfig(**fields, sample=sample, seed=seed, tensorboard=False, **settings)
