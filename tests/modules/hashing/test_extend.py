@@ -97,9 +97,9 @@ def test_what_does_not_fit_is_refused() -> None:
     arriving[4, 1] = torch.nan
     with pytest.raises(ValueError, match="row 4 of the source holds NaN"):
         extend_map(old, 110, centers=centers, embedding=arriving)
-    with pytest.raises(ValueError, match="'double': ids have 2 rows"):
+    with pytest.raises(ValueError, match="'double': 2 rows per id"):
         extend_map(made("double")[0], 110, centers=centers, embedding=torch.randn(10, 3))
-    with pytest.raises(ValueError, match="'double': ids have 2 rows"):
+    with pytest.raises(ValueError, match="'double': 2 rows per id"):
         row_centers(made("double")[0], vectors)
     with pytest.raises(ValueError, match="covers 100 ids, the embedding has 99 rows"):
         row_centers(old, vectors[:99])

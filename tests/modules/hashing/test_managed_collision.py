@@ -110,7 +110,7 @@ def test_maps_that_it_cannot_apply() -> None:
     with pytest.raises(ValueError, match="2 rows per id and no weights, expected one row"):
         LearnedCollisionModule(two)
     weighted = IdMap(rows=torch.zeros(3, 1, dtype=torch.int32), num_rows=2, weights=torch.ones(3, 1))
-    with pytest.raises(ValueError, match="1 rows an id and weights, expected one row and no weights"):
+    with pytest.raises(ValueError, match="1 rows per id and weights, expected one row and no weights"):
         LearnedCollisionModule(weighted)
     with pytest.raises(ValueError, match="'skip'"):
         LearnedCollisionModule(id_map("t0"), unknown="skip")  # type: ignore[arg-type]
