@@ -13,76 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recpress.modules.als.auto import DEFAULTS, MOST_SWEEPS, TOLERANCE
-from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factorization import ALS, initial_factors, initial_rows
 from recpress.modules.als.factors import Factors, RowBlocks
-from recpress.modules.als.half_sweep import FAR, Limits, block_rows
-from recpress.modules.als.interactions import InteractionBuilder
-from recpress.modules.als.solvers import Scratch
+from recpress.modules.als.half_sweep import FAR, Limits
 from recpress.modules.config import ALSConfig, ALSParameters
 from tests.modules.als import als_reference as reference
+from tests.modules.als.fit_cases import CONFIGS, ITEMS, USERS, log, run
 from tests.ranks import run_on_ranks
-
-USERS, ITEMS = 53, 31
-CONFIGS = {
-    "hu": ALSParameters(factors=6, sweeps=4, confidence=5.0, regularization=2.0),
-    "rendle": ALSParameters(
-        factors=6,
-        sweeps=4,
-        confidence=1.0,
-        unobserved_weight=0.1,
-        regularization=0.05,
-        frequency_exponent=1.0,
-    ),
-    "half": ALSParameters(
-        factors=6, sweeps=4, confidence=3.0, unobserved_weight=0.5, regularization=0.2, frequency_exponent=0.5
-    ),
-}
-
-
-def log(valued: bool = False, seed: int = 0, rows: int = 400):
-    """Skewed ids, with duplicates, empty users and empty items."""
-    rng = np.random.default_rng(seed)
-    users = (USERS * rng.random(rows) ** 2).astype(np.int64)
-    items = (ITEMS * rng.random(rows) ** 2).astype(np.int64)
-    users[users == 7] = 8
-    items[items == 5] = 6
-    return users, items, rng.integers(0, 5, rows).astype(np.float32) if valued else None
-
-
-def run(config: ALSParameters, triples, limits=None, start=None, chunks: int = 1, on_sweep=None):
-    als = ALS(config, USERS, ITEMS, limits=limits)
-    for part in np.array_split(np.arange(len(triples[0])), chunks):
-        als.add(*(None if column is None else column[part] for column in triples))
-    objectives: list[float] = []
-
-    def record(report):
-        objectives.append(report.objective)
-        return on_sweep is not None and on_sweep(report)
-
-    return als.fit(record, start), objectives
-
-
-def initial(config: ALSParameters) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(
-        initial_rows(config.seed, side, 0, n, config.factors).astype(float) for side, n in ((0, USERS), (1, ITEMS))
-    )
-
-
-@pytest.mark.parametrize("valued", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_exact_solver_is_the_dense_reference(name, valued):
-    config = replace(CONFIGS[name], solver="cholesky")
-    triples = log(valued)
-    matrix, seen = reference.dense(*triples, (USERS, ITEMS))
-    x, y, objectives = reference.fit(config, *initial(config), matrix, seen)
-    factors, found = run(config, triples, chunks=3)
-    # float32 solves against float64: relative to the largest entry
-    assert np.abs(factors.users.numpy() - x).max() < 1e-4 * np.abs(x).max()
-    assert np.abs(factors.items.numpy() - y).max() < 1e-4 * np.abs(y).max()
-    np.testing.assert_allclose(found, objectives, rtol=1e-5)
-    assert not factors.users[7].any()
-    assert not factors.items[5].any()
 
 
 @pytest.mark.parametrize("solver", ["auto", "cg", "cholesky"])
@@ -101,37 +38,6 @@ def test_objective_falls_and_is_that_of_the_factors(name, solver):
     assert not factors.items[5].any()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_solvers_meet(name):
-    """Conjugate gradients and the exact solver go to the same objective."""
-    ends = {
-        solver: run(replace(CONFIGS[name], solver=solver, sweeps=60), log())[1][-1]
-        for solver in ("auto", "cg", "cholesky")
-    }
-    assert ends["auto"] == pytest.approx(ends["cholesky"], rel=5e-3)
-    assert ends["cg"] == pytest.approx(ends["cholesky"], rel=5e-3)
-
-
-@pytest.mark.parametrize("solver", ["auto", "cg", "cholesky"])
-@pytest.mark.parametrize("valued", [False, True])
-def test_chunks_change_nothing(solver, valued):
-    config = replace(CONFIGS["half"], solver=solver)
-    whole, objectives = run(config, log(valued))
-    cut, cut_objectives = run(config, log(valued), limits=Limits(interactions=64, rows=5, heavy=64))
-    assert (torch.diff(whole.users, dim=0) != 0).any()
-    torch.testing.assert_close(cut.users, whole.users, rtol=0, atol=1e-4)
-    torch.testing.assert_close(cut.items, whole.items, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(cut_objectives, objectives, rtol=1e-5)
-
-
-def test_a_row_in_pieces_is_exact():
-    config = replace(CONFIGS["half"], solver="cholesky")
-    whole, objectives = run(config, log(True))
-    cut, cut_objectives = run(config, log(True), limits=Limits(interactions=9, rows=5, heavy=7))
-    torch.testing.assert_close(cut.users, whole.users, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(cut_objectives, objectives, rtol=1e-5)
-
-
 def test_duplicates_sum_and_ones_need_no_values():
     config = CONFIGS["hu"]
     users, items, _ = log()
@@ -142,55 +48,6 @@ def test_duplicates_sum_and_ones_need_no_values():
     plain, _ = run(config, (*pairs, None))
     ones, _ = run(config, (*pairs, np.ones(pairs.shape[1], np.float32)))
     assert torch.equal(plain.users, ones.users)
-
-
-@pytest.mark.parametrize("valued", [False, True])
-def test_a_log_added_at_once_is_the_log_added_in_parts(valued):
-    """More rows than a buffer, duplicates among them, and the caller's arrays changed after `add`."""
-    rng = np.random.default_rng(0)
-    rows = (1 << 17) + 1000
-    users, items = rng.integers(0, 2000, rows, np.int32), rng.integers(0, 300, rows, np.int32)
-    values = rng.integers(0, 4, rows).astype(np.float64) if valued else None
-    built = []
-    for chunks in (1, 7):
-        builder = InteractionBuilder(2000, 300, Exchange(None, torch.device("cpu")))
-        for part in np.array_split(np.arange(rows), chunks):
-            chunk = [None if column is None else column[part] for column in (users, items, values)]
-            builder.add(*chunk)
-            for column in chunk[:2]:
-                column[:] = 0
-        assert builder.rows == rows
-        built.append(builder.build())
-    for one, other in zip(*built, strict=True):
-        np.testing.assert_array_equal(one.indptr, other.indptr)
-        np.testing.assert_array_equal(one.indices, other.indices)
-        np.testing.assert_array_equal(one.values, other.values)
-    matrix, _ = reference.dense(users, items, values, (2000, 300))
-    found = np.zeros_like(matrix)
-    csr = built[0][0]
-    found[np.repeat(np.arange(2000), np.diff(csr.indptr)), csr.indices] = csr.values
-    np.testing.assert_array_equal(found, matrix)
-
-
-def test_a_bad_value_past_the_first_buffer_is_named_and_nothing_is_taken():
-    builder = InteractionBuilder(5, 5, Exchange(None, torch.device("cpu")))
-    ids, values = np.ones(1 << 17, np.int32), np.ones(1 << 17)
-    values[100_000] = np.nan
-    with pytest.raises(ValueError, match=r"interaction 100000 \(user 1, item 1\): value nan"):
-        builder.add(ids, ids, values)
-    assert builder.rows == 0
-    assert [len(csr.indices) for csr in builder.build()] == [0, 0]
-
-
-def test_working_arrays_are_reused_and_bounded():
-    scratch = Scratch()
-    large = scratch.floats("a", torch.empty(300, 200))
-    small = scratch.floats("a", torch.empty(7, dtype=torch.int32))
-    assert small.data_ptr() == large.data_ptr()
-    assert (small.shape, small.dtype) == ((7,), torch.float32)
-    assert scratch.floats("b", small).data_ptr() != small.data_ptr()
-    assert scratch.floats("a", torch.empty(700, 200)).shape == (700, 200)
-    assert [block_rows(dim) for dim in (1, 32, 128, 1 << 20)] == [1024, 1024, 256, 1]
 
 
 @settings(max_examples=25, deadline=None)
@@ -288,24 +145,6 @@ def test_initial_vectors_depend_on_seed_side_and_row_alone():
     assert whole.std() == pytest.approx(0.1 / 6**0.5, rel=0.1)
     shards = [initial_factors(CONFIGS["hu"], USERS, ITEMS, r, 3, torch.device("cpu")).items for r in range(3)]
     assert torch.equal(torch.cat(shards), initial_factors(CONFIGS["hu"], USERS, ITEMS, 0, 1, torch.device("cpu")).items)
-
-
-@pytest.mark.parametrize(
-    ("triple", "message"),
-    [
-        (([0, 1], [0, ITEMS], None), r"interaction 3: item id 31, expected 0 to 30"),
-        (([0, -1], [0, 1], None), r"interaction 3: user id -1, expected 0 to 52"),
-        (([0, 1], [0, 1], [1.0, float("nan")]), r"interaction 3 \(user 1, item 1\): value nan"),
-        (([0, 1], [0, 1], [-1.0, 1.0]), r"interaction 2 \(user 0, item 0\): value -1"),
-        (([0.5], [0], None), r"user ids: expected one dimension of integers"),
-        (([0, 1], [0], None), r"differ in length"),
-    ],
-)
-def test_bad_interactions_are_named(triple, message):
-    als = ALS(CONFIGS["hu"], USERS, ITEMS)
-    als.add([1, 2], [3, 4])
-    with pytest.raises(ValueError, match=message):
-        als.add(*triple)
 
 
 def test_bad_fits_are_named():

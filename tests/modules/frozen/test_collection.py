@@ -1,50 +1,21 @@
 """Frozen tables: plain and sharded give the same rows, stored in the bits that were asked for."""
 
-import copy
-import io
-import pickle
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import FrozenTable
+from tests.modules.frozen.table_cases import STORAGES, check, features, load, tables
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
-STORAGES = ("fp32", "fp16", "int8", "int4")
+
+
 WIDTHS = {"fp32": 4 * 256, "fp16": 2 * 256, "int8": 256 + 8, "int4": 128 + 4}
 """Bytes of a row of 256 values."""
-
-
-def tables(storage):
-    return [
-        FrozenTable(name="a", rows=11, dim=256, features=("x",), storage=storage),
-        FrozenTable(name="b", rows=7, dim=8, features=("x", "y")),
-    ]
-
-
-def sources():
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(11, 256)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
-
-
-def features():
-    ids = torch.tensor([1, 6, 3, 5, 0, 6, 2, 2])
-    return KeyedJaggedTensor(["x", "y"], ids, lengths=torch.ones(8, dtype=torch.int32))
-
-
-def expected():
-    a, b = (torch.from_numpy(s) for s in sources())
-    b = torch.cat([b, torch.zeros(7, 2)], 1)  # dimension 6 is padded to 8
-    ids = features().values()
-    return {"x@a": a[ids[:4]], "x@b": b[ids[:4]], "y": b[ids[4:]]}
 
 
 class OverTables(nn.Module):
@@ -57,20 +28,6 @@ class OverTables(nn.Module):
 
     def forward(self, batch):
         return self.top(self.frozen(batch)["x@a"]).sum()
-
-
-def load(collection):
-    for table, source in zip(("a", "b"), sources(), strict=True):
-        collection.load(table, source)
-
-
-def check(found, storage):
-    # a row of 256 normal numbers spans 6 or 7; in int8 7 / 510 is 0.014, in int4 7 / 30 is 0.233
-    bound = {"fp32": 0.0, "fp16": 2e-3, "int8": 0.015, "int4": 0.25}[storage]
-    for key, want in expected().items():
-        assert not found[key].requires_grad
-        limit = bound if key == "x@a" else 0.0
-        assert float((found[key] - want).abs().max()) <= limit, key
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -181,50 +138,6 @@ def test_weights_are_ignored_where_none_were_announced():
     assert torch.equal(collection(ones).values(), collection(bare).values())
 
 
-def test_what_int4_cannot_hold_is_refused():
-    collection = FrozenEmbeddingBagCollection([FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int4")])
-    with pytest.raises(ValueError, match="too large for int4"):
-        collection.load("a", np.full((3, 8), 1e6, np.float32))
-
-
-@settings(max_examples=50, deadline=None)
-@given(arrays(np.float32, (3, 8), elements=st.floats(-1000, 1000, width=32)))
-def test_int4_is_off_by_half_a_step_of_the_row(values):
-    collection = FrozenEmbeddingBagCollection([FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int4")])
-    collection.load("a", values)
-    ((_, decoded),) = collection.decoded("a")
-    span = values.max(1, keepdims=True) - values.min(1, keepdims=True)
-    # half a step, and what float16 takes from the offset, and from the scale 15 times
-    bound = span / 30 + (np.abs(values).max(1, keepdims=True) + span) * 2**-10 + 1e-6
-    assert (np.abs(decoded.numpy() - values) <= bound).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(arrays(np.float32, (3, 8), elements=st.floats(-1000, 1000, width=32)))
-def test_int8_is_off_by_half_a_step_of_the_row(values):
-    collection = FrozenEmbeddingBagCollection([FrozenTable(name="a", rows=3, dim=8, features=("x",), storage="int8")])
-    collection.load("a", values)
-    ((_, decoded),) = collection.decoded("a")
-    span = values.max(1, keepdims=True) - values.min(1, keepdims=True)
-    bound = span / 510 * 1.01 + 1e-6 * np.abs(values).max() + 1e-7
-    assert (np.abs(decoded.numpy() - values) <= bound).all()
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (np.zeros((10, 256), np.float32), "10 rows, expected 11"),
-        (np.zeros((11, 12), np.float32), "dimension 12, expected 256"),
-        (np.full((11, 256), np.nan, np.float32), "row 0 of the source holds NaN"),
-        (np.full((11, 256), 1e6, np.float32), "too large for fp16"),
-    ],
-)
-def test_a_source_that_does_not_fit_is_refused(source, message):
-    collection = FrozenEmbeddingBagCollection(tables("fp16"))
-    with pytest.raises(ValueError, match=message):
-        collection.load("a", source)
-
-
 def lookup(storage, ids, **options):
     collection = FrozenEmbeddingBagCollection([FrozenTable(name="t", rows=10, dim=8, features=("f",), storage=storage)])
     collection.load("t", np.arange(80, dtype=np.float32).reshape(10, 8))
@@ -259,30 +172,6 @@ def test_tables_that_cannot_be_told_apart_are_refused():
         FrozenEmbeddingBagCollection([])
     with pytest.raises(ValueError, match=r"no frozen table .u.; expected one of a, b"):
         FrozenEmbeddingBagCollection(tables("fp32")).load("u", np.ones((2, 4), np.float32))
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_copy_and_a_pickle_keep_the_rows(storage):
-    collection = FrozenEmbeddingBagCollection(tables(storage))
-    load(collection)
-    blob = io.BytesIO()
-    torch.save(collection, blob)
-    blob.seek(0)
-    for other in (
-        copy.deepcopy(collection),
-        pickle.loads(pickle.dumps(collection)),
-        torch.load(blob, weights_only=False),
-    ):
-        check(other(features()), storage)
-
-
-def test_rows_that_were_never_loaded_are_refused():
-    collection = FrozenEmbeddingBagCollection(tables("int8"))
-    collection.load("a", sources()[0])
-    with pytest.raises(ValueError, match=r"'b'.*never loaded.*load\('b'"):
-        collection(features())
-    load(collection)
-    collection(features())
 
 
 def bad_uses():

@@ -3,73 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torchrec import KeyedJaggedTensor
 
-from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.config import TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.shared_rows import IdVectors, shared_rows
 from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import CountCodes, MappedRows, SideSpec, TwoTower
-
-USERS, ITEMS, DIM = 9, 7, 6  # a dimension that is padded to 8
-
-
-def factors():
-    rng = np.random.default_rng(2)
-    return tuple(rng.normal(0, 0.4, (n, DIM)).astype(np.float32) for n in (USERS, ITEMS))
-
-
-def build(strategy="frozen", kind="residual", counted=False, storage="fp32", **side):
-    torch.manual_seed(0)
-    config = TwoTowerConfig(
-        tables=TablesConfig(strategy=strategy, storage=storage, dim=8, residual_dim=4),
-        towers=TowersConfig(kind=kind, hidden=(10,), dim=5, feature_dim=4),
-        loss=LossConfig(),
-    )
-    model = TwoTower(
-        config,
-        SideSpec(key="user", rows=USERS, dim=DIM, counted=counted, **side),
-        SideSpec(key="item", rows=ITEMS, dim=DIM, counted=counted),
-    )
-    if strategy != "random":
-        model.load_factors(*factors())
-    return model
-
-
-def keyed(**ids):
-    lengths = torch.ones(sum(len(v) for v in ids.values()), dtype=torch.int32)
-    return KeyedJaggedTensor(list(ids), torch.cat([torch.as_tensor(v) for v in ids.values()]), lengths=lengths)
-
-
-def scores(model, **floats):
-    users = model.user_vectors(keyed(user=range(USERS)), **floats)
-    return users @ model.item_vectors(keyed(item=range(ITEMS))).T
-
-
-@pytest.mark.parametrize("strategy", ["warm-start", "frozen", "frozen+residual"])
-@pytest.mark.parametrize("counted", [False, True])
-def test_residual_towers_start_with_the_scores_of_the_factorization(strategy, counted):
-    user, item = factors()
-    model = build(strategy, counted=counted)
-    if counted:
-        model.load_counts(np.ones((USERS, 1), np.float32), np.zeros((ITEMS, 1), np.float32))
-    torch.testing.assert_close(scores(model), torch.from_numpy(user @ item.T))
-
-
-def test_residual_towers_of_one_id_are_finite():
-    """The lengths of a table of one row do not vary."""
-    torch.manual_seed(0)
-    config = TwoTowerConfig(tables=TablesConfig(strategy="frozen"), towers=TowersConfig(kind="residual", hidden=(10,)))
-    model = TwoTower(config, SideSpec(key="user", rows=1, dim=DIM), SideSpec(key="item", rows=ITEMS, dim=DIM))
-    user, item = factors()[0][:1], factors()[1]
-    model.load_factors(user, item)
-    found = model.user_vectors(keyed(user=[0])) @ model.item_vectors(keyed(item=range(ITEMS))).T
-    torch.testing.assert_close(found, torch.from_numpy(user @ item.T))
-
-
-def test_mlp_towers_do_not():
-    user, item = factors()
-    assert not torch.allclose(scores(build(kind="mlp")), torch.from_numpy(user @ item.T), atol=0.1)
+from tests.modules.two_tower.model_cases import DIM, ITEMS, USERS, build, factors, keyed, scores
 
 
 class Rows:
@@ -113,17 +53,6 @@ def test_a_few_steps_lower_the_loss_and_move_what_should_move(strategy, kind):
     if "freeze" in strategy:
         ((_, stored),) = model.user_frozen.decoded("user")
         assert torch.equal(stored[:, :DIM], torch.from_numpy(factors()[0]))
-
-
-def test_further_features_join_the_tower():
-    model = build("frozen", "mlp", categorical={"genre": 4}, floats=2)
-    users = torch.arange(3)
-    features = keyed(user=users, genre=[0, 1, 2])
-    first = model.user_vectors(features, torch.zeros(3, 2))
-    other_genre = model.user_vectors(keyed(user=users, genre=[3, 1, 2]), torch.zeros(3, 2))
-    other_float = model.user_vectors(features, torch.tensor([[0.0, 0], [0, 1], [0, 0]]))
-    assert (first != other_genre).any(1).tolist() == [True, False, False]
-    assert (first != other_float).any(1).tolist() == [False, True, False]
 
 
 def test_factors_can_be_swapped():

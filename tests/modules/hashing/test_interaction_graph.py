@@ -9,33 +9,9 @@ import pytest
 import torch
 
 from recpress.modules.config import HashConfig
-from recpress.modules.hashing.interaction_graph import InteractionGraph, fit_resolution, louvain_class
+from recpress.modules.hashing.interaction_graph import InteractionGraph, fit_resolution
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
-from recpress.modules.hashing.table_stats import TableStats
-
-USERS, ITEMS, GROUPS = 300, 200, 10
-OWN_LOUVAIN = 0.71767
-"""Modularity that an implementation of our own reached on the graph of this test, before the library replaced it."""
-TABLES = (
-    TableStats(name="users", num_ids=USERS, vocabulary="v1"),
-    TableStats(name="items", num_ids=ITEMS, vocabulary="v2"),
-)
-
-
-def made(noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """6,000 interactions of users with items of their own of ten groups, but for a share of `noise`."""
-    rng = np.random.default_rng(seed)
-    users = rng.integers(0, USERS, 6000)
-    items = rng.integers(0, ITEMS // GROUPS, 6000) * GROUPS + users % GROUPS
-    return users, np.where(rng.random(6000) < noise, rng.integers(0, ITEMS, 6000), items)
-
-
-def modularity(graph: InteractionGraph, labels: np.ndarray) -> float:
-    """Barber's modularity at resolution 1, by its definition over all pairs."""
-    edges = graph.biadjacency.toarray()
-    same = labels[:USERS, None] == labels[None, USERS:]
-    expected = np.outer(graph.user_degree, graph.item_degree) / edges.sum()
-    return float(((edges - expected) * same).sum() / edges.sum())
+from tests.modules.hashing.graph_cases import GROUPS, ITEMS, TABLES, USERS, made
 
 
 @pytest.mark.parametrize("method", JOINT_METHODS)
@@ -74,16 +50,6 @@ def test_ids_without_interactions_share_one_row(method: str) -> None:
     assert rows[0, 0] not in rows[50:]
 
 
-def test_louvain_reaches_the_modularity_of_the_planted_groups() -> None:
-    """With little noise, the planted groups are near the optimum at resolution 1."""
-    users, items = made(noise=0.2)
-    graph = InteractionGraph.of(*TABLES, users, items, 100)
-    labels = graph.clusters(louvain_class("louvain")(1.0, tol_optimization=1e-5, tol_aggregation=1e-5))
-    planted = np.concatenate([np.arange(USERS) % GROUPS, np.arange(ITEMS) % GROUPS])
-    assert modularity(graph, labels) >= 0.999 * modularity(graph, planted)
-    assert modularity(graph, labels) >= OWN_LOUVAIN
-
-
 def test_the_smallest_clusters_merge_if_no_resolution_meets_the_budget() -> None:
     users, items = made()
     graph = InteractionGraph.of(*TABLES, users, items, 4)
@@ -100,20 +66,6 @@ def test_a_missing_library_is_named_with_its_extra(method: str, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "sknetwork.clustering", None)
     with pytest.raises(ValueError, match=rf"method '{method}' needs scikit-network.*pip install 'recpress\[graph\]'"):
         JOINT_METHODS[method](*TABLES, *made(), 50, HashConfig(method=method))
-
-
-def test_a_co_cluster_gives_users_a_second_row_that_is_not_their_own() -> None:
-    """A user who is between two groups has the row of each."""
-    users, items = made()
-    bridge = np.arange(0, ITEMS, GROUPS)
-    users = np.concatenate([users, np.full(10, 1), np.full(20, 1)])
-    items = np.concatenate([items, bridge[:10], np.resize(np.arange(1, ITEMS, GROUPS), 20)])
-    user_map, item_map = JOINT_METHODS["co-cluster"](*TABLES, users, items, 2 * GROUPS, HashConfig())
-    assert user_map.rows_per_id == 2
-    assert item_map.rows_per_id == 1
-    first, second = user_map.rows.T
-    assert second[1] == first[10]  # user 10 is of the group of the bridge's items
-    assert int((first != second).sum()) < 10
 
 
 def test_a_joint_method_is_no_method_for_one_table() -> None:
