@@ -36,7 +36,7 @@ from recpress.trainer.observability.logging_setup import VARIABLE as LOG_FORMAT_
 from recpress.trainer.options import SHELLS, completion, parse
 from recpress.trainer.versions import check_set, version_line
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 3.0
 """How long a process that ends by an error lets a checkpoint be written."""
@@ -225,13 +225,13 @@ def _main(arguments: list[str]) -> int:
         except Preempted as error:
             record(error)
             if os.environ.get("RANK", "0") == "0":
-                _LOG.warning("%s", error)
+                logger.warning("%s", error)
             return PREEMPTED_STATUS
         except Signalled as signalled:
-            _LOG.warning("stopped by %s; nothing was written", signalled.name)
+            logger.warning("stopped by %s; nothing was written", signalled.name)
             return _leaving(128 + signalled.number)
         except KeyboardInterrupt:
-            _LOG.warning("interrupted")
+            logger.warning("interrupted")
             return _leaving(130)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _stdout_is_broken():
@@ -252,7 +252,7 @@ def _failed(error: Exception) -> int:
     trace = error if line is None or os.environ.get("RECPRESS_DEBUG") else None
     if line is None:
         line = f"{type(error).__name__}: this is a bug of recpress; please report it with the traceback"
-    _LOG.error("%s", line, exc_info=trace)
+    logger.error("%s", line, exc_info=trace)
     return _leaving(status_of(error))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from opcode import opname
 from types import TracebackType
 
 from recpress.data.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class RankFailed(RuntimeError):
@@ -122,7 +125,17 @@ def record(error: BaseException) -> None:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": message}, file)
     except OSError as problem:  # the error itself is what matters
-        print(f"recpress: {path}: the error file of torchrun cannot be written: {problem}", file=sys.stderr)
+        logger.warning("%s: cannot write torchrun's error file: %s", path, problem)
+
+
+def report(line: str) -> None:
+    """Log an error that ends this process. Without logging, as in a program that imports recpress, print it: nothing
+    else would say why the process ended."""
+    handlers = (*logging.getLogger("recpress").handlers, *logging.root.handlers)
+    if any(not isinstance(handler, logging.NullHandler) for handler in handlers):
+        logger.error("%s", line)
+    else:
+        print(f"recpress [rank {os.environ.get('RANK', '0')}]: error: {line}", file=sys.stderr, flush=True)
 
 
 def _is_a(error: BaseException, module: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words, left_out
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+
+logger = logging.getLogger(__name__)
 
 
 def open_on_all_ranks(
@@ -73,5 +76,5 @@ def describe_lost(log: Log) -> dict[str, Any]:
     """What a manifest says of it, once all is read; says so too, on rank 0. Nothing without `skip`."""
     found = left_out(log)
     if dist.get_rank() == 0 and (line := in_words(log)):
-        print(line, flush=True)
+        logger.warning("%s", line)
     return found

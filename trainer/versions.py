@@ -11,7 +11,7 @@ import sys
 
 from recpress.data.errors import InputError
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 KNOWN_SETS: tuple[dict[str, str], ...] = (
     {"torch": "2.13", "torchrec": "1.8", "fbgemm-gpu": "1.8"},
@@ -77,7 +77,7 @@ def check_set(found: dict[str, str | None] | None = None) -> None:
             f"versions do not match: {shown}; expected {expected}; install a matching set (scripts/install.sh)"
         )
     if os.environ.get("RANK", "0") == "0":
-        _LOG.warning("untested versions: %s; tested are %s", shown, expected)
+        logger.warning("untested versions: %s; tested are %s", shown, expected)
 
 
 def _number(version: str) -> tuple[int, ...]:

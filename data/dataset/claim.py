@@ -34,6 +34,8 @@ from recpress.data.dataset import object_store
 from recpress.data.dataset.files import is_remote, resolve
 from recpress.data.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 25.0
 _SETTLE_SECONDS = 0.2  # after it, of two runs that wrote the object at the same time, both see the same one
@@ -128,7 +130,7 @@ class _File(_Held):
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     raise InputError(_refusal(path, said)) from None
                 raise
-            logging.getLogger("recpress").warning(
+            logger.warning(
                 "%s: its file system has no locks; two runs that write here at once are found only at the end", path
             )
             return file

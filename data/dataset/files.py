@@ -22,6 +22,8 @@ from pyarrow import fs as pafs
 
 from recpress.data.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _WILD = re.compile(r"[*?\[]")
@@ -119,7 +121,7 @@ def retried(filesystem: pafs.FileSystem, where: str, call: Callable[[], T]) -> T
             if left <= 0:
                 raise OSError(f"{first_line(error)} (tried {tries} times)") from error
             pause = min(random.uniform(0.5, 1.5) * wait, left)
-            logging.getLogger("recpress").warning("%s: %s; again in %.1f s", where, first_line(error), pause)
+            logger.warning("%s: %s; again in %.1f s", where, first_line(error), pause)
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
 

@@ -33,6 +33,8 @@ from recpress.data.dataset.partitions import constants
 from recpress.data.dataset.schema import unify
 from recpress.data.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 Taken = dict[str, Any]
 """`name`, `size` and `fingerprint` of a file, as a checkpoint keeps them."""
 
@@ -91,7 +93,7 @@ class GrowingLog:
         size = self._filesystem.get_file_info(name).size or 0
         before = self._unfinished.get(name)
         if before == size:
-            logging.getLogger("recpress").warning(
+            logger.warning(
                 "%s: not taken, not a whole Parquet file (yet): %s", shown(self._filesystem, name), first_line(error)
             )
         self._unfinished[name] = -1 if before in (size, -1) else size

@@ -41,6 +41,8 @@ from recpress.data.dataset.partitions import is_partition, partition_root
 from recpress.data.dataset.schema import common_time
 from recpress.data.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Log", "open_log"]
 
 KIND = "log"
@@ -317,7 +319,7 @@ def _warn_of_unread(
                     path[len(root) :].lstrip("/") for path in walk(filesystem, found[name].path) if path not in read
                 ]
     if unread:
-        logging.getLogger("recpress").warning(
+        logger.warning(
             "%s: not read, by their names: %s; docs/train/log.md lists the names that a log has",
             shown(filesystem, root),
             _some(unread),
@@ -334,7 +336,7 @@ def _warn_of_folders(
         if info.type == pafs.FileType.Directory and not is_hidden(name) and not is_partition(name)
     ]
     if files and folders:
-        logging.getLogger("recpress").warning(
+        logger.warning(
             "%s: read as a folder of Spark or Hive, from %s on; its other folders are not read: %s",
             shown(filesystem, root),
             files[0][len(root) :].lstrip("/"),

@@ -26,6 +26,8 @@ from recpress.data.ingest.raw_files import RawInput, has_suffix, plain_name
 from recpress.data.ingest.sources import Source
 from recpress.data.ingest.split import leave_one_out
 
+logger = logging.getLogger(__name__)
+
 KEPT = ("made_by", "source", "config", "inputs", "extends")  # of the manifest, when `holdout` splits the log
 SUFFIXES = {
     "parquet": (".parquet", ".parq", ".pq"),
@@ -98,7 +100,7 @@ def _write(
                 if piece.table.num_rows:
                     writer.part("test_negatives").write(encoder.encode_negatives(piece))
         for line in encoder.suspicious():
-            logging.getLogger("recpress").warning("%s: %s", config.input, line)
+            logger.warning("%s: %s", config.input, line)
         encoder.write_side_tables(source, writer)
         encoder.write_vocabularies(writer)
         users, items = (len(encoder.sides[side]) if side in encoder.sides else 0 for side in SIDES)

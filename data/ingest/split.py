@@ -29,6 +29,8 @@ from recpress.data.errors import InputError
 from recpress.data.negatives.table import negatives_table
 from recpress.data.seeds import generator
 
+logger = logging.getLogger(__name__)
+
 
 def leave_one_out(
     log: Log,
@@ -224,9 +226,7 @@ def _schema(log: Log) -> pa.Schema:
         or all(other.names.count(field.name) == 1 and other.field(field.name).type == field.type for other in schemas)
     ]
     if lost := [field.name for field in fields if field not in kept]:
-        logging.getLogger("recpress").warning(
-            "%s: not written, since its files differ in them: columns %s", log.path, ", ".join(lost)
-        )
+        logger.warning("%s: not written, since its files differ in them: columns %s", log.path, ", ".join(lost))
     return pa.schema([field.with_nullable(True).remove_metadata() for field in kept])
 
 

@@ -25,6 +25,8 @@ from recpress.data.seeds import generator
 if TYPE_CHECKING:
     from recpress.data.dataset.log import Log
 
+logger = logging.getLogger(__name__)
+
 TRIES = 8
 """Row groups that fail one after the other before the stream gives up: then it is the storage, and no file."""
 Place = tuple[int, int]
@@ -58,7 +60,7 @@ class TolerantSplit(ParquetSplit):
         named = any(file == group.file for file, _ in list(self.lost))  # a copy: other threads add to it
         self.lost[group.file, group.group] = group.num_rows if rows is None else rows
         if not named:
-            logging.getLogger("recpress").warning("left out: %s (said once a file)", error)
+            logger.warning("left out: %s (said once a file)", error)
 
 
 def left_out(log: Log) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def effective_rank(rows: torch.Tensor, exchange: Exchange) -> float:
     """exp of the entropy of the eigenvalues of the gramian of all ranks' rows (local, d); 0 if all rows are zero."""
     gramian = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in rows.split(4096):
+        if not bool(part.any()):  # ids that do not occur: with large gaps between ids, most of all rows
+            continue
         gramian += (part.T @ part).double()
     values = torch.linalg.eigvalsh(exchange.sum(gramian)).clamp_min(0)
     total = float(values.sum())

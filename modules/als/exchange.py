@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -9,6 +12,8 @@ import torch.distributed as dist
 from recpress.modules.als.factors import RowBlocks
 
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
+T = TypeVar("T")
 
 
 class Exchange:
@@ -23,6 +28,34 @@ class Exchange:
         self.rank = dist.get_rank(group) if live else 0
         self.world = dist.get_world_size(group) if live else 1
         self.device = device
+
+    @classmethod
+    def of_default_group(cls) -> Exchange:
+        """The default group, on a device that its backend supports: CUDA if the backend is only nccl, else the CPU."""
+        nccl = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+        return cls(None, torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu"))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work` on this rank, which must not contain collectives. Collective.
+
+        If it fails on some ranks, all ranks raise, so that none waits: these ranks raise their own error, the others
+        ValueError with the message of the lowest failed rank.
+        """
+        if self.world == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as found:
+            error = found
+        everyone: list[str | None] = [None] * self.world
+        dist.all_gather_object(everyone, None if error is None else str(error), group=self.group)
+        if error is not None:
+            raise error
+        for text in everyone:
+            if text is not None:
+                raise ValueError(text)
+        return result  # type: ignore[return-value]
 
     def all_to_all(self, parts: list[np.ndarray]) -> np.ndarray:
         """Send parts[r] (n_r,) to rank r. Returns what this rank received, in rank order."""
@@ -68,6 +101,20 @@ class Exchange:
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def add_up(self, table: torch.Tensor, rows: int) -> None:
+        """Sum a CPU table (n, d) over the ranks, in place, in parts of `rows` rows on the device."""
+        if self.world > 1:
+            for part in table.split(max(rows, 1)):
+                part.copy_(self.sum(part.to(self.device)))
+
+    def broadcast(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """The tensor of `rank`, on the device of `tensor`, which must have the same shape on every rank."""
+        if self.world == 1:
+            return tensor
+        moved = tensor.to(self.device).contiguous()
+        dist.broadcast(moved, group_src=rank, group=self.group)
+        return moved.to(tensor.device)
 
     def max(self, value: int) -> int:
         """Maximum over the ranks."""

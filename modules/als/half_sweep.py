@@ -136,6 +136,7 @@ class Scales:
 
 GATHERED = 64 << 20
 """Bytes of a table that each rank may gather, even if its part of the log is smaller."""
+_SUMMED = 1024  # rows of a block; float32 sums within it, float64 between blocks
 FAR = Limits(interactions=1 << 18, rows=16384)
 """Few large chunks, if rows are fetched from other ranks, or on CUDA."""
 
@@ -174,6 +175,10 @@ class HalfSweep:
         if limits is None:
             limits = Limits(interactions=1 << 15, rows=block_rows(config.factors)) if near else FAR
         self.pieces = list(_pieces(csr.indptr, limits))
+        starts = np.arange(0, csr.num_rows, _SUMMED)
+        ends = np.minimum(starts + _SUMMED, csr.num_rows)
+        self.filled = starts[csr.indptr[ends] > csr.indptr[starts]].tolist()
+        """First rows of the blocks of `summary` that have interactions; all rows of the others are zero."""
         self.scales = Scales() if scales is None else scales
         self.weight = None  # sum of the weights of each row's interactions; None: confidence times the degree
         if csr.values is not None or scales is not None:
@@ -201,7 +206,7 @@ class HalfSweep:
         both = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
         penalty = 0.0
         # float32 within a block, float64 between them
-        blocks = ((rows, first, min(first + 1024, len(rows))) for first in range(0, len(rows), 1024))
+        blocks = ((rows, first, min(first + _SUMMED, len(rows))) for first in self.filled)
         for plain_block, weighted_block, penalty_block in self.workers.map(self._summary_block, blocks):
             both[0] += plain_block
             both[1] += weighted_block
@@ -323,16 +328,21 @@ def _row_sums(
 def _pieces(indptr: np.ndarray, limits: Limits) -> Iterator[tuple[int, int, int, int]]:
     """(first row, last row, first interaction, last interaction) of chunks within the limits, in order.
 
-    A heavy row is not in a chunk with others, and has as many pieces as it needs.
+    A heavy row is not in a chunk with others, and has as many pieces as it needs. A chunk begins and ends with a row
+    that has interactions: rows without any are zero, and if ids have large gaps, most rows have none.
     """
     assert limits.heavy <= limits.interactions
     first, num_rows = 0, len(indptr) - 1
     for heavy in (*np.flatnonzero(np.diff(indptr) > limits.heavy).tolist(), num_rows):
         while first < heavy:
             start = int(indptr[first])
+            first = int(np.searchsorted(indptr, start, side="right")) - 1
+            if first >= heavy:  # before a heavy row, and at the end
+                break
             last = int(np.searchsorted(indptr, start + limits.interactions, side="right")) - 1
             last = min(last, first + limits.rows, heavy)
-            yield first, last, start, int(indptr[last])
+            stop = int(indptr[last])
+            yield first, int(np.searchsorted(indptr, stop)), start, stop
             first = last
         if heavy < num_rows:
             start, stop = int(indptr[heavy]), int(indptr[heavy + 1])

@@ -7,12 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import RowBlocks
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.map_matrix import MapMatrix
-from recpress.modules.row_source import RowSource, blocks, check_source
+from recpress.modules.row_source import BLOCK_BYTES, RowSource, blocks, check_source
 
 
-def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = None, table: str = "") -> torch.Tensor:
+def shared_rows(
+    id_map: IdMap,
+    vectors: RowSource,
+    counts: RowSource | None = None,
+    table: str = "",
+    exchange: Exchange | None = None,
+) -> torch.Tensor:
     """Rows (num_rows, d) float32 that minimize the squared error of the ids' vectors, weighted by counts.
 
     With one row per id, a row is the weighted mean of its ids. `vectors` are read in blocks, so memory is that of the
@@ -23,31 +31,85 @@ def shared_rows(id_map: IdMap, vectors: RowSource, counts: RowSource | None = No
         vectors: (num_ids, d).
         counts: (num_ids, 1), >= 0; counts below 0.1 weigh 0.1. None: all ids weigh the same.
         table: name in error messages.
+        exchange: splits the work. All its ranks call this with the same arguments, each reads its part of the ids, and
+            all get all rows. They equal the rows at world size 1, with one row per id up to rounding. None: world size
+            1.
 
     Raises:
-        ValueError: lengths do not fit the map; a vector or a count is not finite.
+        ValueError: lengths do not fit the map; a vector or a count is not finite. On every rank.
     """
     (ids, dim), num_rows = vectors.shape, id_map.num_rows
     for what, source in (("vectors", vectors), ("counts", counts)):
         if source is not None and source.shape[0] != id_map.num_ids:
             raise ValueError(f"table {table!r}: {what} of {source.shape[0]} ids, but its map has {id_map.num_ids}")
+    if exchange is None:
+        exchange = Exchange(None, torch.device("cpu"))
+        exchange.rank, exchange.world = 0, 1
+    share = RowBlocks(ids, exchange.world)
+    mine = (share.start(exchange.rank), share.stop(exchange.rank))
     if id_map.rows_per_id > 1:
-        weights = torch.ones(ids)
-        if counts is not None:
-            weights = torch.cat(
-                [_weights(counts, table, first, min(first + _COUNTS, ids)) for first in range(0, ids, _COUNTS)]
-            )
-        rows, shared = torch.empty(num_rows, dim), MapMatrix(id_map)
-        for first in range(0, dim, _COLUMNS):  # columns of a least-squares problem are independent
-            part = (first, min(first + _COLUMNS, dim))
-            kept = torch.cat([block for _, block in blocks(vectors, table, (0, ids), part)])
-            rows[:, slice(*part)] = shared.fit(kept, weights)
-        return rows
-    rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
-    for first, block in blocks(vectors, table, (0, ids), (0, dim)):
-        of_ids = torch.ones(len(block)) if counts is None else _weights(counts, table, first, first + len(block))
-        add_members(rows, mass, id_map, first, block, of_ids[:, None])
+        return _solved(id_map, vectors, counts, table, exchange, share, mine)
+
+    def sums() -> tuple[torch.Tensor, torch.Tensor]:
+        rows, mass = torch.zeros(num_rows, dim), torch.zeros(num_rows, 1)
+        for first, block in blocks(vectors, table, mine, (0, dim)):
+            of_ids = torch.ones(len(block)) if counts is None else _weights(counts, table, first, first + len(block))
+            add_members(rows, mass, id_map, first, block, of_ids[:, None])
+        return rows, mass
+
+    rows, mass = exchange.together(sums)
+    exchange.add_up(rows, BLOCK_BYTES // (4 * dim))
+    exchange.add_up(mass, BLOCK_BYTES // 4)
     return rows / mass.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _solved(
+    id_map: IdMap,
+    vectors: RowSource,
+    counts: RowSource | None,
+    table: str,
+    exchange: Exchange,
+    share: RowBlocks,
+    mine: tuple[int, int],
+) -> torch.Tensor:
+    """`shared_rows` with several rows per id. Columns of a least-squares problem are independent: in each round, a rank
+    receives `_COLUMNS` columns of all ids from the ranks that read them, and solves these columns."""
+    dim, world = vectors.shape[1], exchange.world
+
+    def weights_here() -> torch.Tensor:
+        if counts is None:
+            return torch.ones(mine[1] - mine[0])
+        starts = range(*mine, _COUNTS)
+        return torch.cat(
+            [torch.empty(0), *(_weights(counts, table, first, min(first + _COUNTS, mine[1])) for first in starts)]
+        )
+
+    weights = exchange.gather(exchange.together(weights_here)[:, None].to(exchange.device), share)[:, 0].cpu()
+    rows, shared = torch.empty(id_map.num_rows, dim), MapMatrix(id_map)
+    for start in range(0, dim, _COLUMNS * world):
+        parts = [
+            (min(start + rank * _COLUMNS, dim), min(start + (rank + 1) * _COLUMNS, dim)) for rank in range(world)
+        ]  # per rank; empty if there are fewer columns than ranks
+        whole = (start, parts[-1][1])
+
+        def columns(whole: tuple[int, int] = whole) -> torch.Tensor:
+            none = torch.empty(0, whole[1] - whole[0])
+            return torch.cat([none, *(block for _, block in blocks(vectors, table, mine, whole))])
+
+        read = exchange.together(columns)
+        sent = [read[:, first - start : last - start].reshape(-1).numpy() for first, last in parts]
+        del read
+        kept = torch.from_numpy(exchange.all_to_all(sent))
+        del sent
+        first, last = parts[exchange.rank]
+        found = torch.empty(id_map.num_rows, 0)
+        if last > first:
+            found = shared.fit(kept.reshape(id_map.num_ids, last - first), weights)
+        for rank, (begin, end) in enumerate(parts):
+            if end > begin:
+                own = found if rank == exchange.rank else torch.empty(id_map.num_rows, end - begin)
+                rows[:, begin:end] = exchange.broadcast(own, rank)
+    return rows
 
 
 _COLUMNS = 16

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
+from recpress.modules.als.exchange import Exchange
 from recpress.modules.config import TwoTowerConfig
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import QUANTIZED, FrozenTable, Storage, row_bytes
@@ -157,9 +158,11 @@ class TwoTower(nn.Module):
     ) -> None:
         """Load the id tables, each rank its own shards. Call it after sharding, and again to replace the factors.
 
+        With a map, it is collective if there is a default process group: each rank reads its part of the ids.
+
         Args:
-            user, item: (ids, dim) each. With a map, each rank computes all shared rows; see `shared_rows.shared_rows`
-                for the memory.
+            user, item: (ids, dim) each. With a map, each rank holds all shared rows; see `shared_rows.shared_rows` for
+                the memory.
             counts: (ids, 1) each, of users and of items: the weight of an id among those that share a row.
             rows: (map.num_rows, dim) each, the shared rows of users and of items, if already known.
 
@@ -167,23 +170,26 @@ class TwoTower(nn.Module):
             ValueError: shapes or values do not fit.
         """
         assert self.config.tables.strategy != "random", "random tables take no factors"
-        for index, (side, spec, source, frozen, tables, tower) in enumerate(
-            (
-                ("user", self.user, user, self.user_frozen, self.user_tables, self.user_tower),
-                ("item", self.item, item, self.item_frozen, self.item_tables, self.item_tower),
-            )
+        sources: list[RowSource] = []
+        exchange = Exchange.of_default_group()
+        # collective, so for both sides before anything that can fail on a single rank
+        for side, spec, source, of_ids, given in zip(
+            ("user", "item"), (self.user, self.item), (user, item), counts, rows, strict=True
         ):
-            table: RowSource = source
             if spec.map is not None:
-                given = rows[index]
-                table = shared_rows(spec.map, source, counts[index], side) if given is None else given
+                source = shared_rows(spec.map, source, of_ids, side, exchange) if given is None else given
+            sources.append(source)
+        for side, spec, source, frozen, tables, tower in (
+            ("user", self.user, sources[0], self.user_frozen, self.user_tables, self.user_tower),
+            ("item", self.item, sources[1], self.item_frozen, self.item_tables, self.item_tower),
+        ):
             if self.config.tables.strategy == "warm-start":
                 assert tables is not None
-                load_rows(tables.state_dict()[f"embedding_bags.{side}.weight"], side, table)
+                load_rows(tables.state_dict()[f"embedding_bags.{side}.weight"], side, source)
             else:
                 assert frozen is not None
-                frozen.load(side, table)
-            tower.fit_scale(table if spec.map is None else IdVectors(spec.map, table))
+                frozen.load(side, source)
+            tower.fit_scale(source if spec.map is None else IdVectors(spec.map, source))
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
         """Load standardized log counts (`row_source.LogCounts`), (ids, 1) each. Call it after sharding."""

@@ -127,3 +127,16 @@ def test_messages_exist() -> None:
     assert len(messages) > 5
     for message in messages:
         assert any(message in source for source in sources), f"no such message: {message}"
+
+
+def test_options_of_components_exist() -> None:
+    found = 0
+    for path in DOCUMENTS:
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            if match := re.search(r"(?:launch/components\.py:|recpress\.)(\w+) (-.*)", line):
+                options_of = inspect.signature(getattr(components, match[1])).parameters
+                job = re.split(r"(?:^| )-- ", match[2])[0]
+                for name in re.findall(r"(?:^| )--?(\w+)", job):
+                    found += 1
+                    assert name in options_of, f"{path}: component {match[1]} has no option '{name}'"
+    assert found > 5

@@ -1,6 +1,7 @@
 """Stages that read a damaged log with `--on-bad-file skip`: what they make is what the rest of the log gives."""
 
 import json
+import logging
 import os
 
 import numpy as np
@@ -85,13 +86,12 @@ def factors_of(log, out, **more):
     return [np.asarray(FactorTable(place, side)[:]) for place in (out, out / "crossfit") for side in ("user", "item")]
 
 
-def test_factors_are_those_of_the_other_rows(damaged, tmp_path, capsys):
+def test_factors_are_those_of_the_other_rows(damaged, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     with pytest.raises(InputError, match=r"train-0.parquet: not a whole Parquet file"):
         factors_of(damaged, tmp_path / "factors")
     found = factors_of(damaged, tmp_path / "factors", on_bad_file="skip")
-    assert (
-        "left out what could not be read: 1 files, and 2 row groups of others, with 120 rows" in capsys.readouterr().out
-    )
+    assert "left out what could not be read: 1 files, and 2 row groups of others, with 120 rows" in caplog.text
     check(manifest(tmp_path / "factors"), damaged)
     wanted = factors_of(write(tmp_path / "rest", LOST), tmp_path / "wanted")
     for side in (0, 1):  # which rows the cross-fitted ones leave out depends on the numbers of row groups
@@ -127,7 +127,8 @@ def test_maps_are_those_of_the_other_rows(damaged, tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_written_sample_leaves_them_out(damaged, tmp_path, shuffle, capsys):
+def test_a_written_sample_leaves_them_out(damaged, tmp_path, shuffle, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     drawn, schema = SampleConfig(rate=0.5, seed=1), Schema(floats=("row",))
     command = SampleCommand(
         data=str(damaged), out=str(tmp_path / "sample"), sample=drawn, on_bad_file="skip", shuffle=shuffle
@@ -139,7 +140,7 @@ def test_a_written_sample_leaves_them_out(damaged, tmp_path, shuffle, capsys):
     new = pq.read_table(open_log(tmp_path / "sample").train.files[0].path)["row"].to_pylist()
     assert sorted(new) == np.concatenate(wanted).tolist()
     check(manifest(tmp_path / "sample"), damaged, len(kept[6]) + len(kept[8]))
-    assert "left out what could not be read: 1 files" in capsys.readouterr().out
+    assert "left out what could not be read: 1 files" in caplog.text
 
 
 def _by_group(log, drawn):

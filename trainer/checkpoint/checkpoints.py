@@ -13,6 +13,7 @@ a process group of its own.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ from recpress.trainer.checkpoint.staged import Staged, State
 from recpress.trainer.config import CheckpointConfig
 from recpress.trainer.distributed.watchdog import NO_TIMEOUT
 from recpress.trainer.errors import CHECKPOINT_THREAD, Preempted, Signalled
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Checkpoints:
         config: CheckpointConfig,
         folder: str | Path,
         describe: Mapping[str, Any],
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         self.config, self.describe, self._say = config, dict(describe), say
         self.group = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
@@ -151,7 +154,7 @@ class Checkpoints:
         try:
             self.backend.remove_all()
         except InputError as error:  # of rank 0
-            self._say(f"warning: the checkpoints of this run, which is over, could not be removed: {error}")
+            self._say(f"the checkpoints of this run, which is over, could not be removed: {error}")
         dist.barrier(group=self.group)
 
     # ---- when
@@ -200,7 +203,7 @@ class Checkpoints:
                 previous = (
                     f"the last complete checkpoint is {self.last}" if self.last else "no checkpoint is complete yet"
                 )
-                self._say(f"warning: a checkpoint was not written: {self._problem}; training continues, {previous}")
+                self._say(f"a checkpoint was not written: {self._problem}; training continues, {previous}")
             self._problem = None
 
     def _layout(self, state: State) -> dcp_storage.Layout:
@@ -241,7 +244,7 @@ class Checkpoints:
         try:
             self.backend.prune(name, self.config.keep)
         except InputError as error:  # of a store; the next one tries again
-            self._say(f"warning: old checkpoints could not be removed: {error}")
+            self._say(f"old checkpoints could not be removed: {error}")
 
     # ---- finding
 
@@ -257,7 +260,7 @@ class Checkpoints:
                 self.last = found.path
                 return found
             if self.rank == 0:
-                self._say(f"warning: checkpoint {self.backend.at(name)} is incomplete or corrupt, skipping: {found}")
+                self._say(f"checkpoint {self.backend.at(name)} is incomplete or corrupt, skipping: {found}")
         return None
 
     def _verified(self, name: str) -> Checkpoint | str:

@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from recpress.trainer.distributed.heartbeat import WAITING_FOR_DATA, heartbeat
-from recpress.trainer.errors import PREEMPTED_STATUS, Preempted, RankFailed
+from recpress.trainer.errors import PREEMPTED_STATUS, Preempted, RankFailed, report
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
@@ -150,7 +152,7 @@ class Watchdog:
             # (NCCL, or a rank in another collective), this thread ends the process.
             if stalled or not self._stop.wait(GRACE_SECONDS):
                 first = self._error or error
-                print(f"recpress [rank {self.rank}]: error: {first.message}", file=sys.stderr, flush=True)
+                report(first.message)
                 time.sleep(2 * POLL_SECONDS)  # the store may be in this process: let the others read it
                 os._exit(first.status)
             return
@@ -225,7 +227,7 @@ class Watchdog:
             f"rank {rank}: {beats[rank].activity or 'working'}, {_duration(beats[rank].seconds)}" for rank in busy[:3]
         )
         more = f" and {len(busy) - 3} more" if len(busy) > 3 else ""
-        print(f"recpress [rank {self.rank}]: waiting for {shown}{more}", file=sys.stderr, flush=True)
+        logger.info("waiting for %s%s", shown, more)
 
     def _step_too_long(self) -> bool:
         return heartbeat.step is not None and time.monotonic() - heartbeat.since > self.stall_seconds

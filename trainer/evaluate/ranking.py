@@ -268,14 +268,16 @@ class _ItemShard:
         self.start = min(rank * chunks * item_chunk, num_items)
         self.stop = min(self.start + chunks * item_chunk, num_items)
         parts: list[Tensor] = []
+        norms_of: list[Tensor] = []  # a chunk at a time: in float64 all vectors at once would take twice their memory
         with torch.no_grad():
             for first in range(rank * chunks * item_chunk, (rank + 1) * chunks * item_chunk, item_chunk):
                 ids = torch.arange(first, first + item_chunk, device=device)
                 ids[ids >= num_items] = 0
                 parts.append(item_vectors(ids).detach().to(device, torch.float32))
+                norms_of.append(parts[-1].double().norm(dim=1))
         self.vectors = torch.cat(parts)  # (chunks * item_chunk, D); rows beyond the items hold item 0
         self.dim = self.vectors.shape[1]
-        norms = self.vectors.double().norm(dim=1)[: self.stop - self.start]
+        norms = torch.cat(norms_of)[: self.stop - self.start]
         bad = (~norms.isfinite()).nonzero()
         first_bad = int(bad[0]) + self.start if len(bad) else num_items
         first_bad = int(all_reduce(torch.tensor([first_bad]), dist.ReduceOp.MIN))

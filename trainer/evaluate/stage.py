@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 
 import torch
 
@@ -18,6 +18,8 @@ from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
 from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
 from recpress.trainer.model.vectors import VectorFn
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -49,7 +51,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
     if ranks.rank == 0:
         print(f"{config.model}: {show(metrics)}")
         for line in notes(metrics, log, config.evaluation):
-            print(line, file=sys.stderr)
+            logger.info("%s", line)
         if config.out is not None:
             object_store.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics

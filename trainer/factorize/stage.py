@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,11 +29,14 @@ from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.trainer.artifacts.factors import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
+from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,6 +97,7 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
                 result.parameters = asdict(model.parameters)
                 result.auto = None if model.choice is None else model.choice.describe()
             found = check_factors(factors, model)
+            unused = _unused_ids(log, factors)
             result.checks = {"ok": not found, "warnings": found}
             factors.save(tmp)
             if crossfit is not None:
@@ -107,12 +111,40 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             meta |= {"parameters": result.parameters, "auto": result.auto, "checks": result.checks}
     if ranks.rank == 0:
         for warning in result.checks["warnings"]:
-            print(f"warning: {config.out}: {warning}", file=sys.stderr, flush=True)
+            logger.warning("%s: %s", config.out, warning)
+        if unused:
+            logger.warning("%s: %s", config.data, unused)
         print(
             f"{config.out}: {log.num_users:,} users and {log.num_items:,} items x {factors.dim} "
             f"in {result.seconds:.1f} s" + (f" + {result.crossfit_seconds:.1f} s cross-fitted" if crossfit else "")
         )
     return result
+
+
+LEAST_USED, LARGE = 0.1, 100_000
+"""A side of more ids than LARGE, of which less than the share LEAST_USED occurs, is warned of."""
+
+
+def _unused_ids(log: Log, factors: Factors) -> str:
+    """What large gaps between the ids of a log without a vocabulary cost, "" where there are none. Collective."""
+    counts = [factors.user_counts, factors.item_counts]
+    used = torch.tensor([0 if of_side is None else int((of_side > 0).sum()) for of_side in counts])
+    used = all_reduce(used)
+    vocabularies = (log.manifest or {}).get("vocabularies", {})
+    found = []
+    for side, count in zip(SIDES, used.tolist(), strict=True):
+        ids = log.num_ids(side)
+        if ids > LARGE and count < LEAST_USED * ids and side not in vocabularies:
+            found.append(
+                f"only {count:,} of the {side} ids 0 to {ids - 1:,} occur in train, and their table has "
+                f"{4 * factors.dim * ids / (1 << 30):.2g} GiB"
+            )
+    if not found:
+        return ""
+    return (
+        f"{'; '.join(found)}. Ids that do not occur take memory and time, and are drawn as negatives; `recpress "
+        "ingest` numbers ids densely"
+    )
 
 
 def _fit(
@@ -184,7 +216,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
-        print("stopping after this sweep; once more to interrupt", file=sys.stderr, flush=True)
+        logger.info("SIGINT: stopping after this sweep; once more to interrupt")
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -214,7 +246,7 @@ def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Fact
     seconds = (time.monotonic() - began) / max(1, len(losses))
     if ranks.rank == 0:
         for epoch, loss in enumerate(losses, 1):
-            print(f"epoch {epoch} of {len(losses)}: mean cross-entropy {loss:.6g}")
+            logger.info("epoch %d of %d: mean cross-entropy %.6g", epoch, len(losses), loss)
     factors.user_counts, factors.item_counts = _counts(log, ranks)
     share_lost(log)
     return factors, [(loss, seconds * epoch) for epoch, loss in enumerate(losses, 1)]

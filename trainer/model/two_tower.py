@@ -73,7 +73,7 @@ class ShardedTwoTower:
     def load_factors(
         self, factors: FactorsArtifact, *, crossfit: bool = False, hashed: HashArtifact | None = None
     ) -> None:
-        """Fill the tables of ids and of log counts, each rank its own shards.
+        """Fill the tables of ids and of log counts, each rank its own shards. Collective.
 
         Tables with a map take the rows that stand best for the factors of the ids that share them, weighted by count.
 
@@ -86,9 +86,10 @@ class ShardedTwoTower:
             ValueError: a shard is missing or damaged; shapes that do not fit.
         """
         mapped = [side for side in SIDES if getattr(self.module, side).map is not None]
-        counts = [factors.counts(side, crossfit=crossfit) if side in mapped else None for side in SIDES]
-        given = [hashed.rows(side) if hashed and side in mapped and not crossfit else None for side in SIDES]
-        tables = (factors.table(side, crossfit=crossfit) for side in SIDES)
+        with raise_on_all_ranks():  # a rank that cannot open them is not in the collectives that follow
+            counts = [factors.counts(side, crossfit=crossfit) if side in mapped else None for side in SIDES]
+            given = [hashed.rows(side) if hashed and side in mapped and not crossfit else None for side in SIDES]
+            tables = [factors.table(side, crossfit=crossfit) for side in SIDES]
         self.module.load_factors(*tables, counts=counts, rows=given)
         if not self.module.user.counted:
             return

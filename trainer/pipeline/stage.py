@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +25,12 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.stage import make_maps
+from recpress.trainer.observability.logging_setup import stage_name
 from recpress.trainer.pipeline.config import PipelineConfig, StageConfig, StageName
 from recpress.trainer.pipeline.summary import as_table, below_popularity, summarize
 from recpress.trainer.train.stage import train
+
+logger = logging.getLogger(__name__)
 
 RUN: dict[StageName, Callable[[Any], Any]] = {
     "factorize": factorize,
@@ -73,12 +76,15 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
             _say(f"{name}: {stage.out} is complete")
         elif isinstance(stage, EvaluateConfig):
             _say(f"{name} -> {stage.out}")
-            _evaluate(stages, stage, ranks)
+            with stage_name(name):
+                _evaluate(stages, stage, ranks)
         else:
             _say(f"{name} -> {stage.out}")
-            RUN[name](stage)
+            with stage_name(name):
+                RUN[name](stage)
     outputs = ", ".join(f"{name} {stage.out}" for name, stage in stages.items())
-    _say(f"outputs: {outputs}")
+    if ranks.rank == 0:
+        print(f"outputs: {outputs}", flush=True)
     return left
 
 
@@ -96,8 +102,9 @@ def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks
             assert stage.out is not None
             object_store.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
             if warning:
-                print(f"warning: {stage.out}: {warning}", file=sys.stderr, flush=True)
-    _say(f"held-out rows\n{as_table(methods)}")
+                logger.warning("%s: %s", stage.out, warning)
+    if ranks.rank == 0:
+        print(f"held-out rows\n{as_table(methods)}", flush=True)
 
 
 def _left(stages: dict[StageName, StageConfig], log: Log) -> list[StageName]:
@@ -183,4 +190,4 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(f"pipeline: {text}", flush=True)
+        logger.info("%s", text)

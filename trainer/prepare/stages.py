@@ -5,6 +5,7 @@ One process each; no torch is needed.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -28,6 +29,8 @@ from recpress.data.synthetic import criteo as data_synth_criteo
 from recpress.data.synthetic import interactions as data_synth
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.prepare.config import IngestCommand, SampleCommand, SplitConfig, SynthCommand, SynthCriteoCommand
+
+logger = logging.getLogger(__name__)
 
 
 def synth(config: SynthCommand) -> str | Path:
@@ -102,7 +105,7 @@ def sample(config: SampleCommand) -> str | Path:
         f"{drawn.seed}{', shuffled' if config.shuffle else ''}); to train on all of it: --data {out} --sample.rate 1"
     )
     if line := in_words(log):
-        print(line)
+        logger.warning("%s", line)
     return out
 
 
@@ -122,9 +125,11 @@ def _describe_blocks(log: Log, drawn: SampleConfig) -> None:
     print(f"design effect of a mean, from {len(groups)} row groups: {each}")
     high = 1 + 5 * math.sqrt(2 / (len(groups) - 1))
     if odd := [name for name, effect in effects.items() if effect.effect > high]:
-        print(
-            f"{log.path} is not shuffled: its row groups differ in {', '.join(odd)} by more than chance, and so may "
-            "the sample from the log; docs/train/sampling.md says what that means"
+        logger.warning(
+            "%s is not shuffled: its row groups differ in %s by more than chance, so the sample may differ from the "
+            "log; docs/train/sampling.md explains it",
+            log.path,
+            ", ".join(odd),
         )
 
 

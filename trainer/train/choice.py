@@ -23,6 +23,8 @@ from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import rank_heldout
 from recpress.trainer.model.vectors import VectorFn
 
+logger = logging.getLogger(__name__)
+
 NOISE = 1.0
 """Standard errors of the mean gain per case that a network must gain."""
 Cases = dict[str, torch.Tensor]
@@ -132,4 +134,4 @@ class Choice:
 def warn(text: str) -> None:
     """One line on rank 0."""
     if rank_and_world()[0] == 0:
-        logging.getLogger("recpress").warning(text)
+        logger.warning("%s", text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +30,8 @@ from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.source import Next, Source
 from recpress.trainer.train.unknown_ids import UnknownIds
+
+logger = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between two answers to a signal, while the run waits for files."""
@@ -144,7 +145,7 @@ class FollowedSource(Source):
         try:
             found = self._growing.new_files({file["name"] for files in self.rounds for file in files})
         except InputError as error:
-            logging.getLogger("recpress").warning("%s; looks again in %g s", error, self.config.follow.seconds)
+            logger.warning("%s; looks again in %g s", error, self.config.follow.seconds)
             return []
         if not found or self._count(found) < dist.get_world_size():
             return []
@@ -164,10 +165,8 @@ class FollowedSource(Source):
         if dist.get_rank() == 0:
             each = ", ".join(file["name"].rsplit("/", 1)[-1] for file in files[:3])
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-            print(
-                f"round {len(self.rounds) - 1}: {each}{more}, {stream.num_rows:,} rows of the sample",
-                file=sys.stderr,
-                flush=True,
+            logger.info(
+                "round %d: %s%s, %s rows of the sample", len(self.rounds) - 1, each, more, f"{stream.num_rows:,}"
             )
 
     def _before(self, number: int) -> list[Taken]:
@@ -203,7 +202,7 @@ class FollowedSource(Source):
                 f"{rows - self._said[side]:,} rows with {side}s that the map does not know ({rows:,} in all)"
                 for side, rows in total.items()
             )
-            print(f"round {len(self.rounds) - 1}: {each}; these share hashed rows", file=sys.stderr, flush=True)
+            logger.info("round %d: %s; these share hashed rows", len(self.rounds) - 1, each)
         self._said = dict(total)
 
     def describe(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from recpress.data.config import SampleConfig
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
@@ -9,6 +11,8 @@ from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors
 from recpress.trainer.artifacts.id_maps import SIDES, HashArtifact, open_maps
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 def choose_factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
@@ -76,6 +80,8 @@ def has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
         return False
     if log.is_part and log.test_negatives is None and config.evaluation.protocol == "auto":
         if ranks.rank == 0:
-            print(f"{log.path} is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of")
+            logger.info(
+                "%s is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of", log.path
+            )
         return False  # `load_heldout` says why
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.source import Source
 from recpress.trainer.model.two_tower import ShardedTwoTower
 from recpress.trainer.train.follow import FollowedSource
+
+logger = logging.getLogger(__name__)
 
 
 def make_stream(
@@ -61,10 +64,8 @@ def stream_as_before(
     rows = int(checkpoints.start.manifest["global_batch"])
     checkpoints.describe["global_batch"] = rows
     if ranks.rank == 0:
-        print(
-            f"world size changed; keeping global batch size {rows:,} ({rows // ranks.world_size:,} per rank)",
-            flush=True,
-        )
+        per_rank = rows // ranks.world_size
+        logger.warning("world size changed; keeping global batch size %s (%s per rank)", f"{rows:,}", f"{per_rank:,}")
     with raise_on_all_ranks():
         return make_stream(config, log, ranks, rows, stream.hold_out)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,12 +45,14 @@ from recpress.trainer.train.choice import NOISE, Cases, Choice, paired_gain, war
 from recpress.trainer.train.follow import first_round
 from recpress.trainer.train.inputs import choose_crossfit, choose_factors, choose_maps, choose_sample, has_heldout
 from recpress.trainer.train.rows import make_batches, make_source, make_stream, stream_as_before, stream_stats
-from recpress.trainer.train.validation import ValidationRows, load_validation, plan_hold_out
+from recpress.trainer.train.validation import NoRows, ValidationRows, load_validation, plan_hold_out
 from recpress.trainer.versions import versions
 
 if TYPE_CHECKING:
     from recpress.trainer.observability.prometheus import Endpoint
     from recpress.trainer.observability.rec_metrics import RecMetrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -128,7 +130,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         if ranks.rank == 0:
             _say_settings(given, config, stream)
         if log.is_part and config.sample.rate < 1 and ranks.rank == 0:
-            print(
+            logger.info(
                 f"{config.data} is a sample already, of which this trains on {stream.num_rows:,} of "
                 f"{log.train.num_rows:,} rows; --sample.rate 1 takes all of it"
             )
@@ -148,22 +150,25 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     with checkpoints:
         model = _model(config, log, features, factors, maps, ranks)
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
-        rows = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
+        found = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
+        rows = found if isinstance(found, ValidationRows) else None
         choice = Choice(rows.heldout, config.evaluation, ranks, rows.weights) if rows is not None else None
-        unproven = rows is None and config.evaluation.while_training and factors is not None
-        if unproven:
-            warn(
-                "too few rows to hold validation rows out, so that no network can be shown to be better: trains none "
-                "and keeps the factorization's ranking; a larger --sample.rate or a val part gives validation rows, "
-                "and --evaluation.every 0 trains without"
+        unproven = isinstance(found, NoRows) and factors is not None
+        if isinstance(found, NoRows):
+            effect = (
+                "so that no network can be shown to be better: trains none and keeps the factorization's ranking"
+                if unproven
+                else f"trains for {config.epochs} epochs, without a choice"
             )
-        elif rows is None and config.evaluation.while_training and ranks.rank == 0:
-            print(f"too few rows to hold validation rows out: trains for {config.epochs} epochs, without a choice")
+            warn(
+                f"{found.why}; {effect}. A larger --sample.rate or val part gives validation rows, and "
+                "--evaluation.every 0 trains without"
+            )
 
         def put(model: ShardedTwoTower, of_sample: bool) -> None:
             """The tables that have not seen the sample, to train on; those of all rows, to rank with."""
             if factors is not None:
-                with raise_on_all_ranks():
+                with raise_on_all_ranks():  # within it, no rank is in a collective that another one gave up
                     model.load_factors(factors, crossfit=of_sample, hashed=hashed)
 
         def as_factorization(of_sample: bool) -> ShardedTwoTower:
@@ -211,7 +216,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         setup_seconds = time.monotonic() - begin
         if ranks.rank == 0 and (config.tensorboard or object_store.is_remote(checkpoints.folder)):
             viewer = "tensorboard --logdir " if config.tensorboard else ""
-            print(f"metrics while it runs: {viewer}{checkpoints.metrics}", flush=True)
+            logger.info(f"metrics while it runs: {viewer}{checkpoints.metrics}")
         with (
             _endpoint(config, checkpoints, ranks) as endpoint,
             MetricsLog(checkpoints.metrics, tensorboard=config.tensorboard, endpoint=endpoint) as metrics_log,
@@ -271,7 +276,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         checkpoints.finish()
     if ranks.rank == 0:
         if kept:
-            print(f"{kept:,} negatives were positives of their user, who has nearly all items")
+            logger.info(f"{kept:,} negatives were positives of their user, who has nearly all items")
         shown = show(metrics)
         print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown or 'no held-out rows'}")
         each = ", ".join(f"{name} {size:,}" for name, size in model.module.table_bytes.items())
@@ -294,10 +299,9 @@ def _say_settings(given: TrainConfig, config: TrainConfig, stream: InteractionSt
     start = f"factors {config.factors}" if config.factors else "random weights"
     left = [] if given.sample.rate else ["--sample.rate"]
     left += ["--model.tables.strategy"] if given.model.tables.strategy != config.model.tables.strategy else []
-    print(
+    logger.info(
         f"tables: {config.model.tables.strategy}, from {start}; {share}, {stream.num_rows:,} to train on; up to "
-        f"{config.epochs} epochs" + (f" (chosen by default: {', '.join(left)})" if left else ""),
-        flush=True,
+        f"{config.epochs} epochs" + (f" (chosen by default: {', '.join(left)})" if left else "")
     )
 
 
@@ -328,10 +332,11 @@ def _chosen(choice: Choice | None, fitted: FitResult, ranks: Ranks) -> dict[str,
             pairs = [f"{name} {tried[name]:.4f} against {choice.start[name]:.4f}" for name in _pair(choice)]
             shown = f" ({', '.join(pairs)})"
         said = f"the network did not improve on the factorization {cases}{shown}"
-        print(f"{'no network was trained' if tried is None else said}: the factorization's ranking is kept")
+        logger.info(f"{'no network was trained' if tried is None else said}: the factorization's ranking is kept")
     elif choice.start is not None and ranks.rank == 0:
         pairs = [f"{name} {best[name]:.4f} against {choice.start[name]:.4f}" for name in _pair(choice)]
-        print(f"the network improves on the factorization {cases}: {', '.join(pairs)} (epoch {int(best['epoch'])})")
+        epoch = int(best["epoch"])
+        logger.info(f"the network improves on the factorization {cases}: {', '.join(pairs)} (epoch {epoch})")
     if published[metric] <= choice.popularity[metric]:
         cause = (
             "so do the factors: the log holds too little about tastes, or the settings of the factorization do not fit "
@@ -439,12 +444,7 @@ def _checkpoints(config: TrainConfig, log: Log, stream: InteractionStream, ranks
             "inputs": inputs,
             "global_batch": stream.global_batch,
         }
-    return Checkpoints(
-        config.checkpoint,
-        _checkpoint_folder(config),
-        describe,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    return Checkpoints(config.checkpoint, _checkpoint_folder(config), describe)
 
 
 def _checkpoint_folder(config: TrainConfig) -> str:

@@ -38,6 +38,9 @@ LARGEST_SHARE = 0.2
 """never more of the sample than this."""
 TOO_FEW = 1_000
 """Of a sample with fewer rows nothing is held out: there would be too few cases to tell networks apart."""
+LEAST_CASES = 30
+"""Cases, over all ranks, that an epoch is chosen on. Cases drop out where their user has the item elsewhere, or has
+nearly all items: on the few that are left, which network is best would be chance."""
 MOST_SCORES = 400_000_000
 """Scores of an evaluation where all items are ranked: with many items, fewer rows are held out (at least LEAST)."""
 NEGATIVES = 99
@@ -66,6 +69,13 @@ class ValidationRows:
         return isinstance(self.heldout, FullHeldout)
 
 
+@dataclass(frozen=True)
+class NoRows:
+    """Why there are no validation rows, though they were asked for."""
+
+    why: str
+
+
 def plan_hold_out(config: TrainConfig, log: Log) -> HoldOut | None:
     """Which rows of the sample are not trained on; None: none. A pure function of the files and the configuration."""
     look = config.evaluation
@@ -81,8 +91,8 @@ def plan_hold_out(config: TrainConfig, log: Log) -> HoldOut | None:
 
 def load_validation(
     config: TrainConfig, log: Log, hold_out: HoldOut | None, ranks: Ranks, *, count_items: bool
-) -> ValidationRows | None:
-    """The validation rows; None where there are none. Collective.
+) -> ValidationRows | NoRows | None:
+    """The validation rows, `NoRows` where there are too few, None where none are asked for. Collective.
 
     Args:
         hold_out: of `plan_hold_out`.
@@ -97,21 +107,27 @@ def load_validation(
     if look.validation == "test":
         if log.test is None and log.test_negatives is None:
             raise InputError(f"{log.path}: no test part; evaluation.validation 'test' needs one (expected 'auto')")
-        return ValidationRows(load_heldout(log, look), "test", None, log.counts("item") if count_items else None)
+        of_test = load_heldout(log, look)
+        if of_test.num_cases < LEAST_CASES:
+            return _too_few(of_test.num_cases, "test")
+        return ValidationRows(of_test, "test", None, log.counts("item") if count_items else None)
     selection = Selection(log.train, config.sample, hold_out=hold_out)
     counts = np.zeros(log.num_items if count_items else 0, dtype=np.int64)
     with raise_on_all_ranks():
         of_sample = _held_pairs(config, log, selection, ranks, counts) if hold_out or count_items else _no_pairs()
         of_val = _val_pairs(config, log, ranks) if hold_out is None and look.validation == "auto" else None
+    if hold_out is None and of_val is None:
+        count = selection.num_rows
+        return NoRows(f"too few rows to hold validation rows out: {count:,} in the sample, expected {TOO_FEW:,}")
     held = of_sample if of_val is None else of_val
+    source = "val" if of_val is not None else "sample"
     if count_items:
         counts = all_reduce(torch.from_numpy(counts)).numpy()
     users = np.unique(np.concatenate([arrays[0] for arrays in all_gather_arrays([np.unique(held[0])])]))
     if not len(users):
-        return None
+        return _too_few(0, source)
     with raise_on_all_ranks():
         seen = _seen_pairs(log, selection, users, ranks)
-    source = "val" if of_val is not None else "sample"
     whole = config.sample.rate == 1.0 or config.sample.kind != "block"
     heldout: SampledHeldout | FullHeldout
     if _full(config, log) and whole and not log.is_part:
@@ -119,14 +135,22 @@ def load_validation(
     else:
         count = BLOCK_NEGATIVES if _full(config, log) else NEGATIVES
         heldout = _sampled(held, seen, log, count, config.sample.seed)
-    if not heldout.num_cases:
-        return None
+    if heldout.num_cases < LEAST_CASES:
+        return _too_few(heldout.num_cases, source)
     weights = None
     if source == "sample":
         assert hold_out is not None
         rate = hold_out.rate * config.sample.rate
         weights = _weights(heldout, users, np.concatenate([held[0], seen[0]]), rate)
     return ValidationRows(heldout, source, weights, counts if count_items else None)
+
+
+def _too_few(cases: int, source: str) -> NoRows:
+    of = "the sample" if source == "sample" else f"the {source} part"
+    return NoRows(
+        f"too few validation rows: {cases:,} cases are left of {of}, where items that a user has elsewhere and users "
+        f"who have all items do not count, and {LEAST_CASES} are needed"
+    )
 
 
 def _full(config: TrainConfig, log: Log) -> bool:

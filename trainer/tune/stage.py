@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -23,6 +24,8 @@ from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.train.stage import TrainResult, train
 from recpress.trainer.tune.config import TuneConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def tune(config: TuneConfig) -> TuneResult:
         dist.broadcast_object_list(folders)
         folder = folders[0]
         factors = f"{folder}/factors"
-        _say("tune: factorize")
+        _say("factorizing")
         made = factorize(
             FactorizeConfig(
                 data=config.data, out=factors, schema=config.schema, als=config.als, crossfit_rate=config.rate,
@@ -83,10 +86,10 @@ def tune(config: TuneConfig) -> TuneResult:
             dist.broadcast_object_list(left)
             if number and left[0] < 0:
                 break
-            _say(f"tune: network {number + 1} of {config.trials}: {_shown(network)}; {spent:.0f} s of "
+            _say(f"network {number + 1} of {config.trials}: {_shown(network)}; {spent:.0f} s of "
                  f"{config.minutes * 60:.0f} s spent")  # fmt: skip
             found.append((network, _score(_train(config, network, factors, f"{folder}/model-{number}"))))
-            _say(f"tune: {config.evaluation.metric} {found[-1][1]:.4f} on validation rows")
+            _say(f"{config.evaluation.metric} {found[-1][1]:.4f} on validation rows")
         found.sort(key=lambda trial: -trial[1])  # stable: of equals the first, so that the defaults win a tie
         settings = _settings(config, made.auto["settings"], found[0][0])
         with raise_on_all_ranks():
@@ -94,7 +97,9 @@ def tune(config: TuneConfig) -> TuneResult:
                 _write(config.out, settings, found)
         dist.barrier()
         best, score = found[0]
-        _say(f"{config.out}: {_shown(best)}: {config.evaluation.metric} {score:.4f}, best of {len(found)} networks")
+        if dist.get_rank() == 0:
+            shown = f"{config.evaluation.metric} {score:.4f}, best of {len(found)} networks"
+            print(f"{config.out}: {_shown(best)}: {shown}", flush=True)
     return TuneResult(settings, found)
 
 
@@ -190,4 +195,4 @@ def _shown(network: Network) -> str:
 
 def _say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        logger.info("%s", text)

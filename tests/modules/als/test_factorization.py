@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from recpress.modules.als.auto import DEFAULTS, MOST_SWEEPS, TOLERANCE
 from recpress.modules.als.factorization import ALS, initial_factors, initial_rows
 from recpress.modules.als.factors import Factors, RowBlocks
-from recpress.modules.als.half_sweep import FAR, Limits
+from recpress.modules.als.half_sweep import FAR, Limits, _pieces
 from recpress.modules.config import ALSConfig, ALSParameters
 from tests.modules.als import als_reference as reference
 from tests.modules.als.fit_cases import CONFIGS, ITEMS, USERS, log, run
@@ -91,6 +91,20 @@ def test_gaps_between_ids_change_nothing():
     np.testing.assert_allclose(scores[300], scores[1], atol=0.05)
     assert np.abs(scores[1]).max() > 0.2
     assert int((found[300].users.norm(dim=1) > 0).sum()) <= 40
+
+
+def test_rows_without_interactions_are_in_no_chunk():
+    """Of 10 million ids a handful occurs: the work is that of the handful, on rows and on sums."""
+    degrees = np.zeros(10_000_000, np.int64)
+    degrees[[3, 4, 5_000_000, 7_000_000, 7_000_005, 9_000_000]] = [2, 1, 9, 1, 1, 3]
+    indptr = np.concatenate([[0], np.cumsum(degrees)])
+    assert list(_pieces(indptr, Limits(interactions=8, rows=16, heavy=4))) == [
+        (3, 5, 0, 3),
+        (5_000_000, 5_000_001, 3, 11), (5_000_000, 5_000_001, 11, 12),
+        (7_000_000, 7_000_006, 12, 14),
+        (9_000_000, 9_000_001, 14, 17),
+    ]  # fmt: skip
+    assert list(_pieces(np.zeros(5, np.int64), Limits(interactions=8, rows=16, heavy=4))) == []
 
 
 def test_stops_on_request_and_by_tolerance():

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from recpress.modules.als.exchange import Exchange
 from recpress.modules.config import TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.shared_rows import IdVectors, shared_rows
 from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import CountCodes, MappedRows, SideSpec, TwoTower
 from tests.modules.two_tower.model_cases import DIM, ITEMS, USERS, build, factors, keyed, scores
+from tests.ranks import run_on_ranks
 
 
 class Rows:
@@ -123,6 +125,60 @@ def test_rows_that_cannot_be_worked_out_are_refused():
         shared_rows(id_map(9), vectors, vectors[:8, :1])
     with pytest.raises(ValueError, match="a count of ids 0 to 8 is NaN"):
         shared_rows(id_map(9), vectors, np.full((9, 1), np.nan, np.float32))
+
+
+class Counted:
+    """A matrix that knows how many of its rows were read."""
+
+    def __init__(self, matrix):
+        self.matrix, self.shape, self.read = matrix, matrix.shape, set()
+
+    def __getitem__(self, index):
+        at = index[0] if isinstance(index, tuple) else index
+        self.read |= set(range(*at.indices(self.shape[0])))
+        return self.matrix[index]
+
+
+def large(rows_per_id, dim):
+    rng = np.random.default_rng(6)
+    return id_map(101, 20, rows_per_id, weighted=True), (
+        Counted(rng.normal(size=(101, dim)).astype(np.float32)),
+        Counted(rng.uniform(1, 9, (101, 1)).astype(np.float32)),
+    )
+
+
+def shared_here(cases):
+    """For each (rows_per_id, dim, row that is not finite): what this rank gets, and which ids it reads."""
+    found = []
+    for rows_per_id, dim, bad in cases:
+        made, sources = large(rows_per_id, dim)
+        if bad is not None:
+            sources[0].matrix[bad] = np.nan
+        try:
+            rows = shared_rows(made, *sources, "user", Exchange.of_default_group())
+        except ValueError as error:
+            found.append((str(error), None))
+        else:
+            found.append((rows, [(min(source.read), max(source.read) + 1) for source in sources]))
+    return found
+
+
+def test_ranks_share_the_work_and_get_the_rows_of_one():
+    """Each reads its part of the ids. Columns that one rank solves are the same bits; sums over ranks are rounded."""
+    # two rows an id: columns for one of the ranks; for both, in two rounds
+    cases = [(1, 3, None), (1, 37, None), (2, 3, None), (2, 37, None)]
+    bad = [(1, 3, 70), (2, 3, 70)]
+    of_ranks = run_on_ranks(shared_here, 2, cases + bad)
+    for (rows_per_id, dim, _), *each in zip(cases, *of_ranks, strict=False):
+        made, sources = large(rows_per_id, dim)
+        alone = shared_rows(made, *sources)
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if rows_per_id == 1 else {"rtol": 0, "atol": 0}
+        for (rows, read), ids in zip(each, [(0, 51), (51, 101)], strict=True):
+            assert read == [ids, ids]
+            torch.testing.assert_close(rows, alone, **tolerance)
+    for (first, _), (second, _) in zip(*(found[len(cases) :] for found in of_ranks), strict=True):
+        assert "row 70 of the source holds NaN" in second  # which rank 1 reads, and rank 0 does not wait for
+        assert first == second
 
 
 def test_rows_join_the_features_under_their_own_key():

@@ -15,10 +15,11 @@ from recpress.trainer.distributed import watchdog as module
 from recpress.trainer.distributed.heartbeat import WAITING_FOR_DATA, activity, heartbeat
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.observability.logging_setup import logging_to_stderr
 
 module.BEAT_SECONDS, module._REPORT_SECONDS = 0.2, 1.0
 try:
-    with process_group("cpu", 2.0) as ranks:
+    with logging_to_stderr("test"), process_group("cpu", 2.0) as ranks:
         dist.all_reduce(torch.ones(1))
         if sys.argv[1] == "work":
             with raise_on_all_ranks(), activity("building maps"):

@@ -1,6 +1,7 @@
 """The stages in one process group: what is whole is skipped, what does not fit is one error."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -161,8 +162,9 @@ def test_a_network_that_fell_back_is_said_to_be_the_factorization():
     assert "own ranking" not in as_table({"network": {**made, "fallback": False}})
 
 
-def test_held_out_rows_unlike_train_warn_on_stderr(tmp_path, capsys):
+def test_held_out_rows_unlike_train_warn_on_stderr(tmp_path, caplog):
     """Held-out rows of new items alone: no method can rank them, and the run says so."""
+    caplog.set_level(logging.INFO, "recpress")
     (tmp_path / "log").mkdir()
     rng = np.random.default_rng(0)
     for part, low, high in (("train", 0, 40), ("test", 40, 50)):
@@ -171,7 +173,7 @@ def test_held_out_rows_unlike_train_warn_on_stderr(tmp_path, capsys):
         pq.write_table(pa.table(columns), tmp_path / "log" / f"{part}.parquet")
     config = settings(str(tmp_path / "log"), tmp_path / "run", stages=("factorize", "evaluate"))
     pipeline(config)
-    assert "no better than popularity" in capsys.readouterr().err
+    assert "no better than popularity" in caplog.text
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["warnings"]
 
 
@@ -210,10 +212,11 @@ def test_with_frozen_tables_the_factors_are_cross_fitted_for_the_sample_of_the_n
         assert settings(log, "out", train=changed).chosen()["factorize"].crossfit_rate == 0
 
 
-def test_without_held_out_rows_the_other_stages_run(tmp_path, capsys):
+def test_without_held_out_rows_the_other_stages_run(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     made = SynthConfig(users=60, items=150, rows=900, tastes=4, held_out_users=0)
     path = str(synth(made, tmp_path / "log"))
     factorized = FactorizeConfig(data="", out="", als=ALS)
     assert pipeline(PipelineConfig(data=path, out=str(tmp_path / "run"), stages=("factorize", "evaluate"),
                                    factorize=factorized)) == ["factorize"]  # fmt: skip
-    assert "no held-out rows" in capsys.readouterr().out
+    assert "no held-out rows" in caplog.text

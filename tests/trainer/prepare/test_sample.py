@@ -1,6 +1,7 @@
 """Stages on a log that `recpress sample` wrote: the rows, the factors and the evaluation that belong to it."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_factors_of_the_sample_itself_and_of_older_releases(log, made, tmp_path)
     assert not open_factors(own, opened).has_not_seen(opened, SampleConfig(rate=1.0))
 
 
-def test_all_items_cannot_be_ranked_on_it(log, made, tmp_path, capsys):
+def test_all_items_cannot_be_ranked_on_it(log, made, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     _, part, factors = made
     look = EvaluationConfig(protocol="full")
     with pytest.raises(InputError, match=r"a sample of .*for the protocol 'full' expected that log"):
@@ -141,15 +143,16 @@ def test_all_items_cannot_be_ranked_on_it(log, made, tmp_path, capsys):
     random = network(str(tmp_path / "part"), tmp_path / "model", None, SampleConfig(rate=1.0))
     random = replace(random, model=replace(random.model, tables=TablesConfig(strategy="random", dim=8)))
     assert train(random).metrics == {}
-    assert "held-out rows are ranked by `recpress evaluate`" in capsys.readouterr().out
+    assert "held-out rows are ranked by `recpress evaluate`" in caplog.text
 
 
-def test_a_sample_of_a_sample_is_pointed_out(made, tmp_path, capsys):
+def test_a_sample_of_a_sample_is_pointed_out(made, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     _, part, factors = made
     rows = open_log(part).train.num_rows
     result = train(network(part, tmp_path / "model", factors, SampleConfig(rate=0.5)))
     note = f"is a sample already, of which this trains on {result.rows:,} of {rows:,} rows; --sample.rate 1"
-    assert note in capsys.readouterr().out
+    assert note in caplog.text
     assert result.rows < rows
 
 

@@ -1,6 +1,7 @@
 """Which network is published: never one that is worse than its factors on the validation rows."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -51,7 +52,8 @@ def manifest(out):
 
 
 @pytest.mark.parametrize("kind", ["residual", "mlp"])
-def test_a_network_that_is_worse_is_not_published(log, factors, kind, tmp_path, capsys):
+def test_a_network_that_is_worse_is_not_published(log, factors, kind, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     result = train(config(log, tmp_path / "model", factors, kind, optimizer=HARMFUL))
     assert (result.best_epoch, result.fallback) == (0, True)
     assert result.fit.steps > 0
@@ -59,7 +61,7 @@ def test_a_network_that_is_worse_is_not_published(log, factors, kind, tmp_path, 
     assert (found["best_epoch"], found["fallback"]) == (0, True)
     assert found["validation"]["network"]["NDCG@10"] < found["validation"]["factorization"]["NDCG@10"]
     assert found["validation"]["published"] == found["validation"]["factorization"]["NDCG@10"]
-    assert "did not improve on the factorization" in capsys.readouterr().out
+    assert "did not improve on the factorization" in caplog.text
     # what is published ranks the held-out part exactly as the factors do
     of_factors = evaluate(EvaluateConfig(data=log, model=factors))
     assert found["metrics"] == found["factorization_metrics"] == of_factors
@@ -79,7 +81,8 @@ def test_a_network_that_cannot_be_compared_is_not_published(log, factors, kind, 
     assert train(config(log, tmp_path / "asked", factors, kind, sample=few, evaluation=unproven)).fit.steps > 0
 
 
-def test_a_network_that_is_better_is_published_with_its_best_epoch(log, factors, tmp_path, capsys):
+def test_a_network_that_is_better_is_published_with_its_best_epoch(log, factors, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "recpress")
     result = train(config(log, tmp_path / "model", factors, epochs=4, optimizer=OptimizerConfig(learning_rate=5e-3)))
     found = manifest(tmp_path / "model")
     gains = [look["gain"] for look in result.fit.evaluations]
@@ -92,7 +95,7 @@ def test_a_network_that_is_better_is_published_with_its_best_epoch(log, factors,
     else:
         assert best["gain"] > best["gain_error"] > 0
         assert best["companion_gain"] >= 0
-        assert "improves on the factorization" in capsys.readouterr().out
+        assert "improves on the factorization" in caplog.text
     assert found["factorization_metrics"] == evaluate(EvaluateConfig(data=log, model=factors))
 
 

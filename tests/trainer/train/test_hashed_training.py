@@ -242,8 +242,8 @@ def _pipelined():
         return {"NDCG@10": float(len(pipelined))}
 
     config = FitConfig(epochs=2, evaluate_steps=3)
-    run = _Run(dmp, optimizer, config, small.CPU, look, None, False, "test", None, None)
-    run.all(small.batches)
+    run = _Run(dmp, optimizer, config, small.CPU, look, None, False, "test", None)
+    run.run(small.batches)
     # frozen and trained tables of both sides
     assert pipelined == [({"user_rows", "item_rows"}, 4)] * 4
     plain, other = _mapped_model()

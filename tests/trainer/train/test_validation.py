@@ -18,7 +18,8 @@ from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.train.rows import make_stream
-from recpress.trainer.train.validation import load_validation, plan_hold_out
+from recpress.trainer.train.validation import LEAST_CASES, NoRows, ValidationRows, load_validation, plan_hold_out
+from tests.ranks import run_on_ranks
 
 USERS, ITEMS, ROWS, GROUP = 400, 150, 12_000, 1_000
 
@@ -165,3 +166,48 @@ def test_rows_with_a_label_of_no_are_not_validated_on(tmp_path):
         found = load_validation(asked, log, plan_hold_out(asked, log), ranks, count_items=False)
     assert found.heldout.num_cases > 100
     assert (found.heldout.targets.values % 2 == 1).all()
+
+
+def repeating_log(folder, new_rows):
+    """Rows that users repeat, but for the last `new_rows`, of users of their own: only these make cases."""
+    rng = np.random.default_rng(1)
+    users = np.concatenate([rng.integers(40, size=4_000), 40 + np.arange(new_rows)])
+    items = np.concatenate([users[:4_000] % 50, 50 + np.arange(new_rows) % 20])
+    pq.write_table(pa.table({"user_id": users, "item_id": items}), folder / "train.parquet", row_group_size=GROUP)
+    return str(folder)
+
+
+def cases_of(folder):
+    asked = config(sample=SampleConfig(rate=1.0))
+    log = open_log(folder)
+    with process_group("cpu") as ranks:
+        found = load_validation(asked, log, plan_hold_out(asked, log), ranks, count_items=False)
+    return found.why if isinstance(found, NoRows) else found.heldout.num_cases
+
+
+def test_too_few_cases_are_no_validation_rows(tmp_path):
+    """The rows that are held out mostly repeat others, and leave a few cases over all ranks."""
+    few, enough = (tmp_path / name for name in ("few", "enough"))
+    few.mkdir()
+    enough.mkdir()
+    (why,) = run_on_ranks(cases_of, 1, repeating_log(few, 60))
+    assert "too few validation rows" in why
+    left = int(why.split(" cases")[0].split()[-1])
+    assert 0 < left < LEAST_CASES
+    assert str(LEAST_CASES) in why
+    assert run_on_ranks(cases_of, 2, str(few)) == [why] * 2
+    # enough on two ranks together, and not on one of them
+    counts = run_on_ranks(cases_of, 2, repeating_log(enough, 220))
+    assert counts[0] == counts[1]
+    assert LEAST_CASES <= counts[0] < 2 * LEAST_CASES
+
+
+def test_a_small_val_part_is_no_validation_rows(folder, tmp_path):
+    (tmp_path / "train.parquet").symlink_to(folder / "train.parquet")
+    pq.write_table(pq.read_table(folder / "val.parquet").slice(0, LEAST_CASES - 1), tmp_path / "val.parquet")
+    found, _, _ = load(tmp_path, config(evaluation=EvaluationConfig(protocol="sampled")))
+    assert isinstance(found, NoRows)
+    assert "val part" in found.why
+    pq.write_table(pq.read_table(folder / "val.parquet").slice(0, LEAST_CASES), tmp_path / "val.parquet")
+    found, _, _ = load(tmp_path, config(evaluation=EvaluationConfig(protocol="sampled")))
+    assert isinstance(found, ValidationRows)
