@@ -55,9 +55,11 @@ class ALS:
         ValueError: a parameter or a number of ids is out of range.
 
     Example:
-        >>> als = ALS(ALSConfig(factors=64), num_users, num_items)
-        >>> als.add(user_ids, item_ids)  # integer arrays, in any number of calls
-        >>> factors = als.fit()  # factors.users (num_users, 64), factors.items (num_items, 64)
+        >>> als = ALS(ALSConfig(factors=8, auto=False), num_users=3, num_items=4)
+        >>> als.add([0, 0, 1, 2], [0, 1, 1, 3])  # users and items, in any number of calls
+        >>> factors = als.fit()
+        >>> factors.users.shape, factors.items.shape
+        (torch.Size([3, 8]), torch.Size([4, 8]))
     """
 
     def __init__(

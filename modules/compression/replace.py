@@ -64,8 +64,12 @@ def compress(
             pooling with weighted maps, or of frozen rows with per-sample weights. The model is then unchanged.
 
     Example:
-        >>> model, report = compress(model, {"t_cat_0": id_map}, frozen={"t_item": factors})
-        >>> model = DistributedModelParallel(model, sharders=sharders)
+        >>> from torchrec import EmbeddingBagConfig
+        >>> table = EmbeddingBagConfig(name="t", num_embeddings=6, embedding_dim=4, feature_names=["f"])
+        >>> model = nn.Sequential(EmbeddingBagCollection([table]))
+        >>> id_map = IdMap(rows=(torch.arange(6, dtype=torch.int32) % 2)[:, None], num_rows=2)
+        >>> model, report = compress(model, {"t": id_map})
+        >>> # shard the model here: model = DistributedModelParallel(model)
         >>> report.load(model)  # because sharding discards the rows of every table
     """
     frozen, counts = frozen or {}, counts or {}

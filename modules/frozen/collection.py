@@ -58,9 +58,12 @@ class FrozenEmbeddingBagCollection(HasFrozenTables):
             it was saved with other rows.
 
     Example:
-        >>> table = FrozenTable(name="item", rows=1000, dim=64, features=("item_id",), storage="int8")
-        >>> collection = FrozenEmbeddingBagCollection([table])
-        >>> collection.load("item", factors)  # (1000, 64)
+        >>> collection = FrozenEmbeddingBagCollection([FrozenTable(name="item", rows=9, dim=4, features=("item_id",))])
+        >>> collection.load("item", torch.ones(9, 4))
+        >>> features = KeyedJaggedTensor(["item_id"], torch.tensor([2, 3, 5]), lengths=torch.tensor([1, 2]))
+        >>> collection(features)["item_id"]
+        tensor([[1., 1., 1., 1.],
+                [2., 2., 2., 2.]])
     """
 
     def __init__(

@@ -42,8 +42,10 @@ class LearnedHash(Fingerprinted):
             was saved with other maps.
 
     Example:
-        >>> hashes = LearnedHash({"item": id_map})
-        >>> pooled = collection(hashes(features))  # tables of `id_map.num_rows` rows
+        >>> id_map = IdMap(rows=torch.tensor([[0], [1], [0]], dtype=torch.int32), num_rows=2)
+        >>> features = KeyedJaggedTensor(["item"], torch.tensor([2, 1]), lengths=torch.tensor([1, 1]))
+        >>> LearnedHash({"item": id_map})(features).values()  # for tables of `id_map.num_rows` rows
+        tensor([0, 1])
     """
 
     def __init__(self, maps: Mapping[str, IdMap], *, unknown: Unknown = "hash", packed: bool = False) -> None:

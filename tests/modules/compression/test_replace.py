@@ -105,7 +105,7 @@ def test_wrong_tables_are_refused_and_nothing_is_changed() -> None:
         ("'t0': counts hold a negative", model, fine, {"counts": {"t0": -torch.ones(IDS)}}),
         ("'t1': there are counts for it, but no map", model, fine, {"counts": {"t1": torch.ones(IDS)}}),
         ("storage is 'int2'", model, fine, {"storage": "int2"}),
-        ("two collections, 0 and 1", twice, fine, {}),
+        ("two collections have it, 0 and 1", twice, fine, {}),
         ("feature 'f0': it looks up in the tables 'a' and 'b'", shared_feature, {"a": one}, {}),
         ("mean pooling does not support per-sample weights", mean, {"t0": id_map(weighted=True)}, {}),
         ("mean pooling does not support .* its collection", weighted_mean, {}, {"frozen": {"t0": source()}}),
