@@ -1,9 +1,9 @@
-"""Memory of a rank of `recpress train`, part by part, each by a formula: what `recpress plan` prints.
+"""Memory of one rank of `recpress train`, part by part, each by a formula.
 
-Counted is memory that the kernel cannot take back: on a CPU rank anonymous memory. Libraries and factors that are
-mapped from files are page cache, and not counted. The peak is the largest of four moments, in which different parts
-live: `setup` (pairs of the log are collected), `load` (tables are filled), `train` (a step is under way), `checkpoint`
-(so from the first checkpoint on: its copy of the state stays for the next one).
+It counts memory that the kernel cannot reclaim: on a CPU rank anonymous memory. Libraries and factors that are mapped
+from files are page cache, and not counted. The peak is the largest of four moments with different parts: `setup` (pairs
+of the log are collected), `load` (tables are filled), `train` (during a step), `checkpoint` (from the first checkpoint
+on, whose copy of the state stays for the next one).
 """
 
 from __future__ import annotations
@@ -14,27 +14,33 @@ from typing import Literal
 from recpress.data.stream.memory import KEPT
 from recpress.modules.row_source import BLOCK_BYTES
 from recpress.trainer.plan.job import Job
-from recpress.trainer.plan.shards import MetaTowers, Shard, tables_of
+from recpress.trainer.plan.meta_model import MetaTowers, Shard, tables_of
 
 MIB, GIB = 1 << 20, 1 << 30
 PROCESS = 262 * MIB
 """Anonymous memory of a process after `import recpress.trainer.train.stage`; torch 2.13 + torchrec 1.8, CPU."""
 METRICS = 31 * MIB
-"""What `torchmetrics` adds, which is imported when the tables are loaded."""
+"""Of `torchmetrics`, which is imported when the tables are loaded."""
 ALLOCATOR = 32 * MIB
-"""What glibc keeps of freed memory where no step is under way: the largest block that it takes from the heap."""
+"""Freed memory that glibc retains between steps: the largest block that it takes from the heap."""
+UPLOAD = 224 * MIB
+"""Of `object_store.upload_file`: 211 and 221 MiB for files of 256 and 512 MiB (measured, pyarrow 26)."""
 MARKS = "marking positives"
 STEP = ("activations", "looked-up vectors", "batches", MARKS)
-"""Parts that each step frees and takes again. glibc before 2.38 leaves holes between aligned blocks of changing sizes,
-and `RetainFreedMemory` lets it keep them: a factor of 1.9 to 2.4 in all, of batches of 2,048 to 16,384 (measured)."""
-UPLOAD = 224 * MIB
-"""What `data.storage.upload_file` holds: 211 and 221 MiB of files of 256 and 512 MiB (measured, pyarrow 26)."""
+"""Parts that each step frees and allocates again. glibc before 2.38 leaves holes between aligned blocks of changing
+sizes, and `RetainFreedMemory` makes it retain them: a factor of 1.9 to 2.4 in all, for batches of 2,048 to 16,384
+(measured)."""
 PIPELINE = 3
-"""Batches that TrainPipelineSparseDist holds: in the step, in the exchange of ids, on the way to the device."""
+"""Batches in TrainPipelineSparseDist: in the step, in the exchange of ids, on the way to the device."""
 Place = Literal["device", "host"]
 Phase = Literal["always", "run", "setup", "load", "train", "checkpoint"]
-"""When a part is there: at one of the four moments (`train`: at `checkpoint` too), at all of them, or (`run`) from the
-tables' making on."""
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "setup": ("always", "setup"),
+    "load": ("always", "run", "load"),
+    "train": ("always", "run", "train"),
+    "checkpoint": ("always", "run", "train", "checkpoint"),
+}
+"""Moment -> phases of the parts that exist then; `run` is from the creation of the tables on."""
 
 
 @dataclass(frozen=True)
@@ -51,169 +57,150 @@ class Line:
 def rank_lines(
     job: Job, model: MetaTowers, shards: list[Shard], *, world: int, cuda: bool, context: int, activations: int
 ) -> list[Line]:
-    """All parts of the memory of one rank that holds `shards`.
+    """All parts, except empty ones, of the memory of a rank with these shards.
 
     Args:
-        context: bytes that CUDA and its libraries take of the device.
+        context: bytes of the device that CUDA and its libraries take.
         activations: `activation_bytes`, which does not depend on the ranks.
     """
     device: Place = "device" if cuda else "host"
-    negatives = job.network.negatives
-    batch, items = job.strides
-    strides = {"user": batch, "item": items}
     trained = [s for s in shards if s.storage is None]
-    frozen = [s for s in shards if s.storage is not None]
     trained_bytes, state = sum(s.nbytes(cuda) for s in trained), sum(4 * s.rows for s in trained)
-    frozen_bytes = sum(s.nbytes(cuda) for s in frozen)
-    lines = [Line("process", PROCESS, "torch, torchrec and recpress imported (measured)", "host", "always")]
-    if job.metrics:
-        lines.append(Line("metrics", METRICS, "torchmetrics imported (measured)", "host", "train"))
-    if cuda:
-        lines.append(Line("CUDA context", context, "--cluster.context-gib (assumed)", "device", "always"))
-    if trained:
-        lines.append(Line("trainable tables", trained_bytes, "rows x dim x 4 B", device))
-        lines.append(Line("optimizer state", state, "row-wise Adagrad: 4 B a row", device))
-    if frozen:
-        lines.append(Line("frozen tables", frozen_bytes, "rows x bytes of a row, scale included", device))
-    sides = (job.user, job.item)
-    maps = [side.map for side in sides if side.map is not None]
-    if maps:
-        size = sum(m.nbytes for m in maps)
-        lines.append(Line("maps", size, "every rank: ids x rows per id x (4 B + weight)", device))
-        if model.counted:
-            codes = sum(m.num_ids for m in maps)
-            lines.append(Line("log counts behind maps", codes, "every rank: ids x 1 B", device))
-    features = sum(side.feature_bytes for side in sides)
-    if features:
-        lines.append(Line("side features", features, "every rank: ids x 8 B a category, 4 B a float", device))
+    frozen_bytes = sum(s.nbytes(cuda) for s in shards if s.storage is not None)
+    log_counts = sum(m.num_ids for m in job.maps) if model.counted else 0
+    features = job.user.feature_bytes + job.item.feature_bytes
     dense = sum(4 * p.numel() for p in model.dense())
-    lines.append(Line("dense part", 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"))
-    if job.keep_best:
-        copied = trained_bytes + dense
-        lines.append(Line("best weights", copied, "a copy of what is trained", "host", "train"))
     staged = trained_bytes + state + 3 * dense
-    formula = "trainable tables, optimizer state, dense weights and 2 Adam moments"
-    lines.append(Line("copy for checkpoints", staged, formula, "host", "checkpoint"))
-    if job.uploads:
-        formula = f"at most {UPLOAD // MIB} MiB (measured), whatever its size"
-        lines.append(Line("upload of a checkpoint", min(staged, UPLOAD), formula, "host", "checkpoint"))
-    lines += _negatives_lines(job, device)
-    wide = sum(strides[s.side] * s.width for s in shards) * 4 * world
-    whole = sum(strides[t.side] * t.width for t in tables_of(model)) * 4
-    again = sum(strides[s.side] * s.width for s in trained) * 4 * world
-    copies = 1 if world == 1 else 2
-    lines += [
-        Line("activations", activations, "towers, loss and gradients: peak of a step on meta tensors", device, "train"),
+    lines = [
+        Line("process", PROCESS, "torch, torchrec and recpress imported (measured)", "host", "always"),
+        Line("metrics", METRICS * job.metrics, "torchmetrics imported (measured)", "host", "train"),
+        Line("CUDA context", context * cuda, "--cluster.context-gib (assumed)", "device", "always"),
+        Line("trainable tables", trained_bytes, "rows x dim x 4 B", device),
+        Line("optimizer state", state, "row-wise Adagrad: 4 B per row", device),
+        Line("frozen tables", frozen_bytes, "rows x bytes of a row, with scale", device),
+        Line("maps", sum(m.nbytes for m in job.maps), "every rank: ids x rows per id x (4 B + weight)", device),
+        Line("log counts behind maps", log_counts, "every rank: ids x 1 B", device),
+        Line("side features", features, "every rank: ids x 8 B per category, 4 B per float", device),
+        Line("dense part", 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"),
+        Line("best weights", (trained_bytes + dense) * job.keep_best, "a copy of trained weights", "host", "train"),
         Line(
-            "looked-up vectors",
-            copies * (wide + again) + whole,
-            f"ranks x batch x widths of the shards x 4 B x {copies}, trained twice; + what this rank receives",
-            device,
-            "train",
+            "copy for checkpoints",
+            staged,
+            "trainable tables, optimizer state, dense weights and 2 Adam moments",
+            "host",
+            "checkpoint",
         ),
+        Line(
+            "upload of a checkpoint",
+            min(staged, UPLOAD) * job.uploads,
+            f"at most {UPLOAD // MIB} MiB (measured) for any size",
+            "host",
+            "checkpoint",
+        ),
+        *_negatives_lines(job, device),
+        *_step_lines(job, model, shards, trained, world, device, activations),
+        *_stream_lines(job, world),
+        Line("freed, retained by malloc", ALLOCATOR, "glibc: a block of 32 MiB (measured)", "host", "always"),
     ]
-    ids = 8 * (batch + items)
-    one = 3 * ids + 4 * (batch + items) + 4 * batch + (batch * negatives.count if negatives.shared else 0)
-    lines.append(
-        Line("batches", PIPELINE * one, f"{PIPELINE} x (ids, lengths, offsets, labels, masks)", device, "train")
-    )
-    lines += _stream_lines(job, world)
-    lines.append(Line("freed, kept by malloc", ALLOCATOR, "glibc: a block of 32 MiB (measured)", "host", "always"))
     if not cuda:
         step = sum(line.bytes for line in lines if line.name in STEP)
         formula = f"as much again as {', '.join(STEP)}: glibc (measured)"
-        lines.append(Line("kept between steps", step, formula, "host", "train"))
-    return lines + _load_lines(job, model, shards, cuda)
+        lines.append(Line("retained between steps", step, formula, "host", "train"))
+    return [line for line in lines + _load_lines(job, model, shards, cuda) if line.bytes]
+
+
+def _negatives_lines(job: Job, device: Place) -> list[Line]:
+    negatives, (batch, _) = job.network.negatives, job.strides
+    counted = negatives.kind != "uniform"
+    tables = counted + (counted or job.network.model.loss.in_batch)
+    lines = [Line("item counts", tables * 12 * job.item.ids, f"{tables} x 12 B per item", device)]
+    if job.rejects:
+        bits = _filter_bits(job.rows)
+        pairs = 8 * job.rows + (bits // 8 if device == "host" else 0)
+        collecting = 16 * job.rows + max(8 * job.rows, bits + 24 * job.rows)
+        marks = 2 * batch * negatives.count * negatives.shared
+        lines += [
+            Line("positive pairs", pairs, "every rank: 8 B per row of the log, on CPU + 1 to 2 B", device),
+            Line("collecting pairs", collecting, "8 B x 5 per row + a byte per bit", "host", "setup"),
+            Line(MARKS, marks, "2 x batch x negatives", device, "train"),
+        ]
+    return lines
+
+
+def _step_lines(
+    job: Job, model: MetaTowers, shards: list[Shard], trained: list[Shard], world: int, device: Place, activations: int
+) -> list[Line]:
+    batch, items = job.strides
+    strides, negatives = {"user": batch, "item": items}, job.network.negatives
+
+    def vectors(of: list[Shard]) -> int:
+        return sum(strides[s.side] * s.width for s in of) * 4
+
+    copies = 1 if world == 1 else 2
+    looked_up = world * copies * (vectors(shards) + vectors(trained)) + vectors(list(tables_of(model)))
+    one = 3 * 8 * (batch + items) + 4 * (batch + items) + 4 * batch + batch * negatives.count * negatives.shared
+    formula = f"ranks x batch x widths of the shards x 4 B x {copies}, trained twice; + vectors that this rank receives"
+    return [
+        Line("activations", activations, "towers, loss and gradients: peak of a step on meta tensors", device, "train"),
+        Line("looked-up vectors", looked_up, formula, device, "train"),
+        Line("batches", PIPELINE * one, f"{PIPELINE} x (ids, lengths, offsets, labels, masks)", device, "train"),
+    ]
 
 
 def _stream_lines(job: Job, world: int) -> list[Line]:
-    """`data.memory` without a log: rounds that are in memory, whole or in part, and row groups that are decoded."""
+    """`data.stream.memory` without a log: shuffle windows, in full or in part, and decoded row groups."""
     network = job.network
     config, row = network.stream, 8 * 2 + (4 if network.use_label else 0)
     rate = job.sampled / job.rows if job.rows else 1.0
-    ahead = rate * job.group_rows * config.interleave  # rows of all ranks that row groups bring beyond a round
-    held = 3 * config.buffer_rows + 2 * ahead
-    held = min(held, job.sampled or held) / world
+    ahead = rate * job.group_rows * config.interleave  # rows of all ranks that row groups add to a window
+    in_windows = 3 * config.buffer_rows + 2 * ahead
+    in_windows = min(in_windows, job.sampled or in_windows) / world
     threads, group = config.chosen_threads, job.group_rows * row
-    decode = threads * 4 * group + (2 * threads + 1) * rate * group
+    decoding = round(threads * 4 * group + (2 * threads + 1) * rate * group)
+    window = "(3 buffer_rows + 2 interleave x row group) / ranks x B per row"
+    decoded = "(4 threads + (2 threads + 1) x rate) x row group x B per row"
     return [
-        Line(
-            "stream", round(held * row), "(3 buffer_rows + 2 interleave x row group) / ranks x B a row", "host", "train"
-        ),
-        Line("decoding", round(decode), "(4 threads + (2 threads + 1) x rate) x row group x B a row", "host", "always"),
-        Line("kept in threads' heaps", KEPT, "glibc: of what reading threads have freed (measured)", "host", "always"),
+        Line("stream", round(in_windows * row), window, "host", "train"),
+        Line("decoding", decoding, decoded, "host", "always"),
+        Line("retained in threads' heaps", KEPT, "glibc: freed by reading threads (measured)", "host", "always"),
     ]
 
 
 def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) -> list[Line]:
-    """What host memory holds while tables are filled, and no longer."""
-    lines = []
-    maps = [side.map for side in (job.user, job.item) if side.map is not None]
-    largest = max((4 * s.rows * s.width for s in shards if _is_loaded(job, s)), default=0)
-    if largest:
-        formula = "4 blocks of 32 MiB: file, copy, this block and the last"
-        lines.append(Line("loading tables", 4 * min(BLOCK_BYTES, largest), formula, "host", "load"))
-    if maps and job.dim is not None and not job.row_vectors:
-        whole = {table.table: table for table in tables_of(model)}
-        sides = [("user", job.user), ("item", job.item)]
-        found = []
-        for name, side in sides:
-            if side.map is not None:
-                rows = whole[name].rows * 2 if side.map.rows_per_id == 1 else side.ids * 6
-                found.append(4 * rows * job.dim)
-        formula = "every rank: rows x dim x 4 B x 2; of two rows an id: ids x dim x 4 B x 6"
-        lines.append(Line("shared rows worked out", max(found), formula, "host", "load"))
+    """Host memory that exists only while tables are filled."""
+    loaded = [s for s in shards if job.dim is not None and (s.storage is not None or s.table in ("user", "item"))]
+    largest = max((4 * s.rows * s.width for s in loaded), default=0)
+    blocks = "4 blocks of 32 MiB: file, copy, this block and the last"
+    lines = [Line("loading tables", 4 * min(BLOCK_BYTES, largest), blocks, "host", "load")]
+    if job.maps and job.dim is not None and not job.row_vectors:
+        rows = {table.table: table.rows for table in tables_of(model)}
+        computed = max(
+            4 * job.dim * (rows[name] * 2 if side.map.rows_per_id == 1 else side.ids * 6)
+            for name, side in (("user", job.user), ("item", job.item))
+            if side.map is not None
+        )
+        formula = "every rank: rows x dim x 4 B x 2; with two rows per id: ids x dim x 4 B x 6"
+        lines.append(Line("shared rows computed", computed, formula, "host", "load"))
     if cuda:
-        on_the_way = sum(m.nbytes + m.num_ids * model.counted for m in maps)
-        if on_the_way:
-            lines.append(Line("maps, before they move", on_the_way, "as on the GPU", "host", "load"))
-        if job.rejects and job.rows:
-            size = 8 * job.rows + _filter_bits(job.rows) // 8
-            lines.append(Line("positive pairs, before they move", size, "9 to 10 B a row of the log", "host", "load"))
+        maps = sum(m.nbytes + m.num_ids * model.counted for m in job.maps)
+        pairs = (8 * job.rows + _filter_bits(job.rows) // 8) * job.rejects
+        lines += [
+            Line("maps, before the copy to the GPU", maps, "as on the GPU", "host", "load"),
+            Line("positive pairs, before the copy to the GPU", pairs, "9 to 10 B per row of the log", "host", "load"),
+        ]
     return lines
 
 
 def _filter_bits(rows: int) -> int:
-    """Of `data.pairs`: the power of two from 8 times the keys on."""
+    """Of `data.pairs`: the smallest power of two that is at least 8 times the keys."""
     return 1 << max(0, 8 * rows - 1).bit_length() if rows else 0
-
-
-def _is_loaded(job: Job, shard: Shard) -> bool:
-    return job.dim is not None and (shard.storage is not None or shard.table in ("user", "item"))
-
-
-def _negatives_lines(job: Job, device: Place) -> list[Line]:
-    negatives, lines = job.network.negatives, []
-    batch, _ = job.strides
-    tables = (negatives.kind != "uniform") + (negatives.kind != "uniform" or job.network.model.loss.in_batch)
-    if tables:
-        lines.append(Line("item counts", tables * 12 * job.item.ids, f"{tables} x 12 B an item", device))
-    if not job.rejects:
-        return lines
-    filter_bits = _filter_bits(job.rows)
-    bits = filter_bits // 8 if device == "host" else 0
-    lines.append(
-        Line("positive pairs", 8 * job.rows + bits, "every rank: 8 B a row of the log, on CPU + 1 to 2 B", device)
-    )
-    collect = 16 * job.rows + max(8 * job.rows, filter_bits + 24 * job.rows)
-    lines.append(Line("collecting pairs", collect, "8 B x 5 a row + a byte a bit", "host", "setup"))
-    if negatives.shared:
-        mask = 2 * batch * negatives.count
-        lines.append(Line(MARKS, mask, "2 x batch x negatives", device, "train"))
-    return lines
 
 
 def peaks(lines: list[Line], place: Place) -> dict[str, int]:
     """Bytes at each moment."""
-    live: dict[str, tuple[Phase, ...]] = {
-        "setup": ("always", "setup"),
-        "load": ("always", "run", "load"),
-        "train": ("always", "run", "train"),
-        "checkpoint": ("always", "run", "train", "checkpoint"),
-    }
     return {
         moment: sum(line.bytes for line in lines if line.place == place and line.phase in phases)
-        for moment, phases in live.items()
+        for moment, phases in PHASES.items()
     }
 
 
@@ -223,5 +210,5 @@ def peak(lines: list[Line], place: Place) -> int:
 
 
 def gib(size: float) -> str:
-    """In GiB, with two digits behind the point below 100."""
+    """In GiB, with two decimals below 100."""
     return f"{size / GIB:,.2f}" if size < 100 * GIB else f"{size / GIB:,.0f}"

@@ -1,4 +1,4 @@
-"""What `recpress plan` prints."""
+"""Terminal output of `recpress plan`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 
 from recpress.trainer.plan.config import ClusterConfig
 from recpress.trainer.plan.job import Job
-from recpress.trainer.plan.memory import gib, peaks
-from recpress.trainer.plan.shards import MetaTowers, tables_of
+from recpress.trainer.plan.memory import Place, gib, peaks
+from recpress.trainer.plan.meta_model import MetaTowers, tables_of
 from recpress.trainer.plan.sizing import Need
 
 
 def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict[str, Any], Need]]) -> None:
-    """Print the cluster, the sharding plan, the memory of a rank and, where there are any, the other tables."""
+    """Print the cluster, the sharding plan, the memory of a rank and the comparison with other tables, if any."""
     cluster = need.cluster
     unit = "GPU" if cluster.device == "cuda" else "rank"
     memory = f"{cluster.memory_gib:g} GiB each, " if cluster.device == "cuda" else ""
@@ -29,7 +29,7 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
         print(need.problem)
     else:
         print(tabulate(layout_rows(model, need), headers="keys"))
-    print(f"\nMemory of a rank, MiB, of the rank that needs most{'' if need.layout else ' (tables cut evenly)'}")
+    print(f"\nMemory of a rank, MiB, of the rank that needs the most{'' if need.layout else ' (tables cut evenly)'}")
     when = {
         "always": "always",
         "run": "load, train",
@@ -38,7 +38,8 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
         "train": "train",
         "checkpoint": "checkpoint",
     }
-    for place in ("device", "host"):
+    places: tuple[Place, ...] = ("device", "host")
+    for place in places:
         rows = [
             (line.name, round(line.bytes / (1 << 20), 1), when[line.phase], line.formula)
             for line in need.lines
@@ -54,7 +55,7 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
             f"checkpoint {at['checkpoint']})"
         )
     if job.network.negatives.reject_positives != "no" and not job.rows:
-        print("\nnot counted: 8 bytes an interaction on every rank where positives are rejected; give --rows")
+        print("\nnot counted: 8 bytes per interaction on every rank if positives are rejected; set --rows")
     print(f"\n{'fits' if need.problem is None else 'DOES NOT FIT: ' + need.problem}")
     if compared:
         print(f"\nThe same run with other tables, GiB; the smallest number of {unit}s in whole nodes")
@@ -63,9 +64,9 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
 
 def _compared(name: str, row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:
     found = row["smallest"]
-    few = (
-        "none is enough" if found["ranks"] is None else f"{found['ranks']:,}{'' if found['checked'] else ' (estimate)'}"
-    )
+    few = "none is sufficient"
+    if found["ranks"] is not None:
+        few = f"{found['ranks']:,}{'' if found['checked'] else ' (estimate)'}"
     shown = {"tables": name, "all tables": gib(row["table_bytes"]), "maps a rank": gib(row["maps_per_rank"])}
     if cluster.device == "cuda":
         shown["GPU, a rank"] = gib(row["peak_per_rank"])
@@ -74,7 +75,7 @@ def _compared(name: str, row: dict[str, Any], cluster: ClusterConfig) -> dict[st
 
 
 def layout_rows(model: MetaTowers, need: Need) -> list[dict[str, Any]]:
-    """A row for each table of the plan, by column of what is printed."""
+    """A row per table of the plan, by printed column."""
     if need.layout is None:
         return []
     tables = {table.table: table for table in tables_of(model)}

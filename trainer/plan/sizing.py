@@ -1,4 +1,4 @@
-"""What a run needs of a cluster, and the smallest cluster that it fits on."""
+"""Whether a run fits on a cluster, and the smallest cluster that it fits on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torchrec.distributed.types import ShardingPlan
 from recpress.trainer.model.sharding import RESERVED, planner, sharders
 from recpress.trainer.plan.config import ClusterConfig
 from recpress.trainer.plan.job import Job
-from recpress.trainer.plan.memory import GIB, Line, gib, peak, rank_lines
-from recpress.trainer.plan.shards import MetaTowers, Shard, even_shards, shards_by_rank
+from recpress.trainer.plan.memory import GIB, Line, Place, gib, peak, rank_lines
+from recpress.trainer.plan.meta_model import MetaTowers, Shard, even_shards, shards_by_rank
 
 MOST_RANKS = 1 << 14
-"""Where the search for the smallest cluster ends."""
+"""Limit of the search for the smallest cluster."""
 CHECKED_RANKS = 1 << 9
-"""Up to so many ranks the planner checks what the search found; its own time grows with their number."""
+"""Up to so many ranks TorchRec's planner confirms the result; its time grows with the number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,24 @@ class Need:
 
     cluster: ClusterConfig
     lines: list[Line]
-    """Of the rank that needs most."""
+    """Of the rank that needs the most memory."""
     layout: ShardingPlan | None
-    """TorchRec's; None where its planner found none."""
+    """TorchRec's; None if its planner found none."""
     problem: str | None
     """Why it does not fit."""
 
     @property
-    def place(self) -> str:
-        return "device" if self.cluster.device == "cuda" else "host"
+    def place(self) -> Place:
+        """Memory of the tables."""
+        return table_memory(self.cluster)
 
-    def rank_bytes(self, place: str) -> int:
-        """Peak of the rank that needs most."""
-        return peak(self.lines, place)  # type: ignore[arg-type]
+    def rank_bytes(self, place: Place) -> int:
+        """Peak of the rank that needs the most memory."""
+        return peak(self.lines, place)
+
+
+def table_memory(cluster: ClusterConfig) -> Place:
+    return "device" if cluster.device == "cuda" else "host"
 
 
 @dataclass(frozen=True)
@@ -46,32 +51,36 @@ class Smallest:
     """The smallest cluster of such nodes that a run fits on."""
 
     ranks: int | None
-    """None: no number of ranks is enough."""
+    """None: no number of ranks is sufficient."""
     checked: bool
     """Whether TorchRec's planner found a plan for it."""
     why: str = ""
 
 
 def assess(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: int) -> Need:
-    """Plan by TorchRec's planner, and add up the memory of the rank that needs most."""
-    world, cuda = cluster.world, cluster.device == "cuda"
-    options = {"world": world, "cuda": cuda, "context": int(cluster.context_gib * GIB), "activations": activations}
+    """Plan by TorchRec's planner, and add up the memory of the rank that needs the most."""
     layout, problem = _layout(job, model, cluster)
     if layout is None:
-        lines = rank_lines(job, model, even_shards(model, world), **options)  # type: ignore[arg-type]
+        lines = _rank_lines(job, model, even_shards(model, cluster.world), cluster, activations)
         return Need(cluster, lines, None, problem)
     candidates: dict[tuple[Shard, ...], list[Line]] = {}
-    for shards in shards_by_rank(model, layout, world):
+    for shards in shards_by_rank(model, layout, cluster.world):
         key = tuple(sorted(shards, key=lambda s: (s.table, s.rows, s.width)))
         if key not in candidates:
-            candidates[key] = rank_lines(job, model, shards, **options)  # type: ignore[arg-type]
-    place = "device" if cuda else "host"
-    lines = max(candidates.values(), key=lambda found: peak(found, place))  # type: ignore[arg-type]
+            candidates[key] = _rank_lines(job, model, shards, cluster, activations)
+    lines = max(candidates.values(), key=lambda found: peak(found, table_memory(cluster)))
     return Need(cluster, lines, layout, _shortage(lines, cluster))
 
 
+def _rank_lines(
+    job: Job, model: MetaTowers, shards: list[Shard], cluster: ClusterConfig, activations: int
+) -> list[Line]:
+    context, cuda = int(cluster.context_gib * GIB), cluster.device == "cuda"
+    return rank_lines(job, model, shards, world=cluster.world, cuda=cuda, context=context, activations=activations)
+
+
 def _shortage(lines: list[Line], cluster: ClusterConfig) -> str | None:
-    """Why a rank with these parts does not fit; None where it does."""
+    """Why a rank with these parts does not fit; None if it fits."""
     host = peak(lines, "host") * cluster.ranks_per_node
     if cluster.device == "cuda" and peak(lines, "device") > cluster.memory_gib * GIB:
         return f"a rank needs {gib(peak(lines, 'device'))} GiB of its GPU's {cluster.memory_gib:g}"
@@ -82,7 +91,7 @@ def _shortage(lines: list[Line], cluster: ClusterConfig) -> str | None:
 
 
 def _capacity(cluster: ClusterConfig) -> float:
-    """Bytes of the memory that a rank's tables lie in."""
+    """Bytes of memory for the tables of a rank."""
     if cluster.device == "cuda":
         return cluster.memory_gib * GIB
     return cluster.host_memory_gib * GIB / cluster.ranks_per_node
@@ -105,14 +114,13 @@ def _layout(job: Job, model: MetaTowers, cluster: ClusterConfig) -> tuple[Shardi
 
 
 def smallest(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: int) -> Smallest:
-    """The fewest ranks: up to one node any number, then whole nodes. By bisection with tables cut evenly; at the end
-    TorchRec's planner is asked, and asked for more where it finds no plan."""
+    """The fewest ranks: any number on one node, then whole nodes. By bisection with evenly cut tables; at the end
+    TorchRec's planner confirms the result, or that of up to three more steps."""
     node = cluster.ranks_per_node
-    options = {"cuda": cluster.device == "cuda", "context": int(cluster.context_gib * GIB), "activations": activations}
 
     def shape(step: int) -> ClusterConfig:
         """The step-th size: 1, 2, ... ranks of one node, then 2, 3, ... nodes."""
-        if cluster.device == "cpu":  # memory goes with the node, so that ranks of a node are not added one by one
+        if cluster.device == "cpu":  # memory belongs to the node: ranks are not added one by one
             return replace(cluster, nodes=step)
         if step <= node:
             return replace(cluster, nodes=1, ranks_per_node=step)
@@ -122,13 +130,12 @@ def smallest(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: i
         at = shape(step)
         shards = even_shards(model, at.world)
         stored = sum(s.nbytes(at.device == "cuda") for s in shards)
-        lines = rank_lines(job, model, shards, world=at.world, **options)  # type: ignore[arg-type]
         if stored > (1 - RESERVED) * _capacity(at):
             return "tables"
-        return _shortage(lines, at)
+        return _shortage(_rank_lines(job, model, shards, at, activations), at)
 
     last = max(node, MOST_RANKS // node)
-    # The looked-up vectors grow with the ranks, so that more of them can be too many: double up to the first that fits.
+    # Looked-up vectors grow with the number of ranks, so that more ranks can be too many: double up to the first fit.
     high = 1
     while shortage(high) is not None:
         if high >= last:

@@ -1,41 +1,36 @@
-"""`recpress plan`: what a training run needs of a cluster that need not exist."""
+"""`recpress plan`: sharding plan and memory of a training run on a cluster that need not exist."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
+from recpress.data.dataset import object_store
 from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.config import network_for
 from recpress.trainer.distributed.process_group import silence_library_warnings
-from recpress.trainer.plan.activations import activation_bytes
-from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import ClusterConfig, PlanConfig
-from recpress.trainer.plan.job import Job
+from recpress.trainer.plan.job import Job, job_of
 from recpress.trainer.plan.memory import peaks
-from recpress.trainer.plan.shards import MetaTowers, tables_of
+from recpress.trainer.plan.meta_model import MetaTowers, activation_bytes, tables_of
 from recpress.trainer.plan.show import layout_rows, show
 from recpress.trainer.plan.sizing import Need, assess, smallest
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Print what the run needs, and return all figures, which `config.json` gets too.
+    """Print what the run needs; return all figures, and write them to `config.json`.
 
     Raises:
-        InputError: the log, factors, maps or settings cannot be used. What does not fit is told, not raised.
+        InputError: the log, factors, maps or settings cannot be used. A run that does not fit is a result, no error.
     """
     silence_library_warnings()
     job = job_of(config)
     model = MetaTowers(job)
     activations = activation_bytes(job, model)
     need = assess(job, model, config.cluster, activations)
-    if config.compare:
-        compared = {name: _variant(other, config.cluster) for name, other in variants(config, job).items()}
-    else:
-        compared = {}
+    others = variants(config, job) if config.compare else {}
+    compared = {name: _variant(other, config.cluster) for name, other in others.items()}
     result = {
         "cluster": asdict(config.cluster),
         "fits": need.problem is None,
@@ -47,16 +42,15 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     }
     show(job, model, need, compared)
     if config.json:
-        _write(Path(config.json), result)
+        object_store.write_bytes(config.json, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
 def variants(config: PlanConfig, job: Job) -> dict[str, Job]:
     """The run with trainable, frozen and hashed tables."""
     dim = job.dim or config.model.tables.dim
-    known = [side.map for side in (job.user, job.item) if side.map]
-    share = sum(m.num_rows for m in known) / sum(m.num_ids for m in known) if known else config.share
-    rows_per_id = max((m.rows_per_id for m in known), default=config.rows_per_id)
+    share = sum(m.num_rows for m in job.maps) / sum(m.num_ids for m in job.maps) if job.maps else config.share
+    rows_per_id = max((m.rows_per_id for m in job.maps), default=config.rows_per_id)
 
     def tables(strategy: Any, storage: Any = "fp32") -> TwoTowerConfig:
         model = network_for(strategy, config).model
@@ -93,10 +87,3 @@ def _variant(job: Job, cluster: ClusterConfig) -> tuple[dict[str, Any], Need]:
         "smallest": asdict(found),
     }
     return row, need
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -34,19 +34,19 @@ def settings(log, out):
     return FactorizeConfig(data=str(log), out=str(out), als=ALSConfig(factors=4, sweeps=2, auto=False))
 
 
-def test_a_log_that_uses_few_of_its_ids_is_warned_of(gap, tmp_path, capsys):
+def test_a_log_that_uses_few_of_its_ids_is_warned_of(gap, tmp_path, caplog):
     factorize(settings(gap, tmp_path / "factors"))
-    warned = [line for line in capsys.readouterr().err.splitlines() if "ingest" in line]
+    warned = [line for line in caplog.messages if "ingest" in line]
     assert len(warned) == 1
     for part in (gap, "51 of the item ids", f"{FAR:,}", "GiB", "negatives"):
         assert part in warned[0]
     assert "user" not in warned[0].replace(gap, "")
 
 
-def test_a_log_that_was_ingested_is_not(gap, tmp_path, capsys):
+def test_a_log_that_was_ingested_is_not(gap, tmp_path, caplog):
     ingest(IngestConfig(input=gap + "/train.parquet"), tmp_path / "log")
     factorize(settings(tmp_path / "log", tmp_path / "factors"))
-    assert "occur in train" not in capsys.readouterr().err
+    assert "occur in train" not in caplog.text
 
 
 def warned(gap):

@@ -17,12 +17,10 @@ from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, TrainConfig
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.plan.activations import activation_bytes
-from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import ClusterConfig, PlanConfig
-from recpress.trainer.plan.job import MapShape
+from recpress.trainer.plan.job import MapShape, job_of
 from recpress.trainer.plan.memory import peak, rank_lines
-from recpress.trainer.plan.shards import MetaTowers, shards_by_rank
+from recpress.trainer.plan.meta_model import MetaTowers, activation_bytes, shards_by_rank
 from recpress.trainer.plan.sizing import MOST_RANKS, assess, smallest
 from recpress.trainer.plan.stage import plan
 from recpress.trainer.train.stage import train
@@ -240,7 +238,7 @@ def test_on_the_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "2 x 8 = 16 GPUs" in out
     assert "int8" in out
-    assert "not counted: 8 bytes an interaction" in out
+    assert "not counted: 8 bytes per interaction" in out
     assert main(["plan", "--users", "1000", "--items", "500", "--dim", "8"]) == 0  # compares variants
     assert "frozen int8" in capsys.readouterr().out
     assert main(["plan", "--users", "5", "--items", "5", "--cluster.nodes", "0"]) == 2

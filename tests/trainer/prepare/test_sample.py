@@ -21,8 +21,8 @@ from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.plan.asked import job_of
 from recpress.trainer.plan.config import PlanConfig
+from recpress.trainer.plan.job import job_of
 from recpress.trainer.train.stage import train
 from tests.ranks import run_on_ranks
 
