@@ -38,8 +38,8 @@ docs: install-dev  ## build the documentation site into build/site, offline; a d
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: build/site/index.html; to search, run $(BIN)/python -m http.server --directory build/site"
 
-lock: install    ## resolve requirements/*.in anew into the pinned lists
-	$(BIN)/python scripts/lock.py
+lock: install-dev  ## pin requirements/*.in, with hashes; UPGRADE=--upgrade takes the newest versions
+	@scripts/lock.sh $(abspath $(BIN)/uv) $(UPGRADE)
 
 wheel: install   ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,1 +1,1 @@
-"""TorchX components. Imports no torch, so that `torchx run` answers at once."""
+"""TorchX components and named resources. Imports no torch, so that `torchx run` responds at once."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,29 @@ ENV = {
 }
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""torchrun hands these on to its workers, and waits for them. SIGUSR1, which Slurm can send before it takes a node away
-(`SBATCH_SIGNAL`), would otherwise kill torchrun itself."""
+"""torchrun forwards these signals to its workers and waits for them. SIGUSR1, which Slurm can send before it takes a
+node away (`SBATCH_SIGNAL`), would otherwise kill torchrun itself."""
 
 
-def stage_app(stage: str, *, args: tuple[str, ...], **options: Any) -> specs.AppDef:
-    """`recpress STAGE ARGS` on every process; `options` as of `app`. A stage of two words is named by the first.
-
-    Raises:
-        ComponentValidationException: an argument or an option that cannot be used.
-    """
-    words = stage.split()
-    _check(words, args)
-    return app(words[0], {"m": "recpress.trainer.cli"}, args=(*words, *args), **options)
+RESTARTS = {"train": 3, "pipeline": 3}
+"""Default of max_restarts for the commands that resume from a checkpoint; 0 for others."""
 
 
-def app(
-    component: str,
-    program: dict[str, str],
+def shares_options(component: Callable[..., specs.AppDef]) -> Callable[[Callable[..., specs.AppDef]], Any]:
+    """Decorator for a component that is short for another: gives it the other's signature and help of options."""
+
+    def decorate(alias: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
+        command = alias.__name__ if alias.__name__ != "bench" else "bench run"
+        _, _, options = (inspect.getdoc(component) or "").partition("Args:\n")
+        lines = [f"    args: arguments of `recpress {command}`", *options.splitlines()[1:]]
+        alias.__doc__ = "\n".join([inspect.getdoc(alias) or "", "", "Args:", *lines])
+        alias.__signature__ = inspect.signature(component)  # type: ignore[attr-defined]
+        return alias
+
+    return decorate
+
+
+def command_app(
     *,
     args: tuple[str, ...],
     j: str,
@@ -50,17 +57,28 @@ def app(
     image: str,
     env: str | dict[str, str] | None,
     mounts: list[str] | None,
-    max_restarts: int,
+    max_restarts: int | None,
     max_retries: int,
     rdzv_port: int,
     rdzv_timeout: int,
     grace: int,
 ) -> specs.AppDef:
-    """TorchX's `dist.ddp` with what it has no options for: torchrun's restarts, time limits and signals.
+    """`recpress ARGS` on every process: TorchX's `dist.ddp`, with torchrun's restarts, time limits and signals.
+
+    Args:
+        args: the command and its arguments; the first word names the application.
 
     Raises:
-        ComponentValidationException: an option that cannot be used; `torchx run` prints it and exits with 1.
+        ComponentValidationException: an argument or an option is invalid; `torchx run` prints it and exits with 1.
     """
+    if not args or args[0].startswith("-"):
+        raise ComponentValidationException(
+            "expected a command of recpress after `--`, as in `-- train --data LOG --out OUT`"
+        )
+    _check(args)
+    component = args[0]
+    if max_restarts is None:
+        max_restarts = RESTARTS.get(component, 0)
     shape = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", j)
     if shape is None or min(int(number) for number in shape.groups(default="1")) < 1:
         raise ComponentValidationException(f"-j is '{j}', expected NODESxPROCESSES, as 2x8, or MIN:MAXxPROCESSES")
@@ -82,7 +100,7 @@ def app(
         ) from None
     made = dist.ddp(
         *args,
-        **program,
+        m="recpress.trainer.cli",
         name=f"recpress/{component}",
         image=image,
         j=j,
@@ -106,7 +124,7 @@ def app(
 
 
 def _variables(env: str | dict[str, str] | None) -> dict[str, str]:
-    """`A=1,B=2` as a dictionary: a comma, or `;`, ends a value where another NAME= follows."""
+    """`A=1,B=2` as a dictionary: a comma or `;` ends a value if another NAME= follows."""
     if env is None or isinstance(env, dict):
         return env or {}
     pairs = [pair.partition("=") for pair in re.split(r"[,;](?=[A-Za-z_]\w*=)", env)]
@@ -119,8 +137,8 @@ def _variables(env: str | dict[str, str] | None) -> dict[str, str]:
 
 
 def _torchrun() -> str:
-    """The start of a shell command: torchrun of this interpreter, whose environment need not be activated; where that
-    is not there, as in a container image, the one on PATH."""
+    """The start of a shell command: torchrun of this interpreter, even if its environment is not activated; if this
+    interpreter does not exist on the node, as in a container image, the torchrun on PATH."""
     python = shlex.quote(sys.executable)
     has_torch = 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
     return (
@@ -129,17 +147,17 @@ def _torchrun() -> str:
     )
 
 
-def _check(stage: list[str], args: tuple[str, ...]) -> None:
-    """Let the stage read its arguments here, in the fraction of a second that it takes, rather than after the queue.
+def _check(args: tuple[str, ...]) -> None:
+    """Let the command check its arguments now, in a fraction of a second, rather than after the queue.
 
-    Another process, because launch knows no other package of ours. Where they are not installed, or the --config file
-    is on the cluster alone, the stage itself will say.
+    In a subprocess, because launch imports no other package of recpress. If recpress is not installed here, or the
+    --config file exists on the cluster alone, the command itself reports what is wrong.
     """
     config = next((value for key, value in itertools.pairwise(args) if key == "--config"), None)
     config = next((arg.partition("=")[2] for arg in args if arg.startswith("--config=")), config)
     if config is not None and not Path(config).exists():
         return
-    command = [sys.executable, "-m", "recpress.trainer.cli", "check", *stage, *args]
+    command = [sys.executable, "-m", "recpress.trainer.cli", "check", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 2:
         raise ComponentValidationException((done.stderr or done.stdout).strip())

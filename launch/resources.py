@@ -1,7 +1,7 @@
-"""Named resources of common nodes, for `-h NAME` of a component: whole nodes, a little below what the machine has.
+"""Named resources of common nodes, for `-h NAME` of a component: whole nodes, less some memory for the system.
 
-The package registers them with TorchX (`torchx.named_resources`), so that every component takes them. TorchX has those
-of AWS's instance types itself (`aws_p4d.24xlarge`, ...), with their network devices and, on Kubernetes, their node
+The package registers them with TorchX (`torchx.named_resources`), so that every component accepts them. TorchX
+itself has AWS's instance types (`aws_p4d.24xlarge`, ...), with their network devices and, on Kubernetes, their node
 selector.
 """
 
@@ -11,7 +11,7 @@ from torchx.specs import Resource
 
 GIB = 1024
 SHARE = 0.95
-"""Of a node's memory: the operating system and the scheduler's own processes need some."""
+"""Share of a node's memory for the job: the operating system and the scheduler need the rest."""
 
 
 def _node(cpu: int, memory_gib: int, gpu: int = 0) -> Resource:

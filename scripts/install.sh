@@ -1,11 +1,12 @@
 #!/bin/sh
 # Install recpress and its pinned set into a virtual environment: scripts/install.sh [VENV] [EXTRA ...]
 #
-# VENV   default .venv; made when it is not there
+# VENV   default .venv; created if it does not exist
 # EXTRA  further lists of requirements/, e.g. `dev` (tests, lint) or `bench` (peers of the benchmarks)
 #
-# The CUDA set is chosen where a driver answers, else the CPU set; RECPRESS_SET=cpu or cuda overrides.
-# pip takes torch from wherever it is configured to look (index, extra index, link folder).
+# Installs the CUDA set if a driver answers, else the CPU set; RECPRESS_SET=cpu or cuda overrides. pip takes packages from
+# the index, extra index or link folder that it is configured with. It checks the hashes of all packages except torch,
+# torchrec, fbgemm and the CUDA libraries, whose files differ between indexes (requirements/torch-cpu.txt).
 set -eu
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -21,8 +22,9 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "install: $("$python" --version) is too old, expected Python 3.11 or newer (set PYTHON)" >&2; exit 2; }
 
-lists="requirements/$set_name.txt requirements/torchrec-$set_name.txt"
-for extra in "$@"; do lists="$lists requirements/$extra.txt"; done
+locked="runtime $*"
+lists=requirements/torch-$set_name.txt
+for list in $locked; do lists="$lists requirements/$list.txt"; done
 # shellcheck disable=SC2086  # the list is words on purpose
 stamp=$(cat $lists pyproject.toml scripts/install.sh | cksum)
 if [ -f "$venv/.recpress-installed" ] && [ "$(cat "$venv/.recpress-installed")" = "$stamp $lists" ]; then exit 0; fi
@@ -30,8 +32,7 @@ if [ -f "$venv/.recpress-installed" ] && [ "$(cat "$venv/.recpress-installed")" 
 echo "install: the $set_name set into $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
-$pip install -r "requirements/$set_name.txt"
-$pip install --no-deps -r "requirements/torchrec-$set_name.txt"
-for extra in "$@"; do $pip install --no-deps -r "requirements/$extra.txt"; done
+for list in $locked; do $pip install --no-deps --require-hashes -r "requirements/$list.txt"; done
+$pip install --no-deps -r "requirements/torch-$set_name.txt"
 $pip install --no-deps --no-build-isolation --editable .
 echo "$stamp $lists" >"$venv/.recpress-installed"

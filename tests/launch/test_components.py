@@ -18,6 +18,7 @@ from recpress.launch.resources import RESOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["factorize", "hash", "train", "evaluate", "pipeline"]
+COMPONENTS = ["run", *STAGES, "bench"]
 
 
 def torchx(*arguments, path=""):
@@ -137,7 +138,7 @@ def test_torchx_takes_the_file_and_the_registered_name(installed):
     builtins = torchx("builtins", path=installed).stdout
     assert "dist.ddp" in builtins
     listed = re.findall(r"(recpress\.\w+)", builtins)
-    assert sorted(listed) == sorted(f"recpress.{name}" for name in [*STAGES, "bench"])
+    assert sorted(listed) == sorted(f"recpress.{name}" for name in COMPONENTS)
 
 
 def test_every_named_resource_is_registered():
@@ -156,11 +157,31 @@ def test_torchx_still_writes_the_command_that_ours_is_made_from():
     assert role.args[-1].startswith("torchrun --rdzv_backend c10d ")
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "bench"])
-def test_the_help_names_every_option(stage):
-    component = getattr(components, stage)
-    documented = re.findall(r"^ {8}(\w+): ", inspect.getsource(component), re.MULTILINE)
-    assert set(inspect.signature(component).parameters) <= set(documented)
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_component_has_the_options_of_run_and_help_for_each(name):
+    component = getattr(components, name)
+    assert inspect.signature(component) == inspect.signature(components.run)
+    documented = re.findall(r"^    (\w+): ", inspect.getdoc(component), re.MULTILINE)
+    assert documented == list(inspect.signature(component).parameters)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_short_name_is_run_with_the_command(stage):
+    assert getattr(components, stage)(*arguments(stage), j="1x2") == components.run(stage, *arguments(stage), j="1x2")
+
+
+def test_run_takes_any_command():
+    (role,) = components.run("compare", "cadc", "--seeds", "0").roles
+    assert role.name == "compare"
+    assert role.args[-1].endswith("-m recpress.trainer.cli compare cadc --seeds 0")
+    assert "--max_restarts 0 " in role.args[-1]
+    (role,) = components.run("train", *arguments("train"), "--log-format", "json").roles
+    assert "--max_restarts 3 " in role.args[-1]
+    with pytest.raises(ComponentValidationException, match="unknown command 'trian'; nearest is 'train'"):
+        components.run("trian")
+    for words in ((), ("--data", "a")):
+        with pytest.raises(ComponentValidationException, match="expected a command of recpress after `--`"):
+            components.run(*words)
 
 
 def test_components_import_no_torch():
