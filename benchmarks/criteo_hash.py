@@ -147,7 +147,7 @@ def id_tables(train: Part, sizes: list[int], seed: int, args: argparse.Namespace
 
 
 def compressed(
-    method: str, split: str, budget: int, tables: list[TableStats], parts: tuple[Part, Part], seed: int,
+    method: Any, split: str, budget: int, tables: list[TableStats], parts: tuple[Part, Part], seed: int,
     args: argparse.Namespace,
 ) -> dict[str, float]:  # fmt: skip
     """One method at one budget."""
@@ -160,12 +160,12 @@ def compressed(
         rows = {"proportional": proportional, "cap": capped}[split](sizes, budget)
     maps = [build_map(table, number, config) for table, number in zip(tables, rows, strict=True)]
     seconds = time.perf_counter() - begin
-    mapped = [
+    mapped_train, mapped_test = (
         part._replace(ids=torch.stack([found.rows[of, 0] for found, of in zip(maps, part.ids.T, strict=True)], 1))
         for part in parts
-    ]
+    )
     return {
-        **train(rows, *mapped, seed, args),
+        **train(rows, mapped_train, mapped_test, seed, args),
         "rows": sum(rows),
         "table_bytes": 4 * DIM * sum(rows),
         "map_bytes": sum(found.nbytes for found in maps),

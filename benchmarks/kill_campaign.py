@@ -170,7 +170,8 @@ def main() -> int:
                 for _ in range(random.randint(1, 3))
             ]
             kills.sort(key=lambda kill: kill[1])
-            out, attempts, died = root / f"run-{run}", [], 0
+            out, died = root / f"run-{run}", 0
+            attempts: list[Path] = []
             for kill in [*kills, None]:
                 attempts.append(root / f"seen-{run}-{len(attempts)}")
                 done = attempt(given.ranks, arguments(strategy, out), attempts[-1], kill)

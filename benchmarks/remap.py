@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[s
         optimizer.step()
 
     optimizers = {name: torch.optim.SGD(subject.parameters(), lr=0.01) for name, subject in subjects.items()}
-    jobs = {name: (lambda name=name: step(name, optimizers[name])) for name in subjects}
+    jobs: dict[str, Callable[[], object]] = {name: partial(step, name, optimizers[name]) for name in subjects}
     jobs["hash alone"] = lambda: hashes(features["LearnedHash"])
     seconds = interleaved(jobs, args.step_runs, device)
     return [

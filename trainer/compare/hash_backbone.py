@@ -23,7 +23,7 @@ from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.modules.hashing.budget import split_rows
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
-from recpress.modules.hashing.shared_als import SharedALS
+from recpress.modules.hashing.shared_als import SharedALS, SharedFactors
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.row_source import round_up
 from recpress.trainer.compare.config import CompareHashConfig
@@ -191,7 +191,7 @@ class Backbone:
         first = min(max(round(share * budget), 1, budget - items), users, budget - 1)
         return first, budget - first
 
-    def fit(self, setting: Setting, maps: tuple[IdMap, IdMap], full: Factors) -> tuple[Factors, float]:
+    def fit(self, setting: Setting, maps: tuple[IdMap, IdMap], full: Factors) -> tuple[SharedFactors, float]:
         """(vectors read through the maps, seconds): sweeps of the loss from the rows nearest to the full factors."""
         assert self._parameters is not None
         began = time.perf_counter()

@@ -219,7 +219,7 @@ def test_clusters_that_cannot_be_are_refused(changes, message):
     ("changes", "message"),
     [
         ({}, "--users and --items"),
-        ({"users": 5, "items": 5, "data": "x"}, "users: given together with data"),
+        ({"users": 5, "items": 5, "data": "x"}, "users: set together with data"),
         ({"users": 5, "items": 5, "factors": "x"}, "expected data"),
         ({"users": 5, "items": 5, "share": 0.0}, "share is 0"),
         ({"users": 5, "items": 5, "user_features": ("age",)}, "expected data"),
