@@ -150,7 +150,7 @@ class CompareHashConfig:
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
     """Shares of the budget for users to try, besides the proportion of the ids and the split by distortion."""
     exclusive_shares: tuple[float, ...] = (0.25, 0.75)
-    """Shares of private rows to try, besides a half."""
+    """Shares of exclusive rows to try, besides a half."""
     count_exponents: tuple[float, ...] = (0.0, 0.25, 1.0)
     """Powers of the count to try, besides --hash.count_exponent."""
     sweeps: tuple[int, ...] = (0, 1, 3)
@@ -196,7 +196,7 @@ class CompareBothConfig:
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization. Settings that are not given are chosen on held-out examples of train."""
     count_exponent: float = 0.5
-    """Power of the count in an id's weight, in maps and in the distortion."""
+    """Exponent of the count in an id's weight, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     choose: bool = True
     """Choose the number of epochs, from 0 (the factors' own ranking) to --frozen.epochs, on one held-out train example
