@@ -64,8 +64,8 @@ def replay(made: SyntheticLog, size: int) -> Resume:
         second.load_state_dict(state)
         columns = next(iter(second))
         user = columns["user_id"]
-        np.testing.assert_array_equal(user.numpy(), _rows_at(made, size, step))  # type: ignore[union-attr]
-        return len(user)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(user.numpy(), _rows_at(made, size, step))
+        return len(user)
 
     return resume
 

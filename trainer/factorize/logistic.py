@@ -15,7 +15,7 @@ from recpress.data.stream.stream import InteractionStream
 from recpress.modules.als.factors import Factors
 from recpress.modules.config import LogisticConfig
 from recpress.modules.two_tower.logistic import LogisticMF
-from recpress.modules.two_tower.two_tower import SideSpec
+from recpress.modules.two_tower.model import SideSpec
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

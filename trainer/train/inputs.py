@@ -117,7 +117,7 @@ def choose_sample(config: TrainConfig, log: Log, factors: FactorsArtifact | None
     given = config.sample
     if given.rate:
         return SampleConfig(kind=given.kind, rate=given.rate, seed=given.seed)
-    if factors is None or not config.model.tables.strategy.startswith("init-freeze") or log.is_part:
+    if factors is None or not config.model.tables.strategy.startswith("frozen") or log.is_part:
         return SampleConfig(kind=given.kind, rate=1.0, seed=given.seed)
     unseen, default = factors.crossfit, SampleConfig()
     unchanged = (given.kind, given.seed) == (default.kind, default.seed)
@@ -130,7 +130,7 @@ def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | No
     """Whether to train on factors that have not seen the sample."""
     if config.crossfit == "no" or factors is None:
         return False
-    frozen = config.model.tables.strategy.startswith("init-freeze")
+    frozen = config.model.tables.strategy.startswith("frozen")
     fits = factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" and not (frozen and fits):
         drawn = f"{config.sample}" if log.sample_of is None else f"{config.sample} of {log.path}, itself a sample"

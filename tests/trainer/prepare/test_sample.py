@@ -62,7 +62,7 @@ def network(data, out, factors, sample, **changes):
         "stream": StreamConfig(batch_size=64),
         "negatives": NegativesConfig(count=8, shared=True),
         "model": TwoTowerConfig(
-            tables=TablesConfig(strategy="init-freeze"),
+            tables=TablesConfig(strategy="frozen"),
             towers=TowersConfig(kind="residual", hidden=(8,), dim=8),
             loss=LossConfig(kind="softmax"),
         ),
