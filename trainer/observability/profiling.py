@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from recpress.trainer.checkpoint.file_bytes import describe
 from recpress.trainer.config import ProfileConfig
 from recpress.trainer.observability.step_parts import PARTS, step_parts
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "profile"
 """In the folder of the run's metrics."""
@@ -34,7 +37,7 @@ class Profiler:
 
     def __init__(self, config: ProfileConfig, folder: str | Path, device: torch.device) -> None:
         self.config, self.folder = config, Path(folder) / FOLDER
-        self.say: Callable[[str], None] = print
+        self.say: Callable[[str], None] = logger.info
         """Takes the table, on rank 0."""
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self._done = 0
@@ -90,7 +93,7 @@ class Profiler:
         if problem is None:
             self._bring_traces()
         if self.rank == 0:
-            self.say(f"warning: no profile: {problem}" if problem else self._write_breakdown(everyone, steps))
+            self.say(f"no profile: {problem}" if problem else self._write_breakdown(everyone, steps))
 
     def _write_trace(self, made: profile, steps: int) -> dict[str, float]:
         """The parts of a step of this rank, and `step`: its milliseconds by the clock of the loop."""
@@ -120,7 +123,7 @@ class Profiler:
                 try:
                     (self.folder / TRACE.format(rank)).write_bytes(content[0])
                 except OSError as error:
-                    self.say(f"warning: no trace of rank {rank}: {error}")
+                    self.say(f"no trace of rank {rank}: {error}")
 
     def _has(self, rank: int, said: dict[str, Any]) -> bool:
         trace = self.folder / TRACE.format(rank)
