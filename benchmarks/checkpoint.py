@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     checkpoints._staged.copy = computing(checkpoints._staged.copy, spent)  # type: ignore[method-assign]
     checkpoints._write = computing(checkpoints._write, spent)  # type: ignore[method-assign]
 
-    state = run_state.everything(dmp, optimizer)
+    state = run_state.trained(dmp, optimizer)
     # Of a stretch: when each batch was asked for, and whether a checkpoint was on its way.
     steps: list[tuple[float, bool]] = []
 

@@ -1,8 +1,8 @@
-"""What the C library does with host memory that was freed: glibc alone, elsewhere nothing happens.
+"""What glibc does with freed host memory. With another C library nothing here has an effect.
 
-A training step frees what the next one asks for again. By default glibc gives the end of its heap back to the system
-when 128 KiB to 64 MiB of it are free, and each block above its `mmap` threshold at once, so that the next step gets
-pages that the kernel has to fill with zeros first: a quarter to a third of a step's time on CPU.
+Each training step allocates what the step before has freed. By default glibc returns the end of its heap to the system
+once 128 KiB to 64 MiB of it are free, and each block above its `mmap` threshold at once. The next step then gets pages
+that the kernel has to fill with zeros, which is a quarter to a third of the time of a step on CPU.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Self
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
 _NAMES = ("trim_threshold", "mmap_threshold", "mmap_max")
 _LARGEST = 32 << 20
-"""Where glibc's own adjusting of the `mmap` threshold ends; that of trimming is then twice as high."""
+"""The largest `mmap` threshold that glibc chooses; its trim threshold is then twice as high."""
 _MMAPS = 65536
-"""glibc's own most."""
+"""glibc's default."""
 
 
 def malloc_trim() -> None:
-    """Let the C library return to the system what was freed: it keeps MBs of it in each thread's heap."""
+    """Return freed memory to the system: glibc keeps MBs of it in the heap of each thread."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class RetainFreedMemory:
-    """Within: what is freed stays with the process, blocks of all sizes, until `malloc_trim`; after: glibc's own ways.
+    """Within the block the process keeps all memory that it frees, until `malloc_trim`. Then the defaults apply.
 
-    For the whole process, all its threads. Nothing changes where the environment sets one of the thresholds
-    (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `MALLOC_MMAP_MAX_`, or `GLIBC_TUNABLES`).
+    Applies to all threads. Does nothing if the environment sets one of the thresholds (`MALLOC_TRIM_THRESHOLD_`,
+    `MALLOC_MMAP_THRESHOLD_`, `MALLOC_MMAP_MAX_`, or `GLIBC_TUNABLES`).
     """
 
     def __init__(self, keep: bool = True) -> None:
@@ -43,21 +43,21 @@ class RetainFreedMemory:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._usual()
+        self._defaults()
         malloc_trim()
 
     @contextlib.contextmanager
-    def usual(self) -> Iterator[None]:
-        """glibc's own ways for a while: for large blocks that are not of a step, and go to the system when freed."""
-        self._usual()
+    def suspended(self) -> Iterator[None]:
+        """glibc's defaults for a while: for large blocks that no step uses, which then return to the system."""
+        self._defaults()
         try:
             yield
         finally:
             self.__enter__()
 
-    def _usual(self) -> None:
+    def _defaults(self) -> None:
         self._set(_MMAP_MAX, _MMAPS)
-        self._set(_MMAP_THRESHOLD, _LARGEST)  # any call ends the adjusting, so where it ends by itself
+        self._set(_MMAP_THRESHOLD, _LARGEST)  # any call ends glibc's own adjustment
         self._set(_TRIM_THRESHOLD, 2 * _LARGEST)
 
     def _set(self, name: int, value: int) -> None:
@@ -71,7 +71,7 @@ def _set_by_user(environment: Mapping[str, str]) -> bool:
 
 
 def _mallopt() -> ctypes._NamedFuncPointer | None:
-    """glibc's mallopt(3); None with another C library."""
+    """mallopt(3) of glibc; None with another C library."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         _ = library.gnu_get_libc_version

@@ -123,6 +123,11 @@ class CheckpointConfig:
     background: bool = True
     """Write beside training, from a copy in host memory of what training changes; otherwise training waits."""
 
+    @property
+    def while_training(self) -> bool:
+        """Whether checkpoints are saved at intervals, not only on a signal."""
+        return self.steps > 0 or self.minutes > 0
+
     def __post_init__(self) -> None:
         at_least(0, steps=self.steps, minutes=self.minutes)
         at_least(1, keep=self.keep)

@@ -34,7 +34,7 @@ def faults_and_memory(keep: bool, pipe: Any) -> None:  # in a process of its own
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         malloc_trim()
         given = resident() - start
-        with memory.usual():
+        with memory.suspended():
             torch.ones(64 * MIB // 4)
             usual = resident() - start
         torch.ones(64 * MIB // 4)  # and not given back

@@ -1,1 +1,1 @@
-"""The state of a run on a disk or an object store: written beside training, verified, found again."""
+"""Checkpoints on a disk or an object store: saved in the background, verified before use."""

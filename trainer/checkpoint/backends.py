@@ -1,7 +1,7 @@
-"""Where checkpoints lie: what a place has to do, and a folder of a disk that all ranks see.
+"""Storage of checkpoints: the interface of a backend, and the backend for a folder that all ranks see.
 
-On a disk the ranks write into one temporary folder, which is renamed. `checkpoint_remote` has the object stores.
-Nothing here is collective; each method says which ranks call it.
+On a disk the ranks write into one temporary folder, which is renamed at the end. `remote` has the backend for object
+stores. Nothing here is collective; each method says which ranks call it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from recpress.trainer.checkpoint.file_bytes import CHECKSUM, checksum
 
 KIND = "checkpoint"
 VERSION = 2
-"""Of the format. 1 had tensors as torch.save writes them, and sha256."""
+"""Of the format. Version 1 had files of torch.save, and sha256."""
 RUN = "run.json"
-"""The numbers of the run: position in the log, schedule, results."""
+"""File with the numbers of the run: position in the log, schedule, results."""
 METRICS = "metrics"
-"""Folder of the metrics of a run that is not finished."""
-NAME = re.compile(r"(step|best)-(\d{8,})")
-"""Of a checkpoint."""
+"""Folder of the metrics of an unfinished run."""
+CHECKPOINT_NAME = re.compile(r"(step|best)-(\d{8,})")
 
 
 class CorruptCheckpoint(Exception):
-    """What lies there is no whole checkpoint; the message says why."""
+    """A checkpoint is incomplete or corrupt; the message says why."""
 
 
 class CheckpointBackend(ABC):
@@ -43,21 +42,21 @@ class CheckpointBackend(ABC):
         self.folder, self.rank = folder, rank
 
     def at(self, name: str) -> str:
-        """How a checkpoint is called in messages: its path or address."""
+        """Path or address of a checkpoint, for messages."""
         return object_store.join(self.folder, name)
 
     # ---- finding
 
     def steps(self) -> list[str]:
-        """Names of all `step-*`, whole or not, by step. Rank 0."""
+        """Names of all `step-*`, complete or not, by step. Rank 0."""
         return _sorted(self._found(), "step")
 
     def read(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Manifest, and content of `run.json`. Rank 0.
 
         Raises:
-            CorruptCheckpoint: they are not both there and whole.
-            InputError: another version of the format; a store that does not answer.
+            CorruptCheckpoint: one of them is missing or corrupt.
+            InputError: another version of the format; the store does not answer.
         """
         blob = self._bytes(name, artifact.MANIFEST)
         try:
@@ -80,70 +79,70 @@ class CheckpointBackend(ABC):
         """Compare size and checksum of this rank's share of the files. Every rank.
 
         Raises:
-            CorruptCheckpoint: a file is missing, or is another one.
-            InputError: a store that does not answer.
+            CorruptCheckpoint: a file is missing or corrupt.
+            InputError: the store does not answer.
         """
 
     @abstractmethod
     def files(self, name: str, manifest: Mapping[str, Any]) -> Path:
-        """The local folder with the files of a checkpoint that all ranks have checked. Every rank."""
+        """The local folder of a checkpoint that all ranks have checked. Every rank."""
 
     # ---- writing
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the folder. Rank 0. Raises InputError where it cannot hold checkpoints."""
+        """Create the folder. Rank 0. Raises InputError if it cannot hold checkpoints."""
 
     @abstractmethod
     def begin(self, name: str) -> str:
-        """Clear what has this name; what `staging` is to be given. Rank 0."""
+        """Remove a checkpoint of this name; return the argument of `staging`. Rank 0."""
 
     @abstractmethod
     def staging(self, begun: str) -> Path:
         """The local folder into which this rank writes. Every rank."""
 
     @abstractmethod
-    def put(self, staging: Path, name: str, files: Iterable[str]) -> None:
-        """Bring this rank's files of the staging folder to the place. Every rank."""
+    def upload(self, staging: Path, name: str, files: Iterable[str]) -> None:
+        """Upload this rank's files of the staging folder. Every rank."""
 
     @abstractmethod
     def commit(self, staging: Path, name: str, meta: dict[str, Any]) -> None:
-        """Make a checkpoint of what the ranks have put; `meta["files"]` lists it. Rank 0."""
+        """Complete a checkpoint of the uploaded files, which `meta["files"]` lists. Rank 0."""
 
     @abstractmethod
     def end(self, staging: Path) -> None:
         """Remove the staging folder, after a commit or a failure. Every rank."""
 
-    def besides(self, staging: Path) -> list[str]:
-        """Files that a `step-*` holds besides state and `run.json`; copied into the staging folder. Rank 0."""
+    def extra_files(self, staging: Path) -> list[str]:
+        """Copy more files of a `step-*` than state and `run.json` into the staging folder; their names. Rank 0."""
         return []
 
     def restore(self, files: Path | None) -> None:
-        """Make `metrics` what it was at the checkpoint with these files; empty without one. Rank 0."""
+        """Restore `metrics` from the checkpoint with these files; empty it without one. Rank 0."""
         if files is None:
             shutil.rmtree(self.metrics, ignore_errors=True)
 
     # ---- removing
 
     def prune(self, newest: str, keep: int) -> None:
-        """Remove all `step-*` but the last `keep` whole ones up to `newest`, which was just written, and the weights of
-        best evaluations that none of them refers to. Rank 0.
+        """Remove all `step-*` except the last `keep` complete ones up to `newest`, which was just saved. Rank 0.
 
-        Those of later steps are damaged, or this run has not gone on from them.
+        Also removes weights of best evaluations that no remaining checkpoint refers to. A checkpoint of a later step
+        is corrupt, or this run did not resume from it.
         """
         found = self._found()
         steps = _sorted(found, "step")
-        whole = [name for name in steps if found[name] and _step(name) <= _step(newest)]
+        complete = [name for name in steps if found[name] and _step(name) <= _step(newest)]
         for name in steps:
-            if name not in whole[-keep:]:
+            if name not in complete[-keep:]:
                 self.remove(name)
         wanted = set()
-        for name in whole[-keep:]:
+        for name in complete[-keep:]:
             try:
                 wanted.add(json.loads(self._bytes(name, RUN)).get("best_step"))
             except CorruptCheckpoint:
                 continue
-        for name in _sorted(found, "best")[:-1]:  # the newest may be of a step that is not written yet
+        for name in _sorted(found, "best")[:-1]:  # the checkpoint that refers to the newest may not be complete yet
             if _step(name) not in wanted:
                 self.remove(name)
 
@@ -157,23 +156,23 @@ class CheckpointBackend(ABC):
 
     @abstractmethod
     def remove_all(self) -> None:
-        """The folder itself, and what is local of it. Every rank, once none of them needs it."""
+        """Remove the folder, and local copies. Every rank, once no rank needs it."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Leave nothing behind of a run that wrote no checkpoint. Rank 0."""
+    def remove_if_empty(self) -> None:
+        """Remove the folder of a run that saved no checkpoint. Rank 0."""
 
     @abstractmethod
     def _found(self) -> dict[str, bool]:
-        """Name -> whether its manifest is there."""
+        """Name -> whether it has a manifest."""
 
     @abstractmethod
     def _bytes(self, name: str, file: str) -> bytes:
-        """Content of a small file. Raises CorruptCheckpoint where there is none."""
+        """Content of a small file. Raises CorruptCheckpoint if it is missing."""
 
 
 class LocalBackend(CheckpointBackend):
-    """A folder of a disk that all ranks see."""
+    """A folder that all ranks see."""
 
     def __init__(self, folder: str, rank: int) -> None:
         super().__init__(folder, rank)
@@ -183,7 +182,7 @@ class LocalBackend(CheckpointBackend):
     def prepare(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for path in self.path.glob(".*.tmp-*"):  # left of killed runs
+            for path in self.path.glob(".*.tmp-*"):  # of killed runs
                 shutil.rmtree(path, ignore_errors=True)
             probe = self.path / ".writable"
             probe.touch()
@@ -201,15 +200,15 @@ class LocalBackend(CheckpointBackend):
         return self.path / name
 
     def begin(self, name: str) -> str:
-        if (self.path / name).exists():  # a damaged one that was passed over, or one that a resumed run comes to again
+        if (self.path / name).exists():  # corrupt, or of a step that a resumed run repeats
             shutil.rmtree(self.path / name)
         return str(artifact.begin(self.path / name))
 
     def staging(self, begun: str) -> Path:
         return Path(begun)
 
-    def put(self, staging: Path, name: str, files: Iterable[str]) -> None:
-        pass  # it is there already
+    def upload(self, staging: Path, name: str, files: Iterable[str]) -> None:
+        pass  # the staging folder is on that disk
 
     def commit(self, staging: Path, name: str, meta: dict[str, Any]) -> None:
         artifact.commit(staging, self.path / name, KIND, meta)
@@ -225,12 +224,12 @@ class LocalBackend(CheckpointBackend):
         if self.rank == 0:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def forget(self) -> None:
+    def remove_if_empty(self) -> None:
         if not self.steps():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _found(self) -> dict[str, bool]:
-        names = [path.name for path in self.path.iterdir() if NAME.fullmatch(path.name)]
+        names = [path.name for path in self.path.iterdir() if CHECKPOINT_NAME.fullmatch(path.name)]
         return {name: (self.path / name / artifact.MANIFEST).is_file() for name in names}
 
     def _bytes(self, name: str, file: str) -> bytes:
@@ -241,12 +240,12 @@ class LocalBackend(CheckpointBackend):
 
 
 def check_file(path: Path, want: Mapping[str, Any], shown: object) -> None:
-    """Raise CorruptCheckpoint where a local file is not the one that the manifest lists."""
+    """Raise CorruptCheckpoint if a local file is not the one that the manifest lists."""
     have = path.stat().st_size if path.is_file() else "missing"
     if have != want["size"]:
         raise CorruptCheckpoint(f"{shown}: expected {want['size']} bytes, is {have}")
     if checksum(path) != want[CHECKSUM]:
-        raise CorruptCheckpoint(f"{shown}: does not have the checksum that its manifest says")
+        raise CorruptCheckpoint(f"{shown}: corrupt, its checksum is not that of the manifest")
 
 
 def _step(name: str) -> int:
@@ -254,5 +253,5 @@ def _step(name: str) -> int:
 
 
 def _sorted(names: Iterable[str], kind: str) -> list[str]:
-    """Those of one kind, by step."""
+    """The names of one kind, by step."""
     return sorted((name for name in names if name.startswith(f"{kind}-")), key=_step)

@@ -1,13 +1,17 @@
-"""Checkpoints of a run: whole or absent, verified before use, the newest whole one found again.
+"""Checkpoints of a run: saved atomically in the background, verified before use.
 
-A checkpoint is an artifact, a folder `step-00000100`: the tensors as DCP cuts them (`storage`), `run.json`
-with the numbers of the run (position in the log, schedule, metrics), and a manifest, written last, with size and
-checksum of every file, the configuration, the versions, and the fingerprints of the log, factors and maps, which are
-referred to and not copied. `best-00000080` holds the weights of the best evaluation, where those are kept. They lie on
-a disk (`places`) or on an object store (`remote`).
+A checkpoint is a folder `step-00000100`:
 
-Writing takes place beside training: the state is copied in memory between two steps, and a thread writes the copy, over
-a process group of its own.
+    tensors-*.bin, tensors.json   the state, cut into parts by DCP (`dcp_storage`)
+    run.json                      position in the log, schedule, results
+    manifest.json                 written last: size and checksum of each file, configuration, versions, and the
+                                  fingerprints of log, factors and id maps, which are not copied
+
+`best-00000080` holds the weights of the best evaluation, if the run keeps them. Checkpoints are on a disk (`backends`)
+or on an object store (`remote`).
+
+To save, the training thread copies the state in memory between two steps. A background thread writes the copy, with a
+separate process group.
 """
 
 from __future__ import annotations
@@ -41,20 +45,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     path: str
-    """Its folder, or its address."""
+    """Folder or address."""
     files: Path
-    """Folder on this machine where its files are."""
+    """Its folder on this machine."""
     run: dict[str, Any]
     """Content of `run.json`."""
     manifest: dict[str, Any]
     best: Checkpoint | None = None
-    """The weights of the best evaluation, which it refers to."""
+    """The weights of the best evaluation that it refers to."""
 
     def has(self, state: State) -> bool:
-        """Whether it has all of these tensors, with these shapes; not collective."""
+        """Whether it has all of these tensors, with these shapes. Not collective."""
         kept = dcp_storage.names(self.files)
         return all(kept.get(name) == tuple(value.shape) for name, value in state.items())
 
@@ -71,18 +75,17 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, which all ranks see. Every method is collective unless it says otherwise.
+    """The checkpoints in one folder. Every method is collective unless it says otherwise.
+
+    Use it in a `with`. If the run ends by an error before it has saved a checkpoint, the folder is removed.
 
     Args:
-        folder: a path, or the address of an object store; made where it is missing.
-        describe: what a checkpoint says of the run that wrote it, JSON values.
+        folder: a path that all ranks see, or the address of an object store; created if it is missing.
+        describe: entries of the manifest, JSON values.
         say: takes warnings, on rank 0.
 
-    A run that goes on finds the newest whole one in `start`. Used in a `with`, which leaves nothing behind where the
-    run wrote no checkpoint and ended by an error.
-
     Raises:
-        InputError: the folder cannot be made or written to; what is in it is of another run. On every rank.
+        InputError: the folder cannot be created or written to; it has checkpoints of another run. On every rank.
     """
 
     def __init__(
@@ -94,14 +97,14 @@ class Checkpoints:
     ) -> None:
         self.config, self.describe, self._say = config, dict(describe), say
         self.group = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
-        """Of the writing thread, and of loading."""
+        """For saving in the background, and for loading."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.backend: CheckpointBackend = (ObjectStoreBackend if is_remote(folder) else LocalBackend)(
             str(folder), self.rank
         )
         self.failures = 0
         self.last: str | None = None
-        """The newest `step-*` that this run wrote or started from."""
+        """The newest `step-*` that this run saved or resumed from."""
         self._staged = Staged()
         self._layouts: dict[frozenset[str], dcp_storage.Layout] = {}
         self._writer: threading.Thread | None = None
@@ -109,7 +112,7 @@ class Checkpoints:
         self._due = time.monotonic()
         self._on_rank_0(self.backend.prepare)
         self.start: Checkpoint | None = None
-        """What this run goes on from."""
+        """The newest complete checkpoint, from which this run resumes; None to start over."""
         if config.resume:
             self.start = found = self.newest()
             if found is not None:
@@ -125,7 +128,7 @@ class Checkpoints:
 
     @property
     def metrics(self) -> Path:
-        """Local folder of the metrics while the run is not finished; they go on where it goes on."""
+        """Local folder of the metrics of an unfinished run."""
         return self.backend.metrics
 
     def __enter__(self) -> Checkpoints:
@@ -133,7 +136,7 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is None:
-            self.wait()  # a process that ends while its thread writes leaves half a checkpoint, or aborts
+            self.wait()  # ending the process while the thread writes would leave an incomplete checkpoint
             return
         if isinstance(error, Preempted):
             return
@@ -143,12 +146,12 @@ class Checkpoints:
                 raise Preempted(
                     f"stopped by {error.name}; rerun the same command to resume from {self.last}", alone=True
                 ) from None
-        # Not collective: other ranks may be gone, and so may the checkpoint that is being written.
+        # Not collective: other ranks may have ended, and the checkpoint in progress may be lost.
         if self.rank == 0 and self.last is None:
-            self.backend.forget()
+            self.backend.remove_if_empty()
 
     def finish(self) -> None:
-        """Remove the folder: the run is over and its result is whole."""
+        """Remove the folder after the output of the run is complete."""
         self.wait()
         dist.barrier(group=self.group)
         try:
@@ -160,24 +163,23 @@ class Checkpoints:
     # ---- when
 
     def due(self, step: int) -> bool:
-        """Whether the steps say so; not collective, the same on every rank."""
+        """Whether a checkpoint is due by steps. Not collective; the same on every rank."""
         return bool(self.config.steps) and step % self.config.steps == 0
 
     def overdue(self) -> bool:
-        """Whether the minutes say so; not collective, by the clock of this rank."""
+        """Whether one is due by minutes, on the clock of this rank. Not collective."""
         return bool(self.config.minutes) and time.monotonic() - self._due > 60 * self.config.minutes
 
     # ---- writing
 
     def save(self, state: State, run: Mapping[str, Any], step: int, *, best: bool = False) -> None:
-        """Copy the state and start to write the copy; waits for the checkpoint before it, if that is not written yet.
+        """Copy the state and start to write the copy. First waits until the previous checkpoint is written.
 
-        What goes wrong while writing (no space left, say, or a store that fails) stops nothing: it is said by the next
-        call, or by `wait`.
+        A failure to write (disk full, store unavailable) does not stop training. The next call, or `wait`, logs it.
 
         Args:
-            run: numbers of the run, JSON values, the same on every rank.
-            best: weights of the best evaluation, for `step-*` to refer to.
+            run: content of `run.json`, JSON values, the same on every rank.
+            best: save weights of the best evaluation, for a `step-*` to refer to.
         """
         self.wait()
         self._due = time.monotonic()
@@ -192,7 +194,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is written, or could not be, which is said and counted; not collective."""
+        """Wait until the last checkpoint is written. Log and count a failure. Not collective."""
         if self._writer is None:
             return
         self._writer.join()
@@ -207,7 +209,7 @@ class Checkpoints:
             self._problem = None
 
     def _layout(self, state: State) -> dcp_storage.Layout:
-        """Made once for each kind of state: the weights, or everything, whose shapes stay what they are."""
+        """Computed once per kind of state (weights, or all), because shapes do not change."""
         kind = frozenset(state)
         if kind not in self._layouts:
             self._layouts[kind] = dcp_storage.lay_out(state, self.group)
@@ -217,7 +219,7 @@ class Checkpoints:
         tmp: Path | None = None
         try:
             tmp = folder = self.backend.staging(self._on_rank_0(lambda: self.backend.begin(name)))
-            parts = self._together(lambda: self._put(layout, folder, name, run))
+            parts = self._on_all_ranks(lambda: self._write_files(layout, folder, name, run))
             meta = self.describe | {"version": VERSION, "files": {k: v for part in parts for k, v in part.items()}}
             self._on_rank_0(lambda: self.backend.commit(folder, name, meta))
             if name.startswith("step"):
@@ -230,29 +232,29 @@ class Checkpoints:
             if tmp is not None:
                 self.backend.end(tmp)
 
-    def _put(self, layout: dcp_storage.Layout, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
-        """Write the files of this rank and bring them to their place; their sizes and checksums."""
+    def _write_files(self, layout: dcp_storage.Layout, folder: Path, name: str, run: dict[str, Any]) -> dict[str, Any]:
+        """Write and upload the files of this rank; return their sizes and checksums."""
         found = dcp_storage.write(layout, self._staged, folder)
         if self.rank == 0:
             (folder / RUN).write_text(json.dumps(run), encoding="utf-8")
-            small = [RUN, *(self.backend.besides(folder) if name.startswith("step") else [])]
+            small = [RUN, *(self.backend.extra_files(folder) if name.startswith("step") else [])]
             found |= {file: describe(folder / file) for file in small}
-        self.backend.put(folder, name, found)
+        self.backend.upload(folder, name, found)
         return found
 
     def _prune(self, name: str) -> None:
         try:
             self.backend.prune(name, self.config.keep)
-        except InputError as error:  # of a store; the next one tries again
+        except InputError as error:  # of a store; the next checkpoint tries again
             self._say(f"old checkpoints could not be removed: {error}")
 
     # ---- finding
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are passed over with a warning.
+        """The newest complete checkpoint; skips incomplete and corrupt ones with a warning.
 
         Raises:
-            InputError: one of another version of the format; a store that does not answer. On every rank.
+            InputError: a checkpoint of another version of the format; the store does not answer. On every rank.
         """
         for name in reversed(self._on_rank_0(self.backend.steps)):
             found = self._verified(name)
@@ -264,12 +266,12 @@ class Checkpoints:
         return None
 
     def _verified(self, name: str) -> Checkpoint | str:
-        """A checkpoint with the best weights that it refers to, or what is wrong; each rank checks a part."""
-        found = self._on_rank_0(lambda: _or_damage(lambda: self.backend.read(name)))
+        """A checkpoint with the best weights that it refers to, or what is wrong. Each rank checks some files."""
+        found = self._on_rank_0(lambda: _or_problem(lambda: self.backend.read(name)))
         if isinstance(found, str):
             return found
         manifest, run = found
-        problems = self._together(lambda: _or_damage(lambda: self.backend.check(name, manifest, self.world)))
+        problems = self._on_all_ranks(lambda: _or_problem(lambda: self.backend.check(name, manifest, self.world)))
         for problem in problems:
             if problem is not None:
                 return str(problem)
@@ -282,7 +284,7 @@ class Checkpoints:
     # ---- ranks
 
     def _on_rank_0(self, work: Callable[[], Any]) -> Any:
-        """What rank 0 makes, or its InputError, on every rank."""
+        """The result of rank 0, or its error as InputError, on every rank."""
         result: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -294,8 +296,8 @@ class Checkpoints:
             raise InputError(result[1])
         return result[0]
 
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """What each rank makes, or the InputError of the lowest that could not."""
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
+        """The results of all ranks, or the error of the lowest rank that failed as InputError."""
         mine: tuple[Any, str | None]
         try:
             mine = (work(), None)
@@ -306,15 +308,15 @@ class Checkpoints:
         for _, problem in everyone:
             if problem is not None:
                 raise InputError(problem)
-        return [made for made, _ in everyone]
+        return [result for result, _ in everyone]
 
 
-def _or_damage(work: Callable[[], Any]) -> Any:
-    """What `work` makes, or, as text, what is damaged."""
+def _or_problem(work: Callable[[], Any]) -> Any:
+    """The result of `work`, or the text of its CorruptCheckpoint."""
     try:
         return work()
-    except CorruptCheckpoint as damage:
-        return str(damage)
+    except CorruptCheckpoint as error:
+        return str(error)
 
 
 def _reason(error: BaseException) -> str:

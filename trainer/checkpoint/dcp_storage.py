@@ -1,9 +1,9 @@
-"""torch.distributed.checkpoint (DCP) on plain files: the bytes of the tensors, and where they lie as JSON.
+"""torch.distributed.checkpoint (DCP) with plain files: the bytes of the tensors, and their offsets as JSON.
 
-DCP plans which rank writes what of a state, and puts it together again on any number of ranks. Its own files are
-pickles, which cost a copy and a slow checksum to write, and loading `.metadata` would execute it. Here `tensors-0.bin`
-of rank 0 has the bytes of the tensors as they lie in memory (little-endian), and `tensors.json` says which, where, and
-of which shape. States are flat: name -> tensor or ShardedTensor.
+DCP plans which rank writes which part of a state, and loads it on any number of ranks. Its own files are pickles: they
+cost a copy and a slow checksum to write, and loading `.metadata` would execute code. Here `tensors-0.bin` of rank 0
+has the bytes of the tensors as in memory (little-endian), and `tensors.json` has their names, shapes and offsets.
+States are flat: name -> tensor or ShardedTensor.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from recpress.trainer.checkpoint.staged import Part, Staged, State
 
 TENSORS = "tensors.json"
 _BLOCK = 4 << 20  # bytes that are read at a time
-_ALIGN = 64  # of a part in a file, in bytes: of any dtype, and of a cache line
+_ALIGN = 64  # alignment of a part in a file, in bytes: any dtype, a cache line
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which bytes of a state a rank writes; the same for all states of these names and shapes."""
+    """Which bytes of a state a rank writes. It depends on names and shapes alone."""
 
     file: str
     """Of this rank."""
     lies: dict[Part, tuple[int, int]]
-    """Where each part that this rank writes begins in its file, and its length, in bytes; in the order of the file."""
+    """Part -> (offset in the file, length), in bytes, of the parts that this rank writes; in the order of the file."""
     content: dict[str, Any] | None
     """Of `tensors.json`, on rank 0."""
 
 
 def lay_out(state: State, group: dist.ProcessGroup | None) -> Layout:
-    """Lay out the files of a state, by DCP's plan of who writes what. Collective over `group`.
+    """The layout of the files of a state, by DCP's plan. Collective over `group`.
 
-    That takes some 20 ms of Python for a two-tower and depends on names and shapes alone, so that a run does it once.
+    It takes about 20 ms of Python for a two-tower network, so compute it once per run.
     """
     planned = _Planned(f"tensors-{dist.get_rank(group)}.bin")
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -59,9 +59,7 @@ def lay_out(state: State, group: dist.ProcessGroup | None) -> Layout:
 
 
 def write(layout: Layout, staged: Staged, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write what this rank has staged by the layout and, on rank 0, `tensors.json`.
-
-    Returns what a manifest says of the files.
+    """Write the staged bytes of this rank and, on rank 0, `tensors.json`. Return the files' entries of a manifest.
 
     Raises:
         OSError: with the name of the file.
@@ -77,7 +75,7 @@ def write(layout: Layout, staged: Staged, folder: Path) -> dict[str, dict[str, A
 
 
 def load(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Fill the tensors of `state`, each rank its own parts, from what any number of ranks saved. Collective.
+    """Fill the tensors of `state`, each rank its own parts, from files of any number of ranks. Collective.
 
     Raises:
         CheckpointException: a name is missing, a shape differs, a file cannot be read. On every rank.
@@ -86,7 +84,7 @@ def load(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
 
 
 def names(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors that were saved in `folder`.
+    """Name -> shape of the tensors in `folder`.
 
     Raises:
         ValueError, OSError: `tensors.json` is missing or damaged.
@@ -96,7 +94,7 @@ def names(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class _Lies:
-    """Where the bytes of a part are."""
+    """Location of the bytes of a part."""
 
     file: str
     at: int
@@ -140,10 +138,10 @@ class _Planned(dcp.StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Say what there is and where it lies; called on the coordinator, with the plans of all ranks."""
+        """Collect the locations of all parts. Called on the coordinator, with the plans of all ranks."""
         lies = {
             result.index: result.storage_data for of_rank in results for result in of_rank if result.size_in_bytes
-        }  # an empty part may begin where another does
+        }  # an empty part may have the offset of another
         self.content = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata), f"{name} is no tensor"
@@ -216,7 +214,7 @@ class _Reader(dcp.StorageReader):
 
 
 def _fill(target: torch.Tensor, folder: Path, part: _Lies, offsets: tuple[int, ...]) -> None:
-    """Fill `target` with the slice of `part` that has its shape and begins at `offsets`, some rows at a time."""
+    """Fill `target` with the slice of `part` at `offsets`, a few rows at a time."""
     if target.dim() == 0:
         target, part, offsets = target[None], replace(part, sizes=(1,)), (0,)
     row = part.length // part.sizes[0]

@@ -1,9 +1,8 @@
-"""Bytes of memory into a file, and their checksum, for as little of a processor's time as can be.
+"""Write bytes to a file, with a checksum, at little CPU cost.
 
-Ranks compute on all cores while a checkpoint is written, so each second that writing computes is taken from training.
-Direct writes (O_DIRECT) spare the page cache, a copy, and the pages of the kernel that it would need; the checksum is
-made of the memory, and nothing is read back. It is XXH3 of 128 bits, at the speed of memory: it finds what is short,
-torn or rotten, and does not guard against somebody who means to deceive.
+Ranks compute on all cores while a checkpoint is written, so CPU time of writing is taken from training. Direct writes
+(O_DIRECT) avoid a copy through the page cache. The checksum is computed from memory; nothing is read back. It is XXH3
+(128 bits), which runs at the speed of memory. It detects truncated and corrupt files, not deliberate changes.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from typing import Any
 import xxhash
 
 CHECKSUM = "xxh3_128"
-"""Of the algorithm; the key of a checksum in a manifest."""
+"""The algorithm, and the key of a checksum in a manifest."""
 PAGE = 4096
-"""What a direct write is a multiple of: address, length and place in the file."""
+"""Alignment of direct writes: address, length and offset in the file."""
 _WRITE = 16 << 20
-_READ = 1 << 20  # stays in the cache of a core until it is hashed
-_DIRECT = getattr(os, "O_DIRECT", 0)  # of Linux
+_READ = 1 << 20  # fits in the cache of a core until it is hashed
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
 
 def new_checksum() -> Any:
-    """One that is `update`d with bytes, and has a `hexdigest`."""
+    """An object with `update(bytes)` and `hexdigest()`."""
     return xxhash.xxh3_128()
 
 
 def write(path: Path, content: memoryview, begun: Any = None, summed: int = 0) -> dict[str, Any]:
-    """Write a new file and bring it to the disk; what a manifest says of it.
+    """Write a new file and flush it to the disk; return its entry of a manifest.
 
     Args:
-        content: whole pages at an address that is a multiple of PAGE. Where they are not, or the filesystem knows no
-            direct writes (tmpfs, some network filesystems), they take the way through the page cache.
-        begun: checksum of the first `summed` bytes, where it has been made; left as it is.
+        content: whole pages at an address that is a multiple of PAGE. Otherwise, and if the filesystem has no direct
+            writes (tmpfs, some network filesystems), they go through the page cache.
+        begun: checksum of the first `summed` bytes, if it is known; not modified.
 
     Raises:
         OSError: with the name of the file.
@@ -59,7 +58,7 @@ def write(path: Path, content: memoryview, begun: Any = None, summed: int = 0) -
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file that is there."""
+    """The entry of a manifest for an existing file."""
     return {"size": path.stat().st_size, CHECKSUM: checksum(path)}
 
 

@@ -1,7 +1,7 @@
 """Checkpoints on an object store.
 
-A store renames nothing: each rank writes its files into a folder of its own machine and uploads them, and a checkpoint
-is whole exactly when its manifest is there, which is written last.
+A store has no rename. Each rank writes its files into a local folder and uploads them. The manifest is written last: a
+checkpoint is complete if it has one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from typing import Any
 
 from recpress.data.dataset import artifact, object_store
 from recpress.data.errors import InputError
-from recpress.trainer.checkpoint.backends import KIND, METRICS, NAME, CheckpointBackend, CorruptCheckpoint, check_file
+from recpress.trainer.checkpoint.backends import (
+    CHECKPOINT_NAME,
+    KIND,
+    METRICS,
+    CheckpointBackend,
+    CorruptCheckpoint,
+    check_file,
+)
 
 
 class ObjectStoreBackend(CheckpointBackend):
-    """A folder of an object store; `work` is a local folder, of each machine its own.
+    """A folder of an object store. `work` is a local folder of each machine.
 
-    A machine fetches all files of a checkpoint once, whatever its ranks need of it.
+    Each machine downloads all files of a checkpoint once.
     """
 
     def __init__(self, folder: str, rank: int) -> None:
@@ -66,10 +73,10 @@ class ObjectStoreBackend(CheckpointBackend):
     def staging(self, begun: str) -> Path:
         folder = self.work / f"staging-{self.rank}"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(self.work / "fetched", ignore_errors=True)  # all ranks have loaded what they went on from
+        shutil.rmtree(self.work / "fetched", ignore_errors=True)  # all ranks have resumed
         return folder
 
-    def put(self, staging: Path, name: str, files: Iterable[str]) -> None:
+    def upload(self, staging: Path, name: str, files: Iterable[str]) -> None:
         for file in files:
             object_store.upload_file(staging / file, object_store.join(self.at(name), file))
 
@@ -79,8 +86,8 @@ class ObjectStoreBackend(CheckpointBackend):
     def end(self, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
-    def besides(self, staging: Path) -> list[str]:
-        """The metrics until now, so that another machine can go on with them."""
+    def extra_files(self, staging: Path) -> list[str]:
+        """The metrics so far, so that another machine can resume."""
         if not self.metrics.is_dir():
             return []
         shutil.copytree(self.metrics, staging / METRICS)
@@ -92,7 +99,7 @@ class ObjectStoreBackend(CheckpointBackend):
             shutil.copytree(files / METRICS, self.metrics)
 
     def remove(self, name: str) -> None:
-        object_store.remove(object_store.join(self.at(name), artifact.MANIFEST))  # from here on it is not whole
+        object_store.remove(object_store.join(self.at(name), artifact.MANIFEST))  # from here on it is incomplete
         object_store.remove_folder(self.at(name))
 
     def remove_all(self) -> None:
@@ -100,14 +107,14 @@ class ObjectStoreBackend(CheckpointBackend):
         if self.rank == 0:
             self.clear()
 
-    def forget(self) -> None:
+    def remove_if_empty(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _found(self) -> dict[str, bool]:
         found: dict[str, bool] = {}
         for path in object_store.list_files(self.folder):
             name, _, file = path.partition("/")
-            if NAME.fullmatch(name):
+            if CHECKPOINT_NAME.fullmatch(name):
                 found[name] = found.get(name, False) or file == artifact.MANIFEST
         return found
 
@@ -119,8 +126,8 @@ class ObjectStoreBackend(CheckpointBackend):
 
 
 def _fetch(address: str, path: Path, want: Mapping[str, Any]) -> None:
-    """Make `path` a copy, and check it. Raises CorruptCheckpoint."""
-    for last in (False, True):  # once more: it may have been damaged on its way
+    """Download to `path`, and check it. Raises CorruptCheckpoint."""
+    for last in (False, True):  # retry once: the transfer may have corrupted it
         if not path.exists():
             object_store.fetch_file(address, path)
         try:

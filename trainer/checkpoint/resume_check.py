@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one of this run: the same settings, log, factors and maps."""
+"""Checks that a run may resume from a checkpoint: same settings, log, factors and id maps."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ ALLOWED = (
     "hash",
 )
 ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
-"""Keys of the configuration that may change between stop and resume, and whole sections of it. What lies at `data`,
-`factors` and `hash` must be the same."""
+"""Keys and sections of the configuration that may change before a resume. The content at `data`, `factors` and `hash`
+must stay the same."""
 
 
 def check_resume(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise InputError where the checkpoint at `path` was written by a run with other settings, another log, factors or
-    maps.
+    """Raise InputError if the checkpoint at `path` is of a run with other settings, log, factors or id maps.
 
     Args:
         made: its manifest.
-        now: `config` (nested, JSON values), and `inputs`: name -> fingerprint, of this run.
+        now: of this run: `config` (nested, JSON values) and `inputs` (name -> fingerprint).
     """
     before, after = dict(_flat(current_names(made["config"]))), dict(_flat(json.loads(json.dumps(now["config"]))))
     changed = [
@@ -49,14 +48,14 @@ def check_resume(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) 
     if changed:
         each = "; ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed)
         raise InputError(
-            f"{path}: written with other settings ({each}). When a run goes on, only {', '.join(ALLOWED)} and "
-            "checkpoint.*, watch.*, metrics.* and profile.* may change; to start anew: --checkpoint.no-resume"
+            f"{path}: written with other settings ({each}). When a run resumes, only {', '.join(ALLOWED)} and "
+            "checkpoint.*, watch.*, metrics.* and profile.* may change; to start over: --checkpoint.no-resume"
         )
     for name in sorted(made["inputs"].keys() | now["inputs"].keys()):
         if made["inputs"].get(name) != now["inputs"].get(name):
             raise InputError(
                 f"{path}: written with another {name}: fingerprint {made['inputs'].get(name)}, now "
-                f"{now['inputs'].get(name)}; to start anew: --checkpoint.no-resume"
+                f"{now['inputs'].get(name)}; to start over: --checkpoint.no-resume"
             )
 
 

@@ -1,4 +1,4 @@
-"""A copy in host memory of what a rank writes of a run's state, laid out as the file that it becomes."""
+"""A copy in host memory of the part of a state that this rank writes, in the layout of its file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from recpress.trainer.checkpoint.file_bytes import PAGE, new_checksum
 State = dict[str, Any]
 """Name -> tensor (replicated, or of one rank alone) or ShardedTensor."""
 Part = tuple[str, tuple[int, ...]]
-"""Name of a tensor, and where in it a part begins."""
+"""(name of a tensor, offset of a part in it)."""
 Block = tuple[int, torch.Tensor]
-"""Where in the file, and the bytes that lie there."""
-_BLOCK = 2 << 20  # bytes that are still in the cache of a core when they are added to the checksum
+"""(offset in the file, bytes)."""
+_BLOCK = 2 << 20  # bytes; still in the cache of a core when they are added to the checksum
 
 
 class Staged:
-    """The bytes of a rank's file, in one piece of memory that serves for one copy after the other."""
+    """The bytes of a rank's file, in one buffer that each copy reuses."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self.size = 0
-        """Of the last copy, in bytes; whole pages."""
+        """Bytes of the last copy; whole pages."""
         self.checksum = new_checksum()
         """Of the first `summed` bytes of the last copy."""
         self.summed = 0
@@ -36,17 +36,17 @@ class Staged:
     def copy(self, state: State, lies: Mapping[Part, tuple[int, int]]) -> None:
         """Copy these parts of the state.
 
-        Training waits for it, on all ranks, most of which may have little to copy: two threads share the work. One
-        comes from the front and adds each block to the checksum while it is in the cache of its core; the other comes
-        from the back. Blocks of a GPU are not summed here: there it would only make training wait.
+        Training waits for it on all ranks, so two threads share the work. One starts at the front and adds each block
+        to the checksum while it is in the cache of its core. The other starts at the back. Blocks on a GPU are copied
+        without a checksum, which would only make training wait.
 
         Args:
-            lies: part -> where it begins in the file and its length, in bytes; in the order of the file.
+            lies: part -> (offset in the file, length), in bytes; in the order of the file.
         """
         end = max((begin + length for begin, length in lies.values()), default=0)
         self.size = -(-end // PAGE) * PAGE
         if self.size > self.nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old buffer first
             self._memory = _pages(self.size)
         self.checksum, self.summed = new_checksum(), 0
         blocks = deque(_blocks(state, lies))
@@ -73,7 +73,7 @@ class Staged:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory, which is as large as the largest copy so far."""
+        """Of the buffer, which is as large as the largest copy so far."""
         return self._memory.nbytes
 
     @property
@@ -83,7 +83,7 @@ class Staged:
 
 
 def _blocks(state: State, lies: Mapping[Part, tuple[int, int]]) -> Iterator[Block]:
-    """All of these parts, in the order of the file; in small blocks where they are on the host."""
+    """These parts, in the order of the file; in small blocks if they are on the host."""
     held = _held(state)
     for part, (begin, length) in lies.items():
         source = held[part].contiguous().reshape(-1).view(torch.uint8)
@@ -94,7 +94,7 @@ def _blocks(state: State, lies: Mapping[Part, tuple[int, int]]) -> Iterator[Bloc
 
 
 def _taken(take: Callable[[], Block]) -> Iterator[Block]:
-    """What is left, until both threads have taken all."""
+    """Blocks until both threads have taken all."""
     while True:
         try:
             block = take()
@@ -104,7 +104,7 @@ def _taken(take: Callable[[], Block]) -> Iterator[Block]:
 
 
 def _held(state: State) -> dict[Part, torch.Tensor]:
-    """What this rank holds of a state."""
+    """The parts of a state on this rank."""
     found: dict[Part, torch.Tensor] = {}
     for name, value in state.items():
         if isinstance(value, ShardedTensor):
@@ -115,7 +115,6 @@ def _held(state: State) -> dict[Part, torch.Tensor]:
 
 
 def _pages(size: int) -> torch.Tensor:
-    """`size` bytes, whole pages, at a multiple of PAGE; zeros, so that nothing else that was in memory comes into a
-    file."""
+    """`size` bytes, whole pages, aligned to PAGE; zeros, so that padding contains no other memory."""
     memory = torch.from_numpy(np.zeros(size + PAGE, dtype=np.uint8))
     return memory[-memory.data_ptr() % PAGE :][:size]

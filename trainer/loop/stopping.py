@@ -1,4 +1,4 @@
-"""Stopping together: signals that one rank gets, and the clock of rank 0, become decisions of all ranks."""
+"""Stop together: a signal on one rank, or the clock of rank 0, becomes a decision of all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch.distributed as dist
 from recpress.trainer.distributed.watchdog import NO_TIMEOUT
 from recpress.trainer.observability.logging_setup import log_from_signal_handler
 
-STOP, CHECKPOINT = 0, 1  # places in the flags
+STOP, CHECKPOINT = 0, 1  # indices of the flags
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take a machine away."""
+"""What schedulers send before they end a job."""
 
 
 class StopSignal:
-    """While the block runs, SIGTERM and SIGUSR1 are noted instead of ending the process. Main thread only."""
+    """Within the block SIGTERM and SIGUSR1 set `name` instead of ending the process. Main thread only."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Of the first signal that came."""
+        """Of the first signal."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -41,10 +41,10 @@ class StopSignal:
             log_from_signal_handler(__name__, f"{self.name}: stopping after this step")
 
 
-class Decisions:
-    """What any rank wants, known to all of them one step later.
+class DelayedFlags:
+    """An all-reduce of two flags per step, read one step later, so that no step waits for it.
 
-    Each step sends one small tensor over a group of its own while the next step is under way, and no step waits for it.
+    It uses its own gloo group.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Decisions:
         self._sent: tuple[torch.Tensor, Any] | None = None
 
     def exchange(self, *, stop: bool, checkpoint: bool) -> tuple[bool, bool]:
-        """Called by every rank after each step; what any of them wanted after the step before it (now, if alone)."""
+        """Send the flags of this step; return those of the step before, of any rank (a single rank: of this step)."""
         if self._world == 1:
             return stop, checkpoint
         before = self.close()
@@ -63,13 +63,13 @@ class Decisions:
         return before
 
     def settle(self, *, stop: bool) -> bool:
-        """Whether any rank wants to stop, now; called by every rank after the last step."""
+        """Whether any rank wants to stop; call it after the last step. Waits."""
         earlier = self.close()[STOP]
         now = self.exchange(stop=stop, checkpoint=False)[STOP]
         return earlier or now or self.close()[STOP]
 
     def close(self) -> tuple[bool, bool]:
-        """Wait for what was sent last."""
+        """Wait for the flags that were sent last, and return them."""
         if self._sent is None:
             return False, False
         flags, work = self._sent

@@ -1,1 +1,1 @@
-"""What shows a run while it goes on: metrics, their files and endpoint, progress, profiles."""
+"""Observability of a running command: logging, progress, metrics, profiles."""

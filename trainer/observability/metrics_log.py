@@ -1,4 +1,4 @@
-"""Scalars of a run: JSON lines, TensorBoard and a Prometheus endpoint, by rank 0."""
+"""Scalars of a run, written by rank 0: JSON lines, TensorBoard, and a Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,28 @@ if TYPE_CHECKING:
     from recpress.trainer.observability.prometheus import Endpoint
 
 FILE = "metrics.jsonl"
+_STATUS_LINE = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/rows_per_second": "{:,.0f} rows/s",
+    "train/waiting": "waiting {:.0%}",
+    "train/ne": "NE {:.3f}",
+    "train/auc": "AUC {:.3f}",
+    "hash/unknown_users": "{:,.0f} unknown users",
+    "hash/unknown_items": "{:,.0f} unknown items",
+}
+
+
+def status_line(scalars: Mapping[str, float]) -> str:
+    """The most important scalars as text."""
+    return ", ".join(form.format(scalars[name]) for name, form in _STATUS_LINE.items() if name in scalars)
 
 
 class MetricsLog:
-    """`metrics.jsonl` (one object a line: step, seconds, and the scalars) and TensorBoard events in `folder`.
+    """`metrics.jsonl` (one JSON object per line: step, seconds, scalars) and TensorBoard events in `folder`.
 
-    A folder that has them already is gone on with.
-
-    On other ranks than 0, and with folder None, no file is written. `endpoint`, which stays the caller's to close, is
-    told the same scalars.
+    Appends to files that exist. Only rank 0 writes files, and only if a folder is given. `endpoint` gets the same
+    scalars; the caller closes it.
     """
 
     def __init__(
@@ -46,21 +59,21 @@ class MetricsLog:
             self._board = SummaryWriter(str(self._folder), purge_step=None if after is None else after + 1)
 
     def cut(self, step: int) -> None:
-        """Forget what was written of later steps, by a run that ended between them and its last checkpoint."""
+        """Remove lines of later steps, which a run wrote after its last checkpoint."""
         if self._file is None:
             return
         self.close()
         lines = (self._folder / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if kept:
-            self._start -= json.loads(kept[-1])["seconds"]  # seconds go on from there
+            self._start -= json.loads(kept[-1])["seconds"]  # the clock continues
         partial = self._folder / f".{FILE}.tmp"
         partial.write_text("".join(kept), encoding="utf-8")
         partial.rename(self._folder / FILE)
         self._open(after=step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append scalars of a step."""
+        """Append the scalars of a step."""
         if self._endpoint is not None:
             self._endpoint.write(step, scalars)
         if self._file is None:

@@ -1,4 +1,4 @@
-"""A profile of some steps on request: a trace a rank, for Perfetto, and a table of the parts of a step."""
+"""A profile of some steps: a trace per rank, for Perfetto, and a table of the parts of a step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,14 @@ BREAKDOWN = "breakdown.json"
 class Profiler:
     """Profiles `config.steps` steps of the train loop, after `config.start`, and writes into `folder`. Collective.
 
-    Used in a `with` around the loop, `step` after each step; a run that ends by an error writes nothing.
+    Use it in a `with` around the loop, and call `step` after each step. A run that ends by an error writes no profile.
 
     Args:
-        folder: of the run's metrics; that of rank 0 gets the traces of all ranks.
+        folder: of the run's metrics; the one of rank 0 gets the traces of all ranks.
     """
 
     def __init__(self, config: ProfileConfig, folder: str | Path, device: torch.device) -> None:
         self.config, self.folder = config, Path(folder) / FOLDER
-        self.say: Callable[[str], None] = logger.info
-        """Takes the table, on rank 0."""
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self._done = 0
         self._marks: list[float] = []
@@ -72,10 +69,12 @@ class Profiler:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._profile is None:
             return
-        if kind is not None:  # other ranks may be gone
+        if kind is not None:  # other ranks may have ended
             self._done = 0
         elif self._done <= self.config.start and self.rank == 0:
-            self.say(f"no profile: the run ended after {self._done} steps, profile.start is {self.config.start}")
+            logger.warning(
+                "no profile: the run ended after %d steps, profile.start is %d", self._done, self.config.start
+            )
         self._profile.stop()
         self._profile = None
 
@@ -85,18 +84,20 @@ class Profiler:
             return
         try:
             mine: dict[str, float] | str = self._write_trace(made, steps)
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk, say, is no reason to end the run
+        except (OSError, ValueError, RuntimeError) as error:  # for example a full disk; training continues
             mine = f"rank {self.rank}: {error}"
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, mine)
         problem = next((found for found in everyone if isinstance(found, str)), None)
         if problem is None:
-            self._bring_traces()
-        if self.rank == 0:
-            self.say(f"no profile: {problem}" if problem else self._write_breakdown(everyone, steps))
+            self._collect_traces()
+        if self.rank == 0 and problem is None:
+            logger.info("%s", self._write_breakdown(everyone, steps))
+        elif self.rank == 0:
+            logger.warning("no profile: %s", problem)
 
     def _write_trace(self, made: profile, steps: int) -> dict[str, float]:
-        """The parts of a step of this rank, and `step`: its milliseconds by the clock of the loop."""
+        """Milliseconds of the parts of a step of this rank, and of the whole `step` by the clock of the loop."""
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / TRACE.format(self.rank)
         partial = self.folder / f".{trace.name}.tmp.gz"
@@ -107,14 +108,14 @@ class Profiler:
         seconds = self._marks[self.config.start + steps] - self._marks[self.config.start]
         return {"step": 1000 * seconds / steps, **parts}
 
-    def _bring_traces(self) -> None:
-        """To the folder of rank 0, which is kept, from ranks that have no common disk with it; one after the other."""
+    def _collect_traces(self) -> None:
+        """Copy traces of ranks on other disks to the folder of rank 0, one after the other. Collective."""
         trace = self.folder / TRACE.format(self.rank)
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, describe(trace))
-        wanted = [[self.rank == 0 and not self._has(rank, said) for rank, said in enumerate(everyone)]]
+        wanted = [[self.rank == 0 and not self._has(rank, described) for rank, described in enumerate(everyone)]]
         dist.broadcast_object_list(wanted, 0)
-        for rank in [rank for rank, asked in enumerate(wanted[0]) if asked]:
+        for rank in [rank for rank, missing in enumerate(wanted[0]) if missing]:
             content: list[Any] = [None]
             if self.rank == rank:
                 dist.send_object_list([trace.read_bytes()], 0, device=torch.device("cpu"))
@@ -123,14 +124,14 @@ class Profiler:
                 try:
                     (self.folder / TRACE.format(rank)).write_bytes(content[0])
                 except OSError as error:
-                    self.say(f"no trace of rank {rank}: {error}")
+                    logger.warning("no trace of rank %d: %s", rank, error)
 
-    def _has(self, rank: int, said: dict[str, Any]) -> bool:
+    def _has(self, rank: int, described: dict[str, Any]) -> bool:
         trace = self.folder / TRACE.format(rank)
-        return trace.is_file() and describe(trace) == said
+        return trace.is_file() and describe(trace) == described
 
     def _write_breakdown(self, everyone: list[dict[str, float]], steps: int) -> str:
-        """The table as text."""
+        """Write BREAKDOWN; return it as text."""
         found = self._summary(everyone, steps)
         partial = self.folder / f".{BREAKDOWN}.tmp"
         partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -138,7 +139,7 @@ class Profiler:
         return f"{table(found)}\nprofile: {self.folder} (traces open in https://ui.perfetto.dev)"
 
     def _summary(self, everyone: list[dict[str, float]], steps: int) -> dict[str, Any]:
-        """What BREAKDOWN holds: times in milliseconds a step."""
+        """The content of BREAKDOWN; times in milliseconds per step."""
         whole = sum(sum(rank[part] for part in PARTS) for rank in everyone)
         parts = {}
         for part in PARTS:
@@ -166,7 +167,7 @@ def table(found: dict[str, Any]) -> str:
     ranks = "1 rank" if found["ranks"] == 1 else f"mean of {found['ranks']} ranks"
     lines = [
         f"{steps} of {found['step_ms']:.1f} ms with the profiler on, {ranks}, {found['device']}",
-        f"{'':22}{'ms a step':>10}{'share':>8}{'slowest rank':>22}",
+        f"{'':22}{'ms per step':>10}{'share':>8}{'slowest rank':>22}",
     ]
     for part, numbers in found["parts"].items():
         slowest = f"{numbers['slowest_ms']:.2f} (rank {numbers['slowest_rank']})"

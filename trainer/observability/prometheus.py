@@ -13,18 +13,18 @@ from recpress.data.errors import InputError
 
 
 class Endpoint:
-    """Serves, from a thread, the last value of each scalar.
+    """Serves the last value of each scalar from a thread.
 
-    `train/NAME` is the gauge `recpress_train_NAME`, and `stream/NAME` likewise; `evaluate/NAME` is
-    `recpress_evaluation{metric="NAME"}`; besides
-    `recpress_step` and the counter `recpress_checkpoint_failures_total`, which `failures` gives at each request.
+    `train/NAME` is the gauge `recpress_train_NAME`, and `stream/NAME` likewise. `evaluate/NAME` is
+    `recpress_evaluation{metric="NAME"}`. In addition there are `recpress_step` and the counter
+    `recpress_checkpoint_failures_total`, which calls `failures` at each request.
 
     Raises:
-        InputError: the address or the port cannot be listened on.
+        InputError: the endpoint cannot listen on this address or port.
     """
 
     def __init__(self, port: int, address: str, failures: Callable[[], int] = lambda: 0) -> None:
-        self._registry = CollectorRegistry()  # not the global one, which holds figures of the Python process too
+        self._registry = CollectorRegistry()  # not the global one, which also has metrics of the Python process
         self._step = Gauge("recpress_step", "Steps done, of all epochs.", registry=self._registry)
         self._evaluation = Gauge("recpress_evaluation", "The last evaluation.", ["metric"], registry=self._registry)
         self._registry.register(_Failures(failures))
@@ -56,7 +56,7 @@ class Endpoint:
 
 
 class _Failures(Collector):
-    """The counter of checkpoints that could not be written, counted elsewhere."""
+    """The counter of checkpoints that could not be written."""
 
     def __init__(self, count: Callable[[], int]) -> None:
         self._count = count

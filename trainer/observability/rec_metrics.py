@@ -1,4 +1,4 @@
-"""TorchRec's RecMetrics of the rows that are trained on: NE, AUC, calibration over a window, and throughput."""
+"""TorchRec's metrics of the rows that are trained on: NE, AUC, calibration over a window, and throughput."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.config import MetricsConfig
 
 WINDOW_SECONDS = 100
-"""Of the throughput."""
+"""Window of the throughput."""
 _WARMUP_STEPS = 10
 
 
 class RecMetrics:
-    """Each rank keeps the pairs of its part of the window, on the device of the loss; at a log interval rank 0 gathers
-    them and has TorchRec's metrics work them out. So a step costs a copy, and a run that goes on from the window in its
-    checkpoint reports what the undisturbed one would.
+    """Keeps the last predictions in a window and computes the metrics at log intervals.
+
+    Each rank holds its part of the window on the device of the loss, so a step costs one copy. At a log interval rank 0
+    gathers the window and computes TorchRec's metrics. The window is part of checkpoints, so a resumed run reports the
+    same values as an uninterrupted one.
 
     Args:
-        loss: what is trained; it tells its predictions from here on.
-        rows: of a step, all ranks together.
+        loss: the loss of the model; it reports its predictions from here on.
+        rows: rows per step of all ranks.
     """
 
     def __init__(self, config: MetricsConfig, loss: WatchedLoss, *, rows: int, device: torch.device) -> None:
@@ -46,13 +48,13 @@ class RecMetrics:
             whole = self._pairs * self.world
             given: dict[str, Any] = {"world_size": 1, "my_rank": 0, "batch_size": 1, "tasks": [DefaultTaskInfo]}
             kinds = [NEMetric, AUCMetric]
-            if isinstance(loss, BinaryCrossEntropy):  # the probabilities of a softmax add up by construction
+            if isinstance(loss, BinaryCrossEntropy):  # calibration of a softmax is 1 by construction
                 kinds.append(CalibrationMetric)
             self._metrics = RecMetricList([kind(**given, window_size=whole) for kind in kinds])
         loss.watcher, loss.watched = self.add, config.negatives
 
     def add(self, found: Predictions) -> None:
-        """The pairs of a step take the place of the oldest. One that is not a number counts nothing."""
+        """Replace the oldest pairs by those of a step. A pair with a non-finite value gets weight 0."""
         new = torch.stack([found.probability, found.label, found.weight]).detach()[:, -self._pairs :]
         new = torch.where(torch.isfinite(new).all(0), new, torch.zeros_like(new))
         count = new.shape[1]
@@ -63,11 +65,11 @@ class RecMetrics:
         self._filled = min(self._filled + count, self._pairs)
 
     def step(self) -> None:
-        """Called after each step, for the throughput."""
+        """Call it after each step, for the throughput."""
         self._throughput.update()
 
     def compute(self) -> dict[str, float]:
-        """The metrics of the window of all ranks, on rank 0; elsewhere none. Collective."""
+        """The metrics of the window, on rank 0; {} on other ranks. Collective."""
         window = self._gather()
         if self._metrics is None:
             return {}
@@ -86,7 +88,7 @@ class RecMetrics:
         return {short: float(found[name]) for name, short in names.items() if name in found}
 
     def _gather(self) -> torch.Tensor:
-        """(3, pairs) of all ranks, those that are filled, on the host of rank 0."""
+        """(3, pairs): the filled part of the window of all ranks, on the host of rank 0."""
         own = self._window[:, : self._filled].cpu()
         if self.world == 1:
             return own
@@ -101,7 +103,7 @@ class RecMetrics:
         return torch.cat([part[:, :count] for part, count in zip(parts, filled.tolist(), strict=True)], 1)
 
     def state(self) -> State:
-        """What a checkpoint keeps of this rank; `load` takes it, filled."""
+        """State of this rank for a checkpoint; `load` takes it, filled."""
         found = {
             "window": self._window,
             "place": torch.tensor([self._next, self._filled]),
@@ -110,7 +112,7 @@ class RecMetrics:
         return {f"metrics/{name}/{self.rank}": value for name, value in found.items()}
 
     def load(self, state: State) -> None:
-        """Go on with the window of a checkpoint of as many ranks."""
+        """Restore the `state` of a checkpoint with the same world size."""
         given = {name.split("/")[1]: value for name, value in state.items()}
         self._window.copy_(given.pop("window"))
         self._next, self._filled = given.pop("place").tolist()

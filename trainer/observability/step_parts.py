@@ -1,12 +1,14 @@
-"""Where the time of training steps goes, from a trace of torch.profiler: parts that add up to the steps' wall time.
+"""Where the time of training steps goes: parts that add up to the wall time, from a trace of torch.profiler.
 
-On a CPU each moment of the trainer's thread belongs to one part: that of the innermost range that says one. At the end
-of the backward pass that thread stands until the gradients are summed; while no operator runs there and a collective
-does, elsewhere, the moment is the collective's.
+torch.profiler's own tables give the time of operators, and Holistic Trace Analysis the compute, communication and idle
+time of GPUs. Neither has the stages of TorchRec's pipeline, nor CPU ranks, nor sums that equal the wall time.
 
-On CUDA each moment belongs to what the device computes then, by the range in which the host launched it; else to a
-collective that nothing hides; else, where the device does nothing at all and the host waits for data, to waiting. The
-rest, copies and a device that waits for the host's launches, is `other`.
+On a CPU, each moment of the trainer's thread belongs to the innermost range that names a part. At the end of the
+backward pass that thread waits for the all-reduce of gradients; that time belongs to the collective.
+
+On CUDA, each moment belongs to what the device computes, by the range in which the host launched it; else to a
+collective that no computation hides; else, if the device is idle and the host waits for data, to waiting. The rest,
+copies and a device that waits for launches, is `other`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 DATA = "## recpress: next batch ##"
-"""Range of the train loop around the call that gives the next batch."""
+"""Range of the train loop around the call for the next batch."""
 PAUSE = "## recpress: evaluation ##"
-"""Range of what is no training."""
+"""Range of work that is not training."""
 WAITING, REMAPPING, IDS, VECTORS, SUMS, LOOKUP, FORWARD, BACKWARD, OPTIMIZER, OTHER = PARTS = (
     "waiting for data",
     "remapping",
@@ -45,8 +47,8 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (FORWARD, ("## forward",)),
     (BACKWARD, ("## backward", "autograd::engine")),
 )
-"""A part, and what the names of its ranges contain: TorchRec's annotations of its pipeline and exchanges, fbgemm's and
-torch's operators. The first that fits counts."""
+"""A part, and substrings of the names of its ranges: annotations of TorchRec, operators of fbgemm and torch. The first
+match counts."""
 
 Event = Mapping[str, Any]
 """One of `traceEvents` in Chrome's format; times are in microseconds."""
@@ -54,7 +56,7 @@ Span = tuple[float, float]
 
 
 def step_parts(events: Iterable[Event], steps: int) -> dict[str, float]:
-    """Milliseconds a step of each of PARTS, which add up to the wall time of the first `steps` steps in the trace.
+    """Milliseconds per step of each of PARTS, which add up to the wall time of the first `steps` steps in the trace.
 
     Raises:
         ValueError: the trace has fewer steps.
@@ -81,7 +83,7 @@ def step_parts(events: Iterable[Event], steps: int) -> dict[str, float]:
 
 
 class _Moment:
-    """A stretch of a thread's time in which the innermost range is the same."""
+    """An interval of a thread with the same innermost range."""
 
     __slots__ = ("begin", "end", "launch", "name", "part")
 
@@ -90,7 +92,7 @@ class _Moment:
 
 
 def _moments(events: list[Event], begin: float, end: float) -> Iterator[_Moment]:
-    """The time between begin and end of a thread whose ranges lie in one another; not the time without any range."""
+    """The intervals of a thread between begin and end, from its nested ranges; without the time outside of ranges."""
     stack: list[tuple[float, str, str, Any]] = []  # end, name, part, correlation
     at = begin
 
@@ -138,7 +140,7 @@ def _of_host(trainer: Sequence[_Moment], others: Sequence[_Moment]) -> dict[str,
 def _of_device(
     trainer: Sequence[_Moment], others: Sequence[_Moment], kernels: Sequence[Event], whole: Span
 ) -> dict[str, float]:
-    """Microseconds of each part, by what the device does."""
+    """Microseconds of each part, by the activity of the device."""
     launched = {m.launch: m.part for m in (*trainer, *others) if m.launch is not None}
     compute: list[tuple[float, float, str]] = []
     collectives: list[tuple[float, float, str]] = []
@@ -160,9 +162,9 @@ def _of_device(
 
 
 def _take(found: dict[str, float], free: Sequence[Span], claims: Iterable[tuple[float, float, str]]) -> list[Span]:
-    """Give each claim what it covers of the free time and no earlier claim does; what is still free then.
+    """Add to the part of each claim the free time that it covers and no earlier claim does; return what stays free.
 
-    `free` is in order of time and does not overlap.
+    `free` is sorted by time and does not overlap.
     """
     left: list[Span] = []
     in_order = sorted(claims)

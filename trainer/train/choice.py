@@ -1,13 +1,12 @@
-"""Which network of a run is published: the best epoch on validation rows, and none that is worse than its factors.
+"""Chooses the network that a run publishes: the best epoch on validation rows, unless the factorization is better.
 
-A later epoch counts as better than the factorization only where its mean gain on `evaluation.metric`, case by case over
-the same validation rows, is above NOISE standard errors, and the companion metric (HR@K for NDCG@K and the reverse) is
-not lower. Otherwise the factorization's own ranking is published.
+An epoch is better than the factorization only if its mean gain on `evaluation.metric`, paired by case over the same
+validation rows, is above NOISE standard errors, and the companion metric (HR@K for NDCG@K and the reverse) is not
+lower. Otherwise the factorization's own ranking is published.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,23 +15,21 @@ import numpy as np
 import torch
 
 from recpress.trainer.config import EvaluationConfig
-from recpress.trainer.distributed.collectives import all_reduce, rank_and_world
+from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import rank_heldout
 from recpress.trainer.model.vectors import VectorFn
 
-logger = logging.getLogger(__name__)
-
 NOISE = 1.0
-"""Standard errors of the mean gain per case that a network must gain."""
+"""Minimum of the mean gain per case, in standard errors."""
 Cases = dict[str, torch.Tensor]
-"""Metric -> its value of each case of this rank."""
+"""Metric -> its value for each case of this rank."""
 
 
 def paired_gain(network: torch.Tensor, start: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[float, float]:
-    """(weighted mean, its standard error) of the difference, case by case, (n,) each on this rank. Collective."""
+    """(weighted mean, its standard error) of the difference per case, all (n,) on this rank. Collective."""
     difference = (network - start).double()
     weights = torch.ones_like(difference) if weights is None else weights
     here = ~difference.isnan()
@@ -46,11 +43,11 @@ def paired_gain(network: torch.Tensor, start: torch.Tensor, weights: torch.Tenso
 
 
 class Choice:
-    """Ranks validation rows, and says which network is better than the start. All methods but `accepts` are collective.
+    """Ranks validation rows and compares networks with the start. All methods but `accepts` are collective.
 
     Args:
         config: metric and cut-offs.
-        weights: of the cases of this rank, (len(heldout.users),); None: all the same.
+        weights: of the cases of this rank, (len(heldout.users),); None: equal weights.
     """
 
     def __init__(
@@ -68,12 +65,12 @@ class Choice:
         """Metrics of the factorization's own ranking."""
         self._start_cases: Cases = {}
         self.seen = False
-        """Whether the factors have seen the validation rows. What a network gains on these says nothing about new rows
-        (it may gain by learning them better by heart), so that no network can be shown to be better."""
+        """Whether the factors have seen the validation rows. A gain on these says nothing about new rows, because a
+        network may overfit to them, so that no network can be shown to be better."""
         self.popularity: dict[str, float] = {}
 
     def rank(self, user: VectorFn, item: VectorFn) -> tuple[dict[str, float], Cases]:
-        """Weighted metrics of the vectors, and their values of each case of this rank."""
+        """Weighted metrics of the vectors, and their values for each case of this rank."""
         cases: Cases = {}
         metrics = rank_heldout(self._heldout, user, item, self.config, self._device, cases)
         if self._weights is not None:
@@ -82,7 +79,7 @@ class Choice:
         return metrics, cases
 
     def set_start(self, user: VectorFn, item: VectorFn) -> None:
-        """Take these vectors' ranking as what a network must beat."""
+        """Set the ranking that a network must beat to that of these vectors."""
         self.start, self._start_cases = self.rank(user, item)
 
     def set_popularity(self, counts: torch.Tensor) -> None:
@@ -93,12 +90,12 @@ class Choice:
         )
 
     def evaluate(self, user: VectorFn, item: VectorFn) -> dict[str, float]:
-        """Metrics of a network, with its gain over the start where there is one."""
+        """Metrics of a network, with its gain over the start if there is one."""
         metrics, cases = self.rank(user, item)
         return metrics | self._gains(cases)
 
     def evaluate_start(self) -> dict[str, float]:
-        """The same of the start, which is not ranked again."""
+        """As `evaluate`, for the start, which is not ranked again."""
         assert self.start is not None
         return self.start | self._gains(self._start_cases)
 
@@ -113,15 +110,20 @@ class Choice:
         return found
 
     def accepts(self, found: Mapping[str, float]) -> bool:
-        """Whether an evaluation is better than the start, by more than noise and not worse on the companion."""
+        """Whether an evaluation is better than the start by more than noise, and not worse on the companion metric."""
         if self.start is None:
             return True
         return not self.seen and found["gain"] > NOISE * found["gain_error"] and found["companion_gain"] >= 0.0
 
+    @property
+    def num_cases(self) -> int:
+        """Of all ranks."""
+        return self._heldout.num_cases
+
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the validation rows."""
+        """The entry `validation` of the manifest."""
         return {
-            "cases": self._heldout.num_cases,
+            "cases": self.num_cases,
             "protocol": "full" if isinstance(self._heldout, FullHeldout) else "sampled",
             "metric": self.metric,
             "companion": self.companion,
@@ -129,9 +131,3 @@ class Choice:
             "popularity": self.popularity,
             "seen_by_factors": self.seen,
         }
-
-
-def warn(text: str) -> None:
-    """One line on rank 0."""
-    if rank_and_world()[0] == 0:
-        logger.warning("%s", text)

@@ -1,46 +1,129 @@
-"""What a training run starts from, and whether it fits together: factors, maps, cross-fitted or not, held-out rows."""
+"""The inputs of a training run, opened and checked against each other: log, factors, id maps, features, stream."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from recpress.data.config import SampleConfig
+from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors
+from recpress.data.stream.stream import InteractionStream
+from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, describe_log, open_factors
 from recpress.trainer.artifacts.id_maps import SIDES, HashArtifact, open_maps
-from recpress.trainer.config import TrainConfig
+from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.model.two_tower import Features, describe_model
+from recpress.trainer.open_log import open_on_all_ranks
+from recpress.trainer.train.data import make_stream
+from recpress.trainer.train.online import first_round
+from recpress.trainer.train.validation import plan_hold_out
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What `open_inputs` opened."""
+
+    given: TrainConfig
+    """The configuration as the user gave it."""
+    config: TrainConfig
+    """The configuration with all defaults filled in."""
+    log: Log
+    stream: InteractionStream
+    features: Features
+    factors: FactorsArtifact | None
+    """Initial tables; None for random tables."""
+    crossfit: bool
+    """Whether to train on the factors that have not seen the sample."""
+    hashed: HashArtifact | None
+
+    @property
+    def maps(self) -> dict[str, IdMap]:
+        """ "user", "item" -> id map, of the sides that have one."""
+        return {side: self.hashed.map(side) for side in SIDES if side in self.hashed.maps} if self.hashed else {}
+
+    def describe(self) -> dict[str, Any]:
+        """Entries of the manifest."""
+        config = self.config
+        dim = self.factors.dim if self.factors else None
+        return {
+            "log": describe_log(self.log),
+            "config": asdict(self.given),  # `recpress pipeline` compares it
+            "resolved": asdict(config),
+            "model": describe_model(config.model, dim, config.user_features, config.item_features, [*self.maps]),
+            **({"hash": self.hashed.describe()} if self.hashed else {}),
+        }
+
+
+def open_inputs(given: TrainConfig, ranks: Ranks) -> Inputs:
+    """Open all inputs, and check `given.out`. Collective.
+
+    Raises:
+        InputError: an input is missing, corrupt, or does not fit the others; `out` exists. On every rank.
+    """
+    config = given.resolved()
+    only = first_round(config, checkpoint_folder(config)) if config.follow.online else None
+    skip = config.stream.on_bad_file == "skip"
+    log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, only=only)
+    with raise_on_all_ranks():
+        factors = choose_factors(config, log)
+        config = replace(config, sample=choose_sample(config, log, factors))
+        inputs = Inputs(
+            given,
+            config,
+            log,
+            stream=make_stream(config, log, ranks, hold_out=plan_hold_out(config, log)),
+            features=Features.of(log, config.user_features, config.item_features),
+            factors=factors,
+            crossfit=choose_crossfit(config, log, factors),
+            hashed=choose_maps(config, log, factors),
+        )
+        sources = [path for path in (config.data, config.factors, config.hash) if path]
+        artifact.check_target(config.out, config.overwrite, MODEL, sources)
+    if ranks.rank == 0:
+        _log_settings(inputs)
+    return inputs
+
+
+def checkpoint_folder(config: TrainConfig) -> str:
+    """By default next to the output."""
+    return config.checkpoint.folder or object_store.beside(config.out, ".checkpoints")
+
+
 def choose_factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:
-    """Those that the tables start from; None where they start at random. Raises InputError where they do not fit."""
-    if config.model.tables.strategy == "random":
+    """The initial tables; None for random tables. Raises InputError if they do not fit the log."""
+    strategy = config.model.tables.strategy
+    if strategy == "random":
         if config.factors is not None:
             raise InputError("factors: given, but model.tables.strategy is 'random', which takes none")
         return None
     if config.factors is None:
-        raise InputError(f"factors: missing; model.tables.strategy '{config.model.tables.strategy}' starts from them")
+        raise InputError(f"factors: missing; model.tables.strategy '{strategy}' starts from them")
     return open_factors(config.factors, log)
 
 
-def choose_maps(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> HashArtifact | None:
-    """The maps that the tables lie behind, if any. Raises InputError where they do not fit the factors."""
-    if config.hash is None:
-        return None
-    hashed = open_maps(config.hash, log)
-    if not any(side in hashed.maps for side in SIDES):
-        raise InputError(f"{config.hash}: maps {', '.join(hashed.maps)}, expected a map of users or items")
-    for side in SIDES:
-        rows = hashed.rows(side)
-        if factors is not None and rows is not None and rows.shape[1] != factors.dim:
-            raise InputError(
-                f"{config.hash}: the vectors of the {side} rows have dimension {rows.shape[1]}, expected that of "
-                f"{factors.path}, {factors.dim}"
-            )
-    return hashed
+def choose_sample(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> SampleConfig:
+    """The configured sample, or the default of --sample.rate. `config` is resolved.
+
+    With frozen factors the default is the sample that the cross-fitted factors have not seen, or a tenth of the rows.
+    Otherwise, and for a log that is already a sample, it is all rows.
+    """
+    given = config.sample
+    if given.rate:
+        return SampleConfig(kind=given.kind, rate=given.rate, seed=given.seed)
+    if factors is None or not config.model.tables.strategy.startswith("init-freeze") or log.is_part:
+        return SampleConfig(kind=given.kind, rate=1.0, seed=given.seed)
+    unseen, default = factors.crossfit, SampleConfig()
+    unchanged = (given.kind, given.seed) == (default.kind, default.seed)
+    if unseen is not None and (unchanged or (given.kind, given.seed) == (unseen.kind, unseen.seed)):
+        return unseen
+    return SampleConfig(kind=given.kind, rate=0.1, seed=given.seed)
 
 
 def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> bool:
@@ -56,22 +139,21 @@ def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | No
     return frozen and fits
 
 
-def choose_sample(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> SampleConfig:
-    """The rows to train on: as asked, else the default of --sample.rate. `config` is resolved.
-
-    With frozen factors that is the sample that the cross-fitted ones have not seen, or a tenth of the rows; otherwise,
-    and of a log that is a sample already, all rows.
-    """
-    asked = config.sample
-    if asked.rate:
-        return SampleConfig(kind=asked.kind, rate=asked.rate, seed=asked.seed)
-    if factors is None or not config.model.tables.strategy.startswith("init-freeze") or log.is_part:
-        return SampleConfig(kind=asked.kind, rate=1.0, seed=asked.seed)
-    unseen, plain = factors.crossfit, SampleConfig()
-    untouched = (asked.kind, asked.seed) == (plain.kind, plain.seed)
-    if unseen is not None and (untouched or (asked.kind, asked.seed) == (unseen.kind, unseen.seed)):
-        return unseen
-    return SampleConfig(kind=asked.kind, rate=0.1, seed=asked.seed)
+def choose_maps(config: TrainConfig, log: Log, factors: FactorsArtifact | None) -> HashArtifact | None:
+    """The id maps of the tables, if any. Raises InputError if they do not fit the factors."""
+    if config.hash is None:
+        return None
+    hashed = open_maps(config.hash, log)
+    if not any(side in hashed.maps for side in SIDES):
+        raise InputError(f"{config.hash}: maps {', '.join(hashed.maps)}, expected a map of users or items")
+    for side in SIDES:
+        rows = hashed.rows(side)
+        if factors is not None and rows is not None and rows.shape[1] != factors.dim:
+            raise InputError(
+                f"{config.hash}: the vectors of the {side} rows have dimension {rows.shape[1]}, expected that of "
+                f"{factors.path}, {factors.dim}"
+            )
+    return hashed
 
 
 def has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
@@ -83,5 +165,24 @@ def has_heldout(config: TrainConfig, log: Log, ranks: Ranks) -> bool:
             logger.info(
                 "%s is a sample: held-out rows are ranked by `recpress evaluate` on the log that it is of", log.path
             )
-        return False  # `load_heldout` says why
+        return False  # `load_heldout` raises, with the reason
     return True
+
+
+def _log_settings(inputs: Inputs) -> None:
+    """Log which settings were chosen by default."""
+    given, config, log = inputs.given, inputs.config, inputs.log
+    rows = inputs.stream.num_rows
+    share = "all rows" if config.sample.rate == 1 else f"{100 * config.sample.rate:g} % of the rows"
+    start = f"factors {config.factors}" if config.factors else "random weights"
+    defaults = [] if given.sample.rate else ["--sample.rate"]
+    defaults += ["--model.tables.strategy"] if given.model.tables.strategy != config.model.tables.strategy else []
+    logger.info(
+        f"tables: {config.model.tables.strategy}, from {start}; {share}, {rows:,} to train on; up to "
+        f"{config.epochs} epochs" + (f" (chosen by default: {', '.join(defaults)})" if defaults else "")
+    )
+    if log.is_part and config.sample.rate < 1:
+        logger.info(
+            f"{config.data} is a sample already, of which this trains on {rows:,} of {log.train.num_rows:,} rows; "
+            "--sample.rate 1 takes all of it"
+        )

@@ -64,7 +64,7 @@ def train(folder, strategy="init-freeze-plus", crash=None, sigterm=None, world_o
         except Killed:
             checkpoints.wait()  # of a process that is really killed nothing would be left that writes
             raise
-    bits = digest(dmp), [(n, t) for n, t in flat(run_state.everything(dmp, optimizer)).items()]
+    bits = digest(dmp), [(n, t) for n, t in flat(run_state.trained(dmp, optimizer)).items()]
     found = [{k: v for k, v in e.items() if k != "train_seconds"} for e in result.evaluations]
     return bits, result.steps, result.rows, found, said
 
@@ -150,7 +150,7 @@ def whole(folder, save):
     """All of the state, gathered from the ranks, as rank 0 sees it; from a checkpoint, or after 5 steps saved to it."""
     dmp, optimizer = sharded("init-train", layout="row_wise")
     checkpoints = Checkpoints(CheckpointConfig(steps=5, minutes=0), folder, DESCRIBE)
-    state = run_state.everything(dmp, optimizer)
+    state = run_state.trained(dmp, optimizer)
     if save:
         with checkpoints:
             fit(dmp, optimizer, batches, FitConfig(), device=CPU, show_progress=False, checkpoints=checkpoints)

@@ -11,8 +11,6 @@ import torch.distributed as dist
 
 from recpress.data.errors import InputError
 from recpress.trainer.distributed.process_group import process_group
-from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from tests.ranks import run_on_ranks
 
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
@@ -82,16 +80,3 @@ def test_an_absent_device_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match="device is cuda"), process_group("cuda"):
         pass
-
-
-def one_disagrees():
-    try:
-        with raise_on_all_ranks():
-            if dist.get_rank() == 1:
-                raise InputError("factors have dimension 8, expected 16")
-    except InputError as error:
-        return str(error)
-
-
-def test_raise_on_all_ranks_raises_the_same_everywhere():
-    assert run_on_ranks(one_disagrees, 2) == ["factors have dimension 8, expected 16"] * 2

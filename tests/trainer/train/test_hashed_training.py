@@ -29,7 +29,7 @@ from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.loop.config import FitConfig
-from recpress.trainer.loop.fit import _Run
+from recpress.trainer.loop.fit import TrainLoop
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
 from recpress.trainer.train.stage import train
@@ -240,7 +240,8 @@ def _pipelined():
         return {"NDCG@10": float(len(pipelined))}
 
     config = FitConfig(epochs=2, evaluate_steps=3)
-    run = _Run(dmp, optimizer, config, small.CPU, look, None, False, "test", None)
+    run = TrainLoop(dmp, optimizer, config, small.CPU)
+    run.evaluate_model = look
     run.run(small.batches)
     # frozen and trained tables of both sides
     assert pipelined == [({"user_rows", "item_rows"}, 4)] * 4

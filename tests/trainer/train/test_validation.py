@@ -17,7 +17,7 @@ from recpress.modules.config import TablesConfig, TwoTowerConfig
 from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout
-from recpress.trainer.train.rows import make_stream
+from recpress.trainer.train.data import make_stream
 from recpress.trainer.train.validation import LEAST_CASES, NoRows, ValidationRows, load_validation, plan_hold_out
 from tests.ranks import run_on_ranks
 

@@ -1,4 +1,4 @@
-"""What the rows of a run come from, as the loop sees it: the stream, and what could not be read of it."""
+"""The data of a training run, as the loop uses it: the stream of each epoch, and rows that could not be read."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from recpress.data.sampling.corrupt_groups import Lost, TolerantSplit
 from recpress.data.stream.batch import Batch
 from recpress.data.stream.stream import InteractionStream
 
-Next = Literal["round", "stop", "end"]
+Next = Literal["epoch", "stop", "end"]
 
 
-class Source:
-    """The rows of a run: one stream for all epochs.
-
-    `state` and `restore` are what a checkpoint keeps of it; `FollowedSource` adds rounds of new files.
-    """
+class TrainingData:
+    """One stream for all epochs. Subclasses may add epochs. `state` and `restore` are for checkpoints."""
 
     grows = False
-    """Whether there may be epochs after those of the configuration: then `wait` is asked for the next."""
+    """Whether `wait_for_epoch` may add epochs to those of the configuration."""
 
     def __init__(self, stream: InteractionStream, bad_files: Mapping[str, str] | None = None) -> None:
         self.stream, self.bad_files = stream, dict(bad_files or {})
         self.skips = isinstance(stream.rows, TolerantSplit)
         self.lost: Lost = stream.rows.lost if isinstance(stream.rows, TolerantSplit) else {}
-        self._known = 0  # of `lost`, on all ranks
+        self._known = 0  # size of `lost` on all ranks
 
     def stream_of(self, epoch: int) -> InteractionStream:
         """The stream of an epoch, counted from 0."""
@@ -36,50 +33,51 @@ class Source:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the sample that an epoch, or all rounds together, have."""
+        """Rows of the sample, of all streams together."""
         return self.stream.num_rows
 
     @property
     def lost_rows(self) -> int:
         """Rows of the sample in the row groups that could not be read."""
-        return sum(list(self.lost.values()))  # a copy: the stream's threads add to it
+        return sum(list(self.lost.values()))  # a copy, because the stream's threads add to it
 
-    def known(self, epoch: int) -> bool:
-        """Whether there is such an epoch, besides those of the configuration."""
+    def has_epoch(self, epoch: int) -> bool:
+        """Whether this epoch was added."""
         return False
 
-    def wait(self, signal: Callable[[], str | None]) -> Next:
-        """Until there is another round, a signal came on any rank, or there will be none. Collective."""
+    def wait_for_epoch(self, signal: Callable[[], str | None]) -> Next:
+        """Wait for another epoch ("epoch"), a signal on any rank ("stop"), or the end of data ("end"). Collective."""
         return "end"
 
-    def take(self, batch: Batch) -> None:
-        """The pipeline takes a batch."""
+    def batch_taken(self, batch: Batch) -> None:
+        """The pipeline has taken a batch."""
 
-    def trained(self) -> None:
-        """The oldest batch that was taken is trained on."""
+    def batch_trained(self) -> None:
+        """The pipeline has trained on the oldest batch that it took."""
 
-    def drop(self) -> None:
-        """Batches that were taken will not be trained on."""
+    def batches_dropped(self) -> None:
+        """The pipeline drops the batches that it took and did not train on."""
 
     def scalars(self) -> dict[str, float]:
-        """What was lost so far, on all ranks together. Collective."""
+        """Figures of this rank's stream, and what could not be read on all ranks. Collective."""
+        found = {f"stream/{name}": value for name, value in self.stream.stats().as_dict().items()}
         if not self.skips:
-            return {}
-        self._share()
-        return {
+            return found
+        self._merge_lost()
+        return found | {
             "stream/bad_files": float(len(self.bad_files)),
             "stream/bad_row_groups": float(len(self.lost)),
             "stream/lost_rows": float(self.lost_rows),
         }
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says of it, besides the files of the log; after `scalars` the same on every rank."""
+        """Entries of the manifest, in addition to the files of the log. The same on every rank after `scalars`."""
         if not self.skips:
             return {}
         return {"bad_files": self.bad_files, "bad_row_groups": len(self.lost), "lost_rows": self.lost_rows}
 
-    def _share(self) -> None:
-        """What one rank could not read, no other tries: a row group is lost for all, and counted once."""
+    def _merge_lost(self) -> None:
+        """Make `lost` the same on all ranks: what one rank cannot read is lost for all, and counted once."""
         changed = torch.tensor([len(self.lost) != self._known], dtype=torch.int32)
         dist.all_reduce(changed, dist.ReduceOp.MAX)
         if not int(changed):
@@ -87,16 +85,16 @@ class Source:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, dict(self.lost))
         for of_rank in everyone:
-            for place, rows in of_rank.items():
-                self.lost[place] = min(rows, self.lost.get(place, rows))
-        self._known = len({place for of_rank in everyone for place in of_rank})
+            for group, rows in of_rank.items():
+                self.lost[group] = min(rows, self.lost.get(group, rows))
+        self._known = len({group for of_rank in everyone for group in of_rank})
 
     def state(self) -> dict[str, Any]:
         """JSON values, the same on every rank after `scalars`."""
-        return {"lost": [[*place, rows] for place, rows in sorted(list(self.lost.items()))]}
+        return {"lost": [[*group, rows] for group, rows in sorted(list(self.lost.items()))]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with what a checkpoint says."""
+        """Restore the `state` of a checkpoint."""
         if self.skips:
             self.lost.update({(file, group): rows for file, group, rows in state["lost"]})
             self._known = len(self.lost)

@@ -27,7 +27,7 @@ from recpress.trainer.artifacts.id_maps import HASH, save_maps
 from recpress.trainer.config import FollowConfig, OptimizerConfig, TrainConfig
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
-from recpress.trainer.train.follow import _advice
+from recpress.trainer.train.online import _advice
 
 USERS, ITEMS = 60, 40
 # Notes what each step trains on, in a file that the same step of a later process overwrites.

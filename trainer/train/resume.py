@@ -1,0 +1,63 @@
+"""The checkpoints of a training run, and what a resumed run must have in common with the run before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from recpress.data.dataset import artifact
+from recpress.data.stream.order import ORDER_VERSION
+from recpress.data.stream.stream import InteractionStream
+from recpress.trainer.artifacts.id_maps import SIDES
+from recpress.trainer.checkpoint.checkpoints import Checkpoints
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.train.data import make_stream
+from recpress.trainer.train.inputs import Inputs, checkpoint_folder
+from recpress.trainer.versions import versions
+
+logger = logging.getLogger(__name__)
+
+
+def open_checkpoints(inputs: Inputs) -> Checkpoints:
+    """The checkpoints of this run; `start` is the one to resume from. Collective.
+
+    Raises:
+        InputError: the folder cannot be used, or has checkpoints of a run with other inputs. On every rank.
+    """
+    config, log = inputs.config, inputs.log
+    with raise_on_all_ranks():
+        fingerprints = {"log": digest([[file["size"], file["fingerprint"]] for file in log.inputs()])}
+        fingerprints["order of the rows"] = str(ORDER_VERSION)
+        fingerprints |= {f"{side} vocabulary": str(log.vocabulary_fingerprint(side)) for side in SIDES}
+        for name, path in (("factors", config.factors), ("hash", config.hash)):
+            if path is not None:
+                fingerprints[name] = digest(artifact.describe_folder(path))
+    describe = {
+        "versions": versions(),
+        "config": asdict(config),
+        "inputs": fingerprints,
+        "global_batch": inputs.stream.global_batch,
+    }
+    return Checkpoints(config.checkpoint, checkpoint_folder(config), describe)
+
+
+def keep_global_batch(inputs: Inputs, checkpoints: Checkpoints, ranks: Ranks) -> InteractionStream:
+    """The stream of the run. If the world size has changed, it keeps the global batch size of the checkpoint."""
+    stream = inputs.stream
+    if checkpoints.start is None or checkpoints.start.manifest["global_batch"] == stream.global_batch:
+        return stream
+    rows = int(checkpoints.start.manifest["global_batch"])
+    checkpoints.describe["global_batch"] = rows
+    if ranks.rank == 0:
+        per_rank = rows // ranks.world_size
+        logger.warning("world size changed; keeping global batch size %s (%s per rank)", f"{rows:,}", f"{per_rank:,}")
+    with raise_on_all_ranks():
+        return make_stream(inputs.config, inputs.log, ranks, rows, stream.hold_out)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
