@@ -66,7 +66,7 @@ def ours(log: Log, sizes: list[int], args: argparse.Namespace, factors: int, swe
     import torch
     import torch.distributed as dist
 
-    from recpress.modules.als.als import ALS
+    from recpress.modules.als.factorization import ALS
     from recpress.modules.config import ALSConfig
 
     torch.set_num_threads(max(1, args.threads // dist.get_world_size()))
@@ -135,13 +135,13 @@ def measured(engine: str, folder: str, sizes: list[int], args: argparse.Namespac
 
     with process_group("cpu") as place:
         users, items = (np.load(f"{folder}/{name}.npy") for name in ("users", "items"))
-        log = users[place.rank :: place.world], items[place.rank :: place.world]
+        log = users[place.rank :: place.world_size], items[place.rank :: place.world_size]
         fit = fit_of(engine, log, sizes, args, factors)
         dist.barrier()
         memory, wall, cpu = PeakMemory(), time.perf_counter(), time.process_time()
         found = fit()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        parts: list[Any] = [None] * place.world
+        parts: list[Any] = [None] * place.world_size
         dist.gather_object((wall, cpu, memory.bytes, *found), parts if place.rank == 0 else None)
     if place.rank:
         return {}

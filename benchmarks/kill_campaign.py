@@ -44,7 +44,7 @@ SETTINGS = (
     *("--checkpoint.steps", "5", "--checkpoint.minutes", "0"),
     *("--evaluation.every", "1", "--evaluation.validation", "test"),
 )
-STRATEGIES = ("init-freeze", "init-train", "init-freeze-plus")
+STRATEGIES = ("frozen", "warm-start", "frozen+residual")
 
 
 def rank(number: int, world: int, port: int, arguments: list[str], seen: Path, kill: tuple[int, float] | None) -> None:
@@ -170,7 +170,8 @@ def main() -> int:
                 for _ in range(random.randint(1, 3))
             ]
             kills.sort(key=lambda kill: kill[1])
-            out, attempts, died = root / f"run-{run}", [], 0
+            out, died = root / f"run-{run}", 0
+            attempts: list[Path] = []
             for kill in [*kills, None]:
                 attempts.append(root / f"seen-{run}-{len(attempts)}")
                 done = attempt(given.ranks, arguments(strategy, out), attempts[-1], kill)

@@ -53,7 +53,7 @@ STEPS = 24
 """Of a run at least."""
 KINDS = {
     "random": ["--model.tables.strategy", "random", "--model.tables.dim", str(DIM)],
-    "trained factors": ["--model.tables.strategy", "init-train"],
+    "trained factors": ["--model.tables.strategy", "warm-start"],
     "frozen fp32": [],
     "frozen int8": ["--model.tables.storage", "int8"],
     "hashed fp32": [],
@@ -171,7 +171,7 @@ def run(options: list[str], ranks: int) -> tuple[list[float], float]:
     port = free_port()
     began, processes = time.monotonic(), []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        place: dict[str, int | str] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | ({name: str(value) for name, value in place.items()} if ranks > 1 else {})
         command = [sys.executable, "-m", "recpress.trainer.cli", "train", *options]

@@ -112,10 +112,10 @@ def rows_of(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         if peer.name.startswith(("bare", "recpress")):
             threads = int(peer.name.rpartition(" ")[2])
         limit, best = found[f"bare decoding, {threads}"], found[f"recpress, {args.threads[0]}"]
+        row: dict[str, Any] = {"case": case.title, "reader": peer.name}
         table.append(
-            {
-                "case": case.title,
-                "reader": peer.name,
+            row
+            | {
                 "M rows/s": statistics.median(c.done / c.wall for c in costs) / 1e6,
                 "M rows/CPU s": statistics.median(c.done / c.cpu for c in costs) / 1e6,
                 "of bare, wall": ratio(limit, costs, "wall"),

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.stream.keyed import KeyedBatches
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 Columns = dict[str, torch.Tensor | JaggedColumn]
 Read = Callable[[], float]
@@ -48,7 +48,7 @@ class Assembler:
         assert isinstance(label, torch.Tensor)
         floats = None
         if made.floats:
-            floats = torch.stack([columns[name] for name in made.floats], dim=1)  # type: ignore[arg-type]
+            floats = torch.stack([cast(torch.Tensor, columns[name]) for name in made.floats], dim=1)
         parts = [columns[key] for key in made.keys]
         values = [part.values if isinstance(part, JaggedColumn) else part for part in parts]
         size = len(label)
@@ -65,7 +65,7 @@ class Assembler:
             stride=size,
             length_per_key=[len(part) for part in values],
         )
-        return features, label, floats  # type: ignore[return-value]
+        return features, label, floats
 
     def _scalar(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         if size not in self._kept:

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the fixture of the cluster tests
@@ -32,9 +33,13 @@ NEEDS = "a checkout, root, Debian and scripts/install-cluster.sh"
 
 
 def newest(out: Path) -> int:
-    """The step of the newest whole checkpoint; -1 where there is none."""
+    """The step of the newest complete checkpoint; -1 if there is none."""
     steps = [int(path.name.rpartition("-")[2]) for path in out.with_name(f"{out.name}.checkpoints").glob("step-*")]
     return max(steps, default=-1)
+
+
+def _newer(out: Path, step: int) -> bool:
+    return newest(out) > step
 
 
 def measure(kills: int, folder: Path) -> dict[str, list[float]]:
@@ -63,9 +68,9 @@ def measure(kills: int, folder: Path) -> dict[str, list[float]]:
             before = newest(out)
             os.kill(victim, signal.SIGKILL)
             killed = time.monotonic()
-            time.sleep(0.5)  # what was under way becomes whole
+            time.sleep(0.5)  # a checkpoint in progress becomes complete
             before = max(before, newest(out))
-            wait_until(lambda before=before: newest(out) > before, "a step after the kill", 180, every=0.02)
+            wait_until(partial(_newer, out, before), "a step after the kill", 180, every=0.02)
             recoveries.append(round(time.monotonic() - killed, 2))
             print(f"kill {len(recoveries)}: {recoveries[-1]} s", flush=True)
         jobs.slurm.run(["scancel", job])

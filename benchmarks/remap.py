@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device
     plain, packed = (LearnedHash({"f0": id_map}, packed=p).to(device) for p in (False, True))
     for_many = LearnedHash(maps).to(device)
     some_unknown = keyed(torch.where(torch.rand(len(ids), device=device) < 0.01, ids + size, ids), ["f0"])
-    two = LearnedHash({"f0": random_map(size, rows, 1, ways=2)}).to(device)
+    two = LearnedHash({"f0": random_map(size, rows, 1, rows_per_id=2)}).to(device)
     slots = min(args.mch_ids, size)
     mch = filled_mch(torch.arange(size, device=device), slots)
     jagged = {"t": JaggedTensor(values=ids, lengths=torch.ones_like(ids))}
@@ -175,7 +176,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[s
         optimizer.step()
 
     optimizers = {name: torch.optim.SGD(subject.parameters(), lr=0.01) for name, subject in subjects.items()}
-    jobs = {name: (lambda name=name: step(name, optimizers[name])) for name in subjects}
+    jobs: dict[str, Callable[[], object]] = {name: partial(step, name, optimizers[name]) for name in subjects}
     jobs["hash alone"] = lambda: hashes(features["LearnedHash"])
     seconds = interleaved(jobs, args.step_runs, device)
     return [

@@ -29,7 +29,7 @@ from recpress.benchmarks.reader import imported
 from recpress.benchmarks.synthetic_logs import SyntheticLog
 from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 SMALL = ("--rows", "8000000", "--file-rows", "500000", "--steps", "2")
 Resume = Callable[[int], float]
@@ -64,8 +64,8 @@ def replay(made: SyntheticLog, size: int) -> Resume:
         second.load_state_dict(state)
         columns = next(iter(second))
         user = columns["user_id"]
-        np.testing.assert_array_equal(user.numpy(), _rows_at(made, size, step))  # type: ignore[union-attr]
-        return len(user)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(user.numpy(), _rows_at(made, size, step))
+        return len(user)
 
     return resume
 

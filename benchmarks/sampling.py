@@ -33,7 +33,7 @@ from recpress.data.synthetic.interactions import synth
 
 SMALL = ("--rows", "200000", "--group", "2000", "--seeds", "20")
 
-KINDS = ("rows", "block", "user")
+KINDS: tuple[Any, ...] = ("rows", "block", "user")
 
 
 def reading(log: Log, columns: list[str], sample: SampleConfig) -> dict[str, float]:

@@ -165,7 +165,7 @@ def drive(args: argparse.Namespace) -> None:
         with nodes() as (found, reason):
             if not found:
                 print(f"without {SPACES}: {reason}", flush=True)
-            first = found[:1] or [None]
+            first: list[str | None] = [*found[:1]] or [None]
             cases: dict[str, list[str | None]] = {ONE: first, NODE: 2 * first}
             if found:
                 cases[SPACES] = list(found)

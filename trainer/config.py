@@ -191,7 +191,7 @@ class ProfileConfig:
         at_least(0, steps=self.steps, start=self.start)
 
 
-Strategy = Literal["random", "init-train", "init-freeze", "init-freeze-plus"]
+Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
 # What suits the tables. Frozen factors: towers that start with the factors' own scores and can learn little. Factors
 # that are trained: the same, the tables by small steps. Random tables: more to learn, at a constant rate, stopped where
@@ -218,9 +218,9 @@ _RANDOM = _FROZEN | {
 }
 DEFAULTS: dict[Strategy, dict[str, Any]] = {
     "random": _RANDOM,
-    "init-train": _FROZEN | {"table_learning_rate": 0.01},
-    "init-freeze": _FROZEN,
-    "init-freeze-plus": _FROZEN,
+    "warm-start": _FROZEN | {"table_learning_rate": 0.01},
+    "frozen": _FROZEN,
+    "frozen+residual": _FROZEN,
 }
 """Strategy -> the value of each setting whose default depends on it."""
 
@@ -232,9 +232,9 @@ DEFAULTS: dict[Strategy, dict[str, Any]] = {
 class AutoTablesConfig(TablesConfig):
     """Where the embedding tables come from and whether they are trained."""
 
-    strategy: Literal["auto", "random", "init-train", "init-freeze", "init-freeze-plus"] = "auto"  # type: ignore[assignment]
-    """`auto`: `init-freeze` with --factors, else `random`. `random`: random and trained; `init-train`: factors, trained
-    on; `init-freeze`: factors, frozen (CADC); `init-freeze-plus`: frozen factors beside a small trainable table."""
+    strategy: Literal["auto", "random", "warm-start", "frozen", "frozen+residual"] = "auto"  # type: ignore[assignment]
+    """`auto`: `frozen` with --factors, else `random`. `random`: random and trained; `warm-start`: factors, trained
+    on; `frozen`: factors, frozen (CADC); `frozen+residual`: frozen factors beside a small trainable table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         at_least(0, epochs=self.epochs)
         tables, towers = self.model.tables, self.model.towers
-        widths = {"tables.dim": tables.dim, "tables.plus_dim": tables.plus_dim, "towers.dim": towers.dim}
+        widths = {"tables.dim": tables.dim, "tables.residual_dim": tables.residual_dim, "towers.dim": towers.dim}
         widths |= {"towers.feature_dim": towers.feature_dim}
         widths |= {"towers.hidden": min(towers.hidden)} if towers.hidden else {}
         at_least(1, **{f"model.{name}": width for name, width in widths.items()})
@@ -407,7 +407,7 @@ class TrainConfig(NetworkConfig):
         """The same with every default filled in but --sample.rate, which needs the factors (`choose_sample`)."""
         strategy: Any = self.model.tables.strategy
         if strategy == "auto":
-            strategy = "random" if self.factors is None else "init-freeze"
+            strategy = "random" if self.factors is None else "frozen"
         config = self
         if self.follow.online:  # no last step to fall to, and nothing to choose at the end
             every = 0 if self.evaluation.every is None else self.evaluation.every

@@ -15,7 +15,7 @@ from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact, claim
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.modules.als.factors import FactorTable, Table
+from recpress.modules.als.factors import FactorName, FactorTable
 from recpress.trainer.distributed.heartbeat import activity, barrier
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
@@ -169,7 +169,7 @@ class FactorsArtifact:
         """(n, 1) float32, distinct pairs of each id, read by memory map."""
         return self._open("user_count" if side == "user" else "item_count", crossfit)
 
-    def _open(self, table: Table, crossfit: bool) -> FactorTable:
+    def _open(self, table: FactorName, crossfit: bool) -> FactorTable:
         below = f"{CROSSFIT}/" if crossfit else ""
         with activity(f"fetching {self.path}"):
             folder = artifact.fetch(self.path, self.manifest, f"{below}{table}-*")

@@ -1,12 +1,12 @@
-"""`recpress bench`: which benchmarks there are, and its options. Free of torch, and of the benchmarks themselves.
+"""`recpress bench`: its options and the list of benchmarks. Imports neither torch nor the benchmarks.
 
-A benchmark is a file of `recpress.benchmarks` that can be run. The first line of its docstring says what it asks, the
-paragraph that begins with "Takes " how long its sizes take; it takes `--out FILE`, and says with constants, which are
-read without running it, how `recpress bench run` calls it:
+A benchmark is a file of `recpress.benchmarks` that can be run. The first line of its docstring is its question, the
+paragraph that begins with "Takes " says how long its sizes take. It accepts `--out FILE`. Constants, which are read
+without running the file, define how `recpress bench run` calls it:
 
 - `SMALL`, `FULL`: its arguments with `--size small` (half a minute or less) and `--size full`;
-- `NEEDS`: what it takes that a machine may not have; `recpress bench run all` leaves it out;
-- `RANKS`: True where it runs on the processes that torchrun started; others run on one.
+- `NEEDS`: a requirement that a machine may not meet; `recpress bench run all` skips the benchmark;
+- `RANKS`: True if it runs on the processes of torchrun; others run on one process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Benchmark:
     path: Path
     summary: str
     takes: str = ""
-    """How long, in its own words."""
+    """How long, as its docstring says."""
     small: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
     needs: str = ""
@@ -41,7 +41,7 @@ class Benchmark:
 
 
 def benchmarks(folder: Path | None = None) -> dict[str, Benchmark]:
-    """By name, those of recpress.benchmarks, or of `folder`. Raises InputError where there are none."""
+    """By name, those of recpress.benchmarks, or of `folder`. Raises InputError if there are none."""
     if folder is None:
         found = importlib.util.find_spec("recpress.benchmarks")
         if found is None or not found.submodule_search_locations:
@@ -52,7 +52,7 @@ def benchmarks(folder: Path | None = None) -> dict[str, Benchmark]:
 
 
 def chosen(names: tuple[str, ...]) -> list[Benchmark]:
-    """The benchmarks of these names, in this order; `all` are those that need nothing special. Raises InputError."""
+    """The benchmarks with these names, in this order; `all`: those without special requirements. Raises InputError."""
     known = benchmarks()
     if not names:
         raise InputError(f"expected names of benchmarks, or '{ALL}': {', '.join(known)}")
@@ -68,22 +68,22 @@ def chosen(names: tuple[str, ...]) -> list[Benchmark]:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchListConfig:
-    """List the benchmarks: what each asks, and how long it takes."""
+    """List the benchmarks: the question of each, and how long it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRunConfig:
-    """Run benchmarks, each in a process of its own, and draw their results."""
+    """Run benchmarks, each in its own process, and draw their results."""
 
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME ...")]
-    """Names of `recpress bench list`; `all`: those that need nothing special."""
+    """Names of `recpress bench list`; `all`: those without special requirements."""
     out: str = "runs/bench"
-    """Folder of the results, NAME.json each, and of report.html, which shows all that are in it."""
+    """Folder of the results (NAME.json) and of report.html, which shows all results of the folder."""
     size: Literal["small", "full"] = "small"
-    """`small`: seconds each, to see that everything works; `full`: for figures, minutes each (`recpress bench list`
-    says how many)."""
+    """`small`: seconds each, to check that everything works; `full`: for figures, minutes each (see `recpress bench
+    list`)."""
     args: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """What stands after `--`: arguments for the benchmarks themselves."""
+    """After `--`: arguments for the benchmarks themselves."""
 
     def __post_init__(self) -> None:
         chosen(self.names)
@@ -91,28 +91,28 @@ class BenchRunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPageConfig:
-    """Draw a page of results that `recpress bench run` wrote, on one machine or on several."""
+    """Draw a page of results of `recpress bench run`, from one machine or several."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder of the results, *.json."""
     out: str | None = None
-    """The page; FOLDER/report.html where nothing is said."""
+    """The page. Default: FOLDER/report.html."""
 
 
 def _read(path: Path) -> Benchmark | None:
-    """None: a file that cannot be run."""
+    """None for a file that is no benchmark."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise InputError(f"{path}: not Python: line {error.lineno}: {error.msg}") from None
     if not any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
         return None
-    said: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
             if name in ("SMALL", "FULL", "NEEDS", "RANKS"):
-                said[name.lower()] = ast.literal_eval(node.value)
+                constants[name.lower()] = ast.literal_eval(node.value)
     paragraphs = [part.replace("\n", " ") for part in (ast.get_docstring(tree) or path.stem).split("\n\n")]
     takes = next((part for part in paragraphs if part.startswith("Takes ")), "")
-    return Benchmark(name=path.stem, path=path, summary=paragraphs[0].rstrip("."), takes=takes, **said)
+    return Benchmark(name=path.stem, path=path, summary=paragraphs[0].rstrip("."), takes=takes, **constants)

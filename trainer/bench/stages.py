@@ -1,4 +1,4 @@
-"""`recpress bench`: list the benchmarks, run them, draw what they found."""
+"""`recpress bench`: list the benchmarks, run them, draw their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = "report.html"
 
 
 def list_benchmarks(config: BenchListConfig) -> None:
-    """Print a benchmark's question, and how long it takes."""
+    """Print each benchmark's question, and how long it takes."""
     known = benchmarks()
     width = max(map(len, known)) + 2
     for benchmark in known.values():
@@ -29,18 +29,17 @@ def list_benchmarks(config: BenchListConfig) -> None:
 def run(config: BenchRunConfig) -> None:
     """Run the benchmarks one after the other, then draw the page of all results in `config.out`.
 
-    A benchmark that fails does not keep the others from running; how long each took is printed. On the processes of
-    torchrun, one benchmark a job.
+    If a benchmark fails, the others still run. The time of each is printed. Under torchrun one benchmark per job.
 
     Raises:
-        InputError: an unknown name; a benchmark that knows no ranks on several processes; some have failed.
+        InputError: a benchmark without `RANKS` on several processes; some have failed.
     """
     todo = chosen(config.names)
     world, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     if world > 1 and not (len(todo) == 1 and todo[0].ranks):
         able = ", ".join(name for name, benchmark in benchmarks().items() if benchmark.ranks)
         raise InputError(
-            f"{world} processes: expected one benchmark that knows ranks ({able}); the others run on one, -j 1x1"
+            f"{world} processes: expected one benchmark that runs on several ({able}); start the others on one, -j 1x1"
         )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -59,12 +58,12 @@ def run(config: BenchRunConfig) -> None:
         page(BenchPageConfig(folder=config.out))
         print(f"seconds: {', '.join(f'{name} {seconds:.0f}' for name, seconds in took.items())}", flush=True)
     if failed:
-        raise InputError(f"failed: {', '.join(failed)}; what they said stands above")
+        raise InputError(f"failed: {', '.join(failed)}; see their output above")
 
 
 def page(config: BenchPageConfig) -> None:
     """Draw the results of a folder as one HTML file. Raises InputError for a file that is no result."""
-    from recpress.trainer.bench.page import read_results, write_page  # matplotlib, which listing does without
+    from recpress.trainer.bench.page import read_results, write_page  # imports matplotlib
 
     out = config.out or str(Path(config.folder) / PAGE)
     write_page(out, read_results(config.folder))

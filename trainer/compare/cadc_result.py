@@ -275,7 +275,7 @@ def _tiles(result: CadcResult) -> list[tuple[str, str]]:
 
 
 def _table(result: CadcResult) -> Table:
-    rows = []
+    rows: list[list[Cell | str]] = []
     for method in result.methods:
         metrics = [
             Cell(method.formatted(m), "tied with the best" if mark == "tied" else "", bool(mark))

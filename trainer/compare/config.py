@@ -1,4 +1,4 @@
-"""Configuration of `recpress compare`. Free of torch."""
+"""Configuration of `recpress compare`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, n
 
 
 def _frozen_network() -> NetworkConfig:
-    return network_for("init-freeze", NetworkConfig())
+    return network_for("frozen", NetworkConfig())
 
 
 def _random_network() -> NetworkConfig:
-    """On random tables, with a smaller hidden layer; stopped where it no longer gets better."""
+    """On random tables, with a smaller hidden layer."""
     network = network_for("random", NetworkConfig())
     return replace(network, model=replace(network.model, towers=replace(network.model.towers, hidden=(128,))))
 
 
 def _tuned_network() -> NetworkConfig:
-    """On factors that are trained on: as on frozen ones, the tables by small steps."""
-    return network_for("init-train", NetworkConfig())
+    """On factors that are trained on: as on frozen ones, with small steps of the tables."""
+    return network_for("warm-start", NetworkConfig())
 
 
 def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
-    """Raise InputError where a value of an option lies outside of [low, high]."""
+    """Raise InputError if a value of an option is outside [low, high]."""
     for name, values in options.items():
         for value in values:
             if not low <= value <= high:
@@ -66,47 +66,46 @@ def changed(network: NetworkConfig, change: dict[str, float]) -> NetworkConfig:
 
 
 def _whole_log(**networks: NetworkConfig) -> None:
-    """Raise InputError where a network of a comparison is to go on without what cannot be read."""
+    """Raise InputError if a network is to skip what cannot be read."""
     for name, network in networks.items():
         if network.stream.on_bad_file != "stop":
             raise InputError(
-                f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop: all that is compared is "
-                "made of the same rows"
+                f"{name}.stream.on_bad_file is '{network.stream.on_bad_file}'; expected stop, so that all "
+                "methods use the same examples"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCadcConfig:
-    """The strategies of the CADC paper side by side, over several seeds, with a report page."""
+    """Compare the strategies of the CADC paper over several seeds, with a report page."""
 
     data: str | None = None
-    """The log, with held-out rows; without one a synthetic log is written and used."""
+    """The log, with held-out rows. Default: a synthetic log."""
     out: str = "runs/compare-cadc"
-    """Folder of the report, the results as JSON, and all factors and models; must not exist unless --overwrite."""
+    """Folder of the report, the results as JSON, all factors and models. Must not exist, except with --overwrite."""
     schema: Schema = field(default_factory=Schema)
     synth: SynthConfig = field(default_factory=SynthConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own sample, factorization and networks."""
     rate: float = 0.1
-    """Share of the rows that the networks are trained on."""
+    """Share of the examples that the networks are trained on."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The factorization; what is not given is chosen on held-out examples of train."""
+    """The factorization. Settings that are not given are chosen on held-out examples of train."""
     crossfit_sweeps: int = 3
-    """Sweeps without the sample that make the factors to train on."""
+    """Sweeps without the sample, for the factors that networks are trained on."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     random: NetworkConfig = field(default_factory=_random_network)
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
     choose: bool = True
-    """Choose each network's settings and number of epochs on one row a user that is held out of train; without, there
-    are no speed-ups."""
+    """Choose each network's settings and number of epochs on one held-out train example per user. Required for
+    speed-ups."""
     trials: int = 3
-    """Settings that are tried for each strategy, the same number for all: those configured, then other learning rates,
-    batch sizes and dropouts."""
+    """Settings to try for each strategy: those configured, then other learning rates, batch sizes and dropouts."""
     patience: int = 3
-    """Epochs without a better one after which a trial ends."""
+    """Epochs without improvement after which a trial ends."""
     bpr: bool = True
-    """Also fit Bayesian personalized ranking by the library `implicit`, on logs of up to 2,000,000 rows."""
+    """Also fit Bayesian personalized ranking by the library `implicit`, on logs of up to 2,000,000 examples."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs."""
@@ -121,44 +120,45 @@ class CompareCadcConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareHashConfig:
-    """All hashing methods side by side on one log: one backbone, one budget of rows, several seeds, a report page."""
+    """Compare all hashing methods with one backbone and one budget of embedding rows, over several seeds, with a report
+    page."""
 
     data: str | None = None
-    """The log, with test rows and, to choose on, val rows; without one a synthetic log is written and used."""
+    """The log, with test rows and, to choose settings on, val rows. Default: a synthetic log."""
     out: str = "runs/compare-hash"
-    """Folder of the report and the results as JSON; must not exist unless --overwrite."""
+    """Folder of the report and the results as JSON. Must not exist, except with --overwrite."""
     schema: Schema = field(default_factory=Schema)
     synth: SynthConfig = field(default_factory=SynthConfig)
     methods: tuple[str, ...] = (
         "modulo", "double", "frequency", "hybrid", "quotient-remainder", "louvain", "co-cluster", "cluster", "learned",
         "learned-2",
     )  # fmt: skip
-    """Methods, by name; `learned-2`: learned with two weighted rows an id."""
+    """Methods; `learned-2`: learned with two weighted rows per id."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own factorization and its own maps."""
     share: float = 0.2
-    """Budget of rows, users and items together, as a share of the ids."""
+    """Budget of embedding rows of users and items together, as a share of the ids."""
     rows: int = 0
-    """The budget itself; 0: --share."""
+    """Budget as a number of rows; 0: use --share."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The backbone, with a row for each id and with shared rows alike; what is not given is chosen on held-out examples
-    of train."""
+    """The backbone, with one row per id and with shared rows. Settings that are not given are chosen on held-out
+    examples of train."""
     hash: HashConfig = field(default_factory=HashConfig)
-    """What the methods have in common; what is chosen overrides it."""
+    """Settings that all methods share, unless they are chosen per method."""
     trials: int = 10
-    """Settings that are tried for each method, the same number for all; a method that has fewer tries them all."""
+    """Settings to try for each method. A method with fewer settings tries them all."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
-    """Shares of the budget for users that are tried, besides the ids' own proportion and the stated criterion."""
-    privates: tuple[float, ...] = (0.25, 0.75)
-    """Shares of private rows that are tried, besides a half."""
-    powers: tuple[float, ...] = (0.0, 0.25, 1.0)
-    """Powers of the count that are tried, besides --hash.power."""
+    """Shares of the budget for users to try, besides the proportion of the ids and the split by distortion."""
+    exclusive_shares: tuple[float, ...] = (0.25, 0.75)
+    """Shares of exclusive rows to try, besides a half."""
+    count_exponents: tuple[float, ...] = (0.0, 0.25, 1.0)
+    """Powers of the count to try, besides --hash.count_exponent."""
     sweeps: tuple[int, ...] = (0, 1, 3)
-    """Sweeps with shared rows that are tried; 0 leaves the rows nearest to the full factors."""
+    """Numbers of sweeps with shared rows to try; 0: the rows nearest to the full factors."""
     choose_users: int = 4000
-    """Users on whose validation rows settings are chosen."""
+    """Number of users whose validation examples choose the settings."""
     metric: str = "Recall@10"
-    """What they are chosen by."""
+    """Metric that chooses the settings."""
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""
@@ -166,7 +166,7 @@ class CompareHashConfig:
     def __post_init__(self) -> None:
         at_least(1, trials=self.trials, choose_users=self.choose_users)
         at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
-        _between(0, 1, user_shares=self.user_shares, privates=self.privates)
+        _between(0, 1, user_shares=self.user_shares, exclusive_shares=self.exclusive_shares)
         if not self.rows:
             _between(0, 1, share=(self.share,))
         if self.evaluation.protocol == "sampled":
@@ -178,12 +178,12 @@ class CompareHashConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareBothConfig:
-    """Both savings together: quality against the bytes of the tables and against the rows read, with a report page."""
+    """Compare quality against bytes of tables and examples read, both savings together, with a report page."""
 
     data: str | None = None
-    """The log, with held-out rows; without one a synthetic log is written and used."""
+    """The log, with held-out rows. Default: a synthetic log."""
     out: str = "runs/compare-both"
-    """Folder of the report, the results as JSON, and all factors, maps and models; must not exist unless
+    """Folder of the report, the results as JSON, all factors, maps and models. Must not exist, except with
     --overwrite."""
     schema: Schema = field(default_factory=Schema)
     synth: SynthConfig = field(default_factory=SynthConfig)
@@ -192,20 +192,20 @@ class CompareBothConfig:
     levels: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.05)
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
-    """Shares of the rows that networks are trained on; none: the factors' own scores alone."""
+    """Shares of the examples that networks are trained on; none: only the factors' own scores."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The factorization; what is not given is chosen on held-out examples of train."""
-    power: float = 0.5
-    """An id weighs as much as this power of its count, in maps and in the distortion."""
+    """The factorization. Settings that are not given are chosen on held-out examples of train."""
+    count_exponent: float = 0.5
+    """Exponent of the count in an id's weight, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     choose: bool = True
-    """Choose the networks' number of epochs, from 0, the factors' own ranking, to --frozen.epochs, on one row a user
-    that is held out of train."""
+    """Choose the number of epochs, from 0 (the factors' own ranking) to --frozen.epochs, on one held-out train example
+    per user."""
     metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where everything runs; maps are made on the CPU."""
+    """Where everything runs; maps are built on the CPU."""
     overwrite: bool = False
     """Replace an existing --out."""
 

@@ -30,7 +30,7 @@ def paired_difference(first: Sequence[np.ndarray], second: Sequence[np.ndarray])
 
     The standard error has two parts, which add up as squares: that of the users, from each user's difference averaged
     over the seeds, and that of the seeds, from each seed's mean difference (none for a single seed). Users without a
-    value (NaN) are left out.
+    value (NaN) are excluded.
     """
     values = np.stack(first).astype(np.float64) - np.stack(second).astype(np.float64)  # (seeds, users)
     values = values[:, ~np.isnan(values).any(0)]
@@ -52,7 +52,7 @@ def all_differences(values: Mapping[str, Sequence[np.ndarray]]) -> tuple[Differe
 
 
 def difference(differences: Sequence[Difference], first: str, second: str) -> Difference:
-    """That of `first` minus `second`, whichever way it was stored. Raises KeyError where there is none."""
+    """Of `first` minus `second`, in whichever order it was stored. Raises KeyError if there is none."""
     for one in differences:
         if (one.first, one.second) == (first, second):
             return one

@@ -18,13 +18,13 @@ class Search:
     """What a search found."""
 
     best: Choice | None
-    """None where every setting was refused."""
+    """None if every setting was refused."""
     value: float
     """Of the best setting; the larger the better."""
     tried: int
     """Settings that were measured."""
     exist: int
-    """Settings that exist, those that were refused left out."""
+    """Settings that exist, without those that were refused."""
     refused: str
     """Why the last refused setting was refused."""
 
@@ -33,7 +33,7 @@ def search(axes: Mapping[str, Sequence[Any]], measure: Callable[[Choice], float]
     """Measure at most `trials` settings of the grid `axes` and return the best. Deterministic.
 
     The first value of each axis makes the first setting. Each next setting differs from the best one so far in one
-    axis, the axes taking turns; where no such setting is left, the rest of the grid follows in a fixed random order.
+    axis, the axes taking turns; if no such setting is left, the rest of the grid follows in a fixed random order.
 
     Args:
         axes: name -> values.

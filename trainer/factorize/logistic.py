@@ -9,13 +9,13 @@ import torch
 
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
 from recpress.data.dataset.log import Log
-from recpress.data.negatives.negatives import make_negatives
+from recpress.data.negatives.samplers import make_negatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.als.factors import Factors
 from recpress.modules.config import LogisticConfig
 from recpress.modules.two_tower.logistic import LogisticMF
-from recpress.modules.two_tower.two_tower import SideSpec
+from recpress.modules.two_tower.model import SideSpec
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

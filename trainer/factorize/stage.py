@@ -22,9 +22,9 @@ from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.sampling.selection import Selection
-from recpress.modules.als.als import ALS, SweepReport
 from recpress.modules.als.auto import DEFAULTS, Choice
 from recpress.modules.als.checks import check_factors
+from recpress.modules.als.factorization import ALS, SweepReport
 from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.trainer.artifacts.factors import CROSSFIT, FACTORS, describe_log, shared_artifact

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.hashing.problem import IdTable, need_embedding
-from recpress.modules.hashing.split import split_rows
-from recpress.modules.rows import LARGEST, RowSource, blocks
+from recpress.modules.hashing.budget import split_rows
+from recpress.modules.hashing.table_stats import TableStats, require_embedding
+from recpress.modules.row_source import LARGEST, RowSource, blocks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.tables import named
 
 
-def budget(config: HashStageConfig, tables: list[IdTable]) -> int:
+def budget(config: HashStageConfig, tables: list[TableStats]) -> int:
     """Rows of all tables together. Raises InputError where the settings leave too few, or more than there are ids."""
     ids = sum(table.num_ids for table in tables)
     rows = config.rows or round(config.share * ids)
@@ -30,7 +30,7 @@ def budget(config: HashStageConfig, tables: list[IdTable]) -> int:
     return rows
 
 
-def rows_of_tables(config: HashStageConfig, tables: list[IdTable]) -> list[int]:
+def rows_of_tables(config: HashStageConfig, tables: list[TableStats]) -> list[int]:
     """Rows of each table. Raises InputError where `table_rows` does not fit the tables or the budget."""
     total = budget(config, tables)
     fixed = {name: _number(name, text) for name, text in named("table_rows", config.table_rows).items()}
@@ -44,7 +44,7 @@ def rows_of_tables(config: HashStageConfig, tables: list[IdTable]) -> list[int]:
         raise InputError(f"table_rows: {sum(fixed.values()):,} rows of a budget of {total:,} leave too few")
     learned = config.method in ("cluster", "learned")
     for table in tables if learned else ():
-        need_embedding(table, config.method)
+        require_embedding(table, config.method)
     if learned and config.split == "distortion" and len(rest) > 1:
         shares = split_rows(_comparable(config, rest), min(left, sum(t.num_ids for t in rest)), config)
     else:
@@ -53,7 +53,7 @@ def rows_of_tables(config: HashStageConfig, tables: list[IdTable]) -> list[int]:
     return [found[name] for name in names]
 
 
-def _comparable(config: HashStageConfig, tables: list[IdTable]) -> list[IdTable]:
+def _comparable(config: HashStageConfig, tables: list[TableStats]) -> list[TableStats]:
     """Users and items in units of the scores that an error of them moves; warm-ups are in such units already."""
     if config.features or len(tables) != 2:
         return tables

@@ -12,7 +12,7 @@ import torch
 
 from recpress.data.dataset.object_store import cached_file
 from recpress.data.errors import InputError
-from recpress.modules.rows import RowSource
+from recpress.modules.row_source import RowSource
 
 
 def read_embedding(path: str) -> RowSource:

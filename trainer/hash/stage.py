@@ -15,9 +15,9 @@ from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
-from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.shared_rows import shared_rows
-from recpress.modules.rows import check_source
+from recpress.modules.hashing.table_stats import TableStats
+from recpress.modules.row_source import check_source
 from recpress.trainer.artifacts.factors import describe_log, shared_artifact
 from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.config import chosen_schema
@@ -44,7 +44,7 @@ class TableReport:
     name: str
     num_ids: int
     rows: int
-    ways: int
+    rows_per_id: int
     map_bytes: int
     unseen: int
     """Ids that the log never has."""
@@ -124,14 +124,14 @@ class _Stage:
             return None
         return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
 
-    def _joint(self, tables: list[IdTable], pairs: tuple[np.ndarray, np.ndarray] | None) -> list[TableReport]:
+    def _joint(self, tables: list[TableStats], pairs: tuple[np.ndarray, np.ndarray] | None) -> list[TableReport]:
         if pairs is None:
             return []
         users, items = tables
         made = JOINT_METHODS[self.config.method](users, items, *pairs, budget(self.config, tables), self.config)
         return [self._save(table, id_map) for table, id_map in zip(tables, made, strict=True)]
 
-    def _share(self, tables: list[IdTable]) -> list[TableReport]:
+    def _share(self, tables: list[TableStats]) -> list[TableReport]:
         """Maps of the tables of this rank; the largest tables are on different ranks."""
         config = self.config
         order = sorted(range(len(tables)), key=lambda place: -tables[place].num_ids)
@@ -149,7 +149,7 @@ class _Stage:
             made.append(self._save(table, id_map))
         return made
 
-    def _save(self, table: IdTable, id_map: IdMap) -> TableReport:
+    def _save(self, table: TableStats, id_map: IdMap) -> TableReport:
         folder = self.folder / table.name
         folder.mkdir()
         id_map.save(folder)
@@ -159,4 +159,4 @@ class _Stage:
             vectors = shared_rows(id_map, table.embedding, counts, table.name)
             np.save(folder / ROW_VECTORS, vectors.numpy(), allow_pickle=False)
         unseen = 0 if table.counts is None else int((table.counts == 0).sum())
-        return TableReport(table.name, table.num_ids, id_map.num_rows, id_map.ways, id_map.nbytes, unseen)
+        return TableReport(table.name, table.num_ids, id_map.num_rows, id_map.rows_per_id, id_map.nbytes, unseen)

@@ -14,9 +14,9 @@ from recpress.data.dataset import artifact
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
-from recpress.modules.hashing.problem import IdTable
-from recpress.modules.hashing.warmup import warm_up
-from recpress.modules.rows import RowSource
+from recpress.modules.hashing.table_stats import TableStats
+from recpress.modules.hashing.warm_up import warm_up
+from recpress.modules.row_source import RowSource
 from recpress.trainer.artifacts.factors import open_factors
 from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def read_tables(config: HashStageConfig, log: Log) -> list[IdTable]:
+def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
     """The tables to map, in the order in which they share the budget; the same on every rank. Collective.
 
     Raises:
@@ -60,10 +60,10 @@ def read_tables(config: HashStageConfig, log: Log) -> list[IdTable]:
     if dense:
         found = _count(log, {log.column(side): number for side, number in dense.items()})
         counts |= {side: found[log.column(side)] for side in dense}
-    tables: list[IdTable] = []
+    tables: list[TableStats] = []
     with raise_on_all_ranks():
         tables = [
-            IdTable(
+            TableStats(
                 name=side,
                 num_ids=log.num_ids(side),
                 counts=torch.from_numpy(counts[side]).float(),
@@ -99,7 +99,7 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
     return total
 
 
-def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) -> list[IdTable]:
+def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) -> list[TableStats]:
     """Categorical columns of the log; a warm-up gives those an embedding that were given none."""
     missing = [name for name in config.features if name not in log.schema.categorical]
     if missing:  # of the log's schema, which is the same on every rank
@@ -125,7 +125,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
             if name in known:
                 vocabulary = artifact.fingerprint(f"{log.root}/{known[name]['vocabulary']}", log.filesystem)
             tables.append(
-                IdTable(
+                TableStats(
                     name=name,
                     num_ids=len(counted[name]),
                     counts=torch.from_numpy(counted[name]).float(),

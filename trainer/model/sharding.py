@@ -22,9 +22,8 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
 
 from recpress.data.errors import InputError
-from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollection, Storage
-from recpress.modules.frozen.sharded import FrozenEmbeddingBagCollectionSharder
-from recpress.modules.frozen.tables import PlannedTable, stored_row_bytes
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
+from recpress.modules.frozen.kernel import QUANTIZED, PlannedTable, Storage, stored_row_bytes
 
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value

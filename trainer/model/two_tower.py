@@ -13,14 +13,15 @@ from recpress.data.dataset import artifact
 from recpress.data.dataset.log import Log
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import Negatives, UniformNegatives
+from recpress.data.negatives.samplers import Negatives, UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, BatchBuilder
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.rows import LogCounts
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.row_source import LogCounts
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
+from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.model.sharding import shard
@@ -172,7 +173,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         check_vocabulary(path, manifest, log)
         try:
             model = manifest["model"]
-            parts = dict(model["two_tower"])
+            parts = current_names(model["two_tower"])
             parts["towers"]["hidden"] = tuple(parts["towers"]["hidden"])
             config = TwoTowerConfig(
                 tables=TablesConfig(**parts["tables"]),

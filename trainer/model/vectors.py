@@ -11,7 +11,7 @@ from torchrec import KeyedJaggedTensor
 
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.two_tower.logistic import LogisticMF
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 
 VectorFn = Callable[[torch.Tensor], torch.Tensor]
 """ids (B,) int64 -> vectors (B, D), always the same B. May be collective: all ranks call it equally often."""

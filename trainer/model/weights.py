@@ -22,10 +22,9 @@ from torch import nn
 
 from recpress.data.errors import InputError
 from recpress.modules.fingerprints import is_fingerprint
-from recpress.modules.frozen.frozen import QUANTIZED, FrozenEmbeddingBagCollection
-from recpress.modules.frozen.kernel import HasKernels
-from recpress.modules.frozen.sharded import ShardedFrozenEmbeddingBagCollection
-from recpress.modules.rows import local_shards
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables
+from recpress.modules.row_source import local_shards
 from recpress.trainer.distributed.heartbeat import barrier
 
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
@@ -108,7 +107,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         for rectangle, part in parts:
             _fill(part, rectangle, files, folder / "tables" / name)
     for module in model.modules():
-        if isinstance(module, HasKernels):
+        if isinstance(module, HasFrozenTables):
             for table in module.tables():
                 module.filled(table.name)
 

@@ -1,4 +1,4 @@
-"""Configuration of `recpress pipeline`. Free of torch."""
+"""Configuration of `recpress pipeline`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class PipelineConfig:
     data: str
     """The log: a folder, file or glob."""
     out: str
-    """Folder of what the stages make: factors, maps, model, metrics.json."""
+    """Folder of the outputs: factors, maps, model, metrics.json."""
     stages: tuple[StageName, ...] = ("factorize", "train", "evaluate")
-    """Which stages, whatever the order they are named in."""
+    """Stages to run, in any order."""
     schema: Schema = field(default_factory=Schema)
     """Columns of the log, for every stage."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the stages run; maps are made on the CPU."""
+    """Where the stages run; maps are built on the CPU."""
     factorize: FactorizeConfig = field(default_factory=lambda: FactorizeConfig(data="", out=""))
-    """Of every stage: the log, the schema, the device and the folders are the pipeline's where they are not given."""
+    """For every stage: the default of log, schema, device and folders is that of the pipeline."""
     hash: HashStageConfig = field(default_factory=lambda: HashStageConfig(data="", out=""))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(data="", out=""))
     evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(data="", model=""))
@@ -42,11 +42,11 @@ class PipelineConfig:
             raise InputError(f"stages: {', '.join(self.stages) or 'none'}; expected at least one, each once")
         for name in ("factorize", "hash", "train"):
             if getattr(self, name).overwrite:
-                raise InputError(f"{name}.overwrite: a pipeline makes what is not there; remove the folder instead")
+                raise InputError(f"{name}.overwrite: a pipeline makes only missing outputs; remove the folder instead")
 
     def chosen(self) -> dict[StageName, StageConfig]:
         """The stages to run, in order, each with its full configuration."""
-        from recpress.data.dataset.object_store import join  # imports pyarrow, which --help does without
+        from recpress.data.dataset.object_store import join  # imports pyarrow, which --help must not
 
         factors = self.factorize.out or join(self.out, "factors")
         maps = self.hash.out or join(self.out, "maps")
@@ -71,10 +71,10 @@ class PipelineConfig:
         return {name: self._common(every[name]) for name in ORDER if name in self.stages}
 
     def _crossfit(self) -> dict[str, Any]:
-        """Factors that have not seen the network's sample, unless other ones were asked for: a network of frozen tables
-        is trained on scores of rows that the factorization does not know."""
+        """Factors that have not seen the network's sample, unless configured otherwise: a network on frozen tables must
+        be trained on scores of examples that the factorization has not seen."""
         strategy, sample = self.train.model.tables.strategy, self.train.sample
-        frozen = strategy == "auto" or strategy.startswith("init-freeze")
+        frozen = strategy == "auto" or strategy.startswith("frozen")
         wanted = frozen and "train" in self.stages and self.train.factors is None and self.train.crossfit != "no"
         rate = sample.rate or 0.1
         if not wanted or self.factorize.crossfit_rate or self.factorize.method != "als" or rate >= 1:

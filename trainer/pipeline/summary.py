@@ -1,4 +1,4 @@
-"""What a pipeline made, at its end: popularity, the factorization and the network on the held-out rows."""
+"""The summary of a pipeline: popularity, the factorization and the network on the held-out rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from recpress.trainer.model.vectors import VectorFn
 def summarize(
     log: Log, config: EvaluateConfig, factors: str | None, model: str | None, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
-    """Method -> its `metrics`, `rows` that it read and `seconds` that it took. Collective; the same on every rank.
+    """Method -> its `metrics`, number of `rows` read and `seconds`. Collective; the same on every rank.
 
     Args:
         config: of the evaluation; its model is ranked last.
-        factors, model: folders of the artifacts, where the pipeline has them.
+        factors, model: folders of the artifacts, if the pipeline made them.
     """
     methods: dict[str, dict[str, Any]] = {}
     heldout = load_heldout(log, config.evaluation)
@@ -65,7 +65,7 @@ def summarize(
 
 
 def as_table(methods: dict[str, dict[str, Any]]) -> str:
-    """One line a method: its metrics, the rows that it read, its seconds."""
+    """One line per method: its metrics, rows read, seconds."""
     first = next(iter(methods.values()))["metrics"]
     names = [name for name in first if not name.islower() and name not in ("MRR", "AUC")]
     lines = [f"{'':14}" + "".join(f"{name:>12}" for name in [*names, "rows read", "seconds"])]
@@ -88,7 +88,7 @@ def below_popularity(methods: dict[str, dict[str, Any]]) -> str | None:
         return None
     values = ", ".join(f"{key} {made['metrics'][key]:.4f} against {popular[key]:.4f}" for key in compared)
     return (
-        f"the {name} ranks the held-out rows no better than popularity ({values}): the log holds too little about "
-        "tastes, or its held-out rows are not like its train rows (new ids, another time); rank by popularity, or "
-        "look at how the rows were held out"
+        f"the {name} ranks the held-out rows no better than popularity ({values}): the log has too little "
+        "information about tastes, or its held-out rows differ from its train rows (new ids, another time); rank by "
+        "popularity, or check how the rows were held out"
     )

@@ -1,4 +1,4 @@
-"""Configuration of `recpress plan`. Free of torch: `--help` answers at once."""
+"""Configuration of `recpress plan`. Imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class ClusterConfig:
     nodes: int = 1
     """Number of machines."""
     ranks_per_node: int = 8
-    """GPUs a node, one rank each; of `--cluster.device cpu` ranks a node."""
+    """GPUs per node, one rank each; with `--cluster.device cpu`, ranks per node."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """What the tables lie on."""
+    """Device of the tables."""
     memory_gib: float = 80.0
     """Memory of one GPU; not used with `--cluster.device cpu`."""
     host_memory_gib: float = 1024.0
-    """Memory of a node, which its ranks share."""
+    """Memory of a node, shared by its ranks."""
     intra_gb_s: float = 600.0
-    """Bandwidth between two GPUs of a node, 10^9 bytes a second: TorchRec's planner weighs layouts by it."""
+    """Bandwidth between two GPUs of a node, 10^9 bytes per second, for TorchRec's planner."""
     inter_gb_s: float = 12.5
-    """Bandwidth between nodes for each GPU, 10^9 bytes a second; 12.5 is 100 Gbit/s."""
+    """Bandwidth between nodes for each GPU, 10^9 bytes per second; 12.5 is 100 Gbit/s."""
     context_gib: float = 1.5
     """Memory of each GPU that the CUDA context, NCCL's buffers and the libraries take. An assumption, not measured."""
 
@@ -47,29 +47,29 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
-    """What `recpress train` with the same options needs: all of its options are taken, so one file serves both.
+    """Memory and sharding of `recpress train` with the same options, so that one TOML file serves both.
 
-    The log is either there (`--data`, and `--factors`, `--hash`), or described (`--users`, `--items`, `--dim`).
+    The log either exists (`--data`, and `--factors`, `--hash`) or is described (`--users`, `--items`, `--dim`).
     """
 
     data: str = ""
-    """The log, where there is one; only its footers are read."""
+    """The log, if it exists; only its footers are read."""
     out: str = ""
     """Folder of the model, as for `recpress train`; nothing is written there."""
     json: str | None = None
     """JSON file of all figures."""
     users: int = 0
-    """Users of a log that is only described."""
+    """Number of users of a described log."""
     items: int = 0
-    """Items of it."""
+    """Number of items."""
     rows: int = 0
-    """Interactions of it; 0: unknown, then the pairs that --negatives.reject-positives holds are not counted."""
+    """Number of interactions; 0: unknown, then the pairs of --negatives.reject-positives are not counted."""
     dim: int = 0
-    """Dimension of the vectors; 0: that of the factors, or --model.tables.dim."""
+    """Dimension of the vectors. Default: that of the factors, or --model.tables.dim."""
     share: float = 0.25
-    """Learned hash: rows as a share of the ids, where --hash gives no maps."""
-    ways: Literal[1, 2] = 1
-    """Learned hash: rows of an id; two have weights of 2 bytes each."""
+    """Learned hash: rows as a share of the ids, without --hash."""
+    rows_per_id: Literal[1, 2] = 1
+    """Learned hash: rows per id; two have weights of 2 bytes each."""
     compare: bool = True
     """Compare trainable, frozen and hashed tables, with the smallest cluster for each."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -81,7 +81,7 @@ class PlanConfig(TrainConfig):
             raise InputError(f"share is {self.share}, expected a number in (0, 1]")
         described = [name for name in ("users", "items", "rows") if getattr(self, name)]
         if self.data and described:
-            raise InputError(f"{described[0]}: given together with data, {self.data!r}; expected one of the two")
+            raise InputError(f"{described[0]}: set together with data, {self.data!r}; expected one of the two")
         if not self.data and not (self.users and self.items):
             raise InputError("data: missing; expected a log, or --users and --items, which describe one")
         if not self.data and (self.factors or self.hash):

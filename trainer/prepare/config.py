@@ -1,4 +1,4 @@
-"""Configuration of the stages that write logs. Free of torch."""
+"""Configuration of the stages that write logs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from recpress.trainer.config import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class SynthCommand(SynthConfig):
-    """A synthetic log with planted tastes, power-law activity and popularity, and a held-out interaction a user."""
+    """A synthetic log with planted tastes, power-law activity and popularity, and one held-out interaction per user."""
 
     out: str
-    """Folder of the log; must not exist unless --overwrite."""
+    """Folder of the log. Must not exist, except with --overwrite."""
     overwrite: bool = False
     """Replace an existing --out."""
 
@@ -24,7 +24,7 @@ class SynthCriteoCommand(SynthCriteoConfig):
     """A synthetic log with Criteo's columns: a label, 13 numbers, 26 categorical features whose ids form groups."""
 
     out: str
-    """Folder of the log; must not exist unless --overwrite."""
+    """Folder of the log. Must not exist, except with --overwrite."""
     overwrite: bool = False
     """Replace an existing --out."""
 
@@ -34,14 +34,14 @@ class IngestCommand(IngestConfig):
     """How files of another format become a log."""
 
     out: str
-    """Folder of the log; must not exist unless --overwrite."""
+    """Folder of the log. Must not exist, except with --overwrite."""
     overwrite: bool = False
     """Replace an existing --out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Hold one row of each user out of a log, e.g. to choose settings without a look at the test rows."""
+    """Hold one row of each user out of a log, e.g. to choose settings without the test rows."""
 
     data: str
     """The log."""
@@ -51,14 +51,14 @@ class SplitConfig:
     by: Literal["random", "last"] = "random"
     """Which row of each user is held out; `last` needs a time column."""
     negatives: int = 99
-    """Items that the user never touched, drawn for each held-out row."""
+    """Items without an interaction of the user, drawn for each held-out row."""
     seed: int = 0
     """Seed of both draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCommand:
-    """Write a sample of a log once, as a log of its own, for the many runs that follow.
+    """Write a sample of a log once, as a separate log, for many runs.
 
     `recpress train --data OUT --sample.rate 1` then trains on exactly the rows that `--data DATA` with these --sample
     options would, and reads nothing else."""
@@ -66,7 +66,7 @@ class SampleCommand:
     data: str
     """The log."""
     out: str
-    """The log to write; must not exist unless --overwrite. Its train are the sampled rows with all their columns; the
+    """The log to write. Must not exist, except with --overwrite. Its train part has the sampled rows with all columns;
     held-out parts, side tables and vocabularies are copied."""
     schema: Schema = field(default_factory=Schema)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(rate=0.1))
@@ -74,7 +74,7 @@ class SampleCommand:
     """Write the rows in a random order, by way of the local disk; otherwise in the order of the log. A shuffled log may
     be sampled by --sample.kind block."""
     shuffle_rows: int = 1 << 22
-    """Rows that are shuffled in memory at a time; up to five times as many are held."""
+    """Rows that are shuffled in memory at a time; memory use is up to five times as many."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """A file or row group of train that cannot be read, after the retries: `stop` ends the stage with its name; `skip`
     leaves its rows out, names and counts it (docs/train/log.md)."""

@@ -1,4 +1,4 @@
-"""Configuration of `recpress tune`. Free of torch."""
+"""Configuration of `recpress tune`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class TuneConfig:
     """Choose settings of the factorization and of the network on validation rows, and write them as TOML."""
 
     data: str
-    """The log: a folder, file or glob. Its test part chooses nothing."""
+    """The log: a folder, file or glob. Its test part is not used."""
     out: str
-    """TOML file to write; `--config` of every command takes it. Must not exist unless --overwrite."""
+    """TOML file to write; `--config` of every command takes it. Must not exist, except with --overwrite."""
     minutes: float = 10.0
-    """Time to spend. At least the defaults are tried, however long they take."""
+    """Time limit. The defaults are always tried."""
     trials: int = 12
-    """Networks to try at most, the defaults among them."""
+    """Maximum number of networks to try, with the defaults."""
     schema: Schema = field(default_factory=Schema)
     als: ALSConfig = field(default_factory=lambda: ALSConfig(auto_trials=32, auto_cost=4.0))
-    """The factorization; what is not given is chosen, from more candidates than `factorize` compares."""
+    """The factorization. Settings that are not given are chosen from more candidates than in `factorize`."""
     rate: float = 0.1
-    """Share of the rows that the network is trained on."""
+    """Share of the examples that the network is trained on."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(data="", out=""))
-    """The network; what differs from its defaults is not varied."""
+    """The network. Settings that differ from the defaults are fixed."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How validation rows are ranked."""
     seed: int = 0

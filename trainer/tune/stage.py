@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Network:
-    """The settings of a network that are varied; the defaults first."""
+    """The settings of a network that are varied."""
 
     epochs: int
     learning_rate: float
@@ -39,7 +39,7 @@ class Network:
 
 @dataclass
 class TuneResult:
-    """What was found: the content of the TOML file, and the networks that were tried, best first."""
+    """The content of the TOML file, and the networks that were tried, best first."""
 
     settings: dict[str, Any]
     trials: list[tuple[Network, float]]
@@ -50,7 +50,7 @@ def tune(config: TuneConfig) -> TuneResult:
     dropout on one sample, and write the best settings to `config.out`. Collective.
 
     Every choice is made on validation rows: of the factorization on items held out of train, of the network on the
-    validation rows that `train` holds out of its sample. The test part chooses nothing.
+    validation rows that `train` holds out of its sample. The test part is not used.
 
     Raises:
         InputError: the log or the settings cannot be used; `out` exists. On every rank; nothing is written.

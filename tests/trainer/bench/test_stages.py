@@ -116,7 +116,7 @@ def test_on_several_processes_one_benchmark_that_knows_ranks_runs(made, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for names in (("bad",), ("good", "bad")):
-        with pytest.raises(InputError, match=r"2 processes: expected one benchmark that knows ranks \(good\)"):
+        with pytest.raises(InputError, match=r"2 processes: expected one benchmark that runs on several \(good\)"):
             run(BenchRunConfig(names=names, out=str(tmp_path)))
     run(BenchRunConfig(names=("good",), out=str(tmp_path)))
     assert (tmp_path / "good.txt").exists()

@@ -29,7 +29,7 @@ from tests.ranks import run_on_ranks
 GIB = 1 << 30
 
 
-def config(users=1_000_000, items=100_000, strategy="init-freeze", storage="fp32", **changes):
+def config(users=1_000_000, items=100_000, strategy="frozen", storage="fp32", **changes):
     tables = TablesConfig(strategy=strategy, storage=storage, dim=128)
     return PlanConfig(users=users, items=items, dim=128, model=TwoTowerConfig(tables=tables), **changes)
 
@@ -69,7 +69,7 @@ def test_uploads_take_memory_where_checkpoints_go_to_a_store():
     assert line(small, "upload of a checkpoint") == line(small, "copy for checkpoints") < 224 << 20
 
 
-@pytest.mark.parametrize(("strategy", "trained"), [("random", 1_100_000 * 516), ("init-freeze", 0)])
+@pytest.mark.parametrize(("strategy", "trained"), [("random", 1_100_000 * 516), ("frozen", 0)])
 def test_a_checkpoint_is_copied_in_host_memory_without_frozen_tables_and_gradients(strategy, trained):
     found = plan(config(strategy=strategy, cluster=ClusterConfig(ranks_per_node=1), compare=False))
     copy, dense = line(found["lines"], "copy for checkpoints"), line(found["lines"], "dense part")
@@ -79,10 +79,10 @@ def test_a_checkpoint_is_copied_in_host_memory_without_frozen_tables_and_gradien
     assert device["checkpoint"] == device["train"]
 
 
-@pytest.mark.parametrize(("ways", "weighted"), [(1, False), (2, False), (2, True)])
-def test_a_map_is_as_large_as_the_module_that_holds_it(ways, weighted):
-    weights = torch.ones(50, ways, dtype=torch.float16) if weighted else None
-    id_map = IdMap(rows=torch.zeros(50, ways, dtype=torch.int32), num_rows=7, weights=weights)
+@pytest.mark.parametrize(("rows_per_id", "weighted"), [(1, False), (2, False), (2, True)])
+def test_a_map_is_as_large_as_the_module_that_holds_it(rows_per_id, weighted):
+    weights = torch.ones(50, rows_per_id, dtype=torch.float16) if weighted else None
+    id_map = IdMap(rows=torch.zeros(50, rows_per_id, dtype=torch.int32), num_rows=7, weights=weights)
     assert MapShape.of(id_map).nbytes == LearnedHash({"user": id_map}).nbytes()
 
 
@@ -219,7 +219,7 @@ def test_clusters_that_cannot_be_are_refused(changes, message):
     ("changes", "message"),
     [
         ({}, "--users and --items"),
-        ({"users": 5, "items": 5, "data": "x"}, "users: given together with data"),
+        ({"users": 5, "items": 5, "data": "x"}, "users: set together with data"),
         ({"users": 5, "items": 5, "factors": "x"}, "expected data"),
         ({"users": 5, "items": 5, "share": 0.0}, "share is 0"),
         ({"users": 5, "items": 5, "user_features": ("age",)}, "expected data"),
