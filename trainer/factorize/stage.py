@@ -181,17 +181,15 @@ def _fit(
     ):
 
         def on_choice(choice: Choice) -> None:
-            if ranks.rank == 0:
-                logger.info("%s", choice.line())
+            progress.write(choice.line())
 
         def on_sweep(report: SweepReport) -> bool:
             sweeps.append((report.objective, time.monotonic() - began))
             progress.stage(f"objective {report.objective:.6g}", report.sweep, report.sweeps)
-            if ranks.rank == 0:
-                logger.info(
-                    f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
-                    f"{report.seconds:.2f} s, {report.eta:.0f} s left"
-                )
+            progress.write(
+                f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
+                f"{report.seconds:.2f} s, {report.eta:.0f} s left"
+            )
             return stop_requested.is_set()
 
         model.on_choice = on_choice

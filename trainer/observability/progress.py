@@ -1,4 +1,4 @@
-"""Progress of long work with the remaining time: a bar on a terminal, log lines elsewhere."""
+"""Progress of long work with the remaining time: a bar on a terminal, otherwise log lines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from recpress.trainer.observability.logging_setup import shows_bars
 
 logger = logging.getLogger(__name__)
 
+comparisons = logging.getLogger("recpress.trainer.compare")
+"""Logger of the comparisons, which silence the stages that they run but not themselves."""
+
 LINE_SECONDS = 30.0
-"""Seconds between two log lines without a bar."""
+"""Seconds between two lines if there is no bar."""
 _TICK_SECONDS = 1.0
 
 
@@ -30,12 +33,14 @@ class Progress:
         unit: singular noun.
         total: number of units, if known.
         show: False is silent. Usually rank 0 alone shows.
-        line_seconds: minimum time between two log lines of `update` without a bar.
+        line_seconds: minimum time between two lines of `update` if there is no bar.
 
     Example:
         >>> with Progress("counting ids", "row", total=100) as progress:
         ...     progress.update(60)
     """
+
+    _logger = logger
 
     def __init__(
         self,
@@ -48,14 +53,14 @@ class Progress:
     ) -> None:
         self.name, self._unit, self.total, self.done = name, unit, total, 0
         self.show, self.line_seconds = show, line_seconds
-        self.has_bar = show and shows_bars(sys.stderr)
+        self.terminal = show and self._logger.isEnabledFor(logging.INFO) and shows_bars(sys.stderr)
         self.begin = self.last_line = time.monotonic()
         self._first = 0  # units that were done before `begin`
         self._bar = tqdm(
             total=total,
             desc=name,
             unit=unit,
-            disable=not self.has_bar,
+            disable=not self.terminal,
             dynamic_ncols=True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if total else None,
         )
@@ -80,9 +85,9 @@ class Progress:
         self.done += units
         self._bar.set_postfix_str(_joined(details, self._left()), refresh=False)
         self._bar.update(units)
-        if self.show and not self.has_bar and time.monotonic() - self.last_line >= self.line_seconds:
+        if self.show and not self.terminal and time.monotonic() - self.last_line >= self.line_seconds:
             self.last_line = time.monotonic()
-            logger.info("%s", self.line(details))
+            self._logger.info("%s", self.line(details))
 
     def stage(self, name: str, done: int, total: int) -> None:
         """`done` of `total` units of a stage of the work. Each stage has its own count."""
@@ -90,6 +95,11 @@ class Progress:
             self.done, self._first, self.total, self.begin = 0, 0, total, time.monotonic()
             self._bar.reset(total)
         self.update(done - self.done, name)
+
+    def write(self, text: str) -> None:
+        """Log a line, above the bar if there is one."""
+        if self.show:
+            self._logger.info("%s", text)
 
     def line(self, details: str = "") -> str:
         """`counting ids: 60 of 100 rows (60%), 00:31 elapsed, about 00:20 left`."""
@@ -121,6 +131,8 @@ class UnitProgress(Progress):
         ...     with progress.unit("factorize", "factorization, seed 0"):
         ...         pass
     """
+
+    _logger = comparisons
 
     def __init__(
         self,
@@ -169,13 +181,10 @@ class UnitProgress(Progress):
             self.total = self._bar.total = self.done + sum(self._todo.values())
 
     def say(self, text: str) -> None:
-        """Print a result on standard output, above the bar if there is one."""
+        """Log a result."""
         with self._lock:
             self.last_line = time.monotonic()
-            if self.has_bar:
-                self._bar.write(text, file=sys.stdout)
-            elif self.show:
-                print(text, flush=True)
+            self.write(text)
 
     def remaining(self) -> float | None:
         """Estimated seconds: units to do times the mean time of their kind, or of all kinds if it has none yet."""
@@ -197,11 +206,11 @@ class UnitProgress(Progress):
         while not self._stop.wait(tick):
             with self._lock:
                 label = f"now {self._label}" if self._kind else ""
-                if self.has_bar:
+                if self.terminal:
                     self._bar.set_postfix_str(_joined(label, self._left()), refresh=True)
                 elif time.monotonic() - self.last_line >= self.line_seconds - tick:
                     self.last_line = time.monotonic()
-                    logger.info("%s", self.line(label))
+                    self._logger.info("%s", self.line(label))
 
 
 def _joined(*texts: str) -> str:
