@@ -19,9 +19,9 @@ from recpress.benchmarks.synthetic_logs import keyed, random_map, skewed_ids
 from recpress.data.config import LayoutConfig, SampleConfig, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.writer import LogWriter
-from recpress.data.negatives.negatives import UniformNegatives
+from recpress.data.negatives.samplers import UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.frozen.kernel import Storage, row_bytes
 from recpress.modules.row_source import round_up

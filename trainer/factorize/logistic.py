@@ -9,9 +9,9 @@ import torch
 
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
 from recpress.data.dataset.log import Log
-from recpress.data.negatives.negatives import make_negatives
+from recpress.data.negatives.samplers import make_negatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.als.factors import Factors
 from recpress.modules.config import LogisticConfig
 from recpress.modules.two_tower.logistic import LogisticMF

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from recpress.trainer.hash.tables import read_tables
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.report.numbers import format_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class _Stage:
         made = []
         for table in mine:
             number = rows[table.name]
-            print(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows", flush=True)
+            logger.info(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows")
             with activity(f"building the map of {table.name}"), Progress(table.name, "id") as bar:
                 id_map = build_map(replace(table, progress=bar.stage), number, config)
             made.append(self._save(table, id_map))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,8 @@ from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
 from recpress.trainer.observability.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -147,7 +150,7 @@ def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[st
                     seed=config.seed,
                     names=list(sizes),
                 )
-            print(f"warm-up: {warmed.rows:,} rows, mean loss {warmed.loss:.4f}", flush=True)
+            logger.info(f"warm-up: {warmed.rows:,} rows, mean loss {warmed.loss:.4f}")
             made = warmed.embeddings
     if world > 1:
         for table in made:

@@ -13,7 +13,7 @@ from recpress.data.dataset import artifact
 from recpress.data.dataset.log import Log
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import Negatives, UniformNegatives
+from recpress.data.negatives.samplers import Negatives, UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, BatchBuilder
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap

@@ -10,7 +10,7 @@ from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, describe_log, open_factors
 from recpress.trainer.artifacts.id_maps import SIDES, HashArtifact, open_maps

@@ -15,7 +15,7 @@ import torch
 from recpress.data.config import IngestConfig, Schema, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer.artifacts.factors import open_factors

@@ -11,7 +11,7 @@ import pytest
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.artifacts.factors import open_factors

@@ -12,9 +12,9 @@ import torch
 
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import Log, open_log
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.stream.order import EpochOrder
 from recpress.data.stream.read_plan import ReadAhead, ReadPlan
-from recpress.data.stream.stream import InteractionStream
 
 
 def stream(log: Log, config: StreamConfig, **kwargs) -> InteractionStream:
@@ -32,7 +32,7 @@ PEAK = """
 import sys, threading, torch
 from recpress.data.config import Schema, StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -82,7 +82,7 @@ def test_the_bound_follows_the_configuration(tmp_path):
     assert bound(world=2) < bound()
 
 
-def test_rounds_in_memory_are_bounded(tmp_path, monkeypatch):
+def test_windows_in_memory_are_bounded(tmp_path, monkeypatch):
     log = numbers(tmp_path, 60_000, 1000)
     part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4, num_threads=3))
     most = ReadPlan(part.order, 0, 1, 0).most_windows()
@@ -98,8 +98,7 @@ def test_rounds_in_memory_are_bounded(tmp_path, monkeypatch):
     assert max(seen) <= most < part.order.num_windows
 
 
-def test_memory_is_used_again_only_where_no_batch_is_left(tmp_path):
-    """Batches that are kept are not written over, and without them the memory of a few rounds is enough."""
+def test_batches_that_are_kept_are_not_overwritten(tmp_path):
     log = numbers(tmp_path, 60_000, 1000)
     part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4))
     kept = list(part)
@@ -126,7 +125,7 @@ def test_statistics(tmp_path):
     assert part.stats().rows_per_second == 0  # since the last call
 
 
-def test_resume_reads_only_what_its_rounds_need():
+def test_resume_reads_only_what_its_windows_need():
     """At any point of a log of 100 million rows: the row groups before the first batch do not grow with the step."""
     order = EpochOrder(np.full(400, 250_000), 8192, seed=1)
     for start in (0, 1, 4000, 8000, 12_000):

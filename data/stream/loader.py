@@ -125,17 +125,17 @@ class InteractionStream:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
         self.pin_memory, self._is_share = pin_memory, False
-        self._meter, self._spare = Meter(), BufferPool(pin_memory)
+        self._meter, self._buffers = Meter(), BufferPool()
         self.set_epoch(epoch, start_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        local = ("_meter", "_spare", "order")  # locks, memory, and caches of the epoch
+        local = ("_meter", "_buffers", "order")  # locks, memory, and caches of the epoch
         return {name: value for name, value in vars(self).items() if name not in local}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         iterated: bool = state["_iterated_by_worker"]
-        self._meter, self._spare = Meter(), BufferPool(self.pin_memory)
+        self._meter, self._buffers = Meter(), BufferPool()
         self.set_epoch(self.epoch, self.start_step)
         self._iterated_by_worker = iterated
 
@@ -156,7 +156,7 @@ class InteractionStream:
             rank_rows=-(-self.order.window_rows // self.world),
             batch_rows=-(-self.global_batch // self.world),
             threads=self.config.chosen_threads,
-            ready=self.config.prefetch_batches,
+            prefetch_batches=self.config.prefetch_batches,
         )
 
     @property
@@ -215,7 +215,7 @@ class InteractionStream:
         share = InteractionStream.__new__(InteractionStream)
         # Locks that were taken when the process was forked would stay so.
         vars(share).update(
-            vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _spare=BufferPool()
+            vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _buffers=BufferPool()
         )
         return share
 
@@ -223,7 +223,7 @@ class InteractionStream:
         """Waiting for data is counted under the name `waiting`."""
         info = get_worker_info()
         if info is not None and not self._is_share and self.workers == 1:
-            yield from map(self._alone, self._of_worker(info.id, info.num_workers)._iterate(waiting))
+            yield from self._of_worker(info.id, info.num_workers)._iterate(waiting)
             return
         order, steps, epoch = self.order, self._steps(), self.epoch
         if not steps:
@@ -238,7 +238,7 @@ class InteractionStream:
             threads=self.config.chosen_threads,
             start=steps[0],
             meter=self._meter,
-            spare=self._spare,
+            buffers=self._buffers,
         )
         with reader:
             held: ShuffleWindow | None = None
@@ -271,19 +271,8 @@ class InteractionStream:
         return in_background(timed, rows, ahead, lambda seconds: self._meter.add(wait=seconds))
 
     def _batch(self, made: ShuffleWindow, epoch: int, step: int) -> Interactions:
-        tables, found, size = made.batch(step)
+        tables, found, size = made.batch(step, self.pin_memory)
         return self._named(tables, found, epoch=epoch, step=step, size=size)
-
-    def _alone(self, batch: Interactions) -> Interactions:
-        """The batch in memory of its own: a view would send the whole round to the other process."""
-        tables = [Table(names, values.clone(memory_format=torch.contiguous_format)) for names, values in batch.tables]
-        found: dict[str, torch.Tensor | JaggedColumn] = {
-            name: column for names, values in tables for name, column in zip(names, values.unbind(0), strict=True)
-        }
-        for name, column in batch.categorical.items():
-            if isinstance(column, JaggedColumn):
-                found[name] = JaggedColumn(column.values.clone(), column.lengths.clone())
-        return self._named(tables, found, epoch=batch.epoch, step=batch.step, size=batch.size)
 
     def _named(
         self,

@@ -11,7 +11,7 @@ import pytest
 from recpress.data.config import IngestConfig, LayoutConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.data.sampling.scan import iter_columns
 
 

@@ -18,7 +18,7 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.stream.stream import InteractionStream, JaggedColumn, StreamDataset
+from recpress.data.stream.loader import InteractionStream, JaggedColumn, StreamDataset
 
 SCHEMA = Schema(label="rating", time="time", categorical=("kind", "tags"), floats=("price", "age"))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recpress.data.config import NegativesConfig, SampleConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import (
+from recpress.data.negatives.samplers import (
     InBatchNegatives,
     InteractionSet,
     PopularityNegatives,
