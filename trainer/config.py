@@ -1,5 +1,5 @@
-"""Configuration of `recpress train`, one dataclass per section; other stages reuse them. Imports no torch, so that
-`--help` responds at once."""
+"""Configuration of `recpress train`, with the parts that other stages share. Does not import torch, so that `--help` is
+fast."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ else:
 
 
 def at_least(limit: float, **values: float | None) -> None:
-    """Raise InputError if a value is below `limit` or NaN. None, a default to be resolved, passes."""
+    """Raise InputError if a value is below `limit` or NaN. None, a default that is not resolved yet, passes."""
     for name, value in values.items():
         if value is not None and (math.isnan(value) or value < limit):
             raise InputError(f"{name} is {value}, expected at least {limit}")
 
 
 def chosen_schema(schema: Schema) -> Schema | None:
-    """None if the user set no column: then the manifest of a log that recpress wrote names the columns."""
+    """None for the default schema: the manifest of a log that recpress wrote then has its schema."""
     return None if schema == Schema() else schema
 
 
@@ -44,11 +44,11 @@ class OptimizerConfig:
     table_learning_rate: float = 0.05
     """Learning rate of the trainable tables (fused row-wise Adagrad)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Both learning rates after the warm-up: constant, or falling to zero at the last step."""
+    """After the warm-up: stay constant, or fall to zero at the last step. Applies to both learning rates."""
     warmup_steps: int = 0
     """Steps over which both learning rates rise linearly from zero."""
     clip_norm: float = 0.0
-    """Maximum global gradient norm of the dense part; 0: no clipping."""
+    """Maximum of the global gradient norm of the dense part; 0: no clipping."""
 
     def __post_init__(self) -> None:
         at_least(0, learning_rate=self.learning_rate, table_learning_rate=self.table_learning_rate)
@@ -57,7 +57,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How held-out rows are ranked."""
+    """How to rank held-out rows."""
 
     protocol: Literal["auto", "sampled", "full"] = "auto"
     """`sampled`: against the negatives in the log; `full`: against all items, masking items that the user has seen;
@@ -88,11 +88,11 @@ class EvaluationConfig:
 
     @property
     def while_training(self) -> bool:
-        """Whether there are evaluations before the last step, which select the best weights."""
+        """Whether to evaluate before the last step, and keep the best weights."""
         return self.every != 0 or self.every_steps > 0
 
     def during_training(self) -> EvaluationConfig:
-        """The same, with the cut-off of `metric` among `k`."""
+        """The same, with the cut-off of `metric` added to `k`."""
         cutoff = self.metric.partition("@")[2]
         return replace(self, k=tuple(sorted({*self.k, int(cutoff)}))) if cutoff.isdecimal() else self
 
@@ -105,22 +105,23 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When and where checkpoints are saved. The same command resumes from the newest one."""
+    """When to save checkpoints, from which a run resumes after any stop."""
 
     steps: int = 0
     """Steps between checkpoints; 0: none by steps."""
     minutes: float = 10.0
-    """Minutes between checkpoints; 0: none by time. If `steps` is 0 too, only a signal (SIGTERM, SIGUSR1) saves one."""
+    """Minutes between checkpoints; 0: not by the clock. With `steps` 0 too, only a signal (SIGTERM, SIGUSR1) saves
+    one."""
     keep: int = 3
-    """Number of checkpoints to keep, besides the weights of the best evaluation."""
+    """Number of checkpoints to keep, in addition to the weights of the best evaluation."""
     resume: bool = True
-    """Resume from the newest complete checkpoint; otherwise delete all checkpoints and start from step 0."""
+    """Resume from the newest complete checkpoint; otherwise remove all checkpoints and start over."""
     folder: str | None = None
-    """Folder of the checkpoints, on a disk that all ranks share or in an object store (`s3://...`); by default --out
-    with the suffix `.checkpoints`. Deleted once the model is written. While the run lasts, its metrics are in the
-    subfolder `metrics`; with an object store, on the disk of rank 0, with a copy in each checkpoint."""
+    """Folder of the checkpoints, which all ranks see, or address of an object store (`s3://...`); by default --out plus
+    `.checkpoints`. Removed once the model is written. Until then its `metrics` has the metrics of the run; with an
+    object store they are on the disk of rank 0, with a copy in each checkpoint."""
     background: bool = True
-    """Write in the background, from a copy in host memory of the trained state; otherwise training waits."""
+    """Save in the background, from a copy of the state in host memory; otherwise training waits."""
 
     @property
     def while_training(self) -> bool:
@@ -134,10 +135,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FollowConfig:
-    """Online training on new files of a growing log (docs/train/growing-log.md)."""
+    """Online training on the files that are added to a log (docs/train/growing-log.md)."""
 
     online: Annotated[bool, _FOLLOW] = False
-    """After the epochs on the initial files, train once on each new file of the log. A signal ends the run with a
+    """After the epochs on the files that exist at the start, train once on each new file. A signal ends the run with a
     checkpoint to resume from; --follow.idle-minutes ends it with a model."""
     seconds: float = 30.0
     """Seconds between two checks for new files."""
@@ -151,12 +152,12 @@ class FollowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """Metrics endpoint of a running command."""
+    """Monitoring of a run from outside."""
 
     port: int = 0
     """Port of a Prometheus endpoint, http://ADDRESS:PORT/metrics, on the host of rank 0; 0: none."""
     address: str = "127.0.0.1"
-    """Address on which it listens. It has no password: use another address than loopback in trusted networks only."""
+    """Address of the endpoint. It has no password: use other addresses than loopback in trusted networks only."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -168,9 +169,9 @@ class MetricsConfig:
     """TorchRec's metrics (NE, AUC, calibration, throughput) of the training examples."""
 
     window: int = 100_000
-    """Number of most recent user-item pairs of all ranks that they cover; 0: no such metrics."""
+    """Number of the last (user, item) pairs, on all ranks together, that they are computed from; 0: no metrics."""
     negatives: int = 4
-    """Negatives per example that they include, weighted to represent all; 0: all, which is slow if there are many."""
+    """Negatives of each row that are measured, weighted for the others; 0: all, which is slow if there are many."""
 
     def __post_init__(self) -> None:
         at_least(0, window=self.window, negatives=self.negatives)
@@ -178,12 +179,12 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """Trace and time breakdown of some steps (torch.profiler)."""
+    """A profile of some steps: traces of torch.profiler, and a table of the parts of a step."""
 
     steps: int = 0
     """Steps to profile; 0: none."""
     start: int = 20
-    """Steps of this run before them, which warm up kernels and buffers."""
+    """Steps before them, since the start of this process, in which kernels and buffers are created."""
 
     def __post_init__(self) -> None:
         at_least(0, steps=self.steps, start=self.start)
@@ -191,9 +192,9 @@ class ProfileConfig:
 
 Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
-# Defaults per strategy. Frozen factors: the towers start with the scores of the factors and can learn little. Trained
-# factors: the same, with small steps for the tables. Random tables: more to learn, at a constant rate, until validation
-# no longer improves. (benchmarks/README.md describes how they were chosen.)
+# Frozen factors: towers start with the scores of the factors and can learn little. Trained factors: the same, with a
+# low learning rate of the tables. Random tables: more to learn, at a constant rate, stopped when validation no longer
+# improves. benchmarks/README.md says how the values were chosen.
 _FROZEN: dict[str, Any] = {
     "batch_size": 2048,
     "dropout": 0.7,
@@ -220,20 +221,19 @@ DEFAULTS: dict[Strategy, dict[str, Any]] = {
     "frozen": _FROZEN,
     "frozen+residual": _FROZEN,
 }
-"""Strategy -> the value of each setting whose default depends on it."""
+"""Strategy -> values of the settings whose default depends on it."""
 
 
-# The same sections with settings that default to the strategy's. `network_for` turns them into plain sections.
+# The same sections, with settings whose default depends on the strategy. `network_for` returns plain sections.
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoTablesConfig(TablesConfig):
-    """Initialization, training and storage of the embedding tables."""
+    """Initial values of the embedding tables, and whether to train them."""
 
     strategy: Literal["auto", "random", "warm-start", "frozen", "frozen+residual"] = "auto"  # type: ignore[assignment]
-    """`auto`: `frozen` with --factors, else `random`. `random`: random initialization, trained; `warm-start`:
-    initialized with the factors, trained; `frozen`: the factors, frozen (CADC); `frozen+residual`: frozen factors plus
-    a small trainable table."""
+    """`auto`: `frozen` with --factors, else `random`. `random`: random, trained; `warm-start`: factors, trained;
+    `frozen`: factors, frozen (CADC); `frozen+residual`: frozen factors plus a small trainable table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +243,13 @@ class AutoTowersConfig(TowersConfig):
     dropout: float | None = None  # type: ignore[assignment]
     """Dropout on the hidden layers; by default 0.7, and 0.1 with random tables."""
     penalty: float | None = None  # type: ignore[assignment]
-    """`residual`: weight in the loss of the mean square of the MLP's output, in units of the table's variance; by
+    """`residual`: weight in the loss of the mean square of the MLP's output, relative to the table's spread; by
     default 0.1, and 0 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoStreamConfig(StreamConfig):
-    """How the rows of a log become batches."""
+    """How to read the rows of a log into batches."""
 
     batch_size: int | None = None  # type: ignore[assignment]
     """Rows of a batch per rank; by default 2048, and 1024 with random tables."""
@@ -262,22 +262,22 @@ class AutoOptimizerConfig(OptimizerConfig):
     learning_rate: float | None = None  # type: ignore[assignment]
     """Learning rate of the dense part; by default 0.002, and 0.003 with random tables."""
     table_learning_rate: float | None = None  # type: ignore[assignment]
-    """Learning rate of the trainable tables; by default 0.2, 0.05 with frozen factors, and 0.01 with
+    """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 with frozen factors, and 0.01 with
     `warm-start`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
-    """Both learning rates after the warm-up: constant, or falling to zero at the last step. By default cosine; constant
-    with random tables and with --follow."""
+    """After the warm-up: stay constant, or fall to zero at the last step of the last epoch. Applies to both learning
+    rates. By default cosine; constant with random tables and with --follow."""
     warmup_steps: int | None = None  # type: ignore[assignment]
     """Steps over which both learning rates rise linearly from zero; by default 20, and 0 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSampleConfig(SampleConfig):
-    """Random sample of the rows, all with the same probability; a pure function of the seed and the log."""
+    """Random sample of the rows, with equal probability; a pure function of the seed and the log."""
 
     rate: float = 0.0
-    """Share of the rows in the sample, in (0, 1]. 0, the default: with frozen factors the sample that cross-fitted
-    factors have not seen (0.1 if there are none), otherwise all rows."""
+    """Share of the rows in the sample, in (0, 1]. 0, the default: with frozen factors, the sample that the cross-fitted
+    factors have not seen, or 0.1 without such factors; otherwise all rows."""
 
     def __post_init__(self) -> None:
         if self.rate != 0.0:
@@ -291,7 +291,7 @@ _LOSS = LossConfig(kind="softmax", scale=8.0, candidates=100)
 class NetworkConfig:
     """The network and its training, independent of the log.
 
-    Settings that are None depend on the strategy of the tables (`DEFAULTS`); `network_for` fills them in.
+    Defaults that depend on the strategy of the tables (`DEFAULTS`) are filled in by `network_for`.
     """
 
     stream: StreamConfig = field(default_factory=AutoStreamConfig)
@@ -309,7 +309,7 @@ class NetworkConfig:
     use_label: bool = False
     """Train on the label, a number in [0, 1]; otherwise every row is a positive."""
     epochs: int = 0
-    """Passes over the rows, at most: training stops early (--evaluation.patience). 0, the default: 5, and 40 with
+    """Maximum of passes over the rows; training stops early (--evaluation.patience). 0, the default: 5, and 40 with
     random tables."""
 
     def __post_init__(self) -> None:
@@ -329,7 +329,7 @@ Section = TypeVar("Section")
 
 
 def network_for(strategy: Strategy, network: Network) -> Network:
-    """The network with this strategy, and the strategy's defaults for settings that are None."""
+    """The network with tables of this strategy, and defaults filled in."""
     defaults, model = DEFAULTS[strategy], network.model
     return replace(
         network,
@@ -345,7 +345,7 @@ def network_for(strategy: Strategy, network: Network) -> Network:
 
 
 def _filled(kind: type[Section], section: Section, defaults: dict[str, Any]) -> Section:
-    """A plain section, with defaults for settings that are None."""
+    """A plain section, with defaults for values that are None."""
     values = {part.name: getattr(section, part.name) for part in fields(kind)}  # type: ignore[arg-type]
     return kind(
         **{name: defaults[name] if value is None and name in defaults else value for name, value in values.items()}
@@ -361,13 +361,12 @@ class TrainConfig(NetworkConfig):
     out: str
     """Folder of the model and the metrics; must not exist unless --overwrite."""
     factors: str | None = None
-    """Folder of factors that initialize the tables; without it, tables are random."""
+    """Folder of factors, the initial values of the tables; without factors, tables are random."""
     hash: str | None = None
-    """Folder of id maps (`recpress hash`), which compress the tables of users and items: several ids share an embedding
-    row, frozen or trained."""
+    """Folder of `recpress hash`: its id maps compress the tables of users and items, frozen and trained ones."""
     crossfit: Literal["auto", "yes", "no"] = "auto"
-    """Train on factors that have not seen the sample, then replace them by the factors of all rows; `auto`: if the
-    tables are frozen and there are such factors for this sample."""
+    """Train on the factors that have not seen the sample, then replace them by those of all rows. `auto`: if the tables
+    are frozen and there are such factors for this sample."""
     schema: Schema = field(default_factory=Schema)
     sample: SampleConfig = field(default_factory=AutoSampleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -377,15 +376,15 @@ class TrainConfig(NetworkConfig):
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
-    """Timeout of a step, and of a collective outside of steps. It ends the run and names the straggler."""
+    """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Non-finite loss: `stop` ends the run and names the step; `skip` skips the batch and counts it."""
+    """A loss that is NaN or infinite: `stop` ends the run and names the step; `skip` skips its batch and counts it."""
     stop_after: int = 0
-    """Stop after this many epochs, with the schedule of all --epochs; 0: run all."""
+    """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
     seed: int = 0
     """Seed of the network's initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to train on; the backend is gloo on CPU and nccl on CUDA."""
+    """Device of training. The backend is gloo on CPU and nccl on CUDA."""
     tensorboard: bool = True
     """Write TensorBoard scalars in addition to JSON lines."""
     overwrite: bool = False
@@ -395,19 +394,19 @@ class TrainConfig(NetworkConfig):
         super().__post_init__()
         if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(
-                f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, but "
-                "--follow has no last step; expected constant"
+                f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and "
+                "online training has no last step; expected constant"
             )
         if self.follow.online and self.stop_after:
-            raise InputError("stop_after: expected 0 with --follow, which continues after the last epoch")
+            raise InputError("stop_after: expected 0 with follow, which continues after the last epoch")
 
     def resolved(self) -> TrainConfig:
-        """The same with all defaults except --sample.rate, which depends on the factors (`choose_sample`)."""
+        """The configuration with all defaults but that of --sample.rate, which needs the factors (`choose_sample`)."""
         strategy: Any = self.model.tables.strategy
         if strategy == "auto":
             strategy = "random" if self.factors is None else "frozen"
         config = self
-        if self.follow.online:  # no last step to fall to, and nothing to choose at the end
+        if self.follow.online:  # no last step for a schedule, and no end to choose an epoch at
             every = 0 if self.evaluation.every is None else self.evaluation.every
             schedule = self.optimizer.schedule or "constant"
             config = replace(
