@@ -34,7 +34,7 @@ from recpress.benchmarks.common import bars, publish, settings_of
 from recpress.benchmarks.loops import random_batch
 from recpress.data.stream.batch import Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.config import CheckpointConfig, OptimizerConfig
 from recpress.trainer.distributed.process_group import process_group
@@ -57,7 +57,7 @@ def main() -> None:
         ("steps", int, 100), ("repeat", int, 4), ("folder", str, "checkpoint-bench"), ("out", str, None),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
-    parser.add_argument("--strategy", choices=("random", "init-freeze"), default="random")
+    parser.add_argument("--strategy", choices=("random", "frozen"), default="random")
     parser.add_argument("--sharding", choices=("planner", *SHARDING_TYPES), default="planner")
     args = parser.parse_args()
     args.items = 50_000

@@ -40,10 +40,10 @@ from recpress.data.ingest.formats import CATEGORIES, INTS
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.synthetic.criteo import MadeCriteo, synth_criteo
 from recpress.modules.config import HashConfig
+from recpress.modules.hashing.budget import split_rows
 from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.problem import IdTable
-from recpress.modules.hashing.split import split_rows
-from recpress.modules.hashing.warmup import warm_up
+from recpress.modules.hashing.table_stats import TableStats
+from recpress.modules.hashing.warm_up import warm_up
 from recpress.trainer.evaluate.metrics import pointwise_auc
 
 SMALL = ("--rows", "60000", "--test-rows", "20000", "--ids", "20000", "--shares", "0.05", "--seeds", "0")
@@ -132,7 +132,7 @@ def figures(logits: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
     return {"auc": pointwise_auc(logits, label), "normalized_entropy": float(loss / entropy)}
 
 
-def id_tables(train: Part, sizes: list[int], seed: int, args: argparse.Namespace) -> tuple[list[IdTable], float]:
+def id_tables(train: Part, sizes: list[int], seed: int, args: argparse.Namespace) -> tuple[list[TableStats], float]:
     """Counts of all train rows, embeddings of a warm-up on a sample of them; and its seconds."""
     begin = time.perf_counter()
     order = torch.randperm(len(train.label), generator=torch.Generator().manual_seed(seed))
@@ -140,18 +140,18 @@ def id_tables(train: Part, sizes: list[int], seed: int, args: argparse.Namespace
     batches = ((train.dense[rows], train.ids[rows], train.label[rows]) for rows in sample.split(2048))
     found = warm_up(batches, sizes, seed=seed, names=CATEGORIES)
     tables = [
-        IdTable(name=name, num_ids=size, counts=torch.bincount(ids, minlength=size), embedding=embedding)
+        TableStats(name=name, num_ids=size, counts=torch.bincount(ids, minlength=size), embedding=embedding)
         for name, size, ids, embedding in zip(CATEGORIES, sizes, train.ids.T, found.embeddings, strict=True)
     ]
     return tables, time.perf_counter() - begin
 
 
 def compressed(
-    method: Any, split: str, budget: int, tables: list[IdTable], parts: tuple[Part, Part], seed: int,
+    method: Any, split: str, budget: int, tables: list[TableStats], parts: tuple[Part, Part], seed: int,
     args: argparse.Namespace,
 ) -> dict[str, float]:  # fmt: skip
     """One method at one budget."""
-    config = HashConfig(method=method, power=args.power, seed=seed)
+    config = HashConfig(method=method, count_exponent=args.count_exponent, seed=seed)
     sizes = [table.num_ids for table in tables]
     begin = time.perf_counter()
     if split == "distortion":
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["modulo", "frequency", "cluster", "learned"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sample", type=float, default=0.3, help="share of the train rows that the warm-up sees")
-    parser.add_argument("--power", type=float, default=0.5, help="an id weighs this power of its count")
+    parser.add_argument("--count-exponent", type=float, default=0.5, help="an id weighs this power of its count")
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--table-learning-rate", type=float, default=0.05)

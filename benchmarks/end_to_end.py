@@ -138,7 +138,7 @@ class EndToEnd:
     def _maps(self, factors: str, rate: float, share: float) -> tuple[str, float, float]:
         out = str(self.folder / f"maps-{rate}-{share}")
         config = HashStageConfig(
-            data=self.log, out=out, factors=factors, share=share, ways=self.args.ways, seed=self.args.seed
+            data=self.log, out=out, factors=factors, share=share, rows_per_id=self.args.rows_per_id, seed=self.args.seed
         )
         made, memory = stage(make_maps, config, self.args.threads)
         return out, made.seconds, memory
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.3], help="shares of the rows of data")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.5], help="rows of table, of the ids")
-    parser.add_argument("--ways", type=int, choices=[1, 2], default=2, help="rows of an id, hashed")
+    parser.add_argument("--rows-per-id", type=int, choices=[1, 2], default=2, help="rows of an id, hashed")
     parser.add_argument("--factors", type=int, default=64)
     parser.add_argument("--sweeps", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=8, help="of the peer, and of hashed random tables")

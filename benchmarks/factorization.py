@@ -66,7 +66,7 @@ def ours(log: Log, sizes: list[int], args: argparse.Namespace, factors: int, swe
     import torch
     import torch.distributed as dist
 
-    from recpress.modules.als.als import ALS
+    from recpress.modules.als.factorization import ALS
     from recpress.modules.config import ALSConfig
 
     torch.set_num_threads(max(1, args.threads // dist.get_world_size()))

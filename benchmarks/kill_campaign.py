@@ -44,7 +44,7 @@ SETTINGS = (
     *("--checkpoint.steps", "5", "--checkpoint.minutes", "0"),
     *("--evaluation.every", "1", "--evaluation.validation", "test"),
 )
-STRATEGIES = ("init-freeze", "init-train", "init-freeze-plus")
+STRATEGIES = ("frozen", "warm-start", "frozen+residual")
 
 
 def rank(number: int, world: int, port: int, arguments: list[str], seen: Path, kill: tuple[int, float] | None) -> None:

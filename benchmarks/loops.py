@@ -19,13 +19,13 @@ from recpress.benchmarks.synthetic_logs import keyed, random_map, skewed_ids
 from recpress.data.config import LayoutConfig, SampleConfig, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.writer import LogWriter
-from recpress.data.negatives.negatives import UniformNegatives
+from recpress.data.negatives.samplers import UniformNegatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.frozen.frozen import Storage, row_bytes
-from recpress.modules.rows import round_up
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.frozen.kernel import Storage, row_bytes
+from recpress.modules.row_source import round_up
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
@@ -196,7 +196,7 @@ class Subject:
         self.case, self.device, frozen = case, device, case.frozen
         config = TwoTowerConfig(
             tables=TablesConfig(
-                strategy="init-freeze" if frozen else "random", dim=round_up(case.dim), storage=case.storage
+                strategy="frozen" if frozen else "random", dim=round_up(case.dim), storage=case.storage
             ),
             towers=TowersConfig(kind="residual", hidden=hidden),
             loss=LossConfig(kind="bce"),

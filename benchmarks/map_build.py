@@ -91,14 +91,14 @@ def ours(folder: Path, case: Case, args: argparse.Namespace) -> Callable[[], np.
     """A clustering that is ready to run; returns the row of each id."""
     import torch
 
-    from recpress.modules.hashing.clustering import cluster
+    from recpress.modules.hashing.k_means import k_means
 
     torch.set_num_threads(case.threads)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     weights = torch.from_numpy(np.load(folder / "weights.npy"))
 
     def run() -> np.ndarray:
-        found = cluster(vectors, weights, case.rows, seed=0, iterations=args.iterations)
+        found = k_means(vectors, weights, case.rows, seed=0, iterations=args.iterations)
         return found.assignment.numpy()
 
     return run

@@ -15,7 +15,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 
 from recpress.modules.config import TwoTowerConfig
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower, rows_key
+from recpress.modules.two_tower.model import SideSpec, TwoTower, rows_key
 from recpress.trainer.config import OptimizerConfig
 
 

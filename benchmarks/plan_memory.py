@@ -53,7 +53,7 @@ STEPS = 24
 """Of a run at least."""
 KINDS = {
     "random": ["--model.tables.strategy", "random", "--model.tables.dim", str(DIM)],
-    "trained factors": ["--model.tables.strategy", "init-train"],
+    "trained factors": ["--model.tables.strategy", "warm-start"],
     "frozen fp32": [],
     "frozen int8": ["--model.tables.storage", "int8"],
     "hashed fp32": [],

@@ -27,7 +27,7 @@ from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.stream.keyed import KeyedBatches
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 Columns = dict[str, torch.Tensor | JaggedColumn]
 Read = Callable[[], float]

@@ -93,7 +93,7 @@ def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device
     plain, packed = (LearnedHash({"f0": id_map}, packed=p).to(device) for p in (False, True))
     for_many = LearnedHash(maps).to(device)
     some_unknown = keyed(torch.where(torch.rand(len(ids), device=device) < 0.01, ids + size, ids), ["f0"])
-    two = LearnedHash({"f0": random_map(size, rows, 1, ways=2)}).to(device)
+    two = LearnedHash({"f0": random_map(size, rows, 1, rows_per_id=2)}).to(device)
     slots = min(args.mch_ids, size)
     mch = filled_mch(torch.arange(size, device=device), slots)
     jagged = {"t": JaggedTensor(values=ids, lengths=torch.ones_like(ids))}

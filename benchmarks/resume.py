@@ -29,7 +29,7 @@ from recpress.benchmarks.reader import imported
 from recpress.benchmarks.synthetic_logs import SyntheticLog
 from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 SMALL = ("--rows", "8000000", "--file-rows", "500000", "--steps", "2")
 Resume = Callable[[int], float]

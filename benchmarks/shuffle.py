@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from recpress.benchmarks.common import publish, settings_of
 from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.config import TrainConfig

@@ -29,7 +29,7 @@ from recpress.benchmarks.processes import status_bytes
 from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.stream.keyed import KeyedBatch, KeyedBatches
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 SMALL = ("--minutes", "0.1", "--every", "0.2", "--rows", "1000000")
 FULL = ("--minutes", "10")

@@ -144,9 +144,9 @@ def random_ids(kind: str, num_ids: int, count: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).permutation(num_ids)[skewed_ids(rng, num_ids, count)])
 
 
-def random_map(ids: int, rows: int, seed: int, ways: int = 1) -> IdMap:
+def random_map(ids: int, rows: int, seed: int, rows_per_id: int = 1) -> IdMap:
     """Each id on random rows."""
-    values = np.random.default_rng(seed).integers(0, rows, (ids, ways), dtype=np.int32)
+    values = np.random.default_rng(seed).integers(0, rows, (ids, rows_per_id), dtype=np.int32)
     return IdMap(rows=torch.from_numpy(values), num_rows=rows)
 
 

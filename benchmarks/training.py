@@ -42,7 +42,7 @@ import torch.distributed as dist
 from recpress.benchmarks.common import lines, publish, settings_of
 from recpress.benchmarks.loops import BARE, LOOPS, OURS, Case, LogBatches, Subject, make_log, random_batch
 from recpress.benchmarks.processes import PeakMemory, in_own_processes, launched
-from recpress.modules.rows import round_up
+from recpress.modules.row_source import round_up
 from recpress.trainer.distributed.process_group import process_group
 
 SMALL = (

@@ -1,7 +1,7 @@
-"""Train a DLRM of your own on a Criteo log, compress its tables, and train on.
+"""Train a DLRM on a Criteo log, compress its tables, and continue training.
 
 python examples/compress_dlrm.py train.parquet       # columns label, I1 to I13, C1 to C26
-Only the end of `main` is recpress; what stands before it is any TorchRec model and loop.
+Only the end of `main` uses recpress. The rest is a common TorchRec model and loop.
 """
 
 import argparse
@@ -13,16 +13,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 
-from recpress.modules.compress.compress import compress
-from recpress.modules.config import HashConfig
-from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules import HashConfig, TableStats, build_map, compress
 
 DENSE, SPARSE, DIM = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1, 27)], 16
 
 
 def read(path: str) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """[dense (N, 13), ids (N, 26) numbered from 0 in each column, labels (N,)], column -> its ids."""
+    """[dense (N, 13), ids (N, 26) numbered from 0 per column, labels (N,)], column -> its number of ids."""
     log = pq.read_table(path, columns=["label", *DENSE, *SPARSE])
     dense = np.stack([np.log1p(np.maximum(log[c].fill_null(0).to_numpy(), 0)) for c in DENSE], 1)
     ids = [np.unique(log[c].fill_null(-1).to_numpy(), return_inverse=True) for c in SPARSE]
@@ -67,12 +64,12 @@ def main() -> None:
         if size >= 100:
             counts[name] = first[1][:, i].bincount(minlength=size)
             embedding = collection.embedding_bags[name].weight.detach()
-            ids = IdTable(name=name, num_ids=size, counts=counts[name], embedding=embedding)
+            ids = TableStats(name=name, num_ids=size, counts=counts[name], embedding=embedding)
             maps[name] = build_map(ids, int(args.keep * size), HashConfig(method="learned"))
     model, report = compress(model, maps, counts=counts)
-    print(f"compressed, rows the means of the old ones:  {loss(model, *held_out):.4f}")
+    print(f"compressed, rows are means of the old rows:  {loss(model, *held_out):.4f}")
     train(model, second)
-    print(f"compressed, trained on:                      {loss(model, *held_out):.4f}\n\n{report}")
+    print(f"compressed, after more training:             {loss(model, *held_out):.4f}\n\n{report}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Configuration of factorization, tables and towers. Free of torch, so that `--help` answers at once."""
+"""Configuration of factorization, id maps, tables and towers. Imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -11,82 +11,82 @@ class ALSConfig:
     """Weighted least squares for implicit feedback (Hu, Koren, Volinsky 2008), in settings that do not depend on the
     size of the log.
 
-    A setting that is not given is chosen by `modules.als_auto`: it compares a few candidates on examples that are held
-    out of the input, at about the cost of one factorization. `ALSParameters` has the objective.
+    `modules.als.auto` chooses each setting that is not given: it compares a few candidates on held-out examples of the
+    input, at about the cost of one factorization. `ALSParameters` has the objective.
     """
 
     factors: int | None = None
-    """Dimension of the vectors. Not given: chosen, at most --als.max-factors."""
+    """Dimension of the vectors. Default: chosen, at most --als.max-factors."""
     max_factors: int = 128
     """Largest dimension to choose."""
     sweeps: int | None = None
-    """Sweeps; one solves all users and all items once. Not given: until a sweep lowers
-    the objective by less than 0.2 %, at most 15; with --als.no-auto, 10."""
+    """Number of sweeps. A sweep solves all users and all items once. Default: until a sweep lowers the objective by
+    less than 0.2 %, at most 15; with --als.no-auto, 10."""
     unobserved_ratio: float | None = None
-    """Total weight of all pairs without an interaction, relative to that of all interactions. Not given: chosen."""
+    """Total weight of all pairs without an interaction, relative to that of all interactions. Default: chosen."""
     mean_penalty: float | None = None
-    """Mean L2 penalty of a user's vector, in units of the mean weight of an interaction. Not given: chosen."""
+    """Mean L2 penalty of a user's vector, in units of the mean weight of an interaction. Default: chosen."""
     item_exponent: float | None = None
-    """An interaction weighs as much as this power of one over its item's count; 0 weighs all alike. Not given:
+    """Exponent of 1 / (count of the item) in the weight of an interaction; 0 weighs all interactions equally. Default:
     chosen."""
     frequency_exponent: float = 0.5
-    """How the penalty grows with an id's weight in the loss; 0: the same for every id, 1: in proportion."""
+    """How the penalty grows with an id's weight in the loss. 0: the same for every id; 1: in proportion."""
     confidence: float = 1.0
-    """Weight that an interaction adds, for each unit of its value."""
+    """Weight added by an interaction, per unit of its value."""
     unobserved_weight: float | None = None
-    """For experts: absolute weight of a pair without an interaction, instead of --als.unobserved-ratio."""
+    """For experts: absolute weight of a pair without an interaction. Replaces --als.unobserved-ratio."""
     regularization: float | None = None
-    """For experts: absolute L2 regularization, instead of --als.mean-penalty."""
+    """For experts: absolute L2 regularization. Replaces --als.mean-penalty."""
     auto: bool = True
-    """Choose what is not given; otherwise take a fixed default for each setting."""
+    """Choose the settings that are not given. Otherwise each has a fixed default."""
     auto_metric: Literal["auto", "sampled", "full"] = "auto"
-    """How candidates are compared: by NDCG@10 of a held-out item among 99 `sampled` items, or among all items (`full`);
-    `auto`: as the log's own held-out part is ranked, `sampled` without one."""
+    """How to compare candidates: by NDCG@10 of a held-out item among 99 sampled items (`sampled`) or among all items
+    (`full`). `auto`: as the test part of the log is ranked, or `sampled` if there is none."""
     auto_trials: int = 8
-    """Candidates to compare; those beyond the first 8 are drawn at random."""
+    """Candidates to compare. Those after the first 8 are drawn at random."""
     auto_cost: float = 1.0
-    """Cost of the choice, in factorizations, about."""
+    """Approximate cost of the choice, in factorizations."""
     solver: Literal["auto", "cg", "cholesky"] = "auto"
-    """How each row's normal equations are solved. `cholesky`: exactly. `cg`: three steps of preconditioned
-    conjugate gradients from the last sweep's vector. `auto`: two such steps in the first two sweeps, then
-    one, over-relaxed; the fastest, and mostly to a lower objective."""
+    """How to solve each row's normal equations. `cholesky`: exactly. `cg`: three steps of preconditioned conjugate
+    gradients from the vector of the last sweep. `auto`: two such steps in the first two sweeps, then one over-relaxed
+    step; the fastest, and usually with the lowest objective."""
     tolerance: float = 0.0
-    """Stop one sweep after the objective fell by less than this share; 0 runs all sweeps that --als.sweeps names."""
+    """Stop one sweep after the objective fell by less than this share. 0 runs all --als.sweeps sweeps."""
     seed: int = 0
     """Seed of the initial vectors and of the choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ALSParameters:
-    """The parameters of one factorization, absolute: what `ALSConfig` becomes for a log.
+    """The absolute parameters of one factorization, derived from `ALSConfig` for a log.
 
     Minimizes  sum_(u,i) c_ui (p_ui - x_u . y_i)^2 + sum_u reg_u |x_u|^2 + sum_i reg_i |y_i|^2
     with p_ui = 1 and c_ui = unobserved_weight + confidence * g_i * value for an interaction, p_ui = 0 and
     c_ui = unobserved_weight elsewhere; g_i = item_scale * n_i ** -item_exponent; reg_u = regularization * (n_u +
     unobserved_weight * num_items) ** frequency_exponent (Rendle et al. 2022), and likewise reg_i. n_u and n_i count
-    distinct interactions; num_items and num_users are `used_items` and `used_users` where these are given.
+    distinct interactions; num_items and num_users are `used_items` and `used_users` if these are given.
     """
 
     factors: int = 64
     """Dimension of the vectors."""
     sweeps: int = 15
-    """Sweeps; one solves all users and all items once."""
+    """Number of sweeps. A sweep solves all users and all items once."""
     confidence: float = 8.0
-    """Weight that an interaction adds, for each unit of its value."""
+    """Weight added by an interaction, per unit of its value."""
     unobserved_weight: float = 1.0
-    """Weight of the pairs without an interaction."""
+    """Weight of a pair without an interaction."""
     regularization: float = 60.0
     """L2 regularization."""
     frequency_exponent: float = 0.0
     """0: the same for every row; 1: in proportion to its weight in the loss."""
     item_exponent: float = 0.0
-    """Interactions of frequent items weigh less."""
+    """The larger, the less interactions of frequent items weigh."""
     item_scale: float = 1.0
-    """Keeps the mean weight of an interaction, whatever `item_exponent` is."""
+    """Makes the mean weight of an interaction independent of `item_exponent`."""
     used_users: int | None = None
-    """Users with an interaction: ids that nothing uses, such as gaps between ids, do not raise the penalty."""
+    """Number of users with an interaction, so that unused ids do not raise the penalty."""
     used_items: int | None = None
-    """Likewise items."""
+    """Number of items with an interaction."""
     solver: Literal["auto", "cg", "cholesky"] = "auto"
     """As in `ALSConfig`."""
     tolerance: float = 0.0
@@ -97,36 +97,36 @@ class ALSParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticConfig:
-    """Logistic matrix factorization: sigmoid(u.v + b_u + b_v + b), cross-entropy, sampled negatives (CADC's
-    own)."""
+    """Logistic matrix factorization: sigmoid(u.v + b_u + b_v + b), cross-entropy, sampled negatives (the factorization
+    of the CADC paper)."""
 
     factors: int = 64
-    """Dimension of the vectors, without the two places that the biases take when they are folded in."""
+    """Dimension of the vectors, without the two columns for the biases."""
     epochs: int = 20
     """Passes over the log."""
     learning_rate: float = 0.05
-    """Of row-wise Adagrad."""
+    """Learning rate of row-wise Adagrad."""
     weight_decay: float = 0.0
-    """L2 on the rows that a step touches."""
+    """L2 penalty on the rows of a batch."""
     negatives: int = 4
-    """Sampled negatives for each positive."""
+    """Sampled negatives per positive."""
     seed: int = 0
     """Seed of the initial vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
-    """Where the embedding tables come from and whether they are trained."""
+    """Where embedding tables start, and whether they are trained."""
 
-    strategy: Literal["random", "init-train", "init-freeze", "init-freeze-plus"] = "init-freeze"
-    """`random`: random and trained; `init-train`: factors, trained on; `init-freeze`: factors, frozen (CADC);
-    `init-freeze-plus`: frozen factors beside a small trainable table."""
+    strategy: Literal["random", "warm-start", "frozen", "frozen+residual"] = "frozen"
+    """`random`: random, trained; `warm-start`: factors, trained; `frozen`: factors, not trained (CADC);
+    `frozen+residual`: frozen factors plus a small trainable table."""
     dim: int = 64
-    """Dimension of the tables of `random`; the others take the factors' own."""
+    """Dimension of `random` tables. Others have the dimension of the factors."""
     storage: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
-    """How frozen rows are stored; `int8` and `int4` with a scale and an offset of each row."""
-    plus_dim: int = 16
-    """Dimension of the trainable table beside the frozen one."""
+    """How to store frozen rows. `int8` and `int4` have a scale and an offset per row."""
+    residual_dim: int = 16
+    """Dimension of the trainable table of `frozen+residual`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,36 +134,35 @@ class TowersConfig:
     """The networks between the tables and the dot product."""
 
     kind: Literal["mlp", "residual"] = "residual"
-    """`mlp`: out = MLP(e); `residual`: out = e exp(gate) + MLP(e), which starts with the factors' own
-    ranking."""
+    """`mlp`: out = MLP(e); `residual`: out = e exp(gate) + MLP(e), which starts with the ranking of the factors."""
     hidden: tuple[int, ...] = (256,)
     """Widths of the hidden layers."""
     dim: int = 64
-    """Dimension of the output of `mlp`; `residual` keeps the table's."""
+    """Output dimension of `mlp`. `residual` has the dimension of the table."""
     dropout: float = 0.0
-    """Dropout on the hidden layers."""
+    """Dropout rate of the hidden layers."""
     penalty: float = 0.0
-    """`residual`: weight in the loss of the mean square of what the MLP adds, in units of the table's
-    spread."""
+    """`residual`: weight in the loss of the mean square of the MLP's output, in units of the table's standard
+    deviation."""
     feature_dim: int = 8
-    """Dimension of the trainable table of each further categorical feature."""
+    """Dimension of the trainable table of each additional categorical feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What the towers are trained for."""
+    """The training loss of the towers."""
 
     kind: Literal["bce", "softmax"] = "bce"
     """`bce`: cross-entropy of each pair (CADC); `softmax`: sampled softmax with logQ correction."""
     in_batch: bool = False
-    """`softmax`: the other rows' positives are candidates too."""
+    """`softmax`: use the positives of other examples in the batch as negatives, too."""
     candidates: int = 0
-    """`softmax`: size of the choice that the loss stands for, e.g. 100 for a test with 99 negatives; 0: all
+    """`softmax`: number of candidates of the ranking task, for example 100 for a test with 99 negatives; 0: all
     items."""
     scale: float = 8.0
-    """Start of the learned factor between dot product and logit."""
+    """Initial value of the learned factor between dot product and logit."""
     bias: float = -4.0
-    """`bce`: start of the learned offset of the logit."""
+    """`bce`: initial value of the learned offset of the logit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,19 +182,19 @@ HashMethod = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class HashConfig:
-    """How ids are mapped to fewer rows."""
+    """How to map ids to fewer rows."""
 
     method: HashMethod = "learned"
-    """How; `recpress.modules.hashing.methods` has the table of names, and docs/train/hash.md explains each."""
-    private: float = -1.0
-    """Share of the rows that the most frequent ids have for themselves (`learned`, `frequency`, `hybrid`); below 0:
-    the method's own choice."""
-    power: float = 0.5
-    """`learned`, `co-cluster`: an id weighs as much as this power of its count."""
-    ways: Literal[1, 2] = 1
-    """`learned`: rows of an id. With 2, an id is the weighted sum of two rows: a larger map, two lookups, and far
-    closer to the embedding (`hashing.pairs`)."""
+    """Hashing method; `recpress.modules.hashing.methods` has the table of methods, docs/train/hash.md explains each."""
+    exclusive_share: float = -1.0
+    """Share of the rows that belong to one id each, the most frequent ids (`learned`, `frequency`, `hybrid`).
+    Negative: the default of the method."""
+    count_exponent: float = 0.5
+    """`learned`, `co-cluster`: exponent of the count in an id's weight."""
+    rows_per_id: Literal[1, 2] = 1
+    """`learned`: rows per id. With 2, an id is the weighted sum of two rows, much closer to the embedding, at the price
+    of a larger map and two look-ups (`hashing.two_row`)."""
     iterations: int = 15
     """Passes of the clustering over the ids."""
     seed: int = 0
-    """Seed of hashes and of the clustering's start."""
+    """Seed of the hash functions and of the clustering."""

@@ -1,8 +1,8 @@
-"""Fingerprints of what a checkpoint does not hold, id maps and frozen rows: saved with it, and checked on loading.
+"""Fingerprints of id maps and frozen rows, which a checkpoint does not contain: saved with it, and checked on loading.
 
-A module that is `Fingerprinted` adds one small tensor a map or table to its `state_dict`, under `fingerprint.<name>`.
-`load_state_dict` compares them, and the first forward compares what torch.distributed.checkpoint wrote into them in
-place. A checkpoint without fingerprints loads as before: there is nothing to compare.
+A `Fingerprinted` module adds one small tensor per map or table to its `state_dict`, named `fingerprint.<name>`.
+`load_state_dict` compares it. torch.distributed.checkpoint writes into it in place, and the next forward compares it. A
+checkpoint without fingerprints loads without a check.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from recpress.modules.rows import RowSource
+from recpress.modules.row_source import RowSource
 
 PREFIX = "fingerprint."
 _SKETCH, _READ = 1024, 4
-"""Numbers of a sketch of frozen rows, and rows that are read for each."""
+"""Numbers in a sketch of frozen rows, and rows to read for each number."""
 _TOLERANCE = 1e-4
 
 
 def is_fingerprint(name: str) -> bool:
-    """Whether a name of a `state_dict` is that of a fingerprint."""
+    """Whether a key of a `state_dict` is a fingerprint."""
     return f".{PREFIX}" in f".{name}"
 
 
 def rows_fingerprint(source: RowSource) -> torch.Tensor:
-    """(min(rows, 1024),) float64: weighted sums of rows spread evenly over the source, all rows up to 4,096.
+    """(min(rows, 1024),) float64: weighted sums of rows spread evenly over the source. Reads all of up to 4,096 rows.
 
-    Sums and not a digest: the rows may be the result of a solver, which differs in the last bits between machines.
-    Every rank gets the same, whatever shards it holds.
+    It is not a digest, because rows may come from a solver whose last bits differ between machines. It is the same on
+    every rank, independent of sharding.
     """
     rows, dim = source.shape
     count = empty_rows_fingerprint(rows).numel()
@@ -54,14 +54,15 @@ def rows_fingerprint(source: RowSource) -> torch.Tensor:
 
 
 def empty_rows_fingerprint(rows: int) -> torch.Tensor:
-    """Of a table that is not loaded: all NaN, which nothing is compared with."""
+    """The fingerprint of a table that is not loaded: all NaN. It is never compared."""
     return torch.full((min(rows, _SKETCH),), torch.nan, dtype=torch.float64)
 
 
 class Fingerprinted(nn.Module):
-    """A module whose `state_dict` names what it was saved with.
+    """A module whose `state_dict` identifies the maps or rows that it was saved with.
 
-    `_own` is what this module has; `_shown` is what `state_dict` gives out, and what a checkpoint may be written into.
+    `_own` are the fingerprints of this module. `_shown` are the tensors in `state_dict`, into which a checkpoint may be
+    loaded in place.
     """
 
     def init_fingerprints(self, own: dict[str, torch.Tensor]) -> None:
@@ -71,14 +72,14 @@ class Fingerprinted(nn.Module):
         self._versions = {name: value._version for name, value in self._shown.items()}
 
     def describe_mismatch(self, name: str) -> str:
-        """What an error says where a checkpoint has another fingerprint."""
+        """The error message for a checkpoint with another fingerprint."""
         raise NotImplementedError
 
     def set_fingerprint(self, name: str, value: torch.Tensor) -> None:
-        """Note what was loaded. A checkpoint that came before must fit, unless something else was loaded already.
+        """Set the fingerprint of what was loaded.
 
         Raises:
-            ValueError: it does not.
+            ValueError: nothing was loaded before, and a checkpoint was saved with something else.
         """
         if _is_known(self._shown[name]) and not _is_known(self._own[name]):
             self._compare(name, self._shown[name], value)
@@ -87,7 +88,7 @@ class Fingerprinted(nn.Module):
         self._versions[name] = self._shown[name]._version
 
     def check_fingerprints(self) -> None:
-        """Raise ValueError where a checkpoint of another map or table was written into `state_dict`'s tensors."""
+        """Raise ValueError if a checkpoint of another map or table was loaded into the tensors of `state_dict`."""
         for name, shown in self._shown.items():
             if shown._version != self._versions[name]:
                 self._compare(name, shown, self._own[name])
@@ -129,9 +130,9 @@ class Fingerprinted(nn.Module):
             saved = state_dict.get(key)
             if saved is None or not _is_known(saved):
                 continue
-            # Raised at once: DistributedModelParallel drops what is added to error_msgs.
+            # Raise immediately, because DistributedModelParallel drops what is added to error_msgs.
             self._compare(name, saved, self._own[name])
-            if not _is_known(self._own[name]):  # compared when rows are loaded
+            if not _is_known(self._own[name]):  # compare when rows are loaded
                 self._shown[name] = saved.detach().cpu().clone()
                 self._versions[name] = self._shown[name]._version
 
@@ -141,9 +142,9 @@ def _is_known(value: torch.Tensor) -> bool:
 
 
 def unique_names(names: Iterable[str], what: str) -> None:
-    """Raise ValueError where a name comes twice."""
+    """Raise ValueError if a name is repeated."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ValueError(f"{what}: the name {name!r} is there twice, expected each name once")
+            raise ValueError(f"{what}: the name {name!r} is repeated, expected distinct names")
         seen.add(name)

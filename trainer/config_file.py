@@ -25,9 +25,24 @@ RENAMED = {
     "stream.ready": "stream.prefetch_batches",
     "stream.threads": "stream.num_threads",
     "follow.on": "follow.online",
+    "tables.plus_dim": "tables.residual_dim",
+    "hash.private": "hash.exclusive_share",
+    "hash.power": "hash.count_exponent",
+    "hash.ways": "hash.rows_per_id",
+    "private": "exclusive_share",
+    "privates": "exclusive_shares",
+    "power": "count_exponent",
+    "powers": "count_exponents",
+    "ways": "rows_per_id",
 }
 """Deprecated option -> its name now. Command lines and TOML files accept the old name for one release, with a warning.
-A name also matches within a section (`train.stream.lanes`), and the name of a section all options in it."""
+A name in a section also matches within another section (`train.stream.lanes`), a name without a section only at the
+start. The name of a section matches all options in it."""
+
+RENAMED_VALUES = {
+    "tables.strategy": {"init-train": "warm-start", "init-freeze": "frozen", "init-freeze-plus": "frozen+residual"},
+}
+"""Option -> deprecated value -> its name now, accepted likewise."""
 
 _STAGES = ("factorize", "hash", "train", "evaluate")
 
@@ -35,8 +50,17 @@ _STAGES = ("factorize", "hash", "train", "evaluate")
 def current_name(option: str) -> str:
     """The name now of an option, such as `stream.lanes`; the same name unless it is in `RENAMED`."""
     for old, new in RENAMED.items():
-        option = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, option)
+        start = "(?<![^.])" if "." in old else "^"
+        option = re.sub(rf"{start}{re.escape(old)}(?![^.])", new, option)
     return option
+
+
+def current_value(option: str, value: Any) -> Any:
+    """The name now of a value of an option; the same value unless it is in `RENAMED_VALUES`."""
+    for name, values in RENAMED_VALUES.items():
+        if isinstance(value, str) and f".{option}".endswith(f".{name}"):
+            return values.get(value, value)
+    return value
 
 
 def current_names(config: Mapping[str, Any], source: str = "", *, warn: bool = False) -> dict[str, Any]:
@@ -68,7 +92,9 @@ def current_names(config: Mapping[str, Any], source: str = "", *, warn: bool = F
                 parent = parent.setdefault(name, {})
             if path[-1] in parent:
                 raise InputError(f"{source}: '{new}' is set twice, once by its old name; remove one")
-            parent[path[-1]] = value
+            parent[path[-1]] = current_value(new, value)
+            if warn and parent[path[-1]] != value:
+                _warn(f"{source}: '{new} = {value}'", repr(parent[path[-1]]))
 
     copy(config, ())
     return result
@@ -87,9 +113,20 @@ def current_arguments(command_line: Sequence[str]) -> list[str]:
             section, dot, option = new.replace("_", "-").rpartition(".")
             current = f"--{section}{dot}{negated.replace('_', '-')}{option}"
             _warn(flag, current)
-            argument = current + equals + value
+            flag, argument = current, current + equals + value
+        if not equals and not argument.startswith("--") and found:
+            argument = _current_argument(found[-1], argument)
+        elif equals:
+            argument = flag + equals + _current_argument(flag, value)
         found.append(argument)
     return found
+
+
+def _current_argument(flag: str, value: str) -> str:
+    current = current_value(flag.removeprefix("--").replace("-", "_"), value)
+    if current != value:
+        _warn(f"{flag} {value}", current)
+    return current
 
 
 def _warn(old: str, new: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from recpress.benchmarks.on_gpu.device import Ceilings, kernels
-from recpress.modules.als.als import ALS, SweepReport
+from recpress.modules.als.factorization import ALS, SweepReport
 from recpress.modules.config import ALSConfig
 
 SWEEPS = 8

@@ -16,9 +16,9 @@ from recpress.benchmarks import synthetic_logs
 from recpress.benchmarks.on_gpu.training import TABLES, case_of, subject_of, timed
 from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.negatives.negatives import UniformNegatives
+from recpress.data.negatives.samplers import UniformNegatives
 from recpress.data.stream.batch import Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 
 class Clocked:

@@ -27,7 +27,7 @@ def rows(device: torch.device, best: Ceilings, tiny: bool) -> list[dict[str, Any
         maps = {f"f{k}": random_map(per_key, max(1, per_key // 10), k) for k in range(FEATURES)}
         plain, packed = (LearnedHash({"f0": one_map}, packed=p).to(device) for p in (False, True))
         for_many = LearnedHash(maps).to(device)
-        two = LearnedHash({"f0": random_map(size, max(1, size // 10), 1, ways=2)}).to(device)
+        two = LearnedHash({"f0": random_map(size, max(1, size // 10), 1, rows_per_id=2)}).to(device)
         for kind in ("uniform", "skewed"):
             ids = random_ids(kind, size, count, 2).to(device)
             one, many = keyed(ids, ["f0"]), keyed(ids.remainder(per_key), KEYS)

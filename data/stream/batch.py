@@ -12,8 +12,8 @@ from torchrec.streamable import Pipelineable
 
 from recpress.data.dataset.side_table import JaggedColumn, SideTable
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import InBatchNegatives, Negatives
-from recpress.data.stream.stream import Interactions
+from recpress.data.negatives.samplers import InBatchNegatives, Negatives
+from recpress.data.stream.loader import Interactions
 
 USER, ITEM = "user", "item"
 """Keys of the ids in the KeyedJaggedTensors."""

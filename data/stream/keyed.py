@@ -12,7 +12,7 @@ from torchrec.streamable import Pipelineable
 
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.errors import InputError
-from recpress.data.stream.stream import Interactions, InteractionStream
+from recpress.data.stream.loader import Interactions, InteractionStream
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 """Ids (n,) int64 -> as many ids, such as `recpress.modules.hashing.mapped_hash.MappedHash` of one feature."""
@@ -149,7 +149,7 @@ class KeyedBatches(IterableDataset):
     Example:
         >>> from recpress.data.config import Schema, StreamConfig
         >>> from recpress.data.dataset.log import open_log
-        >>> from recpress.data.stream.stream import InteractionStream
+        >>> from recpress.data.stream.loader import InteractionStream
         >>> log = open_log("runs/log", Schema(label="label"))
         >>> stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=100))
         >>> batches = KeyedBatches(stream, transforms={"item_id": lambda ids: ids % 10})

@@ -35,28 +35,29 @@ def memory_bound(
     rank_rows: int,
     batch_rows: int,
     threads: int,
-    ready: int,
+    prefetch_batches: int,
 ) -> int:
-    """(rounds + 1) x rows of a round x bytes a row + threads x a row group while it is decoded + (threads + 1) x one
-    that is to be written + tiles + lists that are put in order + batches.
+    """Bytes: windows x rows of a window x bytes per row + threads x a row group while it is decoded + (threads + 1) x a
+    row group to be written + staged tiles + lists while they are put in order + batches.
 
     Args:
-        rank_rows: rows of a round on this rank.
+        rank_rows: rows of a shuffle window on this rank.
         batch_rows: rows of a batch on this rank.
+        prefetch_batches: batches that wait for training.
     """
     lists = [name for name in columns if pa.types.is_nested(_type(rows, name))]
     dense = sum(_width(rows, name) for name in columns if name not in lists)
     values = sum(_values_a_row(rows, name) for name in lists)
-    row = dense + _SCATTERED * 8 * (values + 2 * len(lists))  # values, offsets, and where in the round a row goes
+    row = dense + _SCATTERED * 8 * (values + 2 * len(lists))  # values, offsets, and the place of a row in the window
     floats = 4 * sum(rows.columns[name].role == "float" for name in columns)
     decoding = max((_decoding(rows, visit.group, columns) for visit in ahead.visits), default=0)
     written = ahead.largest * row  # one lies between the threads that decode and those that write
-    begun = ahead.lanes * min(TILE_ROWS, rank_rows) * dense
-    ordered = rank_rows * 8 * (values + 8 * len(lists))  # of one round: in their order, beside as they came
-    batches = (ready + _PIPELINE) * batch_rows * (floats + 8 * (values + 2 * len(lists)))
-    rounds = (ahead.most_windows() + 1) * rank_rows * row  # training still holds batches of the one before
+    staged = ahead.lanes * min(TILE_ROWS, rank_rows) * dense
+    ordered = rank_rows * 8 * (values + 8 * len(lists))  # of one window: in file order and in batch order
+    batches = (prefetch_batches + _PIPELINE) * batch_rows * (dense + floats + 8 * (values + 2 * len(lists)))
+    windows = ahead.most_windows() * (rank_rows + batch_rows) * row  # all windows have the size of the largest
     groups = _ROUNDED * (threads * decoding + (threads + 1) * written)
-    return round(rounds + groups + begun + ordered + batches + KEPT + threads * _THREAD)
+    return round(windows + groups + staged + ordered + batches + KEPT + threads * _THREAD)
 
 
 def _type(rows: ParquetSplit, name: str) -> pa.DataType:
@@ -65,7 +66,7 @@ def _type(rows: ParquetSplit, name: str) -> pa.DataType:
 
 
 def _width(rows: ParquetSplit, name: str) -> int:
-    """Bytes of a value of a dense column, as it lies in a round."""
+    """Bytes of a value of a dense column, in a shuffle window."""
     return 4 if rows.columns[name].role in ("label", "float") else 8
 
 

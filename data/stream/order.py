@@ -268,10 +268,6 @@ class EpochOrder:
 
     # ---- where the rows of a block go
 
-    def lane_slots(self, lane: int) -> tuple[int, int]:
-        """Places of the global batch that a lane fills in full steps: [first, end)."""
-        return int(self._full_cuts[lane]), int(self._full_cuts[lane + 1])
-
     def places(self, lane: int, number: int, first: int, count: int) -> np.ndarray:
         """Where the rows [first, first + count) of a block go: step of the round * global_batch + place in the global
         batch. (count,) int64
@@ -299,8 +295,7 @@ class EpochOrder:
         return places
 
     def tiles(self, lane: int, number: int, first: int, count: int) -> Iterator[ShuffleTile]:
-        """The rows [first, first + count) of a block, tile by tile: what `places` says, from the other side; of an
-        order that is shuffled."""
+        """The rows [first, first + count) of a block, tile by tile: the inverse of `places`."""
         block = self._block(lane, number)
         tile = bisect.bisect_right(block.starts, first) - 1
         at, end = first, first + count
@@ -308,7 +303,10 @@ class EpochOrder:
             begin, after = block.starts[tile], block.starts[tile + 1]
             slot, width, rows = block.slots[tile], block.slots[tile + 1] - block.slots[tile], after - begin
             tail, extra = block.tail_slots[tile], block.tail_slots[tile + 1] - block.tail_slots[tile]
-            index = self.pool.sources(rows, block.bits[2 * tile] % members(rows), block.bits[2 * tile + 1] % rows)
+            if block.bits:
+                index = self.pool.sources(rows, block.bits[2 * tile] % members(rows), block.bits[2 * tile + 1] % rows)
+            else:
+                index = np.arange(rows)
             yield ShuffleTile(at - first, min(after, end) - at, tile, at - begin, rows, slot, width, extra, tail, index)
             at, tile = min(after, end), tile + 1
 

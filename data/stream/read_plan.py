@@ -75,11 +75,11 @@ class ReadAhead:
         threads: int,
         start: int,
         meter: Meter,
-        spare: BufferPool,
+        buffers: BufferPool,
     ) -> None:
         self._rows, self._columns, self._order = rows, list(columns), order
         self._rank, self._world = rank, world
-        self._selection, self._meter, self._spare = selection, meter, spare
+        self._selection, self._meter, self._buffers = selection, meter, buffers
         ahead = ReadPlan(order, rank, world, start)
         self._visits, self._rows_of, self._limit = ahead.visits, ahead.rows_of, ahead.limit
         self._next = 0
@@ -116,6 +116,8 @@ class ReadAhead:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        for window in (*self._ready.values(), *self._filling.values()):
+            window.close()
         self._ready.clear()
         self._filling.clear()
         self._decoded.clear()
@@ -149,11 +151,12 @@ class ReadAhead:
         """Forgets the rounds before this one, also those that are not read yet."""
         with self._changed:
             self._floor = number
-            for place in [place for place in self._ready if place < number]:
-                self._drop(place)
+            for earlier in [earlier for earlier in self._ready if earlier < number]:
+                self._drop(earlier, self._ready.pop(earlier))
 
-    def _drop(self, number: int) -> None:
-        self._ready.pop(number, None)
+    def _drop(self, number: int, window: ShuffleWindow) -> None:
+        """With the lock."""
+        window.close()
         self._held -= self._rows_of[number]
         self._changed.notify_all()
 
@@ -259,10 +262,12 @@ class ReadAhead:
             made.finish()
             with self._changed:
                 if part.window < self._floor:
-                    self._drop(part.window)
+                    self._drop(part.window, made)
                 else:
                     self._ready[part.window] = made
                     self._changed.notify_all()
 
     def _new_window(self, number: int, columns: Columns) -> ShuffleWindow:
-        return ShuffleWindow(self._order, number, self._rank, self._world, columns, self._rows_of[number], self._spare)
+        return ShuffleWindow(
+            self._order, number, self._rank, self._world, columns, self._rows_of[number], self._buffers
+        )

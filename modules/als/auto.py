@@ -1,4 +1,4 @@
-"""Settings of a factorization that do not depend on the size of its log, and their choice on held-out examples.
+"""Settings of a factorization that do not depend on the size of the log, and their choice on held-out examples.
 
 `ALSConfig` states relative settings: the total weight of the unobserved pairs against that of the interactions, and
 the mean penalty of a user's vector. `absolute` turns them into `ALSParameters`, the parameters of the objective:
@@ -6,8 +6,9 @@ the mean penalty of a user's vector. `absolute` turns them into `ALSParameters`,
     unobserved_weight = ratio * W / (U * I)
     regularization    = penalty * (W / n) / mean_u (n_u + unobserved_weight * I) ** frequency_exponent
 
-with n interactions of total weight W, of U users and I items that have any. `choose` picks what the caller left open:
-it hides one item of some users, factorizes the rest with each candidate, and ranks the hidden items.
+with n interactions of total weight W, between U users and I items that have any. `choose` chooses the settings that the
+caller does not give: it hides one item of some users, factorizes the rest with each candidate, and ranks the hidden
+items.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
+from recpress.modules.als.half_sweep import Scales
 from recpress.modules.als.interactions import CSR
-from recpress.modules.als.side import Scales
 from recpress.modules.config import ALSConfig, ALSParameters
 
 DEFAULTS: dict[str, Any] = {
@@ -33,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "mean_penalty": 3.0,
     "item_exponent": 0.25,
 }
-"""What is not given, where nothing is chosen: within a few percent of the best on six logs (benchmarks/README.md)."""
+"""Settings without a choice: within a few percent of the best on six logs (benchmarks/README.md)."""
 CANDIDATES = (
     (4.0, 3.0, 0.25), (4.0, 5.0, 0.25), (12.0, 3.0, 0.25), (12.0, 5.0, 0.25), (12.0, 3.0, 0.5), (4.0, 5.0, 0.0),
     (4.0, 8.0, 0.0), (4.0, 2.0, 0.25),
@@ -41,29 +42,29 @@ CANDIDATES = (
 """(unobserved_ratio, mean_penalty, item_exponent) of the first round."""
 _NAMES = ("unobserved_ratio", "mean_penalty", "item_exponent")
 _ROUNDS = ((32, 3), (64, 5))
-"""Largest dimension and sweeps of the rounds before the last, which compares dimensions."""
+"""Largest dimension and sweeps of the rounds. A last round compares dimensions."""
 SAMPLE = 4_000_000
-"""Most interactions of the subsample. Every rank holds all of it, in several int64 arrays while it is made."""
+"""Most interactions of the subsample. Each rank holds all of it, in several int64 arrays while it is built."""
 USERS = 3000
-"""Most users that have an item hidden."""
+"""Most users with a hidden item."""
 NEGATIVES = 99
 TOP = 10
 MOST_SWEEPS = 15
 TOLERANCE = 2e-3
 """A fit ends one sweep after the objective fell by less than this share: after 8 to 13 sweeps on seven logs, whose
 NDCG@10 differs by less than 1 % from that after 10."""
-_ITEMS = 2048  # items that stand for all of them
-_EFFICIENCY = 0.5  # ranking and building a sample take more than `_cost` counts
+_ITEMS = 2048  # sampled items for the `full` metric
+_EFFICIENCY = 0.5  # `_cost` does not count ranking and building the sample
 _LEAST_INTERACTIONS = 35_000
-_LEAST_USERS = 50  # with fewer hidden items a comparison says nothing
+_LEAST_USERS = 50  # with fewer hidden items, differences are noise
 
 Fit = Callable[[ALSConfig], tuple[torch.Tensor, torch.Tensor]]
-"""Factorizes a sample: vectors of this rank's users of it, (rows, d), and of all its items, (num_items, d)."""
+"""Factorizes a sample: vectors of this rank's users, (rows, d), and of all items, (num_items, d)."""
 
 
 @dataclass
 class Trial:
-    """One candidate on the hidden items."""
+    """The result of one candidate on the hidden items."""
 
     settings: dict[str, Any]
     ndcg: float
@@ -74,27 +75,27 @@ class Trial:
 
 @dataclass
 class Choice:
-    """What `choose` compared, and what it found."""
+    """What `choose` compared and found."""
 
     settings: dict[str, Any]
-    """The winner."""
+    """The best candidate."""
     metric: str = "sampled"
     rows: int = 0
-    """Hidden items that were ranked; 0: too few to choose, the defaults were taken."""
+    """Number of ranked hidden items. 0: there were too few to choose, so the defaults apply."""
     interactions: int = 0
     """Interactions of the subsample."""
     ndcg: float = math.nan
-    """NDCG@10 of the winner on the hidden items."""
+    """NDCG@10 of the best candidate on the hidden items."""
     popularity: float = math.nan
-    """NDCG@10 of the items' counts, the same for every user."""
+    """NDCG@10 of the ranking by item counts."""
     above_popularity: bool = True
-    """Whether the winner is better than popularity by more than the noise."""
+    """Whether the best candidate beats popularity by more than the noise."""
     trials: list[dict[str, Any]] = field(default_factory=list)
-    """Candidates by round, best first: settings, factors, sweeps, ndcg."""
+    """Candidates by round, best first: settings with factors, sweeps, ndcg."""
     runner_up: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
-        """As plain data; what was not measured is None, which JSON has and NaN is not in."""
+        """As JSON values. What was not measured is None, because JSON has no NaN."""
         return {
             name: None if isinstance(value, float) and math.isnan(value) else value
             for name, value in asdict(self).items()
@@ -104,7 +105,7 @@ class Choice:
         """One line for the terminal."""
         shown = ", ".join(f"{name} {value:g}" for name, value in self.settings.items() if name != "sweeps")
         if not self.rows:
-            return f"auto: too few interactions to compare settings; taking the defaults ({shown})"
+            return f"auto: too few interactions to compare settings; using the defaults ({shown})"
         text = f"auto: {shown}: NDCG@{TOP} {self.ndcg:.4f} on {self.rows:,} held-out examples"
         if self.runner_up is not None:
             other = {k: v for k, v in self.runner_up["settings"].items() if self.settings.get(k) != v}
@@ -114,7 +115,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sample:
-    """Interactions of some users with dense ids of their own, the same on every rank, and what is hidden of them."""
+    """Interactions of some users, renumbered from 0, and their hidden items. The same on every rank."""
 
     users: np.ndarray
     items: np.ndarray
@@ -122,7 +123,7 @@ class Sample:
     num_users: int
     num_items: int
     hidden_users: np.ndarray
-    """Ascending, each once."""
+    """Ascending and distinct."""
     hidden_items: np.ndarray
 
     @property
@@ -132,7 +133,7 @@ class Sample:
 
 
 def absolute(config: ALSConfig, by_user: CSR, by_item: CSR, exchange: Exchange) -> ALSParameters:
-    """The parameters of the objective for these interactions, of all ranks; `DEFAULTS` for what is not given."""
+    """The parameters of the objective for the interactions of all ranks. `DEFAULTS` fills in what is not given."""
     given = settings_of(config)
     exponent = given["item_exponent"]
     degrees = np.diff(by_item.indptr)
@@ -176,25 +177,25 @@ def absolute(config: ALSConfig, by_user: CSR, by_item: CSR, exchange: Exchange) 
 
 
 def until_converged(config: ALSConfig) -> ALSConfig:
-    """`config` with as many sweeps as the log needs, unless it has a number of sweeps or a tolerance."""
+    """`config` with as many sweeps as the log needs, unless it sets the number of sweeps."""
     if config.sweeps is not None:
         return config
     return replace(config, sweeps=MOST_SWEEPS, tolerance=config.tolerance or TOLERANCE)
 
 
 def settings_of(config: ALSConfig) -> dict[str, Any]:
-    """The settings that can be chosen, by name; `DEFAULTS` for what is not given."""
+    """The settings that can be chosen, by name. `DEFAULTS` fills in what is not given."""
     defaults = DEFAULTS | {"factors": min(DEFAULTS["factors"], config.max_factors)}
     return {name: default if (got := getattr(config, name)) is None else got for name, default in defaults.items()}
 
 
 def item_weights(parameters: ALSParameters, counts: np.ndarray) -> np.ndarray:
-    """g of `ALSParameters` for items of these counts, float32."""
+    """g of `ALSParameters` for items with these counts, float32."""
     return (parameters.item_scale * np.maximum(counts, 1.0) ** -parameters.item_exponent).astype(np.float32)
 
 
 def scales(parameters: ALSParameters, by_item: CSR, num_items: int, exchange: Exchange) -> tuple[Scales, Scales]:
-    """What the users' and the items' sides weigh interactions with; collective where items differ in weight."""
+    """Weights of interactions by item, for solving users and for solving items. Collective."""
     own = item_weights(parameters, np.diff(by_item.indptr))
     every = torch.zeros(num_items, device=exchange.device)
     every[by_item.start : by_item.start + len(own)] = torch.from_numpy(own).to(exchange.device)
@@ -209,16 +210,16 @@ def choose(
     exchange: Exchange,
     prepare: Callable[[Sample], Fit],
 ) -> Choice:
-    """Settings for what `config` leaves open, by NDCG@10 of hidden items of these interactions. Collective.
+    """Choose the settings that `config` does not give, by NDCG@10 of hidden items. Collective.
 
-    Successive halving: all candidates in few dimensions, the best of them in more, then the winner in as many as
-    allowed. It takes a subsample of users, so that all of it costs about one factorization, and at most `SAMPLE`
-    interactions, which every rank holds. The choice depends on the interactions and the seed, not on the ranks; only
-    candidates that differ by less than the solver's rounding can change places.
+    Successive halving: all candidates in few dimensions, the best of them in more, then the winner in the largest
+    allowed dimension. The subsample of users is small enough that all of this costs about one factorization; it has at
+    most `SAMPLE` interactions, and each rank holds all of it. The choice depends on the interactions and the seed, not
+    on the world size, except for candidates that differ by less than rounding.
 
     Args:
         by_user: this rank's users with all their interactions.
-        prepare: gives what factorizes a sample over the ranks.
+        prepare: returns a function that factorizes a sample over the ranks.
     """
     given = settings_of(config)
     most = config.factors or config.max_factors
@@ -254,20 +255,20 @@ def choose(
         choice.trials.append(listed)
         return trial
 
-    if len(candidates) == 1:  # nothing to compare but the dimensions, and popularity
+    if len(candidates) == 1:  # compare only dimensions and popularity
         dim = most if config.factors is not None else rounds[-1][0]
         found = [run(candidates[0], dim, rounds[-1][1])]
     else:
         for dim, sweeps in rounds:
             found = [run(settings, dim, sweeps) for settings in candidates]
-            found.sort(key=lambda trial: -trial.ndcg)  # stable: equal candidates stay in their order
+            found.sort(key=lambda trial: -trial.ndcg)  # stable, so that ties have a fixed order
             candidates = [trial.settings for trial in found[:finalists]]
     best, runner, narrow_dim = found[0], found[1] if len(found) > 1 else None, rounds[-1][0]
     dim = runner_dim = config.factors or narrow_dim
     if config.factors is None and most > narrow_dim:
         wide = run(best.settings, most, rounds[-1][1])
         lost = best.gain - wide.gain
-        # a part of the log supports fewer dimensions than all of it: fewer are taken only where that is clear
+        # a sample supports fewer dimensions than the log, so choose fewer only if they are clearly better
         if lost.mean() > 2 * lost.std() / math.sqrt(len(lost)):
             runner, runner_dim = wide, most
         else:
@@ -286,7 +287,7 @@ def choose(
 
 
 def _used(config: ALSConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with the absolute ones of `config` in place of those that they replace."""
+    """`settings`, in which absolute settings of `config` replace the relative ones."""
     absolute = {"unobserved_ratio": "unobserved_weight", "mean_penalty": "regularization"}
     absolute = {name: other for name, other in absolute.items() if getattr(config, other) is not None}
     kept = {name: value for name, value in settings.items() if name not in absolute}
@@ -294,7 +295,7 @@ def _used(config: ALSConfig, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(config: ALSConfig) -> list[str]:
-    """Names of the settings that the caller left open."""
+    """Names of the settings that the caller does not give."""
     if not config.auto:
         return []
     names = [name for name in DEFAULTS if getattr(config, name) is None]
@@ -303,7 +304,7 @@ def _open(config: ALSConfig) -> list[str]:
 
 
 def _candidates(config: ALSConfig, names: list[str]) -> list[dict[str, Any]]:
-    """At most `auto_trials` distinct settings of `names`: `CANDIDATES`, then such as are drawn from wider ranges."""
+    """At most `auto_trials` distinct settings of `names`: `CANDIDATES`, then random ones from wider ranges."""
     given = {name: value for name, value in settings_of(config).items() if name in _NAMES}
     rng = np.random.default_rng([config.seed % 2**32, 7])
     found: list[dict[str, Any]] = []
@@ -319,9 +320,9 @@ def _candidates(config: ALSConfig, names: list[str]) -> list[dict[str, Any]]:
 def _share(
     config: ALSConfig, rows: int, num_users: int, num_items: int, dim: int, runs: list[tuple[int, int, int]]
 ) -> float:
-    """The share of users with which `runs` (times, dimension, sweeps) cost `auto_cost` factorizations of `dim`.
+    """The share of users for which `runs` (times, dimension, sweeps) cost `auto_cost` factorizations of `dim`.
 
-    Fewer users have fewer interactions, but nearly as many items.
+    A sample of users has fewer interactions, but nearly all items.
     """
     budget = _cost(rows, num_users + num_items, dim, DEFAULTS["sweeps"]) * config.auto_cost * _EFFICIENCY
     of_items = sum(times * _cost(0, num_items, *run) for times, *run in runs)
@@ -332,14 +333,14 @@ def _share(
 
 
 def _cost(rows: int, ids: int, dim: int, sweeps: int) -> float:
-    """Multiplications of some sweeps, up to a constant: two passes over the interactions, a solve a vector."""
+    """Multiplications of sweeps, up to a constant: two passes over the interactions, one solve per vector."""
     return float(sweeps) * (2.0 * rows * (dim + 64) + float(ids) * dim * dim)
 
 
 def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sample | None:
-    """A share of the users with all their interactions, one of which is hidden of at most `USERS` of them.
+    """A share of the users with all their interactions, with one hidden item for at most `USERS` of them.
 
-    Whether a user is in it, and what is hidden, depends on the seed and the user alone. None where nothing is left.
+    Which users are sampled, and which items are hidden, depends on the seed and the user only. None if it is empty.
     """
     degrees = np.diff(by_user.indptr)
     drawn = _uniform(seed, by_user.start, len(degrees), 0) < share
@@ -361,7 +362,7 @@ def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sa
     if not len(users):
         return None
     own_ids, dense_users, counts = np.unique(users, return_inverse=True, return_counts=True)
-    # hidden: of users with two items or more, a random one that another user has too
+    # hide, for users with at least two items, a random item that another user has, too
     first = np.concatenate(([0], np.cumsum(counts)[:-1]))
     _, dense_items, item_counts = np.unique(items, return_inverse=True, return_counts=True)
     place = first + (_uniform_of(seed, own_ids, 1) * counts).astype(np.int64)
@@ -370,7 +371,7 @@ def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sa
         able = np.sort(able[np.argsort(_uniform_of(seed, own_ids[able], 2), kind="stable")[:USERS]])
     kept = np.ones(len(users), bool)
     kept[place[able]] = False
-    # two hidden items may be the only interactions of an item: it is then ranked without a vector, as it would be
+    # if all interactions of an item are hidden, it has a zero vector, as an unseen item would
     return Sample(
         users=dense_users[kept],
         items=dense_items[kept],
@@ -397,19 +398,19 @@ def _ranker(
         wanted = sample.hidden_users[mine][:, None] * np.int64(sample.num_items) + drawn
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         met = (keys[at] == wanted) | (drawn == items[:, None])
-        # the first of twice as many draws that the user never met; users who met nearly all have fewer competitors
+        # take the first draws that the user has not interacted with; some users have fewer than NEGATIVES
         met |= np.cumsum(~met, axis=1) > NEGATIVES
         competitors, counted = torch.from_numpy(drawn).to(device), torch.from_numpy(~met).to(device)
     else:
         pool = np.arange(sample.num_items)
-        if len(pool) > _ITEMS:  # the position among some items tells that among all
+        if len(pool) > _ITEMS:  # estimate the rank among all items from a sample
             pool = np.sort(np.argsort(_uniform_of(seed, pool, 3), kind="stable")[:_ITEMS])
         times = sample.num_items / len(pool)
         column = np.full(sample.num_items, -1)
         column[pool] = np.arange(len(pool))
         place = np.full(sample.num_users, -1)
         place[sample.hidden_users[mine]] = np.arange(len(users))
-        # what the user met is masked, and so is the target itself
+        # mask the items of the user, and the target
         met_row = np.concatenate([place[sample.users], np.arange(len(users))])
         met_column = column[np.concatenate([sample.items, items])]
         counts = (met_row >= 0) & (met_column >= 0)
@@ -442,13 +443,13 @@ def _ranker(
 
 
 def _own(sample: Sample, exchange: Exchange) -> tuple[int, int]:
-    """First user of this rank's block, and their number."""
+    """First user and number of users of this rank's block."""
     blocks = RowBlocks(sample.num_users, exchange.world)
     return blocks.start(exchange.rank), blocks.size(exchange.rank)
 
 
 def _gather(column: np.ndarray, exchange: Exchange) -> np.ndarray:
-    """The columns of all ranks, in their order."""
+    """The columns of all ranks, in rank order."""
     return column if exchange.world == 1 else exchange.all_to_all([column] * exchange.world)
 
 

@@ -1,5 +1,5 @@
-"""Signs that a factorization collapsed: vectors of zero length, vectors of one direction, interactions that score no
-higher than random pairs, or a ranking no better than the items' counts."""
+"""Checks for a collapsed factorization: vectors of zero length or of one direction, interactions that score no higher
+than random pairs, or a ranking no better than by popularity."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.als.interactions import CSR
 
 if TYPE_CHECKING:
-    from recpress.modules.als.als import ALS
+    from recpress.modules.als.factorization import ALS
 
 PAIRS = 8192
-"""Interactions of a rank that are compared with random pairs."""
-_LEAST_LENGTH = 1e-3  # a vector this short scores every pair as zero beside the target of one
-_LEAST_SCORE = 1e-3  # the same of a user and an item together
+"""Interactions per rank to compare with random pairs."""
+_LEAST_LENGTH = 1e-3  # a shorter vector scores every pair as about zero, compared with the target of one
+_LEAST_SCORE = 1e-3  # the same for the product of the lengths of a user and an item
 _LEAST_SEPARATION = 0.6
 
 
 _LOG = (
-    "the log has too few interactions per user and item to learn tastes from; collect more interactions, drop rare "
+    "the log has too few interactions per user and item to learn preferences; collect more interactions, drop rare "
     "users and items, or rank by popularity"
 )
 
 
 def _fix(als: ALS) -> str:
-    """What to do about a collapse: to the settings that the caller gave, else to the log."""
+    """How to fix a collapse: by the settings that the caller gave, else by the log."""
     config = als.config
     if getattr(config, "unobserved_weight", None) is not None or getattr(config, "regularization", None) is not None:
         return "lower regularization or raise unobserved_weight, or leave both to auto"
@@ -40,9 +40,9 @@ def _fix(als: ALS) -> str:
 
 
 def separation(by_user: CSR, factors: Factors, exchange: Exchange, seed: int = 0) -> float:
-    """Share of interactions that score above a random item for the same user, ties by half. Collective.
+    """Share of interactions that score above a random item of the same user; a tie counts half. Collective.
 
-    0.5 is chance. `by_user`: this rank's interactions, of which at most `PAIRS` are compared.
+    0.5 is chance. Compares at most `PAIRS` of this rank's interactions `by_user`.
     """
     rng = np.random.default_rng(seed)
     count = min(PAIRS, len(by_user.indices))
@@ -54,7 +54,7 @@ def separation(by_user: CSR, factors: Factors, exchange: Exchange, seed: int = 0
     def scores(items: np.ndarray) -> torch.Tensor:
         ids, place = np.unique(items, return_inverse=True)
         wanted = torch.from_numpy(ids.astype(np.int64)).to(exchange.device)
-        found = exchange.rows(factors.items, wanted, blocks) if exchange.world > 1 else factors.items[wanted]
+        found = exchange.fetch_rows(factors.items, wanted, blocks) if exchange.world > 1 else factors.items[wanted]
         return (vectors * found[torch.from_numpy(place).to(found.device)]).sum(1)
 
     met = scores(by_user.indices[places])
@@ -65,7 +65,7 @@ def separation(by_user: CSR, factors: Factors, exchange: Exchange, seed: int = 0
 
 
 def effective_rank(rows: torch.Tensor, exchange: Exchange) -> float:
-    """exp of the entropy of the eigenvalues of rows' rows, all ranks' rows (local, d) together; 0 of zero rows."""
+    """exp of the entropy of the eigenvalues of the gramian of all ranks' rows (local, d); 0 if all rows are zero."""
     gramian = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in rows.split(4096):
         if not bool(part.any()):  # ids that do not occur: with large gaps between ids, most of all rows
@@ -80,9 +80,9 @@ def effective_rank(rows: torch.Tensor, exchange: Exchange) -> float:
 
 
 def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
-    """Warnings, one a sign of a collapse, each with its cause and its fix. Collective; the same on every rank.
+    """Warnings, one per sign of a collapse, each with its cause and fix. Collective; the same on every rank.
 
-    als: what made the factors; None where another method did.
+    als: the factorization that made the factors; None for another method.
     """
     exchange = als.exchange if als is not None else Exchange(None, factors.users.device)
     fix = "lower weight_decay or train for more epochs" if als is None else _fix(als)
@@ -104,7 +104,7 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
             )
     if not found and score < _LEAST_SCORE:
         found.append(
-            f"a user's and an item's vector score {score:.1g} at most on average, beside a target of 1: the penalty "
+            f"a user's and an item's vector score at most {score:.1g} on average, the target is 1: the penalty "
             f"outweighs the interactions; {fix}"
         )
     rank = effective_rank(factors.items, exchange)
@@ -121,7 +121,7 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
     choice = None if als is None else als.choice
     if choice is not None and choice.rows and not choice.above_popularity and (not found or fix == _LOG):
         found.append(
-            f"held-out examples are ranked no better than by popularity (NDCG@10 {choice.ndcg:.4f}, popularity "
+            f"held-out examples rank no better than by popularity (NDCG@10 {choice.ndcg:.4f}, popularity "
             f"{choice.popularity:.4f}): {_LOG}"
         )
     return found

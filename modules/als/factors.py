@@ -1,4 +1,4 @@
-"""User and item vectors of a factorization: sharded over ranks, one `.npy` file a shard, read by mmap."""
+"""User and item vectors of a factorization: sharded over ranks, saved as one `.npy` file per shard, memory-mapped."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-Side = Literal["user", "item"]
-Table = Literal["user", "item", "user_count", "item_count"]
+FactorName = Literal["user", "item", "user_count", "item_count"]
+"""Name of a saved table: vectors or counts of users or items."""
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """Rows 0..num_rows-1 in contiguous blocks of ceil(num_rows / world), as row-wise sharding cuts them."""
+    """Rows 0..num_rows-1 in contiguous blocks of ceil(num_rows / world), as in row-wise sharding."""
 
     num_rows: int
     world: int = 1
 
     @property
     def block(self) -> int:
-        """Rows of every block but the last ones, which may be shorter or empty."""
+        """Rows of a block. The last blocks may be shorter or empty."""
         return max(1, -(-self.num_rows // self.world))
 
     def start(self, rank: int) -> int:
@@ -41,9 +41,9 @@ class RowBlocks:
 
 @dataclass
 class Factors:
-    """Vectors of the rows that this rank owns; the score of a pair is the dot product of its two vectors.
+    """This rank's vectors of users and items, sharded by `RowBlocks`. The score of a pair is their dot product.
 
-    users: (rows of this rank's user block, dim) float32; items: likewise. Both are cut by `RowBlocks`.
+    users: (rows of this rank's block of users, dim) float32; items: likewise.
     """
 
     users: torch.Tensor
@@ -53,7 +53,7 @@ class Factors:
     rank: int = 0
     world: int = 1
     user_counts: torch.Tensor | None = None
-    """Distinct items of each user of this rank, (rows,) float32, or None where nobody counted."""
+    """Distinct items of each user of this rank, (rows,) float32, or None if unknown."""
     item_counts: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -70,20 +70,10 @@ class Factors:
         """Dimension of the vectors."""
         return self.users.shape[1]
 
-    @property
-    def user_start(self) -> int:
-        """Global row of `users[0]`."""
-        return RowBlocks(self.num_users, self.world).start(self.rank)
-
-    @property
-    def item_start(self) -> int:
-        """Global row of `items[0]`."""
-        return RowBlocks(self.num_items, self.world).start(self.rank)
-
     def save(self, folder: str | Path) -> None:
-        """Write this rank's shards, `user-00000-of-00002.npy` and `item-…`, into `folder`, which exists.
+        """Write this rank's shards `user-00000-of-00002.npy` and `item-...` into an existing folder.
 
-        Counts go to `user_count-…` and `item_count-…`, one column. The folder is whole when all ranks have
+        Counts go to `user_count-...` and `item_count-...`, with one column. The folder is complete when all ranks have
         returned.
         """
         shards = {"user": self.users, "item": self.items}
@@ -104,18 +94,18 @@ def shard_name(side: str, rank: int, world: int) -> str:
 
 
 class FactorTable:
-    """A saved side of `Factors`, read by memory map, whatever number of ranks wrote it and reads it.
+    """A saved table of `Factors`, memory-mapped, independent of the world sizes that write and read it.
 
-    `table[first:last]` and `table[first:last, left:right]` are blocks, `table[ids]` the rows of an integer
-    array; each is a new float32 array, and nothing else is read.
+    `table[first:last]` and `table[first:last, left:right]` read blocks, `table[ids]` the rows of an integer array.
+    Each returns a new float32 array and reads nothing else.
     """
 
-    def __init__(self, folder: str | Path, side: Table) -> None:
+    def __init__(self, folder: str | Path, name: FactorName) -> None:
         """
         Raises:
-            ValueError: a shard is missing, truncated, or no matrix of the others' width.
+            ValueError: a shard is missing or corrupt, or is not a matrix with the width of the others.
         """
-        self.folder, self.side = Path(folder), side
+        self.folder, self.name = Path(folder), name
         self._shards = self._open()
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         self.shape = (int(self._starts[-1]), int(self._shards[0].shape[1]))
@@ -137,7 +127,7 @@ class FactorTable:
     def _gather(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and (ids.min() < 0 or ids.max() >= self.shape[0]):
             bad = ids[(ids < 0) | (ids >= self.shape[0])][0]
-            raise ValueError(f"{self.folder}: {self.side} id {bad}, expected 0 to {self.shape[0] - 1}")
+            raise ValueError(f"{self.folder}: {self.name} id {bad}, expected 0 to {self.shape[0] - 1}")
         out = np.empty((len(ids), self.shape[1]), np.float32)
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         for k, shard in enumerate(self._shards):
@@ -147,23 +137,23 @@ class FactorTable:
 
     def _open(self) -> list[np.ndarray]:
         found = {}
-        for path in self.folder.glob(f"{self.side}-*-of-*.npy"):
-            if match := re.fullmatch(rf"{self.side}-(\d{{5}})-of-(\d{{5}})\.npy", path.name):
+        for path in self.folder.glob(f"{self.name}-*-of-*.npy"):
+            if match := re.fullmatch(rf"{self.name}-(\d{{5}})-of-(\d{{5}})\.npy", path.name):
                 found[int(match[1]), int(match[2])] = path
         worlds = {world for _, world in found}
         if len(worlds) != 1:
-            what = f"shards of {sorted(worlds)} ranks" if worlds else f"no {self.side}-*-of-*.npy"
-            raise ValueError(f"{self.folder}: {what}, expected the {self.side} factors of one factorization")
+            what = f"shards of {sorted(worlds)} ranks" if worlds else f"no {self.name}-*-of-*.npy"
+            raise ValueError(f"{self.folder}: {what}, expected the {self.name} factors of one factorization")
         (world,) = worlds
         shards: list[np.ndarray] = []
         for rank in range(world):
-            path = self.folder / shard_name(self.side, rank, world)
+            path = self.folder / shard_name(self.name, rank, world)
             if not path.exists():
-                raise ValueError(f"{path}: missing, expected {world} shards of {self.side} factors")
+                raise ValueError(f"{path}: missing, expected {world} shards of {self.name} factors")
             try:
                 shard = np.load(path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
-                raise ValueError(f"{path}: not a whole shard of factors ({error})") from error
+                raise ValueError(f"{path}: incomplete or corrupt shard of factors ({error})") from error
             if shard.ndim != 2 or shard.dtype != np.float32 or (shards and shard.shape[1] != shards[0].shape[1]):
                 width = shards[0].shape[1] if shards else "one width"
                 raise ValueError(f"{path}: holds {shard.dtype} {shard.shape}, expected float32 rows of {width}")
@@ -171,7 +161,7 @@ class FactorTable:
         blocks = RowBlocks(sum(len(shard) for shard in shards), world)
         for rank, shard in enumerate(shards):
             if len(shard) != blocks.size(rank):
-                path = self.folder / shard_name(self.side, rank, world)
+                path = self.folder / shard_name(self.name, rank, world)
                 raise ValueError(
                     f"{path}: {len(shard)} rows, expected {blocks.size(rank)}: "
                     f"rank {rank}'s share of the {blocks.num_rows} rows of all shards"

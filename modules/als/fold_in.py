@@ -1,4 +1,4 @@
-"""Vectors of new users or new items from their interactions, the other side fixed: no refit."""
+"""Vectors of new users or items from their interactions, with the vectors of the other side fixed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from recpress.modules.als.als import check
 from recpress.modules.als.auto import item_weights
 from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factorization import check
+from recpress.modules.als.half_sweep import FAR, HalfSweep, Limits, Scales, Summary, Workers
 from recpress.modules.als.interactions import CSR
-from recpress.modules.als.side import FAR, Limits, Scales, Side, Summary, Workers
 from recpress.modules.als.solvers import solve_cholesky
 from recpress.modules.config import ALSParameters
 
@@ -32,16 +32,21 @@ def fold_in(
     side: Literal["user", "item"] = "user",
     other_counts: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Exact vectors (rows, dim) of new rows, given as CSR over the other side.
+    """Exact vectors (rows, dim) of new users over the items' vectors, or of new items over the users' vectors.
 
-    New users over the items' vectors, or new items over the users'; config is `ALS.parameters` of the fit.
-    others: the other side's vectors (num_others, dim), on the device to work on. With `sharded` it is this
-    rank's block of `num_others` rows (as in `Factors`), and all ranks call, each with rows of its own.
-    indptr (rows + 1,), indices (nnz,), values (nnz,) or None for ones. A negative index is an unknown id and
-    left out; a row without known ids is the zero vector. gramian: others' others (dim, dim), if at hand.
-    side: what the new rows are. other_counts: interactions of each of the others in the fit, (num_others,), which new
-    users need where `config.item_exponent` is not 0 (`Factors.item_counts`).
-    Raises ValueError for an index or value out of range, and where a row's equations cannot be solved.
+    Args:
+        config: `ALS.parameters` of the fit.
+        others: vectors (num_others, dim) of the other side, on the device to use. If `sharded`, this rank's block of
+            `num_others` rows, as in `Factors`; then all ranks call this, each with its own new rows.
+        indptr, indices, values: interactions of the new rows as CSR: (rows + 1,), (nnz,), and (nnz,) or None for ones.
+            A negative index is an unknown id and is ignored. A row without known ids gets the zero vector.
+        gramian: others' others (dim, dim), if known.
+        side: whether the new rows are users or items.
+        other_counts: interactions of each item in the fit (`Factors.item_counts`), (num_others,). New users need it if
+            `config.item_exponent` is not 0.
+
+    Raises:
+        ValueError: an index or value is out of range; a row's equations cannot be solved.
     """
     check(config)
     exchange = Exchange(process_group, others.device)
@@ -60,7 +65,7 @@ def fold_in(
     workers = Workers(exchange.device)
     try:
         used = config.used_items if side == "user" else config.used_users
-        solved = Side(
+        solved = HalfSweep(
             "row", csr, max(csr.num_rows, 1), num_others, config, exchange, workers, limits, scales, used_others=used
         )
         others = others.to(torch.float32)
@@ -76,9 +81,9 @@ def fold_in(
 
 
 def _known(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_others: int) -> CSR:
-    """The interactions whose ids are known, checked."""
+    """The interactions with known ids. Raises ValueError if an index or value is out of range."""
     if indptr.ndim != 1 or not len(indptr) or indptr[0] != 0 or indptr[-1] != len(indices):
-        raise ValueError(f"fold_in: indptr does not run from 0 to the {len(indices)} indices")
+        raise ValueError(f"fold_in: indptr: expected 0 to {len(indices)}, the number of indices")
     if len(indices) and int(indices.max()) >= num_others:
         at = int(np.argmax(indices >= num_others))
         raise ValueError(f"fold_in: index {indices[at]} at {at}, expected less than {num_others}")

@@ -1,4 +1,4 @@
-"""Interactions of all ranks, brought to the ranks that own their rows: CSR by user and CSR by item."""
+"""Move the interactions of all ranks to the ranks that own their users and items: CSR by user and CSR by item."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
-from recpress.modules.freed import freed
+from recpress.modules.memory_hook import memory_freed
 
-_BUFFER = 1 << 16  # pairs that are sorted into pieces together
-_ROUND_PIECES = 32  # rounds of the exchange; a round holds about this share of the pairs in working memory
+_BUFFER = 1 << 16  # pairs to sort into pieces at once
+_ROUND_PIECES = 32  # rounds of the exchange; a round has about 1/32 of the pairs in working memory
 _MAX_ID = 2**31 - 1
 
 
 @dataclass
 class CSR:
-    """Rows `start`..`start + len(indptr) - 1` of a sparse matrix.
+    """Rows from `start` of a sparse matrix.
 
-    indptr: (rows + 1,) int64; indices: (nnz,) int32, global ids of the other side; values: (nnz,) float32,
-    or None where all are one.
+    indptr: (rows + 1,) int64; indices: (nnz,) int32, global ids of the other side; values: (nnz,) float32, or None if
+    all are one.
     """
 
     start: int
@@ -31,15 +31,15 @@ class CSR:
 
     @property
     def num_rows(self) -> int:
-        """Rows held here."""
+        """Number of rows."""
         return len(self.indptr) - 1
 
 
 class InteractionBuilder:
-    """Collects (user, item, value) triples of any rows; hands every rank CSRs of its users and of its items.
+    """Collects (user, item, value) triples on all ranks, and gives each rank the CSRs of its users and of its items.
 
-    Memory: 8 bytes a pair while collecting (12 with values), which shrink to the two CSRs; working memory
-    beside them is bounded by about 1/32 of the pairs and one buffer of 2**18 pairs.
+    Memory: 8 bytes per pair while collecting (12 with values), which shrink to the two CSRs. Working memory in
+    addition: about 1/32 of the pairs, and one buffer of 2**16 pairs.
     """
 
     def __init__(self, num_users: int, num_items: int, exchange: Exchange) -> None:
@@ -49,7 +49,7 @@ class InteractionBuilder:
         self.num_users, self.num_items, self.exchange = num_users, num_items, exchange
         self.user_blocks = RowBlocks(num_users, exchange.world)
         self.item_blocks = RowBlocks(num_items, exchange.world)
-        # the users of a rank are cut once more, so that a round brings it all pairs of a range of them
+        # cut the users of a rank again, so that a round brings all pairs of a range of users
         self._cut = RowBlocks(self.user_blocks.block, _ROUND_PIECES)
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._pending_rows = 0
@@ -58,7 +58,7 @@ class InteractionBuilder:
         self._valued = False
 
     def add(self, users: np.ndarray, items: np.ndarray, values: np.ndarray | None = None) -> None:
-        """Take one chunk; raises ValueError that names the row of the first bad id or value, and takes nothing then."""
+        """Add one chunk. Raises ValueError that names the first bad id or value, and then adds nothing."""
         users, items = np.asarray(users), np.asarray(items)
         _check_ids(users, "user", self.num_users, self.rows)
         _check_ids(items, "item", self.num_items, self.rows)
@@ -67,7 +67,7 @@ class InteractionBuilder:
         if values is not None:
             values = np.asarray(values)
             self._check_values(users, items, values)
-        for first in range(0, len(users), _BUFFER):  # no copy of the whole chunk
+        for first in range(0, len(users), _BUFFER):  # without a copy of the whole chunk
             part = slice(first, first + _BUFFER)
             weights = None if values is None else values[part].astype(np.float32)
             if weights is not None and (weights == 1).all():
@@ -91,7 +91,7 @@ class InteractionBuilder:
                 )
 
     def _flush(self) -> None:
-        """Sort the pending pairs into the pieces of their user ranges."""
+        """Sort the pending pairs into the pieces of their ranges of users."""
         if not self._pending:
             return
         users = _join([chunk[0] for chunk in self._pending])
@@ -105,7 +105,7 @@ class InteractionBuilder:
             owner, place = np.divmod(users[part], self.user_blocks.block)
             piece = owner * _ROUND_PIECES + place // self._cut.block
             if len(self._pieces) < 1 << 15:
-                piece = piece.astype(np.int16)  # numpy sorts these by radix
+                piece = piece.astype(np.int16)  # numpy uses radix sort for int16
             order = np.argsort(piece, kind="stable")
             bounds = np.searchsorted(piece[order], np.arange(len(self._pieces) + 1))
             keys = (users[part].astype(np.int64) << 32 | items[part])[order]
@@ -115,12 +115,12 @@ class InteractionBuilder:
                 self._pieces[k].append(keys[cut], None if sorted_values is None else sorted_values[cut])
 
     def build(self) -> tuple[CSR, CSR]:
-        """CSR of this rank's users and of its items. Collective; the builder is empty after it."""
+        """CSR of this rank's users and of its items. Collective. Empties the builder."""
         self._flush()
         self._valued = bool(self.exchange.max(int(self._valued)))
         users = self._by_user()
         items = self._by_item(users)
-        freed()
+        memory_freed()
         return users, items
 
     def _by_user(self) -> CSR:
@@ -140,7 +140,7 @@ class InteractionBuilder:
             keys = self.exchange.all_to_all(keys_out)
             weights = self.exchange.all_to_all(values_out) if self._valued else None
             keys, weights = _summed(keys, weights)
-            if weights is not None and not valued:  # first duplicates: what came before was all ones
+            if weights is not None and not valued:  # the first duplicates: all earlier values were ones
                 valued = True
                 values.append(_ones(len(indices)))
             counts += np.bincount((keys >> 32) - start, minlength=num_rows)
@@ -148,7 +148,7 @@ class InteractionBuilder:
             if valued:
                 values.append(_ones(len(keys)) if weights is None else weights)
         self._valued = bool(self.exchange.max(int(valued)))
-        if self._valued and len(values) < len(indices):  # another rank had the duplicates
+        if self._valued and len(values) < len(indices):  # another rank has duplicates
             values.append(_ones(len(indices) - len(values)))
         return CSR(start, _offsets(counts), indices.array(), values.array() if self._valued else None)
 
@@ -178,7 +178,7 @@ class InteractionBuilder:
         return CSR(start, indptr, indices, values)
 
     def _to_items(self, users: CSR, with_values: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Rounds of (item << 32 | user) keys, and values, that reach the owners of the items."""
+        """Rounds of (item << 32 | user) keys and values, received by the owners of the items."""
         nnz = len(users.indices)
         size = max(_BUFFER, nnz // _ROUND_PIECES)
         for k in range(self.exchange.max(-(-nnz // size))):
@@ -198,7 +198,7 @@ class InteractionBuilder:
 
 
 class _Piece:
-    """Pairs of one range of users, as they came; values are kept from the first that is not 1."""
+    """Pairs of one range of users, in order of arrival. Stores values from the first that is not 1."""
 
     def __init__(self) -> None:
         self._keys, self._values = _Growing(np.int64), _Growing(np.float32)
@@ -213,13 +213,13 @@ class _Piece:
             self._values.append(_ones(len(keys)) if values is None else values)
 
     def take(self, valued: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Keys, and values where asked for; the piece is not used after it."""
+        """Keys, and values if `valued`. The piece must not be used afterwards."""
         values = self._values.array() if self._valued else _ones(len(self._keys) if valued else 0)
         return self._keys.array(), values
 
 
 class _Growing:
-    """An array that is appended to; grows in place where the allocator can."""
+    """An array to append to. Grows in place if the allocator can."""
 
     def __init__(self, dtype: type) -> None:
         self._array: np.ndarray = np.empty(0, dtype)
@@ -230,19 +230,19 @@ class _Growing:
 
     def append(self, part: np.ndarray) -> None:
         need = self._size + len(part)
-        if need > len(self._array):  # untouched pages cost nothing; large blocks grow by remapping, without a copy
+        if need > len(self._array):  # untouched pages use no memory; large blocks grow by remapping, without a copy
             self._array.resize(max(need, len(self._array) * 5 // 4), refcheck=False)
         self._array[self._size : need] = part
         self._size = need
 
     def array(self) -> np.ndarray:
-        """The array, cut to its size; the object is not used after it."""
+        """The array, cut to its size. The object must not be used afterwards."""
         self._array.resize(self._size, refcheck=False)
         return self._array
 
 
 def _check_ids(ids: np.ndarray, side: str, count: int, first_row: int) -> None:
-    """Raise ValueError that names the row of the first id that is no integer in [0, count)."""
+    """Raise ValueError that names the first id that is not an integer in [0, count)."""
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{side} ids: expected one dimension of integers, got {ids.ndim} of {ids.dtype}")
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= count):
@@ -265,7 +265,7 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def _summed(keys: np.ndarray, values: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Sorted distinct keys with the sums of their values (None stands for ones, where no key comes twice)."""
+    """Sorted distinct keys with the sums of their values. None stands for ones, if no key is repeated."""
     if values is None:
         keys.sort()
     else:

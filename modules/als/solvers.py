@@ -15,47 +15,49 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-with warnings.catch_warnings():  # torch says once a process that its CSR tensors are in beta; here, unheard
+with warnings.catch_warnings():  # torch warns once per process that CSR tensors are in beta
     warnings.simplefilter("ignore")
     torch.eye(1).to_sparse_csr()
 
 _TINY = 1e-30
-_LEAST = 1 << 15  # floats of a scratch array; what is not touched takes no memory
-_PADDED = 1 << 14  # padded interactions of one batch of explicit matrices: some 8 MB of rows at 128 factors
+_LEAST = 1 << 15  # least floats of a scratch array; untouched pages use no memory
+_PADDED = 1 << 14  # padded interactions per batch of explicit matrices: about 8 MB of rows at 128 factors
 
 
 class Scratch(threading.local):
-    """Named float32 arrays that a thread uses again for chunk after chunk.
+    """Named float32 arrays that a thread reuses for each chunk.
 
-    Allocated anew for each chunk, they would leave a thread's heap in pieces of several times their size.
+    New arrays for each chunk would fragment a thread's heap to several times their size.
     """
 
     def __init__(self) -> None:
         self._flat: dict[str, torch.Tensor] = {}
 
     def floats(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Not initialized, of the shape and device of `like`; valid until the thread asks for the name again."""
+        """Uninitialized, with the shape and device of `like`. Valid until the thread's next call with this name."""
         size = like.numel()
         if name not in self._flat or len(self._flat[name]) < size:
-            self._flat.pop(name, None)  # freed before the larger one is made
+            self._flat.pop(name, None)  # free it before allocating the larger one
             self._flat[name] = torch.empty(max(_LEAST, 1 << (size - 1).bit_length()), device=like.device)
         return self._flat[name][:size].view(like.shape)
 
 
 @dataclass
 class Chunk:
-    """Rows of a CSR whose indices are places in `table`.
-
-    indptr: (B + 1,) int32; indices: (nnz,) int32; weights: (nnz,) float32, or a float where all are the same;
-    table: (M, d); reg: (B,) float32; start: (B, d), the rows' previous vectors.
-    """
+    """B rows of a CSR, with the vectors that they need."""
 
     indptr: torch.Tensor
+    """(B + 1,) int32."""
     indices: torch.Tensor
+    """(nnz,) int32 row numbers of `table`."""
     weights: torch.Tensor | float
+    """(nnz,) float32, or a float if all are equal."""
     table: torch.Tensor
+    """(M, d) vectors of the other side."""
     reg: torch.Tensor
+    """(B,) float32 regularization."""
     start: torch.Tensor
+    """(B, d) previous vectors of the rows."""
 
     @property
     def degree(self) -> torch.Tensor:
@@ -63,9 +65,9 @@ class Chunk:
         return self.indptr[1:] - self.indptr[:-1]
 
     def per_interaction(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """rows (B, ...) repeated for each interaction of the row: (nnz, ...), in `out` where that saves memory."""
-        place = torch.repeat_interleave(self.degree, output_size=len(self.indices))
-        return torch.index_select(rows, 0, place, out=out)
+        """rows (B, ...) repeated for each interaction of the row: (nnz, ...), in `out` if given."""
+        row = torch.repeat_interleave(self.degree, output_size=len(self.indices))
+        return torch.index_select(rows, 0, row, out=out)
 
     def row_sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum over each row's interactions: (nnz,) -> (B,)."""
@@ -74,7 +76,7 @@ class Chunk:
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """sum_j weights_j y_j of each row: (nnz,) -> (B, d).
 
-        embedding_bag, because it is by far torch's fastest product of a sparse and a dense matrix on CPU.
+        embedding_bag is by far torch's fastest product of a sparse and a dense matrix on a CPU.
         """
         return F.embedding_bag(
             self.indices, self.table, self.indptr,
@@ -82,7 +84,7 @@ class Chunk:
         )  # fmt: skip
 
     def dots(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """rows_b . y_j for each interaction j of each row b: (B, d) -> (nnz,), in `out` where that saves memory."""
+        """rows_b . y_j for each interaction j of each row b: (B, d) -> (nnz,), in `out` if given."""
         if rows.is_cuda:
             return (self.per_interaction(rows) * self.table[self.indices.long()]).sum(1)
         zeros = rows.new_zeros(len(self.indices)) if out is None else out.zero_()
@@ -94,31 +96,31 @@ class Chunk:
 
 
 @dataclass
-class Shared:
-    """What all rows of a half-sweep share.
-
-    gramian: (d, d), w_0 Y'Y; unobserved_weight: w_0; basis (d, d) and scale (d,) of `preconditioner`; scratch:
-    the working arrays of the threads.
-    """
+class SharedTerms:
+    """The terms of the normal equations that all rows of a half-sweep share."""
 
     gramian: torch.Tensor
+    """w_0 Y'Y, (d, d)."""
     unobserved_weight: float
+    """w_0."""
     basis: torch.Tensor
+    """(d, d), from `preconditioner`."""
     scale: torch.Tensor
+    """(d,), from `preconditioner`."""
     scratch: Scratch = field(default_factory=Scratch)
+    """Working arrays of the threads."""
 
 
 def preconditioner(
     gramian: torch.Tensor, popular: torch.Tensor, reg: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Basis (d, d) and scale (d,): basis diag(1 / (1 + n scale)) basis' nearly inverts the matrix of a row.
+    """Basis (d, d) and scale (d,): basis diag(1 / (1 + n scale)) basis' approximately inverts the matrix of a row.
 
-    A row of n interactions is expected to have the matrix P + n Q with P = w_0 Y'Y + reg[0] I and
-    Q = popular + reg[1] I. Here `gramian` is w_0 Y'Y, `popular` (d, d) the mean of w y y' over the
-    interactions of the whole log, and reg[0] + n reg[1] about the row's regularization. One generalized
-    eigenproblem of P and Q inverts it for every n.
+    The expected matrix of a row with n interactions is P + n Q with P = w_0 Y'Y + reg[0] I and Q = popular + reg[1] I.
+    `gramian` is w_0 Y'Y, `popular` (d, d) the mean of w y y' over all interactions of the log, and reg[0] + n reg[1]
+    approximates the row's regularization. One generalized eigenproblem of P and Q inverts it for every n.
     """
-    # float64 and on the CPU: some milliseconds, once a half-sweep
+    # in float64 on the CPU: a few milliseconds per half-sweep
     p = gramian.to("cpu", torch.float64, copy=True)
     q = popular.to("cpu", torch.float64, copy=True)
     p.diagonal().add_(reg[0])
@@ -131,17 +133,20 @@ def preconditioner(
     return basis.to(gramian.device, torch.float32), scale.clamp_(min=0).to(gramian.device, torch.float32)
 
 
-def solve_cg(chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def solve_cg(
+    chunk: Chunk, shared: SharedTerms, steps: int, relaxation: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`steps` steps of preconditioned conjugate gradients from `chunk.start`.
 
-    relaxation: length of a single step in units of the best one. Below 2 the objective still falls; between 1
-    and 2 the alternation of the two sides converges faster (successive over-relaxation).
-    Returns the rows (B, d), which are `chunk.start` overwritten, and their predictions x_b . y_j (nnz,), which the
-    objective needs; these lie in the thread's scratch memory.
+    relaxation: length of a single step in units of the best length. Below 2 the objective still falls. Between 1 and 2
+    the alternation of users and items converges faster (successive over-relaxation).
+
+    Returns the rows (B, d), in the memory of `chunk.start`, and their predictions x_b . y_j (nnz,) for the objective,
+    in the thread's scratch memory.
     """
     assert relaxation == 1 or steps == 1, "later steps build on the best length of the ones before"
     w, w0, reg, degree = chunk.weights, shared.unobserved_weight, chunk.reg[:, None], chunk.degree[:, None]
-    x = chunk.start.mul_(degree > 0)  # an empty row is zero, exactly
+    x = chunk.start.mul_(degree > 0)  # an empty row is exactly zero
     floats = shared.scratch.floats
     left, right, direction = floats("left", x), floats("right", x), floats("direction", x)
     scores, along, terms = (floats(name, chunk.indices) for name in ("scores", "along", "terms"))
@@ -162,7 +167,7 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0) 
         if step + 1 < steps:
             image += chunk.weighted_sum(torch.mul(along, w, out=terms))
             curvature = torch.mul(direction, image, out=right).sum(1)
-        else:  # no residual is needed any more, and p'Ap needs no pass over the interactions' vectors
+        else:  # the last step needs no residual, and p'Ap no pass over the interactions' vectors
             curvature = torch.mul(direction, image, out=right).sum(1)
             curvature += chunk.row_sum(torch.square(along, out=terms).mul_(w))
         length = relaxation * rho / curvature.clamp_min_(_TINY)[:, None]
@@ -173,10 +178,11 @@ def solve_cg(chunk: Chunk, shared: Shared, steps: int, relaxation: float = 1.0) 
     return x, scores
 
 
-def solve_cholesky(chunk: Chunk, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact: explicit matrices of rows of similar degree, padded, and their Cholesky factors. As `solve_cg`.
+def solve_cholesky(chunk: Chunk, shared: SharedTerms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact solution by Cholesky factors of explicit matrices, in batches of rows of similar degree. As `solve_cg`.
 
-    Raises ValueError with the place of a row in the chunk whose matrix is not positive definite in float32.
+    Raises:
+        SingularRow: the matrix of a row is not positive definite in float32.
     """
     x = torch.zeros_like(chunk.start)
     degree, order = torch.sort(chunk.degree)
@@ -187,12 +193,12 @@ def solve_cholesky(chunk: Chunk, shared: Shared) -> tuple[torch.Tensor, torch.Te
         while last < len(widths) and (last + 1 - first) * widths[last] <= _PADDED:
             last += 1
         rows, width = order[first:last], widths[last - 1]
-        place = torch.arange(width, device=x.device)
-        real = place < degree[first:last, None]  # (b, width)
-        place = (chunk.indptr[:-1][rows, None] + place).clamp_(max=len(chunk.indices) - 1).long()
-        weights = chunk.weights[place] if isinstance(chunk.weights, torch.Tensor) else chunk.weights
+        column = torch.arange(width, device=x.device)
+        real = column < degree[first:last, None]  # (b, width); the others are padding
+        entry = (chunk.indptr[:-1][rows, None] + column).clamp_(max=len(chunk.indices) - 1).long()
+        weights = chunk.weights[entry] if isinstance(chunk.weights, torch.Tensor) else chunk.weights
         weights = weights * real
-        others = chunk.table[chunk.indices[place].long()]  # (b, width, d)
+        others = chunk.table[chunk.indices[entry].long()]  # (b, width, d)
         target = ((weights + shared.unobserved_weight) * real)[:, None] @ others  # (b, 1, d)
         matrix = torch.baddbmm(shared.gramian, (others * weights[..., None]).transpose(1, 2), others)
         matrix.diagonal(dim1=1, dim2=2).add_(chunk.reg[rows, None])
@@ -205,15 +211,13 @@ def solve_cholesky(chunk: Chunk, shared: Shared) -> tuple[torch.Tensor, torch.Te
 
 
 class SingularRow(ValueError):
-    """A row's normal equations are not positive definite in float32; `args[0]` is its place in the chunk."""
+    """A row's normal equations are not positive definite in float32. `args[0]` is its number in the chunk."""
 
 
 class HeavyRow:
-    """Normal equations of one row of too many interactions for a chunk: exact, a piece at a time, in
-    float64.
-    """
+    """Normal equations of a row with too many interactions for a chunk, summed in pieces and solved in float64."""
 
-    def __init__(self, shared: Shared, reg: float) -> None:
+    def __init__(self, shared: SharedTerms, reg: float) -> None:
         self.shared = shared
         self.common = shared.gramian.double()
         self.common.diagonal().add_(reg)
@@ -222,7 +226,7 @@ class HeavyRow:
         self.total = 0.0
 
     def add(self, piece: Chunk) -> None:
-        """Add some of the row's interactions: a chunk of one row."""
+        """Add some interactions of the row, as a chunk of one row."""
         for first in range(0, len(piece.indices), 8192):  # float32 within a block, float64 between them
             part = piece.table[piece.indices[first : first + 8192].long()]
             w = piece.weights
@@ -233,7 +237,7 @@ class HeavyRow:
             self.total += float(w.sum(dtype=torch.float64))
 
     def solve(self) -> tuple[torch.Tensor, float]:
-        """The row (d,), and its loss as `loss_of` counts it."""
+        """The row (d,), and its loss as in `loss_of`."""
         lower, info = torch.linalg.cholesky_ex(self.matrix)
         if int(info):
             raise SingularRow(0)
@@ -243,7 +247,7 @@ class HeavyRow:
 
 
 def loss_of(scores: torch.Tensor, weights: torch.Tensor | float, w0: float) -> float:
-    """Loss of the interactions less what sum_all w_0 s^2 counts of them: sum w (1 - s)^2 + w_0 (1 - 2 s)."""
+    """Loss of the interactions minus their part of sum_all w_0 s^2: sum w (1 - s)^2 + w_0 (1 - 2 s)."""
     error = (1 - scores).square_().mul_(weights).add_(scores, alpha=-2 * w0)
-    # in parts, for torch casts a copy of what it sums
+    # in parts, because torch casts a copy of what it sums
     return float(sum(part.sum(dtype=torch.float64) for part in error.split(1 << 13))) + w0 * len(scores)

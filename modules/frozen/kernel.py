@@ -1,10 +1,11 @@
-"""Shards of frozen tables as fbgemm's kernels hold them, filled and read by the rank that has them."""
+"""Frozen tables: how rows are stored (32, 16, 8 or 4 bits), and the shards that fbgemm's kernels look up."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -15,48 +16,141 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import DataType
 
 from recpress.modules.fingerprints import Fingerprinted, empty_rows_fingerprint, rows_fingerprint, unique_names
-from recpress.modules.frozen.tables import (
-    INT4_SCALE_BYTES,
-    SPARSE_TYPE,
-    FrozenTable,
-    Storage,
-    decode,
-    encode,
-    row_bytes,
-)
-from recpress.modules.rows import RowSource, blocks, check_source
+from recpress.modules.row_source import RowSource, blocks, check_source
+
+Storage = Literal["fp32", "fp16", "int8", "int4"]
+QUANTIZED: tuple[Storage, ...] = ("int8", "int4")
+"""Each row has its own scale and offset, so a row cannot be sharded by column."""
+SPARSE_TYPE = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8}
+STORAGE_OF: dict[DataType, Storage] = {
+    DataType.FP32: "fp32",
+    DataType.FP16: "fp16",
+    DataType.INT8: "int8",
+    DataType.INT4: "int4",
+}
+DATA_TYPE = {storage: data for data, storage in STORAGE_OF.items()}
+DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.uint8, "int4": torch.uint8}
+INT4_SCALE_BYTES = 4
+"""Bytes of an int4 row's scale and offset."""
+
+
+def row_bytes(storage: Storage, dim: int) -> int:
+    """Bytes of a row of `dim` values, with scale and offset."""
+    return {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 8, "int4": dim // 2 + 4}[storage]
+
+
+def stored_row_bytes(storage: Storage, dim: int, device_type: str) -> int:
+    """Bytes of a row in the kernel's memory: on CUDA, fbgemm pads int4 rows to 16 bytes."""
+    size = row_bytes(storage, dim)
+    return -(-size // 16) * 16 if storage == "int4" and device_type == "cuda" else size
+
+
+class PlannedTable(nn.Parameter):
+    """A table for a sharding planner: its shape, on the device "meta", and the bytes of its rows."""
+
+    bytes_per_row: int
+
+    @classmethod
+    def of(cls, rows: int, dim: int, dtype: torch.dtype, bytes_per_row: int) -> PlannedTable:
+        made = cls(torch.empty(rows, dim, dtype=dtype, device="meta"), requires_grad=False)
+        made.bytes_per_row = bytes_per_row
+        return made
+
+    def element_size(self) -> Any:
+        """Bytes of a value, including its share of the row's scale, offset and padding.
+
+        TorchRec's planner multiplies it by the number of values and rounds up, so a fraction is rounded down slightly.
+        """
+        size, rest = divmod(self.bytes_per_row, self.shape[1])
+        return math.nextafter(self.bytes_per_row / self.shape[1], 0.0) if rest else size
+
+
+def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tensor:
+    """Encode float32 rows (b, d) for storage.
+
+    The error of a value is at most (max - min) / 510 of its row in int8, and about (max - min) / 30 in int4, whose
+    scale and offset are rounded to float16.
+
+    Raises:
+        ValueError: a value is too large for float16, with the storage fp16 or int4.
+    """
+    if storage == "int8":
+        return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(block)
+    if block.numel() and storage != "fp32" and float(block.abs().max()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"table {table!r}: a value of {float(block.abs().max()):.4g} is too large for {storage}")
+    if storage == "int4":
+        return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(block, 4).roll(INT4_SCALE_BYTES, 1)
+    return block.to(DTYPE[storage])
+
+
+def decode(stored: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """Decode stored rows to float32 (b, d)."""
+    if storage == "int8":
+        return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
+    if storage == "int4":
+        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored.roll(-INT4_SCALE_BYTES, 1), 4)
+    return stored.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenTable:
+    """One frozen table.
+
+    `int8` stores a row as 8-bit codes with a float32 scale and offset per row, `int4` as 4-bit codes with a float16
+    scale and offset per row.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    """Dimension of a row, a multiple of 4 (`row_source.round_up`)."""
+    features: tuple[str, ...]
+    """Keys of the KeyedJaggedTensor whose ids look up rows of this table."""
+    storage: Storage = "fp32"
+
+    def config(self) -> EmbeddingBagConfig:
+        return EmbeddingBagConfig(
+            name=self.name,
+            num_embeddings=self.rows,
+            embedding_dim=self.dim,
+            feature_names=list(self.features),
+            data_type=DATA_TYPE[self.storage],
+        )
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The part of one table that a kernel holds: a rectangle of rows and columns, end-exclusive."""
+class TableShard:
+    """The part of one table in a kernel: a rectangle of rows and columns, end-exclusive."""
 
     table: str
     rows: tuple[int, int]
     columns: tuple[int, int]
     features: int
-    """How many features of a batch look up here."""
+    """Number of features that look up rows of the table."""
 
 
 class FrozenKernel(nn.Module):
     """Shards of tables with one storage, looked up together by fbgemm, without autograd."""
 
-    def __init__(self, shards: list[Shard], storage: Storage, device: torch.device, *, weighted: bool = False) -> None:
+    def __init__(
+        self, shards: list[TableShard], storage: Storage, device: torch.device, *, weighted: bool = False
+    ) -> None:
         super().__init__()
         self.shards, self.storage, self.device, self.weighted = shards, storage, device, weighted
         self._make()
 
     def _make(self) -> None:
         make = _int4_kernel if self.storage == "int4" else _kernel
-        # In a tuple, out of nn.Module's sight: DistributedDataParallel broadcasts every parameter that it
-        # finds, which would overwrite each rank's shard by that of rank 0.
+        # In a tuple, so that nn.Module does not register it: DistributedDataParallel broadcasts every parameter,
+        # which would overwrite each rank's shard by that of rank 0.
         self._kernel = (make(self.shards, self.storage, self.device),)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without fbgemm's kernel, which cannot be pickled: its rows instead."""
+        """The rows in place of fbgemm's kernel, which cannot be pickled."""
         state = {name: value for name, value in self.__dict__.items() if name != "_kernel"}
         return state | {"stored": [self.stored(index).clone() for index in range(len(self.shards))]}
 
@@ -72,25 +166,25 @@ class FrozenKernel(nn.Module):
         """Pooled (summed) rows, float32, (stride, sum over features of the shards' widths)."""
         weights = features.weights_or_none() if self.weighted else None
         if self.weighted and weights is None:
-            raise ValueError(f"table {self.shards[0].table!r}: the features bring no per-sample weights, expected them")
+            raise ValueError(f"table {self.shards[0].table!r}: the features lack per-sample weights")
         weights = None if weights is None else weights.float()
-        # Copies where the types are others; the collection has refused ids that are no integers or out of range.
+        # The collection has rejected ids that are not integers or out of range, so these casts lose nothing.
         return self._kernel[0](features.values().long(), features.offsets().long(), weights)
 
     def stored(self, index: int) -> torch.Tensor:
-        """The bits of a shard: (rows, width); quantized ones are (rows, `row_bytes`) uint8.
+        """The stored rows of a shard: (rows, width), or (rows, `row_bytes`) uint8 if quantized.
 
-        Scale and offset come last for int8 and first for int4, as fbgemm's kernels have them.
+        Scale and offset are last for int8 and first for int4, as in fbgemm's kernels.
         """
         shard = self.shards[index]
         rows, width = shard.rows[1] - shard.rows[0], shard.columns[1] - shard.columns[0]
         if self.storage == "int4":
             weights = self._kernel[0].split_embedding_weights(split_scale_shifts=False)[index][0]
-            return weights[:rows, : row_bytes("int4", width)]  # on CUDA rows are padded to 16 bytes
+            return weights[:rows, : row_bytes("int4", width)]  # CUDA pads rows to 16 bytes
         return self._kernel[0].split_embedding_weights()[index].detach()[:rows]
 
     def load(self, index: int, source: RowSource) -> None:
-        """Fill a shard from the same rectangle of `source`, block by block."""
+        """Load a shard from the same rectangle of `source`, block by block."""
         shard, stored = self.shards[index], self.stored(index)
         for first, block in blocks(source, shard.table, shard.rows, shard.columns):
             start = first - shard.rows[0]
@@ -101,13 +195,13 @@ class FrozenKernel(nn.Module):
         return decode(self.stored(index), self.storage)
 
 
-def _kernel(shards: list[Shard], storage: Storage, device: torch.device) -> Any:
-    """The training kernel, with the one optimizer that has no state."""
+def _kernel(shards: list[TableShard], storage: Storage, device: torch.device) -> Any:
+    """The training kernel, with the only optimizer that has no state."""
     cuda = device.type == "cuda"
-    place = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
+    location = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
     compute = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
     return SplitTableBatchedEmbeddingBagsCodegen(
-        [(max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], place, compute) for s in shards],
+        [(max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], location, compute) for s in shards],
         feature_table_map=_tables_of_features(shards),
         optimizer=EmbOptimType.EXACT_SGD,
         learning_rate=0.0,
@@ -118,11 +212,14 @@ def _kernel(shards: list[Shard], storage: Storage, device: torch.device) -> Any:
     )
 
 
-def _int4_kernel(shards: list[Shard], storage: Storage, device: torch.device) -> Any:
-    """The inference kernel: the training kernel has no rows of 4 bits."""
-    place = EmbeddingLocation.DEVICE if device.type == "cuda" else EmbeddingLocation.HOST
+def _int4_kernel(shards: list[TableShard], storage: Storage, device: torch.device) -> Any:
+    """The inference kernel, because the training kernel has no 4-bit rows."""
+    location = EmbeddingLocation.DEVICE if device.type == "cuda" else EmbeddingLocation.HOST
     kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
-        [(s.table, max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], SparseType.INT4, place) for s in shards],
+        [
+            (s.table, max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], SparseType.INT4, location)
+            for s in shards
+        ],
         feature_table_map=_tables_of_features(shards),
         output_dtype=SparseType.FP32,
         pooling_mode=PoolingMode.SUM,
@@ -133,21 +230,21 @@ def _int4_kernel(shards: list[Shard], storage: Storage, device: torch.device) ->
     return kernel
 
 
-def _tables_of_features(shards: list[Shard]) -> list[int]:
+def _tables_of_features(shards: list[TableShard]) -> list[int]:
     return [index for index, shard in enumerate(shards) for _ in range(shard.features)]
 
 
-class HasKernels(Fingerprinted):
-    """What the plain and the sharded collection share: loading and reading the rows of this rank, checks of a batch."""
+class HasFrozenTables(Fingerprinted):
+    """Base of the plain and the sharded collection: loads and reads the rows of this rank, and checks batches."""
 
     def init_checks(self) -> None:
-        """To be called at the end of `__init__`."""
+        """Call this at the end of `__init__`."""
         self._loaded: set[str] = set()
         self._rows_of: dict[str, tuple[str, int]] = {}  # feature -> the smallest table that it looks up, and its rows
         for table in self.tables():
             for feature in table.features:
-                least = self._rows_of.get(feature, (table.name, table.rows))
-                self._rows_of[feature] = min(least, (table.name, table.rows), key=lambda found: found[1])
+                smallest = self._rows_of.get(feature, (table.name, table.rows))
+                self._rows_of[feature] = min(smallest, (table.name, table.rows), key=lambda found: found[1])
         unique_names((t.name for t in self.tables()), "frozen tables")
         self.init_fingerprints({t.name: empty_rows_fingerprint(t.rows) for t in self.tables()})
 
@@ -159,16 +256,16 @@ class HasKernels(Fingerprinted):
 
     @torch.compiler.disable
     def check_batch(self, features: KeyedJaggedTensor) -> None:
-        """Refuse what would give wrong vectors. On CUDA this synchronises; the exchange of ids does so too.
+        """Reject batches that would give wrong vectors. On CUDA this synchronizes, as the exchange of ids does.
 
         Raises:
-            ValueError: a table was never loaded, or not with the rows of the checkpoint; a feature is missing, or has
-                ids that are no integers, or an id that its table does not have.
+            ValueError: a table was never loaded, or not with the rows of the checkpoint; a feature is missing; its ids
+                are not integers, or out of the table's range.
         """
         for table in self.tables():
             if table.name not in self._loaded:
                 raise ValueError(
-                    f"frozen table {table.name!r}: its rows were never loaded, and sharding discards those loaded "
+                    f"frozen table {table.name!r}: its rows were never loaded, and sharding discards rows loaded "
                     f"before; call `load({table.name!r}, rows)` of its collection, or `report.load(model)` after "
                     "`compress`, on every rank after DistributedModelParallel"
                 )
@@ -176,7 +273,7 @@ class HasKernels(Fingerprinted):
         check_ids(features, self._rows_of)
 
     def filled(self, table: str) -> None:
-        """Say that all of this rank's `shards` of a table were written to. There is no fingerprint of such rows."""
+        """Mark a table as loaded after writing to all of this rank's `shards`. Such rows have no fingerprint."""
         spec = {t.name: t for t in self.tables()}[table]
         self._loaded.add(table)
         self.set_fingerprint(table, empty_rows_fingerprint(spec.rows))
@@ -188,33 +285,33 @@ class HasKernels(Fingerprinted):
         raise NotImplementedError
 
     def load(self, table: str, source: RowSource) -> None:
-        """Fill a table from `source` (rows, dim); every rank reads its own shard alone. May be called again.
+        """Load a table from `source` (rows, dim). Each rank reads only its own shard. May be called again.
 
         Raises:
-            ValueError: shape does not fit, or a value is not finite or too large for the storage; a checkpoint was
-                loaded before that was saved with other rows.
+            ValueError: the shape does not fit; a value is not finite or too large for the storage; a checkpoint that
+                was saved with other rows was loaded before.
         """
         specs = {t.name: t for t in self.tables()}
         if table not in specs:
-            raise ValueError(f"there is no frozen table {table!r}; there are {', '.join(specs)}")
+            raise ValueError(f"no frozen table {table!r}; expected one of {', '.join(specs)}")
         spec = specs[table]
         check_source(source, table, spec.rows, spec.dim)
         self.set_fingerprint(table, rows_fingerprint(source))
-        self._loaded.discard(table)  # until all of it is there
+        self._loaded.discard(table)  # until it is complete
         for kernel, index in self._find(table):
             kernel.load(index, source)
         self._loaded.add(table)
 
-    def shards(self, table: str) -> list[tuple[Shard, torch.Tensor]]:
-        """What this rank stores of a table, as `FrozenKernel.stored` gives it; views that can be filled."""
+    def shards(self, table: str) -> list[tuple[TableShard, torch.Tensor]]:
+        """This rank's shards of a table, as views of the stored rows (`FrozenKernel.stored`) that can be written."""
         return [(kernel.shards[index], kernel.stored(index)) for kernel, index in self._find(table)]
 
-    def decoded(self, table: str) -> list[tuple[Shard, torch.Tensor]]:
-        """What this rank stores of a table, as float32."""
+    def decoded(self, table: str) -> list[tuple[TableShard, torch.Tensor]]:
+        """This rank's shards of a table, as float32."""
         return [(kernel.shards[index], kernel.decode(index)) for kernel, index in self._find(table)]
 
     def storage_bytes(self) -> int:
-        """Bytes of the rows that this rank holds."""
+        """Bytes of the rows on this rank."""
         return sum(k.stored(i).nbytes for k in self.kernels() for i in range(len(k.shards)))
 
     def _find(self, table: str) -> list[tuple[FrozenKernel, int]]:
@@ -222,14 +319,14 @@ class HasKernels(Fingerprinted):
 
 
 def check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]]) -> None:
-    """Raise ValueError where a feature is missing, or its ids are no integers or out of range.
+    """Raise ValueError if a feature is missing, or its ids are not integers or out of range.
 
-    rows_of: feature -> (table, its rows).
+    rows_of: feature -> (table, number of rows).
     """
     keys, values = features.keys(), features.values()
     for feature, (table, _) in rows_of.items():
         if feature not in keys:
-            raise ValueError(f"table {table!r}: the batch has no feature {feature!r}; it has {', '.join(keys)}")
+            raise ValueError(f"table {table!r}: the batch has no feature {feature!r}, only {', '.join(keys)}")
     if values.dtype not in (torch.int64, torch.int32):
         feature, (table, _) = next(iter(rows_of.items()))
         raise ValueError(

@@ -3,64 +3,94 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.louvain import Bipartite, Nodes, fit_resolution, levels
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.interaction_graph import TOLERANCE, InteractionGraph, fit_resolution, louvain_class
+from recpress.modules.hashing.table_stats import TableStats
 
 
 def co_cluster(
-    user: IdTable, item: IdTable, users: np.ndarray, items: np.ndarray, rows: int, config: HashConfig
+    user: TableStats, item: TableStats, users: np.ndarray, items: np.ndarray, rows: int, config: HashConfig
 ) -> tuple[IdMap, IdMap]:
-    """Balanced co-clustering (BACO, Jiang et al. 2026), users of a cluster on one row, its items on another.
+    """Balanced co-clusters (BACO, Jiang et al. 2026): users of a cluster share a row, and its items another.
 
-    Clusters are to maximise  sum over pairs (u, i) of one cluster of  A_ui - resolution * w_u w_i , whose second term
-    is the product of the cluster's volumes on the two sides and so balances them. The weights are powers of the degree,
-    w = d ** config.power: 0 balances the numbers of ids, 1 is the modularity of `louvain`. Then each user gets a
-    secondary cluster, the best of its neighbours' other than its own; its vector is the sum of the two rows (twice its
-    row, where there is none other).
+    Clusters maximize  sum over pairs (u, i) of one cluster of  A_ui / E - resolution * w_u w_i . The second term, the
+    product of the cluster's volumes on both sides, balances the clusters. The weights are powers of the degree,
+    w = d ** config.count_exponent, with sum 1: an exponent of 0 balances the number of ids; 1 gives the modularity of
+    `louvain`. Each user also gets a secondary cluster, the best of its neighbors' other clusters. Its vector is the sum
+    of the two rows, or twice its row if there is no other cluster.
 
-    Two departures from the authors' code, for what it gave here: they propagate labels in one level, with a resolution
-    of their own for each data set, and stop at the budget; that ended with one cluster of half of the ids, or with
-    twice the budget. Here the same objective is solved level by level (Blondel et al. 2008), and the resolution is
-    searched so that clusters come near to the budget, both as in `louvain`.
+    This differs from the authors' code in two points. They propagate labels in one level, with a resolution tuned for
+    each data set, and stop at the budget, which ended in one cluster with half of the ids, or in twice the budget. Here
+    the Louvain method solves the same objective level by level, and the resolution is chosen for the budget.
 
-    Args and errors: as `louvain`.
+    Args and errors: as in `louvain.louvain`.
     """
-    graph = Bipartite.of(user, item, users, items, rows)
-    nodes = graph.nodes(*(_weights(degree, config.power) for degree in (graph.user_degree, graph.item_degree)))
-    labels, resolution = fit_resolution(lambda at: levels(nodes, at, config.seed), graph, rows, 0.1)
+    method = louvain_class("co-cluster")
+    graph = InteractionGraph.of(user, item, users, items, rows)
+    user_weight = _weights(graph.user_degree, config.count_exponent)
+    item_weight = _weights(graph.item_degree, config.count_exponent)
+    out_weight = np.concatenate([user_weight, np.zeros_like(item_weight)])
+    in_weight = np.concatenate([np.zeros_like(user_weight), item_weight])
+
+    class Balanced(method):  # type: ignore[misc, valid-type]
+        """The library's method, with these weights in place of the degrees. It has no public option for weights."""
+
+        def _pre_processing(self, *args: Any) -> Any:
+            adjacency, _, _, membership, index = super()._pre_processing(*args)
+            return adjacency, out_weight[index], in_weight[index], membership, index
+
+    def run(resolution: float) -> np.ndarray:
+        return graph.clusters(
+            Balanced(
+                resolution,
+                tol_optimization=TOLERANCE,
+                tol_aggregation=TOLERANCE,
+                shuffle_nodes=True,
+                return_probs=False,
+                return_aggregate=False,
+                random_state=config.seed % 2**32,
+            )
+        )
+
+    labels, resolution = fit_resolution(run, graph, rows)
     user_map, item_map = graph.maps(labels, user, item, "co-cluster", config.seed)
-    second = _secondary(nodes, graph, labels, resolution)
+    second = _secondary(graph, labels, resolution * user_weight, item_weight)
     names, first = np.unique(labels[: graph.num_users], return_inverse=True)
     both = np.stack([first, np.searchsorted(names, second)], 1).astype(np.int32)
     return replace(user_map, rows=torch.from_numpy(both)), item_map
 
 
-def _weights(degree: np.ndarray, power: float) -> np.ndarray:
-    """Powers of the degrees, of mean 1; an id without interactions weighs nothing."""
-    weights = np.where(degree > 0, np.maximum(degree, 1.0) ** power, 0.0)
-    return weights / max(weights.mean(), 1e-30)
+def _weights(degree: np.ndarray, exponent: float) -> np.ndarray:
+    """Powers of the degrees, with sum 1. An id without interactions has weight 0."""
+    weights = np.where(degree > 0, np.maximum(degree, 1.0) ** exponent, 0.0)
+    return weights / weights.sum()
 
 
-def _secondary(nodes: Nodes, graph: Bipartite, labels: np.ndarray, resolution: float) -> np.ndarray:
-    """For each user, the best label of its neighbours' that some user has and that is not its own; else its own."""
-    items = np.bincount(labels, nodes.as_item, int(labels.max()) + 1).tolist()
-    of = labels.tolist()
-    known = set(of[: graph.num_users])
-    found = of[: graph.num_users]
-    for user in range(graph.num_users):
-        first, last = nodes.starts[user], nodes.starts[user + 1]
-        edges: dict[int, float] = {}
-        for other, value in zip(nodes.neighbours[first:last], nodes.values[first:last], strict=True):
-            label = of[other]
-            if label != of[user] and label in known:
-                edges[label] = edges.get(label, 0.0) + value
-        if edges:
-            weight = resolution * nodes.as_user[user]
-            found[user] = max((value - weight * items[label], -label) for label, value in edges.items())[1] * -1
-    return np.array(found)
+def _secondary(
+    graph: InteractionGraph, labels: np.ndarray, user_weight: np.ndarray, item_weight: np.ndarray
+) -> np.ndarray:
+    """For each user, the best label of its items that other users have; its own label if there is none.
+
+    user_weight: already multiplied by the resolution.
+    """
+    from scipy import sparse
+
+    own, of_item = labels[: graph.num_users], labels[graph.num_users :]
+    number = int(labels.max()) + 1
+    volume = np.bincount(of_item, item_weight, number)
+    membership = sparse.csr_matrix((np.ones(len(of_item)), (np.arange(len(of_item)), of_item)), (len(of_item), number))
+    edges = (graph.biadjacency @ membership).tocoo()  # of each user to each label
+    wanted = np.isin(edges.col, own) & (edges.col != own[edges.row])
+    user, label = edges.row[wanted], edges.col[wanted]
+    score = edges.data[wanted] / graph.biadjacency.sum() - user_weight[user] * volume[label]
+    order = np.lexsort((label, -score, user))  # by user, best first, the lower label wins a tie
+    users, first = np.unique(user[order], return_index=True)
+    second = own.copy()
+    second[users] = label[order][first]
+    return second

@@ -1,42 +1,67 @@
-"""Rows of their own for the most frequent ids."""
+"""Hashing methods that give the most frequent ids exclusive rows."""
 
 from __future__ import annotations
 
 import torch
 
 from recpress.modules.config import HashConfig
-from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.problem import IdTable, need_counts
+from recpress.modules.hashing.id_map import IdMap, universal_hash
+from recpress.modules.hashing.table_stats import TableStats, require_counts
 
-SHARE = 0.5
-"""Share of the rows that are private where the configuration leaves it open."""
+DEFAULT_SHARE = 0.5
+"""Share of exclusive rows if the configuration sets none."""
 
 
-def frequency(table: IdTable, rows: int, config: HashConfig) -> IdMap:
-    """The p most frequent ids have rows 0 to p - 1, any other id has row p + id mod (rows - p).
+def frequency(table: TableStats, rows: int, config: HashConfig) -> IdMap:
+    """The e most frequent ids get rows 0 to e - 1; any other id gets row e + id mod (rows - e).
 
-    p = floor(private * rows), with private 0.5 where `config.private` is below 0. Ties go to the lower id.
+    e = floor(exclusive_share * rows), with a share of 0.5 if `config.exclusive_share` is negative. The lower id wins
+    a tie.
     """
-    counts = need_counts(table, "frequency")
-    private = private_rows(table, rows, config.private if config.private >= 0 else SHARE)
-    found = torch.arange(table.num_ids, dtype=torch.int32).remainder_(max(1, rows - private)).add_(private)
-    found[most_frequent(counts, private)] = torch.arange(private, dtype=torch.int32)
+    counts = require_counts(table, "frequency")
+    exclusive = _exclusive(table, rows, config)
+    found = torch.arange(table.num_ids, dtype=torch.int32).remainder_(max(1, rows - exclusive)).add_(exclusive)
+    found[most_frequent(counts, exclusive)] = torch.arange(exclusive, dtype=torch.int32)
     return IdMap(rows=found[:, None], num_rows=rows, method="frequency", vocabulary=table.vocabulary, seed=config.seed)
 
 
-def private_rows(table: IdTable, rows: int, share: float) -> int:
-    """floor(share * rows); raises ValueError where the share is above 1 or leaves no row for the other ids."""
+def hybrid(table: TableStats, rows: int, config: HashConfig) -> IdMap:
+    """As `frequency`, but any other id gets two of the shared rows by double hashing (Zhang et al. 2020).
+
+    An id with an exclusive row names it twice, so its vector is twice that row, and the map needs no weights.
+    """
+    counts = require_counts(table, "hybrid")
+    exclusive = _exclusive(table, rows, config)
+    found = torch.empty(table.num_ids, 2, dtype=torch.int32)
+    for first in range(0, table.num_ids, 1 << 22):
+        ids = torch.arange(first, min(first + (1 << 22), table.num_ids))
+        shared = universal_hash(ids, max(1, rows - exclusive), config.seed, 2)
+        found[first : first + len(ids)] = shared.add_(exclusive)
+    found[most_frequent(counts, exclusive)] = torch.arange(exclusive, dtype=torch.int32)[:, None]
+    return IdMap(rows=found, num_rows=rows, method="hybrid", vocabulary=table.vocabulary, seed=config.seed)
+
+
+def _exclusive(table: TableStats, rows: int, config: HashConfig) -> int:
+    return exclusive_rows(table, rows, config.exclusive_share if config.exclusive_share >= 0 else DEFAULT_SHARE)
+
+
+def exclusive_rows(table: TableStats, rows: int, share: float) -> int:
+    """floor(share * rows).
+
+    Raises:
+        ValueError: the share is outside [0, 1], or leaves no row for the other ids.
+    """
     if not 0 <= share <= 1:
-        raise ValueError(f"table {table.name!r}: private rows are a share of {share} of all, expected 0 to 1")
-    private = int(share * rows)
-    if private == rows < table.num_ids:
+        raise ValueError(f"table {table.name!r}: exclusive_share is {share}, expected 0 to 1")
+    exclusive = int(share * rows)
+    if exclusive == rows < table.num_ids:
         raise ValueError(
-            f"table {table.name!r}: {private} private rows of {rows} leave none for the other "
-            f"{table.num_ids - private} ids; lower the share of {share}"
+            f"table {table.name!r}: {exclusive} exclusive rows of {rows} leave none for the other "
+            f"{table.num_ids - exclusive} ids; lower exclusive_share from {share}"
         )
-    return private
+    return exclusive
 
 
 def most_frequent(counts: torch.Tensor, number: int) -> torch.Tensor:
-    """The `number` ids of the highest counts, ties by the lower id: (number,) int64, the most frequent first."""
+    """The `number` ids with the highest counts, most frequent first: (number,) int64. The lower id wins a tie."""
     return torch.sort(counts, descending=True, stable=True).indices[:number]

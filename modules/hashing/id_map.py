@@ -1,4 +1,4 @@
-"""A map from the ids of one table to fewer rows: what every hashing method makes and every module applies."""
+"""A map from the ids of one table to fewer rows: the output of every hashing method, and its look-up."""
 
 from __future__ import annotations
 
@@ -6,31 +6,47 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 Unknown = Literal["hash", "error"]
-"""What becomes of an id that a map does not cover: the row of `IdMap.hashed`, or an error."""
+"""What to do with an id that a map does not cover: use the rows of `IdMap.hashed`, or raise an error."""
+
+
+class Lookup(NamedTuple):
+    """The rows of n ids."""
+
+    rows: torch.Tensor
+    """(n, rows_per_id), of the dtype of the ids."""
+    weights: torch.Tensor | None
+    """(n, rows_per_id) float32; None if the map has none."""
+    unknown: torch.Tensor | None
+    """Which ids the map does not cover, (n,) bool; None if it covers all of them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class IdMap:
-    """Id -> one or two rows of a table of `num_rows` rows; the vector of an id is the (weighted) sum of its rows.
+    """Id -> one or two rows of a table with `num_rows` rows. The vector of an id is the (weighted) sum of its rows.
 
     Args:
-        rows: (num_ids, ways) int32, each in [0, num_rows); ways is 1, or 2 for double hashing and the like. May be a
-            view of a memory map.
+        rows: (num_ids, rows_per_id) int32, each in [0, num_rows). rows_per_id is 2 for double hashing and similar
+            methods, else 1. May be a view of a memory map.
         num_rows: rows of the table.
-        weights: (num_ids, ways) float16 or float32, or None for ones.
-        method: name of the method that made it.
-        vocabulary: fingerprint of the ids that it maps; None where nobody gave one.
+        weights: (num_ids, rows_per_id) float16 or float32, or None for ones.
+        method: name of the method that made the map.
+        vocabulary: fingerprint of the ids, or None.
         computed: the rows follow from the id by a formula, so that serving needs no map (`nbytes` is 0).
-        seed: of the hash that gives rows to ids that the map does not know (`hashed`).
+        seed: of the hash for ids that the map does not cover (`hashed`).
 
     Raises:
-        ValueError: shapes that do not fit; a row outside of the table, with the id that has it.
+        ValueError: shapes do not fit; a row is outside the table. The error names the id.
+
+    Example:
+        >>> id_map = IdMap(rows=torch.tensor([[0], [1], [0]], dtype=torch.int32), num_rows=2)
+        >>> id_map.look_up(torch.tensor([2, 1])).rows[:, 0]
+        tensor([0, 1])
     """
 
     rows: torch.Tensor
@@ -43,7 +59,9 @@ class IdMap:
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.dtype != torch.int32:
-            raise ValueError(f"id map: rows are {self.rows.dtype} {tuple(self.rows.shape)}, expected int32 (ids, ways)")
+            raise ValueError(
+                f"id map: rows are {self.rows.dtype} {tuple(self.rows.shape)}, expected int32 (ids, rows_per_id)"
+            )
         if self.weights is not None and self.weights.shape != self.rows.shape:
             raise ValueError(
                 f"id map: weights are {tuple(self.weights.shape)}, expected the shape of rows, {tuple(self.rows.shape)}"
@@ -65,29 +83,55 @@ class IdMap:
         return self.rows.shape[0]
 
     @property
-    def ways(self) -> int:
-        """Rows of an id."""
+    def rows_per_id(self) -> int:
+        """Rows per id."""
         return self.rows.shape[1]
 
     @property
     def bits(self) -> int:
-        """Bits that one row number takes when packed."""
+        """Bits of one row number when packed."""
         return max(1, (self.num_rows - 1).bit_length())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the map, bit-packed, with its weights; 0 where it is computed."""
+        """Bytes of the bit-packed map and its weights; 0 if the map is computed."""
         if self.computed:
             return 0
         weights = 0 if self.weights is None else self.weights.nbytes
-        return -(-self.num_ids * self.ways * self.bits // 8) + weights
+        return -(-self.num_ids * self.rows_per_id * self.bits // 8) + weights
 
     def hashed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ids that the map does not cover: (n,) int64 of any value -> (n, ways) int32."""
-        return universal_hash(ids, self.num_rows, self.seed, self.ways)
+        """Rows of ids that the map does not cover: (n,) int64 of any value -> (n, rows_per_id) int32."""
+        return universal_hash(ids, self.num_rows, self.seed, self.rows_per_id)
+
+    def look_up(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> Lookup:
+        """Rows and weights of ids (n,) int32 or int64. An id that the map does not cover is hashed, with weights of 1.
+
+        Modules that apply maps use this, except `LearnedHash`, which looks up all features of a batch in one kernel.
+
+        Args:
+            rows: `self.rows` on the device of the ids. On CUDA a look-up synchronizes.
+        """
+        unknown, known = None, ids
+        if len(ids):
+            low, high = torch.aminmax(ids)
+            if int(low) < 0 or int(high) >= self.num_ids:
+                unknown = (ids < 0) | (ids >= self.num_ids)
+                known = ids.masked_fill(unknown, 0)
+
+        def gather(table: torch.Tensor) -> torch.Tensor:
+            columns = [table[:, column].index_select(0, known) for column in range(self.rows_per_id)]
+            return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
+
+        found = gather(self.rows if rows is None else rows).to(ids.dtype)
+        weights = None if self.weights is None else gather(self.weights).float()
+        if unknown is not None:
+            found = torch.where(unknown[:, None], self.hashed(ids).to(ids.dtype), found)
+            weights = None if weights is None else weights.masked_fill(unknown[:, None], 1.0)
+        return Lookup(found, weights, unknown)
 
     def save(self, folder: str | Path) -> None:
-        """Write `rows.npy` (and `weights.npy`) and, last, `map.json` into `folder`, which exists."""
+        """Write `rows.npy` (and `weights.npy`) and then `map.json` into an existing folder."""
         folder = Path(folder)
         np.save(folder / "rows.npy", self.rows.numpy(), allow_pickle=False)
         if self.weights is not None:
@@ -104,13 +148,13 @@ class IdMap:
 
     @classmethod
     def load(cls, folder: str | Path, *, vocabulary: str | None = None) -> IdMap:
-        """What `save` wrote, its rows and weights as memory maps.
+        """Read what `save` wrote; rows and weights are memory maps.
 
         Args:
-            vocabulary: fingerprint that the map must have been made for; None accepts any.
+            vocabulary: expected fingerprint of the ids; None accepts any.
 
         Raises:
-            ValueError: a file is missing or damaged; the map is of another vocabulary.
+            ValueError: a file is missing or corrupt; the map is for another vocabulary.
         """
         folder = Path(folder)
         try:
@@ -127,42 +171,43 @@ class IdMap:
                 seed=meta["seed"],
             )
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: not a whole id map: {error}") from error
+            raise ValueError(f"{folder}: incomplete or corrupt id map: {error}") from error
         if vocabulary is not None and found.vocabulary != vocabulary:
             raise ValueError(
-                f"{folder}: made for the vocabulary {found.vocabulary}, expected {vocabulary}: the same ids mean others"
+                f"{folder}: the map is for vocabulary {found.vocabulary}, expected {vocabulary}: equal ids mean "
+                "different values"
             )
         return found
 
 
-def universal_hash(ids: torch.Tensor, num_rows: int, seed: int, ways: int = 1) -> torch.Tensor:
-    """Rows in [0, num_rows) of ids of any value: (n,) int64 -> (n, ways) int32.
+def universal_hash(ids: torch.Tensor, num_rows: int, seed: int, rows_per_id: int = 1) -> torch.Tensor:
+    """Rows in [0, num_rows) of ids of any value: (n,) int64 -> (n, rows_per_id) int32.
 
-    The finalizer of MurmurHash3 (Appleby), a bijection of 64 bits, after an offset that (seed, way) draws; then the
-    remainder. Not adversarially strong: it spreads ids, no more.
+    Adds an offset drawn from (seed, column), applies the finalizer of MurmurHash3 (Appleby), a bijection of 64 bits,
+    and takes the remainder. It spreads ids but does not resist an adversary.
     """
-    ways_rows = []
-    for way in range(ways):
-        offset = int(np.random.Philox(key=[seed % 2**64, way]).random_raw())
+    columns = []
+    for column in range(rows_per_id):
+        offset = int(np.random.Philox(key=[seed % 2**64, column]).random_raw())
         x = ids.long() + _signed(offset)
         for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)):
             x = (x ^ _logical_shift(x, shift)) * _signed(factor)
-        ways_rows.append(_logical_shift(x, 1).remainder(num_rows).to(torch.int32))
-    return torch.stack(ways_rows, 1)
+        columns.append(_logical_shift(x, 1).remainder(num_rows).to(torch.int32))
+    return torch.stack(columns, 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned one."""
+    """The int64 with the bits of an unsigned integer."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """torch shifts the sign in; this shifts zeros in."""
+    """Shift zeros in; torch shifts the sign in."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def map_fingerprint(id_map: IdMap) -> torch.Tensor:
-    """(16,) uint8 of all that decides which rows an id gets, those of unknown ids included."""
+    """(16,) uint8 digest of everything that decides which rows an id gets, including unknown ids."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((tuple(id_map.rows.shape), id_map.num_rows, id_map.seed)).encode())
     for part in (id_map.rows, id_map.weights):

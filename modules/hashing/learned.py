@@ -1,4 +1,4 @@
-"""The learned hash function: access frequency and embedding together."""
+"""The learned hash function, from counts and embedding, and plain k-means of the embedding."""
 
 from __future__ import annotations
 
@@ -7,74 +7,95 @@ from typing import Any
 import torch
 
 from recpress.modules.config import HashConfig
-from recpress.modules.hashing.clustering import cluster
-from recpress.modules.hashing.frequency import most_frequent, private_rows
+from recpress.modules.hashing.frequency import exclusive_rows, most_frequent
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.pairs import pair_rows
-from recpress.modules.hashing.problem import IdTable, need_counts, need_embedding
-from recpress.modules.rows import RowSource
+from recpress.modules.hashing.k_means import k_means
+from recpress.modules.hashing.table_stats import TableStats, require_counts, require_embedding
+from recpress.modules.hashing.two_row import two_row_dictionary
+from recpress.modules.row_source import RowSource
 
 
-def learned(table: IdTable, rows: int, config: HashConfig) -> IdMap:
-    """Frequent ids have rows that are theirs, the others share with ids like them (Ghaemmaghami et al. 2022).
+def learned(table: TableStats, rows: int, config: HashConfig) -> IdMap:
+    """Frequent ids get exclusive rows; the others share rows with similar ids (Ghaemmaghami et al. 2022).
 
-    Minimises the weighted distortion sum_i w_i |v_i - c_row(i)|^2 over maps onto `rows` rows, w_i = count_i **
-    config.power. What share of the rows frequent ids have for themselves is part of that: a row goes to one id as
-    soon as what this gains is above what the cheapest merge of two rows costs (`clustering.lloyd`). Ids that are too
-    rare to pull its centre away may still join it. `config.private` >= 0 sets the share by hand: floor(private *
-    rows) rows go to the most frequent ids, which share with none, and the rest is clustered.
+    Minimizes the weighted distortion sum_i w_i |v_i - c_row(i)|^2 over maps onto `rows` rows, with w_i = count_i **
+    count_exponent. The share of exclusive rows is part of this problem: an id gets a row to itself if that gains more
+    than the cheapest merge of two rows costs (`k_means.lloyd`). Rare ids that barely move the row's center may still
+    join it. A `config.exclusive_share` >= 0 sets the share by hand: the floor(exclusive_share * rows) most frequent
+    ids get exclusive rows, and the rest is clustered.
+
+    With `config.rows_per_id` 2, an id is the weighted sum of two rows (`two_row_dictionary`).
     """
-    counts, embedding = need_counts(table, "learned"), need_embedding(table, "learned")
-    weights = counts.float() ** config.power
-    if config.ways == 2:
-        if config.private >= 0:
-            raise ValueError(
-                f"table {table.name!r}: private is {config.private}, expected none (-1) with two rows an id"
-            )
-        pairs = pair_rows(
-            embedding,
-            weights,
-            rows,
-            seed=config.seed,
-            iterations=config.iterations,
-            name=table.name,
-            progress=table.progress,
-        )
-        return IdMap(
-            rows=pairs.rows,
-            num_rows=rows,
-            weights=pairs.weights,
-            method="learned",
-            vocabulary=table.vocabulary,
-            seed=config.seed,
-        )
-    private = private_rows(table, rows, config.private) if config.private >= 0 else 0
+    counts, embedding = require_counts(table, "learned"), require_embedding(table, "learned")
+    weights = counts.float() ** config.count_exponent
+    if config.rows_per_id == 2:
+        return _two_rows(table, embedding, weights, rows, config)
+    exclusive = exclusive_rows(table, rows, config.exclusive_share) if config.exclusive_share >= 0 else 0
     assignment = torch.empty(table.num_ids, dtype=torch.int32)
     shared = torch.ones(table.num_ids, dtype=torch.bool)
-    if private:
-        top = most_frequent(counts, private)
-        assignment[top] = torch.arange(private, dtype=torch.int32)
+    if exclusive:
+        top = most_frequent(counts, exclusive)
+        assignment[top] = torch.arange(exclusive, dtype=torch.int32)
         shared[top] = False
-    if private < rows:
+    if exclusive < rows:
         tail = shared.nonzero()[:, 0]
-        source = _Part(embedding, tail) if private else embedding
-        found = cluster(
-            source,
-            weights[tail] if private else weights,
-            min(rows - private, len(tail)),
+        found = k_means(
+            _Rows(embedding, tail) if exclusive else embedding,
+            weights[tail] if exclusive else weights,
+            min(rows - exclusive, len(tail)),
             seed=config.seed,
             iterations=config.iterations,
             name=table.name,
             progress=table.progress,
         )
-        assignment[tail] = found.assignment + private
+        assignment[tail] = found.assignment + exclusive
     return IdMap(
         rows=assignment[:, None], num_rows=rows, method="learned", vocabulary=table.vocabulary, seed=config.seed
     )
 
 
-class _Part:
-    """Some rows of a matrix, given by their ids in order: a RowSource."""
+def cluster(table: TableStats, rows: int, config: HashConfig) -> IdMap:
+    """Row of an id: its cluster by k-means of the embedding. Every id weighs the same."""
+    found = k_means(
+        require_embedding(table, "cluster"),
+        None,
+        rows,
+        seed=config.seed,
+        iterations=config.iterations,
+        name=table.name,
+        progress=table.progress,
+    )
+    return IdMap(
+        rows=found.assignment[:, None], num_rows=rows, method="cluster", vocabulary=table.vocabulary, seed=config.seed
+    )
+
+
+def _two_rows(table: TableStats, embedding: RowSource, weights: torch.Tensor, rows: int, config: HashConfig) -> IdMap:
+    if config.exclusive_share >= 0:
+        raise ValueError(
+            f"table {table.name!r}: exclusive_share is {config.exclusive_share}, expected -1 with two rows per id"
+        )
+    found = two_row_dictionary(
+        embedding,
+        weights,
+        rows,
+        seed=config.seed,
+        iterations=config.iterations,
+        name=table.name,
+        progress=table.progress,
+    )
+    return IdMap(
+        rows=found.rows,
+        num_rows=rows,
+        weights=found.weights,
+        method="learned",
+        vocabulary=table.vocabulary,
+        seed=config.seed,
+    )
+
+
+class _Rows:
+    """A RowSource of some rows of a matrix, given by ascending ids."""
 
     def __init__(self, source: RowSource, ids: torch.Tensor) -> None:
         self._source, self._ids = source, ids

@@ -1,6 +1,6 @@
-"""Apply maps of ids in front of any embedding tables: KeyedJaggedTensor -> KeyedJaggedTensor, no parameters.
+"""Apply id maps before any embedding tables: KeyedJaggedTensor -> KeyedJaggedTensor, no parameters.
 
-On the host, for data workers, `mapped_hash.MappedHash` gives the same rows.
+`mapped_hash.MappedHash` gives the same rows on the host, for data workers.
 """
 
 from __future__ import annotations
@@ -14,33 +14,38 @@ from torchrec import KeyedJaggedTensor
 
 from recpress.modules.fingerprints import Fingerprinted
 from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
-from recpress.modules.hashing.layout import Layout, PlacedMap
-from recpress.modules.hashing.packed_rows import decode, pack
+from recpress.modules.hashing.map_buffers import BatchLayout, MapSlot, pack, unpack
 
 _CHUNK = 1 << 16
-"""Ids that a packed map decodes at a time on a CPU, so that the intermediate tensors stay in its cache."""
+"""Ids of a packed map to unpack at once on a CPU, so that the intermediate tensors stay in its cache."""
 
 
 class LearnedHash(Fingerprinted):
-    """Replaces the ids of some features by the rows of smaller tables; the other features pass unchanged.
+    """Replaces the ids of some features by the rows of smaller tables. Other features pass unchanged.
 
-    An id becomes `ways` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights are
-    kept, multiplied by the weights of the map where it has some, and made where only the map has some.
+    An id becomes `rows_per_id` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights
+    are multiplied by the weights of the map, if it has any; a weighted map makes an unweighted batch weighted.
 
-    The maps are replicated on each rank, in buffers that are not part of `state_dict`: int32, or bit-packed. Features
-    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes a feature. For
-    `TrainPipelineSparseDist` pass `pipeline_postproc=True`.
+    Each rank has a replica of the maps, int32 or bit-packed, in buffers that are not part of `state_dict`. Features
+    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes per feature. With
+    `TrainPipelineSparseDist` use `pipeline_postproc=True`.
 
     Args:
         maps: feature key -> its map.
-        unknown: what becomes of an id that is negative or not below the map's `num_ids`: the rows of
-            `IdMap.hashed`, with weight 1, or a ValueError.
-        packed: bit-pack the maps: `IdMap.bits` bits an entry. Smaller, slower.
+        unknown: what to do with an id that is negative or not below the map's `num_ids`: use the rows of
+            `IdMap.hashed` with weight 1 ("hash"), or raise ValueError ("error").
+        packed: bit-pack the maps to `IdMap.bits` bits per entry. Smaller but slower.
 
     Raises:
-        ValueError: no map; in forward, a feature with a map that the batch lacks, and for `unknown="error"` an id
-            that its map does not cover; on loading a checkpoint, and at the latest in the next forward, one that was
-            saved with other maps.
+        ValueError: there is no map. In forward: the batch lacks a feature that has a map, or, with `unknown="error"`,
+            a map does not cover an id. When loading a checkpoint, or at the latest in the next forward: the checkpoint
+            was saved with other maps.
+
+    Example:
+        >>> id_map = IdMap(rows=torch.tensor([[0], [1], [0]], dtype=torch.int32), num_rows=2)
+        >>> features = KeyedJaggedTensor(["item"], torch.tensor([2, 1]), lengths=torch.tensor([1, 1]))
+        >>> LearnedHash({"item": id_map})(features).values()  # for tables of `id_map.num_rows` rows
+        tensor([0, 1])
     """
 
     def __init__(self, maps: Mapping[str, IdMap], *, unknown: Unknown = "hash", packed: bool = False) -> None:
@@ -50,16 +55,16 @@ class LearnedHash(Fingerprinted):
         if unknown not in ("hash", "error"):
             raise ValueError(f"learned hash: unknown is {unknown!r}, expected 'hash' or 'error'")
         self.unknown, self.packed = unknown, packed
-        self._map_of: dict[str, PlacedMap] = {}
-        placed: dict[IdMap, PlacedMap] = {}
+        self._slots: dict[str, MapSlot] = {}
+        placed: dict[IdMap, MapSlot] = {}
         start = weight_start = 0
         for key, id_map in maps.items():
             if id_map not in placed:  # IdMaps compare by identity
                 weighted = id_map.weights is not None
-                placed[id_map] = PlacedMap(
+                placed[id_map] = MapSlot(
                     num_ids=id_map.num_ids,
                     num_rows=id_map.num_rows,
-                    ways=id_map.ways,
+                    rows_per_id=id_map.rows_per_id,
                     seed=id_map.seed,
                     start=start,
                     bits=id_map.bits,
@@ -67,17 +72,17 @@ class LearnedHash(Fingerprinted):
                 )
                 start += id_map.rows.numel() * (id_map.bits if packed else 1)
                 weight_start += id_map.rows.numel() * weighted
-            self._map_of[key] = placed[id_map]
+            self._slots[key] = placed[id_map]
         rows = pack(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
         weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("weights", torch.cat(weights) if weights else torch.ones(1), persistent=False)
-        self.register_buffer("_unknown", torch.zeros(len(self._map_of), dtype=torch.int64), persistent=False)
-        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self.register_buffer("_unknown", torch.zeros(len(self._slots), dtype=torch.int64), persistent=False)
+        self._layouts: dict[tuple[str, ...], BatchLayout] = {}
         prints = {id_map: map_fingerprint(id_map) for id_map in placed}
         self.init_fingerprints({key: prints[id_map] for key, id_map in maps.items()})
         self.tables: dict[str, list[str]] = {}
-        """Feature key -> the tables that it looks up, for messages."""
+        """Feature key -> the tables that it looks up, for error messages."""
         self.rows: torch.Tensor
         self.weights: torch.Tensor
         self._unknown: torch.Tensor
@@ -86,30 +91,30 @@ class LearnedHash(Fingerprinted):
         tables = " and ".join(repr(table) for table in self.tables.get(name, ()))
         return (
             f"id map of feature {name!r}{f' (table {tables})' if tables else ''}: the checkpoint was saved with "
-            "another map, so that its rows mean other ids; use the map that it was trained with"
+            "another map, so its rows belong to other ids; use the map that it was trained with"
         )
 
     def unknown_counts(self) -> dict[str, int]:
-        """Feature key -> ids of it that the map did not cover, since construction or `reset_unknown_counts`.
+        """Feature key -> ids that the map did not cover, since construction or `reset_unknown_counts`.
 
-        Counted on this rank; calls of a program made by torch.export are not counted.
+        Counts this rank only, and not the calls of a program made by torch.export.
         """
-        return dict(zip(self._map_of, self._unknown.tolist(), strict=True))
+        return dict(zip(self._slots, self._unknown.tolist(), strict=True))
 
     def reset_unknown_counts(self) -> None:
         self._unknown.zero_()
 
     def nbytes(self) -> int:
-        """Bytes of the maps and their weights as this rank holds them."""
-        weighted = any(m.weight_start >= 0 for m in self._map_of.values())
+        """Bytes of the maps and their weights on this rank."""
+        weighted = any(m.weight_start >= 0 for m in self._slots.values())
         return self.rows.nbytes + (self.weights.nbytes if weighted else 0)
 
-    def ways(self, key: str) -> int:
-        """Entries that an id of this feature becomes."""
-        return self._map_of[key].ways if key in self._map_of else 1
+    def rows_per_id(self, key: str) -> int:
+        """Entries per id of this feature."""
+        return self._slots[key].rows_per_id if key in self._slots else 1
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The same keys, stride and order; ids are rows now, of the dtype that the ids had."""
+        """The same keys, stride and order, with rows in place of ids. Rows have the dtype of the ids."""
         if not torch.compiler.is_compiling():
             self.check_fingerprints()
         layout = self._layout(features.keys())
@@ -119,42 +124,42 @@ class LearnedHash(Fingerprinted):
             raise ValueError(f"learned hash: the ids of the batch are {ids.dtype}, expected torch.int64 or torch.int32")
         unknown, how_many = self._unknown_ids(ids, layout, lengths)
         known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
-        each = lengths  # entries of each key
-        if layout.max_ways > 1:
+        entries = lengths  # of each key
+        if layout.max_rows_per_id > 1:
             known = layout.entries(known, lengths)
-            each = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
+            entries = [length * count for length, count in zip(lengths, layout.rows_per_id, strict=True)]
             weights = None if weights is None else layout.repeat(weights, lengths)
         if self.packed:
-            rows = self._unpack(known, layout, each)
+            rows = self._unpack(known, layout, entries)
         elif ids.is_cuda or torch.compiler.is_exporting():
-            rows = self._gather(known, layout, each)
+            rows = self._gather(known, layout, entries)
         else:
-            rows = self._gather_cpu(known, layout, each)
+            rows = self._gather_cpu(known, layout, entries)
         if layout.weighted:
             again = None if unknown is None else layout.repeat(unknown, lengths)
-            weights = self._weigh(known, again, weights, layout, each)
+            weights = self._weigh(known, again, weights, layout, entries)
         if unknown is not None:
             self._hash(rows, ids, unknown, how_many, layout, lengths)
-        return _rebuilt(features, rows.to(ids.dtype), weights, each, layout)
+        return _rebuilt(features, rows.to(ids.dtype), weights, entries, layout)
 
-    def _layout(self, keys: list[str]) -> Layout:
+    def _layout(self, keys: list[str]) -> BatchLayout:
         found = self._layouts.get(tuple(keys))
         if found is None:
-            missing = [key for key in self._map_of if key not in keys]
+            missing = [key for key in self._slots if key not in keys]
             if missing:
                 raise ValueError(
                     f"learned hash: the batch has no feature {missing[0]!r}, which has a map; it has {keys}"
                 )
-            found = self._layouts[tuple(keys)] = Layout(keys, self._map_of)
+            found = self._layouts[tuple(keys)] = BatchLayout(keys, self._slots)
         return found
 
     def _unknown_ids(
-        self, ids: torch.Tensor, layout: Layout, lengths: list[int]
+        self, ids: torch.Tensor, layout: BatchLayout, lengths: list[int]
     ) -> tuple[torch.Tensor | None, list[int]]:
-        """(which ids of mapped features their map does not cover, (n,) bool, or None for none; how many of each key).
+        """(which ids of mapped features their map does not cover, (n,) bool, or None; how many of each key).
 
-        Counts them. On CUDA this synchronises; the exchange of ids does so too. While exporting, how many is not
-        known: -1.
+        Adds them to the counts. On CUDA this synchronizes, as the exchange of ids does. During export the numbers are
+        not known: -1.
         """
         exporting = torch.compiler.is_exporting()
         if exporting and self.unknown == "error":
@@ -174,14 +179,14 @@ class LearnedHash(Fingerprinted):
             key = layout.keys[int(np.searchsorted(np.cumsum(lengths), position, side="right"))]
             raise ValueError(
                 f"learned hash: feature {key!r} has the id {int(ids[position])}, expected 0 to "
-                f"{self._map_of[key].num_ids - 1}"
+                f"{self._slots[key].num_ids - 1}"
             )
         per_key = torch.stack([part.sum() for part in bad.split(lengths)]).cpu()
         self._unknown += per_key[layout.positions].to(self._unknown.device)
         return bad, per_key.tolist()
 
-    def _gather_cpu(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
-        """One fbgemm call for each run of features whose maps lie in ascending order, mostly one for all."""
+    def _gather_cpu(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
+        """One fbgemm call per run of features whose maps have ascending positions; usually one call in all."""
         parts: list[torch.Tensor] = []
         at = first = 0
         for last, starts in layout.runs:
@@ -193,18 +198,18 @@ class LearnedHash(Fingerprinted):
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _gather(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
+    def _gather(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
         starts = layout.per_id("starts", lengths, known)
         mapped = starts >= 0
         rows = self.rows[torch.where(mapped, starts + known, 0)]
         return torch.where(mapped, rows.to(known.dtype), known)
 
-    def _unpack(self, known: torch.Tensor, layout: Layout, lengths: list[int]) -> torch.Tensor:
+    def _unpack(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for key, part in zip(layout.keys, known.split(lengths), strict=True):
-            at = self._map_of.get(key)
-            chunks = [part] if at is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
-            parts += chunks if at is None else [decode(self.rows, at.start, at.bits, c).to(known.dtype) for c in chunks]
+            slot = self._slots.get(key)
+            chunks = [part] if slot is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
+            parts += chunks if slot is None else [unpack(self.rows, slot, c).to(known.dtype) for c in chunks]
         return torch.cat(parts)
 
     def _weigh(
@@ -212,16 +217,16 @@ class LearnedHash(Fingerprinted):
         known: torch.Tensor,
         unknown: torch.Tensor | None,
         weights: torch.Tensor | None,
-        layout: Layout,
+        layout: BatchLayout,
         lengths: list[int],
     ) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for index, part in enumerate(known.split(lengths)):
-            at = self._map_of.get(layout.keys[index])
-            if at is None or at.weight_start < 0:
+            slot = self._slots.get(layout.keys[index])
+            if slot is None or slot.weight_start < 0:
                 parts.append(torch.ones_like(part, dtype=torch.float32))
                 continue
-            of_map = self.weights[at.weight_start : at.weight_start + at.num_ids * at.ways]
+            of_map = self.weights[slot.weight_start : slot.weight_start + slot.num_ids * slot.rows_per_id]
             parts.append(of_map.index_select(0, part).float())
         own = torch.cat(parts) if len(parts) > 1 else parts[0]
         own = own if unknown is None else own.masked_fill(unknown, 1.0)
@@ -233,31 +238,31 @@ class LearnedHash(Fingerprinted):
         ids: torch.Tensor,
         unknown: torch.Tensor,
         how_many: list[int],
-        layout: Layout,
+        layout: BatchLayout,
         lengths: list[int],
     ) -> None:
-        """Write hashed rows into `rows` where ids are unknown."""
-        each = [length * ways for length, ways in zip(lengths, layout.ways, strict=True)]
-        split = rows.split(each), ids.split(lengths), unknown.split(lengths)
+        """Overwrite the rows of unknown ids by hashed rows."""
+        entries = [length * count for length, count in zip(lengths, layout.rows_per_id, strict=True)]
+        split = rows.split(entries), ids.split(lengths), unknown.split(lengths)
         for key, number, row, part, bad in zip(layout.keys, how_many, *split, strict=True):
-            at = self._map_of.get(key)
-            if at is None or not number:
+            slot = self._slots.get(key)
+            if slot is None or not number:
                 continue
-            row = row.view(-1, at.ways)
-            if number < 0 or row.is_cuda:  # no size that depends on data, so all ids are hashed
-                row.copy_(torch.where(bad[:, None], at.hashed(part).to(row.dtype), row))
+            row = row.view(-1, slot.rows_per_id)
+            if number < 0 or row.is_cuda:  # hash all ids, so that no size depends on data
+                row.copy_(torch.where(bad[:, None], slot.hashed(part).to(row.dtype), row))
             else:
                 where = bad.nonzero()[:, 0]
-                row.index_copy_(0, where, at.hashed(part.index_select(0, where)).to(row.dtype))
+                row.index_copy_(0, where, slot.hashed(part.index_select(0, where)).to(row.dtype))
 
 
-def _unknown_on_cpu(ids: torch.Tensor, layout: Layout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
-    """(which ids their map does not cover, whether there are any); where there are none, the first is empty.
+def _unknown_on_cpu(ids: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
+    """(which ids their map does not cover, whether there are any). The first is empty if there are none.
 
-    The least and the largest id of a feature cost a tenth of its look-up; a mask is made where they tell of a need.
+    The smallest and largest id of a feature cost a tenth of its look-up; they tell whether a mask is needed.
     """
     bad, found, at = torch.empty(0, dtype=torch.bool), False, 0
-    for size, length in zip(layout.mapped_sizes, lengths, strict=True):
+    for size, length in zip(layout.num_ids, lengths, strict=True):
         if size is not None and length:
             part = ids[at : at + length]
             low, high = torch.aminmax(part)
@@ -274,15 +279,15 @@ def _rebuilt(
     values: torch.Tensor,
     weights: torch.Tensor | None,
     length_per_key: list[int],
-    layout: Layout,
+    layout: BatchLayout,
 ) -> KeyedJaggedTensor:
-    """`features` with other values; what it had worked out already is kept, so that nobody does it twice."""
+    """`features` with other values, and with everything that it has already computed."""
     lengths, offsets = features.lengths_or_none(), features.offsets_or_none()
-    if layout.max_ways > 1:
+    if layout.max_rows_per_id > 1:
         strides = features.stride_per_key()
-        of_key = torch.tensor(layout.ways, device=values.device)
-        ways = torch.repeat_interleave(of_key, torch.tensor(strides, device=values.device), output_size=sum(strides))
-        lengths, offsets = features.lengths() * ways.to(features.lengths().dtype), None
+        of_key = torch.tensor(layout.rows_per_id, device=values.device)
+        counts = torch.repeat_interleave(of_key, torch.tensor(strides, device=values.device), output_size=sum(strides))
+        lengths, offsets = features.lengths() * counts.to(features.lengths().dtype), None
     variable = features.variable_stride_per_key()
     return KeyedJaggedTensor(
         keys=features.keys(),

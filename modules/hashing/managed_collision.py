@@ -1,4 +1,4 @@
-"""A learned map as a collision module of TorchRec's, for models that use ManagedCollision collections."""
+"""An id map as a TorchRec collision module, for models that use ManagedCollision collections."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from torchrec.modules.mc_modules import ManagedCollisionModule
 
 from recpress.modules.fingerprints import Fingerprinted
 from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
-from recpress.modules.hashing.mapped_hash import look_up
 
 
 class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
-    """Replaces the ids of one table by the rows of its map, before they are sent to the rank that has the row.
+    """Replaces the ids of one table by the rows of its map, before they are sent to the rank that owns the row.
 
-    TorchRec shards collision modules row-wise only, lets no two tables share a feature, and drops per-sample weights
-    when it shards an EmbeddingBagCollection behind them; `LearnedHash` has none of these limits. The map is held by
-    each rank and only its fingerprint is part of `state_dict`: a checkpoint can be loaded on any number of ranks.
+    TorchRec shards collision modules row-wise only, does not let two tables share a feature, and drops per-sample
+    weights when it shards an EmbeddingBagCollection behind them. `LearnedHash` has none of these limits. Each rank has
+    a replica of the map, and `state_dict` only its fingerprint, so that a checkpoint loads at any world size.
 
     Args:
-        id_map: one unweighted row an id; the table behind has `id_map.num_rows` rows.
-        unknown: what becomes of an id that the map does not cover: the row of `IdMap.hashed`, or a ValueError.
+        id_map: one unweighted row per id. The table behind it has `id_map.num_rows` rows.
+        unknown: what to do with an id that the map does not cover: use the row of `IdMap.hashed`, or raise ValueError.
 
     Raises:
-        ValueError: a map with several rows an id or with weights.
+        ValueError: the map has several rows per id, or weights.
     """
 
     device: torch.device
@@ -38,10 +37,10 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         output_range: tuple[int, int] | None = None,
         output_segments: list[int] | None = None,
     ) -> None:
-        """output_range and output_segments: the rows of this rank and the borders of all, set when sharded."""
-        if id_map.ways != 1 or id_map.weights is not None:
+        """output_range and output_segments: rows of this rank and boundaries of all ranks. TorchRec sets them."""
+        if id_map.rows_per_id != 1 or id_map.weights is not None:
             raise ValueError(
-                f"collision module: a map with {id_map.ways} rows an id and "
+                f"collision module: the map has {id_map.rows_per_id} rows per id and "
                 f"{'no ' if id_map.weights is None else ''}weights, expected one row and no weights; use LearnedHash"
             )
         if unknown not in ("hash", "error"):
@@ -50,7 +49,7 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         segments = output_segments or [0, id_map.num_rows]
         super().__init__(torch.device(device), segments)
         self._id_map, self.unknown, self._buckets = id_map, unknown, len(segments) - 1
-        # Not persistent: TorchRec makes a ShardedTensor of any other buffer, and the map is not sharded.
+        # Not persistent, because TorchRec makes a ShardedTensor of any other buffer, and the map is not sharded.
         self.register_buffer("_rows", id_map.rows.to(device), persistent=False)
         self.register_buffer("_segments", self._output_segments_tensor.clone(), persistent=False)
         self._unknown_count = 0
@@ -61,7 +60,7 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
     def describe_mismatch(self, name: str) -> str:
         return (
             f"collision module: the checkpoint was saved with another map of {self._id_map.num_ids} ids onto "
-            f"{self._id_map.num_rows} rows, so that its rows mean other ids; use the map that it was trained with"
+            f"{self._id_map.num_rows} rows, so its rows belong to other ids; use the map that it was trained with"
         )
 
     def unknown_count(self) -> int:
@@ -69,11 +68,11 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         return self._unknown_count
 
     def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
-        """Ids -> rows of the whole table; runs on the rank that has the ids."""
+        """Ids -> rows of the whole table. Runs on the rank that has the ids."""
         self.check_fingerprints()
         found = {}
         for name, feature in features.items():
-            rows, _, unknown = look_up(self._id_map, feature.values(), self._rows)
+            rows, _, unknown = self._id_map.look_up(feature.values(), self._rows)
             if unknown is not None:
                 if self.unknown == "error":
                     first = int(feature.values()[int(unknown.nonzero()[0])])
@@ -93,11 +92,11 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         mutate_miss_lengths: bool = True,
         write_weights: torch.Tensor | None = None,
     ) -> dict[str, JaggedTensor]:
-        """Nothing is left to do on the rank that has the rows."""
+        """Nothing to do on the rank that owns the rows: `preprocess` has mapped the ids."""
         return features
 
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
-        """The map does not learn here."""
+        """The map is fixed; there is nothing to profile."""
         return features
 
     def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
@@ -111,7 +110,7 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         return self._range[1] - self._range[0]
 
     def input_size(self) -> int:
-        """Rows of the whole table: what `preprocess` gives, and by what the exchange finds a row's rank."""
+        """Rows of the whole table. The exchange of ids finds the rank of a row by it."""
         return self._id_map.num_rows
 
     def buckets(self) -> int:
@@ -121,11 +120,11 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         return torch.zeros(1, dtype=torch.int64, device=self.device)
 
     def validate_state(self) -> None:
-        """A checkpoint brings the borders of the ranks that wrote it; those of these ranks count."""
+        """Replace the boundaries of the world size that wrote the checkpoint by those of this one."""
         self._output_segments_tensor.copy_(self._segments)
 
     def reset_inference_mode(self) -> None:
-        """No state of training to reset."""
+        """There is no training state to reset."""
 
     def rebuild_with_output_id_range(
         self,

@@ -1,4 +1,4 @@
-"""The rows of a table that its ids share: made from vectors of the ids, and read as vectors of the ids."""
+"""Shared rows from the vectors of ids, and the vectors of ids from shared rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.shared_als import SharedRows
-from recpress.modules.rows import BLOCK_BYTES, RowSource, blocks, check_source
+from recpress.modules.hashing.map_matrix import MapMatrix
+from recpress.modules.row_source import BLOCK_BYTES, RowSource, blocks, check_source
 
 
 def shared_rows(
@@ -21,21 +21,22 @@ def shared_rows(
     table: str = "",
     exchange: Exchange | None = None,
 ) -> torch.Tensor:
-    """Rows (num_rows, d) float32 that minimise the squared errors of the ids' vectors, weighted by their counts.
+    """Rows (num_rows, d) float32 that minimize the squared error of the ids' vectors, weighted by counts.
 
-    One row an id: the weighted mean of the ids that share it; `vectors` are read in blocks, and the memory is that of
-    the rows. Two: `shared_als.SharedRows.fit`, some columns at a time, with about six times the size of these columns.
-    A row without ids is zero.
+    With one row per id, a row is the weighted mean of its ids. `vectors` are read in blocks, so memory is that of the
+    rows. With two, `map_matrix.MapMatrix.fit` solves some columns at a time, in about six times their memory. A row
+    without ids is zero.
 
     Args:
         vectors: (num_ids, d).
-        counts: (num_ids, 1), each at least 0; ids below 0.1 weigh 0.1. None: all alike.
-        table: name in messages.
-        exchange: shares the work: each of its ranks calls with the same arguments, reads its part of the ids, and gets
-            all rows. They are those of one rank, of one row an id but for the rounding of sums. None: no other rank.
+        counts: (num_ids, 1), >= 0; counts below 0.1 weigh 0.1. None: all ids weigh the same.
+        table: name in error messages.
+        exchange: splits the work. All its ranks call this with the same arguments, each reads its part of the ids, and
+            all get all rows. They equal the rows at world size 1, with one row per id up to rounding. None: world size
+            1.
 
     Raises:
-        ValueError: lengths that do not fit the map; a vector or a count that is not finite. On every rank.
+        ValueError: lengths do not fit the map; a vector or a count is not finite. On every rank.
     """
     (ids, dim), num_rows = vectors.shape, id_map.num_rows
     for what, source in (("vectors", vectors), ("counts", counts)):
@@ -46,7 +47,7 @@ def shared_rows(
         exchange.rank, exchange.world = 0, 1
     share = RowBlocks(ids, exchange.world)
     mine = (share.start(exchange.rank), share.stop(exchange.rank))
-    if id_map.ways > 1:
+    if id_map.rows_per_id > 1:
         return _solved(id_map, vectors, counts, table, exchange, share, mine)
 
     def sums() -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +72,8 @@ def _solved(
     share: RowBlocks,
     mine: tuple[int, int],
 ) -> torch.Tensor:
-    """`shared_rows` of ids with several rows. The columns of a least-squares problem do not know each other: in rounds,
-    each rank gets `_COLUMNS` of its own, of the ids that each rank has read, and solves them."""
+    """`shared_rows` with several rows per id. Columns of a least-squares problem are independent: in each round, a rank
+    receives `_COLUMNS` columns of all ids from the ranks that read them, and solves these columns."""
     dim, world = vectors.shape[1], exchange.world
 
     def weights_here() -> torch.Tensor:
@@ -84,11 +85,11 @@ def _solved(
         )
 
     weights = exchange.gather(exchange.together(weights_here)[:, None].to(exchange.device), share)[:, 0].cpu()
-    rows, shared = torch.empty(id_map.num_rows, dim), SharedRows(id_map)
+    rows, shared = torch.empty(id_map.num_rows, dim), MapMatrix(id_map)
     for start in range(0, dim, _COLUMNS * world):
         parts = [
             (min(start + rank * _COLUMNS, dim), min(start + (rank + 1) * _COLUMNS, dim)) for rank in range(world)
-        ]  # of each rank, empty where there are fewer columns than ranks
+        ]  # per rank; empty if there are fewer columns than ranks
         whole = (start, parts[-1][1])
 
         def columns(whole: tuple[int, int] = whole) -> torch.Tensor:
@@ -112,12 +113,12 @@ def _solved(
 
 
 _COLUMNS = 16
-"""Columns of two-row dictionaries that are solved together: memory is about six times theirs, and not the table's."""
+"""Columns to solve together for two rows per id. Memory is about six times theirs instead of six times the table's."""
 _COUNTS = 1 << 20
 
 
 def _weights(counts: RowSource, table: str, first: int, stop: int) -> torch.Tensor:
-    """What ids first..stop-1 weigh, (stop - first,)."""
+    """Weights of ids first..stop-1, (stop - first,)."""
     read = counts[first:stop]
     read = read.float() if isinstance(read, torch.Tensor) else torch.from_numpy(np.array(read, np.float32))
     if not bool(torch.isfinite(read).all()):
@@ -133,18 +134,16 @@ def warm_rows(
     table: str = "",
     mean_pooled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows (num_rows, dim) float32, which of them some id has (num_rows,) bool) from one row for each id, read once.
+    """(rows (num_rows, dim) float32, which of them have ids (num_rows,) bool) for a warm start from one row per id.
 
-    `shared_rows` solves two rows an id by least squares, in memory; here a table of any size is gone through in blocks,
-    for training goes on from these rows.
-
-    A row is the mean of what its ids ask of it, weighted by their counts (alike, where all are 0). An id with one row
-    asks for its own vector x. With several rows of weights w_k it asks of each w_k x / sum(w^2), the smallest vectors
-    whose weighted sum is x: of two unweighted rows, half of x each. With mean pooling, which divides by the number of
-    rows, it asks for x.
+    Training improves these rows, so they need no least squares as in `shared_rows`, and a table of any size is read in
+    blocks. A row is the mean, weighted by counts, of a target from each of its ids (the plain mean if all counts are
+    0). The target of an id with one row is its vector x. With several rows of weights w_k it is w_k x / sum(w^2), the
+    smallest vectors whose weighted sum is x: x / 2 for two unweighted rows. With mean pooling, which divides by the
+    number of rows, it is x.
 
     Raises:
-        ValueError: counts that do not fit or are negative; values of `source` that are not finite.
+        ValueError: counts do not fit or are negative; a value of `source` is not finite.
     """
     num_ids = id_map.num_ids
     check_source(source, table, num_ids, source.shape[-1])
@@ -157,31 +156,31 @@ def warm_rows(
     counts = counts.detach().double().cpu()
     total = torch.zeros(id_map.num_rows, dtype=torch.float64)
     members = torch.zeros(id_map.num_rows, dtype=torch.float64)
-    for way in range(id_map.ways):
-        total.index_add_(0, id_map.rows[:, way].long(), counts)
-        members.index_add_(0, id_map.rows[:, way].long(), torch.ones(num_ids, dtype=torch.float64))
+    for column in range(id_map.rows_per_id):
+        total.index_add_(0, id_map.rows[:, column].long(), counts)
+        members.index_add_(0, id_map.rows[:, column].long(), torch.ones(num_ids, dtype=torch.float64))
     found = torch.zeros(id_map.num_rows, source.shape[1])
     for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
         part = slice(first, first + len(block))
-        weights = torch.ones(len(block), id_map.ways) if id_map.weights is None else id_map.weights[part].float()
+        weights = torch.ones(len(block), id_map.rows_per_id) if id_map.weights is None else id_map.weights[part].float()
         share = weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
         if mean_pooled:
             share = torch.ones_like(share)
-        for way in range(id_map.ways):
-            rows = id_map.rows[part, way].long()
+        for column in range(id_map.rows_per_id):
+            rows = id_map.rows[part, column].long()
             of_row = torch.where(total[rows] > 0, counts[part] / total[rows], 1 / members[rows]).float()
-            found.index_add_(0, rows, block * (of_row * share[:, way])[:, None])
+            found.index_add_(0, rows, block * (of_row * share[:, column])[:, None])
     return found, members > 0
 
 
 def add_members(
     sums: torch.Tensor, mass: torch.Tensor, id_map: IdMap, first: int, block: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    """Add the ids from `first` on, of one row each, to the sums of their rows; sums / mass are the rows in the end.
+    """Add ids from `first` on, with one row each, to the sums of their rows. In the end the rows are sums / mass.
 
     Args:
-        sums, mass: (num_rows, d) and (num_rows, 1), changed.
-        block, weights: vectors (b, d) of the ids, and what they weigh, (b, 1).
+        sums, mass: (num_rows, d) and (num_rows, 1), changed in place.
+        block, weights: vectors (b, d) and weights (b, 1) of the ids.
     """
     at = id_map.rows[first : first + len(block), 0].long()
     part = 1.0 if id_map.weights is None else id_map.weights[first : first + len(block)].float()
@@ -189,8 +188,8 @@ def add_members(
     mass.index_add_(0, at, weights * part**2)
 
 
-class SharedVectors:
-    """The vectors that the ids get of shared rows, a RowSource (num_ids, d) that is worked out where it is read."""
+class IdVectors:
+    """A RowSource (num_ids, d) of the vectors of ids, computed from shared rows on access."""
 
     def __init__(self, id_map: IdMap, rows: RowSource) -> None:
         self._map, self._rows = id_map, rows

@@ -1,8 +1,6 @@
-"""Logistic matrix factorization as a TorchRec model: sigmoid(u . v + b_u + b_v + b), cross-entropy, sampled
-negatives.
+"""Logistic matrix factorization as a TorchRec model: sigmoid(u . v + b_u + b_v + b), cross-entropy, sampled negatives.
 
-The factorization of CADC (Entezari Zarch et al. 2024). A row of a table holds a vector and, after it, its
-bias.
+This is the factorization of CADC (Entezari Zarch et al. 2024). A row of a table is a vector followed by its bias.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from recpress.modules.config import LogisticConfig
-from recpress.modules.rows import round_up
-from recpress.modules.two_tower.two_tower import SideSpec
+from recpress.modules.row_source import round_up
+from recpress.modules.two_tower.model import SideSpec
 
 
 class LogisticMF(nn.Module):
-    """Trained by `trainer.loop.fit`; `user_vectors` and `item_vectors` have the biases folded in:
+    """The model. `user_vectors` and `item_vectors` include the biases, so that u' . v' is the logit:
 
-    u' = (u, b_u + b, 1), v' = (v, 1, b_v), so that u' . v' is the logit.
+    u' = (u, b_u + b, 1), v' = (v, 1, b_v).
     """
 
     def __init__(
@@ -44,26 +42,25 @@ class LogisticMF(nn.Module):
         self.head = _Head(config)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss to differentiate, the cross-entropy in it, detached) of a batch as `losses` lays it out, each
-        row with negatives of its own."""
+        """(loss, its cross-entropy part, detached) of a batch (`losses`). Each example has its own negatives."""
         loss = self.head(self.user_tables(batch.user_features), self.item_tables(batch.item_features), batch.label)
         return loss[0], loss[1]
 
     @torch.no_grad()
     def user_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
-        """u' (B, factors + 2). Collective where the tables are sharded."""
+        """u' (B, factors + 2). Collective if the tables are sharded."""
         vector, bias = self.head.cut(self.user_tables(features)[self.user.key])
         return torch.cat([vector, bias + self.head.bias, torch.ones_like(bias)], 1)
 
     @torch.no_grad()
     def item_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
-        """v' (B, factors + 2). Collective where the tables are sharded."""
+        """v' (B, factors + 2). Collective if the tables are sharded."""
         vector, bias = self.head.cut(self.item_tables(features)[self.item.key])
         return torch.cat([vector, torch.ones_like(bias), bias], 1)
 
 
 class _Head(nn.Module):
-    """Cross-entropy and L2 of what the tables give."""
+    """Cross-entropy and L2 penalty of table outputs."""
 
     def __init__(self, config: LogisticConfig) -> None:
         super().__init__()
@@ -92,7 +89,7 @@ class _Head(nn.Module):
 
 
 def _table(name: str, config: LogisticConfig, spec: SideSpec, device: torch.device) -> EmbeddingBagCollection:
-    bound = 0.5 * config.factors**-0.5  # scores of about 0.05 at the start, whatever the dimension
+    bound = 0.5 * config.factors**-0.5  # initial scores of about 0.05 in any dimension
     return EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(

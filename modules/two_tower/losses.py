@@ -1,8 +1,8 @@
 """Losses on user and item vectors with sampled negatives.
 
-Layout of the items of a batch: B positives, then the negatives. Either each row has N of its own, B * N in
-all, those of row 0 first; or all rows share N, and `excluded` (B, N) says which of them are no negatives of
-which row.
+Layout of the items of a batch: B positives, then the negatives. Either each example has its own N negatives, B * N in
+total, those of example 0 first; or all examples share N negatives, and `excluded` (B, N) marks those that are not
+negatives of an example.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from recpress.modules.config import LossConfig
-from recpress.modules.two_tower.predictions import WatchedLoss
+from recpress.modules.two_tower.predictions import ObservedLoss
 
 
 class PairLogits(nn.Module):
-    """logit = scale * (u . v) + bias, both learned; the scale stays positive: the ranking is u . v's."""
+    """logit = scale * (u . v) + bias, both learned. The scale is positive, so the ranking is that of u . v."""
 
     def __init__(self, scale: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class PairLogits(nn.Module):
 def pair_scores(
     users: torch.Tensor, items: torch.Tensor, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dot products with the positive (B,) and with each negative (B, N), and the vectors of the positives (B,
-    d)."""
+    """Dot products with the positive (B,) and with each negative (B, N), and the vectors of the positives (B, d)."""
     rows = users.shape[0]
-    positives, negatives = items.split([rows, items.shape[0] - rows])  # one copy backward; slices are four
+    # the backward pass of split copies once, that of slices four times
+    positives, negatives = items.split([rows, items.shape[0] - rows])
     if shared:
         of_negatives = users @ negatives.T
     else:
@@ -44,11 +44,10 @@ def pair_scores(
     return (users * positives).sum(1), of_negatives, positives
 
 
-class BinaryCrossEntropy(WatchedLoss):
-    """Mean over all pairs of the cross-entropy of sigmoid(logit): against the label, and against 0 for
-    negatives.
+class BinaryCrossEntropy(ObservedLoss):
+    """Mean over all pairs of the cross-entropy of sigmoid(logit), with the label of positives and 0 for negatives.
 
-    The setting of CADC (Entezari Zarch et al. 2024): each sampled negative is an example of its own.
+    As in CADC (Entezari Zarch et al. 2024), each sampled negative is a separate example.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -69,12 +68,12 @@ class BinaryCrossEntropy(WatchedLoss):
             users: (B, d). items: (B + negatives, d).
             label: (B,) in [0, 1], of the positives.
             log_q, item_ids: not used here.
-            excluded: (B, N) where the negatives are shared.
+            excluded: (B, N) if the negatives are shared.
         """
         positive, negative, _ = pair_scores(users, items, excluded is not None)
         for_positive, for_negative = self.logits(positive), self.logits(negative)
-        if self.told(positive):
-            self.tell_pairs(for_positive, for_negative, label, excluded)
+        if self.observes(positive):
+            self.observe_pairs(for_positive, for_negative, label, excluded)
         losses = F.softplus(for_negative)
         pairs: int | torch.Tensor = positive.numel() + negative.numel()
         if excluded is not None:
@@ -85,16 +84,16 @@ class BinaryCrossEntropy(WatchedLoss):
         return total / pairs
 
 
-class SampledSoftmax(WatchedLoss):
-    """Mean over the rows of -log softmax of the positive among sampled items, corrected by their log q.
+class SampledSoftmax(ObservedLoss):
+    """Mean over the examples of -log softmax of the positive among sampled items, with logQ correction.
 
-    The softmax's denominator over all items is estimated by
+    The estimate of the softmax's denominator over all items is
         exp(s_pos) + sum over candidates j of exp(s_j) / (count * q_j)
-    with j the row's negatives and, with `in_batch`, the other rows' positives; `count` is how many draws
-    there are and q_j the probability with which one draw gives j (Bengio, Senecal 2008; in-batch: Yi et al.
-    2019). The positive is no draw and is not corrected; a candidate that is the row's positive item, or
-    `excluded`, is left out, so that the estimate has no bias. With `config.candidates` the sum over the
-    negatives is scaled down to that of a choice among so many items.
+    Candidates are the negatives of the example and, with `in_batch`, the positives of the other examples. `count` is
+    the number of draws, and q_j the probability that one draw gives j (Bengio, Senecal 2008; in-batch: Yi et al. 2019).
+    The positive is not drawn, so it is not corrected. A candidate equal to the positive item, or `excluded`, is
+    skipped, so that the estimate is unbiased. `config.candidates` scales the sum over the negatives to that number of
+    candidates.
     """
 
     def __init__(self, config: LossConfig, num_items: int) -> None:
@@ -115,10 +114,10 @@ class SampledSoftmax(WatchedLoss):
         """
         Args:
             users: (B, d). items: (B + negatives, d).
-            label: (B,) weight of each row; the mean is over their sum.
-            log_q: (items,) log probability of one draw of the item, for a positive that of the in-batch draw.
+            label: (B,) weight of each example. The mean divides by their sum.
+            log_q: (items,) log probability that one draw gives the item; for a positive, that of the in-batch draw.
             item_ids: (items,).
-            excluded: (B, N) where the negatives are shared.
+            excluded: (B, N) if the negatives are shared.
         """
         rows = users.shape[0]
         positive, negative, of_positives = pair_scores(users, items, excluded is not None)
@@ -140,13 +139,13 @@ class SampledSoftmax(WatchedLoss):
         candidates = candidates.masked_fill(torch.cat(taken, 1), -torch.inf)
         for_positive = scale * positive
         total = torch.logsumexp(torch.cat([for_positive[:, None], candidates], 1), 1)
-        if self.told(positive):
+        if self.observes(positive):
             correction = offset - torch.cat([each.expand(log_qs[0].shape[0], -1) for each in log_qs], 1)
-            self.tell_choice(for_positive, candidates, correction, total, label)
+            self.observe_choice(for_positive, candidates, correction, total, label)
         losses = total - for_positive
         return (losses * label).sum() / label.sum().clamp(min=1e-12)
 
 
-def make_loss(config: LossConfig, num_items: int) -> WatchedLoss:
-    """The loss that the configuration names."""
+def make_loss(config: LossConfig, num_items: int) -> ObservedLoss:
+    """The loss of a configuration."""
     return BinaryCrossEntropy(config) if config.kind == "bce" else SampledSoftmax(config, num_items)

@@ -1,4 +1,4 @@
-"""What a loss predicts of the pairs of a batch, for metrics that watch the training: NE, AUC, calibration."""
+"""Predictions of a loss for the pairs of a batch, as input of training metrics: NE, AUC, calibration."""
 
 from __future__ import annotations
 
@@ -11,44 +11,48 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Predictions:
-    """P pairs of a user and an item, none with a gradient."""
+    """P pairs of a user and an item, without gradients."""
 
     probability: torch.Tensor
-    """That the pair is a positive. (P,)"""
-    label: torch.Tensor  # (P,) in [0, 1]
+    """Probability that the pair is a positive, (P,)."""
+    label: torch.Tensor
+    """(P,) in [0, 1]."""
     weight: torch.Tensor
-    """How many pairs of the loss this one stands for; 0: none. (P,)"""
+    """Number of pairs of the loss that this pair represents, (P,); 0 ignores it."""
 
 
-class WatchedLoss(nn.Module):
-    """A loss that tells `watcher`, where there is one, what it predicts of the positives and of `watched` negatives of
-    each row (0: all); the weight of a negative makes up for those that are not told."""
+class ObservedLoss(nn.Module):
+    """A loss that passes its predictions to `observer`, if there is one.
+
+    These are the predictions of the positives and of `observed` negatives per example (0: all). The weights of the
+    negatives account for the others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.watcher: Callable[[Predictions], None] | None = None
-        self.watched = 0
+        self.observer: Callable[[Predictions], None] | None = None
+        self.observed = 0
 
-    def told(self, scores: torch.Tensor) -> bool:
-        """Whether there is somebody to tell; nobody is told while a train pipeline traces the model."""
-        return self.watcher is not None and not isinstance(scores, torch.fx.Proxy)
+    def observes(self, scores: torch.Tensor) -> bool:
+        """Whether there is an observer. None is called while a train pipeline traces the model."""
+        return self.observer is not None and not isinstance(scores, torch.fx.Proxy)
 
     @torch.no_grad()
-    def tell_pairs(
+    def observe_pairs(
         self, positive: torch.Tensor, negative: torch.Tensor, label: torch.Tensor, excluded: torch.Tensor | None
     ) -> None:
-        """Of cross-entropy: each pair's probability is sigmoid(logit).
+        """For cross-entropy: the probability of a pair is sigmoid(logit).
 
         Args:
             positive: logits (B,). negative: logits (B, N). excluded: (B, N).
         """
-        assert self.watcher is not None
-        pick = _Pick(negative, self.watched)
+        assert self.observer is not None
+        pick = _Pick(negative, self.observed)
         logits = pick(negative)
         weight = torch.full_like(logits, pick.each)
         if excluded is not None:
             weight = weight.masked_fill(pick(excluded), 0.0)
-        self.watcher(
+        self.observer(
             Predictions(
                 torch.cat([positive, logits.flatten()]).sigmoid(),
                 torch.cat([label, torch.zeros_like(logits).flatten()]),
@@ -57,7 +61,7 @@ class WatchedLoss(nn.Module):
         )
 
     @torch.no_grad()
-    def tell_choice(
+    def observe_choice(
         self,
         positive: torch.Tensor,
         corrected: torch.Tensor,
@@ -65,19 +69,19 @@ class WatchedLoss(nn.Module):
         total: torch.Tensor,
         weight: torch.Tensor,
     ) -> None:
-        """Of sampled softmax: an item's probability is its share of the row's choice, exp(score - total). A candidate
-        stands for exp(correction) items of the choice, so the weighted probabilities of a row add up to 1.
+        """For sampled softmax: the probability of an item is its softmax, exp(score - total). A candidate represents
+        exp(correction) items, so the weighted probabilities of an example sum to 1.
 
         Args:
-            positive: scores (B,). corrected: score + correction of each candidate, -inf for one that is left out (B,
-                C). correction: (B, C), or (1, C) where it is the same for all rows. total: log of the sum over the row
-                (B,). weight: of the rows (B,).
+            positive: scores (B,). corrected: score + correction of each candidate, -inf if skipped (B, C).
+            correction: (B, C), or (1, C) if equal for all examples. total: log of the sum over the example (B,).
+            weight: of the examples (B,).
         """
-        assert self.watcher is not None
-        pick = _Pick(corrected, self.watched)
+        assert self.observer is not None
+        pick = _Pick(corrected, self.observed)
         scores, stands = pick(corrected), pick(correction.expand_as(corrected))
         each = pick.each * stands.exp().masked_fill(scores == -torch.inf, 0.0) * weight[:, None]
-        self.watcher(
+        self.observer(
             Predictions(
                 torch.cat([positive - total, (scores - stands - total[:, None]).flatten()]).exp(),
                 torch.cat([torch.ones_like(positive), torch.zeros_like(scores).flatten()]),
@@ -87,13 +91,13 @@ class WatchedLoss(nn.Module):
 
 
 class _Pick:
-    """Takes `count` columns of each row, other ones in the next row, so that the rows together use all of them."""
+    """Selects `count` columns of each row, different ones in successive rows, so that together they use all columns."""
 
     def __init__(self, like: torch.Tensor, count: int) -> None:
         rows, columns = like.shape
         self._index = None
         self.each = 1.0
-        """Columns that a picked one stands for."""
+        """Number of columns that a selected column represents."""
         if 0 < count < columns:
             self._index = (torch.arange(rows * count, device=like.device) % columns).view(rows, count)
             self.each = columns / count

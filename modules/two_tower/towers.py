@@ -1,6 +1,6 @@
-"""Towers: networks from what the tables give of a user or an item to the vector that is scored.
+"""Towers: networks from the embeddings of a user or an item to the vector that is scored.
 
-A tower returns (vectors (B, out_dim), penalty): the penalty, a number, may join the loss.
+A tower returns (vectors (B, out_dim), penalty). The penalty is a scalar that may be added to the loss.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from torchrec import KeyedTensor
 from torchrec.distributed.types import LazyAwaitable
 
 from recpress.modules.config import TowersConfig
-from recpress.modules.rows import RowSource, sample_rows
+from recpress.modules.row_source import RowSource, sample_rows
 
-Source = tuple[Literal["frozen", "tables"], str]
-"""Where a part of the input comes from: which collection's result, and its key there."""
+TableOutput = tuple[Literal["frozen", "tables"], str]
+"""An output of the tables: its collection, and its key there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerInput:
-    """What a tower is given of an id."""
+    """The parts of a tower's input."""
 
-    base: Source
-    """The id's vector e."""
+    base: TableOutput
+    """The vector e of the id."""
     dim: int
-    """Length of e."""
-    count: Source | Literal["given"] | None = None
-    """The id's standardised log count: in the first column of a table's rows, or given to the tower as a number."""
-    others: Sequence[tuple[Source, int]] = ()
-    """Further vectors and their lengths."""
+    """Dimension of e."""
+    count: TableOutput | Literal["given"] | None = None
+    """The standardized log count of the id: the first column of a table, or an argument of the tower (`given`)."""
+    others: Sequence[tuple[TableOutput, int]] = ()
+    """Further vectors and their dimensions."""
     floats: int = 0
     """Number of float features."""
 
     @property
     def width(self) -> int:
-        """Of all parts together."""
+        """Dimension of all parts together."""
         counted = 0 if self.count is None else 1
         return self.dim + counted + sum(length for _, length in self.others) + self.floats
 
@@ -74,7 +74,7 @@ class Tower(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(width, self.out_dim))
 
     def fit_scale(self, table: RowSource) -> None:
-        """Nothing to fit: the first layer is free to scale."""
+        """Nothing to do: the first layer can scale."""
 
     def forward(
         self,
@@ -83,8 +83,10 @@ class Tower(nn.Module):
         floats: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`frozen` and `tables` are what the two collections gave for the same features; `count` is (B, 1), where it
-        comes from no table."""
+        """Apply the tower to the outputs of both collections for the same features.
+
+        count: (B, 1), if it is not in a table.
+        """
         e, count, others = self.given.gather(frozen, tables, floats, count)
         parts = [e, *([] if count is None else [count]), *others]
         out = self.mlp(torch.cat(parts, 1) if len(parts) > 1 else e)
@@ -92,15 +94,15 @@ class Tower(nn.Module):
 
 
 class ResidualTower(nn.Module):
-    """Corrects a factorization's vectors, and begins with their own scores.
+    """Corrects the vectors of a factorization. Its initial scores are those of the factorization.
 
-        facts f = (log count, |e|), standardised
+        facts f = (log count, |e|), standardized
         (delta, g) = MLP(e / s, f, other features)
         out = (e exp(gate(f)) + s delta, start + g)
 
-    with s the standard deviation of the table. The last layers of MLP and gate start at zero. The last
-    place is a bias of the item (start 0), scaled by the user's (start 1): the first scores are e_u . e_i.
-    The penalty is mean(delta ** 2): how far the vectors moved, in units of the table's spread.
+    with s the standard deviation of the table. The last layers of MLP and gate start at zero. The last column is a bias
+    of the item (start 0), scaled by that of the user (start 1), so the initial scores are e_u . e_i. The penalty is
+    mean(delta ** 2): how far the vectors moved, in units of s.
     """
 
     def __init__(self, config: TowersConfig, given: TowerInput, *, start: float) -> None:
@@ -121,7 +123,7 @@ class ResidualTower(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, table: RowSource) -> None:
-        """Take the spreads from rows of the table that e comes from."""
+        """Set the standard deviations from rows of the table of e."""
         rows = sample_rows(table)
         lengths = rows.norm(dim=1)
         self.spread.fill_(rows.std(correction=0).clamp_min(1e-12))
@@ -136,19 +138,21 @@ class ResidualTower(nn.Module):
         floats: torch.Tensor | None = None,
         count: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`frozen` and `tables` are what the two collections gave for the same features; `count` is (B, 1), where it
-        comes from no table."""
+        """Apply the tower to the outputs of both collections for the same features.
+
+        count: (B, 1), if it is not in a table.
+        """
         e, count, others = self.given.gather(frozen, tables, floats, count)
         length = (e.norm(dim=1, keepdim=True) - self.length[0]) / self.length[1]
         facts = length if count is None else torch.cat([count, length], 1)
         change = self.mlp(torch.cat([e / self.spread, facts, *others], 1))
-        delta, place = change.split([self.given.dim, 1], 1)
+        delta, bias = change.split([self.given.dim, 1], 1)
         moved = torch.addcmul(delta * self.spread, e, self.gate(facts).exp())
-        return torch.cat([moved, place + self.start], 1), delta.square().mean()
+        return torch.cat([moved, bias + self.start], 1), delta.square().mean()
 
 
 def make_tower(config: TowersConfig, given: TowerInput, side: Literal["user", "item"]) -> Tower | ResidualTower:
-    """The tower that the configuration names."""
+    """The tower of a configuration."""
     if config.kind == "mlp":
         return Tower(config, given)
     return ResidualTower(config, given, start=1.0 if side == "user" else 0.0)
@@ -161,5 +165,5 @@ def _zero(layer: nn.Linear) -> nn.Linear:
 
 
 def _wait(result: KeyedTensor | LazyAwaitable[KeyedTensor] | None) -> KeyedTensor:
-    """A sharded collection gives a promise; wait for it once, not once a key."""
+    """Wait once for the result of a sharded collection, instead of once per key."""
     return result.wait() if isinstance(result, LazyAwaitable) else result

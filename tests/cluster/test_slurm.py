@@ -18,7 +18,7 @@ from tests.cluster.slurm import NODES, Slurm, wait_until
 FACTORS = ("--als.factors", "8", "--als.sweeps", "3")
 NETWORK = (
     *("--stream.batch-size", "64", "--negatives.count", "16", "--model.towers.hidden", "16", "--sample.rate", "1"),
-    *("--model.tables.strategy", "init-train", "--model.tables.dim", "8", "--no-tensorboard"),
+    *("--model.tables.strategy", "warm-start", "--model.tables.dim", "8", "--no-tensorboard"),
     *("--evaluation.every", "0"),  # otherwise factors that have seen the validation rows are kept, without a step
 )
 

@@ -23,7 +23,7 @@ DOCUMENTS = [
 OTHERS = {
     *("--config", "--help", "--help-all", "--version", "--log-format"),  # of every command
     *("--nproc-per-node", "--dryrun", "--streams", "--workspace"),  # torchrun, torchx
-    *("--requeue", "--signal", "--export"),  # Slurm
+    *("--requeue", "--signal", "--export", "--upgrade"),  # Slurm, uv
     *("--keep", "--dcn"),  # examples
 }
 """Options that no configuration has: of the command line as such, and of other programs."""

@@ -174,14 +174,15 @@ def commands(text: str) -> Iterator[list[str]]:
         elif words[:1] == ["recpress"] and len(words) > 1:
             yield words[1:]
         elif "--" in words and (stage := _stage(words)):
-            yield [stage, *words[words.index("--") + 1 :]]
+            passed = words[words.index("--") + 1 :]
+            yield passed if stage == "run" else [stage, *passed]
 
 
 def _stage(words: list[str]) -> str | None:
     """Of `torchx run … launch/components.py:STAGE` and `… recpress.STAGE`."""
     for word in words:
         for start in ("launch/components.py:", "recpress."):
-            if word.startswith(start) and word.removeprefix(start) in COMMANDS:
+            if word.startswith(start) and word.removeprefix(start) in ("run", *COMMANDS):
                 return word.removeprefix(start)
     return None
 

@@ -35,7 +35,7 @@ from recpress.data.config import IngestConfig
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 
 Pairs = list[tuple[str, str]]
 TOKENS = [

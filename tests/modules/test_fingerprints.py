@@ -14,7 +14,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from recpress.modules.compress.compress import compress
+from recpress.modules.compression.replace import compress
 from recpress.modules.fingerprints import rows_fingerprint
 from recpress.modules.hashing.id_map import IdMap, map_fingerprint
 from tests.ranks import run_on_ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import torch
 
 import recpress.data
 import recpress.modules
-from recpress.modules import freed
-from recpress.modules.als.als import ALS
-from recpress.modules.als.side import Workers
+from recpress.modules.als.factorization import ALS
+from recpress.modules.als.half_sweep import Workers
 from recpress.modules.config import ALSConfig
 
 
@@ -74,18 +72,3 @@ def test_nothing_in_the_libraries_asks_the_allocator() -> None:
         for path in Path(package.__path__[0]).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert not any(word in text for word in ("malloc_trim", "mallopt", "ctypes")), path
-
-
-def test_freed_memory_is_told_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def trimmed(*_: object) -> None:
-        raise AssertionError("no library calls the allocator")
-
-    monkeypatch.setattr(ctypes, "CDLL", trimmed)
-    monkeypatch.setattr(freed, "_hook", None)
-    freed.freed()
-    told: list[int] = []
-    freed.on_freed(lambda: told.append(1))
-    freed.freed()
-    freed.on_freed(None)
-    freed.freed()
-    assert told == [1]

@@ -11,7 +11,7 @@ from torchrec import KeyedJaggedTensor
 
 from recpress.data.stream.batch import ITEM, USER, Batch
 from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
-from recpress.modules.two_tower.two_tower import SideSpec, TwoTower
+from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.config import OptimizerConfig
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.model.sharding import shard
@@ -25,9 +25,9 @@ def factors() -> tuple[np.ndarray, np.ndarray]:
     return tuple(rng.normal(0, 0.5, (n, DIM)).astype(np.float32) for n in (USERS, ITEMS))
 
 
-def config(strategy: str = "init-freeze", kind: str = "residual", **loss: object) -> TwoTowerConfig:
+def config(strategy: str = "frozen", kind: str = "residual", **loss: object) -> TwoTowerConfig:
     return TwoTowerConfig(
-        tables=TablesConfig(strategy=strategy, dim=DIM, plus_dim=4),
+        tables=TablesConfig(strategy=strategy, dim=DIM, residual_dim=4),
         towers=TowersConfig(kind=kind, hidden=(12,), dim=DIM),
         loss=LossConfig(**loss),
     )
@@ -60,7 +60,7 @@ def batches(epoch: int, first: int = 0, steps: int = 6, bad_step: int | None = N
 
 
 def sharded(
-    strategy: str = "init-freeze",
+    strategy: str = "frozen",
     kind: str = "residual",
     layout: str = "row_wise",
     total_steps: int = 12,

@@ -111,11 +111,44 @@ def test_deprecated_options_of_the_command_line_are_accepted_with_a_warning(monk
         ("train", "--stream.threads=2"),
         ("train", "--follow.on"),
         ("pipeline", "--train.stream.lanes=4"),
+        ("train", "--model.tables.strategy=init-freeze-plus"),
+        ("train", "--model.tables.plus-dim=8"),
+        ("pipeline", "--train.model.tables.strategy=init-train"),
+        ("pipeline", "--hash.power=1"),
+        ("hash", "--private=0.5"),
+        ("hash", "--power=1"),
+        ("hash", "--ways=2"),
+        ("plan", "--ways=2"),
+        ("compare hash", "--powers=1"),
     ],
 )
 def test_every_deprecated_option_still_works(command, option, capsys):
-    assert main(["check", command, "--data", "a", "--out", "b", option]) == 0
+    out = [] if command == "plan" else ["--out", "b"]
+    assert main(["check", *command.split(), "--data", "a", *out, option]) == 0
     assert "is deprecated" in capsys.readouterr().err
+
+
+def test_deprecated_values_are_accepted_with_a_warning(tmp_path, capsys):
+    given = [
+        "--model.tables.strategy",
+        "init-freeze",
+        "--train.model.tables.strategy=init-train",
+        "--out",
+        "init-freeze",
+    ]
+    current = ["--model.tables.strategy", "frozen", "--train.model.tables.strategy=warm-start", "--out", "init-freeze"]
+    assert config_file.current_arguments(given) == current
+    assert capsys.readouterr().err.count("is deprecated") == 2
+    stored = {"tables": {"strategy": "init-freeze-plus", "plus_dim": 4}, "strategy": "init-train"}
+    assert config_file.current_names(stored, "a.toml", warn=True) == {
+        "tables": {"strategy": "frozen+residual", "residual_dim": 4},
+        "strategy": "init-train",
+    }
+    assert "'tables.strategy = init-freeze-plus' is deprecated" in capsys.readouterr().err
+
+
+def test_a_name_without_a_section_is_not_renamed_within_one():
+    assert config_file.current_arguments(["--negatives.power", "1"]) == ["--negatives.power", "1"]
 
 
 def test_stored_configurations_get_current_names():

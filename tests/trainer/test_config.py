@@ -31,7 +31,7 @@ def test_without_factors_tables_are_random_and_all_rows_are_trained_on():
 
 def test_with_factors_tables_are_frozen_and_a_tenth_is_trained_on():
     config = asked("--factors", "f").resolved()
-    assert config.model.tables == TablesConfig(strategy="init-freeze")
+    assert config.model.tables == TablesConfig(strategy="frozen")
     assert (config.model.towers.dropout, config.optimizer.schedule, config.stream.batch_size) == (0.7, "cosine", 2048)
     assert choose_sample(config, WHOLE, FACTORS) == SampleConfig(rate=0.1)
     assert choose_sample(config, PART, FACTORS) == SampleConfig(rate=1.0)
@@ -81,7 +81,7 @@ def test_the_sample_that_cross_fitted_factors_have_not_seen_is_the_default(sampl
 
 
 def test_factors_that_are_trained_on_take_all_rows():
-    config = asked("--factors", "f", "--model.tables.strategy", "init-train").resolved()
+    config = asked("--factors", "f", "--model.tables.strategy", "warm-start").resolved()
     assert config.optimizer.table_learning_rate == 0.01
     assert choose_sample(config, WHOLE, FACTORS) == SampleConfig(rate=1.0)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.als.als import ALS
+from recpress.modules.als.factorization import ALS
 from recpress.modules.config import ALSConfig
 from recpress.trainer import cli
 from recpress.trainer.errors import RankFailed, explain

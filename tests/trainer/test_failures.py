@@ -71,7 +71,7 @@ def ranks(root: Path, out: str, fault: tuple[str, int, int] = ("none", 0, 0), wo
         port = str(free.getsockname()[1])
     settings = [
         "--data", str(root / "log"), "--factors", str(root / "factors"), "--out", str(root / out),
-        "--model.tables.strategy", "init-train", "--sample.rate", "1", "--stream.batch-size", str(128 // world),
+        "--model.tables.strategy", "warm-start", "--sample.rate", "1", "--stream.batch-size", str(128 // world),
         "--epochs", "1", "--no-tensorboard", "--checkpoint.steps", "5", "--evaluation.every", "0", *more,
     ]  # fmt: skip
     base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}

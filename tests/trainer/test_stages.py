@@ -51,7 +51,7 @@ def network(log, out, factors=None, **changes):
         "stream": StreamConfig(batch_size=256),
         "negatives": NegativesConfig(count=64, shared=True, reject_positives="yes"),
         "model": TwoTowerConfig(
-            tables=TablesConfig(strategy="init-freeze" if factors else "random", dim=16),
+            tables=TablesConfig(strategy="frozen" if factors else "random", dim=16),
             towers=TowersConfig(kind="residual" if factors else "mlp", hidden=(32,), dim=16),
             loss=LossConfig(kind="softmax"),
         ),
@@ -74,7 +74,7 @@ def test_an_interrupt_keeps_the_sweeps_that_were_done(log, tmp_path):
     command += ["--als.factors", "8", "--als.sweeps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        for line in process.stdout:
+        for line in process.stderr:
             if "sweep 1 of" in line:
                 break
         process.send_signal(signal.SIGINT)
@@ -107,7 +107,7 @@ def test_frozen_tables_are_the_factors_of_all_rows_bit_for_bit_after_training(lo
 
 
 def test_a_model_evaluates_as_it_did_at_the_end_of_training(log, factors, tmp_path):
-    for strategy in ("random", "init-train", "init-freeze", "init-freeze-plus"):
+    for strategy in ("random", "warm-start", "frozen", "frozen+residual"):
         start = None if strategy == "random" else factors
         config = network(log, tmp_path / strategy, start)
         config = replace(config, model=replace(config.model, tables=TablesConfig(strategy=strategy, dim=16)))
@@ -118,7 +118,7 @@ def test_a_model_evaluates_as_it_did_at_the_end_of_training(log, factors, tmp_pa
 @pytest.mark.parametrize("storage", ["fp16", "int8"])
 def test_frozen_rows_may_be_stored_in_fewer_bits(log, factors, storage, tmp_path):
     config = network(log, tmp_path / storage, factors)
-    tables = TablesConfig(strategy="init-freeze", storage=storage)
+    tables = TablesConfig(strategy="frozen", storage=storage)
     result = train(replace(config, model=replace(config.model, tables=tables)))
     full = train(network(log, tmp_path / "fp32", factors))
     assert abs(result.metrics["HR@10"] - full.metrics["HR@10"]) < 0.03

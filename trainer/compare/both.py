@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
-from recpress.modules.rows import round_up
+from recpress.modules.row_source import round_up
 from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, shared_artifact
 from recpress.trainer.compare.both_result import BothResult, Point, both_report, format_both_table
 from recpress.trainer.compare.both_tables import Form, FullTables
@@ -184,7 +184,7 @@ class _Comparison:
         """Train a network on the tables of a form for the chosen epochs; without one, a trial on full tables."""
         config = train_config(
             self.config.frozen,
-            {"strategy": "init-freeze", "storage": form.storage if form else "fp32"},
+            {"strategy": "frozen", "storage": form.storage if form else "fp32"},
             seed,
             rate,
             data=log,

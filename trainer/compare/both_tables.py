@@ -11,9 +11,10 @@ import torch
 
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage, row_bytes
-from recpress.modules.hashing.shared_als import SharedRows
-from recpress.modules.rows import round_up
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import FrozenTable, Storage, row_bytes
+from recpress.modules.hashing.map_matrix import MapMatrix
+from recpress.modules.row_source import round_up
 from recpress.trainer.artifacts.factors import FactorsArtifact
 from recpress.trainer.artifacts.id_maps import SIDES, open_maps
 from recpress.trainer.compare.config import CompareBothConfig
@@ -99,8 +100,8 @@ class FullTables:
                             schema=self.config.schema,
                             rows=rows,
                             method="learned",
-                            ways=2,
-                            power=self.config.power,
+                            rows_per_id=2,
+                            count_exponent=self.config.count_exponent,
                             seed=seed,
                         )
                     )
@@ -121,11 +122,11 @@ class FullTables:
                 id_map, source = hashed.map(side), hashed.rows(side)
                 assert source is not None
                 stored = decode(torch.from_numpy(np.array(source[0 : id_map.num_rows])), storage)
-                decoded = SharedRows(id_map).expand(stored)
+                decoded = MapMatrix(id_map).expand(stored)
                 rows += id_map.num_rows
                 map_bytes += id_map.nbytes
                 serving += id_map.rows.nbytes + (0 if id_map.weights is None else id_map.weights.nbytes)
-            w = count.double().clamp_min(0.1) ** self.config.power
+            w = count.double().clamp_min(0.1) ** self.config.count_exponent
             lost += float(((((decoded - table) @ scale).square().sum(1)) * w).sum())
             weight += float((((table @ scale).square().sum(1)) * w).sum())
             vectors.append(decoded)

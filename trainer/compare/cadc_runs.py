@@ -28,7 +28,7 @@ class Strategy:
     name: str
     description: str
     network: Literal["frozen", "random", "tuned"]
-    tables: Literal["random", "init-train", "init-freeze"]
+    tables: Literal["random", "warm-start", "frozen"]
     sampled: bool
 
     @property
@@ -39,7 +39,7 @@ class Strategy:
     @property
     def crossfit(self) -> bool:
         """Whether it is trained on factors that have not seen its examples."""
-        return self.tables == "init-freeze" and self.sampled
+        return self.tables == "frozen" and self.sampled
 
 
 STRATEGIES = (
@@ -54,17 +54,17 @@ STRATEGIES = (
     Strategy(
         "train-sample", "MF-init, trained on, {rate}",
         "Tables start as the factors of the full log and are trained on with the towers, on the sample.",
-        "tuned", "init-train", True,
+        "tuned", "warm-start", True,
     ),
     Strategy(
         "cadc", "MF-init, frozen, {rate} (CADC)",
         "Tables are the factors of the full log, frozen; the towers are trained on the sample, with factors that have "
         "not seen it, and then rank with those of all examples.",
-        "frozen", "init-freeze", True,
+        "frozen", "frozen", True,
     ),
     Strategy(
         "freeze-all", "MF-init, frozen, 100 %", "The same factors, frozen; the towers are trained on all examples.",
-        "frozen", "init-freeze", False,
+        "frozen", "frozen", False,
     ),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, n
 
 
 def _frozen_network() -> NetworkConfig:
-    return network_for("init-freeze", NetworkConfig())
+    return network_for("frozen", NetworkConfig())
 
 
 def _random_network() -> NetworkConfig:
@@ -23,7 +23,7 @@ def _random_network() -> NetworkConfig:
 
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, with small steps of the tables."""
-    return network_for("init-train", NetworkConfig())
+    return network_for("warm-start", NetworkConfig())
 
 
 def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
@@ -149,10 +149,10 @@ class CompareHashConfig:
     """Settings to try for each method. A method with fewer settings tries them all."""
     user_shares: tuple[float, ...] = (0.3, 0.5, 0.65)
     """Shares of the budget for users to try, besides the proportion of the ids and the split by distortion."""
-    privates: tuple[float, ...] = (0.25, 0.75)
-    """Shares of private rows to try, besides a half."""
-    powers: tuple[float, ...] = (0.0, 0.25, 1.0)
-    """Powers of the count to try, besides --hash.power."""
+    exclusive_shares: tuple[float, ...] = (0.25, 0.75)
+    """Shares of exclusive rows to try, besides a half."""
+    count_exponents: tuple[float, ...] = (0.0, 0.25, 1.0)
+    """Powers of the count to try, besides --hash.count_exponent."""
     sweeps: tuple[int, ...] = (0, 1, 3)
     """Numbers of sweeps with shared rows to try; 0: the rows nearest to the full factors."""
     choose_users: int = 4000
@@ -166,7 +166,7 @@ class CompareHashConfig:
     def __post_init__(self) -> None:
         at_least(1, trials=self.trials, choose_users=self.choose_users)
         at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
-        _between(0, 1, user_shares=self.user_shares, privates=self.privates)
+        _between(0, 1, user_shares=self.user_shares, exclusive_shares=self.exclusive_shares)
         if not self.rows:
             _between(0, 1, share=(self.share,))
         if self.evaluation.protocol == "sampled":
@@ -195,8 +195,8 @@ class CompareBothConfig:
     """Shares of the examples that networks are trained on; none: only the factors' own scores."""
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization. Settings that are not given are chosen on held-out examples of train."""
-    power: float = 0.5
-    """Power of the count in an id's weight, in maps and in the distortion."""
+    count_exponent: float = 0.5
+    """Exponent of the count in an id's weight, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     choose: bool = True
     """Choose the number of epochs, from 0 (the factors' own ranking) to --frozen.epochs, on one held-out train example

@@ -14,18 +14,18 @@ import torch
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.synthetic import interactions as data_synth
-from recpress.modules.als.als import ALS
 from recpress.modules.als.checks import check_factors
 from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.factors import Factors
 from recpress.modules.als.interactions import InteractionBuilder
 from recpress.modules.config import ALSConfig, ALSParameters
+from recpress.modules.hashing.budget import split_rows
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
-from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.shared_als import SharedALS, SharedFactors
-from recpress.modules.hashing.split import split_rows
-from recpress.modules.rows import round_up
+from recpress.modules.hashing.table_stats import TableStats
+from recpress.modules.row_source import round_up
 from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash_settings import BY_DISTORTION, BY_IDS, Setting
 from recpress.trainer.config import chosen_schema
@@ -140,7 +140,7 @@ class Backbone:
         """Maps onto `budget` rows. Raises ValueError if the method cannot use the budget."""
         began = time.perf_counter()
         users, items = (
-            IdTable(name=name, num_ids=len(vectors), counts=counts, embedding=vectors)
+            TableStats(name=name, num_ids=len(vectors), counts=counts, embedding=vectors)
             for name, vectors, counts in zip(("user", "item"), (full.users, full.items), self.counts, strict=True)
         )
         if setting.hash.method in JOINT_METHODS:
@@ -174,7 +174,7 @@ class Backbone:
         return f"does not fit: no number of rows with its map takes at most {limit:,} bytes"
 
     def _split(
-        self, setting: Setting, tables: tuple[IdTable, IdTable], full: Factors, budget: int
+        self, setting: Setting, tables: tuple[TableStats, TableStats], full: Factors, budget: int
     ) -> tuple[int, int] | list[int]:
         """Rows of users and of items."""
         users, items = self.log.num_users, self.log.num_items

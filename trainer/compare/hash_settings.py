@@ -49,9 +49,9 @@ class Setting:
         if self.hash.method not in JOINT_METHODS:
             chosen["users' share of rows"] = names.get(self.user_share, self.user_share)
         if self.hash.method in ("frequency", "hybrid"):
-            chosen["private"] = self.hash.private
+            chosen["exclusive_share"] = self.hash.exclusive_share
         if self.hash.method in ("learned", "co-cluster"):
-            chosen["power"] = self.hash.power
+            chosen["count_exponent"] = self.hash.count_exponent
         return chosen | {"sweeps": self.sweeps}
 
 
@@ -61,9 +61,9 @@ def search_axes(config: CompareHashConfig, method: str) -> dict[str, tuple[Any, 
     if method not in JOINT_METHODS:
         axes["user_share"] = (BY_IDS, *config.user_shares, *((BY_DISTORTION,) if method in _FROM_FACTORS else ()))
     if method in ("frequency", "hybrid"):
-        axes["private"] = (0.5, *config.privates)
+        axes["exclusive_share"] = (0.5, *config.exclusive_shares)
     if method.startswith("learned") or method == "co-cluster":
-        axes["power"] = (config.hash.power, *config.powers)
+        axes["count_exponent"] = (config.hash.count_exponent, *config.count_exponents)
     axes["sweeps"] = tuple(sorted(config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
     return axes
 
@@ -74,7 +74,7 @@ def setting_of(config: CompareHashConfig, method: str, values: dict[str, Any]) -
     hashed = replace(
         config.hash,
         method=cast(HashMethod, "learned" if two_rows else method),
-        ways=2 if two_rows else 1,
-        **{axis: values[axis] for axis in ("private", "power") if axis in values},
+        rows_per_id=2 if two_rows else 1,
+        **{axis: values[axis] for axis in ("exclusive_share", "count_exponent") if axis in values},
     )
     return Setting(hash=hashed, user_share=values.get("user_share", BY_IDS), sweeps=values["sweeps"])

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
-from recpress.modules.freed import on_freed
+from recpress.modules.memory_hook import set_memory_hook
 from recpress.trainer.allocator import malloc_trim
 from recpress.trainer.distributed.heartbeat import barrier, heartbeat
 from recpress.trainer.distributed.watchdog import NO_TIMEOUT, Watchdog
@@ -59,7 +59,7 @@ def process_group(device: str = "auto", stall_seconds: float | None = None) -> I
     global _watchdog
     target = _device(device)
     silence_library_warnings()
-    on_freed(malloc_trim)  # a command owns its process
+    set_memory_hook(malloc_trim)  # a command owns its process
     if dist.is_initialized():
         with _watchdog.limit(stall_seconds) if _watchdog and stall_seconds is not None else nullcontext():
             yield Ranks(dist.get_rank(), dist.get_world_size(), target)

@@ -1,4 +1,4 @@
-"""How many rows each table of `recpress hash` gets: the budget, and how the tables share it."""
+"""The budget of rows of `recpress hash`, and how the tables share it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import numpy as np
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.hashing.problem import IdTable, need_embedding
-from recpress.modules.hashing.split import split_rows
-from recpress.modules.rows import LARGEST, RowSource, blocks
+from recpress.modules.hashing.budget import split_rows
+from recpress.modules.hashing.table_stats import TableStats, require_embedding
+from recpress.modules.row_source import LARGEST, RowSource, blocks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.tables import named
 
 
-def budget(config: HashStageConfig, tables: list[IdTable]) -> int:
-    """Rows of all tables together. Raises InputError where the settings leave too few, or more than there are ids."""
+def budget(config: HashStageConfig, tables: list[TableStats]) -> int:
+    """Rows of all tables together. Raises InputError if they are fewer than the tables, or more than the ids."""
     ids = sum(table.num_ids for table in tables)
     rows = config.rows or round(config.share * ids)
     if config.bytes:
         widths = {table.embedding.shape[1] for table in tables if table.embedding is not None}
         if len(widths) != 1:
-            raise InputError("bytes: expected embeddings of one dimension, which the size of a row follows from")
+            raise InputError("bytes: expected embeddings of one dimension, which determines the size of a row")
         rows = int(config.bytes // (4 * widths.pop()))
     if not len(tables) <= rows <= ids:
         raise InputError(f"a budget of {rows:,} rows: expected {len(tables)} to {ids:,}, the ids of all tables")
     return rows
 
 
-def rows_of_tables(config: HashStageConfig, tables: list[IdTable]) -> list[int]:
-    """Rows of each table. Raises InputError where `table_rows` does not fit the tables or the budget."""
+def rows_of_tables(config: HashStageConfig, tables: list[TableStats]) -> list[int]:
+    """Rows of each table. Raises InputError if `table_rows` does not fit the tables or the budget."""
     total = budget(config, tables)
     fixed = {name: _number(name, text) for name, text in named("table_rows", config.table_rows).items()}
     names = [table.name for table in tables]
@@ -44,7 +44,7 @@ def rows_of_tables(config: HashStageConfig, tables: list[IdTable]) -> list[int]:
         raise InputError(f"table_rows: {sum(fixed.values()):,} rows of a budget of {total:,} leave too few")
     learned = config.method in ("cluster", "learned")
     for table in tables if learned else ():
-        need_embedding(table, config.method)
+        require_embedding(table, config.method)
     if learned and config.split == "distortion" and len(rest) > 1:
         shares = split_rows(_comparable(config, rest), min(left, sum(t.num_ids for t in rest)), config)
     else:
@@ -53,8 +53,8 @@ def rows_of_tables(config: HashStageConfig, tables: list[IdTable]) -> list[int]:
     return [found[name] for name in names]
 
 
-def _comparable(config: HashStageConfig, tables: list[IdTable]) -> list[IdTable]:
-    """Users and items in units of the scores that an error of them moves; warm-ups are in such units already."""
+def _comparable(config: HashStageConfig, tables: list[TableStats]) -> list[TableStats]:
+    """Users and items, scaled so that equal distortions change scores equally. Warm-ups already have this scale."""
     if config.features or len(tables) != 2:
         return tables
     grams = []
@@ -74,17 +74,17 @@ def _comparable(config: HashStageConfig, tables: list[IdTable]) -> list[IdTable]
 
 
 def _by_ids(ids: list[int], budget: int) -> list[int]:
-    """Rows in proportion to the ids: at least 1, at most the ids, the budget in all where it can be spent."""
+    """Rows in proportion to the ids: at least 1, at most the ids, together the budget if possible."""
     rows = [1] * len(ids)
     left = min(budget, sum(ids)) - len(ids)
     total = sum(ids)
-    for place, number in sorted(enumerate(ids), key=lambda pair: pair[1]):
+    for index, number in sorted(enumerate(ids), key=lambda pair: pair[1]):
         take = min(number - 1, left, round(left * number / total)) if total else 0
-        rows[place] += take
+        rows[index] += take
         left, total = left - take, total - number
-    for place, number in sorted(enumerate(ids), key=lambda pair: -pair[1]):  # what rounding left over
-        take = min(left, number - rows[place])
-        rows[place], left = rows[place] + take, left - take
+    for index, number in sorted(enumerate(ids), key=lambda pair: -pair[1]):  # the remainder of rounding
+        take = min(left, number - rows[index])
+        rows[index], left = rows[index] + take, left - take
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`recpress hash --extend`: the maps of an earlier part of a log, with the ids that came since."""
+"""`recpress hash --extend`: extends the maps of an earlier part of a log by its new ids."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.modules.hashing.extend import extend_map, row_centres
+from recpress.modules.hashing.extend import extend_map, row_centers
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.pairs import extend_pairs
-from recpress.modules.hashing.problem import IdTable
 from recpress.modules.hashing.shared_rows import shared_rows
-from recpress.modules.rows import RowSource
+from recpress.modules.hashing.table_stats import TableStats
+from recpress.modules.hashing.two_row import extend_two_row
+from recpress.modules.row_source import RowSource
 from recpress.trainer.artifacts.id_maps import open_maps
 
 
-def extended_maps(path: str, log: Log, tables: list[IdTable]) -> list[IdMap]:
-    """The maps at `path`, with the ids of `tables` that they do not have.
+def extended_maps(path: str, log: Log, tables: list[TableStats]) -> list[IdMap]:
+    """The maps at `path`, extended by the new ids of `tables`.
 
     Raises:
-        InputError: no map of a table, or one of another vocabulary than that which the log extends.
+        InputError: no map of a table, or a map of another vocabulary than the one that the log extends.
     """
     before = open_maps(path, None)
     made = []
@@ -40,27 +40,27 @@ def extended_maps(path: str, log: Log, tables: list[IdTable]) -> list[IdMap]:
             made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
             continue
         before_ids, arrived = _Range(source, 0, old.num_ids), _Range(source, old.num_ids, table.num_ids)
-        if old.ways == 2 and old.weights is not None:
+        if old.rows_per_id == 2 and old.weights is not None:
             counts = None if table.counts is None else table.counts[: old.num_ids, None]
-            centres = shared_rows(old, before_ids, counts, table.name)
-            made.append(extend_pairs(old, table.num_ids, arrived, centres, vocabulary=table.vocabulary))
-        elif old.ways == 1:
-            centres = row_centres(old, before_ids, _head(table.counts, old.num_ids))
-            made.append(extend_map(old, table.num_ids, centres=centres, embedding=arrived, vocabulary=table.vocabulary))
+            centers = shared_rows(old, before_ids, counts, table.name)
+            made.append(extend_two_row(old, table.num_ids, arrived, centers, vocabulary=table.vocabulary))
+        elif old.rows_per_id == 1:
+            centers = row_centers(old, before_ids, _head(table.counts, old.num_ids))
+            made.append(extend_map(old, table.num_ids, centers=centers, embedding=arrived, vocabulary=table.vocabulary))
         else:
             made.append(extend_map(old, table.num_ids, vocabulary=table.vocabulary))
     return made
 
 
-def _check_extends(path: str, log: Log, table: IdTable, old: IdMap) -> None:
-    """Raise InputError where the log's ids are known by a vocabulary that does not begin with the map's."""
+def _check_extends(path: str, log: Log, table: TableStats, old: IdMap) -> None:
+    """Raise InputError if the log's vocabulary does not begin with that of the map."""
     manifest = log.manifest or {}
     if table.name not in manifest.get("vocabularies", {}) and table.name not in manifest.get("features", {}):
-        return  # the log came with dense ids, and only their number can be compared
+        return  # a log with dense ids has no vocabulary; only the number of ids can be compared
     extends = manifest.get("extends", {})
     parent = extends.get("vocabularies", {}).get(table.name)
     if extends and table.name in manifest.get("features", {}):
-        with contextlib.suppress(OSError, InputError):  # the log before is gone: then nothing says what it was
+        with contextlib.suppress(OSError, InputError):  # the earlier log no longer exists, so it cannot be compared
             file = manifest["features"][table.name]["vocabulary"]
             parent = artifact.fingerprint(object_store.join(extends["log"], file))
     if old.vocabulary not in (None, table.vocabulary, parent):

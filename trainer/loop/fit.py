@@ -34,7 +34,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recpress.data.errors import InputError
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.allocator import RetainFreedMemory, malloc_trim
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.heartbeat import WAITING_FOR_DATA, heartbeat

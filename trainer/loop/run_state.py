@@ -13,7 +13,7 @@ from torch import nn
 
 from recpress.data.seeds import key
 from recpress.modules.fingerprints import is_fingerprint
-from recpress.modules.two_tower.two_tower import CountCodes
+from recpress.modules.two_tower.model import CountCodes
 from recpress.trainer.checkpoint.checkpoints import Checkpoint
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.loop.optimizer import TrainOptimizer

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from recpress.data.sampling.corrupt_groups import Lost, TolerantSplit
 from recpress.data.stream.batch import Batch
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 Next = Literal["epoch", "stop", "end"]
 

@@ -14,7 +14,7 @@ from torchrec.metrics.rec_metric import RecMetricList
 from torchrec.metrics.throughput import ThroughputMetric
 
 from recpress.modules.two_tower.losses import BinaryCrossEntropy
-from recpress.modules.two_tower.predictions import Predictions, WatchedLoss
+from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.config import MetricsConfig
 
@@ -35,7 +35,7 @@ class RecMetrics:
         rows: rows per step of all ranks.
     """
 
-    def __init__(self, config: MetricsConfig, loss: WatchedLoss, *, rows: int, device: torch.device) -> None:
+    def __init__(self, config: MetricsConfig, loss: ObservedLoss, *, rows: int, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._pairs = -(-config.window // self.world)
         self._window = torch.zeros(3, self._pairs, device=device)  # probability, label, weight
@@ -51,7 +51,7 @@ class RecMetrics:
             if isinstance(loss, BinaryCrossEntropy):  # calibration of a softmax is 1 by construction
                 kinds.append(CalibrationMetric)
             self._metrics = RecMetricList([kind(**given, window_size=whole) for kind in kinds])
-        loss.watcher, loss.watched = self.add, config.negatives
+        loss.observer, loss.observed = self.add, config.negatives
 
     def add(self, found: Predictions) -> None:
         """Replace the oldest pairs by those of a step. A pair with a non-finite value gets weight 0."""

@@ -74,7 +74,7 @@ class PipelineConfig:
         """Factors that have not seen the network's sample, unless configured otherwise: a network on frozen tables must
         be trained on scores of examples that the factorization has not seen."""
         strategy, sample = self.train.model.tables.strategy, self.train.sample
-        frozen = strategy == "auto" or strategy.startswith("init-freeze")
+        frozen = strategy == "auto" or strategy.startswith("frozen")
         wanted = frozen and "train" in self.stages and self.train.factors is None and self.train.crossfit != "no"
         rate = sample.rate or 0.1
         if not wanted or self.factorize.crossfit_rate or self.factorize.method != "als" or rate >= 1:

@@ -68,7 +68,7 @@ class PlanConfig(TrainConfig):
     """Dimension of the vectors. Default: that of the factors, or --model.tables.dim."""
     share: float = 0.25
     """Learned hash: rows as a share of the ids, without --hash."""
-    ways: Literal[1, 2] = 1
+    rows_per_id: Literal[1, 2] = 1
     """Learned hash: rows per id; two have weights of 2 bytes each."""
     compare: bool = True
     """Compare trainable, frozen and hashed tables, with the smallest cluster for each."""

@@ -29,7 +29,7 @@ class MapShape:
 
     num_ids: int
     num_rows: int
-    ways: int = 1
+    rows_per_id: int = 1
     weight_bytes: int = 0
     """Of one weight; 0: the map has none."""
 
@@ -41,12 +41,12 @@ class MapShape:
     @classmethod
     def of(cls, id_map: IdMap) -> MapShape:
         width = 0 if id_map.weights is None else id_map.weights.element_size()
-        return cls(num_ids=id_map.num_ids, num_rows=id_map.num_rows, ways=id_map.ways, weight_bytes=width)
+        return cls(num_ids=id_map.num_ids, num_rows=id_map.num_rows, rows_per_id=id_map.rows_per_id, weight_bytes=width)
 
     @property
     def nbytes(self) -> int:
         """As LearnedHash stores it: int32 rows, and the weights."""
-        return self.num_ids * self.ways * (4 + self.weight_bytes)
+        return self.num_ids * self.rows_per_id * (4 + self.weight_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Job:
     def maps(self) -> list[MapShape]:
         return [side.map for side in (self.user, self.item) if side.map is not None]
 
-    def with_tables(self, config: TwoTowerConfig, dim: int | None, share: float | None, ways: int) -> Job:
+    def with_tables(self, config: TwoTowerConfig, dim: int | None, share: float | None, rows_per_id: int) -> Job:
         """The same run with other tables; `share`: rows of maps as a share of the ids, None: without maps."""
 
         def mapped(side: SideShape) -> SideShape:
@@ -109,7 +109,9 @@ class Job:
             rows = max(1, round(side.ids * share))
             return replace(
                 side,
-                map=MapShape(num_ids=side.ids, num_rows=rows, ways=ways, weight_bytes=2 if ways > 1 else 0),
+                map=MapShape(
+                    num_ids=side.ids, num_rows=rows, rows_per_id=rows_per_id, weight_bytes=2 if rows_per_id > 1 else 0
+                ),
             )
 
         network = replace(self.network, model=config)
@@ -126,7 +128,7 @@ def job_of(config: PlanConfig) -> Job:
     factors = open_factors(config.factors, log) if log and config.factors else None
     strategy = config.model.tables.strategy
     if strategy == "auto":  # as with factors, which need not exist
-        strategy = "init-freeze"
+        strategy = "frozen"
     config = cast(PlanConfig, network_for(strategy, config).resolved())
     if config.stream.batch_size < 1:
         raise InputError(f"stream.batch_size is {config.stream.batch_size}; expected at least 1")
@@ -137,7 +139,7 @@ def job_of(config: PlanConfig) -> Job:
         user, item = _side_shapes(config, log)
     else:
         if not config.sample.rate:
-            config = replace(config, sample=SampleConfig(rate=0.1 if strategy.startswith("init-freeze") else 1.0))
+            config = replace(config, sample=SampleConfig(rate=0.1 if strategy.startswith("frozen") else 1.0))
         rows, group = config.rows, 1 << 18
         sampled = math.ceil(rows * config.sample.rate)
         user, item = SideShape(ids=config.users), SideShape(ids=config.items)
@@ -163,7 +165,7 @@ def job_of(config: PlanConfig) -> Job:
 
 def _row_vectors(config: PlanConfig, log: Log | None, factors: FactorsArtifact | None) -> bool:
     """Whether `recpress train` finds the vectors of the maps' rows stored; cross-fitted ones never are."""
-    frozen = config.model.tables.strategy.startswith("init-freeze")
+    frozen = config.model.tables.strategy.startswith("frozen")
     fits = factors is not None and log is not None and frozen and factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" or (config.crossfit == "auto" and fits):
         return False

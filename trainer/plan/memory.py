@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recpress.data.stream.memory import KEPT
-from recpress.modules.rows import BLOCK_BYTES
+from recpress.modules.row_source import BLOCK_BYTES
 from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.meta_model import MetaTowers, Shard, tables_of
 
@@ -78,7 +78,7 @@ def rank_lines(
         Line("trainable tables", trained_bytes, "rows x dim x 4 B", device),
         Line("optimizer state", state, "row-wise Adagrad: 4 B per row", device),
         Line("frozen tables", frozen_bytes, "rows x bytes of a row, with scale", device),
-        Line("maps", sum(m.nbytes for m in job.maps), "every rank: ids x ways x (4 B + weight)", device),
+        Line("maps", sum(m.nbytes for m in job.maps), "every rank: ids x rows per id x (4 B + weight)", device),
         Line("log counts behind maps", log_counts, "every rank: ids x 1 B", device),
         Line("side features", features, "every rank: ids x 8 B per category, 4 B per float", device),
         Line("dense part", 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"),
@@ -175,7 +175,7 @@ def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) ->
     if job.maps and job.dim is not None and not job.row_vectors:
         rows = {table.table: table.rows for table in tables_of(model)}
         computed = max(
-            4 * job.dim * (rows[name] * 2 if side.map.ways == 1 else side.ids * 6)
+            4 * job.dim * (rows[name] * 2 if side.map.rows_per_id == 1 else side.ids * 6)
             for name, side in (("user", job.user), ("item", job.item))
             if side.map is not None
         )

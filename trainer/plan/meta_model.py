@@ -15,12 +15,12 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed.types import ShardingPlan
 
 from recpress.data.stream.batch import ITEM, USER
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection
-from recpress.modules.frozen.tables import stored_row_bytes
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import stored_row_bytes
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.two_tower.losses import make_loss
+from recpress.modules.two_tower.model import SideSpec, make_side
 from recpress.modules.two_tower.towers import TowerInput
-from recpress.modules.two_tower.two_tower import SideSpec, make_side
 from recpress.trainer.plan.job import Job
 
 
@@ -137,7 +137,7 @@ class _PeakBytes(TorchDispatchMode):
 def activation_bytes(job: Job, model: MetaTowers) -> int:
     """Peak bytes of tensors in forward and backward of towers and loss, run on tensors without memory."""
     batch, items = job.strides
-    training = job.network.model.tables.strategy != "init-freeze"
+    training = job.network.model.tables.strategy != "frozen"
     negatives = job.network.negatives
 
     def inputs(tower: TowerInput, size: int) -> tuple[dict, dict, Any, Any]:

@@ -50,22 +50,24 @@ def variants(config: PlanConfig, job: Job) -> dict[str, Job]:
     """The run with trainable, frozen and hashed tables."""
     dim = job.dim or config.model.tables.dim
     share = sum(m.num_rows for m in job.maps) / sum(m.num_ids for m in job.maps) if job.maps else config.share
-    ways = max((m.ways for m in job.maps), default=config.ways)
+    rows_per_id = max((m.rows_per_id for m in job.maps), default=config.rows_per_id)
 
     def tables(strategy: Any, storage: Any = "fp32") -> TwoTowerConfig:
         model = network_for(strategy, config).model
         return replace(model, tables=replace(model.tables, strategy=strategy, storage=storage, dim=dim))
 
-    trained = "random" if config.model.tables.strategy == "random" else "init-train"
-    way = f", {ways} rows an id" if ways > 1 else ""
+    trained = "random" if config.model.tables.strategy == "random" else "warm-start"
+    way = f", {rows_per_id} rows an id" if rows_per_id > 1 else ""
     hashed = f"learned hash {100 * share:.3g} %{way}"
     return {
         "trainable": job.with_tables(tables(trained), None if trained == "random" else dim, None, 1),
-        "frozen fp32": job.with_tables(tables("init-freeze"), dim, None, 1),
-        "frozen int8": job.with_tables(tables("init-freeze", "int8"), dim, None, 1),
-        f"{hashed}, trainable": job.with_tables(tables(trained), None if trained == "random" else dim, share, ways),
-        f"{hashed}, frozen fp32": job.with_tables(tables("init-freeze"), dim, share, ways),
-        f"{hashed}, frozen int8": job.with_tables(tables("init-freeze", "int8"), dim, share, ways),
+        "frozen fp32": job.with_tables(tables("frozen"), dim, None, 1),
+        "frozen int8": job.with_tables(tables("frozen", "int8"), dim, None, 1),
+        f"{hashed}, trainable": job.with_tables(
+            tables(trained), None if trained == "random" else dim, share, rows_per_id
+        ),
+        f"{hashed}, frozen fp32": job.with_tables(tables("frozen"), dim, share, rows_per_id),
+        f"{hashed}, frozen int8": job.with_tables(tables("frozen", "int8"), dim, share, rows_per_id),
     }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset.log import Log, open_log
-from recpress.data.ingest import ingest as data_ingest
+from recpress.data.ingest import convert
 from recpress.data.ingest import split as data_holdout
 from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words
 from recpress.data.sampling.design_effect import design_effects
@@ -68,7 +68,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 def ingest(config: IngestCommand) -> str | Path:
     """Convert a public format or a table to a log and say what it holds."""
     with _ended_by_sigterm():
-        return _describe(data_ingest.ingest(config, config.out, overwrite=config.overwrite))
+        return _describe(convert.ingest(config, config.out, overwrite=config.overwrite))
 
 
 def split(config: SplitConfig) -> str | Path:

@@ -9,7 +9,7 @@ from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import HoldOut
 from recpress.data.stream.batch import Batch
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.process_group import Ranks

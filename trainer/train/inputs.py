@@ -10,7 +10,7 @@ from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, describe_log, open_factors
 from recpress.trainer.artifacts.id_maps import SIDES, HashArtifact, open_maps
@@ -117,7 +117,7 @@ def choose_sample(config: TrainConfig, log: Log, factors: FactorsArtifact | None
     given = config.sample
     if given.rate:
         return SampleConfig(kind=given.kind, rate=given.rate, seed=given.seed)
-    if factors is None or not config.model.tables.strategy.startswith("init-freeze") or log.is_part:
+    if factors is None or not config.model.tables.strategy.startswith("frozen") or log.is_part:
         return SampleConfig(kind=given.kind, rate=1.0, seed=given.seed)
     unseen, default = factors.crossfit, SampleConfig()
     unchanged = (given.kind, given.seed) == (default.kind, default.seed)
@@ -130,7 +130,7 @@ def choose_crossfit(config: TrainConfig, log: Log, factors: FactorsArtifact | No
     """Whether to train on factors that have not seen the sample."""
     if config.crossfit == "no" or factors is None:
         return False
-    frozen = config.model.tables.strategy.startswith("init-freeze")
+    frozen = config.model.tables.strategy.startswith("frozen")
     fits = factors.has_not_seen(log, config.sample)
     if config.crossfit == "yes" and not (frozen and fits):
         drawn = f"{config.sample}" if log.sample_of is None else f"{config.sample} of {log.path}, itself a sample"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import InteractionSet, make_negatives
+from recpress.data.negatives.samplers import InteractionSet, make_negatives
 from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

@@ -23,7 +23,7 @@ from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.batch import Batch
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.config import TrainConfig

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from recpress.data.dataset import artifact
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.stream.order import ORDER_VERSION
-from recpress.data.stream.stream import InteractionStream
 from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.process_group import Ranks

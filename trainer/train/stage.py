@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recpress.data.dataset import object_store
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.trainer.allocator import malloc_trim
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, claimed, shared_artifact
 from recpress.trainer.artifacts.id_maps import save_maps

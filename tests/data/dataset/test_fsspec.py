@@ -15,7 +15,7 @@ from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.files import resolve
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 
 

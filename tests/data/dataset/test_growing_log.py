@@ -13,7 +13,7 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.bernoulli import membership
 from recpress.data.sampling.corrupt_groups import TolerantSplit
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 
 SCHEMA = Schema(time="time")

@@ -25,7 +25,7 @@ from recpress.data.config import IngestConfig
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 
 EXAMPLES = int(os.environ.get("RECPRESS_DIFFERENTIAL_EXAMPLES", "8"))  # of each writer and format
 ANY = st.characters(exclude_categories=["Cs", "Cc"], include_characters="\t\r\n\"\\',;| ")

@@ -16,7 +16,7 @@ import pytest
 from recpress.data.config import IngestConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 
 HEAD = "user_id,item_id\n"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recpress.data.config import IngestConfig, LayoutConfig, Schema, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.data.ingest.split import leave_one_out
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.synthetic.interactions import synth

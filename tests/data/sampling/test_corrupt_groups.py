@@ -15,7 +15,7 @@ from recpress.data.errors import InputError
 from recpress.data.sampling.bernoulli import membership
 from recpress.data.sampling.corrupt_groups import TRIES, TolerantSplit
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 GROUP, GROUPS, FILES = 20, 4, 3
 ROWS = GROUP * GROUPS * FILES

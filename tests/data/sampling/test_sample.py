@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from recpress.data.config import IngestConfig, LayoutConfig, SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.data.ingest.split import leave_one_out
 from recpress.data.sampling.bucket_shuffle import BucketShuffle
 from recpress.data.sampling.design_effect import design_effects
 from recpress.data.sampling.sample import write_sample
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 
 

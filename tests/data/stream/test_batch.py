@@ -15,9 +15,9 @@ from recpress.data.config import Schema, StreamConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
-from recpress.data.negatives.negatives import InBatchNegatives, InteractionSet, PopularityNegatives, UniformNegatives
+from recpress.data.negatives.samplers import InBatchNegatives, InteractionSet, PopularityNegatives, UniformNegatives
 from recpress.data.stream.batch import Batch, BatchBuilder
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 
 USERS, ITEMS = 30, 12
 SCHEMA = Schema(label="rating", categorical=("device", "queries"), floats=("hour",))
@@ -221,7 +221,7 @@ def test_built_on_the_device_or_moved_there(log, tables):
 def test_the_data_layer_imports_no_torchrec():
     """All but `stream.batch` and `stream.keyed` stay free of it: its import takes seconds."""
     code = (
-        "import sys, recpress.data.stream.stream, recpress.data.negatives.negatives, recpress.data.dataset.side_table;"
+        "import sys, recpress.data.stream.loader, recpress.data.negatives.samplers, recpress.data.dataset.side_table;"
         "sys.exit('torchrec' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,78 +1,77 @@
-"""Memory of rounds that is used again."""
-
-import gc
+"""Shuffle windows: which row goes where, and memory that is reused."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from recpress.data.config import StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.stream import shuffle_window as rounds
-from recpress.data.stream.order import TILE_ROWS
+from recpress.data.stream.loader import InteractionStream
+from recpress.data.stream.order import TILE_ROWS, EpochOrder
 from recpress.data.stream.read_plan import ReadPlan
-from recpress.data.stream.shuffle_window import BufferPool
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.shuffle_window import BufferPool, ShuffleWindow
 
 
-def test_a_tile_is_used_again_only_for_columns_of_its_types_and_length():
-    spare = BufferPool()
-    ids = {"user_id": torch.zeros(3, dtype=torch.int64), "time": torch.zeros(3, dtype=torch.int64)}
-    tile = spare.take_tile(3, ids)
-    assert {name: (column.dtype, len(column)) for name, column in tile.items()} == {
-        "user_id": (torch.int64, TILE_ROWS),
-        "time": (torch.int64, TILE_ROWS),
-    }
-    spare.give_tile(tile)
-    assert spare.take_tile(3, ids) is tile
-    spare.give_tile(tile)
-    other = spare.take_tile(3, ids | {"time": torch.zeros(3, dtype=torch.float64)})
-    assert other["time"].dtype == torch.float64  # integers would cut its values off
-    spare.give_tile(other)
-    assert len(spare.take_tile(TILE_ROWS + 1, ids)["time"]) == TILE_ROWS + 1
+def test_the_pool_reuses_buffers_of_one_type_and_size():
+    pool = BufferPool()
+    first = pool.take(torch.int64, 1000)
+    assert pool.take(torch.int64, 1000).data_ptr() != first.data_ptr()  # not returned yet
+    pool.give(first)
+    assert len(pool.take(torch.int64, 500)) == 500
+    other = pool.take(torch.float64, 1000)  # integers would cut its values off
+    assert other.dtype == torch.float64
+    assert pool.take(torch.int64, 1000).data_ptr() == first.data_ptr()
 
 
-def test_memory_comes_back_when_its_last_tensor_ends():
-    spare = BufferPool()
-    kind = np.dtype(np.int64)
-    first = spare.take(kind, 1000)
-    address = first.data_ptr()
-    batch = first.as_strided((10, 3), (3, 1), 7)  # a view, as batches are
-    del first
-    gc.collect()
-    assert spare.take(kind, 1000).data_ptr() != address  # a batch is left
-    numbers = batch.numpy()
-    del batch
-    assert spare.take(kind, 1000).data_ptr() != address  # an array of its memory counts, too
-    del numbers
-    again = [spare.take(kind, 500), spare.take(kind, 1000)]
-    assert address in [tensor.data_ptr() for tensor in again]
-    assert again[0].data_ptr() != again[1].data_ptr()
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_a_window_holds_the_rows_that_the_order_defines(shuffle, world):
+    """More ranks than lanes share them; row groups end within tiles; the last step is smaller."""
+    order = EpochOrder(np.array([700, 3, 1300]), 40 * world, shuffle=shuffle, buffer_rows=900, interleave=2)
+    starts = np.concatenate(([0], np.cumsum(order.counts)))
+    for rank in range(world):
+        plan, pool = ReadPlan(order, rank, world, 0), BufferPool()
+        windows = {}
+        for visit in plan.visits:
+            rows = {"row": np.arange(starts[visit.group], starts[visit.group + 1])}
+            for segment in visit.parts:
+                number = segment.window
+                if number not in windows:
+                    rows_of = plan.rows_of[number]
+                    windows[number] = ShuffleWindow(order, number, rank, world, rows, rows_of, pool)
+                windows[number].fill(segment, rows)
+        for step in range(order.num_steps(world)):
+            _, columns, size = windows[order.window_of(step)].batch(step)
+            where = order.locate(step, rank, world)
+            assert size == order.step_rows(step, world) == len(where)
+            assert columns["row"].tolist() == (starts[where[:, 0]] + where[:, 1]).tolist()
 
 
-def test_memory_that_is_too_small_is_let_go():
-    spare = BufferPool()
-    del (small := [spare.take(np.dtype(np.int64), 10) for _ in range(3)])[:]
-    assert len(small) == 0
-    large = spare.take(np.dtype(np.int64), 100)
-    assert len(large) == 100
-    assert not spare._free
+def test_a_batch_outlives_its_window():
+    order, pool = EpochOrder(np.array([100]), 10), BufferPool()
+    rows = {"row": np.arange(100)}
+    window = ShuffleWindow(order, 0, 0, 1, rows, 100, pool)
+    for segment in ReadPlan(order, 0, 1, 0).visits[0].parts:
+        window.fill(segment, rows)
+    _, columns, _ = window.batch(0)
+    before = columns["row"].clone()
+    window.close()
+    ShuffleWindow(order, 0, 0, 1, rows, 100, pool)._buffers[0].flat.zero_()
+    assert torch.equal(columns["row"], before)
 
 
-def test_memory_outlives_its_pool():
-    spare = BufferPool()
-    tensor = spare.take(np.dtype(np.float32), 100).fill_(3.0)
-    del spare
-    gc.collect()
-    assert torch.equal(tensor, torch.full((100,), 3.0))
+def test_steady_state_takes_no_new_memory(tmp_path, monkeypatch):
+    """Epoch after epoch in the memory of a few windows."""
+    taken = []
+    original = BufferPool.take
 
+    def take(self, dtype, elements):
+        taken.append(original(self, dtype, elements))
+        return taken[-1]
 
-def test_steady_state_maps_no_new_memory(tmp_path, monkeypatch):
-    """Epoch after epoch in the memory of a few rounds, where each batch is dropped before the next."""
-    mapped = []
-    original = rounds._mapped
-    monkeypatch.setattr(rounds, "_mapped", lambda size: mapped.append(size) or original(size))
+    monkeypatch.setattr(BufferPool, "take", take)
     user = np.arange(60_000)
     pq.write_table(pa.table({"user_id": user, "item_id": user % 7}), tmp_path / "train.parquet", row_group_size=1000)
     log = open_log(tmp_path)
@@ -82,5 +81,6 @@ def test_steady_state_maps_no_new_memory(tmp_path, monkeypatch):
     for epoch in range(3):
         stream.set_epoch(epoch)
         assert sum(batch.size for batch in stream) == 60_000
-    in_use = ReadPlan(stream.order, 0, 1, 0).most_windows() + 2
-    assert len(mapped) <= 2 * in_use < 3 * stream.order.num_windows  # two sizes: the last round is larger
+    windows = [buffer.data_ptr() for buffer in taken if len(buffer) != TILE_ROWS]
+    assert len(windows) == 3 * stream.order.num_windows
+    assert len(set(windows)) <= ReadPlan(stream.order, 0, 1, 0).most_windows() < stream.order.num_windows

@@ -15,7 +15,7 @@ from recpress.data.ingest.encoder import Encoder
 from recpress.data.ingest.formats import CATEGORIES, INTS
 from recpress.data.ingest.sources import Source
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.criteo import BLOCK, SIZES, MadeCriteo, feature_sizes, synth_criteo
 
 SMALL = SynthCriteoConfig(rows=20_000, test_rows=3000, ids=3000)

@@ -11,32 +11,15 @@ import torch
 import torch.distributed as dist
 
 from recpress.modules.als import auto as als_auto
-from recpress.modules.als.als import ALS
 from recpress.modules.als.auto import absolute, take_sample
-from recpress.modules.als.checks import check_factors, effective_rank
+from recpress.modules.als.checks import check_factors
 from recpress.modules.als.exchange import Exchange
-from recpress.modules.als.factors import Factors
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.fold_in import fold_in
 from recpress.modules.als.interactions import InteractionBuilder
 from recpress.modules.config import ALSConfig, ALSParameters
+from tests.modules.als.auto_cases import ITEMS, USERS, fit, planted
 from tests.ranks import run_on_ranks
-
-USERS, ITEMS, TASTES = 600, 240, 6
-
-
-def planted(rows: int = 9000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Users who take four interactions in five from their own taste."""
-    rng = np.random.default_rng(seed)
-    users = rng.integers(0, USERS, rows)
-    own = rng.random(rows) < 0.8
-    taste = np.where(own, users % TASTES, rng.integers(0, TASTES, rows))
-    return users, taste + TASTES * (ITEMS // TASTES * rng.random(rows) ** 2).astype(np.int64)
-
-
-def random_log(rows: int = 3000) -> tuple[np.ndarray, np.ndarray]:
-    """Items drawn by popularity alone."""
-    rng = np.random.default_rng(1)
-    return rng.integers(0, USERS, rows), (ITEMS * rng.random(rows) ** 3).astype(np.int64)
 
 
 def csrs(users, items, values=None, shape=(USERS, ITEMS)):
@@ -44,12 +27,6 @@ def csrs(users, items, values=None, shape=(USERS, ITEMS)):
     builder = InteractionBuilder(*shape, exchange)
     builder.add(users, items, values)
     return *builder.build(), exchange
-
-
-def fit(config, users, items, values=None, shape=(USERS, ITEMS)):
-    als = ALS(config, *shape)
-    als.add(users, items, values)
-    return als, als.fit()
 
 
 def test_parameters_are_those_of_the_formulas():
@@ -215,17 +192,6 @@ def test_hidden_items_are_not_in_the_sample():
     assert len(hidden) > 0.9 * sample.num_users
 
 
-def test_a_collapse_is_named_with_its_cause():
-    users, items = planted()
-    als, factors = fit(
-        ALSConfig(factors=8, sweeps=4, mean_penalty=1e5, unobserved_ratio=4.0, item_exponent=0.0), users, items
-    )
-    warnings = check_factors(factors, als)
-    assert "penalty" in warnings[0]
-    assert "mean_penalty" in warnings[0]
-    assert not any("popularity" in warning for warning in warnings)  # the log is not the cause
-
-
 def test_absolute_settings_are_named_in_the_choice_and_in_the_fix():
     users, items = planted()
     als, factors = fit(ALSConfig(max_factors=8, sweeps=2, unobserved_weight=1.0, regularization=1e4), users, items)
@@ -237,21 +203,6 @@ def test_absolute_settings_are_named_in_the_choice_and_in_the_fix():
     warnings = check_factors(factors, als)
     assert "lower regularization" in warnings[0]
     assert not any("mean_penalty" in warning for warning in warnings)
-
-
-def test_a_log_without_tastes_is_said_to_be_no_better_than_popularity():
-    als, factors = fit(ALSConfig(max_factors=16), *random_log())
-    assert not als.choice.above_popularity
-    warnings = check_factors(factors, als)
-    assert any("popularity" in warning for warning in warnings)
-    assert not any("auto" in warning for warning in warnings)  # it chose already
-
-
-def test_effective_rank_of_known_matrices():
-    exchange = Exchange(None, torch.device("cpu"))
-    assert effective_rank(torch.eye(5), exchange) == pytest.approx(5)
-    assert effective_rank(torch.ones(7, 4), exchange) == pytest.approx(1, abs=1e-3)
-    assert effective_rank(torch.zeros(7, 4), exchange) == 0
 
 
 def on_rank():
@@ -271,10 +222,3 @@ def test_ranks_choose_alike():
         assert np.allclose([t["ndcg"] for t in trials], [t["ndcg"] for t in alone.choice.trials], atol=2e-3)
         assert separation > 0.8
         assert not warnings
-
-
-def test_vectors_of_both_sides_that_are_short_together_are_a_collapse():
-    """Each is longer than the shortest that is named alone; a user and an item score at most 1e-5."""
-    rows = torch.full((20, 4), 0.0016)
-    (warning,) = check_factors(Factors(rows, rows, 20, 20))
-    assert "score 1e-05 at most" in warning

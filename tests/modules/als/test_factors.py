@@ -20,7 +20,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan
 
 from recpress.modules.als.factors import Factors, FactorTable, RowBlocks, shard_name
-from recpress.modules.rows import load_trainable, local_shards
+from recpress.modules.row_source import load_rows, local_shards
 from tests.ranks import run_on_ranks
 
 USERS, ITEMS, DIM = 23, 10, 8
@@ -84,9 +84,9 @@ def pickled(path):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), r"user-00001-of-00002\.npy: missing, expected 2 shards"),
-        (truncate, r"user-00001-of-00002\.npy: not a whole shard"),
-        (lambda path: path.write_bytes(b""), r"user-00001-of-00002\.npy: not a whole shard"),
-        (pickled, r"user-00001-of-00002\.npy: not a whole shard"),
+        (truncate, r"user-00001-of-00002\.npy: incomplete or corrupt shard"),
+        (lambda path: path.write_bytes(b""), r"user-00001-of-00002\.npy: incomplete or corrupt shard"),
+        (pickled, r"user-00001-of-00002\.npy: incomplete or corrupt shard"),
         (narrow, r"user-00001-of-00002\.npy: holds float32 \(11, 5\)"),
         (replace_rows, r"user-0000[01]-of-00002\.npy: \d+ rows, expected"),
         (lambda path: path.rename(path.with_name(shard_name("user", 2, 3))), "shards of"),
@@ -144,11 +144,11 @@ def on_rank(folder: str, layout: str):
     )
     found = []
     for side in ("user", "item"):
-        load_trainable(model.module, side, FactorTable(folder, side))
+        load_rows(model.module.state_dict()[f"embedding_bags.{side}.weight"], side, FactorTable(folder, side))
         weight = model.module.state_dict()[f"embedding_bags.{side}.weight"]
         found += [(side, place, tensor.clone()) for place, tensor in local_shards(weight)]
     try:
-        load_trainable(model.module, "item", FactorTable(folder, "user"))
+        load_rows(model.module.state_dict()["embedding_bags.item.weight"], "item", FactorTable(folder, "user"))
     except ValueError as error:
         return found, str(error)
     return found, ""

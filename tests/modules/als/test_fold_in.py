@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recpress.modules.als.als import ALS
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.fold_in import fold_in
-from recpress.modules.als.side import Limits
+from recpress.modules.als.half_sweep import Limits
 from recpress.modules.config import ALSParameters
 from tests.modules.als import als_reference as reference
 from tests.ranks import run_on_ranks
@@ -71,7 +71,7 @@ def test_unknown_ids_are_left_out():
     ("indptr", "indices", "values", "message"),
     [
         ([0, 2], [0, ITEMS], None, "index 25 at 1, expected less than 25"),
-        ([0, 3], [0, 1], None, "indptr does not run from 0"),
+        ([0, 3], [0, 1], None, "indptr: expected 0 to 2"),
         ([0, 2], [0, 1], [1.0, float("nan")], "nan found"),
         ([0, 2], [0, 1], [1.0], "number differs"),
     ],

@@ -7,37 +7,37 @@ import pytest
 import torch
 
 from recpress.modules.config import HashConfig
-from recpress.modules.hashing.extend import extend_map, row_centres
+from recpress.modules.hashing.extend import extend_map, row_centers
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import METHODS, build_map
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.table_stats import TableStats
 
 
 def made(method: str, num_ids: int = 100, rows: int = 30) -> tuple[IdMap, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(num_ids, 3, generator=generator)
     counts = torch.randint(1, 50, (num_ids,), generator=generator).float()
-    table = IdTable(name="items", num_ids=num_ids, counts=counts, embedding=vectors, vocabulary="v1")
+    table = TableStats(name="items", num_ids=num_ids, counts=counts, embedding=vectors, vocabulary="v1")
     return build_map(table, rows, HashConfig(method=method, seed=3)), vectors, counts
 
 
-def test_centres_are_weighted_means() -> None:
+def test_centers_are_weighted_means() -> None:
     old = IdMap(rows=torch.tensor([[0], [2], [0], [0]], dtype=torch.int32), num_rows=3)
-    centres = row_centres(old, np.array([[1.0, 0], [5, 5], [4, 3], [9, 9]], np.float32), torch.tensor([1.0, 2, 2, 0]))
-    assert torch.equal(centres[[0, 2]], torch.tensor([[3.0, 2], [5, 5]]))
-    assert bool(torch.isnan(centres[1]).all())
+    centers = row_centers(old, np.array([[1.0, 0], [5, 5], [4, 3], [9, 9]], np.float32), torch.tensor([1.0, 2, 2, 0]))
+    assert torch.equal(centers[[0, 2]], torch.tensor([[3.0, 2], [5, 5]]))
+    assert bool(torch.isnan(centers[1]).all())
 
 
 @pytest.mark.parametrize("method", ["learned", "cluster", "frequency"])
 def test_ids_that_arrive_get_the_nearest_row_and_the_others_stay(method: str) -> None:
     old, vectors, counts = made(method)
-    centres = row_centres(old, vectors, counts)
+    centers = row_centers(old, vectors, counts)
     arriving = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
     arriving[[5, 6]] = 0
-    new = extend_map(old, 140, centres=centres, embedding=arriving.numpy(), vocabulary="v2")
+    new = extend_map(old, 140, centers=centers, embedding=arriving.numpy(), vocabulary="v2")
     assert torch.equal(new.rows[:100], old.rows)
-    unknown = torch.isnan(centres).any(1)
-    distance = torch.cdist(arriving, centres).masked_fill(unknown, torch.inf)
+    unknown = torch.isnan(centers).any(1)
+    distance = torch.cdist(arriving, centers).masked_fill(unknown, torch.inf)
     expected = distance.argmin(1)
     expected[[5, 6]] = old.hashed(torch.tensor([105, 106]))[:, 0].long()
     assert torch.equal(new.rows[100:, 0].long(), expected)
@@ -76,32 +76,32 @@ def test_weights_of_ids_that_arrive_are_one() -> None:
 
 def test_nothing_arrives() -> None:
     old, vectors, counts = made("learned")
-    new = extend_map(old, 100, centres=row_centres(old, vectors, counts), embedding=torch.empty(0, 3))
+    new = extend_map(old, 100, centers=row_centers(old, vectors, counts), embedding=torch.empty(0, 3))
     assert torch.equal(new.rows, old.rows)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     old, vectors, counts = made("learned")
-    centres = row_centres(old, vectors, counts)
+    centers = row_centers(old, vectors, counts)
     arriving = torch.randn(10, 3)
     with pytest.raises(ValueError, match="covers 100 ids, expected at least as many afterwards, not 99"):
         extend_map(old, 99)
-    with pytest.raises(ValueError, match="go together; one is missing"):
-        extend_map(old, 110, centres=centres)
+    with pytest.raises(ValueError, match="together; one is missing"):
+        extend_map(old, 110, centers=centers)
     with pytest.raises(ValueError, match=r"shape \(10, 3\), expected \(11, 3\)"):
-        extend_map(old, 111, centres=centres, embedding=arriving)
-    with pytest.raises(ValueError, match=r"centres have shape \(29, 3\), expected 30 rows"):
-        extend_map(old, 110, centres=centres[:29], embedding=arriving)
-    with pytest.raises(ValueError, match="no row has a centre"):
-        extend_map(old, 110, centres=centres * torch.nan, embedding=arriving)
+        extend_map(old, 111, centers=centers, embedding=arriving)
+    with pytest.raises(ValueError, match=r"centers have shape \(29, 3\), expected 30 rows"):
+        extend_map(old, 110, centers=centers[:29], embedding=arriving)
+    with pytest.raises(ValueError, match="no row has a center"):
+        extend_map(old, 110, centers=centers * torch.nan, embedding=arriving)
     arriving[4, 1] = torch.nan
     with pytest.raises(ValueError, match="row 4 of the source holds NaN"):
-        extend_map(old, 110, centres=centres, embedding=arriving)
-    with pytest.raises(ValueError, match="'double': ids have 2 rows"):
-        extend_map(made("double")[0], 110, centres=centres, embedding=torch.randn(10, 3))
-    with pytest.raises(ValueError, match="'double': ids have 2 rows"):
-        row_centres(made("double")[0], vectors)
+        extend_map(old, 110, centers=centers, embedding=arriving)
+    with pytest.raises(ValueError, match="'double': 2 rows per id"):
+        extend_map(made("double")[0], 110, centers=centers, embedding=torch.randn(10, 3))
+    with pytest.raises(ValueError, match="'double': 2 rows per id"):
+        row_centers(made("double")[0], vectors)
     with pytest.raises(ValueError, match="covers 100 ids, the embedding has 99 rows"):
-        row_centres(old, vectors[:99])
+        row_centers(old, vectors[:99])
     with pytest.raises(ValueError, match=r"weights have shape \(99,\), expected \(100,\)"):
-        row_centres(old, vectors, counts[:99])
+        row_centers(old, vectors, counts[:99])

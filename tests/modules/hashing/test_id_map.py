@@ -11,16 +11,16 @@ import torch
 from recpress.modules.hashing.id_map import IdMap, universal_hash
 
 
-def made(num_ids: int = 50, num_rows: int = 7, ways: int = 1, **more: object) -> IdMap:
+def made(num_ids: int = 50, num_rows: int = 7, rows_per_id: int = 1, **more: object) -> IdMap:
     generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(num_rows, (num_ids, ways), generator=generator, dtype=torch.int32)
+    rows = torch.randint(num_rows, (num_ids, rows_per_id), generator=generator, dtype=torch.int32)
     return IdMap(rows=rows, num_rows=num_rows, **more)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_saved_map_comes_back_whole(tmp_path: Path, weighted: bool) -> None:
     weights = torch.rand(50, 2) if weighted else None
-    before = made(ways=2, weights=weights, method="double", vocabulary="v1", seed=9)
+    before = made(rows_per_id=2, weights=weights, method="double", vocabulary="v1", seed=9)
     before.save(tmp_path)
     after = IdMap.load(tmp_path, vocabulary="v1")
     assert torch.equal(after.rows, before.rows)
@@ -53,7 +53,7 @@ def test_a_damaged_map_is_refused(tmp_path: Path, damage: str) -> None:
         else:
             meta["num_rows"] = 3
         (tmp_path / "map.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="not a whole id map"):
+    with pytest.raises(ValueError, match="incomplete or corrupt id map"):
         IdMap.load(tmp_path)
 
 
@@ -66,15 +66,15 @@ def test_a_row_outside_of_the_table_is_named() -> None:
 def test_bytes_are_those_of_packed_bits() -> None:
     assert made(num_ids=10, num_rows=8).nbytes == 4  # 10 * 3 bits
     assert made(num_ids=10, num_rows=9).nbytes == 5  # 10 * 4 bits
-    assert made(num_ids=10, num_rows=9, ways=2, weights=torch.ones(10, 2)).nbytes == 10 + 80
+    assert made(num_ids=10, num_rows=9, rows_per_id=2, weights=torch.ones(10, 2)).nbytes == 10 + 80
     assert made(num_ids=10, num_rows=8, computed=True).nbytes == 0
 
 
 def test_the_hash_spreads_and_depends_on_seed_and_way() -> None:
     ids = torch.arange(100_000)
-    rows = universal_hash(ids, 1000, seed=0, ways=2)
+    rows = universal_hash(ids, 1000, seed=0, rows_per_id=2)
     counts = torch.bincount(rows[:, 0], minlength=1000).double()
     assert 0.8 < float(counts.var()) / 100 < 1.2  # a Poisson's variance is its mean
     assert float((rows[:, 0] == rows[:, 1]).double().mean()) < 0.003
     assert float((rows[:, 0] == universal_hash(ids, 1000, seed=1)[:, 0]).double().mean()) < 0.003
-    assert torch.equal(rows, universal_hash(ids, 1000, seed=0, ways=2))
+    assert torch.equal(rows, universal_hash(ids, 1000, seed=0, rows_per_id=2))

@@ -9,23 +9,23 @@ import torch
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.learned import learned
 from recpress.modules.hashing.methods import build_map
-from recpress.modules.hashing.problem import IdTable
+from recpress.modules.hashing.table_stats import TableStats
 
 GROUPS = 10
 
 
-def made(num_ids: int = 1000, power: float = 1.0) -> IdTable:
+def made(num_ids: int = 1000, power: float = 1.0) -> TableStats:
     """Ids of ten groups of like vectors; counts fall off as 1 / rank, whatever the group."""
     generator = torch.Generator().manual_seed(0)
     middles = 10 * torch.randn(GROUPS, 4, generator=generator)
     vectors = middles[torch.arange(num_ids) % GROUPS] + 0.3 * torch.randn(num_ids, 4, generator=generator)
     rank = torch.randperm(num_ids, generator=generator) + 1
-    return IdTable(
+    return TableStats(
         name="items", num_ids=num_ids, counts=(1e6 / rank.float() ** power).round(), embedding=vectors.contiguous()
     )
 
 
-def weighted_distortion(table: IdTable, rows: torch.Tensor, num_rows: int, power: float) -> float:
+def weighted_distortion(table: TableStats, rows: torch.Tensor, num_rows: int, power: float) -> float:
     weights = table.counts**power
     mass = torch.zeros(num_rows).index_add_(0, rows, weights)
     middle = torch.zeros(num_rows, 4).index_add_(0, rows, table.embedding * weights[:, None]) / mass[:, None]
@@ -34,7 +34,7 @@ def weighted_distortion(table: IdTable, rows: torch.Tensor, num_rows: int, power
 
 def test_alike_ids_share_and_others_do_not() -> None:
     table = made()
-    rows = build_map(table, GROUPS, HashConfig(power=0)).rows[:, 0]
+    rows = build_map(table, GROUPS, HashConfig(count_exponent=0)).rows[:, 0]
     for group in range(GROUPS):
         assert len(rows[group::GROUPS].unique()) == 1
     assert len(rows.unique()) == GROUPS
@@ -43,7 +43,7 @@ def test_alike_ids_share_and_others_do_not() -> None:
 def test_frequent_ids_earn_rows_that_only_rare_ids_share() -> None:
     table = made()
     by_count = torch.sort(table.counts, descending=True, stable=True).indices
-    both = learned(table, 100, HashConfig(power=1)).rows[:, 0]
+    both = learned(table, 100, HashConfig(count_exponent=1)).rows[:, 0]
     alone = build_map(table, 100, HashConfig(method="cluster")).rows[:, 0]
     assert len(both[by_count[:20]].unique()) == 20
     assert weighted_distortion(table, both.long(), 100, 1) < 0.85 * weighted_distortion(table, alone.long(), 100, 1)
@@ -55,14 +55,14 @@ def test_the_split_of_its_own_choice_is_no_worse_than_any_by_hand() -> None:
     table = made()
     chosen = weighted_distortion(table, learned(table, 100, HashConfig()).rows[:, 0].long(), 100, 0.5)
     for private in (0.1, 0.3, 0.5, 0.7):
-        rows = learned(table, 100, HashConfig(private=private)).rows[:, 0].long()
+        rows = learned(table, 100, HashConfig(exclusive_share=private)).rows[:, 0].long()
         assert chosen < 1.02 * weighted_distortion(table, rows, 100, 0.5)
 
 
 @pytest.mark.parametrize("private", [0.25, 0.8])
 def test_private_rows_by_hand_go_to_the_most_frequent(private: float) -> None:
     table = made()
-    rows = learned(table, 100, HashConfig(private=private)).rows[:, 0].long()
+    rows = learned(table, 100, HashConfig(exclusive_share=private)).rows[:, 0].long()
     number = int(100 * private)
     top = torch.sort(table.counts, descending=True, stable=True).indices[:number]
     assert torch.equal(rows[top], torch.arange(number))
@@ -75,9 +75,9 @@ def test_private_rows_by_hand_go_to_the_most_frequent(private: float) -> None:
 def test_it_reads_a_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clustered part of a numpy matrix, in blocks of 10 ids, gives the rows of the tensor."""
     table = made(300)
-    monkeypatch.setattr("recpress.modules.rows.BLOCK_BYTES", 160)
-    array = IdTable(name="items", num_ids=300, counts=table.counts, embedding=np.asarray(table.embedding))
-    config = HashConfig(private=0.5)
+    monkeypatch.setattr("recpress.modules.row_source.BLOCK_BYTES", 160)
+    array = TableStats(name="items", num_ids=300, counts=table.counts, embedding=np.asarray(table.embedding))
+    config = HashConfig(exclusive_share=0.5)
     assert torch.equal(learned(array, 60, config).rows, learned(table, 60, config).rows)
 
 

@@ -1,10 +1,8 @@
-"""The module that replaces ids by rows: right rows, in any batch, sharded, pipelined, exported and quantised."""
+"""The module that replaces ids by rows: right rows, in any batch, sharded, pipelined, exported and quantized."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,28 +16,8 @@ from torchrec.inference.modules import quantize_inference_model
 
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.hashing.mapped_hash import MappedHash
+from tests.modules.hashing.keyed_cases import batch, id_map
 from tests.ranks import run_on_ranks
-
-
-def id_map(num_ids: int, num_rows: int, ways: int = 1, weighted: bool = False, seed: int = 0) -> IdMap:
-    rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(rng.integers(0, num_rows, (num_ids, ways)).astype(np.int32))
-    kind = np.float16 if seed else np.float32
-    weights = torch.from_numpy(rng.random((num_ids, ways)).astype(kind)) if weighted else None
-    return IdMap(rows=rows, num_rows=num_rows, weights=weights, seed=seed)
-
-
-def batch(bags: dict[str, list[list[int]]], weights: list[float] | None = None) -> KeyedJaggedTensor:
-    """bags: feature -> the ids of each row of the batch."""
-    values = [i for rows in bags.values() for row in rows for i in row]
-    lengths = [len(row) for rows in bags.values() for row in rows]
-    return KeyedJaggedTensor(
-        keys=list(bags),
-        values=torch.tensor(values, dtype=torch.int64),
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-        weights=None if weights is None else torch.tensor(weights),
-    )
 
 
 def by_hand(maps: dict[str, IdMap], features: KeyedJaggedTensor) -> dict[str, list[list[tuple[int, float]]]]:
@@ -62,7 +40,7 @@ def by_hand(maps: dict[str, IdMap], features: KeyedJaggedTensor) -> dict[str, li
                 table = maps[key]
                 known = 0 <= one < table.num_ids
                 rows = table.rows[one] if known else table.hashed(torch.tensor([one]))[0]
-                own = table.weights[one] if known and table.weights is not None else torch.ones(table.ways)
+                own = table.weights[one] if known and table.weights is not None else torch.ones(table.rows_per_id)
                 entries += [(int(r), given_weight * float(w)) for r, w in zip(rows, own, strict=True)]
             found[key].append(entries)
     return found
@@ -108,7 +86,7 @@ def test_rows_are_those_of_the_map(case: tuple[dict[str, IdMap], KeyedJaggedTens
 
 
 def test_features_may_have_another_stride_each() -> None:
-    maps = {"a": id_map(10, 4, ways=2), "b": id_map(20, 7)}
+    maps = {"a": id_map(10, 4, rows_per_id=2), "b": id_map(20, 7)}
     features = KeyedJaggedTensor(
         keys=["a", "b"],
         values=torch.tensor([1, 2, 3, 4, 5, 6]),
@@ -125,7 +103,7 @@ def test_features_may_have_another_stride_each() -> None:
 
 
 def test_an_empty_batch_and_ids_of_32_bits() -> None:
-    maps = {"a": id_map(10, 4), "b": id_map(20, 7, ways=2)}
+    maps = {"a": id_map(10, 4), "b": id_map(20, 7, rows_per_id=2)}
     hashes = LearnedHash(maps)
     empty = KeyedJaggedTensor(keys=["a", "b"], values=torch.zeros(0, dtype=torch.int64), lengths=torch.zeros(4).int())
     assert hashes(empty).values().tolist() == []
@@ -135,7 +113,7 @@ def test_an_empty_batch_and_ids_of_32_bits() -> None:
 
 
 def test_unknown_ids_are_counted_or_refused() -> None:
-    maps = {"a": id_map(10, 4, ways=2), "b": id_map(20, 7)}
+    maps = {"a": id_map(10, 4, rows_per_id=2), "b": id_map(20, 7)}
     features = batch({"b": [[20, 3], [-1]], "x": [[-5], [99]], "a": [[9], [10]]})
     hashes = LearnedHash(maps)
     for _ in range(2):
@@ -162,71 +140,13 @@ def test_bad_arguments() -> None:
 
 
 def test_the_maps_are_shared_packed_and_not_saved() -> None:
-    one, other = id_map(1000, 300), id_map(500, 2, ways=2, weighted=True)
+    one, other = id_map(1000, 300), id_map(500, 2, rows_per_id=2, weighted=True)
     plain = LearnedHash({"a": one, "b": other, "c": one})
     packed = LearnedHash({"a": one, "b": other, "c": one}, packed=True)
     assert plain.nbytes() == 4 * 1000 + 4 * 1000 + 4 * 1000  # rows of both, weights of one
     assert packed.nbytes() - one.nbytes - other.nbytes in range(9)  # a word at the end, and a part of one
     assert set(plain.state_dict()) == set(packed.state_dict()) == {f"fingerprint.{key}" for key in "abc"}
     assert not list(plain.parameters())
-
-
-def test_the_data_workers_get_the_same_rows(tmp_path: Path) -> None:
-    maps = {"a": id_map(50, 9), "b": id_map(20, 7, ways=2, weighted=True, seed=3)}
-    for key, one in maps.items():
-        (tmp_path / key).mkdir()
-        one.save(tmp_path / key)
-    mapped = pickle.loads(pickle.dumps(MappedHash({key: tmp_path / key for key in maps})))
-    ids = torch.tensor([3, -7, 19, 20, 2**61, 0])
-    learned = LearnedHash(maps)(batch({"a": [ids.tolist()], "b": [ids.tolist()]}))
-    for key in maps:
-        rows, weights = mapped.rows(key, ids)
-        assert rows.flatten().tolist() == learned[key].values().tolist()
-        assert (torch.ones(6) if weights is None else weights.flatten()).tolist() == learned[key].weights().tolist()
-        of_numpy = mapped.rows(key, ids.numpy())[0]
-        assert isinstance(of_numpy, np.ndarray)
-        assert of_numpy.tolist() == rows.tolist()
-    assert mapped.unknown_counts() == {"a": 4, "b": 6}
-    strict = MappedHash({"a": tmp_path / "a"}, unknown="error")
-    with pytest.raises(ValueError, match="feature 'a' has the id -7, expected 0 to 49"):
-        strict.rows("a", ids)
-    with pytest.raises(ValueError, match="'c' has no map"):
-        strict.rows("c", ids)
-
-
-@pytest.mark.parametrize("given", [None, [0.5, 1.0, 2.0, 0.25, 1.5, 4.0]])
-@pytest.mark.parametrize(("ways", "weighted"), [(1, False), (2, False), (2, True)])
-def test_the_map_on_the_host_called_with_a_batch(tmp_path, ways, weighted, given) -> None:
-    maps = {"a": id_map(50, 9, ways, weighted), "b": id_map(20, 7, seed=3)}
-    for key, one in maps.items():
-        (tmp_path / key).mkdir()
-        one.save(tmp_path / key)
-    features = batch({"b": [[1, 90], []], "x": [[-4], [500]], "a": [[], [49, -1]]}, given)
-    found, expected = MappedHash({key: tmp_path / key for key in maps})(features), LearnedHash(maps)(features)
-    assert found.keys() == expected.keys()
-    assert found.stride() == expected.stride()
-    assert found.length_per_key() == expected.length_per_key()
-    for name in ("values", "lengths", "weights_or_none"):
-        one, other = getattr(found, name)(), getattr(expected, name)()
-        assert (one is None) == (other is None)
-        assert one is None or (one.tolist() == other.tolist() and one.dtype == other.dtype)
-
-
-def test_the_map_on_the_host_called_with_ids(tmp_path) -> None:
-    maps = {"a": id_map(50, 9), "two": id_map(20, 7, 2), "heavy": id_map(20, 7, 1, True)}
-    for key, one in maps.items():
-        (tmp_path / key).mkdir()
-        one.save(tmp_path / key)
-    ids = torch.tensor([3, 49, 0, 77])
-    rows = MappedHash({"a": tmp_path / "a"})(ids)
-    assert rows.tolist() == LearnedHash({"a": maps["a"]})(batch({"a": [ids.tolist()]})).values().tolist()
-    for key in ("two", "heavy"):
-        with pytest.raises(ValueError, match=f"feature '{key}'.*KeyedJaggedTensor"):
-            MappedHash({key: tmp_path / key})(ids)
-    with pytest.raises(ValueError, match="MappedHash of one feature"):
-        MappedHash({key: tmp_path / key for key in maps})(ids)
-    with pytest.raises(ValueError, match="no feature 'a'"):
-        MappedHash({"a": tmp_path / "a"})(batch({"b": [[1]]}))
 
 
 class Exported(nn.Module):
@@ -242,9 +162,9 @@ class Exported(nn.Module):
         return found.values(), found.lengths(), found.values() if weights is None else weights
 
 
-@pytest.mark.parametrize(("ways", "packed"), [(1, False), (2, True)])
-def test_exported(ways: int, packed: bool) -> None:
-    maps = {"a": id_map(10, 4), "b": id_map(20, 7, ways, ways == 2)}
+@pytest.mark.parametrize(("rows_per_id", "packed"), [(1, False), (2, True)])
+def test_exported(rows_per_id: int, packed: bool) -> None:
+    maps = {"a": id_map(10, 4), "b": id_map(20, 7, rows_per_id, rows_per_id == 2)}
     model = Exported(maps, packed)
     seen = batch({"b": [[1, 2], [3]], "x": [[500], [7]], "a": [[9, 50], [0]]})
     dynamic = {0: torch.export.Dim.DYNAMIC}
@@ -260,6 +180,8 @@ def test_exported(ways: int, packed: bool) -> None:
 
 
 MAPS = {"a": (30, 12, 2, True), "b": (40, 16, 1, False)}
+
+
 DIM = 8
 
 
@@ -349,14 +271,14 @@ def test_sharded_and_pipelined() -> None:
     run_on_ranks(sharded_and_pipelined, 2)
 
 
-def test_quantised() -> None:
+def test_quantized() -> None:
     model = Model()
     fill(model)
     features = made(0, 0)
     _, want = model(features)
-    quantised = quantize_inference_model(copy.deepcopy(model))
-    assert "quant" in type(quantised.tables).__module__
-    _, found = quantised(features)
+    quantized = quantize_inference_model(copy.deepcopy(model))
+    assert "quant" in type(quantized.tables).__module__
+    _, found = quantized(features)
     torch.testing.assert_close(found, want, atol=0.05, rtol=0.05)
     assert not torch.equal(found, want)
 
@@ -375,16 +297,3 @@ def test_ids_of_other_types_are_refused() -> None:
     floats = KeyedJaggedTensor(given.keys(), given.values().float(), lengths=given.lengths())
     with pytest.raises(ValueError, match=r"torch.float32, expected torch.int64"):
         LearnedHash({"a": id_map(5, 2)})(floats)
-
-
-def test_on_the_host_any_integers_are_ids(tmp_path: Path) -> None:
-    one = id_map(20, 7)
-    one.save(tmp_path)
-    mapped = MappedHash({"a": tmp_path})
-    want = one.rows[:3].tolist()
-    for kind in (np.uint64, np.int8, np.uint16, np.int32):
-        assert mapped.rows("a", np.arange(3, dtype=kind))[0].tolist() == want
-    assert mapped.rows("a", np.array([2**64 - 1], np.uint64))[0].tolist() == one.hashed(torch.tensor([-1])).tolist()
-    for ids in (np.array([1.5]), np.array([[1]]), np.array(["x"]), np.array([True])):
-        with pytest.raises(ValueError, match=r"'a'.*integers"):
-            mapped.rows("a", ids)

@@ -95,22 +95,22 @@ def test_plain() -> None:
         assert module.unknown_count() == int(((values < 0) | (values >= num_ids)).sum()) > 0
 
 
-def test_quantised() -> None:
+def test_quantized() -> None:
     model = Model()
     fill(model.tables._embedding_module)
     want = model(batch(0))[0]
-    quantised = quantize_inference_model(model)
-    found = quantised(batch(0))[0]
+    quantized = quantize_inference_model(model)
+    found = quantized(batch(0))[0]
     torch.testing.assert_close(found, want, atol=0.1, rtol=0.1)
     assert not torch.equal(found, want)
 
 
 def test_maps_that_it_cannot_apply() -> None:
     two = IdMap(rows=torch.zeros(3, 2, dtype=torch.int32), num_rows=2)
-    with pytest.raises(ValueError, match="2 rows an id and no weights, expected one row"):
+    with pytest.raises(ValueError, match="2 rows per id and no weights, expected one row"):
         LearnedCollisionModule(two)
     weighted = IdMap(rows=torch.zeros(3, 1, dtype=torch.int32), num_rows=2, weights=torch.ones(3, 1))
-    with pytest.raises(ValueError, match="1 rows an id and weights, expected one row and no weights"):
+    with pytest.raises(ValueError, match="1 rows per id and weights, expected one row and no weights"):
         LearnedCollisionModule(weighted)
     with pytest.raises(ValueError, match="'skip'"):
         LearnedCollisionModule(id_map("t0"), unknown="skip")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from torchrec import KeyedJaggedTensor
 
 from recpress.modules.config import LogisticConfig
 from recpress.modules.two_tower.logistic import LogisticMF
-from recpress.modules.two_tower.two_tower import SideSpec
+from recpress.modules.two_tower.model import SideSpec
 
 USERS, ITEMS, ROWS, NEGATIVES = 6, 5, 4, 2
 

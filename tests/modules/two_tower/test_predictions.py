@@ -23,7 +23,7 @@ def batch(shared):
 def told(config, given, watched=0):
     """(value of the loss, what it told)."""
     loss, found = make_loss(config, ITEMS), []
-    loss.watcher, loss.watched = found.append, watched
+    loss.observer, loss.observed = found.append, watched
     value = loss(*given)
     assert not found[0].probability.requires_grad
     return float(value), found[0]

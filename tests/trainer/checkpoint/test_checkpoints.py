@@ -26,7 +26,7 @@ class Killed(RuntimeError):
     """Stands for kill -9: nothing of ours runs after it but what `finally` would."""
 
 
-def train(folder, strategy="init-freeze-plus", crash=None, sigterm=None, world_of_signal=0, **config):
+def train(folder, strategy="frozen+residual", crash=None, sigterm=None, world_of_signal=0, **config):
     """(bits of weights and optimizers, losses, evaluations, what was said) of a run that may go on from `folder`."""
     said = []
     dmp, optimizer = sharded(strategy, schedule="cosine")
@@ -77,7 +77,7 @@ def flat(state):
     }
 
 
-def crashed(folder, strategy="init-freeze-plus", crash=None, keep=3):
+def crashed(folder, strategy="frozen+residual", crash=None, keep=3):
     with pytest.raises(Killed):
         train(folder, strategy, crash, keep=keep)
     return sorted(path.name for path in Path(folder).iterdir())
@@ -90,7 +90,7 @@ def crash_then_resume(folder, strategy, crash):
 
 @pytest.mark.parametrize(
     ("world", "strategy", "crash"),
-    [(1, "init-freeze-plus", 8), (2, "init-train", 10), (4, "init-freeze", 17), (1, "random", 12)],
+    [(1, "frozen+residual", 8), (2, "warm-start", 10), (4, "frozen", 17), (1, "random", 12)],
 )
 def test_a_run_that_goes_on_ends_at_the_bits_of_one_that_was_never_stopped(tmp_path, world, strategy, crash):
     quiet = run_on_ranks(train, world, tmp_path / "quiet", strategy)
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_ends_at_the_bits_of_one_that_was_never_stopped(tmp_p
 
 
 def test_the_last_ones_are_kept_and_the_weights_of_the_best_evaluation(tmp_path):
-    assert run_on_ranks(crashed, 1, tmp_path, "init-freeze-plus", 17, 2)[0] == [
+    assert run_on_ranks(crashed, 1, tmp_path, "frozen+residual", 17, 2)[0] == [
         "best-00000006",
         "step-00000012",
         "step-00000015",
@@ -148,7 +148,7 @@ def test_a_damaged_one_of_a_later_step_is_not_kept_instead_of_a_whole_one(tmp_pa
 
 def whole(folder, save):
     """All of the state, gathered from the ranks, as rank 0 sees it; from a checkpoint, or after 5 steps saved to it."""
-    dmp, optimizer = sharded("init-train", layout="row_wise")
+    dmp, optimizer = sharded("warm-start", layout="row_wise")
     checkpoints = Checkpoints(CheckpointConfig(steps=5, minutes=0), folder, DESCRIBE)
     state = run_state.trained(dmp, optimizer)
     if save:
@@ -210,7 +210,7 @@ def test_where_nothing_can_be_written_the_run_goes_on_and_says_so(tmp_path):
 
 
 def test_a_run_with_other_settings_or_inputs_is_refused_by_name(tmp_path):
-    run_on_ranks(crashed, 1, tmp_path, "init-freeze-plus", 5)
+    run_on_ranks(crashed, 1, tmp_path, "frozen+residual", 5)
     other = {"config": {"seed": 0, "stream": {"batch_size": 17}}}
     with pytest.raises(InputError, match=r"other settings \(stream.batch_size: 16 -> 17\)"):
         run_with(tmp_path, other)
@@ -231,7 +231,7 @@ def run_with(folder, what):
 
 
 def test_another_version_of_the_format_is_refused(tmp_path):
-    run_on_ranks(crashed, 1, tmp_path, "init-freeze-plus", 5)
+    run_on_ranks(crashed, 1, tmp_path, "frozen+residual", 5)
     path = tmp_path / "step-00000003" / "manifest.json"
     for version in (1, 99):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
@@ -251,5 +251,5 @@ def anew(folder):
 
 
 def test_without_resume_it_starts_anew(tmp_path):
-    run_on_ranks(crashed, 1, tmp_path, "init-freeze-plus", 5)
+    run_on_ranks(crashed, 1, tmp_path, "frozen+residual", 5)
     assert run_on_ranks(anew, 1, tmp_path) == [(None, [])]

@@ -182,7 +182,7 @@ def test_a_store_that_does_not_answer_ends_the_start_and_nothing_is_passed_over(
 
 def with_metrics(folder, crash=None):
     """Steps of `metrics.jsonl` when training has ended."""
-    dmp, optimizer = sharded("init-train")
+    dmp, optimizer = sharded("warm-start")
     step = optimizer.step
 
     def counted_step():

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from recpress.data.config import IngestConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.config import ALSConfig
 from recpress.trainer.factorize.config import FactorizeConfig

@@ -15,7 +15,7 @@ import torch
 from recpress.data.config import IngestConfig, Schema, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.ingest import ingest
+from recpress.data.ingest.convert import ingest
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer.artifacts.factors import open_factors
@@ -55,7 +55,7 @@ def config(log: str, out: Path, factors: str | None = None, **more: object) -> H
         {"method": "louvain"},
         {"method": "cluster", "split": "ids"},
         {"method": "learned"},
-        {"method": "learned", "ways": 2},
+        {"method": "learned", "rows_per_id": 2},
     ],
     ids=lambda more: " ".join(map(str, more.values())),
 )
@@ -118,8 +118,8 @@ def test_features_get_an_embedding_by_a_warm_up(tmp_path: Path) -> None:
     assert not even & odd  # ids whose labels differ so do not share
 
 
-@pytest.mark.parametrize("ways", [1, 2])
-def test_ids_that_arrive_later_move_no_other(tmp_path: Path, ways: int) -> None:
+@pytest.mark.parametrize("rows_per_id", [1, 2])
+def test_ids_that_arrive_later_move_no_other(tmp_path: Path, rows_per_id: int) -> None:
     rng = np.random.default_rng(0)
     old, new = tmp_path / "old", tmp_path / "new"
     for folder, users, items in ((old, 30, 20), (new, 36, 25)):
@@ -128,13 +128,13 @@ def test_ids_that_arrive_later_move_no_other(tmp_path: Path, ways: int) -> None:
         table = pa.table({"user_id": np.append(pairs[:, 0], users - 1), "item_id": np.append(pairs[:, 1], items - 1)})
         pq.write_table(table, folder / "train.parquet")
         factorize(FactorizeConfig(data=str(folder), out=str(folder) + "-factors", als=ALSConfig(factors=4, sweeps=3)))
-    make_maps(config(str(old), tmp_path / "before", str(old) + "-factors", rows=20, ways=ways))
+    make_maps(config(str(old), tmp_path / "before", str(old) + "-factors", rows=20, rows_per_id=rows_per_id))
     make_maps(config(str(new), tmp_path / "after", str(new) + "-factors", extend=str(tmp_path / "before")))
     before, after = (open_maps(str(tmp_path / name), None) for name in ("before", "after"))
     for side in ("user", "item"):
         a, b = before.map(side), after.map(side)
         assert torch.equal(b.rows[: a.num_ids], a.rows)
-        assert (b.weights is None) == (ways == 1)
+        assert (b.weights is None) == (rows_per_id == 1)
         assert b.num_rows == a.num_rows
         assert b.num_ids == (36 if side == "user" else 25)
     with pytest.raises(InputError, match="covers 36 ids"):

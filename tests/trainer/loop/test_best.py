@@ -25,7 +25,7 @@ def test_patience_counts_all_evaluations_and_only_accepted_ones_are_best():
 
 
 def keeps():
-    dmp, _ = sharded("init-train")
+    dmp, _ = sharded("warm-start")
     best, start = BestModel(FitConfig(metric="m")), digest(dmp)
     assert not best.has_weights
     assert best.peak == -math.inf

@@ -23,7 +23,7 @@ def train(strategy, kind="residual", **settings):
 
 def learns_and_repeats():
     found = {}
-    for strategy in ("random", "init-train", "init-freeze", "init-freeze-plus"):
+    for strategy in ("random", "warm-start", "frozen", "frozen+residual"):
         first, result = train(strategy, log_every=3)
         again, _ = train(strategy)
         assert digest(first) == digest(again), strategy
@@ -41,7 +41,7 @@ def test_losses_fall_and_the_same_seed_gives_the_same_bits(world):
 def frozen_after_training():
     found = []
     for layout in ("row_wise", "table_wise"):
-        dmp, optimizer = sharded("init-freeze-plus", layout=layout)
+        dmp, optimizer = sharded("frozen+residual", layout=layout)
         before, weights = frozen_bits(dmp), digest(dmp)
         fit(dmp, optimizer, batches, FitConfig(epochs=2), device=CPU, show_progress=False)
         assert digest(dmp) != weights
@@ -60,7 +60,7 @@ def test_frozen_tables_keep_their_bits_and_have_no_state(world):
 
 
 def evaluates(folder):
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     start, calls, seen = digest(dmp), [], []
 
     def evaluate():
@@ -95,7 +95,7 @@ def test_early_stopping_and_the_best_weights(tmp_path):
 
 def accepts_later():
     """0.5 (the start), 0.9 (refused), 0.6 (accepted), 0.7 (refused), 0.4: patience counts all of them."""
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     values, seen = iter([0.5, 0.9, 0.6, 0.7, 0.4]), []
 
     def evaluate():
@@ -114,9 +114,9 @@ def test_what_is_not_accepted_is_not_the_best_and_still_counts_for_patience():
 
 
 def looking_changes_nothing():
-    plain, _ = train("init-train")
-    looked, _ = train("init-train", evaluate_steps=2, keep_best=False, metric="m")
-    dmp, optimizer = sharded("init-train")
+    plain, _ = train("warm-start")
+    looked, _ = train("warm-start", evaluate_steps=2, keep_best=False, metric="m")
+    dmp, optimizer = sharded("warm-start")
     settings = FitConfig(epochs=2, evaluate_steps=2, keep_best=False, metric="m")
     fit(dmp, optimizer, batches, settings, device=CPU, evaluate=lambda: {"m": 0.0}, show_progress=False)
     return digest(plain) == digest(looked) == digest(dmp)
@@ -127,7 +127,7 @@ def test_evaluating_in_the_middle_of_an_epoch_leaves_the_training_as_it_was():
 
 
 def meets_nan(bad_rank):
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     bad = 4 if dist.get_rank() == bad_rank else None
     fit(
         dmp,
@@ -155,7 +155,7 @@ def skips(strategy, bad_step):
     return digest(dmp), result.skipped, all(map(math.isfinite, result.losses))
 
 
-@pytest.mark.parametrize("strategy", ["init-train", "init-freeze-plus"])
+@pytest.mark.parametrize("strategy", ["warm-start", "frozen+residual"])
 def test_a_batch_without_a_finite_loss_can_be_left_out(strategy):
     (left_out,) = run_on_ranks(skips, 1, strategy, 4)
     (without,) = run_on_ranks(skips, 1, strategy, None)
@@ -167,12 +167,12 @@ def skips_on_one(strategy):
 
 
 def test_a_bad_batch_on_one_rank_is_counted_on_all_and_spoils_nothing():
-    (first, second) = run_on_ranks(skips_on_one, 2, "init-train")
+    (first, second) = run_on_ranks(skips_on_one, 2, "warm-start")
     assert first[1:] == second[1:] == (1, True)
 
 
 def wants_another_metric():
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     settings = FitConfig(evaluate_every=1, metric="NDCG@7")
     fit(dmp, optimizer, batches, settings, device=CPU, evaluate=lambda: {"HR@10": 0.0}, show_progress=False)
 
@@ -183,7 +183,7 @@ def test_a_metric_that_is_not_there_is_an_error():
 
 
 def without_labels():
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
 
     def zeros(epoch, first):
         made = batches(epoch, first)

@@ -44,7 +44,7 @@ def steps_of(strategy, **settings):
 
 
 def falls_to_zero():
-    return steps_of("init-train", schedule="linear")
+    return steps_of("warm-start", schedule="linear")
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -56,7 +56,7 @@ def test_the_schedule_drives_tables_and_dense_part(world):
 
 
 def clipped():
-    dmp, optimizer = sharded("init-freeze", clip_norm=1e-3)
+    dmp, optimizer = sharded("frozen", clip_norm=1e-3)
     batch = batches(0)[0]
     optimizer.zero_grad()
     (1000.0 * dmp(batch)[0]).backward()

@@ -11,7 +11,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 
-from recpress.modules.frozen.frozen import FrozenEmbeddingBagCollection, FrozenTable, Storage
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import FrozenTable, Storage
 from recpress.trainer.model.sharding import planner, sharders
 from tests.ranks import run_on_ranks
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.model.vectors import id_features, tower_vectors
@@ -32,7 +32,7 @@ def loaded(folder, strategy, layout):
     return vectors(dmp)
 
 
-@pytest.mark.parametrize("strategy", ["init-freeze-plus", "init-train"])
+@pytest.mark.parametrize("strategy", ["frozen+residual", "warm-start"])
 def test_other_ranks_and_another_sharding_give_the_same_vectors(strategy, tmp_path):
     on_two = run_on_ranks(trained_and_saved, 2, str(tmp_path), strategy, "row_wise")
     (on_one,) = run_on_ranks(loaded, 1, str(tmp_path), strategy, "table_wise")
@@ -50,7 +50,7 @@ def test_other_ranks_and_another_sharding_give_the_same_vectors(strategy, tmp_pa
 
 
 def test_nothing_in_the_folder_is_a_pickle_that_could_run_code(tmp_path):
-    run_on_ranks(trained_and_saved, 1, str(tmp_path), "init-freeze", "row_wise")
+    run_on_ranks(trained_and_saved, 1, str(tmp_path), "frozen", "row_wise")
     torch.load(tmp_path / "dense.pt", weights_only=True)
     others = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "dense.pt"]
     assert others
@@ -59,7 +59,7 @@ def test_nothing_in_the_folder_is_a_pickle_that_could_run_code(tmp_path):
 
 
 def snapshots():
-    dmp, optimizer = sharded("init-train")
+    dmp, optimizer = sharded("warm-start")
     kept, bits = Snapshot.take(dmp), digest(dmp)
     fit(dmp, optimizer, batches, FitConfig(), device=CPU, show_progress=False)
     assert digest(dmp) != bits
@@ -74,7 +74,7 @@ def test_a_snapshot_brings_all_weights_back():
 def refusals(folder, change):
     from pathlib import Path
 
-    dmp, _ = sharded("init-freeze-plus")
+    dmp, _ = sharded("frozen+residual")
     save_weights(dmp, folder)
     files = sorted(Path(folder).rglob("rows-*.npy"))
     if change == "missing":
@@ -86,7 +86,7 @@ def refusals(folder, change):
     elif change == "dense":
         (Path(folder) / "dense.pt").write_bytes(b"no weights")
     elif change == "model":
-        dmp, _ = sharded("init-freeze-plus", "mlp")
+        dmp, _ = sharded("frozen+residual", "mlp")
     load_weights(dmp, folder)
 
 

@@ -48,7 +48,7 @@ def test_ranks_are_combined_and_losses_that_are_not_finite_are_counted():
 
 def waits(clock):
     """The share of waiting of each log interval where a batch takes 3 seconds, and the rest of a step 1."""
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     step = optimizer.step
 
     def slow_step():

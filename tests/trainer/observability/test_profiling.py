@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.config import OptimizerConfig, ProfileConfig
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
@@ -46,9 +46,9 @@ def mapped(strategy):
 
 def profiled(folder, steps, start=2):
     """(bits without a profile, bits with one, what was said)."""
-    plain, optimizer = mapped("init-freeze-plus")
+    plain, optimizer = mapped("frozen+residual")
     fit(plain, optimizer, small.batches, FitConfig(epochs=2), device=small.CPU, show_progress=False)
-    dmp, optimizer = mapped("init-freeze-plus")
+    dmp, optimizer = mapped("frozen+residual")
     profiler = Profiler(ProfileConfig(steps=steps, start=start), folder, small.CPU)
     settings = FitConfig(epochs=2, log_every=3, evaluate_steps=4, metric="m", keep_best=False)
     given = {"evaluate": lambda: {"m": 0.0}, "profiler": profiler}
@@ -87,7 +87,7 @@ def profiled_apart(folder):
     own = Path(folder) / str(torch.distributed.get_rank())
     (own / "profile").mkdir(parents=True)
     (own / "profile" / "trace-rank-1.json.gz").write_bytes(b"of another profile")
-    dmp, optimizer = small.sharded("init-train")
+    dmp, optimizer = small.sharded("warm-start")
     profiler = Profiler(ProfileConfig(steps=2, start=1), own, small.CPU)
     fit(dmp, optimizer, small.batches, FitConfig(), device=small.CPU, show_progress=False, profiler=profiler)
 

@@ -45,7 +45,7 @@ class StreamOfTest:
 
 def watched(port):
     """What the endpoint says, and the losses, of a run of two epochs of six steps."""
-    dmp, optimizer = sharded("init-freeze")
+    dmp, optimizer = sharded("frozen")
     settings = FitConfig(epochs=2, evaluate_every=1, log_every=4, metric="NDCG@10")
     endpoint = Endpoint(port, "127.0.0.1", lambda: 3)
     try:

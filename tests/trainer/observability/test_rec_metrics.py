@@ -50,7 +50,7 @@ def of_all_ranks(steps, window):
     loss = make_loss(small.config().loss, 10)
     metrics = RecMetrics(MetricsConfig(window=window), loss, rows=60, device=CPU)
     for step in range(steps):
-        loss.watcher(Predictions(*torch.from_numpy(told(rank, step)).float()))
+        loss.observer(Predictions(*torch.from_numpy(told(rank, step)).float()))
     return metrics.compute()
 
 
@@ -71,7 +71,7 @@ def with_a_bad_pair():
     given = torch.from_numpy(told(0, 0)).float()
     bad = given.clone()
     bad[0, 3] = bad[1, 7] = torch.nan
-    loss.watcher(Predictions(*bad))
+    loss.observer(Predictions(*bad))
     keep = torch.ones(given.shape[1], dtype=torch.bool)
     keep[[3, 7]] = False
     return metrics.compute(), formulas(*given[:, keep].numpy())[0]
@@ -84,7 +84,7 @@ def test_a_pair_that_is_no_number_counts_nothing():
 
 def while_training(folder):
     """The last line of a run whose weights stay as they are, and the pairs of its last two steps by the vectors."""
-    dmp, optimizer = sharded("init-freeze", learning_rate=0.0)
+    dmp, optimizer = sharded("frozen", learning_rate=0.0)
     module, pairs = dmp.module, ROWS * (1 + small.NEGATIVES)
     module = getattr(module, "module", module)
     metrics = RecMetrics(
@@ -125,7 +125,7 @@ class Killed(RuntimeError):
 
 def run(folder, crash=None, window=150):
     """Bits, and every line with its metrics but those of the clock."""
-    dmp, optimizer = sharded("init-train")
+    dmp, optimizer = sharded("warm-start")
     step = optimizer.step
 
     def counted():

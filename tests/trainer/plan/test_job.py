@@ -39,8 +39,8 @@ def test_a_log_and_its_factors_say_the_sizes(log, tmp_path):
     assert trained.table_bytes == line(planned["lines"], "frozen tables")
 
 
-@pytest.mark.parametrize(("ways", "weighted"), [(1, False), (2, False), (2, True)])
-def test_a_map_is_as_large_as_the_module_that_holds_it(ways, weighted):
-    weights = torch.ones(50, ways, dtype=torch.float16) if weighted else None
-    id_map = IdMap(rows=torch.zeros(50, ways, dtype=torch.int32), num_rows=7, weights=weights)
+@pytest.mark.parametrize(("rows_per_id", "weighted"), [(1, False), (2, False), (2, True)])
+def test_a_map_is_as_large_as_the_module_that_holds_it(rows_per_id, weighted):
+    weights = torch.ones(50, rows_per_id, dtype=torch.float16) if weighted else None
+    id_map = IdMap(rows=torch.zeros(50, rows_per_id, dtype=torch.int32), num_rows=7, weights=weights)
     assert MapShape.of(id_map).nbytes == LearnedHash({"user": id_map}).nbytes()

@@ -38,7 +38,7 @@ def test_uploads_take_memory_where_checkpoints_go_to_a_store():
     assert line(small, "upload of a checkpoint") == line(small, "copy for checkpoints") < 224 << 20
 
 
-@pytest.mark.parametrize(("strategy", "trained"), [("random", 1_100_000 * 516), ("init-freeze", 0)])
+@pytest.mark.parametrize(("strategy", "trained"), [("random", 1_100_000 * 516), ("frozen", 0)])
 def test_a_checkpoint_is_copied_in_host_memory_without_frozen_tables_and_gradients(strategy, trained):
     found = plan(config(strategy=strategy, cluster=ClusterConfig(ranks_per_node=1), compare=False))
     copy, dense = line(found["lines"], "copy for checkpoints"), line(found["lines"], "dense part")

@@ -11,7 +11,7 @@ import pytest
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.stream.stream import InteractionStream
+from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.trainer.artifacts.factors import open_factors
@@ -62,7 +62,7 @@ def network(data, out, factors, sample, **changes):
         "stream": StreamConfig(batch_size=64),
         "negatives": NegativesConfig(count=8, shared=True),
         "model": TwoTowerConfig(
-            tables=TablesConfig(strategy="init-freeze"),
+            tables=TablesConfig(strategy="frozen"),
             towers=TowersConfig(kind="residual", hidden=(8,), dim=8),
             loss=LossConfig(kind="softmax"),
         ),

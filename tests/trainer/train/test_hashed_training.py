@@ -20,7 +20,7 @@ from recpress.modules.als.factors import FactorTable
 from recpress.modules.config import ALSConfig, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.shared_rows import shared_rows
-from recpress.modules.two_tower.two_tower import TwoTower
+from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.artifacts.factors import describe_log
 from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS, open_maps, save_maps
 from recpress.trainer.config import OptimizerConfig, TrainConfig
@@ -54,12 +54,12 @@ def factors(log, tmp_path_factory):
     return out
 
 
-def random_map(log, side, ways=1, weighted=False, rows=None):
+def random_map(log, side, rows_per_id=1, weighted=False, rows=None):
     rng = np.random.default_rng(len(side))
     ids, rows = open_log(log).num_ids(side), rows or ROWS[side]
-    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, ways)).astype(np.float32)) if weighted else None
+    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, rows_per_id)).astype(np.float32)) if weighted else None
     return IdMap(
-        rows=torch.from_numpy(rng.integers(rows, size=(ids, ways)).astype(np.int32)),
+        rows=torch.from_numpy(rng.integers(rows, size=(ids, rows_per_id)).astype(np.int32)),
         num_rows=rows,
         weights=weights,
         method="random",
@@ -90,12 +90,12 @@ def two_way(log, tmp_path_factory):
     return write_maps(folder, log, {"user": random_map(log, "user", 2, weighted=True)})
 
 
-def network(log, out, factors=None, hashed=None, strategy="init-freeze", storage="fp32", **changes):
+def network(log, out, factors=None, hashed=None, strategy="frozen", storage="fp32", **changes):
     settings = {
         "stream": StreamConfig(batch_size=256),
         "negatives": NegativesConfig(count=32, shared=True),
         "model": TwoTowerConfig(
-            tables=TablesConfig(strategy=strategy, dim=DIM, plus_dim=4, storage=storage),
+            tables=TablesConfig(strategy=strategy, dim=DIM, residual_dim=4, storage=storage),
             towers=TowersConfig(kind="residual", hidden=(32,), dim=DIM),
             loss=LossConfig(kind="softmax"),
         ),
@@ -140,7 +140,7 @@ def test_a_map_that_renames_the_rows_changes_nothing(log, factors, tmp_path):
     assert with_map.fit.losses == pytest.approx(without.fit.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["random", "init-train", "init-freeze", "init-freeze-plus"])
+@pytest.mark.parametrize("strategy", ["random", "warm-start", "frozen", "frozen+residual"])
 def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_way, strategy, tmp_path):
     hashed = shutil.copytree(two_way, tmp_path / "maps")
     start = None if strategy == "random" else factors
@@ -149,15 +149,15 @@ def test_a_model_evaluates_as_it_did_when_the_maps_are_gone(log, factors, two_wa
     assert evaluate(EvaluateConfig(data=log, model=str(tmp_path / "model"))) == result.metrics
     broken = shutil.copytree(tmp_path / "model", tmp_path / "broken")
     (broken / "maps" / "user" / "rows.npy").unlink()
-    with pytest.raises(InputError, match="maps/user: not a whole id map"):
+    with pytest.raises(InputError, match="maps/user: incomplete or corrupt id map"):
         evaluate(EvaluateConfig(data=log, model=str(broken)))
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["model"]["maps"] == ["user"]
     sizes = {
         "random": {"user": 60 * 64, "item": ITEMS * 64},
-        "init-train": {"user": 60 * 64, "item": ITEMS * 64},
-        "init-freeze": {"user": 60 * 64, "item": ITEMS * 64},
-        "init-freeze-plus": {"user": 60 * 64, "user_plus": 60 * 16, "item": ITEMS * 64, "item_plus": ITEMS * 16},
+        "warm-start": {"user": 60 * 64, "item": ITEMS * 64},
+        "frozen": {"user": 60 * 64, "item": ITEMS * 64},
+        "frozen+residual": {"user": 60 * 64, "user_plus": 60 * 16, "item": ITEMS * 64, "item_plus": ITEMS * 16},
     }[strategy]
     if strategy != "random":
         sizes |= {"user_count": USERS, "item_count": ITEMS * 16}
@@ -194,7 +194,7 @@ def test_row_vectors_of_the_artifact_are_taken_as_they_are(log, factors, tmp_pat
 
 
 def _train_and_evaluate(log, factors, maps, out):
-    metrics = train(network(log, out, factors, maps, "init-freeze-plus", "int4")).metrics
+    metrics = train(network(log, out, factors, maps, "frozen+residual", "int4")).metrics
     return metrics, evaluate(EvaluateConfig(data=log, model=out))
 
 
@@ -206,7 +206,7 @@ def test_two_ranks_train_and_evaluate_as_one(log, factors, two_way, tmp_path):
     # the checkpoint of two ranks, ranked by one: the same to the last bit
     assert evaluate(EvaluateConfig(data=log, model=out)) == of_ranks[0][0]
     users = stored(out, "user")
-    train(network(log, tmp_path / "one", factors, two_way, "init-freeze-plus", "int4"))
+    train(network(log, tmp_path / "one", factors, two_way, "frozen+residual", "int4"))
     np.testing.assert_array_equal(users, stored(tmp_path / "one", "user"))
 
 
@@ -215,13 +215,15 @@ def _mapped_model():
     users, items = (
         replace(
             spec,
-            map=IdMap(rows=torch.from_numpy(rng.integers(9, size=(spec.rows, ways)).astype(np.int32)), num_rows=9),
+            map=IdMap(
+                rows=torch.from_numpy(rng.integers(9, size=(spec.rows, rows_per_id)).astype(np.int32)), num_rows=9
+            ),
             counted=True,
         )
-        for spec, ways in zip(small.sides(), (1, 2), strict=True)
+        for spec, rows_per_id in zip(small.sides(), (1, 2), strict=True)
     )
     torch.manual_seed(7)
-    model = TwoTower(small.config("init-freeze-plus"), users, items, tables_device="meta")
+    model = TwoTower(small.config("frozen+residual"), users, items, tables_device="meta")
     dmp = shard(model, small.CPU, batch_size=small.ROWS, learning_rate=0.1)
     dmp.module.load_factors(*small.factors())
     dmp.module.load_counts(np.ones((small.USERS, 1), np.float32), np.ones((small.ITEMS, 1), np.float32))
@@ -300,7 +302,7 @@ def test_maps_that_cannot_be_used_are_one_error(log, factors, tmp_path):
         (empty, "no map in it"),
         (wide, "dimension 8, expected that of .*, 16"),
         (few, r"\(59, 16\), expected float32 \(60, dimension\)"),
-        (damaged, "not a whole id map"),
+        (damaged, "incomplete or corrupt id map"),
         (factors, "expected kind 'hash'"),
         (str(tmp_path / "nothing"), "no manifest.json"),
     ):

@@ -205,7 +205,7 @@ def test_maps_take_ids_that_came_since_and_each_is_counted_once(tmp_path):
     factorize(FactorizeConfig(data=str(log), out=str(tmp_path / "factors"), als=als))
     options = (
         "--hash", str(tmp_path / "maps"), "--factors", str(tmp_path / "factors"), "--model.tables.strategy",
-        "init-freeze", "--model.towers.kind", "residual", "--model.loss.kind", "softmax", "--model.loss.in-batch",
+        "frozen", "--model.towers.kind", "residual", "--model.loss.kind", "softmax", "--model.loss.in-batch",
         "--negatives.reject-positives", "yes", "--negatives.shared",
     )  # fmt: skip
 
@@ -247,11 +247,11 @@ def test_without_maps_new_ids_are_refused_before_a_row_of_their_round(tmp_path):
     ("strategy", "mapped", "features", "text"),
     [
         ("random", True, (), None),
-        ("init-freeze", True, (), None),
+        ("frozen", True, (), None),
         ("random", True, ("age",), "users.parquet was read at the start and has no age of it: start a new run"),
         ("random", False, (), "start a new run with this file in the log, with larger tables"),
-        ("init-freeze", False, (), "factorize the log with this file, and start a new run from these factors"),
-        ("init-train", False, (), "factorize the log with this file, and start a new run from these factors"),
+        ("frozen", False, (), "factorize the log with this file, and start a new run from these factors"),
+        ("warm-start", False, (), "factorize the log with this file, and start a new run from these factors"),
     ],
 )
 def test_what_to_do_about_new_ids(strategy, mapped, features, text):

@@ -1,0 +1,260 @@
+"""Frozen embedding tables: an EmbeddingBagCollection that is never trained, plain and under DistributedModelParallel.
+
+TorchRec's fused tables ignore `requires_grad_(False)`, and a learning rate of 0 still pays for the backward pass and
+the optimizer state. Here the look-up and the exchange of its results run without autograd, there is no optimizer, and
+rows have 32, 16, 8 or 4 bits. `state_dict` contains only a fingerprint of each table: rows come from factors (`load`)
+and do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionContext,
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import (
+    LazyAwaitable,
+    LazyGetItemMixin,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.optim.keyed import CombinedOptimizer
+
+from recpress.modules.frozen.kernel import (
+    DTYPE,
+    QUANTIZED,
+    STORAGE_OF,
+    FrozenKernel,
+    FrozenTable,
+    HasFrozenTables,
+    PlannedTable,
+    TableShard,
+    stored_row_bytes,
+)
+
+
+class FrozenEmbeddingBagCollection(HasFrozenTables):
+    """Frozen tables with sum pooling: KeyedJaggedTensor -> KeyedTensor without a gradient.
+
+    Use it directly, or shard it by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` among the
+    sharders. On the device "meta" it has no rows and can only be sharded.
+
+    Args:
+        weighted: multiply rows by per-sample weights, which the features must have. If false, weights are ignored, as
+            in TorchRec.
+
+    Raises:
+        ValueError: there is no table; a name occurs twice; a dimension is not a multiple of 4. In forward: a table was
+            never loaded, the batch lacks a feature, or an id is out of its table's range. When loading a checkpoint:
+            it was saved with other rows.
+
+    Example:
+        >>> collection = FrozenEmbeddingBagCollection([FrozenTable(name="item", rows=9, dim=4, features=("item_id",))])
+        >>> collection.load("item", torch.ones(9, 4))
+        >>> features = KeyedJaggedTensor(["item_id"], torch.tensor([2, 3, 5]), lengths=torch.tensor([1, 2]))
+        >>> collection(features)["item_id"]
+        tensor([[1., 1., 1., 1.],
+                [2., 2., 2., 2.]])
+    """
+
+    def __init__(
+        self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu", *, weighted: bool = False
+    ) -> None:
+        super().__init__()
+        self._tables, self.weighted = list(tables), weighted
+        self.device = torch.device(device)
+        if not self._tables:
+            raise ValueError("frozen tables: no table, expected at least one")
+        for table in self._tables:
+            if table.dim % 4:
+                raise ValueError(f"table {table.name!r}: dimension {table.dim} is not a multiple of 4")
+        self._plain: list[FrozenKernel] = []  # not a ModuleList, so that state_dict and DDP do not see the rows
+        if self.device.type != "meta":
+            for t in self._tables:
+                shard = TableShard(t.name, (0, t.rows), (0, t.dim), len(t.features))
+                self._plain.append(FrozenKernel([shard], t.storage, self.device, weighted=weighted))
+        features = [feature for table in self._tables for feature in table.features]
+        self._names = [
+            f"{feature}@{table.name}" if features.count(feature) > 1 else feature
+            for table in self._tables
+            for feature in table.features
+        ]
+        self._dims = [table.dim for table in self._tables for _ in table.features]
+        self.init_checks()
+
+    def tables(self) -> list[FrozenTable]:
+        return self._tables
+
+    def kernels(self) -> Iterator[FrozenKernel]:
+        yield from self._plain
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Keys of the result: `feature`, or `feature@table` if several tables share it, as in TorchRec."""
+        if not self._plain:
+            raise ValueError(
+                f"frozen table {self._tables[0].name!r}: a collection on the device 'meta' can only be sharded; pass "
+                "`FrozenEmbeddingBagCollectionSharder()` in the sharders of DistributedModelParallel"
+            )
+        if not torch.compiler.is_exporting():
+            self.check_batch(features)
+        keys = features.keys()
+        values = [
+            kernel(features.permute([keys.index(feature) for feature in table.features]))
+            for table, kernel in zip(self._tables, self._plain, strict=True)
+        ]
+        return KeyedTensor(self._names, self._dims, torch.cat(values, 1) if len(values) > 1 else values[0])
+
+
+class _FrozenLookup(nn.Module):
+    """The look-up of one sharding type on this rank: a kernel for each group of tables with the same storage."""
+
+    def __init__(self, grouped_configs: list[Any], device: torch.device) -> None:
+        super().__init__()
+        self._splits = [config.num_features() for config in grouped_configs]
+        self._kernels: list[FrozenKernel] = []
+        for config in grouped_configs:
+            shards = []
+            for table in config.embedding_tables:
+                row, column = table.local_metadata.shard_offsets
+                rows, columns = (row, row + table.local_rows), (column, column + table.local_cols)
+                shards.append(TableShard(table.name, rows, columns, table.num_features()))
+            storage = STORAGE_OF[config.data_type]
+            self._kernels.append(FrozenKernel(shards, storage, device, weighted=config.is_weighted))
+        self._none = torch.empty(0, device=device)
+
+    def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        if not self._kernels:  # this rank has no shard, but takes part in the exchange
+            return self._none.new_empty(features.stride(), 0)
+        parts = features.split(self._splits) if len(self._splits) > 1 else [features]
+        values = [kernel(part) for kernel, part in zip(self._kernels, parts, strict=True)]
+        return torch.cat(values, 1) if len(values) > 1 else values[0]
+
+
+class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
+    """Waits for an exchange without autograd. Otherwise the wait would add a backward pass."""
+
+    def __init__(self, inner: LazyAwaitable[KeyedTensor]) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def _wait_impl(self) -> KeyedTensor:
+        with torch.no_grad():
+            return self._inner.wait()
+
+
+class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCollection):
+    """TorchRec's sharded collection: its exchanges of ids and vectors, with frozen look-ups between them."""
+
+    _lookups: list[Any]
+    _embedding_shardings: list[Any]
+    _device: torch.device | None
+
+    def __init__(self, module: FrozenEmbeddingBagCollection, *args: Any, **kwargs: Any) -> None:
+        self._specs = module.tables()
+        configs = EmbeddingBagCollection(
+            [t.config() for t in self._specs], is_weighted=module.weighted, device=torch.device("meta")
+        )
+        super().__init__(configs, *args, **kwargs)
+        self._optim = CombinedOptimizer([])
+        self.init_checks()
+
+    def tables(self) -> list[FrozenTable]:
+        return self._specs
+
+    def kernels(self) -> Iterator[FrozenKernel]:
+        for lookup in self._lookups:
+            yield from lookup._kernels
+
+    def _create_lookups(self) -> None:
+        for sharding in self._embedding_shardings:
+            groups = sharding._grouped_embedding_configs_per_rank[sharding._rank]
+            self._lookups.append(_FrozenLookup(groups, self._device or torch.device("cpu")))
+
+    def init_data_parallel(self) -> None:
+        """Nothing to do: no table is replicated."""
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """Nothing to do: there are no parameters or buffers."""
+
+    def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
+        """Call `check_batch` before TorchRec's exchange, which would change ids that are out of range."""
+        self.check_batch(features)
+        return super().input_dist(ctx, features)
+
+    def compute(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return super().compute(ctx, dist_input)
+
+    def output_dist(self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]) -> _Frozen:
+        with torch.no_grad():
+            return _Frozen(super().output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> _Frozen:
+        with torch.no_grad():
+            return _Frozen(super().compute_and_output_dist(ctx, input))
+
+
+class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
+    """Shards frozen tables row-wise, table-row-wise, table-wise or, if not quantized, column-wise.
+
+    Args:
+        planned_device: device to plan for, "cpu" or "cuda": CUDA pads int4 rows. Default: CUDA if this machine has it.
+    """
+
+    def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planned_device = planned_device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def shard(
+        self,
+        module: FrozenEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedFrozenEmbeddingBagCollection:
+        for table in module.tables():
+            if table.storage in QUANTIZED and "column" in params[table.name].sharding_type:
+                raise ValueError(f"table {table.name!r}: rows of {table.storage} cannot be sharded by column")
+        return ShardedFrozenEmbeddingBagCollection(
+            module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,
+            device=device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    def shardable_parameters(self, module: FrozenEmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        """Table shapes and row bytes for the planner, on the device "meta"."""
+        return {
+            t.name: PlannedTable.of(
+                t.rows, t.dim, DTYPE[t.storage], stored_row_bytes(t.storage, t.dim, self.planned_device)
+            )
+            for t in module.tables()
+        }
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE, ShardingType.TABLE_ROW_WISE)
+        return [t.value for t in types]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return ["fused"]
+
+    @property
+    def module_type(self) -> type[FrozenEmbeddingBagCollection]:
+        return FrozenEmbeddingBagCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedFrozenEmbeddingBagCollection]:
+        return ShardedFrozenEmbeddingBagCollection
