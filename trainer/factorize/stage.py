@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FactorizeResult:
-    """What a factorization took, and how its objective fell."""
+    """Times and objectives of a factorization."""
 
     seconds: float
-    """Reading the log and all sweeps, without cross-fitting and saving."""
+    """Of reading the log and all sweeps, without cross-fitting and saving."""
     crossfit_seconds: float
     sweeps: list[tuple[float, float]] = field(default_factory=list)
     """Objective after each sweep (of `logistic`, mean loss of each epoch), and seconds since the first began."""
@@ -53,7 +53,7 @@ class FactorizeResult:
     auto: dict[str, Any] | None = None
     """What was compared to choose the settings (`als.auto.SettingsChoice`); None of `logistic`."""
     checks: dict[str, Any] = field(default_factory=dict)
-    """`ok`, and `warnings`: signs of a collapse, each with its cause and its fix."""
+    """`ok`, and `warnings`: signs of a collapse, each with cause and fix."""
 
 
 def factorize(config: FactorizeConfig) -> FactorizeResult:
@@ -170,7 +170,7 @@ def _fit(
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
     with (
-        _stop_on_interrupt() as asked,
+        _stop_on_interrupt() as stop_requested,
         Progress(
             description,
             "sweep",
@@ -190,14 +190,14 @@ def _fit(
                 f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
                 f"{report.seconds:.2f} s, {report.eta:.0f} s left"
             )
-            return asked.is_set()
+            return stop_requested.is_set()
 
         model.on_choice = on_choice
         return model.fit(on_sweep, start), sweeps, model
 
 
 def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
-    """The choice goes by the protocol that the log's held-out part is ranked by."""
+    """The settings, with the automatic choice by the protocol of the log's held-out part."""
     if als.auto_metric != "auto":
         return als
     full = log.test_negatives is None and log.test is not None
@@ -206,21 +206,21 @@ def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C (SIGINT) asks to stop after this sweep and keep what it gave; a second one interrupts."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield asked
+    """The first Ctrl-C (SIGINT) stops after this sweep and keeps the factors; a second one interrupts."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals can be handled there alone
+        yield requested
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
         logger.info("SIGINT: stopping after this sweep; once more to interrupt")
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield asked
+        yield requested
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -228,7 +228,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
 def _read(
     config: FactorizeConfig, log: Log, ranks: Ranks, without: SampleConfig | None
 ) -> Iterator[tuple[Any, Any, Any]]:
-    """This rank's share of the row groups: users, items, and the labels where they count."""
+    """Users, items and, with `use_label`, labels of the row groups of this rank."""
     schema = log.schema
     columns = [schema.user, schema.item] + ([schema.label] if config.use_label and schema.label else [])
     chunks = iter_columns(
@@ -253,7 +253,7 @@ def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Fact
 
 
 def _counts(log: Log, ranks: Ranks) -> list[torch.Tensor]:
-    """Rows of each user and of each item of this rank, float32; while it counts, a rank holds 8 bytes an id."""
+    """Rows of each user and of each item of this rank, float32. Uses 8 bytes per id on each rank."""
     found = []
     for side in SIDES:
         counts = torch.zeros(log.num_ids(side), dtype=torch.int64)
