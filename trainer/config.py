@@ -38,11 +38,11 @@ class OptimizerConfig:
     dense: Literal["adam", "adamw"] = "adamw"
     """Optimizer of the towers."""
     learning_rate: float = 1e-3
-    """Of the dense part."""
+    """Learning rate of the dense part."""
     weight_decay: float = 0.0
     """Decoupled with `adamw`, L2 with `adam`; dense part only."""
     table_learning_rate: float = 0.05
-    """Of the fused row-wise Adagrad of the trainable tables."""
+    """Learning rate of the trainable tables (fused row-wise Adagrad)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay constant, or fall to zero at the last step. Applies to both learning rates."""
     warmup_steps: int = 0
@@ -60,24 +60,24 @@ class EvaluationConfig:
     """How to rank held-out rows."""
 
     protocol: Literal["auto", "sampled", "full"] = "auto"
-    """`sampled`: against the given negatives; `full`: against all items, seen ones masked;
-    `auto`: what the log has."""
+    """`sampled`: against the negatives in the log; `full`: against all items, masking items that the user has seen;
+    `auto`: `sampled` if the log has negatives."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of HR@K, NDCG@K and Recall@K."""
     every: int | None = None
-    """Epochs between evaluations during training, on validation rows; by default 1, and 0 with --follow. 0, with
-    --evaluation.every-steps 0: no validation rows, no early stopping, and the last weights are published."""
+    """Epochs between evaluations on validation rows during training; by default 1, and 0 with --follow. If 0, with
+    --evaluation.every-steps 0: no validation rows, no early stopping; the last weights are published."""
     every_steps: int = 0
-    """Steps between evaluations during training, in addition to those by epochs; 0: none."""
+    """Steps between further evaluations during training; 0: none."""
     metric: str = "NDCG@10"
-    """Metric of the validation rows that chooses the epoch and stops early."""
+    """Metric on the validation rows that chooses the epoch and stops training early."""
     patience: int = 3
-    """Stop after this many evaluations in a row without a better one; 0 runs all epochs. The best epoch is published
-    in either case."""
+    """Stop after this many evaluations without improvement; 0: run all epochs. The best epoch is published in either
+    case."""
     validation: Literal["auto", "sample", "test"] = "auto"
-    """Which rows choose the epoch. `auto`: the `val` part of the log, else as `sample`; `sample`: a share of the
-    sampled rows, which are then not trained on; `test`: the held-out part of the log, for logs whose held-out part is
-    itself a validation part (`recpress split`): its metrics at the end are then too good."""
+    """Rows that choose the epoch. `auto`: the `val` part of the log, otherwise as `sample`; `sample`: a share of the
+    sampled rows, which are excluded from training; `test`: the held-out part of the log, if that part is meant for
+    validation (`recpress split`): its final metrics are then optimistic."""
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every, every_steps=self.every_steps, patience=self.patience)
@@ -108,7 +108,7 @@ class CheckpointConfig:
     """When to save checkpoints, from which a run resumes after any stop."""
 
     steps: int = 0
-    """Steps between checkpoints; 0: not by steps."""
+    """Steps between checkpoints; 0: none by steps."""
     minutes: float = 10.0
     """Minutes between checkpoints; 0: not by the clock. With `steps` 0 too, only a signal (SIGTERM, SIGUSR1) saves
     one."""
@@ -155,7 +155,7 @@ class WatchConfig:
     """Monitoring of a run from outside."""
 
     port: int = 0
-    """Port of a Prometheus text endpoint, http://ADDRESS:PORT/metrics, on the host of rank 0; 0: none."""
+    """Port of a Prometheus endpoint, http://ADDRESS:PORT/metrics, on the host of rank 0; 0: none."""
     address: str = "127.0.0.1"
     """Address of the endpoint. It has no password: use other addresses than loopback in trusted networks only."""
 
@@ -166,7 +166,7 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """TorchRec's metrics (NE, AUC, calibration, throughput) of the rows that are trained on."""
+    """TorchRec's metrics (NE, AUC, calibration, throughput) of the training examples."""
 
     window: int = 100_000
     """Number of the last (user, item) pairs, on all ranks together, that they are computed from; 0: no metrics."""
@@ -260,7 +260,7 @@ class AutoOptimizerConfig(OptimizerConfig):
     """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
 
     learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the dense part; by default 0.002, and 0.003 with random tables."""
+    """Learning rate of the dense part; by default 0.002, and 0.003 with random tables."""
     table_learning_rate: float | None = None  # type: ignore[assignment]
     """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 with frozen factors, and 0.01 with
     `warm-start`."""

@@ -22,7 +22,7 @@ from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.sampling.selection import Selection
-from recpress.modules.als.auto import DEFAULTS, Choice
+from recpress.modules.als.auto import DEFAULTS, SettingsChoice
 from recpress.modules.als.checks import check_factors
 from recpress.modules.als.factorization import ALS, SweepReport
 from recpress.modules.als.factors import Factors, RowBlocks
@@ -51,7 +51,7 @@ class FactorizeResult:
     parameters: dict[str, Any] | None = None
     """Absolute parameters of `als`."""
     auto: dict[str, Any] | None = None
-    """What was compared to choose the settings (`als_auto.Choice`); None of `logistic`."""
+    """What was compared to choose the settings (`als.auto.SettingsChoice`); None of `logistic`."""
     checks: dict[str, Any] = field(default_factory=dict)
     """`ok`, and `warnings`: signs of a collapse, each with cause and fix."""
 
@@ -180,7 +180,7 @@ def _fit(
         ) as progress,
     ):
 
-        def on_choice(choice: Choice) -> None:
+        def on_choice(choice: SettingsChoice) -> None:
             progress.write(choice.line())
 
         def on_sweep(report: SweepReport) -> bool:
