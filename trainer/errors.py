@@ -63,6 +63,7 @@ CHECKPOINT_THREAD = "checkpoint"
 
 _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 _PEERS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
+_SET = ("torch", "torchrec", "fbgemm_gpu")
 _DEVICES = (
     "no cuda",
     "invalid device ordinal",
@@ -83,6 +84,10 @@ def explain(error: BaseException) -> str | None:
         return text
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
         return f"out of memory: {text}; expected more memory, fewer rows a batch, or more processes"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in _SET:
+        return (
+            f"{error.name} is not installed; expected a matching set of torch, torchrec and fbgemm: scripts/install.sh"
+        )
     if isinstance(error, OSError):
         return text
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in _DEVICES):
