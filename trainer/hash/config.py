@@ -27,7 +27,7 @@ class HashStageConfig(HashConfig):
     """Categorical columns of the log to map, instead of users and items. For those without an embedding a short warm-up
     trains one: a factorization machine of the label."""
     warm_rows: int = 1_000_000
-    """Approximate number of rows of the warm-up, a uniform sample. It uses labels, and so does a map from it: use a part
+    """Approximate number of rows of the warm-up, a uniform sample. It uses labels, as does its map: use a part
     of the log if a network trains on the same rows (docs/reference/synthetic-criteo.md)."""
     warm_dim: int = 8
     """Dimension of the vectors of the warm-up."""
