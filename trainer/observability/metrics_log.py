@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch.distributed as dist
 
+from recpress.data.dataset.atomic import replacing
+
 if TYPE_CHECKING:
     from recpress.trainer.observability.prometheus import Endpoint
 
@@ -67,9 +69,8 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if kept:
             self._start -= json.loads(kept[-1])["seconds"]  # the clock continues
-        partial = self._folder / f".{FILE}.tmp"
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.rename(self._folder / FILE)
+        with replacing(self._folder / FILE) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
         self._open(after=step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
