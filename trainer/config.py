@@ -1,5 +1,5 @@
-"""Configuration of `recpress train`, part by part, and what other stages have of it. Free of torch: `--help` answers at
-once."""
+"""Configuration of `recpress train`, with the parts that other stages share. Does not import torch, so that `--help` is
+fast."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoT
 
 try:
     from tyro.conf import arg
-except ImportError:  # only the command line needs it, and a GPU machine without a network may lack it
+except ImportError:  # only the command line needs tyro
     _FOLLOW = None
 else:
     _FOLLOW = arg(aliases=("--follow",))
 
 
 def at_least(limit: float, **values: float | None) -> None:
-    """Raise InputError where a value is below `limit` or no number. None, a default to be resolved, passes."""
+    """Raise InputError if a value is below `limit` or NaN. None, a default that is not resolved yet, passes."""
     for name, value in values.items():
         if value is not None and (math.isnan(value) or value < limit):
             raise InputError(f"{name} is {value}, expected at least {limit}")
 
 
 def chosen_schema(schema: Schema) -> Schema | None:
-    """None where nothing was chosen: then a log that was written by us says itself what its columns mean."""
+    """None for the default schema: the manifest of a log that recpress wrote then has its schema."""
     return None if schema == Schema() else schema
 
 
@@ -38,17 +38,17 @@ class OptimizerConfig:
     dense: Literal["adam", "adamw"] = "adamw"
     """Optimizer of the towers."""
     learning_rate: float = 1e-3
-    """Of the dense part."""
+    """Learning rate of the dense part."""
     weight_decay: float = 0.0
     """Decoupled with `adamw`, L2 with `adam`; dense part only."""
     table_learning_rate: float = 0.05
-    """Of the fused row-wise Adagrad of the trainable tables."""
+    """Learning rate of the trainable tables (fused row-wise Adagrad)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to zero at the last step. Holds for both learning rates."""
+    """After the warm-up: stay constant, or fall to zero at the last step. Applies to both learning rates."""
     warmup_steps: int = 0
     """Steps over which both learning rates rise linearly from zero."""
     clip_norm: float = 0.0
-    """Bound of the global gradient norm of the dense part; 0 clips nothing."""
+    """Maximum of the global gradient norm of the dense part; 0: no clipping."""
 
     def __post_init__(self) -> None:
         at_least(0, learning_rate=self.learning_rate, table_learning_rate=self.table_learning_rate)
@@ -57,27 +57,27 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How held-out rows are ranked."""
+    """How to rank held-out rows."""
 
     protocol: Literal["auto", "sampled", "full"] = "auto"
-    """`sampled`: against the given negatives; `full`: against all items, seen ones masked;
-    `auto`: what the log has."""
+    """`sampled`: against the negatives in the log; `full`: against all items, masking items that the user has seen;
+    `auto`: `sampled` if the log has negatives."""
     k: tuple[int, ...] = (10,)
     """Cut-offs of HR@K, NDCG@K and Recall@K."""
     every: int | None = None
-    """Epochs between evaluations during training, on validation rows; by default 1, and 0 with --follow. 0, with
-    --evaluation.every-steps 0: no validation rows, no early stopping, and the last weights are published."""
+    """Epochs between evaluations on validation rows during training; by default 1, and 0 with --follow. If 0, with
+    --evaluation.every-steps 0: no validation rows, no early stopping; the last weights are published."""
     every_steps: int = 0
-    """Steps between evaluations during training, in addition to those by epochs; 0: none."""
+    """Steps between further evaluations during training; 0: none."""
     metric: str = "NDCG@10"
-    """Metric of the validation rows that chooses the epoch and stops early."""
+    """Metric on the validation rows that chooses the epoch and stops training early."""
     patience: int = 3
-    """Stop after this many evaluations in a row without a better one; 0 runs all epochs. The best epoch is published
-    in either case."""
+    """Stop after this many evaluations without improvement; 0: run all epochs. The best epoch is published in either
+    case."""
     validation: Literal["auto", "sample", "test"] = "auto"
-    """Which rows choose the epoch. `auto`: the `val` part of the log, else as `sample`; `sample`: a share of the
-    sampled rows, which are then not trained on; `test`: the held-out part of the log, for logs whose held-out part is
-    itself a validation part (`recpress split`): its metrics at the end are then too good."""
+    """Rows that choose the epoch. `auto`: the `val` part of the log, otherwise as `sample`; `sample`: a share of the
+    sampled rows, which are excluded from training; `test`: the held-out part of the log, if that part is meant for
+    validation (`recpress split`): its final metrics are then optimistic."""
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every, every_steps=self.every_steps, patience=self.patience)
@@ -88,16 +88,16 @@ class EvaluationConfig:
 
     @property
     def while_training(self) -> bool:
-        """Whether there are evaluations before the last step: the best weights are kept then."""
+        """Whether to evaluate before the last step, and keep the best weights."""
         return self.every != 0 or self.every_steps > 0
 
     def during_training(self) -> EvaluationConfig:
-        """The same, with the cut-off of `metric` among `k`."""
+        """The same, with the cut-off of `metric` added to `k`."""
         cutoff = self.metric.partition("@")[2]
         return replace(self, k=tuple(sorted({*self.k, int(cutoff)}))) if cutoff.isdecimal() else self
 
     def companion(self, full: bool) -> str:
-        """The metric that must not fall where `metric` rises; `full`: all items are ranked."""
+        """The metric that must not fall when `metric` rises. `full`: all items are ranked."""
         name, _, cutoff = self.metric.partition("@")
         hits = "Recall" if full else "HR"
         return f"{hits if name == 'NDCG' else 'NDCG'}@{cutoff or self.k[0]}"
@@ -105,23 +105,23 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state of a run is written, so that it can go on after whatever stops it."""
+    """When to save checkpoints, from which a run resumes after any stop."""
 
     steps: int = 0
-    """Steps between checkpoints; 0: not by steps."""
+    """Steps between checkpoints; 0: none by steps."""
     minutes: float = 10.0
-    """Minutes between checkpoints; 0: not by the clock. With `steps` 0 too, only a signal (SIGTERM, SIGUSR1) writes
+    """Minutes between checkpoints; 0: not by the clock. With `steps` 0 too, only a signal (SIGTERM, SIGUSR1) saves
     one."""
     keep: int = 3
-    """The last so many are kept, and the weights of the best evaluation."""
+    """Number of checkpoints to keep, in addition to the weights of the best evaluation."""
     resume: bool = True
-    """Go on from the newest whole checkpoint; otherwise remove what is there and start anew."""
+    """Resume from the newest complete checkpoint; otherwise remove all checkpoints and start over."""
     folder: str | None = None
-    """Where they lie: a folder of a disk that all ranks see, or of an object store (`s3://...`); by default --out with
-    `.checkpoints` after it. Removed once the model is written. The metrics of the run are in its `metrics` while it
-    runs; with a store, on the disk of rank 0, and a copy in each checkpoint."""
+    """Folder of the checkpoints, which all ranks see, or address of an object store (`s3://...`); by default --out plus
+    `.checkpoints`. Removed once the model is written. Until then its `metrics` has the metrics of the run; with an
+    object store they are on the disk of rank 0, with a copy in each checkpoint."""
     background: bool = True
-    """Write beside training, from a copy in host memory of what training changes; otherwise training waits."""
+    """Save in the background, from a copy of the state in host memory; otherwise training waits."""
 
     @property
     def while_training(self) -> bool:
@@ -135,13 +135,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FollowConfig:
-    """Training that goes on with the files that come to a log (docs/train/growing-log.md)."""
+    """Online training on the files that are added to a log (docs/train/growing-log.md)."""
 
     online: Annotated[bool, _FOLLOW] = False
-    """After the epochs of the files that are there at the start, train once on each file that comes to the log. A
-    signal ends it, with a checkpoint to go on from, or --follow.idle-minutes, with a model."""
+    """After the epochs on the files that exist at the start, train once on each new file. A signal ends the run with a
+    checkpoint to resume from; --follow.idle-minutes ends it with a model."""
     seconds: float = 30.0
-    """Seconds between two looks for new files."""
+    """Seconds between two checks for new files."""
     idle_minutes: float = 0.0
     """Minutes without a new file after which the run ends; 0: never."""
 
@@ -152,12 +152,12 @@ class FollowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """What shows a run from outside while it goes on."""
+    """Monitoring of a run from outside."""
 
     port: int = 0
-    """Port of a Prometheus text endpoint, http://ADDRESS:PORT/metrics, on the host of rank 0; 0: none."""
+    """Port of a Prometheus endpoint, http://ADDRESS:PORT/metrics, on the host of rank 0; 0: none."""
     address: str = "127.0.0.1"
-    """Where it listens. It has no password: other addresses than loopback are for trusted networks only."""
+    """Address of the endpoint. It has no password: use other addresses than loopback in trusted networks only."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -166,13 +166,12 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """TorchRec's metrics (NE, AUC, calibration, throughput) of the rows that are trained on."""
+    """TorchRec's metrics (NE, AUC, calibration, throughput) of the training examples."""
 
     window: int = 100_000
-    """They are of the last so many pairs of user and item, all ranks together; 0: no such metrics."""
+    """Number of the last (user, item) pairs, on all ranks together, that they are computed from; 0: no metrics."""
     negatives: int = 4
-    """Negatives of each row that are measured, with weights that make up for the others; 0: all, which is slow with
-    many."""
+    """Negatives of each row that are measured, weighted for the others; 0: all, which is slow if there are many."""
 
     def __post_init__(self) -> None:
         at_least(0, window=self.window, negatives=self.negatives)
@@ -180,12 +179,12 @@ class MetricsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """A trace and a table of where the time of some steps goes (torch.profiler)."""
+    """A profile of some steps: traces of torch.profiler, and a table of the parts of a step."""
 
     steps: int = 0
     """Steps to profile; 0: none."""
     start: int = 20
-    """Steps of this start of the run before them, in which kernels and buffers are made."""
+    """Steps before them, since the start of this process, in which kernels and buffers are created."""
 
     def __post_init__(self) -> None:
         at_least(0, steps=self.steps, start=self.start)
@@ -193,9 +192,9 @@ class ProfileConfig:
 
 Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
-# What suits the tables. Frozen factors: towers that start with the factors' own scores and can learn little. Factors
-# that are trained: the same, the tables by small steps. Random tables: more to learn, at a constant rate, stopped where
-# validation no longer improves. (benchmarks/README.md says how they were chosen.)
+# Frozen factors: towers start with the scores of the factors and can learn little. Trained factors: the same, with a
+# low learning rate of the tables. Random tables: more to learn, at a constant rate, stopped when validation no longer
+# improves. benchmarks/README.md says how the values were chosen.
 _FROZEN: dict[str, Any] = {
     "batch_size": 2048,
     "dropout": 0.7,
@@ -222,19 +221,19 @@ DEFAULTS: dict[Strategy, dict[str, Any]] = {
     "frozen": _FROZEN,
     "frozen+residual": _FROZEN,
 }
-"""Strategy -> the value of each setting whose default depends on it."""
+"""Strategy -> values of the settings whose default depends on it."""
 
 
-# The same sections, whose settings may be left to the strategy. `resolve` makes plain sections of them.
+# The same sections, with settings whose default depends on the strategy. `network_for` returns plain sections.
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoTablesConfig(TablesConfig):
-    """Where the embedding tables come from and whether they are trained."""
+    """Initial values of the embedding tables, and whether to train them."""
 
     strategy: Literal["auto", "random", "warm-start", "frozen", "frozen+residual"] = "auto"  # type: ignore[assignment]
-    """`auto`: `frozen` with --factors, else `random`. `random`: random and trained; `warm-start`: factors, trained
-    on; `frozen`: factors, frozen (CADC); `frozen+residual`: frozen factors beside a small trainable table."""
+    """`auto`: `frozen` with --factors, else `random`. `random`: random, trained; `warm-start`: factors, trained;
+    `frozen`: factors, frozen (CADC); `frozen+residual`: frozen factors plus a small trainable table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,16 +243,16 @@ class AutoTowersConfig(TowersConfig):
     dropout: float | None = None  # type: ignore[assignment]
     """Dropout on the hidden layers; by default 0.7, and 0.1 with random tables."""
     penalty: float | None = None  # type: ignore[assignment]
-    """`residual`: weight in the loss of the mean square of what the MLP adds, in units of the table's spread; by
+    """`residual`: weight in the loss of the mean square of the MLP's output, relative to the table's spread; by
     default 0.1, and 0 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoStreamConfig(StreamConfig):
-    """How the rows of a log become batches."""
+    """How to read the rows of a log into batches."""
 
     batch_size: int | None = None  # type: ignore[assignment]
-    """Rows of a batch on each rank; by default 2048, and 1024 with random tables."""
+    """Rows of a batch per rank; by default 2048, and 1024 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,24 +260,24 @@ class AutoOptimizerConfig(OptimizerConfig):
     """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
 
     learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the dense part; by default 0.002, and 0.003 with random tables."""
+    """Learning rate of the dense part; by default 0.002, and 0.003 with random tables."""
     table_learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 beside frozen factors,
-    and 0.01 for tables that start as factors."""
+    """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 with frozen factors, and 0.01 with
+    `warm-start`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
-    """After the warm-up: stay, or fall to zero at the last step of the last epoch. Holds for both learning rates. By
-    default cosine; constant with random tables and with --follow."""
+    """After the warm-up: stay constant, or fall to zero at the last step of the last epoch. Applies to both learning
+    rates. By default cosine; constant with random tables and with --follow."""
     warmup_steps: int | None = None  # type: ignore[assignment]
     """Steps over which both learning rates rise linearly from zero; by default 20, and 0 with random tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSampleConfig(SampleConfig):
-    """Random sample of the rows, each of them with the same probability; a pure function of the seed and the log."""
+    """Random sample of the rows, with equal probability; a pure function of the seed and the log."""
 
     rate: float = 0.0
-    """Share of the rows that are in the sample, in (0, 1]; 0, the default: with frozen factors the sample that the
-    cross-fitted ones have not seen, or 0.1 where there are none, and otherwise all rows."""
+    """Share of the rows in the sample, in (0, 1]. 0, the default: with frozen factors, the sample that the cross-fitted
+    factors have not seen, or 0.1 without such factors; otherwise all rows."""
 
     def __post_init__(self) -> None:
         if self.rate != 0.0:
@@ -290,10 +289,9 @@ _LOSS = LossConfig(kind="softmax", scale=8.0, candidates=100)
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The network and how it is trained, whatever the log.
+    """The network and its training, independent of the log.
 
-    Many negatives that the examples of a batch share. Settings that are not given depend on the tables (`DEFAULTS`);
-    `network_for` fills them in.
+    Defaults that depend on the strategy of the tables (`DEFAULTS`) are filled in by `network_for`.
     """
 
     stream: StreamConfig = field(default_factory=AutoStreamConfig)
@@ -311,7 +309,7 @@ class NetworkConfig:
     use_label: bool = False
     """Train on the label, a number in [0, 1]; otherwise every row is a positive."""
     epochs: int = 0
-    """Passes over the rows, at most: training stops early (--evaluation.patience). 0, the default: 5, and 40 with
+    """Maximum of passes over the rows; training stops early (--evaluation.patience). 0, the default: 5, and 40 with
     random tables."""
 
     def __post_init__(self) -> None:
@@ -331,7 +329,7 @@ Section = TypeVar("Section")
 
 
 def network_for(strategy: Strategy, network: Network) -> Network:
-    """The network with tables of this strategy; what it leaves out is as `DEFAULTS` says."""
+    """The network with tables of this strategy, and defaults filled in."""
     defaults, model = DEFAULTS[strategy], network.model
     return replace(
         network,
@@ -347,7 +345,7 @@ def network_for(strategy: Strategy, network: Network) -> Network:
 
 
 def _filled(kind: type[Section], section: Section, defaults: dict[str, Any]) -> Section:
-    """A plain section, with the defaults where `section` has None."""
+    """A plain section, with defaults for values that are None."""
     values = {part.name: getattr(section, part.name) for part in fields(kind)}  # type: ignore[arg-type]
     return kind(
         **{name: defaults[name] if value is None and name in defaults else value for name, value in values.items()}
@@ -363,13 +361,12 @@ class TrainConfig(NetworkConfig):
     out: str
     """Folder of the model and the metrics; must not exist unless --overwrite."""
     factors: str | None = None
-    """Folder of factors, which the tables start from; without them tables are random."""
+    """Folder of factors, the initial values of the tables; without factors, tables are random."""
     hash: str | None = None
-    """Folder of `recpress hash`: its maps compress the tables of users and items. Frozen rows are shared, and rows
-    that are trained are those that the ids share."""
+    """Folder of `recpress hash`: its id maps compress the tables of users and items, frozen and trained ones."""
     crossfit: Literal["auto", "yes", "no"] = "auto"
-    """Train on the factors that have not seen the sample, then put those of all rows in their place; `auto`: where
-    the tables are frozen and there are such factors for this very sample."""
+    """Train on the factors that have not seen the sample, then replace them by those of all rows. `auto`: if the tables
+    are frozen and there are such factors for this sample."""
     schema: Schema = field(default_factory=Schema)
     sample: SampleConfig = field(default_factory=AutoSampleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -379,17 +376,17 @@ class TrainConfig(NetworkConfig):
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
-    """A step, or a collective outside of steps, that takes longer ends the run, with the rank that stalls named."""
+    """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss that is NaN or infinite: `stop` ends the run with its step; `skip` leaves its batch out, and counts it."""
+    """A loss that is NaN or infinite: `stop` ends the run and names the step; `skip` skips its batch and counts it."""
     stop_after: int = 0
-    """Stop after so many epochs of a schedule that is made for all of them; 0 stops at the last."""
+    """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
     seed: int = 0
     """Seed of the network's initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the network is trained; the backend is gloo on CPU and nccl on CUDA."""
+    """Device of training. The backend is gloo on CPU and nccl on CUDA."""
     tensorboard: bool = True
-    """Write TensorBoard scalars beside the JSON lines."""
+    """Write TensorBoard scalars in addition to JSON lines."""
     overwrite: bool = False
     """Replace an existing --out."""
 
@@ -397,19 +394,19 @@ class TrainConfig(NetworkConfig):
         super().__post_init__()
         if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(
-                f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and a log "
-                "that is followed has none; expected constant"
+                f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and "
+                "online training has no last step; expected constant"
             )
         if self.follow.online and self.stop_after:
-            raise InputError("stop_after: expected 0 with follow, which goes on after the last epoch")
+            raise InputError("stop_after: expected 0 with follow, which continues after the last epoch")
 
     def resolved(self) -> TrainConfig:
-        """The same with every default filled in but --sample.rate, which needs the factors (`choose_sample`)."""
+        """The configuration with all defaults but that of --sample.rate, which needs the factors (`choose_sample`)."""
         strategy: Any = self.model.tables.strategy
         if strategy == "auto":
             strategy = "random" if self.factors is None else "frozen"
         config = self
-        if self.follow.online:  # no last step to fall to, and nothing to choose at the end
+        if self.follow.online:  # no last step for a schedule, and no end to choose an epoch at
             every = 0 if self.evaluation.every is None else self.evaluation.every
             schedule = self.optimizer.schedule or "constant"
             config = replace(

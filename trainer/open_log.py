@@ -1,4 +1,4 @@
-"""Logs whose damaged files and row groups are left out by choice (`on_bad_file skip`), for the stages that read one."""
+"""Opens the log of a stage on all ranks, and skips corrupt files and row groups with `on_bad_file skip`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def open_on_all_ranks(
     path: str, schema: Schema | None, *, skip: bool, pairs: bool = True, only: Sequence[str] | None = None
 ) -> Log:
-    """The log; with `skip` without the files of train that any rank cannot open, and with `TolerantSplit`. Collective.
+    """The log. With `skip`, without files of train that any rank cannot open, and with a `TolerantSplit`. Collective.
 
     Args:
         pairs, only: see `open_log`.
@@ -45,7 +45,7 @@ def open_on_all_ranks(
 
 
 def _with_fingerprints(log: Log) -> Log:
-    """The log, with the fingerprints of its train files on all ranks: rank 0 takes them. Collective."""
+    """The log with the fingerprints of its train files, which rank 0 computes and broadcasts. Collective."""
     if dist.get_world_size() > 1:
         taken: list[dict[str, str]] = [{}]
         with raise_on_all_ranks():
@@ -57,7 +57,7 @@ def _with_fingerprints(log: Log) -> Log:
 
 
 def share_lost(log: Log) -> None:
-    """What one rank could not read, all know; for stages that read each row group on one rank. Collective.
+    """Merge what each rank could not read, for stages that read each row group on one rank. Collective.
 
     Raises:
         InputError: no row group could be read. On every rank.

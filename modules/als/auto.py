@@ -6,7 +6,7 @@ the mean penalty of a user's vector. `absolute` turns them into `ALSParameters`,
     unobserved_weight = ratio * W / (U * I)
     regularization    = penalty * (W / n) / mean_u (n_u + unobserved_weight * I) ** frequency_exponent
 
-with n interactions of total weight W, between U users and I items that have any. `choose` chooses the settings that the
+with n interactions of total weight W, between U users and I items that have any. `choose_settings` chooses what the
 caller does not give: it hides one item of some users, factorizes the rest with each candidate, and ranks the hidden
 items.
 """
@@ -74,8 +74,8 @@ class Trial:
 
 
 @dataclass
-class Choice:
-    """What `choose` compared and found."""
+class SettingsChoice:
+    """What `choose_settings` compared and found."""
 
     settings: dict[str, Any]
     """The best candidate."""
@@ -202,14 +202,14 @@ def scales(parameters: ALSParameters, by_item: CSR, num_items: int, exchange: Ex
     return Scales(others=exchange.sum(every).cpu().numpy()), Scales(rows=own)
 
 
-def choose(
+def choose_settings(
     config: ALSConfig,
     by_user: CSR,
     num_users: int,
     num_items: int,
     exchange: Exchange,
     prepare: Callable[[Sample], Fit],
-) -> Choice:
+) -> SettingsChoice:
     """Choose the settings that `config` does not give, by NDCG@10 of hidden items. Collective.
 
     Successive halving: all candidates in few dimensions, the best of them in more, then the winner in the largest
@@ -236,7 +236,7 @@ def choose(
     share = _share(config, rows, num_users, num_items, most, runs)
     sample = take_sample(by_user, share, config.seed, exchange)
     settings = given | ({} if config.factors or not config.auto else {"factors": min(most, 64)})
-    choice = Choice(_used(config, settings), metric)
+    choice = SettingsChoice(_used(config, settings), metric)
     if sample is None or len(sample.hidden_users) < _LEAST_USERS:
         return choice
     fit = prepare(sample)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from recpress.modules.als.auto import Choice, Fit, Sample, absolute, choose, scales, until_converged
+from recpress.modules.als.auto import Fit, Sample, SettingsChoice, absolute, choose_settings, scales, until_converged
 from recpress.modules.als.checks import separation
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import Factors, RowBlocks
@@ -78,11 +78,11 @@ class ALS:
         self.limits = limits
         self.parameters: ALSParameters | None = config if isinstance(config, ALSParameters) else None
         """Parameters of the objective, after `fit`."""
-        self.choice: Choice | None = None
+        self.choice: SettingsChoice | None = None
         """How `fit` chose the settings that were not given, and how well the best ones rank held-out examples."""
         self.separation = math.nan
         """Share of interactions that score above a random pair of the same user, after `fit` (`checks.separation`)."""
-        self.on_choice: Callable[[Choice], None] | None = None
+        self.on_choice: Callable[[SettingsChoice], None] | None = None
         """Called with the choice before the sweeps."""
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
@@ -149,7 +149,7 @@ class ALS:
 
             return fit
 
-        self.choice = choose(config, by_user, self.num_users, self.num_items, exchange, prepare)
+        self.choice = choose_settings(config, by_user, self.num_users, self.num_items, exchange, prepare)
         if self.on_choice is not None:
             self.on_choice(self.choice)
         return replace(config, **self.choice.settings)

@@ -70,16 +70,6 @@ class Factors:
         """Dimension of the vectors."""
         return self.users.shape[1]
 
-    @property
-    def user_start(self) -> int:
-        """Global row of `users[0]`."""
-        return RowBlocks(self.num_users, self.world).start(self.rank)
-
-    @property
-    def item_start(self) -> int:
-        """Global row of `items[0]`."""
-        return RowBlocks(self.num_items, self.world).start(self.rank)
-
     def save(self, folder: str | Path) -> None:
         """Write this rank's shards `user-00000-of-00002.npy` and `item-...` into an existing folder.
 

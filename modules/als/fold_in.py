@@ -11,7 +11,7 @@ import torch.distributed as dist
 from recpress.modules.als.auto import item_weights
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factorization import check
-from recpress.modules.als.half_sweep import FAR, HalfSweep, Limits, Scales, Summary, Workers
+from recpress.modules.als.half_sweep import FAR, HalfSweep, Limits, Scales, SideSums, Workers
 from recpress.modules.als.interactions import CSR
 from recpress.modules.als.solvers import solve_cholesky
 from recpress.modules.config import ALSParameters
@@ -74,7 +74,7 @@ def fold_in(
             for part in others.split(4096):
                 gramian += part.T @ part
             exchange.sum(gramian)
-        solved.solve(rows, others, Summary(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky)
+        solved.solve(rows, others, SideSums(gramian.double(), torch.zeros_like(gramian).double(), 0.0), solve_cholesky)
     finally:
         workers.close()
     return rows

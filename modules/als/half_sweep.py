@@ -84,7 +84,7 @@ def _one_torch_thread(everyone: threading.Barrier) -> None:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SideSums:
     """Sums over the users or the items of all ranks."""
 
     gramian: torch.Tensor
@@ -201,7 +201,7 @@ class HalfSweep:
             most = max(GATHERED, 8 * self.nnz // self.exchange.world)
         return 4 * self.config.factors * self.other_blocks.num_rows <= most
 
-    def summary(self, rows: torch.Tensor) -> Summary:
+    def summary(self, rows: torch.Tensor) -> SideSums:
         """Sums over this side's rows (local, d)."""
         both = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
         penalty = 0.0
@@ -212,7 +212,7 @@ class HalfSweep:
             both[1] += weighted_block
             penalty += penalty_block
         both = self.exchange.sum(both)
-        return Summary(both[0], both[1].div_(max(self.nnz, 1)), penalty)
+        return SideSums(both[0], both[1].div_(max(self.nnz, 1)), penalty)
 
     def _summary_block(self, rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         part, penalty, at = rows[first:last], 0.0, first
@@ -231,7 +231,7 @@ class HalfSweep:
         reg = self.degree[first:last] + self.base
         return reg.pow_(self.config.frequency_exponent).mul_(self.config.regularization)
 
-    def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: Summary, solver: Solver) -> float:
+    def solve(self, rows: torch.Tensor, others: torch.Tensor, summary: SideSums, solver: Solver) -> float:
         """Solve all `rows` (local, d) in place from the other side's vectors `others` and their `summary`.
 
         Returns the `loss_of` this rank's interactions.

@@ -17,7 +17,7 @@ from recpress.modules.compression.collections import (
     CompressedEmbeddingCollection,
     UnweightedHash,
 )
-from recpress.modules.compression.report import CompressReport, TableReport
+from recpress.modules.compression.report import CompressReport, TableChange
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap, Unknown
@@ -157,7 +157,7 @@ class _Build:
     ) -> None:
         self.maps, self.frozen, self.counts = maps, frozen, counts
         self.warm_start, self.storage, self.unknown, self.packed = warm_start, storage, unknown, packed
-        self.report: list[TableReport] = []
+        self.report: list[TableChange] = []
         self.rows: dict[str, RowSource] = {}
         self._seen: set[IdMap] = set()
 
@@ -320,7 +320,7 @@ class _Build:
             map_bytes = held + (0 if one.weights is None else one.weights.nbytes)
         kinds = ["frozen"] * (name in self.frozen) + ["shared"] * (one is not None)
         self.report.append(
-            TableReport(
+            TableChange(
                 table=name,
                 kind=", ".join(kinds),
                 rows_before=before.num_embeddings,

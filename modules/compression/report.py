@@ -11,7 +11,7 @@ from recpress.modules.row_source import RowSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableReport:
+class TableChange:
     """One table before and after. Bytes are those of its rows, without optimizer state."""
 
     table: str
@@ -29,7 +29,7 @@ class TableReport:
 class CompressReport:
     """What `compress` did. `str(report)` is a table. Holds the new rows until it is deleted."""
 
-    tables: list[TableReport]
+    tables: list[TableChange]
     rows: dict[str, RowSource] = field(repr=False)
     """Name of each table in the replaced collections -> its rows."""
 

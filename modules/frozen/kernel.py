@@ -69,7 +69,7 @@ class PlannedTable(nn.Parameter):
         return math.nextafter(self.bytes_per_row / self.shape[1], 0.0) if rest else size
 
 
-def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tensor:
+def encode_rows(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tensor:
     """Encode float32 rows (b, d) for storage.
 
     The error of a value is at most (max - min) / 510 of its row in int8, and about (max - min) / 30 in int4, whose
@@ -87,7 +87,7 @@ def encode(block: torch.Tensor, storage: Storage, table: str = "") -> torch.Tens
     return block.to(DTYPE[storage])
 
 
-def decode(stored: torch.Tensor, storage: Storage) -> torch.Tensor:
+def decode_rows(stored: torch.Tensor, storage: Storage) -> torch.Tensor:
     """Decode stored rows to float32 (b, d)."""
     if storage == "int8":
         return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
@@ -188,11 +188,11 @@ class FrozenKernel(nn.Module):
         shard, stored = self.shards[index], self.stored(index)
         for first, block in blocks(source, shard.table, shard.rows, shard.columns):
             start = first - shard.rows[0]
-            stored[start : start + block.shape[0]].copy_(encode(block, self.storage, shard.table))
+            stored[start : start + block.shape[0]].copy_(encode_rows(block, self.storage, shard.table))
 
     def decode(self, index: int) -> torch.Tensor:
         """A shard's rows as float32 (rows, width)."""
-        return decode(self.stored(index), self.storage)
+        return decode_rows(self.stored(index), self.storage)
 
 
 def _kernel(shards: list[TableShard], storage: Storage, device: torch.device) -> Any:
@@ -270,7 +270,7 @@ class HasFrozenTables(Fingerprinted):
                     "`compress`, on every rank after DistributedModelParallel"
                 )
         self.check_fingerprints()
-        check_ids(features, self._rows_of)
+        _check_ids(features, self._rows_of)
 
     def filled(self, table: str) -> None:
         """Mark a table as loaded after writing to all of this rank's `shards`. Such rows have no fingerprint."""
@@ -318,7 +318,7 @@ class HasFrozenTables(Fingerprinted):
         return [(k, i) for k in self.kernels() for i, shard in enumerate(k.shards) if shard.table == table]
 
 
-def check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]]) -> None:
+def _check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]]) -> None:
     """Raise ValueError if a feature is missing, or its ids are not integers or out of range.
 
     rows_of: feature -> (table, number of rows).

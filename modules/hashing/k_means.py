@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from recpress.modules.hashing.table_stats import Progress
+from recpress.modules.hashing.table_stats import ProgressFn
 from recpress.modules.row_source import LARGEST, RowSource, blocks, gather_rows
 
 CELL = 1 << 22
@@ -47,7 +47,7 @@ def k_means(
     iterations: int,
     name: str = "",
     buffer_bytes: int = BUFFER_BYTES,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> Clustering:
     """Weighted k-means of the rows of a matrix, read in blocks. Minimizes sum_i w_i |v_i - c_a(i)|^2.
 
@@ -315,7 +315,7 @@ class _Work:
     weights: torch.Tensor | None
     name: str
     buffer_bytes: int
-    progress: Progress | None
+    progress: ProgressFn | None
 
     @property
     def shape(self) -> tuple[int, int]:

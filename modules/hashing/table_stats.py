@@ -9,7 +9,7 @@ import torch
 
 from recpress.modules.row_source import RowSource
 
-Progress = Callable[[str, int, int], None]
+ProgressFn = Callable[[str, int, int], None]
 """(stage, ids done, ids in total)."""
 
 
@@ -30,7 +30,7 @@ class TableStats:
     """(num_ids, d) float32, read in blocks: factors, a table of the model, or the vectors of a warm-up."""
     vocabulary: str | None = None
     """Fingerprint of the ids. The map stores it."""
-    progress: Progress | None = None
+    progress: ProgressFn | None = None
     """Called while a large table is clustered."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.k_means import CHUNK, k_means
 from recpress.modules.hashing.map_matrix import MapMatrix
-from recpress.modules.hashing.table_stats import Progress
+from recpress.modules.hashing.table_stats import ProgressFn
 from recpress.modules.row_source import RowSource, blocks
 
 _TINY = 1e-12
@@ -44,7 +44,7 @@ def two_row_dictionary(
     seed: int,
     iterations: int,
     name: str = "",
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> TwoRowDictionary:
     """A dictionary of k rows, and two of them with weights for each id, with a small weighted distortion.
 

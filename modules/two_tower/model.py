@@ -101,23 +101,8 @@ class TwoTower(nn.Module):
                 `label` (B,), `log_q` (items,), `excluded` (B, N) or None, and, if there are float features,
                 `user_floats` (B, F) and `item_floats` (items, F).
         """
-        user_features, item_features = batch.user_features, batch.item_features
-        if self.user_rows is not None:
-            user_features = self.user_rows(user_features)
-        if self.item_rows is not None:
-            item_features = self.item_rows(item_features)
-        users, user_penalty = self.user_tower(
-            self.user_frozen(user_features) if self.user_frozen is not None else None,
-            self.user_tables(user_features) if self.user_tables is not None else None,
-            batch.user_floats if self.user.floats else None,
-            self.user_counts(batch.user_features) if self.user_counts is not None else None,
-        )
-        items, item_penalty = self.item_tower(
-            self.item_frozen(item_features) if self.item_frozen is not None else None,
-            self.item_tables(item_features) if self.item_tables is not None else None,
-            batch.item_floats if self.item.floats else None,
-            self.item_counts(batch.item_features) if self.item_counts is not None else None,
-        )
+        users, user_penalty = self._users(batch.user_features, batch.user_floats if self.user.floats else None)
+        items, item_penalty = self._items(batch.item_features, batch.item_floats if self.item.floats else None)
         finite = users.new_ones((), dtype=torch.bool)
         if self.skip_nonfinite:
             users, items = _guard(users, finite), _guard(items, finite)
@@ -133,20 +118,28 @@ class TwoTower(nn.Module):
     @torch.no_grad()
     def user_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective if the tables are sharded: each rank must call it equally often."""
-        count = None if self.user_counts is None else self.user_counts(features)
-        features = features if self.user_rows is None else self.user_rows(features)
-        frozen = self.user_frozen(features) if self.user_frozen is not None else None
-        tables = self.user_tables(features) if self.user_tables is not None else None
-        return self.user_tower(frozen, tables, floats, count)[0]
+        return self._users(features, floats)[0]
 
     @torch.no_grad()
     def item_vectors(self, features: KeyedJaggedTensor, floats: torch.Tensor | None = None) -> torch.Tensor:
         """(B, d). Collective if the tables are sharded: each rank must call it equally often."""
+        return self._items(features, floats)[0]
+
+    def _users(self, features: KeyedJaggedTensor, floats: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(vectors (B, d), penalty of the tower)."""
+        count = None if self.user_counts is None else self.user_counts(features)
+        features = features if self.user_rows is None else self.user_rows(features)
+        frozen = None if self.user_frozen is None else self.user_frozen(features)
+        tables = None if self.user_tables is None else self.user_tables(features)
+        return self.user_tower(frozen, tables, floats, count)
+
+    def _items(self, features: KeyedJaggedTensor, floats: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(vectors (B, d), penalty of the tower)."""
         count = None if self.item_counts is None else self.item_counts(features)
         features = features if self.item_rows is None else self.item_rows(features)
-        frozen = self.item_frozen(features) if self.item_frozen is not None else None
-        tables = self.item_tables(features) if self.item_tables is not None else None
-        return self.item_tower(frozen, tables, floats, count)[0]
+        frozen = None if self.item_frozen is None else self.item_frozen(features)
+        tables = None if self.item_tables is None else self.item_tables(features)
+        return self.item_tower(frozen, tables, floats, count)
 
     def load_factors(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,10 @@ def test_pages_from_elsewhere_in_the_repository(site: Path) -> None:
 
 
 def test_the_api_comes_from_docstrings(site: Path) -> None:
-    assert "Replace tables of the EmbeddingBagCollections" in (site / "reference" / "api.html").read_text()
+    api = (site / "reference" / "api.html").read_text()
+    assert "Replace tables in the" in api
+    assert '<span class="gp">&gt;&gt;&gt; </span>' in api  # examples as sessions of Python
+    assert not re.search(r"<h\d[^>]*>[^<]*DistributedModelParallel", api)  # and not as Markdown
 
 
 def test_nothing_is_requested_from_the_network(site: Path) -> None:

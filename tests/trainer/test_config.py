@@ -25,7 +25,7 @@ def test_without_factors_tables_are_random_and_all_rows_are_trained_on():
     config = asked().resolved()
     assert config.model.tables == TablesConfig(strategy="random")
     assert (config.model.towers.dropout, config.model.towers.penalty, config.epochs) == (0.1, 0.0, 40)
-    assert (config.optimizer.schedule, config.stream.batch_size) == ("constant", 4096)
+    assert (config.optimizer.schedule, config.stream.batch_size) == ("constant", 1024)
     assert choose_sample(config, WHOLE, None) == SampleConfig(rate=1.0)
 
 
@@ -50,7 +50,7 @@ def test_what_is_asked_for_stays():
     ]
     config = asked(*options, "--stream.batch-size", "64", "--evaluation.every", "0").resolved()
     assert (config.model.towers.dropout, config.optimizer.schedule, config.epochs) == (0.7, "linear", 2)
-    assert (config.stream.batch_size, config.optimizer.learning_rate, config.evaluation.every) == (64, 1e-3, 0)
+    assert (config.stream.batch_size, config.optimizer.learning_rate, config.evaluation.every) == (64, 3e-3, 0)
     assert choose_sample(config, WHOLE, None) == SampleConfig(rate=0.3)
     assert config.resolved() == config
 

@@ -74,7 +74,7 @@ def test_an_interrupt_keeps_the_sweeps_that_were_done(log, tmp_path):
     command += ["--als.factors", "8", "--als.sweeps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        for line in process.stdout:
+        for line in process.stderr:
             if "sweep 1 of" in line:
                 break
         process.send_signal(signal.SIGINT)

@@ -1,1 +1,1 @@
-"""What stages write and read: factors and id maps, with manifests that are checked."""
+"""Artifacts of the stages, with checked manifests: factors and id maps."""

@@ -1,4 +1,4 @@
-"""Artifacts that all ranks write, and the factors that the stages hand on."""
+"""Artifacts that all ranks write together, and the artifact of `recpress factorize`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact, claim
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import Log, Side
 from recpress.data.errors import InputError
 from recpress.modules.als.factors import FactorName, FactorTable
 from recpress.trainer.distributed.heartbeat import activity, barrier
@@ -22,14 +22,14 @@ from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 FACTORS = "factors"
 MODEL = "model"
 CROSSFIT = "crossfit"
-"""Folder, inside an artifact of factors, of those that have not seen a sample of the rows."""
+"""Folder of the cross-fitted factors, which have not seen a sample of the rows, inside an artifact of factors."""
 
 
 @contextmanager
 def claimed(*paths: str) -> Iterator[None]:
-    """Claims outputs (artifacts, folders of checkpoints) for this run until the block ends. Collective.
+    """Claim outputs (artifacts, folders of checkpoints) for this run until the end of the block. Collective.
 
-    For stages that work long before `shared_artifact` makes their output; that may claim the same path again.
+    For stages that work for long before `shared_artifact`, which may claim the same path again.
 
     Raises:
         InputError: another run writes to one of them. On every rank.
@@ -49,16 +49,16 @@ def shared_artifact(
 ) -> Iterator[Path]:
     """A temporary folder to write into, which becomes `path` when all ranks have ended the block. Collective.
 
-    Rank 0 makes it, writes the manifest from `meta` and renames it; where any rank raises, it is removed. Of a remote
-    `path` the folder is local, and ranks that do not see rank 0's disk have one each: what all of them wrote is
-    uploaded, each file once.
+    Rank 0 creates it, writes the manifest from `meta`, and renames it. If any rank raises, it is removed. For a remote
+    `path` the folder is local; ranks that do not see the disk of rank 0 have one each. Their files are uploaded, each
+    once.
 
     Args:
-        inputs: addresses of what the stage reads (None: nothing); `path` must be apart from them.
+        inputs: paths of the inputs of the stage (None is ignored); `path` must not overlap them.
 
     Raises:
-        InputError: `path` exists, and is not to be overwritten or of another kind; it is, contains or lies in an input;
-            another run writes there; it cannot be written. On every rank.
+        InputError: `path` exists and `overwrite` is false, or it is of another kind; it overlaps an input; another run
+            writes to it; it cannot be written. On every rank.
     """
     names: list[Path | None] = [None]
     with raise_on_all_ranks():
@@ -86,12 +86,12 @@ def shared_artifact(
 
 
 def _sees(folder: Path) -> bool:
-    """Whether this rank has rank 0's disk."""
+    """Whether this rank sees the disk of rank 0."""
     return folder.is_dir()
 
 
 def _publish(tmp: Path, own: bool, path: str, kind: str, meta: dict[str, Any], overwrite: bool) -> None:
-    """Each rank that has a folder uploads its files; rank 0 then lists them all in the manifest."""
+    """Upload the files of each rank with a folder; rank 0 then writes the manifest that lists them all."""
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             artifact.prepare(path, overwrite=overwrite)
@@ -103,12 +103,12 @@ def _publish(tmp: Path, own: bool, path: str, kind: str, meta: dict[str, Any], o
     dist.all_gather_object(parts, contents)
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            listed = {entry["name"]: entry for part in parts for entry in part}  # replicas are written by several
+            listed = {entry["name"]: entry for part in parts for entry in part}  # several ranks write replicas
             artifact.publish(path, kind, meta, [listed[name] for name in sorted(listed)])
 
 
 def describe_log(log: Log) -> dict[str, Any]:
-    """What a manifest says of the log that an artifact was made from."""
+    """Entry of the manifest about the log of an artifact."""
     return {
         "path": log.path,
         "rows": log.train.num_rows,
@@ -120,7 +120,7 @@ def describe_log(log: Log) -> dict[str, Any]:
 
 
 def check_vocabulary(path: str, manifest: dict[str, Any], log: Log) -> None:
-    """Raise InputError where the artifact at `path` was made for other ids than the log's."""
+    """Raise InputError if the artifact at `path` was made for other ids than those of the log."""
     made_for = manifest["log"]
     for side, here in (("user", log.num_users), ("item", log.num_items)):
         there = made_for[f"num_{side}s"]
@@ -142,31 +142,31 @@ class FactorsArtifact:
 
     @property
     def dim(self) -> int:
-        """Dimension of the vectors, biases included."""
+        """Dimension of the vectors, with biases."""
         return int(self.manifest["dim"])
 
     @property
     def crossfit(self) -> SampleConfig | None:
-        """The sample that the cross-fitted factors have not seen; None where there are none."""
+        """The sample that the cross-fitted factors have not seen; None without such factors."""
         sample = self.manifest["crossfit"]
         return None if sample is None else SampleConfig(**sample)
 
     def has_not_seen(self, log: Log, sample: SampleConfig) -> bool:
-        """Whether the cross-fitted factors have not seen the rows of this sample of the log.
+        """Whether the cross-fitted factors have not seen this sample of the log.
 
-        The log may be the one that they were made from, or a sample of that, as `recpress sample` writes it.
+        The log may be their own log, or a sample of it that `recpress sample` wrote.
         """
         made_from = _prints(self.manifest["log"]["files"])
         if self.crossfit is None or log.sample_of is None or made_from == _prints(log.inputs()):
             return self.crossfit == sample
         return self.crossfit == SampleConfig(**log.sample_of["sample"]) and made_from == _prints(log.sample_of["files"])
 
-    def table(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
-        """(n, dim) float32, read by memory map; of remote factors, after fetching the files of this side."""
+    def table(self, side: Side, *, crossfit: bool = False) -> FactorTable:
+        """(n, dim) float32, memory-mapped. Remote factors are downloaded first, the files of this side only."""
         return self._open(side, crossfit)
 
-    def counts(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
-        """(n, 1) float32, distinct pairs of each id, read by memory map."""
+    def counts(self, side: Side, *, crossfit: bool = False) -> FactorTable:
+        """(n, 1) float32, distinct pairs of each id, memory-mapped."""
         return self._open("user_count" if side == "user" else "item_count", crossfit)
 
     def _open(self, table: FactorName, crossfit: bool) -> FactorTable:
@@ -181,7 +181,7 @@ def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
 
 
 def open_factors(path: str, log: Log) -> FactorsArtifact:
-    """Raises InputError where there are none at `path`, or they belong to another vocabulary."""
+    """The factors at `path`. Raises InputError if there are none, or they are for other ids than those of the log."""
     manifest = artifact.read_manifest(path, FACTORS)
     check_vocabulary(path, manifest, log)
     return FactorsArtifact(path, manifest)

@@ -1,4 +1,4 @@
-"""The artifact of `recpress hash`: maps of ids to fewer rows, by table; and the same maps inside of a model."""
+"""The artifact of `recpress hash`, with an id map per table, and the same maps inside a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log, Side
+from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import check_vocabulary
@@ -18,31 +18,30 @@ from recpress.trainer.distributed.heartbeat import activity
 
 HASH = "hash"
 ROW_VECTORS = "row_vectors.npy"
-"""In the folder of a table: the vectors of its rows, (num_rows, d) float32, where the stage has some."""
-SIDES: tuple[Side, Side] = ("user", "item")
+"""In the folder of a table: vectors of its embedding rows, (num_rows, d) float32, if the stage wrote them."""
 
 
 @dataclass(frozen=True)
 class HashArtifact:
-    """Maps on disk, each read by memory map."""
+    """Id maps on disk, memory-mapped."""
 
     path: str
     folder: Path
-    """Where they lie: `path`, or the local copy of a remote artifact."""
+    """`path`, or the local copy of a remote artifact."""
     manifest: dict[str, Any]
     maps: dict[str, IdMap]
 
     def map(self, table: str) -> IdMap:
-        """The map of a table. Raises InputError where there is none."""
+        """The map of a table. Raises InputError if there is none."""
         if table not in self.maps:
             raise InputError(f"{self.path}: no map of the table {table!r}; it has {', '.join(sorted(self.maps))}")
         return self.maps[table]
 
     def rows(self, table: str) -> np.ndarray | None:
-        """The vectors of the rows of a table, (num_rows, d) float32, by memory map; None where there are none.
+        """The vectors of the embedding rows of a table, (num_rows, d) float32, memory-mapped; None if there are none.
 
         Raises:
-            InputError: the file is damaged or of another shape or type.
+            InputError: the file is corrupt or of another shape or type.
         """
         path = self.folder / table / ROW_VECTORS
         if not path.exists():
@@ -57,60 +56,59 @@ class HashArtifact:
         return rows
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says of this artifact: its path and the size and fingerprint of each file."""
+        """Entry of a manifest: path, and size and fingerprint of each file."""
         return {"path": self.path, "files": artifact.describe_folder(self.path)}
 
 
 def open_maps(path: str, log: Log | None) -> HashArtifact:
-    """The artifact at `path`, its maps of users and items checked against the ids of `log` where one is given.
+    """The artifact at `path`. Checks its maps of users and items against the ids of `log`, if given.
 
     Raises:
-        InputError: there is none; a map is damaged, or made for another vocabulary.
+        InputError: there is none; a map is corrupt, or made for another vocabulary.
     """
     manifest = artifact.read_manifest(path, HASH)
     if log is not None:
         check_vocabulary(path, manifest, log)
     with activity(f"fetching {path}"):
         folder = artifact.fetch(path, manifest)
-    names = sorted(place.parent.name for place in folder.glob("*/map.json"))
+    names = sorted(path.parent.name for path in folder.glob("*/map.json"))
     if not names:
         raise InputError(f"{path}: no map in it; expected a folder with a map.json for each table")
     return HashArtifact(path, folder, manifest, load_maps(folder, names, log))
 
 
 def save_maps(maps: Mapping[str, IdMap], folder: str | Path) -> None:
-    """Write each map into a folder of its name under `folder`."""
+    """Write each map to a folder with its name in `folder`."""
     for name, id_map in maps.items():
-        place = Path(folder) / name
-        place.mkdir(parents=True)
-        id_map.save(place)
+        target = Path(folder) / name
+        target.mkdir(parents=True)
+        id_map.save(target)
 
 
 def load_maps(folder: str | Path, names: Iterable[str], log: Log | None) -> dict[str, IdMap]:
-    """The maps of these tables that `save_maps` or `recpress hash` wrote under `folder`.
+    """The maps of these tables that `save_maps` or `recpress hash` wrote to `folder`.
 
     Raises:
-        InputError: a file is missing or damaged; a map of users or items is not of the log's ids.
+        InputError: a file is missing or corrupt; a map of users or items is for other ids than those of the log.
     """
     found = {}
     for name in names:
-        place = Path(folder) / name
+        source = Path(folder) / name
         try:
-            found[name] = IdMap.load(place)
+            found[name] = IdMap.load(source)
         except ValueError as error:
             raise InputError(str(error)) from error
         for side in SIDES:
             if log is not None and name == side:
-                _check_ids(str(place), found[name], log, side)
+                _check_ids(str(source), found[name], log, side)
     return found
 
 
-def _check_ids(place: str, id_map: IdMap, log: Log, side: Side) -> None:
+def _check_ids(path: str, id_map: IdMap, log: Log, side: Side) -> None:
     ids, vocabulary = log.num_ids(side), log.vocabulary_fingerprint(side)
     if id_map.num_ids != ids:
-        raise InputError(f"{place}: maps {id_map.num_ids} {side}s, but {log.path} has {ids}")
+        raise InputError(f"{path}: maps {id_map.num_ids} {side}s, but {log.path} has {ids}")
     if id_map.vocabulary not in (None, vocabulary):
         raise InputError(
-            f"{place}: made for another {side} vocabulary than that of {log.path}: "
-            f"the same dense ids mean other {side}s"
+            f"{path}: made for another {side} vocabulary than that of {log.path}: the same dense ids mean other {side}s"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
+from recpress.trainer.observability.progress import comparisons
 
 COMPARISON = "comparison"
 """Kind of the artifact that a comparison writes."""
@@ -29,9 +31,17 @@ COMPARISON = "comparison"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Discard standard output: the stages of a comparison print lines that its own lines replace."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+    """Discard standard output and log lines below warnings of the stages that a comparison runs; its own lines stay."""
+    stages = logging.getLogger("recpress")
+    levels = stages.level, comparisons.level
+    comparisons.setLevel(comparisons.getEffectiveLevel())
+    stages.setLevel(logging.WARNING)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        stages.setLevel(levels[0])
+        comparisons.setLevel(levels[1])
 
 
 def prepare_log(config: CompareCadcConfig | CompareBothConfig, folder: Path) -> tuple[str, Log]:

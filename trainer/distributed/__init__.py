@@ -1,1 +1,1 @@
-"""The process group of a run, errors that all ranks learn of, and collectives on arrays."""
+"""The process group of a run, its heartbeat and watchdog, errors raised on all ranks, and collectives on arrays."""

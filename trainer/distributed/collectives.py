@@ -1,4 +1,4 @@
-"""The few collectives that evaluation needs. Each also works without a process group, as world size 1."""
+"""Collectives on tensors and arrays. Each also works without a process group, as world size 1."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Rank and number of ranks of the default process group; (0, 1) where there is none."""
+    """Rank and world size of the default process group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def communication_device() -> torch.device:
-    """Where the default process group takes its tensors: the CPU, unless it knows nccl alone."""
+    """The device of the tensors of collectives: the CPU, unless the backend is nccl alone."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """The tensor reduced over the ranks, on its own device; the argument may be overwritten."""
+    """The tensor reduced over the ranks, on its device. May overwrite the argument."""
     if rank_and_world()[1] == 1:
         return tensor
     moved = tensor.to(communication_device()).contiguous()
@@ -32,7 +32,7 @@ def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) 
 
 
 def all_gather(tensor: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, which have one shape, in order of rank, on the device of the argument."""
+    """The tensors of all ranks, of equal shapes, in order of rank, on the device of the argument."""
     _, world = rank_and_world()
     if world == 1:
         return [tensor]
@@ -57,7 +57,7 @@ def all_gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]] | None:
-    """One-dimensional arrays of all ranks on rank 0, as `all_gather_arrays` gives them; None on the others."""
+    """As `all_gather_arrays`, on rank 0; None on other ranks."""
     rank, world = rank_and_world()
     if world == 1:
         return [list(arrays)]
@@ -76,7 +76,7 @@ def gather_arrays(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]] | None
 
 
 def exchange(arrays: Sequence[np.ndarray], owner: np.ndarray) -> list[np.ndarray]:
-    """Sends row k of each array to rank owner[k]; what arrives is by sending rank, then by its rows."""
+    """Send row k of each array to rank owner[k]; return the received rows, by sending rank, then by its row."""
     _, world = rank_and_world()
     if world == 1:
         return list(arrays)

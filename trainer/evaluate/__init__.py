@@ -1,1 +1,1 @@
-"""`recpress evaluate`: held-out rows, ranked over sharded tables."""
+"""`recpress evaluate`: ranks held-out rows over sharded tables."""

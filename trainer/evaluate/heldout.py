@@ -1,9 +1,8 @@
-"""Held-out interactions, prepared for evaluation: which rank ranks which users, against what.
+"""Held-out interactions, prepared for evaluation: which rank ranks which users, against which items.
 
-A *case* is one ranking: a user with held-out items and competitors. Cases are sorted by user and cut into
-chunks of `chunk` cases; chunk c holds the same cases on any number of ranks, which is why metrics do not
-depend on it. Rank r owns `chunks_per_rank` chunks in a row. No rank holds more than its share of the pairs,
-and ids of users are not copied.
+A *case* is one ranking: a user with held-out items and competitors. Cases are sorted by user and cut into chunks of
+`chunk` cases. Chunks have the same cases with any world size, so that metrics do not depend on it. Rank r owns
+`chunks_per_rank` consecutive chunks. No rank holds more than its share of the pairs.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ Pairs = tuple[np.ndarray, np.ndarray]  # users, items
 
 @dataclass(frozen=True)
 class Heldout:
-    """The cases of this rank. Made by `sampled_*` or `full_*` below, which every rank must call."""
+    """The cases of this rank. Created by `sampled_*` or `full_*` below, which are collective."""
 
     num_users: int
     num_items: int
     chunk: int
     num_cases: int
-    """Of all ranks."""
+    """On all ranks."""
     users: np.ndarray
     """User of each case, (n,) int64, n at most chunks_per_rank * chunk."""
     targets: Jagged
     """Held-out items of each case, int32."""
     facts: dict[str, int] = field(default_factory=dict)
-    """What was skipped, dropped or found, over all ranks."""
+    """Counts of what was skipped, dropped or found, on all ranks."""
 
     @property
     def chunks_per_rank(self) -> int:
@@ -55,26 +54,25 @@ class Heldout:
 
 @dataclass(frozen=True)
 class SampledHeldout(Heldout):
-    """One held-out item a case, ranked among given negatives."""
+    """One held-out item per case, ranked among given negatives."""
 
     negatives: Jagged = field(kw_only=True)
-    """Items that each case's held-out item is ranked among, int32."""
+    """Competitors of the held-out item of each case, int32."""
 
 
 @dataclass(frozen=True)
 class FullHeldout(Heldout):
-    """All held-out items of a user, ranked among all items but the seen ones."""
+    """All held-out items of a user, ranked among all items that the user has not seen."""
 
     seen: Jagged = field(kw_only=True)
-    """Items that the user of each case has seen, int32, ascending; they are masked."""
+    """Items that the user of each case has seen, int32, ascending; masked."""
 
 
 def sampled_from_log(log: Log, chunk: int = CHUNK) -> SampledHeldout:
-    """The log's `test_negatives`. Collective; each row group is read by one rank.
+    """The `test_negatives` of the log. Collective; one rank reads each row group.
 
     Raises:
-        InputError: no such file in the log; an id outside the vocabulary; a row without negatives. On every
-            rank.
+        InputError: the log has no such file; an id outside the vocabulary; a row without negatives. On every rank.
     """
     if log.test_negatives is None:
         raise InputError(f"{log.path}: no test_negatives.parquet; expected one for ranking among given negatives")
@@ -106,7 +104,7 @@ def sampled_from_log(log: Log, chunk: int = CHUNK) -> SampledHeldout:
 def full_from_log(
     log: Log, part: str = "test", masked: tuple[str, ...] = ("train",), chunk: int = CHUNK
 ) -> FullHeldout:
-    """The log's `test` (or `val`) rows, with the items of its `masked` parts masked. Collective.
+    """The `test` (or `val`) rows of the log; items of its `masked` parts are masked. Collective.
 
     Raises:
         InputError: the log has no such part; an id outside the vocabulary. On every rank.
@@ -129,7 +127,7 @@ def full_from_log(
 
 
 def read_pairs(log: Log, rows: ParquetSplit) -> Pairs:
-    """This rank's part of the (user, item) pairs of rows: users int64, items int32."""
+    """The (user, item) pairs of the row groups of this rank: users int64, items int32."""
     rank, world = rank_and_world()
     users, items = [], []
     for data in iter_columns(rows, [log.schema.user, log.schema.item], rank=rank, world=world):
@@ -147,12 +145,12 @@ def sampled_from_arrays(
     num_items: int,
     chunk: int = CHUNK,
 ) -> SampledHeldout:
-    """Cases from arrays, of which each rank gives its own part (world size 1: all). Collective.
+    """Cases from arrays, of which each rank passes a part. Collective.
 
     Args:
         users, items: held-out pairs, (n,).
-        negatives: the items that each is ranked among: (n, count), or lists of any lengths. The held-out item
-            is dropped from its own list.
+        negatives: competitors of each: (n, count), or lists of any lengths. The held-out item is removed from its
+            own list.
 
     Raises:
         InputError: an id outside the vocabulary; a row without negatives. On every rank.
@@ -195,15 +193,14 @@ def sampled_from_arrays(
 
 
 def full_from_pairs(heldout: Pairs, seen: Pairs, *, num_users: int, num_items: int, chunk: int = CHUNK) -> FullHeldout:
-    """Cases from pairs, of which each rank gives its own part (world size 1: all). Collective.
+    """Cases from pairs, of which each rank passes a part. Collective.
 
-    A pair that is held out twice counts once; one that was seen too is dropped, for it is masked. Users that
-    are left without a held-out item are skipped; users that have seen nothing are ranked all the same.
-    `facts` counts all of it.
+    A pair that is held out twice counts once. A held-out pair that was also seen is dropped, because it is masked.
+    Users without a remaining held-out item are skipped; users who have seen nothing are ranked. `facts` counts these.
 
     Args:
         heldout: users and items, (n,) each.
-        seen: users and items to mask, (m,) each; repetitions do no harm.
+        seen: users and items to mask, (m,) each; may have duplicates.
 
     Raises:
         InputError: an id outside the vocabulary. On every rank.
@@ -267,7 +264,7 @@ def _chunks_per_rank(num_cases: int, chunk: int) -> int:
 
 
 def _number(count: int) -> tuple[np.ndarray, int]:
-    """Numbers this rank's cases on from those of the ranks before it; and the number of all cases."""
+    """(global numbers of the cases of this rank, number of all cases)."""
     counts = [int(of_rank) for of_rank in all_gather(torch.tensor([count]))]
     start = sum(counts[: rank_and_world()[0]])
     return np.arange(start, start + count), sum(counts)

@@ -1,12 +1,12 @@
 """Ranking metrics from the positions of held-out items, and the AUC of labelled scores.
 
-A *position* is the 1-based place of a held-out item in the ranking of its user. Ties count against the model:
-with b competitors that score at least as high as the item, its position is b + 1. Of several held-out items
-of one user the one with the higher score goes first, so that their positions differ (`positions_in_ranking`).
+A *position* is the 1-based rank of a held-out item in the ranking of its user. Ties count against the model: with b
+competitors that score at least as high as the item, its position is b + 1. Held-out items of one user are ordered by
+score, so that their positions differ (`positions_in_ranking`).
 
-The held-out items of many users are given flat: `positions` (T,) and `rows` (T,), the row of each item's user
-in [0, num_users). Each metric is one value for each user, (num_users,) float64; users without an item get
-NaN. Everything runs on the device of its arguments.
+The held-out items of many users are passed flat: `positions` (T,) and `rows` (T,), the row of each item's user in
+[0, num_users). Each metric is one value per user, (num_users,) float64, NaN for users without an item. Everything runs
+on the device of its arguments.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def count_ahead(target: Tensor, competitors: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many competitors rank ahead of each target, ties counted.
+    """How many competitors rank ahead of each target, with ties.
 
     Args:
         target: scores of the held-out items, (T,).
         competitors: scores of their competitors, (T, C).
-        mask: True where a competitor counts, (T, C); all do by default.
+        mask: True if a competitor counts, (T, C); default: all.
 
     Returns:
         (T,) int64.
@@ -41,8 +41,8 @@ def positions_in_ranking(scores: Tensor, ahead: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         scores: scores of the held-out items, (T,).
-        ahead: how many items that are not held out rank ahead of each, ties counted, (T,).
-        rows: row of each item's user, (T,); items of one user need not lie together.
+        ahead: how many items that are not held out rank ahead of each, with ties, (T,).
+        rows: row of each item's user, (T,), in any order.
     """
     by_score = torch.argsort(scores, descending=True, stable=True)
     order = by_score[torch.argsort(rows[by_score], stable=True)]  # by user, then by falling score
@@ -87,13 +87,12 @@ def reciprocal_rank(positions: Tensor, rows: Tensor, num_users: int) -> Tensor:
 
 
 def ranking_auc(ahead: Tensor, rows: Tensor, competitors: Tensor) -> Tensor:
-    """AUC of each user's ranking: the share of competitors that score below a held-out item, mean over the
-    items.
+    """AUC of the ranking of each user: the share of competitors that score below a held-out item, mean over the items.
 
     Args:
         ahead: how many competitors (items that are not held out) rank ahead of each item, ties counted, (T,).
         rows: row of each item's user, (T,).
-        competitors: number of competitors of each user, (num_users,); NaN comes out where it is 0.
+        competitors: number of competitors of each user, (num_users,); NaN if it is 0.
     """
     num_users = len(competitors)
     sizes = torch.bincount(rows, minlength=num_users)

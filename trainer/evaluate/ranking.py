@@ -1,17 +1,15 @@
 """Ranking metrics of a model over sharded tables, the same on any number of ranks.
 
-Each rank keeps the item vectors of a run of item chunks and ranks nothing alone: for a chunk of users, every
-rank counts the competitors among its own items that score at least as high as the held-out items, and the
-counts are added up. Three things make the answer independent of the number of ranks, of chunks and of the
-order of addition:
+Each rank holds the vectors of some item chunks. For a chunk of users, every rank counts the competitors among its
+items that score at least as high as the held-out items, and the counts are all-reduced. The result does not depend on
+the world size, the chunks, or the order of addition:
 
-- users and items pass through the model in chunks of fixed content and shape, wherever they are computed;
-- a score is a float64 dot product rounded to float32, so that two ways to add up the same terms do not break
-  a tie;
-- metrics of users are added up as integers, in units of 2**-32.
+- users and items pass through the model in chunks of fixed content and shape;
+- a score is a float64 dot product rounded to float32, so that the order of addition does not break a tie;
+- metrics of users are added as integers, in units of 2**-32.
 
-Ties count against the model. Memory a rank: its share of the item vectors (float32), one user chunk of every
-rank and a block of scores (chunk x item_chunk); never users x items.
+Ties count against the model. Memory per rank: its share of the item vectors (float32), one user chunk of every rank,
+and a block of scores (chunk x item_chunk); never users x items.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from recpress.data.dataset.columns import Jagged
 from recpress.data.errors import InputError
-from recpress.modules.als.factors import FactorTable, RowBlocks
+from recpress.modules.als.factors import FactorTable
 from recpress.trainer.distributed.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
 from recpress.trainer.evaluate import metrics as ranking_metrics
 from recpress.trainer.evaluate.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
@@ -33,7 +31,7 @@ from recpress.trainer.model.vectors import VectorFn
 
 CPU = torch.device("cpu")
 ITEM_CHUNK = 4096
-_PAIRS = 1 << 10  # pairs scored together, always padded to as many: one shape, one order of addition
+_PAIRS = 1 << 10  # pairs scored together, padded to this number: one shape, one order of addition
 _UNIT = 1 << 32
 _LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -48,13 +46,13 @@ def evaluate_sampled(
     device: torch.device = CPU,
     per_case: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Ranks each held-out item among its negatives. Collective; the same result on every rank.
+    """Rank each held-out item among its negatives. Collective; the same result on every rank.
 
     Args:
         ks: cut-offs K.
-        item_chunk: items for each call of item_vectors.
-        device: where scores are computed, and where the callables get their ids.
-        per_case: filled with each metric of each case of this rank, (len(heldout.users),) float64, NaN where undefined.
+        item_chunk: items per call of item_vectors.
+        device: of the scores, and of the ids that the callables get.
+        per_case: filled with each metric per case of this rank, (len(heldout.users),) float64, NaN if undefined.
 
     Returns:
         "HR@K", "NDCG@K", "Recall@K" for each K, "MRR", "AUC" (means over the cases), "cases" and
@@ -92,11 +90,11 @@ def evaluate_full(
     device: torch.device = CPU,
     per_case: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Ranks all items that the user has not seen. Collective; the same result on every rank.
+    """Rank all items that the user has not seen. Collective; the same result on every rank.
 
-    Of several held-out items of a user none counts against another in AUC, and they take different positions
-    in the ranking; Recall@K = hits / min(K, held-out items of the user), and NDCG is normalized likewise. A
-    user without any competitor (only seen and held-out items) has no AUC and is left out of its mean.
+    Held-out items of one user do not count against each other in AUC, and have different positions in the ranking.
+    Recall@K = hits / min(K, held-out items of the user); NDCG is normalized the same way. A user without competitors
+    (only seen and held-out items) has no AUC, and its mean is over the other users.
 
     Arguments, result and errors as in `evaluate_sampled`; means are over users with held-out items.
     """
@@ -123,33 +121,14 @@ def evaluate_full(
 
 
 def vectors_from_factors(factors: np.ndarray | FactorTable | Tensor) -> VectorFn:
-    """Rows of a whole table, (n, D), which may lie on disk."""
+    """Rows of a complete table, (n, D), in memory or on disk."""
     if isinstance(factors, Tensor):
         return lambda ids: factors[ids.to(factors.device)]
     return lambda ids: torch.from_numpy(np.asarray(factors[ids.cpu().numpy()])).to(ids.device)
 
 
-def vectors_from_shard(block: Tensor, num_rows: int) -> VectorFn:
-    """Rows of a table of num_rows that lies over the ranks by `RowBlocks` (as `Factors` do); collective.
-
-    Args:
-        block: the rows of this rank, (at most RowBlocks.block, D).
-    """
-    rank, world = rank_and_world()
-    start = RowBlocks(num_rows, world).start(rank)
-
-    def lookup(ids: Tensor) -> Tensor:
-        asked = torch.stack(all_gather(ids))  # (world, B)
-        found = block.new_zeros(*asked.shape, block.shape[1])
-        mine = (asked >= start) & (asked < start + len(block))
-        found[mine.to(block.device)] = block[(asked[mine] - start).to(block.device)]
-        return all_reduce(found)[rank]
-
-    return lookup
-
-
 class _Ranker:
-    """What the protocols share: in a round each rank brings one chunk of cases, and all count together."""
+    """The common part of the protocols: each rank passes one chunk of cases at a time, and all ranks count together."""
 
     def __init__(
         self,
@@ -175,11 +154,10 @@ class _Ranker:
         ks: Sequence[int],
         per_case: dict[str, Tensor] | None = None,
     ) -> dict[str, float]:
-        """Adds up the metrics of all cases.
+        """Sum the metrics of all cases.
 
         Args:
-            arrays_of: what every rank must know of the cases [start, stop) of this rank, beside users and
-                targets.
+            arrays_of: what every rank needs of the cases [start, stop) of this rank, in addition to users and targets.
             ahead: user vectors (chunk, D), such arrays, scores of the targets (T,) -> for each target, how
                 many competitors among the items of this rank rank ahead of it, (T,) int64.
             competitors: number of competitors of each of the cases [start, stop) of this rank.

@@ -1,4 +1,4 @@
-"""The logistic factorization as a stage: the same stream, sharding and loop as the network's."""
+"""The logistic factorization, with the same stream, sharding and loop as the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from recpress.trainer.model.sharding import shard
 from recpress.trainer.model.vectors import tower_vectors
 
 BIAS_RATE = 0.01
-"""Adam's learning rate of the one number that is not in a table."""
+"""Adam's learning rate of the only parameter that is not in a table."""
 
 
 def factorize_logistic(
@@ -38,16 +38,15 @@ def factorize_logistic(
     batch_size: int = 4096,
     on_bad_file: Literal["stop", "skip"] = "stop",
 ) -> tuple[Factors, list[float]]:
-    """Train on the rows of a log; (factors with the biases folded in, mean cross-entropy of each epoch).
-    Collective.
+    """Train on the rows of a log; return (factors that include the biases, mean cross-entropy per epoch). Collective.
 
     Args:
-        without: leave the rows of this sample out.
-        batch_size: rows of a batch on each rank.
-        on_bad_file: with `skip` rows of other row groups take the place of those that cannot be read.
+        without: skip the rows of this sample.
+        batch_size: rows of a batch per rank.
+        on_bad_file: `skip` replaces rows that cannot be read by rows of other row groups.
 
     Raises:
-        InputError: what is wrong in the log or the settings; a loss that is not finite.
+        InputError: the log or the settings cannot be used; a loss is not finite.
     """
     with raise_on_all_ranks():
         stream = InteractionStream(

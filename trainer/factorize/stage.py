@@ -22,7 +22,7 @@ from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.sampling.selection import Selection
-from recpress.modules.als.auto import DEFAULTS, Choice
+from recpress.modules.als.auto import DEFAULTS, SettingsChoice
 from recpress.modules.als.checks import check_factors
 from recpress.modules.als.factorization import ALS, SweepReport
 from recpress.modules.als.factors import Factors, RowBlocks
@@ -41,19 +41,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FactorizeResult:
-    """What a factorization took, and how its objective fell."""
+    """Times and objectives of a factorization."""
 
     seconds: float
-    """Reading the log and all sweeps, without cross-fitting and saving."""
+    """Of reading the log and all sweeps, without cross-fitting and saving."""
     crossfit_seconds: float
     sweeps: list[tuple[float, float]] = field(default_factory=list)
     """Objective after each sweep (of `logistic`, mean loss of each epoch), and seconds since the first began."""
     parameters: dict[str, Any] | None = None
     """Absolute parameters of `als`."""
     auto: dict[str, Any] | None = None
-    """What was compared to choose the settings (`als_auto.Choice`); None of `logistic`."""
+    """What was compared to choose the settings (`als.auto.SettingsChoice`); None of `logistic`."""
     checks: dict[str, Any] = field(default_factory=dict)
-    """`ok`, and `warnings`: signs of a collapse, each with its cause and its fix."""
+    """`ok`, and `warnings`: signs of a collapse, each with cause and fix."""
 
 
 def factorize(config: FactorizeConfig) -> FactorizeResult:
@@ -122,11 +122,11 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
 
 
 LEAST_USED, LARGE = 0.1, 100_000
-"""A side of more ids than LARGE, of which less than the share LEAST_USED occurs, is warned of."""
+"""Warn of a side with more than LARGE ids, of which less than the share LEAST_USED occurs."""
 
 
 def _unused_ids(log: Log, factors: Factors) -> str:
-    """What large gaps between the ids of a log without a vocabulary cost, "" where there are none. Collective."""
+    """The cost of large gaps between the ids of a log without a vocabulary; "" if there are none. Collective."""
     counts = [factors.user_counts, factors.item_counts]
     used = torch.tensor([0 if of_side is None else int((of_side > 0).sum()) for of_side in counts])
     used = all_reduce(used)
@@ -170,7 +170,7 @@ def _fit(
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
     with (
-        _stop_on_interrupt() as asked,
+        _stop_on_interrupt() as stop_requested,
         Progress(
             description,
             "sweep",
@@ -180,7 +180,7 @@ def _fit(
         ) as progress,
     ):
 
-        def on_choice(choice: Choice) -> None:
+        def on_choice(choice: SettingsChoice) -> None:
             progress.write(choice.line())
 
         def on_sweep(report: SweepReport) -> bool:
@@ -190,14 +190,14 @@ def _fit(
                 f"sweep {report.sweep} of {report.sweeps}: objective {report.objective:.6g}, "
                 f"{report.seconds:.2f} s, {report.eta:.0f} s left"
             )
-            return asked.is_set()
+            return stop_requested.is_set()
 
         model.on_choice = on_choice
         return model.fit(on_sweep, start), sweeps, model
 
 
 def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
-    """The choice goes by the protocol that the log's held-out part is ranked by."""
+    """The settings, with the automatic choice by the protocol of the log's held-out part."""
     if als.auto_metric != "auto":
         return als
     full = log.test_negatives is None and log.test is not None
@@ -206,21 +206,21 @@ def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C (SIGINT) asks to stop after this sweep and keep what it gave; a second one interrupts."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield asked
+    """The first Ctrl-C (SIGINT) stops after this sweep and keeps the factors; a second one interrupts."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals can be handled there alone
+        yield requested
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
         logger.info("SIGINT: stopping after this sweep; once more to interrupt")
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield asked
+        yield requested
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -228,7 +228,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
 def _read(
     config: FactorizeConfig, log: Log, ranks: Ranks, without: SampleConfig | None
 ) -> Iterator[tuple[Any, Any, Any]]:
-    """This rank's share of the row groups: users, items, and the labels where they count."""
+    """Users, items and, with `use_label`, labels of the row groups of this rank."""
     schema = log.schema
     columns = [schema.user, schema.item] + ([schema.label] if config.use_label and schema.label else [])
     chunks = iter_columns(
@@ -253,7 +253,7 @@ def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Fact
 
 
 def _counts(log: Log, ranks: Ranks) -> list[torch.Tensor]:
-    """Rows of each user and of each item of this rank, float32; while it counts, a rank holds 8 bytes an id."""
+    """Rows of each user and of each item of this rank, float32. Uses 8 bytes per id on each rank."""
     found = []
     for side in SIDES:
         counts = torch.zeros(log.num_ids(side), dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""`recpress hash`: budget, tables and maps of ids, made or extended."""
+"""`recpress hash`: id maps, learned or extended, within a budget."""

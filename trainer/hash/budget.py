@@ -1,4 +1,4 @@
-"""How many rows each table of `recpress hash` gets: the budget, and how the tables share it."""
+"""The budget of rows of `recpress hash`, and how the tables share it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from recpress.trainer.hash.tables import named
 
 
 def budget(config: HashStageConfig, tables: list[TableStats]) -> int:
-    """Rows of all tables together. Raises InputError where the settings leave too few, or more than there are ids."""
+    """Rows of all tables together. Raises InputError if they are fewer than the tables, or more than the ids."""
     ids = sum(table.num_ids for table in tables)
     rows = config.rows or round(config.share * ids)
     if config.bytes:
         widths = {table.embedding.shape[1] for table in tables if table.embedding is not None}
         if len(widths) != 1:
-            raise InputError("bytes: expected embeddings of one dimension, which the size of a row follows from")
+            raise InputError("bytes: expected embeddings of one dimension, which determines the size of a row")
         rows = int(config.bytes // (4 * widths.pop()))
     if not len(tables) <= rows <= ids:
         raise InputError(f"a budget of {rows:,} rows: expected {len(tables)} to {ids:,}, the ids of all tables")
@@ -31,7 +31,7 @@ def budget(config: HashStageConfig, tables: list[TableStats]) -> int:
 
 
 def rows_of_tables(config: HashStageConfig, tables: list[TableStats]) -> list[int]:
-    """Rows of each table. Raises InputError where `table_rows` does not fit the tables or the budget."""
+    """Rows of each table. Raises InputError if `table_rows` does not fit the tables or the budget."""
     total = budget(config, tables)
     fixed = {name: _number(name, text) for name, text in named("table_rows", config.table_rows).items()}
     names = [table.name for table in tables]
@@ -54,7 +54,7 @@ def rows_of_tables(config: HashStageConfig, tables: list[TableStats]) -> list[in
 
 
 def _comparable(config: HashStageConfig, tables: list[TableStats]) -> list[TableStats]:
-    """Users and items in units of the scores that an error of them moves; warm-ups are in such units already."""
+    """Users and items, scaled so that equal distortions change scores equally. Warm-ups already have this scale."""
     if config.features or len(tables) != 2:
         return tables
     grams = []
@@ -74,17 +74,17 @@ def _comparable(config: HashStageConfig, tables: list[TableStats]) -> list[Table
 
 
 def _by_ids(ids: list[int], budget: int) -> list[int]:
-    """Rows in proportion to the ids: at least 1, at most the ids, the budget in all where it can be spent."""
+    """Rows in proportion to the ids: at least 1, at most the ids, together the budget if possible."""
     rows = [1] * len(ids)
     left = min(budget, sum(ids)) - len(ids)
     total = sum(ids)
-    for place, number in sorted(enumerate(ids), key=lambda pair: pair[1]):
+    for index, number in sorted(enumerate(ids), key=lambda pair: pair[1]):
         take = min(number - 1, left, round(left * number / total)) if total else 0
-        rows[place] += take
+        rows[index] += take
         left, total = left - take, total - number
-    for place, number in sorted(enumerate(ids), key=lambda pair: -pair[1]):  # what rounding left over
-        take = min(left, number - rows[place])
-        rows[place], left = rows[place] + take, left - take
+    for index, number in sorted(enumerate(ids), key=lambda pair: -pair[1]):  # the remainder of rounding
+        take = min(left, number - rows[index])
+        rows[index], left = rows[index] + take, left - take
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of ids that come from elsewhere, as files."""
+"""Embeddings of ids from files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from recpress.modules.row_source import RowSource
 def read_embedding(path: str) -> RowSource:
     """A matrix (ids, d): row k is the vector of id k.
 
-    `.npy`: read by memory map. `.parquet`: one list column, or float columns side by side, read into memory in the
-    order of the rows. `.pt:KEY`: a tensor of a state dict that torch saved; nothing but tensors is loaded.
+    `.npy`: memory-mapped. `.parquet`: one list column, or several float columns, read into memory in the order of the
+    rows. `.pt:KEY`: a tensor of a state dict of torch.save; only tensors are loaded.
 
     Raises:
-        InputError: no such file or key, another kind of file, or what it holds is no matrix of numbers.
+        InputError: the file or key does not exist, has another format, or is not a matrix of numbers.
     """
     name, _, key = path.partition(".pt:")
     try:
@@ -44,7 +44,7 @@ def _checkpoint(path: str, key: str) -> RowSource:
         raise InputError(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what torch raises for a file that holds more than tensors has no common type
+    except Exception as error:  # torch has no common type for files that hold more than tensors
         raise InputError(f"{path}: not a file of tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not isinstance(state.get(key), torch.Tensor):
         known = [name for name in state if isinstance(state[name], torch.Tensor)] if isinstance(state, dict) else []

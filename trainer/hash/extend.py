@@ -1,4 +1,4 @@
-"""`recpress hash --extend`: the maps of an earlier part of a log, with the ids that came since."""
+"""`recpress hash --extend`: extends the maps of an earlier part of a log by its new ids."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from recpress.trainer.artifacts.id_maps import open_maps
 
 
 def extended_maps(path: str, log: Log, tables: list[TableStats]) -> list[IdMap]:
-    """The maps at `path`, with the ids of `tables` that they do not have.
+    """The maps at `path`, extended by the new ids of `tables`.
 
     Raises:
-        InputError: no map of a table, or one of another vocabulary than that which the log extends.
+        InputError: no map of a table, or a map of another vocabulary than the one that the log extends.
     """
     before = open_maps(path, None)
     made = []
@@ -53,14 +53,14 @@ def extended_maps(path: str, log: Log, tables: list[TableStats]) -> list[IdMap]:
 
 
 def _check_extends(path: str, log: Log, table: TableStats, old: IdMap) -> None:
-    """Raise InputError where the log's ids are known by a vocabulary that does not begin with the map's."""
+    """Raise InputError if the log's vocabulary does not begin with that of the map."""
     manifest = log.manifest or {}
     if table.name not in manifest.get("vocabularies", {}) and table.name not in manifest.get("features", {}):
-        return  # the log came with dense ids, and only their number can be compared
+        return  # a log with dense ids has no vocabulary; only the number of ids can be compared
     extends = manifest.get("extends", {})
     parent = extends.get("vocabularies", {}).get(table.name)
     if extends and table.name in manifest.get("features", {}):
-        with contextlib.suppress(OSError, InputError):  # the log before is gone: then nothing says what it was
+        with contextlib.suppress(OSError, InputError):  # the earlier log no longer exists, so it cannot be compared
             file = manifest["features"][table.name]["vocabulary"]
             parent = artifact.fingerprint(object_store.join(extends["log"], file))
     if old.vocabulary not in (None, table.vocabulary, parent):

@@ -1,7 +1,8 @@
-"""The stage `recpress hash`: maps from the ids of tables to fewer rows, learned from counts and an embedding."""
+"""`recpress hash`: id maps of tables to fewer embedding rows, learned from counts and an embedding."""
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,10 +34,12 @@ from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.report.numbers import format_bytes
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TableReport:
-    """What became of one table."""
+    """The map of one table."""
 
     name: str
     num_ids: int
@@ -44,19 +47,19 @@ class TableReport:
     rows_per_id: int
     map_bytes: int
     unseen: int
-    """Ids that the log never has."""
+    """Ids that do not occur in the log."""
 
 
 @dataclass
 class HashStageResult:
-    """What the stage made."""
+    """The maps of all tables."""
 
     tables: list[TableReport]
     seconds: float
 
 
 def make_maps(config: HashStageConfig) -> HashStageResult:
-    """Make the maps and write them to `config.out`; with torchrun, each rank makes those of some tables. Collective.
+    """Build the maps and write them to `config.out`. With torchrun, each rank builds those of some tables. Collective.
 
     Raises:
         InputError: the log, the factors, an embedding or the settings cannot be used; `out` exists. On every rank.
@@ -69,7 +72,7 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
         inputs = [config.data, config.factors, config.extend]
         with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
-            reports = _Stage(config, log, tmp, ranks).all()
+            reports = _Stage(config, log, tmp, ranks).run()
             meta["tables"] = {report.name: asdict(report) for report in reports}
             share_lost(log)
             meta |= describe_lost(log)
@@ -77,7 +80,7 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
     if ranks.rank == 0:
         for report in reports:
             share = f"{100 * report.rows / report.num_ids:.3g} %"
-            unseen = f"; the log never has {report.unseen:,} of the ids" if report.unseen else ""
+            unseen = f"; {report.unseen:,} of the ids do not occur in the log" if report.unseen else ""
             size = format_bytes(report.map_bytes)
             print(f"{report.name}: {report.num_ids:,} ids -> {report.rows:,} rows ({share}), map {size}{unseen}")
         print(f"{config.out}: {config.method}, {result.seconds:.1f} s")
@@ -88,8 +91,8 @@ class _Stage:
     def __init__(self, config: HashStageConfig, log: Log, folder: Path, ranks: Ranks) -> None:
         self.config, self.log, self.folder, self.ranks = config, log, folder, ranks
 
-    def all(self) -> list[TableReport]:
-        """Of all tables, on every rank."""
+    def run(self) -> list[TableReport]:
+        """Build and save the maps; the reports of all tables, on every rank."""
         tables = read_tables(self.config, self.log)
         with raise_on_all_ranks():
             self._check()
@@ -97,7 +100,7 @@ class _Stage:
         pairs = self._all_pairs() if joint else None
         mine: list[TableReport] = []
         with raise_on_all_ranks(), activity("building maps"):
-            mine = self._joint(tables, pairs) if joint else self._share(tables)
+            mine = self._joint(tables, pairs) if joint else self._own_tables(tables)
         parts: list[list[TableReport]] = [[] for _ in range(self.ranks.world_size)]
         dist.all_gather_object(parts, mine)
         made = {report.name: report for part in parts for report in part}
@@ -113,7 +116,7 @@ class _Stage:
             raise InputError(f"method {config.method!r}: expected one of {', '.join([*METHODS, *JOINT_METHODS])}")
 
     def _all_pairs(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The pairs of train, each row group read by one rank, on rank 0; None on the others."""
+        """All pairs of train on rank 0, None on other ranks. One rank reads each row group."""
         with raise_on_all_ranks():
             users, items = read_pairs(self.log, self.log.train)
         found = gather_arrays([users, items])
@@ -128,11 +131,11 @@ class _Stage:
         made = JOINT_METHODS[self.config.method](users, items, *pairs, budget(self.config, tables), self.config)
         return [self._save(table, id_map) for table, id_map in zip(tables, made, strict=True)]
 
-    def _share(self, tables: list[TableStats]) -> list[TableReport]:
+    def _own_tables(self, tables: list[TableStats]) -> list[TableReport]:
         """Maps of the tables of this rank; the largest tables are on different ranks."""
         config = self.config
-        order = sorted(range(len(tables)), key=lambda place: -tables[place].num_ids)
-        mine = [tables[place] for place in sorted(order[self.ranks.rank :: self.ranks.world_size])]
+        order = sorted(range(len(tables)), key=lambda index: -tables[index].num_ids)
+        mine = [tables[index] for index in sorted(order[self.ranks.rank :: self.ranks.world_size])]
         if config.extend:
             maps = extended_maps(config.extend, self.log, mine)
             return [self._save(table, id_map) for table, id_map in zip(mine, maps, strict=True)]
@@ -140,7 +143,7 @@ class _Stage:
         made = []
         for table in mine:
             number = rows[table.name]
-            print(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows", flush=True)
+            logger.info(f"{table.name}: {table.num_ids:,} ids onto {number:,} rows")
             with activity(f"building the map of {table.name}"), Progress(table.name, "id") as bar:
                 id_map = build_map(replace(table, progress=bar.stage), number, config)
             made.append(self._save(table, id_map))

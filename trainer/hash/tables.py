@@ -1,7 +1,8 @@
-"""What `recpress hash` maps: the ids of users and items, or of categorical columns, their counts and embeddings."""
+"""The tables of `recpress hash`: users and items, or categorical columns, with counts and embeddings of their ids."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,14 +11,13 @@ import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.hashing.warm_up import warm_up
 from recpress.modules.row_source import RowSource
 from recpress.trainer.artifacts.factors import open_factors
-from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.distributed.heartbeat import activity
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -25,6 +25,7 @@ from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
 from recpress.trainer.observability.progress import Progress
 
+logger = logging.getLogger(__name__)
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -32,8 +33,8 @@ def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
     """The tables to map, in the order in which they share the budget; the same on every rank. Collective.
 
     Raises:
-        InputError: an embedding of no table, or that cannot be read; factors of another log; a column that is not
-            there, or no label for the warm-up.
+        InputError: an embedding of an unknown table, or one that cannot be read; factors of another log; a missing
+            column; no label for the warm-up.
     """
     with raise_on_all_ranks():
         given = named("embedding", config.embedding)
@@ -73,10 +74,10 @@ def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
 
 
 def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
-    """Rows of train of each id, by column; each row group is read by one rank. Collective.
+    """Rows of train per id, by column. One rank reads each row group. Collective.
 
     Args:
-        columns: name -> number of ids; more where the log has a greater id, unless its vocabulary says how many.
+        columns: name -> number of ids; the result has more if the log has a greater id.
     """
     rank, world = rank_and_world()
     counted = {name: np.zeros(size, np.int64) for name, size in columns.items()}
@@ -97,9 +98,9 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) -> list[TableStats]:
-    """Categorical columns of the log; a warm-up gives those an embedding that were given none."""
+    """Categorical columns of the log. A warm-up computes the embeddings that are not given."""
     missing = [name for name in config.features if name not in log.schema.categorical]
-    if missing:  # of the log's schema, which is the same on every rank
+    if missing:  # the schema is the same on every rank
         raise InputError(
             f"features: {log.path} has no categorical column {missing[0]!r}; "
             f"it has {', '.join(log.schema.categorical) or 'none'}"
@@ -134,7 +135,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
 
 
 def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[str, RowSource]:
-    """Embeddings from the warm-up, which is one pass in order: rank 0 takes it and sends the result. Collective."""
+    """Embeddings from the warm-up, one pass over the log on rank 0, which broadcasts the result. Collective."""
     rank, world = rank_and_world()
     made = [torch.zeros(size, 1 + config.warm_dim) for size in sizes.values()]
     with raise_on_all_ranks(), activity("warm-up of the features' embeddings"):
@@ -147,7 +148,7 @@ def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[st
                     seed=config.seed,
                     names=list(sizes),
                 )
-            print(f"warm-up: {warmed.rows:,} rows, mean loss {warmed.loss:.4f}", flush=True)
+            logger.info(f"warm-up: {warmed.rows:,} rows, mean loss {warmed.loss:.4f}")
             made = warmed.embeddings
     if world > 1:
         for table in made:
@@ -178,7 +179,7 @@ def _labelled(log: Log, features: list[str], limit: int, seed: int, size: int = 
 
 
 def named(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
-    """The values of an option that is given as NAME=VALUE. Raises InputError where one is not, or a name is twice."""
+    """The values of an option of the form NAME=VALUE. Raises InputError for another form, or a name given twice."""
     found: dict[str, str] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")

@@ -1,4 +1,4 @@
-"""One optimizer for the loop: Adam for the dense part, the tables' fused one, one schedule, clipping."""
+"""The optimizer of the train loop: Adam for the dense part, the fused one of the tables, one schedule, clipping."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """What both learning rates are multiplied by at `step` (0-based) of `total_steps`."""
+    """Factor of both learning rates at `step` (from 0) of `total_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -28,16 +28,15 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
 class TrainOptimizer:
     """`zero_grad` and `step` for TrainPipelineSparseDist.
 
-    The gradient norm is clipped over the dense part: it is replicated, so every rank computes the same norm
-    without asking the others, and the tables' gradients are applied inside the backward pass and never exist
-    as a whole.
+    The gradient norm is clipped over the dense part. It is replicated, so every rank computes the same norm without
+    communication. Gradients of the tables are applied inside the backward pass, so their norm is never known.
     """
 
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.skip_nonfinite = False
-        """Leave out the dense part's update where a gradient is NaN or infinite. Gradients are means over the ranks, so
-        all leave out the same."""
+        """Skip the update of the dense part if a gradient is NaN or infinite. Gradients are means over the ranks, so
+        that all ranks skip the same steps."""
         self.fused = model.fused_optimizer
         self._named = [(n, p) for n, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
         self.parameters = [parameter for _, parameter in self._named]
@@ -74,7 +73,7 @@ class TrainOptimizer:
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(name of a parameter, its state) of the dense part: the tensors themselves, zeros before the first step."""
+        """(name of a parameter, its state) of the dense part. Not copied; zeros before the first step."""
         if self.dense is None:
             return
         for name, parameter in self._named:
@@ -86,7 +85,7 @@ class TrainOptimizer:
             yield name, state
 
     def resume(self, steps: int) -> None:
-        """Go on after so many steps: the schedule, whose learning rates no state holds."""
+        """Set the schedule to this step. Optimizer states do not hold learning rates."""
         self.steps = steps
         self._schedule()
 
@@ -100,4 +99,4 @@ class TrainOptimizer:
                 group["lr"] = self.config.learning_rate * factor
         for group, rate in zip(self.fused.param_groups, self._table_rates, strict=True):
             group["lr"] = rate * factor
-        self.fused.zero_grad()  # hands the learning rates to the kernels, which hold no gradients
+        self.fused.zero_grad()  # passes the learning rates to the kernels, which hold no gradients

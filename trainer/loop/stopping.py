@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from recpress.trainer.distributed.watchdog import NO_TIMEOUT
+from recpress.trainer.observability.logging_setup import log_from_signal_handler
 
 STOP, CHECKPOINT = 0, 1  # indices of the flags
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -38,7 +38,7 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
             self.name = signal.Signals(number).name
-            os.write(2, f"recpress: {self.name}: stopping after this step\n".encode())  # print is not reentrant
+            log_from_signal_handler(__name__, f"{self.name}: stopping after this step")
 
 
 class DelayedFlags:

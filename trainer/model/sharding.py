@@ -1,4 +1,4 @@
-"""Where the rows of each table live: TorchRec's planner and DistributedModelParallel."""
+"""Shards the tables of a model: TorchRec's planner and DistributedModelParallel."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from recpress.modules.frozen.kernel import QUANTIZED, PlannedTable, Storage, sto
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
 RESERVED = 0.3
-"""Share of the memory that the planner leaves to batches, activations, the dense part and its optimizer."""
+"""Share of the memory that the planner reserves for batches, activations, the dense part and its optimizer."""
 LARGE = 0.125
-"""A table of more than this share of what tables may take of a rank is cut by rows, if that is more than twice a rank's
-even share of all tables: TorchRec's planner would otherwise put it on one rank as long as it just fits."""
+"""A table is sharded by rows if it needs more than this share of the memory for tables of a rank, and more than twice
+an even share of all tables. TorchRec's planner would put it on one rank as long as it fits."""
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
-    """Trainable tables with the optimizer fused into the backward pass; row-wise on CPU too."""
+    """Trainable tables with a fused optimizer; row-wise sharding on CPU too."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [*SHARDING_TYPES, _NODE_WISE]
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """Shapes for the planner, on the device "meta", and the optimizer, whose state it counts."""
+        """Shapes for the planner, on the device "meta", with the optimizer, whose state the planner counts."""
         found: dict[str, nn.Parameter] = {}
         for name, weight in super().shardable_parameters(module).items():
             rows, dim = weight.shape
@@ -56,9 +56,10 @@ class TableSharder(EmbeddingBagCollectionSharder):
 
 
 def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8, device_type: str = "") -> list[ModuleSharder]:
-    """Row-wise Adagrad for trainable tables (which CPU and CUDA have in common), nothing for frozen ones.
+    """Row-wise Adagrad (available on CPU and CUDA) for trainable tables, no optimizer for frozen ones.
 
-    device_type: what is planned for; by default CUDA where this machine has it.
+    Args:
+        device_type: device to plan for; default: CUDA if this machine has it.
     """
     fused: dict[str, Any] = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -69,7 +70,7 @@ def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8, device_type: str
 
 
 def topology(device: torch.device, batch_size: int) -> Topology:
-    """The ranks that there are, with the memory that this machine has for each."""
+    """The ranks of the process group, with the memory of this machine for each."""
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
@@ -87,14 +88,14 @@ def plan(
     sharding_types: Mapping[str, str] | None = None,
     table_sharders: list[ModuleSharder] | None = None,
 ) -> ShardingPlan:
-    """The sharding plan that all ranks share; collective.
+    """The sharding plan, the same on all ranks. Collective.
 
     Args:
-        batch_size: rows of a batch on each rank, for the planner's estimates.
-        sharding_types: table name -> sharding type, where the planner must not choose.
+        batch_size: rows of a batch per rank, for the planner's estimates.
+        sharding_types: table name -> sharding type, for tables that the planner must not choose for.
 
     Raises:
-        InputError: the tables do not fit in the memory there is. On rank 0.
+        InputError: the tables do not fit in memory. On rank 0.
     """
     cluster = topology(device, batch_size)
     chosen = planner(model, cluster, batch_size=batch_size, sharding_types=sharding_types)
@@ -123,7 +124,7 @@ def planner(
     batch_size: int,
     sharding_types: Mapping[str, str] | None = None,
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner as training uses it, for ranks that may exist or not (`recpress plan`)."""
+    """TorchRec's planner as training uses it, for existing or hypothetical ranks (`recpress plan`)."""
     tables = _tables(model, cluster.compute_device)
     even = sum(table.nbytes for table in tables.values()) / cluster.world_size
     storage = cluster.devices[0].storage
@@ -137,12 +138,12 @@ def planner(
         elif table.nbytes > most and cluster.world_size > 1:
             local = cluster.local_world_size
             types = [_ROW_WISE] + [_NODE_WISE] * (local < cluster.world_size and table.nbytes <= most * local)
-        if table.storage in QUANTIZED:  # a row has one scale, so it stays in one piece
+        if table.storage in QUANTIZED:  # a row has one scale, so it is not split
             types = [t for t in types if t != ShardingType.COLUMN_WISE.value]
         constraints[name] = ParameterConstraints(
             sharding_types=types,
             compute_kernels=["fused"],
-            # looked-up vectors are float32, whatever rows are stored in
+            # looked-up vectors are float32 for any storage
             output_dtype=None if table.storage in (None, "fp32") else DataType.FP32,
         )
     return EmbeddingShardingPlanner(
@@ -156,7 +157,7 @@ def planner(
 @dataclass(frozen=True)
 class _Table:
     nbytes: int
-    """With the optimizer's state."""
+    """With optimizer state."""
     storage: Storage | None
     """None: trainable."""
 
@@ -184,13 +185,13 @@ def shard(
 ) -> DistributedModelParallel:
     """Shard the tables of `model` (on the device "meta") and replicate the rest.
 
-    Trainable tables are initialised here, by `seed` and rank.
+    Initializes trainable tables by `seed` and rank.
     """
     table_sharders = sharders(learning_rate)
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     torch.manual_seed(seed * 65_537 + dist.get_rank())
-    # DDP by default arranges its buckets anew after the first step. With more than two ranks a sum then adds in another
-    # order, so the first step of a resumed run would differ from the same step of an uninterrupted one in the last bit.
+    # By default DDP rebuilds its buckets after the first step. With more than two ranks, sums then have another order,
+    # and the first step of a resumed run would differ in the last bit from that of an uninterrupted run.
     wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)
     return DistributedModelParallel(
         model, device=device, plan=layout, sharders=table_sharders, data_parallel_wrapper=wrapper

@@ -1,16 +1,16 @@
-"""The two-tower network of a log: features, tables, sharded model; trained by `train`, ranked by `evaluate`."""
+"""The sharded two-tower network of a log, with its features; `train` trains it, `evaluate` ranks with it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
 from recpress.data.negatives.samplers import Negatives, UniformNegatives
@@ -30,27 +30,25 @@ from recpress.trainer.model.weights import load_weights
 
 WEIGHTS = "weights"
 MAPS = "maps"
-"""Folder, inside a model, of the maps that compress its tables."""
-Side = Literal["user", "item"]
-SIDES: tuple[Side, Side] = ("user", "item")
+"""Folder of the id maps, inside a model."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Side tables that join the towers, each held whole by every rank."""
+    """Feature tables of users and items, replicated on every rank."""
 
     user: SideTable | None
     item: SideTable | None
 
     @classmethod
     def of(cls, log: Log, user: Sequence[str], item: Sequence[str]) -> Features:
-        """The named columns of `users.parquet` and `items.parquet`; raises InputError where one is missing."""
+        """These columns of `users.parquet` and `items.parquet`. Raises InputError if one is missing."""
         return cls(_side_table(log, "user", user), _side_table(log, "item", item))
 
 
 @dataclass
 class ShardedTwoTower:
-    """A two-tower network under DistributedModelParallel, with what turns ids into its input."""
+    """A two-tower network under DistributedModelParallel, with the builder of its batches."""
 
     dmp: DistributedModelParallel
     builder: BatchBuilder
@@ -61,7 +59,7 @@ class ShardedTwoTower:
         return module.module if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
 
     def vectors(self, side: Side) -> VectorFn:
-        """Ids -> vectors in eval mode. Collective: every rank calls it equally often."""
+        """Function from ids to vectors, in eval mode. Collective: every rank calls it equally often."""
         features = self.builder.users if side == "user" else self.builder.items
         lookup = self.module.user_vectors if side == "user" else self.module.item_vectors
 
@@ -75,15 +73,15 @@ class ShardedTwoTower:
     ) -> None:
         """Fill the tables of ids and of log counts, each rank its own shards. Collective.
 
-        Tables with a map take the rows that stand best for the factors of the ids that share them, weighted by count.
+        A row of a table with an id map is the best fit to the factors of the ids that share it, weighted by count.
 
         Args:
-            crossfit: from the factors that have not seen a sample; their counts are scaled to those of all rows.
-            hashed: where the maps come from; the row vectors that it has are taken as they are, but for `crossfit`,
-                since they have seen the sample.
+            crossfit: use the factors that have not seen a sample; scale their counts to those of all rows.
+            hashed: the artifact of the id maps. Its row vectors are used directly, except with `crossfit`, because
+                they have seen the sample.
 
         Raises:
-            ValueError: a shard is missing or damaged; shapes that do not fit.
+            ValueError: a shard is missing or corrupt; shapes do not fit.
         """
         mapped = [side for side in SIDES if getattr(self.module, side).map is not None]
         with raise_on_all_ranks():  # a rank that cannot open them is not in the collectives that follow
@@ -121,12 +119,12 @@ def build(
     """A network with random weights, sharded by TorchRec's planner. Collective.
 
     Args:
-        dim: of the factors; None for `random`.
-        batch_size: rows of a batch on each rank, for the planner.
-        maps: "user", "item" -> the map that compresses the id tables of this side.
+        dim: dimension of the factors; None for `random`.
+        batch_size: rows of a batch per rank, for the planner.
+        maps: "user", "item" -> id map of the tables of this side.
 
     Raises:
-        InputError: a strategy that needs factors without them; tables that do not fit into memory.
+        InputError: a strategy that needs factors without them; tables that do not fit in memory.
     """
     torch.manual_seed(seed)
     counted = dim is not None and config.towers.kind == "residual"
@@ -152,7 +150,7 @@ def build(
 def describe_model(
     config: TwoTowerConfig, dim: int | None, user: Sequence[str], item: Sequence[str], maps: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a manifest says of a model, enough for `load_model` to build it again."""
+    """Entry of the manifest about a model, from which `load_model` builds it."""
     return {
         "two_tower": asdict(config),
         "dim": dim,
@@ -163,10 +161,10 @@ def describe_model(
 
 
 def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
-    """The model that `recpress train` wrote to `path`, on these ranks, in eval mode. Collective.
+    """The model that `recpress train` wrote to `path`, sharded over these ranks, in eval mode. Collective.
 
     Raises:
-        InputError: no such model, another vocabulary, a damaged file. On every rank.
+        InputError: no such model, another vocabulary, a corrupt file. On every rank.
     """
     with raise_on_all_ranks():
         manifest = artifact.read_manifest(path, MODEL)

@@ -1,10 +1,9 @@
-"""The weights of a model, sharded or not: a copy in memory, and a folder that any number of ranks reads.
+"""The weights of a model, sharded or not: a copy in memory, and a folder that any world size can load.
 
-The folder holds `dense.pt` (the replicated part), and for each table a folder of `.npy` files, one a shard,
-named by the rectangle that it covers, so that a rank reads just the rows it needs, whatever ranks wrote them.
-Nothing in it is unpickled: `dense.pt` is loaded with weights_only=True, arrays with allow_pickle=False.
-(torch.distributed.checkpoint would do the resharding too, but its `.metadata` file is a pickle that loading
-executes.)
+The folder has `dense.pt` (the replicated part) and, for each table, a folder of `.npy` files, one per shard. The name
+of a file is the rectangle that it covers, so that a rank reads only the rows that it needs. No pickles are loaded:
+`dense.pt` uses weights_only=True, arrays allow_pickle=False. (torch.distributed.checkpoint could reshard too, but
+loading its `.metadata` file executes a pickle.)
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Rectangle = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclass
 class Snapshot:
-    """A copy in host memory of what training changes; frozen tables are not in it."""
+    """A copy in host memory of the weights that training changes, without frozen tables."""
 
     dense: dict[str, torch.Tensor]
     shards: dict[str, list[torch.Tensor]]
@@ -41,7 +40,7 @@ class Snapshot:
     @staticmethod
     @torch.no_grad()
     def take(model: nn.Module, before: Snapshot | None = None) -> Snapshot:
-        """A copy of the model's weights, in the memory of the one `before` where that is given."""
+        """Copy the weights of the model, into the memory of `before` if given."""
         if before is not None:
             for name, tensor in _dense(model):
                 before.dense[name].copy_(tensor)
@@ -68,7 +67,7 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_weights(model: nn.Module, folder: str | Path) -> None:
-    """Write all weights into `folder`, which exists and which all ranks see. Collective."""
+    """Write all weights to `folder`, which must exist and which all ranks must see. Collective."""
     folder = Path(folder)
     if dist.get_rank() == 0:
         torch.save({name: tensor.detach().cpu() for name, tensor in _dense(model)}, folder / "dense.pt")
@@ -83,10 +82,10 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fill `model` from `save_weights`, on any number of ranks; every rank reads its own rectangles.
+    """Fill `model` from the folder of `save_weights`, with any world size. Every rank reads its own rectangles.
 
     Raises:
-        InputError: a file or table is missing, damaged, or of another shape or type than the model's.
+        InputError: a file or table is missing, corrupt, or of another shape or type than in the model.
     """
     folder = Path(folder)
     path = folder / "dense.pt"
@@ -131,7 +130,7 @@ def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path
         part[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column] = torch.from_numpy(block)
         filled += block.size
     if filled != part.numel():
-        raise InputError(f"{place}: holds {filled} of the {part.numel()} values that are wanted of {want}")
+        raise InputError(f"{place}: holds {filled} of the {part.numel()} values of {want}")
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
@@ -161,7 +160,7 @@ def _is_table(name: str, value: Any) -> bool:
 
 def _dense(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in model.state_dict().items():
-        if not _is_table(name, value) and not is_fingerprint(name):  # the manifest names factors and maps
+        if not _is_table(name, value) and not is_fingerprint(name):  # the manifest has the factors and id maps
             yield name, value
 
 
@@ -176,7 +175,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch
         if isinstance(module, (FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection)):
             short = ".".join(p for p in path.split(".") if p not in ("_dmp_wrapped_module", "module"))
             for table in module.tables():
-                # quantized rows are never cut by column, so the width is that of their bytes
+                # quantized rows are never sharded by column; their width is in bytes
                 parts = [
                     ((s.rows, (0, t.shape[1]) if table.storage in QUANTIZED else s.columns), t)
                     for s, t in module.shards(table.name)

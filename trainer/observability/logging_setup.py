@@ -24,6 +24,7 @@ VARIABLE = "RECPRESS_LOG_FORMAT"
 """Environment variable of the format; the option --log-format sets it, so that subprocesses follow."""
 
 _stage = "recpress"
+_formatter: logging.Formatter | None = None
 
 
 @contextmanager
@@ -33,9 +34,11 @@ def logging_to_stderr(stage: str) -> Iterator[None]:
     The handler is that of the root logger, so that warnings of libraries have the same format. If the host program has
     root handlers, recpress gets a handler and the root logger does not change.
     """
+    global _formatter
     handler = _StderrHandler()
     as_json = log_format() == "json"
-    handler.setFormatter(_Json() if as_json else _Text())
+    before, _formatter = _formatter, _Json() if as_json else _Text()
+    handler.setFormatter(_formatter)
     ours = logging.getLogger("recpress")
     logger, level = ours if logging.root.handlers else logging.root, ours.level
     logger.addHandler(handler)
@@ -48,6 +51,7 @@ def logging_to_stderr(stage: str) -> Iterator[None]:
         logging.captureWarnings(False)
         ours.setLevel(level)
         logger.removeHandler(handler)
+        _formatter = before
 
 
 @contextmanager
@@ -59,6 +63,13 @@ def stage_name(name: str) -> Iterator[None]:
         yield
     finally:
         _stage = before
+
+
+def log_from_signal_handler(name: str, message: str) -> None:
+    """Log a line while other code may be writing to stderr, whose buffer must not be entered twice."""
+    if _formatter is not None:
+        record = logging.LogRecord(name, logging.INFO, "", 0, message, None, None)
+        os.write(2, f"{_formatter.format(record)}\n".encode())
 
 
 def log_format() -> LogFormat:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch.distributed as dist
 
-from recpress.data.dataset.atomic import replacing
+from recpress.data.dataset import object_store
 
 if TYPE_CHECKING:
     from recpress.trainer.observability.prometheus import Endpoint
@@ -69,8 +69,7 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if kept:
             self._start -= json.loads(kept[-1])["seconds"]  # the clock continues
-        with replacing(self._folder / FILE) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        object_store.write_bytes(self._folder / FILE, "".join(kept).encode())
         self._open(after=step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

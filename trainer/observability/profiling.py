@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from recpress.data.dataset import object_store
 from recpress.trainer.checkpoint.file_bytes import describe
 from recpress.trainer.config import ProfileConfig
 from recpress.trainer.observability.step_parts import PARTS, step_parts
@@ -133,9 +134,7 @@ class Profiler:
     def _write_breakdown(self, everyone: list[dict[str, float]], steps: int) -> str:
         """Write BREAKDOWN; return it as text."""
         found = self._summary(everyone, steps)
-        partial = self.folder / f".{BREAKDOWN}.tmp"
-        partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        partial.replace(self.folder / BREAKDOWN)
+        object_store.write_bytes(self.folder / BREAKDOWN, json.dumps(found, indent=1).encode())
         return f"{table(found)}\nprofile: {self.folder} (traces open in https://ui.perfetto.dev)"
 
     def _summary(self, everyone: list[dict[str, float]], steps: int) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def table(found: dict[str, Any]) -> str:
     ranks = "1 rank" if found["ranks"] == 1 else f"mean of {found['ranks']} ranks"
     lines = [
         f"{steps} of {found['step_ms']:.1f} ms with the profiler on, {ranks}, {found['device']}",
-        f"{'':22}{'ms per step':>10}{'share':>8}{'slowest rank':>22}",
+        f"{'':21}{'ms per step':>11}{'share':>8}{'slowest rank':>22}",
     ]
     for part, numbers in found["parts"].items():
         slowest = f"{numbers['slowest_ms']:.2f} (rank {numbers['slowest_rank']})"

@@ -1,19 +1,27 @@
-"""Progress of long work with the remaining time: a bar on a terminal, plain lines in a log file."""
+"""Progress of long work with the remaining time: a bar on a terminal, otherwise log lines."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self, TextIO
+from typing import Self
 
 from tqdm import tqdm
 
+from recpress.trainer.observability.logging_setup import shows_bars
+
+logger = logging.getLogger(__name__)
+
+comparisons = logging.getLogger("recpress.trainer.compare")
+"""Logger of the comparisons, which silence the stages that they run but not themselves."""
+
 LINE_SECONDS = 30.0
-"""Seconds between two lines if stderr is not a terminal."""
+"""Seconds between two lines if there is no bar."""
 _TICK_SECONDS = 1.0
 
 
@@ -25,13 +33,14 @@ class Progress:
         unit: singular noun.
         total: number of units, if known.
         show: False is silent. Usually rank 0 alone shows.
-        stream: default: standard error.
-        line_seconds: minimum time between two lines of `update` if the stream is not a terminal.
+        line_seconds: minimum time between two lines of `update` if there is no bar.
 
     Example:
         >>> with Progress("counting ids", "row", total=100) as progress:
         ...     progress.update(60)
     """
+
+    _logger = logger
 
     def __init__(
         self,
@@ -40,12 +49,11 @@ class Progress:
         total: int | None = None,
         *,
         show: bool = True,
-        stream: TextIO | None = None,
         line_seconds: float = LINE_SECONDS,
     ) -> None:
         self.name, self._unit, self.total, self.done = name, unit, total, 0
-        self.stream, self.show, self.line_seconds = stream or sys.stderr, show, line_seconds
-        self.terminal = show and self.stream.isatty()
+        self.show, self.line_seconds = show, line_seconds
+        self.terminal = show and self._logger.isEnabledFor(logging.INFO) and shows_bars(sys.stderr)
         self.begin = self.last_line = time.monotonic()
         self._first = 0  # units that were done before `begin`
         self._bar = tqdm(
@@ -53,7 +61,6 @@ class Progress:
             desc=name,
             unit=unit,
             disable=not self.terminal,
-            file=self.stream,
             dynamic_ncols=True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if total else None,
         )
@@ -80,7 +87,7 @@ class Progress:
         self._bar.update(units)
         if self.show and not self.terminal and time.monotonic() - self.last_line >= self.line_seconds:
             self.last_line = time.monotonic()
-            print(self.line(details), file=self.stream, flush=True)
+            self._logger.info("%s", self.line(details))
 
     def stage(self, name: str, done: int, total: int) -> None:
         """`done` of `total` units of a stage of the work. Each stage has its own count."""
@@ -89,12 +96,10 @@ class Progress:
             self._bar.reset(total)
         self.update(done - self.done, name)
 
-    def write(self, text: str, stream: TextIO | None = None) -> None:
-        """Print a line, above the bar if there is one. `stream`: default: that of the progress."""
-        if self.terminal:
-            self._bar.write(text, file=stream or self.stream)
-        elif self.show:
-            print(text, file=stream or self.stream, flush=True)
+    def write(self, text: str) -> None:
+        """Log a line, above the bar if there is one."""
+        if self.show:
+            self._logger.info("%s", text)
 
     def line(self, details: str = "") -> str:
         """`counting ids: 60 of 100 rows (60%), 00:31 elapsed, about 00:20 left`."""
@@ -127,16 +132,17 @@ class UnitProgress(Progress):
         ...         pass
     """
 
+    _logger = comparisons
+
     def __init__(
         self,
         name: str,
         units: Mapping[str, int],
         *,
         show: bool = True,
-        stream: TextIO | None = None,
         line_seconds: float = LINE_SECONDS,
     ) -> None:
-        super().__init__(name, "unit", sum(units.values()), show=show, stream=stream, line_seconds=line_seconds)
+        super().__init__(name, "unit", sum(units.values()), show=show, line_seconds=line_seconds)
         self._todo = dict(units)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._kind, self._label, self._since = "", "", 0.0
@@ -175,10 +181,10 @@ class UnitProgress(Progress):
             self.total = self._bar.total = self.done + sum(self._todo.values())
 
     def say(self, text: str) -> None:
-        """Print a result on standard output."""
+        """Log a result."""
         with self._lock:
             self.last_line = time.monotonic()
-            self.write(text, sys.stdout)
+            self.write(text)
 
     def remaining(self) -> float | None:
         """Estimated seconds: units to do times the mean time of their kind, or of all kinds if it has none yet."""
@@ -204,7 +210,7 @@ class UnitProgress(Progress):
                     self._bar.set_postfix_str(_joined(label, self._left()), refresh=True)
                 elif time.monotonic() - self.last_line >= self.line_seconds - tick:
                     self.last_line = time.monotonic()
-                    print(self.line(label), file=self.stream, flush=True)
+                    self._logger.info("%s", self.line(label))
 
 
 def _joined(*texts: str) -> str:

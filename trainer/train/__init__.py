@@ -1,1 +1,1 @@
-"""`recpress train`: the two-tower network on a sampled stream, or on a log that grows."""
+"""`recpress train`: trains the two-tower network on a sampled stream, or online on a growing log."""

@@ -1,10 +1,9 @@
-"""Rows that choose the epoch of a training run: which they are, and what they are ranked among.
+"""Validation rows, which choose the epoch of a training run, and the items that they are ranked among.
 
-They are the `val` part of the log, or rows that are taken out of the run's own sample. Reading them takes two passes
-over the row groups that the sample lies in, and over no others: one finds the validation rows, one the other items of
-their users. Each rank reads its share. Where the sample takes whole row groups (`block`), only the items in these are
-known: some negatives are then items that the user has met elsewhere, about n / I of them for a user of n rows among I
-items.
+They are the `val` part of the log, or rows that are held out of the sample of the run. Reading them takes two passes
+over the row groups of the sample: one finds the validation rows, one the other items of their users. Each rank reads
+its share. A `block` sample has some row groups only, so some negatives are items that the user has elsewhere: about
+n / I of them for a user with n rows among I items.
 """
 
 from __future__ import annotations
@@ -31,37 +30,37 @@ from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_
 from recpress.trainer.evaluate.stage import load_heldout
 
 SHARE = 0.1
-"""Share of the sample that is held out,"""
+"""Share of the sample that is held out:"""
 LEAST, MOST = 2_000, 20_000
-"""but at least and at most so many rows, and"""
+"""at least and at most this many rows, and"""
 LARGEST_SHARE = 0.2
 """never more of the sample than this."""
 TOO_FEW = 1_000
-"""Of a sample with fewer rows nothing is held out: there would be too few cases to tell networks apart."""
+"""A sample with fewer rows has no validation rows: they would be too few to compare networks."""
 LEAST_CASES = 30
-"""Cases, over all ranks, that an epoch is chosen on. Cases drop out where their user has the item elsewhere, or has
-nearly all items: on the few that are left, which network is best would be chance."""
+"""Minimum of cases, on all ranks, to choose an epoch. Cases are dropped if their user has the item elsewhere, or has
+nearly all items. On fewer cases the choice would be chance."""
 MOST_SCORES = 400_000_000
-"""Scores of an evaluation where all items are ranked: with many items, fewer rows are held out (at least LEAST)."""
+"""Scores of an evaluation that ranks all items: with many items, fewer rows are held out (at least LEAST)."""
 NEGATIVES = 99
 BLOCK_NEGATIVES = 999
-"""Where the protocol ranks all items, but not all that a user has met are known."""
+"""If the protocol ranks all items, but not all items of a user are known."""
 _ATTEMPTS = 16
 Pairs = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class ValidationRows:
-    """What the networks of a run are compared on."""
+    """The rows on which the networks of a run are compared."""
 
     heldout: SampledHeldout | FullHeldout
     source: str
     """`val`, `sample` or `test`."""
     weights: np.ndarray | None
-    """Of each case of this rank, float64; None: all the same. Rows of the sample are mostly those of active users, and
-    held-out parts mostly have as many rows of each user: the weights make all users count alike."""
+    """Of each case of this rank, float64; None: equal. A sample has more rows of active users, and held-out parts
+    usually have the same number of rows per user: the weights give all users the same weight."""
     item_counts: np.ndarray | None
-    """Rows of each item in the sample, held-out rows excluded, (items,) int64; None where they were not counted."""
+    """Rows of each item in the sample, without held-out rows, (items,) int64; None if not counted."""
 
     @property
     def full(self) -> bool:
@@ -71,15 +70,19 @@ class ValidationRows:
 
 @dataclass(frozen=True)
 class NoRows:
-    """Why there are no validation rows, though they were asked for."""
+    """Why there are no validation rows, although the configuration requires them."""
 
     why: str
 
 
 def plan_hold_out(config: TrainConfig, log: Log) -> HoldOut | None:
-    """Which rows of the sample are not trained on; None: none. A pure function of the files and the configuration."""
-    look = config.evaluation
-    if not look.while_training or look.validation == "test" or (look.validation == "auto" and log.val is not None):
+    """Which rows of the sample are held out; None: none. A pure function of the files and the configuration."""
+    evaluation = config.evaluation
+    if (
+        not evaluation.while_training
+        or evaluation.validation == "test"
+        or (evaluation.validation == "auto" and log.val is not None)
+    ):
         return None
     count = Selection(log.train, config.sample).num_rows
     if count < TOO_FEW:
@@ -92,22 +95,22 @@ def plan_hold_out(config: TrainConfig, log: Log) -> HoldOut | None:
 def load_validation(
     config: TrainConfig, log: Log, hold_out: HoldOut | None, ranks: Ranks, *, count_items: bool
 ) -> ValidationRows | NoRows | None:
-    """The validation rows, `NoRows` where there are too few, None where none are asked for. Collective.
+    """The validation rows; `NoRows` if there are too few; None if none are required. Collective.
 
     Args:
-        hold_out: of `plan_hold_out`.
+        hold_out: result of `plan_hold_out`.
         count_items: count the rows of each item in the sample.
 
     Raises:
         InputError: the log cannot be read. On every rank.
     """
-    look = config.evaluation
-    if not look.while_training:
+    evaluation = config.evaluation
+    if not evaluation.while_training:
         return None
-    if look.validation == "test":
+    if evaluation.validation == "test":
         if log.test is None and log.test_negatives is None:
             raise InputError(f"{log.path}: no test part; evaluation.validation 'test' needs one (expected 'auto')")
-        of_test = load_heldout(log, look)
+        of_test = load_heldout(log, evaluation)
         if of_test.num_cases < LEAST_CASES:
             return _too_few(of_test.num_cases, "test")
         return ValidationRows(of_test, "test", None, log.counts("item") if count_items else None)
@@ -115,7 +118,7 @@ def load_validation(
     counts = np.zeros(log.num_items if count_items else 0, dtype=np.int64)
     with raise_on_all_ranks():
         of_sample = _held_pairs(config, log, selection, ranks, counts) if hold_out or count_items else _no_pairs()
-        of_val = _val_pairs(config, log, ranks) if hold_out is None and look.validation == "auto" else None
+        of_val = _val_pairs(config, log, ranks) if hold_out is None and evaluation.validation == "auto" else None
     if hold_out is None and of_val is None:
         count = selection.num_rows
         return NoRows(f"too few rows to hold validation rows out: {count:,} in the sample, expected {TOO_FEW:,}")
@@ -154,7 +157,7 @@ def _too_few(cases: int, source: str) -> NoRows:
 
 
 def _full(config: TrainConfig, log: Log) -> bool:
-    """Whether the log's own protocol ranks all items."""
+    """Whether the protocol of the log ranks all items."""
     if config.evaluation.protocol != "auto":
         return config.evaluation.protocol == "full"
     return log.test is not None and log.test_negatives is None
@@ -165,13 +168,13 @@ def _most(config: TrainConfig, log: Log) -> int:
 
 
 def _held_pairs(config: TrainConfig, log: Log, selection: Selection, ranks: Ranks, counts: np.ndarray) -> Pairs:
-    """Held-out pairs of this rank's row groups; adds the other rows of the sample to `counts`, unless it is empty."""
+    """Held-out pairs of the row groups of this rank. Adds the other rows of the sample to `counts`, unless empty."""
     user, item, label = log.schema.user, log.schema.item, log.schema.label if config.use_label else None
     found: list[Pairs] = [_no_pairs()]
     places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
     for place, data in iter_row_groups(log.train, [user, item] + ([label] if label else []), places):
         held = selection.held_out(place)
-        if label:  # a row that says "no" is no item to rank first
+        if label:  # a negative label is not an item to rank first
             held = held[data[label][held] >= 0.5]
         found.append((data[user][held], data[item][held]))
         if len(counts):
@@ -181,21 +184,21 @@ def _held_pairs(config: TrainConfig, log: Log, selection: Selection, ranks: Rank
 
 
 def _val_pairs(config: TrainConfig, log: Log, ranks: Ranks) -> Pairs | None:
-    """Pairs of this rank's share of the `val` part, all of a user or none; None where the log has no such part."""
+    """Pairs of this rank's share of the `val` part, all or none of a user; None if the log has no such part."""
     if log.val is None:
         return None
     user, item = log.schema.user, log.schema.item
     share = min(1.0, _most(config, log) / log.val.num_rows)
     found: list[Pairs] = [_no_pairs()]
     for data in iter_columns(log.val, [user, item], rank=ranks.rank, world=ranks.world_size):
-        users, items = np.array(data[user]), np.array(data[item])  # Arrow memory is not writable, as torch wants it
+        users, items = np.array(data[user]), np.array(data[item])  # torch needs writable memory, unlike Arrow's
         kept = _uniform(torch.from_numpy(users), config.sample.seed, "val users").numpy() < share
         found.append((users[kept], items[kept]))
     return _joined(found)
 
 
 def _seen_pairs(log: Log, selection: Selection, users: np.ndarray, ranks: Ranks) -> Pairs:
-    """Pairs of these users (ascending) in the row groups of the sample that this rank reads, held-out rows excluded."""
+    """Pairs of these users (ascending) in this rank's row groups of the sample, without held-out rows."""
     user, item = log.schema.user, log.schema.item
     found: list[Pairs] = [_no_pairs()]
     places = selection.candidates[ranks.rank :: ranks.world_size].tolist()
@@ -208,9 +211,9 @@ def _seen_pairs(log: Log, selection: Selection, users: np.ndarray, ranks: Ranks)
 
 
 def _sampled(held: Pairs, seen: Pairs, log: Log, count: int, seed: int) -> SampledHeldout:
-    """Each held-out pair that its user does not have elsewhere, and up to `count` items that its user has not met.
+    """Each held-out pair that its user does not have elsewhere, with up to `count` items that its user does not have.
 
-    A draw is a pure function of the seed and the pair; a draw that is an item of the user is made again. Collective.
+    A draw is a pure function of the seed and the pair. A draw of an item of the user is repeated. Collective.
     """
     world_users = -(-log.num_users // torch.distributed.get_world_size())
     held = _sent(held, world_users)
@@ -235,7 +238,7 @@ def _sampled(held: Pairs, seen: Pairs, log: Log, count: int, seed: int) -> Sampl
         left = left[met.contains(owner[left], drawn[left])]
     usable = torch.ones(len(owner), dtype=torch.bool)
     usable[left] = False
-    # distinct negatives of each case: sorted by case and item, without repetitions
+    # distinct negatives of each case, sorted by case and item
     case = torch.arange(len(users)).repeat_interleave(count)
     keys = torch.unique(case[usable] * log.num_items + drawn[usable])
     lengths = torch.bincount(keys // log.num_items, minlength=len(users))
@@ -252,8 +255,8 @@ def _weights(heldout: SampledHeldout | FullHeldout, users: np.ndarray, of_rows: 
 
     Args:
         users: all users with validation rows, ascending.
-        of_rows: user of each row of theirs that this rank has read.
-        rate: share of the log's rows that are held out.
+        of_rows: user of each row of these users that this rank has read.
+        rate: share of the log that is held out.
     """
     counts = torch.from_numpy(np.bincount(np.searchsorted(users, of_rows), minlength=len(users)))
     rows = all_reduce(counts).numpy()[np.searchsorted(users, heldout.users)]

@@ -15,8 +15,9 @@ from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.modules.als.factors import RowBlocks
+from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.evaluate import heldout as ho
-from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors, vectors_from_shard
+from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
 from tests.ranks import run_on_ranks
 
 DATA = Path(os.environ.get("RECPRESS_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
@@ -180,6 +181,21 @@ def test_sampled_agrees_with_counting_in_any_order(seed, chunk, item_chunk):
     assert result["AUC"] == pytest.approx(np.mean(1 - ahead / (negatives != what[:, None]).sum(1)), abs=1e-9)
 
 
+def sharded_lookup(block, num_rows):
+    """Rows of a table that is sharded over the ranks by `RowBlocks`. Collective."""
+    rank, world = rank_and_world()
+    start = RowBlocks(num_rows, world).start(rank)
+
+    def lookup(ids):
+        wanted = torch.stack(all_gather(ids))  # (world, B)
+        found = block.new_zeros(*wanted.shape, block.shape[1])
+        mine = (wanted >= start) & (wanted < start + len(block))
+        found[mine] = block[wanted[mine] - start]
+        return all_reduce(found)[rank]
+
+    return lookup
+
+
 def evaluate_on_this_rank(folder):
     """Both protocols from a log in files, with towers on sharded tables: lookups are collective."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -191,7 +207,7 @@ def evaluate_on_this_rank(folder):
     for table in (users, items):
         blocks = RowBlocks(len(table), world)
         block = torch.from_numpy(table[blocks.start(rank) : blocks.stop(rank)])
-        lookups.append(vectors_from_shard(block, len(table)))
+        lookups.append(sharded_lookup(block, len(table)))
     user_vectors, item_vectors = ((lambda ids, look=look: tower(look(ids))) for look in lookups)
     full = evaluate_full(ho.full_from_log(log, chunk=4), user_vectors, item_vectors, (1, 5), item_chunk=8)
     sampled = evaluate_sampled(ho.sampled_from_log(log, chunk=4), user_vectors, item_vectors, (1, 5), item_chunk=8)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import threading
+import logging
+import time
 
 import pytest
 
+from recpress.trainer.compare.setup import quiet
 from recpress.trainer.observability import progress
 from recpress.trainer.observability.progress import Progress, UnitProgress
 
@@ -18,70 +19,68 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_resumed_run_shows_its_step_and_the_remaining_time(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with Progress("train", "step", 100, stream=stream, line_seconds=0) as shown:
+def test_a_resumed_run_shows_its_step_and_the_remaining_time(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+    with Progress("train", "step", 100, line_seconds=0) as shown:
         shown.start_at(50)
         clock[0] += 10
         shown.update(25, "loss 0.5000")
         shown.write("epoch 1, step 75: HR@10 0.5")
-    assert stream.getvalue().splitlines() == [
+    assert caplog.messages == [
         "train: 75 of 100 steps (75%), loss 0.5000, 00:10 elapsed, about 00:10 left",
         "epoch 1, step 75: HR@10 0.5",
     ]
 
 
-def test_without_a_total_there_is_no_remaining_time(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with Progress("counting ids", "row", stream=stream, line_seconds=5) as shown:
+def test_without_a_total_there_is_no_remaining_time(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+    with Progress("counting ids", "row", line_seconds=5) as shown:
         shown.update(3)
         clock[0] += 6
         shown.update(3)
-    assert stream.getvalue() == "counting ids: 6 rows, 00:06 elapsed\n"
+    assert caplog.messages == ["counting ids: 6 rows, 00:06 elapsed"]
 
 
-def test_each_stage_has_its_own_count(clock: list[float]) -> None:
-    stream = io.StringIO()
-    with Progress("items", "id", stream=stream, line_seconds=0) as shown:
+def test_each_stage_has_its_own_count(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+    with Progress("items", "id", line_seconds=0) as shown:
         for name, done, total in (("first", 5, 10), ("first", 10, 10), ("second", 1, 4)):
             clock[0] += 5
             shown.stage(name, done, total)
-    assert [line.split(", ")[:2] for line in stream.getvalue().splitlines()] == [
+    assert [line.split(", ")[:2] for line in caplog.messages] == [
         ["items: 5 of 10 ids (50%)", "first"],
         ["items: 10 of 10 ids (100%)", "first"],
         ["items: 1 of 4 ids (25%)", "second"],
     ]
 
 
-def test_a_rank_that_does_not_show_is_silent() -> None:
-    stream = io.StringIO()
-    with Progress("train", total=10, show=False, stream=stream, line_seconds=0) as shown:
+def test_a_rank_that_does_not_show_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+    with Progress("train", total=10, show=False, line_seconds=0) as shown:
         shown.update(5)
         shown.write("a line")
-    assert stream.getvalue() == ""
+    assert not caplog.messages
 
 
-class Lines(io.StringIO):
-    """A log file that sets an event at each line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = threading.Event()
-
-    def write(self, text: str) -> int:
-        done = super().write(text)
-        self.written.set()
-        return done
+def test_a_long_unit_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+    with UnitProgress("compare", {"slow": 3}, line_seconds=0.02) as shown, shown.unit("slow", "the slow one"):
+        deadline = time.monotonic() + 30
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert caplog.messages[0].startswith("compare: 0 of 3 units (0%), now the slow one, 00:00 elapsed")
 
 
-def test_a_long_unit_is_not_silent() -> None:
-    lines = Lines()
-    with (
-        UnitProgress("compare", {"slow": 3}, stream=lines, line_seconds=0.02) as shown,
-        shown.unit("slow", "the slow one"),
-    ):
-        assert lines.written.wait(30)
-    assert lines.getvalue().startswith("compare: 0 of 3 units (0%), now the slow one, 00:00 elapsed")
+def test_a_comparison_silences_its_stages_but_not_itself(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "recpress")
+    with UnitProgress("compare", {"slow": 3}) as shown, quiet():
+        logging.getLogger("recpress.trainer.train.stage").info("of a stage")
+        logging.getLogger("recpress.trainer.train.stage").warning("a warning of a stage")
+        shown.say("of the comparison")
+    logging.getLogger("recpress.trainer.train.stage").info("after it")
+    assert caplog.messages == ["a warning of a stage", "of the comparison", "after it"]
 
 
 def test_no_kind_is_estimated_by_the_pace_of_another_that_was_measured(clock: list[float]) -> None:
