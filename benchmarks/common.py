@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from recpress.data.dataset.atomic import replacing
+
 FORMAT = 1
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow")
 
@@ -73,9 +75,8 @@ def publish(
     }
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.rename(target)
+    with replacing(target) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def lines(

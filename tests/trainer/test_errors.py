@@ -41,7 +41,7 @@ def ours() -> None:
         (RuntimeError("Connection closed by peer [127.0.0.1]:4"), "another rank is lost"),
         (pa.ArrowInvalid("not a Parquet file"), "not a Parquet file"),
         (pa.ArrowNotImplementedError("no such cast"), "no such cast"),
-        (torch.distributed.DistNetworkError("port in use"), "the ranks cannot meet"),
+        (torch.distributed.DistNetworkError("port in use"), "the ranks cannot connect to"),
         (InputError("a\nb"), "a b"),
         (RankFailed("rank 1 failed"), "rank 1 failed"),
         (ModuleNotFoundError("No module named 'fbgemm_gpu'", name="fbgemm_gpu"), "fbgemm_gpu is not installed"),

@@ -9,6 +9,8 @@ from recpress.trainer.compare.cadc import compare_cadc
 from recpress.trainer.compare.cadc_runs import STRATEGIES
 from tests.trainer.compare.configs import cadc_config
 
+pytestmark = pytest.mark.slow  # trains models
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

@@ -16,6 +16,8 @@ from recpress.trainer.compare.ties import difference
 from recpress.trainer.config import EvaluationConfig
 from tests.trainer.compare.configs import hash_config
 
+pytestmark = pytest.mark.slow  # trains models
+
 
 @pytest.fixture(scope="module")
 def hashed(tmp_path_factory: pytest.TempPathFactory):
