@@ -39,7 +39,7 @@ def compress(
     unknown: Unknown = "hash",
     packed: bool = False,
 ) -> tuple[nn.Module, CompressReport]:
-    """Replace tables of the EmbeddingBagCollections and EmbeddingCollections in `model`, in place.
+    """Replace tables in the EmbeddingBagCollections and EmbeddingCollections of `model`, in place.
 
     The signature of the forward, and the keys, order and dimensions of its output do not change. Other tables remain
     the same modules. Create optimizers after this call: replaced weights are new parameters, and frozen tables have no
