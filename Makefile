@@ -2,12 +2,12 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: help install install-dev demo test test-cluster fuzz lint format docs lock wheel clean
+.PHONY: help install install-dev demo test test-fast test-cluster fuzz lint format docs lock wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
 
-install:         ## make the virtual environment and install the pinned set (CUDA where a driver answers)
+install:         ## create the virtual environment and install the pinned set (CUDA if a driver answers)
 	@scripts/install.sh $(VENV)
 
 install-dev:     ## the same, with the tools for tests, lint and docs
@@ -19,7 +19,10 @@ demo: install    ## the main job on a synthetic log: table on the terminal, repo
 test: install-dev lint  ## lint and tests
 	$(BIN)/python -m pytest
 
-test-cluster: install-dev  ## tests on a Slurm of two nodes, which they start and end; as root on Debian
+test-fast: install-dev  ## the tests of one process that train no model, in under 3 minutes
+	$(BIN)/python -m pytest -m "not cluster and not slow"
+
+test-cluster: install-dev  ## tests on their own Slurm of two nodes; as root on Debian
 	$(BIN)/python -m pytest tests/cluster -m cluster -rs
 
 fuzz: install-dev  ## ten minutes of damaged files for ingest (not a part of test)

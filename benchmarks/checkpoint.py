@@ -1,17 +1,16 @@
-"""What does a checkpoint cost, and how fast is it saved and loaded beside `dd` on the same disk?
+"""What does a checkpoint cost, and how fast is it saved and loaded, compared with `dd` on the same disk?
 
 Takes 20 s small, 3 minutes full, alone on two cores.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out checkpoint.json
 
-Tables of --gigabytes (users x --dim, random or frozen) are trained on batches that lie in memory. Stretches of --steps
-steps with one checkpoint in each, written beside training and written while training waits, alternate with stretches
-without any. `beside %` is, of the stretch that it is in, what the steps that begin before the checkpoint is whole, its
-copy included, take above the median of the stretch's other steps: the steps around it are the peer, so that a
-machine that is slower now than a minute ago changes nothing. `whole stretches %` is the plain median of
-(with - without) / without over neighbours in time, which on a shared machine is mostly noise (`from, to`). All are
-costs at steps as long as these: `ms a step` says how long. `CPU s a checkpoint` is the processor time of copying and
-writing, of all ranks, and `of CPU time` its share of that of a stretch without.
+Tables of --gigabytes (users x --dim, random or frozen) are trained on batches in memory. Stretches of --steps steps
+with one checkpoint each, written in the background or while training waits, alternate with stretches without one.
+`beside %`: time that the steps which begin before the checkpoint is complete, copy included, take above the median of
+the other steps of the same stretch, as a share of the stretch. The peer is in the same stretch, so that a slow period
+of the machine changes nothing. `whole stretches %`: median of (with - without) / without over neighbors in time, mostly
+noise on a shared machine (`from, to`). `ms a step`: length of the steps, on which all costs depend. `CPU s a
+checkpoint`: processor time of copying and writing, of all ranks; `of CPU time`: its share of that of a stretch without.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     checkpoints._write = computing(checkpoints._write, spent)  # type: ignore[method-assign]
 
     state = run_state.trained(dmp, optimizer)
-    # Of a stretch: when each batch was asked for, and whether a checkpoint was on its way.
+    # Of a stretch: when each batch was requested, and whether a checkpoint was in progress.
     steps: list[tuple[float, bool]] = []
 
     def feed(mode: str) -> Iterator[Batch]:
@@ -122,7 +121,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     def stretch(mode: str) -> tuple[float, float]:
         """Seconds of `steps` steps, of the slowest rank, and of the processors, of all ranks: of everything without a
-        checkpoint, of the checkpoint with one. What is left of its writing at their end is waited for, and counts."""
+        checkpoint, of the checkpoint with one. The rest of its writing at their end counts too."""
         checkpoints.config = CheckpointConfig(keep=1, background=mode == "beside")
         steps.clear()
         dist.barrier()
@@ -191,15 +190,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def above_other_steps(steps: list[tuple[float, bool]]) -> float:
-    """What a checkpoint added to a stretch, of what the stretch takes without: of the steps that began before it was
-    whole, what they took above the median of the others. Of the slowest rank.
+    """Time that a checkpoint added to a stretch, as a share of the stretch: of the steps that began before it was
+    complete, the time above the median of the others. Of the slowest rank.
 
     Args:
-        steps: when each began, in seconds, and whether a checkpoint was on its way.
+        steps: when each began, in seconds, and whether a checkpoint was in progress.
     """
-    took = [(after - begin, on_its_way) for (begin, on_its_way), (after, _) in itertools.pairwise(steps)]
-    usual = statistics.median(seconds for seconds, on_its_way in took if not on_its_way)
-    added = sum(seconds - usual for seconds, on_its_way in took if on_its_way)
+    took = [(after - begin, in_progress) for (begin, in_progress), (after, _) in itertools.pairwise(steps)]
+    usual = statistics.median(seconds for seconds, in_progress in took if not in_progress)
+    added = sum(seconds - usual for seconds, in_progress in took if in_progress)
     return slowest(added / (usual * len(steps)))
 
 

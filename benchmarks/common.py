@@ -1,4 +1,4 @@
-"""What all benchmarks share: the form of their results, as a table on the terminal and as one JSON file."""
+"""Shared by all benchmarks: their results as a table on the terminal and as one JSON file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from recpress.data.dataset.atomic import replacing
 
 FORMAT = 1
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow")
@@ -50,10 +52,10 @@ def publish(
     """Print `rows` as a table and, with `out`, write them to a JSON file for `recpress bench` and the report page.
 
     Args:
-        question: what was asked, one line; the title of table and plots.
-        rows: one dict a case, keys with units ("rows/s", "peak MB"); all may have the same keys.
+        question: one line; the title of table and plots.
+        rows: one dict per case, keys with units ("rows/s", "peak MB"); all may have the same keys.
         settings: the arguments that made them, JSON values.
-        plots: what the page draws of them, from `lines` and `bars`; without any it draws what it takes for a measure.
+        plots: for the page, from `lines` and `bars`. Default: bars of one measure.
     """
     print(f"\n{question}\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -73,9 +75,8 @@ def publish(
     }
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.rename(target)
+    with replacing(target) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def lines(
@@ -90,7 +91,7 @@ def lines(
     """A plot of each column of `y` against each column of `x`, a line for each value of the columns `by`.
 
     Args:
-        at: where the rows vary several columns one at a time: the value of each while another one is varied.
+        at: if several columns are varied one at a time: the value of each while another is varied.
         only: column -> the values of the rows that are drawn.
     """
     return {"kind": "lines", "x": [*x], "y": [*y], "by": [*by], "title": title, "at": at or {}, "only": only or {}}
@@ -109,11 +110,11 @@ def installed(package: str) -> bool:
 
 
 MISSING = "not installed: scripts/install.sh .venv bench"
-"""What the row of a peer says that is not there."""
+"""Note in the row of a peer that is not installed."""
 
 
 def settings_of(values: dict[str, Any], leave_out: Iterable[str] = ("out",)) -> dict[str, Any]:
-    """The arguments of a benchmark as JSON values, without those that name places of this machine."""
+    """The arguments of a benchmark as JSON values, without paths of this machine."""
     known = (bool, int, float, str, list, tuple, type(None))
     return {
         name: value if isinstance(value, known) else str(value)
@@ -138,7 +139,7 @@ def _drawn(columns: Sequence[str], table: Sequence[Sequence[Any]]) -> str:
 
 
 def _seconds_since_start() -> float | None:
-    """Of this process; None where the system does not say."""
+    """Of this process; None if the system does not provide it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
         return round(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 1)

@@ -1,19 +1,19 @@
 """How good is a DLRM with fewer table rows, by learned maps and by the hashing trick? A synthetic log like Criteo's.
 
-Takes 15 s small, 12 minutes full (reckoned, not timed), alone on two cores.
+Takes 15 s small, 12 minutes full (estimated), alone on two cores.
 
     python benchmarks/criteo_hash.py --rows 1000000 --ids 400000 --seeds 0 1 2 --out criteo_hash.json
 
-One DLRM (TorchRec's, dimension 16, one pass, fused Adagrad), one log; the tables are whole, or have a share of the rows
-by a method and a split of the rows between them:
+One DLRM (TorchRec's, dimension 16, one pass, fused Adagrad), one log. The tables are full, or have a share of the rows
+by a method and a split of the rows between the tables:
 
 - `proportional`: in proportion to each table's ids, at least 1;
-- `cap`: tables whole up to a common number of rows, the others that number (the cap of facebookresearch/dlrm);
+- `cap`: at most a common number of rows per table (the cap of facebookresearch/dlrm);
 - `distortion`: `split_rows`, by the embedding of the warm-up and the counts.
 
-The warm-up (`warm_up`) sees a sample of the train rows alone, the network all of them. AUC by ranks; normalized
-entropy is the log loss over the entropy of the labels' mean (He et al. 2014), lower is better; bytes are those of the
-tables and of the maps. `planted` is the probability that the labels were drawn with: no model does better.
+The warm-up (`warm_up`) uses a sample of the train rows, the network all of them. AUC by ranks; normalized entropy is
+the log loss over the entropy of the labels' mean (He et al. 2014), lower is better; bytes are those of tables and maps.
+`planted` is the probability that the labels were drawn with, the best possible model.
 """
 
 from __future__ import annotations

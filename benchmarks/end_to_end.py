@@ -5,16 +5,16 @@ Takes 20 s small, 6 minutes full, alone on two cores.
     python benchmarks/end_to_end.py                         # on a synthetic log
     python benchmarks/end_to_end.py --data LOG              # with held-out rows
 
-The peer is the usual network: random tables, a row for each id, all rows of the log. The others are fewer rows of data
-(tables are the factors, frozen; a sample trains the towers), fewer rows of table (a learned map; the rows that ids
-share are random at first, and trained on all rows), and both. Networks and factorization are those of
-`recpress compare cadc`, and every stage is the one of the command line, in a process of its own.
+The peer is the usual network: random tables, one row per id, all examples. The others use fewer examples (tables are
+the factors, frozen; a sample trains the towers), fewer embedding rows (a learned map; shared rows are random at first
+and trained on all examples), or both. Networks and factorization are those of `recpress compare cadc`; every stage is
+that of the command line, in its own process.
 
-Quality is NDCG@10 of the held-out rows, which choose the epoch too. The goal is `--of` of the best epoch of the peer.
-Networks on factors may keep the factors' own ranking (epoch 0). Seconds are those of factorization, cross-fitting, map,
-set-up and training until the end of the first epoch that reaches the goal (with factors: of the epoch that is
-published), without evaluations. Memory is the peak of the hungriest stage above what the process held at its start
-(Linux). The factors alone need no network at all; they are the row `factors alone`.
+Quality is NDCG@10 of the held-out rows, which also choose the epoch. The goal is `--of` of the best epoch of the peer.
+Networks on factors may use the factors' own ranking (epoch 0). Seconds are those of factorization, cross-fitting, map,
+set-up and training until the end of the first epoch that reaches the goal (with factors: of the published epoch),
+without evaluations. Memory is the peak of the stage that needs the most, above that at its start (Linux). The row
+`factors alone` has no network.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Run:
 
 
 def stage(function: Callable[..., Any], config: Any, threads: int) -> tuple[Any, float]:
-    """(what a stage of the command line returns, its peak memory in MB), run in a process of its own."""
+    """(what a stage of the command line returns, its peak memory in MB), run in its own process."""
     return in_own_processes(_stage, 1, function, config, threads)[0]
 
 

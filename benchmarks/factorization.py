@@ -1,24 +1,22 @@
-"""How long does `als` take, and in how much memory, beside the library `implicit`? Same log, sweeps and objective.
+"""How long does `als` take, and in how much memory, compared with the library `implicit`? Same log, sweeps, objective.
 
 Takes 15 s small, 7 minutes full, alone on two cores.
 
     python benchmarks/factorization.py                                        # synthetic logs of growing size
-    python benchmarks/factorization.py --synthetic 256000000 --sweeps 2            # as far as the machine goes
+    python benchmarks/factorization.py --synthetic 256000000 --sweeps 2       # as far as the machine allows
     python benchmarks/factorization.py --data ml-1m=.../train.parquet gowalla=.../interactions.parquet
 
-Each run is a process of its own for each rank; ours, on each number of `--ranks`, and theirs take turns. Ours is timed
-from arrays of ids (both CSRs are built within the time), theirs from a CSR that is ready; implicit knows no ranks.
-Synthetic logs have 5 users per item and 80 rows per user, of which duplicates count once, so that the tables grow with
-the log; the first one is factorized with each number of `--factors`, the others with the first of them. One that would
-need more than half of the machine's memory is not run, and its row says so. `rows/s` are rows of the log times sweeps
-over seconds, `table rows` users and items.
+Each run has its own process for each rank; ours, on each number of `--ranks`, and theirs take turns. Ours is timed from
+arrays of ids (building both CSRs included), theirs from a finished CSR; implicit has no ranks. Synthetic logs have 5
+users per item and 80 rows per user, of which duplicates count once, so that the tables grow with the log. The first log
+is factorized with each number of `--factors`, the others with the first. A log that would need more than half of the
+memory is not run. `rows/s`: rows of the log times sweeps over seconds; `table rows`: users and items.
 The objective is computed here for all, in float64:
 
     sum_all s^2 + sum_interactions [(1 + confidence) (1 - s)^2 - s^2] + regularization (|X|^2 + |Y|^2) ,
 
-which is what implicit calls alpha = 1 + confidence. Memory is the peak of the heaviest rank above what it held with the
-log loaded (Linux only), against its target for one rank: the log twice as CSR (int32 ids, float32 values, int64
-offsets) and the factors.
+with implicit's alpha = 1 + confidence. Memory is the peak of the heaviest rank above that with the log loaded (Linux),
+against its target for one rank: the log twice as CSR (int32 ids, float32 values, int64 offsets) and the factors.
 """
 
 from __future__ import annotations

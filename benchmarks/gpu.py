@@ -1,10 +1,10 @@
-"""What does recpress make of a GPU? Factorization, remapping, training steps, the stream, and where their time goes.
+"""How fast is recpress on a GPU? Factorization, remapping, training steps, the stream, and where their time goes.
 
-    bash benchmarks/gpu.sh                          # all of it; less than 8 minutes on one GPU
-    bash benchmarks/gpu.sh --device cpu --tiny      # the same at toy sizes, to see that it runs
+    bash benchmarks/gpu.sh                          # everything; less than 8 minutes on one GPU
+    bash benchmarks/gpu.sh --device cpu --tiny      # the same at toy sizes, to check that it runs
 
-Ceilings (bandwidth of a copy, flop/s of matrix products) are measured first, on the same device, and everything else
-is also given as a share of them. A question that fails is named at the end, and the others are answered.
+Limits of the device (bandwidth of a copy, flop/s of matrix products) are measured first; other results are also given
+as a share of them. If a question fails, the others are still answered, and the failure is named at the end.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Case:
     negatives: int
     """Of each row."""
     rate: float | None = None
-    """Of the sample of a log that the batches are read from; None: they lie in memory."""
+    """Of the sample of a log that the batches are read from; None: they are in memory."""
 
     @property
     def items(self) -> int:
@@ -157,7 +157,7 @@ class LogBatches:
 
 
 def side(key: str, ids: int, case: Case) -> SideSpec:
-    """Users or items, with a map where they are hashed."""
+    """Users or items, with a map if they are hashed."""
     id_map = random_map(ids, max(1, round(case.share * ids)), 2) if case.hashed else None
     return SideSpec(key=key, rows=ids, dim=case.dim if case.frozen else None, map=id_map)
 

@@ -1,20 +1,18 @@
-"""How long does the clustering behind `learned` and `cluster` take, and in how much memory, beside faiss's k-means?
+"""How long does the clustering of `learned` and `cluster` take, and in how much memory, compared with faiss's k-means?
 
 Takes 20 s small, 7 minutes full, alone on two cores.
 
     python benchmarks/map_build.py                                                  # both, growing numbers of ids
-    python benchmarks/map_build.py --ids 100000000 --iterations 5                   # as far as the machine goes
+    python benchmarks/map_build.py --ids 100000000 --iterations 5                   # as far as the machine allows
 
-Synthetic data: ids in a mixture of Gaussians, written to a temporary file and read by memory map; an id's count falls
-off as a power of its rank, and its weight is the root of its count. A tenth of the ids is the number of rows. Each run
-has its own process, and ours and faiss's take turns. Both get the same weights, iterations and threads; the first value
-of each option is the base, and ids, the length of their vectors and threads are varied one at a time. One rank makes
-the maps of a job, whatever the number of its ranks, so that there are none to vary. `ids/s` are ids times iterations
-over seconds. Distortion is
-sum_i w_i |v_i - c_row(i)|^2 with each row the weighted mean of its ids, computed here for both, in float64. Memory is
-the peak above what the process held before the clustering, without the memory map's pages, which the system takes back
-where it needs them (Linux only); faiss wants the whole matrix in memory, which is counted. faiss compares each id with
-each row, so that it is not run above `--most-faiss` ids.
+Synthetic data: ids in a mixture of Gaussians, written to a temporary file and memory-mapped; an id's count falls off as
+a power of its rank, and its weight is the root of its count. There are a tenth as many rows as ids. Each run has its
+own process; ours and faiss's take turns, with the same weights, iterations and threads. The first value of each option
+is the base; ids, dimension and threads are varied one at a time. One rank builds the maps of a job, so ranks are not
+varied. `ids/s`: ids times iterations over seconds. Distortion is sum_i w_i |v_i - c_row(i)|^2 with each row the
+weighted mean of its ids, computed here for both, in float64. Memory is the peak above that before the clustering,
+without the pages of the memory map, which the kernel can reclaim (Linux); faiss needs the matrix in memory, which
+counts. faiss compares each id with each row, so that it is not run above `--most-faiss` ids.
 """
 
 from __future__ import annotations

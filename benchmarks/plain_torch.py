@@ -1,8 +1,8 @@
 """The two-tower network in plain PyTorch: nn.EmbeddingBag tables, DistributedDataParallel, torch.optim; no TorchRec.
 
-Towers, loss and batches are those of `TwoTower`; only where the vectors of ids come from is another. Every rank holds
-whole tables. TorchRec's row-wise Adagrad has no counterpart in torch.optim, so that tables have Adagrad there, with a
-number of state for each value.
+Towers, loss and batches are those of `TwoTower`; only the source of the ids' vectors differs. Tables are replicated on
+every rank. TorchRec's row-wise Adagrad has no counterpart in torch.optim, so that tables use Adagrad, with a state per
+value.
 """
 
 from __future__ import annotations

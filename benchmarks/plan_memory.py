@@ -1,15 +1,14 @@
-"""How near is the memory that `recpress plan` says to that of real runs on CPU ranks?
+"""How close is the memory of `recpress plan` to that of real runs on CPU ranks?
 
-Takes 20 s small, 6 minutes full (reckoned, not timed), alone on two cores.
+Takes 20 s small, 6 minutes full (estimated), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_memory.py --out plan_memory.json
 
 For each size and kind of tables, `recpress train` runs on 1 and on 2 ranks of this machine, while this process reads
-`RssAnon` of each from /proc every 5 ms: anonymous memory, which the kernel cannot drop. Factors, maps and libraries
-that are mapped from files are page cache, neither counted here nor by the plan. The log is made, factors and maps are
-random: memory does not depend on what they hold. Compared is the peak of each rank with the plan's peak of the rank
-that needs most. Each case runs twice: ending before a checkpoint is due, and with one every few steps, whose copy of
-the state is then held while training goes on.
+`RssAnon` of each from /proc every 5 ms: anonymous memory, which the kernel cannot reclaim. Factors, maps and libraries
+that are mapped from files are page cache, counted neither here nor by the plan. Log, factors and maps are synthetic:
+memory does not depend on their values. The peak of the heaviest rank is compared with the plan's. Each case runs twice:
+ending before the first checkpoint, and with one every few steps, whose copy of the state stays in memory.
 """
 
 from __future__ import annotations

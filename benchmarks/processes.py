@@ -1,4 +1,4 @@
-"""Cases in processes of their own: on ranks of this machine, or on those that torchrun started; and their memory."""
+"""Cases in their own processes, on ranks of this machine or of torchrun; and their memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recpress.trainer.allocator import malloc_trim
 _PRELOAD = ["recpress.trainer.train.stage", "recpress.trainer.factorize.stage", "recpress.trainer.hash.stage"]
 _case = itertools.count(1)
 SECONDS = 900.0
-"""Longest that a case may take; one that takes longer hangs."""
+"""Timeout of a case."""
 
 
 def launched() -> int:
@@ -36,13 +36,13 @@ def in_own_processes(function: Callable[..., Any], ranks: int, *args: Any) -> li
     Raises:
         RuntimeError: one of them failed; the others are ended.
     """
-    # A process that has threads of its own is not safe to fork, and pyarrow's allocator starts one.
+    # A process with threads is not safe to fork, and pyarrow's allocator starts one.
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of a setting of ours, on each rank of each case
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     number = next(_case)
-    common = {"TORCHELASTIC_USE_AGENT_STORE": "False"}  # a store of its own for each case
+    common = {"TORCHELASTIC_USE_AGENT_STORE": "False"}  # each case has its own store
     if launched() > 1:  # at a port that all ranks know
         places = [common | {"MASTER_PORT": str(1024 + (int(os.environ["MASTER_PORT"]) + number) % 60_000)}]
     else:
@@ -92,7 +92,7 @@ class PeakMemory:
 
 
 def status_bytes(field: str) -> int:
-    """A line of /proc/self/status, in bytes; 0 where there is none."""
+    """A line of /proc/self/status, in bytes; 0 if there is none."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):

@@ -1,17 +1,17 @@
-"""Is the stream as fast as the decoder, and how many times as fast as other readers?
+"""Is the stream as fast as the decoder, and how much faster than other readers?
 
-Takes 20 s small, 8 minutes full (reckoned, not timed), alone on two cores.
+Takes 20 s small, 8 minutes full (estimated), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/reader.py --out runs/reader.json
 
-The limit is bare pyarrow: as many Python threads, a whole row group each, nothing done with it. `of bare` is the
-seconds of bare decoding over those of the side, `ours is faster` the seconds of the side over those of ours with the
-first number of threads: medians over the rounds, in which all take turns, each time in a process of its own. CPU time
-is what a busy machine leaves comparable. Peak memory is over what the process has after its imports; `read` the bytes
-asked of the file, its footer included, as a share of its size.
+The limit is bare pyarrow: as many Python threads, one row group each, and no further work. `of bare`: seconds of bare
+decoding over those of the reader. `ours is faster`: seconds of the reader over those of ours with the first number of
+threads. Both are medians over rounds in which all take turns, each time in a new process. CPU time is comparable on a
+busy machine. Peak memory is above that after the imports; `read`: bytes read from the file, footer included, as a share
+of its size.
 
-Of the peers, torchdata's StatefulDataLoader stands for what a TorchRec user would pick next: it is PyTorch's own
-answer to resuming, and with the plain loop in it, it makes the same calls as the read loop of TorchEasyRec.
+Among the peers, torchdata's StatefulDataLoader stands for the next choice of a TorchRec user: it is PyTorch's own
+answer to resuming, and with the plain loop in it, it makes the same calls as the reader of TorchEasyRec.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def sides(case: Case, args: argparse.Namespace) -> list[readers.Peer]:
 
 
 def measured(peer: readers.Peer) -> Callable[[], Cost]:
-    """Two readings in a process of its own: memory and bytes of the first, time of the second, when the memory that
+    """Two readings in one new process: memory and bytes of the first, time of the second, when the memory that
     Arrow, torch and the stream keep is there already, as it is in all but the first seconds of a long run."""
 
     def inside() -> Cost:

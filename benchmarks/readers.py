@@ -1,8 +1,8 @@
-"""Ways to read Parquet into KeyedJaggedTensors: bare decoding, our stream, and what else a TorchRec user would take.
+"""Ways to read Parquet into KeyedJaggedTensors: bare decoding, our stream, and the alternatives of a TorchRec user.
 
-All but the bare one end in the same thing: a KeyedJaggedTensor of the ids, the label and the floats, made by the stream
-itself (`KeyedBatches`), of the peers' columns by `Assembler`. Peers read in the order of the file; none of them has our
-shuffle.
+All but the bare one return the same: a KeyedJaggedTensor of the ids, the label and the floats, made by the stream
+itself (`KeyedBatches`) or from the peers' columns by `Assembler`. Peers read in the order of the file; none of them has
+our shuffle.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Assembler:
 
 
 def hand_over(features: KeyedJaggedTensor, label: torch.Tensor, floats: torch.Tensor | None) -> None:
-    """Where every reader leaves its batches: a trainer would take them here, and tests look at them."""
+    """Receives the batches of every reader, as a trainer would; tests replace it."""
 
 
 def warmed() -> None:
@@ -87,7 +87,7 @@ def warmed() -> None:
     made = SyntheticLog("", (), Schema(), ("user_id",))
     features, _, _ = Assembler(made)({"user_id": torch.zeros(1, dtype=torch.int64), "label": torch.ones(1)})
     features.to_dict()
-    pa.array([1]).to_numpy()  # Arrow imports pandas where it is installed
+    pa.array([1]).to_numpy()  # Arrow imports pandas if it is installed
 
 
 def bare(made: SyntheticLog, threads: int) -> Read:

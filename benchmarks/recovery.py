@@ -3,8 +3,8 @@
     python benchmarks/recovery.py --kills 5
 
 Four ranks on two nodes train, with a checkpoint after every step; `kill -9` ends one rank of the second node, and the
-clock runs until a checkpoint of a later step than any before the kill is whole. torchrun's detection, a new rendezvous,
-the start of Python on all ranks, planning, loading the checkpoint and the step itself are in it. Also: seconds from
+clock runs until a later checkpoint than any before the kill is complete. That includes torchrun's detection, a new
+rendezvous, the start of Python on all ranks, planning, loading the checkpoint and the step itself. Also: seconds from
 `torchx run` to the first step.
 """
 

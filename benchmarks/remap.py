@@ -1,14 +1,14 @@
-"""How many ids a second does a map replace by rows, beside modulo and TorchRec's collision module?
+"""How many ids per second does a map replace by rows, compared with modulo and TorchRec's collision module?
 
-Takes 10 s small, 2 minutes full (reckoned, not timed), alone on two cores.
+Takes 10 s small, 2 minutes full (estimated), alone on two cores.
 
     python benchmarks/remap.py --out remap.json
 
-Ids a second of `LearnedHash` on a batch of one feature (or of 26), and of `MappedHash` (memory-mapped, on the host),
-against `torch.remainder` on the same tensor and against TorchRec's sorted collision module in evaluation mode, whose
-table holds `--mch-ids` of the ids. Ids are uniform, which no log is, or fall off as 1 / rank with the frequent ones
-spread over the map. Runs are interleaved; ratios are medians of neighbours in time. And what a map adds to a training
-step: zero_grad, forward, backward, step of a DLRM with an EmbeddingBagCollection of the compressed size.
+Ids per second of `LearnedHash` on a batch of one feature (or of 26), and of `MappedHash` (memory-mapped, on the host),
+against `torch.remainder` on the same tensor and TorchRec's sorted collision module in evaluation mode, whose table has
+`--mch-ids` of the ids. Ids are uniform, which no log is, or skewed (1 / rank) with the frequent ones spread over the
+map. Runs are interleaved; ratios are medians of neighbors in time. The cost of a map in a training step is that of
+zero_grad, forward, backward, step of a DLRM with an EmbeddingBagCollection of the compressed size.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How long does it take to go on in the middle of a long log? Seconds until the first batch.
+"""How long does it take to resume in the middle of a long log? Seconds until the first batch.
 
-Takes 10 s small, half a minute full (reckoned, not timed), alone on two cores.
+Takes 10 s small, half a minute full (estimated), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/resume.py --rows 100000000 --out runs/resume.json
 
-The log is one file of 4 M rows under as many names as it takes, by hard links: each has a footer and row groups of its
-own, and only the bytes on the disk are shared. Steps are drawn at random, the same for all sides; each is resumed in a
-new process, its imports done. Ours starts from two integers, epoch and step; `open_log` is counted. torchdata's
-StatefulDataLoader is given the state that it would have saved there and, the plain `iter_batches` loop having no state
-of its own, replays. Its first batch is compared with the rows that lie there.
+The log is one file of 4 M rows under many names, by hard links: each has its own footer and row groups, only the bytes
+on the disk are shared. Steps are random, the same for all readers; each is resumed in a new process after its imports.
+Ours starts from two integers, epoch and step, `open_log` included. torchdata's StatefulDataLoader gets the state that
+it would have saved there and replays, as the plain `iter_batches` loop has no state. Its first batch is compared with
+the rows of the file.
 """
 
 from __future__ import annotations

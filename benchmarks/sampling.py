@@ -1,13 +1,13 @@
 """What does each kind of sample read, and how well does it estimate the log, in the order of time or shuffled?
 
-Takes 5 s small, 1 minute full (reckoned, not timed), alone on two cores.
+Takes 5 s small, 1 minute full (estimated), alone on two cores.
 
     python benchmarks/sampling.py --rows 3000000 --out runs/sampling.json
 
 For each kind of sample: bytes read as a share of the log's (counted by the operating system), CPU seconds to read it,
-and how far estimates from it are spread over `--seeds` seeds, as variances over those of `rows`: of the mean time, and
-of the share of rows of the most popular item and of the most active user. Beside it the variance of the mean time that
-the design effect of the log (`recpress.data.sampling.design_effect`) says.
+and the variance of its estimates over `--seeds` seeds, relative to that of `rows`: of the mean time, and of the shares
+of the most popular item and of the most active user. Also: the variance of the mean time predicted by the design effect
+of the log (`recpress.data.sampling.design_effect`).
 """
 
 from __future__ import annotations

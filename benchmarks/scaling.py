@@ -1,24 +1,22 @@
-"""How do rows/s grow from one rank to two, and what does a second node cost a step?
+"""How do rows/s grow from one rank to two, and what does a second node cost per step?
 
 Takes 25 s small, 3 minutes full, alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out scaling.json        # as root for the two nodes
 
 The same global batch is trained on in one process, by two ranks on one node, and by two ranks in two network namespaces
-that a veth pair joins (each with its loopback only besides); cases take turns, --rounds times, each in new processes.
-A round takes about a minute on two quiet cores; a run that is interrupted (Ctrl-C, SIGTERM) shows what it has.
-Of every case, a step, the slower rank:
+that a veth pair joins. Cases take turns, --rounds times, each in new processes. A round takes about a minute on two
+quiet cores; a run that is interrupted (Ctrl-C, SIGTERM) shows the results so far. Per step of the slower rank:
 
 - compute: CPU time of the main thread, which runs forward, backward and optimizer;
 - waiting: the rest of the main thread's time: for an exchange, for the other rank, for a core;
 - exchange CPU: CPU time of all other threads, which are gloo's;
-- transfer: durations of the step's collectives, each on the rank that came last to it, which waits for nobody (from a
+- transfer: durations of the step's collectives, each on the last rank to enter it, which waits for nobody (from a
   profile of a stretch that is not timed; they overlap with compute); MB sent: by the counters of the network interface.
 
-`DDP's bucket setting` is the cost of find_unused_parameters, with which trainer/model/sharding.py keeps DDP from
-arranging its buckets anew, against TorchRec's default: stretches of both take turns in the processes of `2 ranks, 1
-node`. Namespaces need root and iproute2; without, that case is left out, and the bytes on loopback are the whole
-machine's.
+`DDP's bucket setting` is the cost of find_unused_parameters, with which trainer/model/sharding.py keeps DDP's buckets
+unchanged, against TorchRec's default: stretches of both take turns in the processes of `2 ranks, 1 node`. Namespaces
+need root and iproute2; without them that case is not run, and the bytes on loopback are those of the machine.
 """
 
 from __future__ import annotations
@@ -221,7 +219,7 @@ def row(case: str, runs: dict[str, list[dict[str, Any]]], batch: int) -> dict[st
 
 
 def run(args: argparse.Namespace, places: list[str | None]) -> dict[str, Any]:
-    """One case in new processes, one in each of `places` (a namespace, or None: where this process is)."""
+    """One case in new processes, one in each of `places` (a namespace; None: that of this process)."""
     apart = len(set(places)) > 1
     options = [str(Path(__file__).resolve())]
     for name, value in vars(args).items():

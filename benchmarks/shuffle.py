@@ -1,18 +1,18 @@
 """How well does the stream shuffle, and does the rest matter to training?
 
-Takes 10 s small, 1 minute full (reckoned, not timed), alone on two cores.
+Takes 10 s small, 1 minute full (estimated), alone on two cores.
 
     OMP_NUM_THREADS=1 python benchmarks/shuffle.py --out runs/shuffle.json
 
-First question: a log whose column is the row's own place goes through one epoch. `moved` is the mean distance of a
-row's place in the stream from that in the log, in units of the log; a perfect shuffle moves rows by 1/3, with
-quantiles 0.051, 0.293 and 0.684. `clumps` is the variance of the batches' mean places, in units of what a perfect
-shuffle has: 1 where a batch is a fair draw from the whole log, the batch size where it is a stretch of it. The buffer
-is what other readers have (`datasets`, torchdata): the next row takes the place of a random one of the buffer.
+First question: one epoch of a log whose column is the row's position. `moved` is the mean distance between a row's
+position in the stream and in the log, in units of the log; a perfect shuffle moves rows by 1/3, with quantiles 0.051,
+0.293 and 0.684. `clumps` is the variance of the batches' mean positions, in units of that of a perfect shuffle: 1 for a
+uniform draw from the log, the batch size for contiguous batches. The buffer is that of other readers (`datasets`,
+torchdata): the next row replaces a random one of the buffer.
 
-Second question (`--train`): a synthetic log, sorted by user or by a time in which items come and go, one epoch of the
-two-tower on random tables, and NDCG@10 of the held-out rows. The log is `--buffers` times the buffer of the stream,
-whose row groups are a quarter of it as by default.
+Second question (`--train`): a synthetic log, sorted by user or by a time in which items appear and disappear, one epoch
+of the two-tower on random tables, and NDCG@10 of the held-out rows. The log is `--buffers` times the buffer of the
+stream, whose row groups are a quarter of it as by default.
 """
 
 from __future__ import annotations

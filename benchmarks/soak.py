@@ -1,4 +1,4 @@
-"""Does the stream's memory stay where its formula says, for as long as it runs?
+"""Does the stream's memory stay within its bound, however long it runs?
 
 Takes 10 s small, 10 minutes full, alone on two cores.
 
@@ -6,10 +6,9 @@ Takes 10 s small, 10 minutes full, alone on two cores.
     OMP_NUM_THREADS=1 python benchmarks/soak.py --cases --minutes 0.5 --rows-per-second 1500000 --every 0.004
 
 Epoch after epoch of a synthetic log, as fast as possible, or with `--rows-per-second` no faster than a trainer would
-take them. Every second (`--every`) the anonymous memory of the process is read, above what it was before the stream
-began. The slope is that of a straight line through the samples after the first fifth of the time. `bound` is what the
-stream promises for its configuration, `InteractionStream.memory_bound()`. `--cases` goes through the configurations of
-docs/how/stream.md.
+take them. Every second (`--every`) the anonymous memory of the process is read, above that before the stream began. The
+slope is that of a straight line through the samples after the first fifth of the time. `bound` is that of the
+configuration, `InteractionStream.memory_bound()`. `--cases` runs the configurations of docs/how/stream.md.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def soak(folder: Path, made: synthetic_logs.SyntheticLog, args: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between looks at the memory")
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between two samples of the memory")
     parser.add_argument("--rows-per-second", type=float, help="no faster than this")
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--shape", choices=SHAPES, default="narrow")

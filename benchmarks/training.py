@@ -4,24 +4,24 @@ Takes 45 s small, 7 minutes full, alone on two cores.
 
     python benchmarks/training.py --out training.json          # or under torchrun, on its processes
 
-The same network, on the same batches, which are in memory already; tables that are trained, that are frozen in 32 or
-8 bits, and that are hashed (a map of ids to fewer rows, which are trained). The loops:
+The same network, on the same batches, which are in memory; tables that are trained, frozen in 32 or 8 bits, or hashed
+(a map of ids to fewer rows, which are trained). The loops:
 
 - `recpress`: `trainer.loop.fit`, with its pipeline, losses read, log lines;
 - `bare TorchRec`: zero_grad, forward, backward, step of the same DistributedModelParallel model;
-- `DDP, dense` and `DDP, sparse`: plain PyTorch, with whole tables on each rank (`plain_torch.py`), gradients of all
-  rows or of a batch's rows. Frozen tables have none, and 8-bit ones no counterpart there.
+- `DDP, dense` and `DDP, sparse`: plain PyTorch, with replicated tables (`plain_torch.py`), gradients of all rows or of
+  the rows of a batch. Frozen tables have none, and 8-bit ones no counterpart there.
 
 The first value of each option is the base, on which all kinds of tables run in all loops, on each number of ranks,
-`--runs` times. The size of the tables, the length of a row and the batch are then varied one at a time, `--axis-runs`
-times each: all tables in our loop, and trained tables in the others; so is the share of rows, of hashed tables in our
-loop. For the sample rates the batches come from a log on the disk of `--log-rows` rows, by our stream: `seconds an
-epoch` are those of one pass over the sample, reading included, and the stream's memory counts.
+`--runs` times. Table rows, dimension and batch are then varied one at a time, `--axis-runs` times each: all tables in
+our loop, and trained tables in the others; so is the share of rows, of hashed tables in our loop. For the sample rates
+our stream reads the batches from a log of `--log-rows` rows on disk: `seconds an epoch` is the time of one pass over
+the sample, reading included, and the stream's memory counts.
 
-Each case is a process of its own for each rank, else memory that one case has left would hide what the next one takes.
-Memory is the peak of the heaviest rank above what it held with the batches loaded (of a GPU: what torch allocated).
-`recpress / this` are medians of the ratios of rows/s of runs that took turns: `CPU` is rows a second of CPU time of all
-ranks, which others on the machine do not take.
+Each rank of a case has its own process, so that memory freed by one case does not hide that of the next. Memory is the
+peak of the heaviest rank above that with the batches loaded (on a GPU: allocated by torch). `recpress / this` are
+medians of the ratios of rows/s of runs that took turns; `CPU`: rows per second of CPU time of all ranks, which does not
+depend on other processes.
 """
 
 from __future__ import annotations

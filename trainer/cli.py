@@ -1,6 +1,6 @@
 """The command line: `recpress COMMAND [--config FILE.toml] [--key value ...]`.
 
-Imports no torch: the stage is imported after its configuration has been read.
+Imports no torch: the stage is imported once the configuration is valid.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from recpress.trainer.versions import check_set, version_line
 logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 3.0
-"""How long a process that ends by an error lets a checkpoint be written."""
+"""How long a process that ends with an error waits for a checkpoint that is being written."""
 
 
 class Command(NamedTuple):
@@ -258,9 +258,9 @@ def _failed(error: Exception) -> int:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the command by an exception, so that it removes what it has not finished.
+    """SIGTERM and SIGUSR1 raise an exception, so that the command removes unfinished outputs.
 
-    Only the first one: more of them, as schedulers send, do not disturb the removal.
+    Later signals, as schedulers send, are ignored, so that they do not interrupt the removal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -282,8 +282,8 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _leaving(status: int) -> int:
-    """`status`, with which this process will end soon, even where a checkpoint is on its way to a store that does not
-    answer: at its exit pyarrow waits for all requests, up to a minute."""
+    """`status`. At exit, pyarrow waits up to a minute for requests to a store that does not respond; if a checkpoint is
+    being written, the process now waits for `LEAVE_SECONDS` only."""
 
     def leave(writer: threading.Thread) -> None:
         writer.join(LEAVE_SECONDS)
@@ -294,12 +294,13 @@ def _leaving(status: int) -> int:
 
     for thread in threading.enumerate():
         if thread.name == CHECKPOINT_THREAD:
-            atexit.register(leave, thread)  # before pyarrow's, which was registered when it was imported
+            atexit.register(leave, thread)  # runs before pyarrow's handler, which was registered at its import
     return status
 
 
 def _command(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The command that the arguments begin with, or None, and what follows it. Prints the list of commands if asked."""
+    """The command at the start of the arguments, or None, and the other arguments. Prints the list of commands for
+    `--help`."""
     for words in (2, 1):
         if (name := " ".join(arguments[:words])) in COMMANDS:
             return name, arguments[words:]

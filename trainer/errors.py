@@ -1,7 +1,7 @@
-"""Errors of a run, and which of them a user can mend. Free of torch: the command line reports them.
+"""Errors of a run, and which of them a user can fix. Does not import torch, because the command line reports them.
 
-Exit statuses of every command: 0 done; 1 a bug, or another rank that was lost; 2 what the user can mend; 75 stopped by
-a signal, and the same command resumes; 128 + the signal's number where there is nothing to resume.
+Exit statuses of every command: 0 done; 1 a bug, or another rank was lost; 2 an error that the user can fix; 75 stopped
+by a signal, rerun the same command to resume; 128 + the signal's number if there is nothing to resume.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RankFailed(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """A signal asked the run to stop; the message says where the same command resumes.
+    """A signal stopped the run; the message says where the same command resumes.
 
     Args:
         alone: whether other ranks may not know of it yet.
@@ -39,7 +39,7 @@ class Preempted(RuntimeError):
 
 
 class Signalled(BaseException):
-    """A signal ends a command that keeps no state to resume from; what it made so far is removed."""
+    """A signal ends a command without a state to resume from. Its unfinished output is removed."""
 
     def __init__(self, number: int, name: str) -> None:
         super().__init__(name)
@@ -48,7 +48,7 @@ class Signalled(BaseException):
 
 @contextmanager
 def same_command_resumes() -> Iterator[None]:
-    """What a signal ends in this block, the same command takes up again: `Preempted` instead of `Signalled`."""
+    """Within the block a signal raises `Preempted` instead of `Signalled`, because the same command resumes."""
     try:
         yield
     except Signalled as signalled:
@@ -59,10 +59,11 @@ PREEMPTED_STATUS = 75
 """Exit status of a run that was preempted: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 CHECKPOINT_THREAD = "checkpoint"
-"""Name of the thread that writes a checkpoint, which a process that ends by an error does not wait for."""
+"""Name of the thread that writes a checkpoint. A process that ends by an error does not wait for it."""
 
 _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 _PEERS = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting")
+_SET = ("torch", "torchrec", "fbgemm_gpu")
 _DEVICES = (
     "no cuda",
     "invalid device ordinal",
@@ -73,25 +74,29 @@ _DEVICES = (
 
 
 def explain(error: BaseException) -> str | None:
-    """The error in one line where a user can mend its cause; None where it is a bug of recpress.
+    """The error in one line if a user can fix its cause; None if it is a bug of recpress.
 
-    A ValueError is the user's only where our own code raises it for bad input: one from within numpy, torch or Python
-    is a bug, whatever it says.
+    A ValueError is an error of the user only if recpress raises it for bad input. One from within numpy, torch or
+    Python is a bug.
     """
     text = one_line(error)
     if isinstance(error, (InputError, RankFailed, Preempted)):
         return text
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
         return f"out of memory: {text}; expected more memory, fewer rows a batch, or more processes"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in _SET:
+        return (
+            f"{error.name} is not installed; expected a matching set of torch, torchrec and fbgemm: scripts/install.sh"
+        )
     if isinstance(error, OSError):
         return text
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in _DEVICES):
-        return f"the device cannot be used: {text}; --device cpu does without it"
+        return f"the device cannot be used: {text}; --device cpu does not need it"
     if _is_a(error, "pyarrow.lib", "ArrowException") or isinstance(error, UnicodeDecodeError):
         return text
     if _is_a(error, "torch.distributed", "DistNetworkError") or _is_a(error, "torch.distributed", "DistStoreError"):
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return f"the ranks cannot meet at {where}: {text}; is the address right and the port free?"
+        return f"the ranks cannot connect to {where}: {text}; check the address, and that the port is free"
     if isinstance(error, RuntimeError) and "address already in use" in text.lower():
         return f"{text}; choose another port"
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in _PEERS):
@@ -102,13 +107,13 @@ def explain(error: BaseException) -> str | None:
 
 
 def status_of(error: BaseException) -> int:
-    """Exit status of an error that `explain` knows: 2, or 1 where the cause lies with another rank that is lost."""
+    """Exit status of an error that `explain` knows: 2, or 1 if another rank was lost."""
     text = explain(error)
     return 1 if text is None or text.startswith("another rank is lost") else 2
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
+    """The message of an error, without line breaks."""
     if isinstance(error, OSError) and not isinstance(error, InputError) and error.filename and error.strerror:
         hint = "; free some space, or choose another disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return f"{error.filename}: {error.strerror}{hint}"
@@ -139,13 +144,13 @@ def report(line: str) -> None:
 
 
 def _is_a(error: BaseException, module: str, name: str) -> bool:
-    """Whether it is of a class of a package that may not be imported."""
+    """Whether it is an instance of a class of a package that may not be imported yet."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(error, kind)
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Whether a `raise` of recpress's data or modules, which check what they are given, is where it came from."""
+    """Whether a `raise` in recpress.data or recpress.modules, which check their input, raised it."""
     if trace is None:
         return False
     while trace.tb_next is not None:

@@ -60,7 +60,7 @@ def completion(commands: Mapping[str, tuple[type, str]], shell: str, prog: str) 
     for name, (config, summary) in commands.items():
         group, _, word = name.partition(" ")
         subcommand = tyro.conf.subcommand(word or group, description=summary, prefix_name=False)
-        groups.setdefault(group, {})[word] = Annotated[config, subcommand]  # type: ignore[valid-type]
+        groups.setdefault(group, {})[word] = Annotated[config, subcommand]
     tops = [
         members[""] if "" in members else Annotated[_union(members.values()), tyro.conf.subcommand(name)]
         for name, members in groups.items()

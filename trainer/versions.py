@@ -63,11 +63,11 @@ def check_set(found: dict[str, str | None] | None = None) -> None:
     Raises:
         InputError: a part of a known set together with other versions, or a set older than all known ones.
     """
-    found = {name: version for name, version in (found or installed_set()).items() if version}
-    short = {name: ".".join(re.findall(r"\d+", version)[:2]) for name, version in found.items()}
+    present = {name: version for name, version in (found or installed_set()).items() if version}
+    short = {name: ".".join(re.findall(r"\d+", version)[:2]) for name, version in present.items()}
     if not short or any(short.items() <= known.items() for known in KNOWN_SETS):
         return
-    shown = ", ".join(f"{name} {version}" for name, version in found.items())
+    shown = ", ".join(f"{name} {version}" for name, version in present.items())
     expected = " or ".join(", ".join(f"{name} {version}" for name, version in known.items()) for known in KNOWN_SETS)
     torch = short.get("torch")
     known_torch = [known["torch"] for known in KNOWN_SETS]

@@ -66,7 +66,7 @@ def ceilings(device: torch.device, tiny: bool) -> Ceilings:
 
 
 def _repeated(job: Job, device: torch.device, count: int = 20) -> float:
-    """Seconds of a job, one after the other without a look at the clock between them."""
+    """Seconds of a job, one after the other between two readings of the clock."""
     return seconds(lambda: [job() for _ in range(count)], device, runs=3, warm=1) / count
 
 

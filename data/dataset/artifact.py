@@ -40,6 +40,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from recpress.data.dataset import claim, object_store
+from recpress.data.dataset.atomic import replacing
 from recpress.data.dataset.claim import hidden
 from recpress.data.dataset.files import exists, first_line, is_remote, resolve, retried, shown, split_wild
 from recpress.data.errors import InputError
@@ -407,23 +408,18 @@ def _is_copied(folder: Path, entry: dict[str, Any]) -> bool:
 
 
 def _copy(path: str | Path, entry: dict[str, Any], folder: Path) -> None:
-    """Fetches a file under a name of its own, checks it, and gives it its name."""
+    """Fetch a file and check its content, atomically."""
     address, target = object_store.join(path, entry["name"]), folder / entry["name"]
-    arrived = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        for last in (False, True):  # once more: it may have been damaged on its way
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as arrived:
+        for _ in range(2):  # once more: it may have been corrupted on its way
             object_store.fetch_file(address, arrived)
-            found = fingerprint(arrived)
-            if found == entry["fingerprint"]:
-                os.replace(arrived, target)
+            if fingerprint(arrived) == entry["fingerprint"]:
                 return
-            if last:
-                raise InputError(
-                    f"{address}: not the file that the manifest lists ({os.path.getsize(arrived)} bytes, expected "
-                    f"{entry['size']}, or other content): damaged, or being overwritten"
-                )
-    finally:
-        arrived.unlink(missing_ok=True)
+        raise InputError(
+            f"{address}: not the file that the manifest lists ({os.path.getsize(arrived)} bytes, expected "
+            f"{entry['size']}, or other content): corrupt, or being overwritten"
+        )
 
 
 def _local(path: str | Path) -> Path:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from recpress.data.dataset import files
+from recpress.data.dataset.atomic import replacing
 from recpress.data.dataset.files import first_line, is_remote, resolve, retried, shown
 from recpress.data.errors import InputError
 
@@ -70,18 +71,15 @@ def read_bytes(address: str | Path) -> bytes:
 
 
 def write_bytes(address: str | Path, data: bytes) -> None:
-    """Writes a file, whole or not at all."""
+    """Write a file, atomically."""
     if not is_remote(address):
         path = Path(resolve(address)[1])
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            os.replace(part, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
             raise InputError(f"{address}: cannot be written: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
         return
 
     def write(filesystem: pafs.FileSystem, path: str) -> None:
@@ -111,11 +109,10 @@ def upload_file(local: str | Path, address: str) -> None:
 
 
 def fetch_file(address: str, local: str | Path) -> None:
-    """Copies a file to `local`, which appears when it is whole. Each piece is read, and tried again, by itself."""
+    """Copy a file to `local`, atomically. Each piece is read, and retried, independently."""
     local = Path(local)
-    part = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.part")
 
-    def piece(start: int) -> None:
+    def piece(part: Path, size: int, start: int) -> None:
         def copy(filesystem: pafs.FileSystem, path: str) -> None:
             wanted = min(PIECE, size - start)
             with filesystem.open_input_file(path) as source, open(part, "r+b") as target:
@@ -130,15 +127,13 @@ def fetch_file(address: str, local: str | Path) -> None:
     try:
         local.parent.mkdir(parents=True, exist_ok=True)
         size = _info(address).size
-        with open(part, "wb") as file:
-            file.truncate(size)
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(piece, range(0, size, PIECE)))
-        os.replace(part, local)
+        with replacing(local) as part:
+            with open(part, "wb") as file:
+                file.truncate(size)
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(partial(piece, part, size), range(0, size, PIECE)))
     except OSError as error:
         raise InputError(f"{address}: cannot be copied to {local}: {first_line(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def list_files(address: str | Path) -> dict[str, int]:

@@ -23,7 +23,7 @@ from recpress.data.errors import InputError
 from recpress.data.ingest import formats, raw_files, sources
 from recpress.data.ingest.encoder import Encoder, FinerTimes
 from recpress.data.ingest.raw_files import RawInput, has_suffix, plain_name
-from recpress.data.ingest.sources import Source
+from recpress.data.ingest.sources import RawLog
 from recpress.data.ingest.split import leave_one_out
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Pat
 
 
 def _write(
-    config: IngestConfig, place: RawInput, source: Source, out: str | Path, overwrite: bool, unit: str
+    config: IngestConfig, place: RawInput, source: RawLog, out: str | Path, overwrite: bool, unit: str
 ) -> str | Path:
     encoder = Encoder(source, config, unit)
     meta: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def _write(
     return artifact.place(out)
 
 
-def _fingerprints(place: RawInput, source: Source) -> list[dict[str, str]]:
+def _fingerprints(place: RawInput, source: RawLog) -> list[dict[str, str]]:
     if place.archive is not None:
         filesystem, path = place.archive
         return [{"name": path, "fingerprint": artifact.fingerprint(path, filesystem)}]
@@ -130,18 +130,12 @@ def _inputs(config: IngestConfig) -> list[str]:
     return [config.input, *([config.extend] if config.extend else [])]
 
 
-def open_source(config: IngestConfig) -> Source:
-    """The reader of `config.input`. Raises InputError where the format cannot be told from the names of the
-    files."""
-    return _open(config)[1]
-
-
-def _open(config: IngestConfig) -> tuple[RawInput, Source]:
+def _open(config: IngestConfig) -> tuple[RawInput, RawLog]:
     place = raw_files.open_input(config.input)
     if not raw_files.exists(place) and config.format not in ("auto", "ncf"):
         raise InputError(f"{config.input}: no such file or folder")
     found = config.format if config.format != "auto" else detect(place)
-    readers: dict[str, Callable[[], Source]] = {
+    readers: dict[str, Callable[[], RawLog]] = {
         "movielens": lambda: formats.movielens(config, place),
         "ncf": lambda: formats.ncf(config, place),
         "lightgcn": lambda: formats.lightgcn(config, place),

@@ -16,7 +16,7 @@ from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.ingest import raw_values
 from recpress.data.ingest.raw_values import Times, plain
-from recpress.data.ingest.sources import Piece, Source
+from recpress.data.ingest.sources import Piece, RawLog
 from recpress.data.ingest.vocabulary import Vocabulary
 
 PARTS = {
@@ -45,7 +45,7 @@ class Encoder:
         unit: of the times (`raw_values.Times.unit`), where an attempt before has found it; else the first rows say it.
     """
 
-    def __init__(self, source: Source, config: IngestConfig, unit: str = "") -> None:
+    def __init__(self, source: RawLog, config: IngestConfig, unit: str = "") -> None:
         self._source = source
         self._schema = source.schema
         self._config = config
@@ -246,7 +246,7 @@ class Encoder:
             for row in vocabulary.rows_of(_SUSPICIOUS)
         ]
 
-    def write_side_tables(self, source: Source, writer: LogWriter) -> None:
+    def write_side_tables(self, source: RawLog, writer: LogWriter) -> None:
         """`users.parquet` and `items.parquet`, a row for each dense id; an id without features has missing
         ones."""
         for side, read in zip(SIDES, (source.users, source.items), strict=True):

@@ -13,7 +13,7 @@ from recpress.data.config import IngestConfig, Schema
 from recpress.data.errors import InputError
 from recpress.data.ingest.raw_files import RawFile, RawInput, plain_name
 from recpress.data.ingest.raw_text import Dialect, first_lines, header, listed, read_delimited, read_lines
-from recpress.data.ingest.sources import Piece, Source, dialect_of
+from recpress.data.ingest.sources import Piece, RawLog, dialect_of
 
 INTS = [f"I{place}" for place in range(1, 14)]
 CATEGORIES = [f"C{place}" for place in range(1, 27)]
@@ -29,7 +29,7 @@ _PAIR = Schema(label="label", time="time")
 _UNTYPED = frozenset(("user_id", "item_id", "label", "time"))
 
 
-def movielens(config: IngestConfig, place: RawInput) -> Source:
+def movielens(config: IngestConfig, place: RawInput) -> RawLog:
     """`u.data` (100K), `ratings.dat` (1M, 10M) or `ratings.csv` (20M and later), with users.dat, movies.dat or
     movies.csv beside it; of the 100K set the ratings alone.
 
@@ -90,7 +90,7 @@ def movielens(config: IngestConfig, place: RawInput) -> Source:
         lists = pc.split_pattern(table.column("genres"), "|")
         return pa.table({"raw": table.column("raw"), "genres": lists, "year": year})
 
-    return Source(
+    return RawLog(
         "movielens",
         (file,),
         _PAIR,
@@ -118,7 +118,7 @@ def _double_colon(file: RawFile, fields: int) -> list[pa.ChunkedArray]:
     return [pa.chunked_array([column], pa.string()) for column in zip(*split, strict=True)]
 
 
-def ncf(config: IngestConfig, place: RawInput) -> Source:
+def ncf(config: IngestConfig, place: RawInput) -> RawLog:
     """`NAME.train.rating`, `NAME.test.rating`, `NAME.test.negative` (He et al. 2017)."""
     train, test, negative = _ncf_files(place)
     dialect = dialect_of(config, "\t", quoted=False)
@@ -160,7 +160,7 @@ def ncf(config: IngestConfig, place: RawInput) -> Source:
                 "file cut short?)"
             )
 
-    return Source(
+    return RawLog(
         "ncf",
         (train, test),
         _PAIR,
@@ -196,7 +196,7 @@ def _ncf_files(place: RawInput) -> tuple[RawFile, RawFile, RawFile | None]:
     return by_name[start + ends[0]], by_name[start + ends[1]], by_name.get(start + ends[2])
 
 
-def lightgcn(config: IngestConfig, place: RawInput) -> Source:
+def lightgcn(config: IngestConfig, place: RawInput) -> RawLog:
     """`train.txt` and `test.txt`, maybe `val.txt` or `valid.txt`, or any one file: a line is a user and its items."""
     _, files = place.home(lambda name: plain_name(name) in LIGHTGCN)
     found = {plain_name(name): file for name, file in files.items() if plain_name(name) in LIGHTGCN}
@@ -215,7 +215,7 @@ def lightgcn(config: IngestConfig, place: RawInput) -> Source:
                     table = _adjacency(lines, found[name].where, first, config.allow_empty_users)
                     yield Piece(part, found[name].where, first, table)
 
-    return Source("lightgcn", tuple(found.values()), Schema(), pieces, untyped=_UNTYPED)
+    return RawLog("lightgcn", tuple(found.values()), Schema(), pieces, untyped=_UNTYPED)
 
 
 def _adjacency(lines: pa.Array, path: str, first: int, allow_empty: bool) -> pa.Table:
@@ -241,7 +241,7 @@ def _adjacency(lines: pa.Array, path: str, first: int, allow_empty: bool) -> pa.
     return pa.table({"user_id": users, "item_id": flat.filter(pa.array(is_item))})
 
 
-def criteo(config: IngestConfig, files: Sequence[RawFile]) -> Source:
+def criteo(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     """Criteo TSV: label, 13 integers, 26 hexadecimal categories; no header, no user, no item.
 
     The integers stay as they are, float32, a missing one NaN (take the logarithm in the model). A missing
@@ -260,7 +260,7 @@ def criteo(config: IngestConfig, files: Sequence[RawFile]) -> Source:
                 yield Piece("train", file.where, first, table)
 
     schema = Schema(user="", item="", label="label", categorical=tuple(CATEGORIES), floats=tuple(INTS))
-    return Source("criteo", tuple(files), schema, pieces)
+    return RawLog("criteo", tuple(files), schema, pieces)
 
 
 def num_fields(file: RawFile) -> int:

@@ -293,7 +293,7 @@ def _json_object(line: str, file: RawFile, row: int) -> dict[str, Any]:
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -342,4 +342,4 @@ def _json_kind(kind: type) -> str:
     return known.get(kind, "object")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_distinct)
+_JSON = json.JSONDecoder(object_pairs_hook=_object_without_repeated_keys)

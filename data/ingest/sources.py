@@ -40,7 +40,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawLog:
     """What a format holds."""
 
     format: str
@@ -102,7 +102,7 @@ def dialect_of(config: IngestConfig, delimiter: str, *, quoted: bool) -> Dialect
     return Dialect(delimiter=delimiter, quoted=quoted, encoding=config.encoding)
 
 
-def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> Source:
+def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> RawLog:
     """Plain CSV or TSV with named columns."""
     columns = named_columns(config)
     names = list(config.columns) or None
@@ -116,7 +116,7 @@ def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> Sour
     return _named(config, files, name, read, frozenset(columns.values()))
 
 
-def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> Source:
+def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     """JSON lines with named keys."""
     for file in files:
         if first_lines(file, config.encoding).lstrip()[:1] == "[":
@@ -128,7 +128,7 @@ def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> Source:
     )
 
 
-def parquet(config: IngestConfig, files: Sequence[RawFile]) -> Source:
+def parquet(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     """Parquet with named columns."""
     return _named(config, files, "parquet", _read_parquet, frozenset())
 
@@ -139,7 +139,7 @@ def _named(
     name: str,
     read: Callable[[RawFile, Sequence[str]], Iterator[tuple[int, pa.Table]]],
     untyped: frozenset[str],
-) -> Source:
+) -> RawLog:
     columns = named_columns(config)
     keys = _partition_keys(files, columns)
 
@@ -154,7 +154,7 @@ def _named(
                 found |= {key: pa.repeat(pa.scalar(values[key], pa.string()), table.num_rows) for key in keys}
                 yield Piece("train", file.where, first, pa.table({columns[c]: found[c] for c in columns}))
 
-    return Source(name, tuple(files), named_schema(config), pieces, untyped=untyped | {columns[key] for key in keys})
+    return RawLog(name, tuple(files), named_schema(config), pieces, untyped=untyped | {columns[key] for key in keys})
 
 
 def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
+from recpress.data.negatives.table import distinct
 from recpress.data.sampling.scan import iter_columns
 
 _SLOTS = 1 << 16
@@ -29,7 +30,7 @@ class InteractionSet:
     @classmethod
     def of_pairs(cls, users: np.ndarray, items: np.ndarray, num_items: int) -> InteractionSet:
         """Of int64 arrays of pairs, in any order, with repetitions."""
-        return cls(torch.from_numpy(_distinct(_keys(users, items, num_items))), num_items)
+        return cls(torch.from_numpy(distinct(_keys(users, items, num_items))), num_items)
 
     @classmethod
     def of(cls, parts: Sequence[ParquetSplit], user: str, item: str, num_items: int) -> InteractionSet:
@@ -41,7 +42,7 @@ class InteractionSet:
                 assert isinstance(users, np.ndarray)
                 assert isinstance(items, np.ndarray)
                 keys.append(_keys(users, items, num_items))
-        return cls(torch.from_numpy(_distinct(np.concatenate(keys))), num_items)
+        return cls(torch.from_numpy(distinct(np.concatenate(keys))), num_items)
 
     def to(self, device: torch.device | str) -> InteractionSet:
         return InteractionSet(self.keys.to(device), self.num_items)
@@ -116,14 +117,6 @@ def _keys(users: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
     if len(users) and int(users.max()) >= (2**63 - 1) // num_items:
         raise InputError(f"pairs of {int(users.max()) + 1} users and {num_items} items do not fit in 63 bits")
     return users * np.int64(num_items) + items
-
-
-def _distinct(keys: np.ndarray) -> np.ndarray:
-    """Sorted, without repetitions. np.unique of numpy 2.4 hashes integers, which is many times slower."""
-    keys.sort()
-    first = np.ones(len(keys), dtype=bool)
-    first[1:] = keys[1:] != keys[:-1]
-    return keys[first]
 
 
 def mix(bits: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 TRIES = 8
 """Row groups that fail one after the other before the stream gives up: then it is the storage, and no file."""
-Place = tuple[int, int]
-Lost = dict[Place, int]
+GroupKey = tuple[int, int]
+Lost = dict[GroupKey, int]
 """(file, row group) -> rows that are lost with it: all, until the stream comes to it; then those of the sample."""
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from recpress.data.dataset import object_store
+from recpress.data.dataset.atomic import replacing
 from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups
 from recpress.data.errors import InputError
 from recpress.data.seeds import philox
@@ -132,12 +131,8 @@ def _bits(rows: ParquetSplit, rate: float, seed: int, size: int) -> np.ndarray:
 
 
 def _write(path: Path, bits: np.ndarray) -> None:
-    part = path.with_name(f".{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, bits)
-        os.replace(part, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}; RECPRESS_CACHE names another folder") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -199,9 +199,6 @@ class EpochOrder:
         rows = self.full_steps * self._share + np.diff(self._tail_cuts)
         return np.concatenate(([0], np.cumsum(rows)))
 
-    def lane_rows(self, lane: int) -> int:
-        return int(self._lane_starts[lane + 1] - self._lane_starts[lane])
-
     def slices(self, step: int, rank: int, world: int) -> list[tuple[int, int, int]]:
         """The rank's rows of a step as (lane, first, end): positions in the lane, in the batch's order."""
         tail = step >= self.full_steps

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from recpress.data.errors import InputError
 from recpress.modules.als.factorization import ALS
 from recpress.modules.config import ALSConfig
 from recpress.trainer import cli
-from recpress.trainer.errors import RankFailed, explain
+from recpress.trainer.errors import RankFailed, explain, report
+from recpress.trainer.observability.logging_setup import logging_to_stderr
 
 
 def numpys() -> None:
@@ -39,9 +41,10 @@ def ours() -> None:
         (RuntimeError("Connection closed by peer [127.0.0.1]:4"), "another rank is lost"),
         (pa.ArrowInvalid("not a Parquet file"), "not a Parquet file"),
         (pa.ArrowNotImplementedError("no such cast"), "no such cast"),
-        (torch.distributed.DistNetworkError("port in use"), "the ranks cannot meet"),
+        (torch.distributed.DistNetworkError("port in use"), "the ranks cannot connect to"),
         (InputError("a\nb"), "a b"),
         (RankFailed("rank 1 failed"), "rank 1 failed"),
+        (ModuleNotFoundError("No module named 'fbgemm_gpu'", name="fbgemm_gpu"), "fbgemm_gpu is not installed"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, words):
@@ -60,6 +63,16 @@ def test_a_value_error_is_the_users_only_where_our_modules_raise_it():
     with pytest.raises(ValueError, match="broadcast") as raised:
         numpys()
     assert explain(raised.value) is None
+
+
+def test_an_error_that_ends_the_process_is_logged_and_printed_if_logging_is_not_configured(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with logging_to_stderr("train"):
+        report("rank 0 stalled")
+    assert capsys.readouterr().err == "recpress [rank 1]: error: rank 0 stalled\n"
+    monkeypatch.setattr(logging.root, "handlers", [])  # as outside of pytest
+    report("rank 0 stalled")
+    assert capsys.readouterr().err == "recpress [rank 1]: error: rank 0 stalled\n"
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("boom"), 1), (MemoryError("7 TiB"), 2), (OSError("x"), 2)])

@@ -19,7 +19,7 @@ WORKER = """
 import os, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from recpress.trainer.distributed import process_group as distributed
+from recpress.trainer.distributed import rank_errors
 from recpress.trainer.loop import optimizer
 from recpress.trainer.cli import main
 
@@ -47,7 +47,7 @@ if what == "writing":  # a signal while the model is written, after the last ste
 
     stage.save_weights = save
 if what == "code" and int(os.environ["RANK"]) == rank:
-    distributed._code = lambda: "0.0.9 abc"
+    rank_errors._code_digest = lambda: "0.0.9 abc"
 sys.exit(main(sys.argv[4:]))
 """
 
@@ -123,7 +123,7 @@ def test_killed_and_preempted_it_goes_on_to_the_same_weights(folder, quiet):
 
     status, said, _ = ranks(folder, "a")
     assert status == [0, 0], said
-    assert "step-00000022: step 22, epoch 1" in said[0]
+    assert "step-00000022 at step 22, epoch 1" in said[0]
     assert weights(folder / "a") == quiet
     assert not (folder / "a.checkpoints").exists()
     steps = [json.loads(line)["step"] for line in (folder / "a" / "metrics.jsonl").read_text().splitlines()]
@@ -139,7 +139,7 @@ def test_a_signal_while_the_model_is_written_costs_no_step(folder, quiet):
     assert status == [0, 0], said
     steps = json.loads((folder / "quiet" / "manifest.json").read_text())["steps"]
     assert f"step {steps}" in said[0]
-    assert "train: step" not in said[0]  # none was taken again
+    assert " steps (" not in said[0]  # none was taken again
     assert weights(folder / "w") == quiet
 
 

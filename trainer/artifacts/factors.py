@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact, claim
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import Log, Side
 from recpress.data.errors import InputError
 from recpress.modules.als.factors import FactorName, FactorTable
 from recpress.trainer.distributed.heartbeat import activity, barrier
@@ -161,11 +161,11 @@ class FactorsArtifact:
             return self.crossfit == sample
         return self.crossfit == SampleConfig(**log.sample_of["sample"]) and made_from == _prints(log.sample_of["files"])
 
-    def table(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
+    def table(self, side: Side, *, crossfit: bool = False) -> FactorTable:
         """(n, dim) float32, memory-mapped. Remote factors are downloaded first, the files of this side only."""
         return self._open(side, crossfit)
 
-    def counts(self, side: Literal["user", "item"], *, crossfit: bool = False) -> FactorTable:
+    def counts(self, side: Side, *, crossfit: bool = False) -> FactorTable:
         """(n, 1) float32, distinct pairs of each id, memory-mapped."""
         return self._open("user_count" if side == "user" else "item_count", crossfit)
 

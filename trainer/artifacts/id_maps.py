@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log, Side
+from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import check_vocabulary
@@ -19,7 +19,6 @@ from recpress.trainer.distributed.heartbeat import activity
 HASH = "hash"
 ROW_VECTORS = "row_vectors.npy"
 """In the folder of a table: vectors of its embedding rows, (num_rows, d) float32, if the stage wrote them."""
-SIDES: tuple[Side, Side] = ("user", "item")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import cast
 import numpy as np
 import torch
 
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.map_matrix import MapMatrix
 from recpress.modules.row_source import round_up
 from recpress.trainer.artifacts.factors import FactorsArtifact
-from recpress.trainer.artifacts.id_maps import SIDES, open_maps
+from recpress.trainer.artifacts.id_maps import open_maps
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.compare.setup import quiet
 from recpress.trainer.hash.budget import root

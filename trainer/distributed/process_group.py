@@ -119,5 +119,5 @@ def silence_library_warnings() -> None:
         names.append("torchrec.distributed.train_pipeline.postproc")
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*broadcast_buffers.*", ".*reduce_scatter_tensor.*"):
+    for text in (".*broadcast_buffers.*", ".*reduce_scatter_tensor.*", ".*all_gather_into_tensor.*"):
         warnings.filterwarnings("ignore", message=text, category=FutureWarning)

@@ -18,8 +18,8 @@ class EvaluateConfig:
     model: str
     """A checkpoint of `recpress train`, or factors of `recpress factorize`."""
     out: str | None = None
-    """JSON file for the metrics; they are printed in any case."""
+    """JSON file for the metrics, which are also printed."""
     schema: Schema = field(default_factory=Schema)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the scores are computed."""
+    """Device of the scores."""

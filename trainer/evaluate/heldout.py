@@ -17,6 +17,7 @@ from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.log import NEGATIVES, Log
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
+from recpress.data.negatives.table import distinct
 from recpress.data.sampling.scan import iter_columns
 from recpress.trainer.distributed.collectives import (
     all_gather,
@@ -209,7 +210,7 @@ def full_from_pairs(heldout: Pairs, seen: Pairs, *, num_users: int, num_items: i
             _check_ids(users, num_users, f"{kind} user")
             _check_ids(items, num_items, f"{kind} item")
     given = _total(len(heldout[0]))
-    keys, seen_keys = (_distinct(pairs, num_users, num_items) for pairs in (heldout, seen))  # of this rank's users
+    keys, seen_keys = (_distinct_pairs(pairs, num_users, num_items) for pairs in (heldout, seen))
     distinct = _total(len(keys))
     keys = keys[~np.isin(keys, seen_keys, assume_unique=True)]
     users = np.unique(keys // num_items)
@@ -244,10 +245,10 @@ def _send(
     return [users, items, values, lengths_there]
 
 
-def _distinct(pairs: Pairs, num_users: int, num_items: int) -> np.ndarray:
+def _distinct_pairs(pairs: Pairs, num_users: int, num_items: int) -> np.ndarray:
     """The distinct pairs of the users that this rank owns, as sorted keys user * num_items + item."""
     users, items = exchange([pairs[0].astype(np.int64), pairs[1]], _user_owner(pairs[0], num_users))
-    return np.unique(users * num_items + items)
+    return distinct(users * num_items + items)
 
 
 def _user_owner(users: np.ndarray, num_users: int) -> np.ndarray:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Rank the held-out rows of a log; the same metrics on any number of ranks.
+    """Rank the held-out rows of a log. The metrics do not depend on the world size.
 
     Raises:
         InputError: the log has no held-out rows, or the model is of another vocabulary. On every rank.
@@ -33,7 +33,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
-    """`evaluate` within its process group, which outlives the model: see `process_group`."""
+    """`evaluate` within its process group, which must outlive the model: see `process_group`."""
     with raise_on_all_ranks():
         log = open_log(config.data, chosen_schema(config.schema))
         kind = kind_of(config.model)
@@ -58,7 +58,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
 
 
 def kind_of(path: str) -> str:
-    """`factors` or `model`: what the artifact at `path` is. Raises InputError where it is neither."""
+    """Kind of the artifact at `path`: `factors` or `model`. Raises InputError if it is neither."""
     kind = str(artifact.read_manifest(path).get("kind"))
     if kind not in (FACTORS, MODEL):
         raise InputError(
@@ -102,7 +102,7 @@ def rank_heldout(
 
 
 def notes(metrics: dict[str, float], log: Log, config: EvaluationConfig) -> list[str]:
-    """What a reader of the metrics should know: cut-offs without meaning, pairs that were not ranked."""
+    """Notes about the metrics: cut-offs without meaning, pairs that were not ranked."""
     lines = []
     if large := [k for k in config.k if k >= log.num_items]:
         each = ", ".join(map(str, large))
@@ -123,7 +123,7 @@ def notes(metrics: dict[str, float], log: Log, config: EvaluationConfig) -> list
 
 
 def show(metrics: dict[str, float]) -> str:
-    """The metrics in one line, then how many cases they are of and what was left out."""
+    """The metrics in one line, with the number of cases and of skipped pairs."""
     counts = {name: int(value) for name, value in metrics.items() if name.islower() and (value or name == "cases")}
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
     return shown + "".join(f", {value:,} {name.replace('_', ' ')}" for name, value in counts.items())

@@ -25,21 +25,21 @@ class FactorizeConfig:
     als: ALSConfig = field(default_factory=ALSConfig)
     logistic: LogisticConfig = field(default_factory=LogisticConfig)
     crossfit_rate: float = 0.0
-    """Above 0: also make factors that have not seen this share of the rows, for a network trained on it."""
+    """Above 0: also compute factors that have not seen this share of the rows, to train a network on it."""
     crossfit_seed: int = 0
-    """Seed of that sample; the same as the network's --sample.seed."""
+    """Seed of that sample; equal to --sample.seed of the network."""
     crossfit_kind: Literal["rows", "block", "user"] = "rows"
-    """Kind of that sample; the same as the network's --sample.kind."""
+    """Kind of that sample; equal to --sample.kind of the network."""
     crossfit_sweeps: int = 3
     """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
 
     use_label: bool = False
-    """Let the label scale the confidence of a row; otherwise every row counts one."""
+    """Scale the confidence of a row by its label; otherwise all rows are equal."""
     on_bad_file: Literal["stop", "skip"] = "stop"
-    """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
-    its rows out, names and counts it (docs/train/log.md)."""
+    """For a file or row group that cannot be read, after retries: `stop` ends the stage and names it; `skip` skips its
+    rows, and names and counts it (docs/train/log.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the sweeps run."""
+    """Device of the sweeps."""
     overwrite: bool = False
     """Replace an existing --out."""
 

@@ -122,11 +122,11 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
 
 
 LEAST_USED, LARGE = 0.1, 100_000
-"""A side of more ids than LARGE, of which less than the share LEAST_USED occurs, is warned of."""
+"""Warn of a side with more than LARGE ids, of which less than the share LEAST_USED occurs."""
 
 
 def _unused_ids(log: Log, factors: Factors) -> str:
-    """What large gaps between the ids of a log without a vocabulary cost, "" where there are none. Collective."""
+    """The cost of large gaps between the ids of a log without a vocabulary; "" if there are none. Collective."""
     counts = [factors.user_counts, factors.item_counts]
     used = torch.tensor([0 if of_side is None else int((of_side > 0).sum()) for of_side in counts])
     used = all_reduce(used)

@@ -13,42 +13,42 @@ from recpress.trainer.config import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class HashStageConfig(HashConfig):
-    """Map the ids of tables to fewer rows, from their counts and an embedding, under a budget."""
+    """Map the ids of tables to fewer embedding rows within a budget, from their counts and an embedding."""
 
     data: str
     """The log: a folder, file or glob."""
     out: str
     """Folder of the maps; must not exist unless --overwrite."""
     factors: str | None = None
-    """Folder of factors of this log: the embedding of users and items."""
+    """Folder of factors of this log, the embeddings of users and items."""
     embedding: tuple[str, ...] = ()
-    """Embeddings from elsewhere, as TABLE=FILE: a .npy, a .parquet, or FILE.pt:KEY; they come before the factors."""
+    """Embeddings from files, as TABLE=FILE: a .npy, a .parquet, or FILE.pt:KEY. They replace the factors of a table."""
     features: tuple[str, ...] = ()
-    """Categorical columns of the log to map, instead of users and items. Those without an embedding get one from a
-    quick warm-up: a factorization machine of the label."""
+    """Categorical columns of the log to map, instead of users and items. For those without an embedding a short warm-up
+    trains one: a factorization machine of the label."""
     warm_rows: int = 1_000_000
-    """About so many rows, a uniform sample, train the warm-up. It sees labels, and so does a map of it: take a part of
-    the log, not all of it, where a network is to train on the same rows (docs/reference/synthetic-criteo.md)."""
+    """Approximate number of rows of the warm-up, a uniform sample. It uses labels, as does its map: use a part
+    of the log if a network trains on the same rows (docs/reference/synthetic-criteo.md)."""
     warm_dim: int = 8
-    """Dimension of its vectors."""
+    """Dimension of the vectors of the warm-up."""
     share: float = 0.25
-    """Budget of rows, all tables together, as a share of their ids."""
+    """Budget of embedding rows of all tables together, as a share of their ids."""
     rows: int = 0
     """The budget as a number of rows; 0: --share."""
     bytes: int = 0
     """The budget in bytes of float32 rows of the embedding's dimension; 0: --rows or --share."""
     table_rows: tuple[str, ...] = ()
-    """Rows of single tables, as TABLE=ROWS; the others share what is left of the budget."""
+    """Rows of single tables, as TABLE=ROWS; the others share the rest of the budget."""
     split: Literal["distortion", "ids"] = "distortion"
-    """How tables share the budget: where a row lowers the distortion most (`cluster`, `learned`), or in proportion to
-    their ids (the other methods always)."""
+    """How tables share the budget: to minimize the distortion (`cluster` and `learned` only), or in proportion to their
+    ids."""
     row_vectors: bool = True
-    """Write the vector of each row too, the best fit of its ids' embedding; `recpress train` starts from them."""
+    """Also write the vector of each row, the best fit to the embedding of its ids; `recpress train` starts from it."""
     extend: str | None = None
-    """Maps of an earlier part of this log: its ids keep their rows, new ones get the nearest or a hashed one."""
+    """Maps of an earlier part of this log. Its ids keep their rows; new ids get the nearest row or a hashed one."""
     on_bad_file: Literal["stop", "skip"] = "stop"
-    """A file or row group that cannot be read, after the retries: `stop` ends the stage with its name; `skip` leaves
-    its rows out of the counts and the warm-up, names and counts it (docs/train/log.md)."""
+    """For a file or row group that cannot be read, after retries: `stop` ends the stage and names it; `skip` skips its
+    rows, and names and counts it (docs/train/log.md)."""
     schema: Schema = field(default_factory=Schema)
     overwrite: bool = False
     """Replace an existing --out."""

@@ -11,14 +11,13 @@ import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.hashing.warm_up import warm_up
 from recpress.modules.row_source import RowSource
 from recpress.trainer.artifacts.factors import open_factors
-from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.distributed.heartbeat import activity
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

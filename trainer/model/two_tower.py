@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
 from recpress.data.negatives.samplers import Negatives, UniformNegatives
@@ -31,8 +31,6 @@ from recpress.trainer.model.weights import load_weights
 WEIGHTS = "weights"
 MAPS = "maps"
 """Folder of the id maps, inside a model."""
-Side = Literal["user", "item"]
-SIDES: tuple[Side, Side] = ("user", "item")
 
 
 @dataclass(frozen=True)

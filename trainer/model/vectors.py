@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
 
+from recpress.data.dataset.log import Side
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.two_tower.logistic import LogisticMF
 from recpress.modules.two_tower.model import TwoTower
@@ -21,7 +21,7 @@ Inputs = Callable[[torch.Tensor], tuple[KeyedJaggedTensor, torch.Tensor | None]]
 
 def tower_vectors(
     model: TwoTower | LogisticMF,
-    side: Literal["user", "item"],
+    side: Side,
     *,
     device: torch.device,
     inputs: Inputs | None = None,

@@ -9,14 +9,14 @@ from typing import cast
 import torch
 
 from recpress.data.config import SampleConfig
-from recpress.data.dataset.log import Log, open_log
+from recpress.data.dataset.log import SIDES, Log, open_log
 from recpress.data.dataset.object_store import is_remote
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
 from recpress.modules.config import TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors
-from recpress.trainer.artifacts.id_maps import SIDES, open_maps
+from recpress.trainer.artifacts.id_maps import open_maps
 from recpress.trainer.config import NetworkConfig, chosen_schema, network_for
 from recpress.trainer.model.two_tower import Features
 from recpress.trainer.plan.config import PlanConfig

@@ -8,12 +8,12 @@ from typing import Any
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact, object_store
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, describe_log, open_factors
-from recpress.trainer.artifacts.id_maps import SIDES, HashArtifact, open_maps
+from recpress.trainer.artifacts.id_maps import HashArtifact, open_maps
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

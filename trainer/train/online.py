@@ -18,14 +18,13 @@ import torch.distributed as dist
 
 from recpress.data.dataset import object_store
 from recpress.data.dataset.growing_log import GrowingLog, Taken, open_round, refuse_new_ids
-from recpress.data.dataset.log import Log, Side
+from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.batch import Batch
 from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
-from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.config import TrainConfig
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.loop.training_data import Next, TrainingData

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from recpress.trainer.artifacts.id_maps import SIDES
+from recpress.data.dataset.log import SIDES
 from recpress.trainer.distributed.collectives import rank_and_world
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from recpress.data.dataset import artifact
+from recpress.data.dataset.log import SIDES
 from recpress.data.stream.loader import InteractionStream
 from recpress.data.stream.order import ORDER_VERSION
-from recpress.trainer.artifacts.id_maps import SIDES
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import time
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import object_store
+from recpress.data.dataset.atomic import replacing
 from recpress.data.errors import InputError
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -174,9 +174,8 @@ def _write(path: str, settings: dict[str, Any], found: list[tuple[Network, float
     lines = ["# Written by `recpress tune`: --config of every command takes what concerns it."]
     lines += [f"# {score:.4f}  {_shown(network)}" for network, score in found]
     lines += _tables(settings, "")
-    temporary = f"{path}.{os.getpid()}"
-    Path(temporary).write_text("\n".join(lines) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 def _tables(settings: dict[str, Any], name: str) -> list[str]:

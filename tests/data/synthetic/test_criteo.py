@@ -13,7 +13,7 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.ingest.encoder import Encoder
 from recpress.data.ingest.formats import CATEGORIES, INTS
-from recpress.data.ingest.sources import Source
+from recpress.data.ingest.sources import RawLog
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.stream.loader import InteractionStream
 from recpress.data.synthetic.criteo import BLOCK, SIZES, MadeCriteo, feature_sizes, synth_criteo
@@ -126,7 +126,7 @@ def test_ids_of_a_group_are_alike_and_ids_of_two_groups_are_not():
 
 def test_a_log_that_is_made_can_be_extended(folder):
     log = open_log(folder, pairs=False)
-    encoder = Encoder(Source("csv", (), log.schema, lambda: iter(())), IngestConfig(input="", extend=str(folder)))
+    encoder = Encoder(RawLog("csv", (), log.schema, lambda: iter(())), IngestConfig(input="", extend=str(folder)))
     assert [entry["num_ids"] for entry in encoder.manifest()["features"].values()] == list(MADE.sizes)
 
 

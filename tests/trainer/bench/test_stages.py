@@ -1,18 +1,15 @@
 """`recpress bench`: the list, a run, and the page."""
 
-import json
-import os
 import re
 
 import pytest
 
-from recpress.benchmarks.common import bars, lines, publish
-from recpress.benchmarks.processes import PeakMemory, in_own_processes
+from recpress.benchmarks.common import publish
 from recpress.data.errors import InputError
 from recpress.trainer.bench import config as bench_config
-from recpress.trainer.bench.config import BenchPageConfig, BenchRunConfig, benchmarks, chosen
-from recpress.trainer.bench.page import read_results, shown
-from recpress.trainer.bench.stages import page, run
+from recpress.trainer.bench.config import BenchRunConfig, benchmarks, chosen
+from recpress.trainer.bench.page import read_results
+from recpress.trainer.bench.stages import run
 from recpress.trainer.cli import main
 
 HOSTILE = "<script>alert('x')</script>"
@@ -67,15 +64,6 @@ def test_the_list_has_a_line_for_each_benchmark(capsys):
         assert re.match(r"Takes .+ small", benchmark.takes) or benchmark.needs, name
         assert benchmark.takes.split(",")[0] in out
     assert not {"common", "processes", "plain_torch", "__init__"} & set(benchmarks())
-
-
-@pytest.mark.parametrize("name", benchmarks())
-def test_a_benchmark_takes_an_output_file_and_the_arguments_of_its_sizes(name):
-    benchmark = benchmarks()[name]
-    source = benchmark.path.read_text()
-    flags = [word for word in (*benchmark.small, *benchmark.full) if word.startswith("--")]
-    for flag in ["--out", *flags]:
-        assert f'"{flag}"' in source or f'("{flag[2:]}"' in source, flag
 
 
 @pytest.mark.parametrize(
@@ -135,84 +123,3 @@ def test_a_benchmark_runs_through(tmp_path):
     text = (tmp_path / "bench" / "report.html").read_text()
     assert "faiss" in text
     assert f"Settings of map_build, which took {found.seconds:,.0f} s" in text
-
-
-def test_a_result_is_a_table_and_a_page_of_its_rows(tmp_path, capsys):
-    at = {"rows": 1000, "batch": 8}
-    plots = [
-        lines(["rows", "batch"], ["rows/s", "peak MB"], ["loop"], at=at, title="Speed"),
-        bars(["rows/s"], ["loop", "rows"], title="All", only={"loop": ["ours"]}),
-    ]
-    out, printed = result(tmp_path, capsys, plots=plots)
-    assert "How fast?" in printed
-    assert "not installed" in printed
-    page(BenchPageConfig(folder=str(out.parent)))
-    text = (out.parent / "report.html").read_text()
-    assert "<script" not in text
-    assert text.count("<figure") == 2  # one value of batch is no line
-    assert "Speed: rows/s and peak MB against rows; batch 8." in text
-    assert "ours, rows 16,000" in text
-    for cell in ("32,000", "1,234", "not installed", "yes"):
-        assert f">{cell}<" in text
-    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text)
-    assert main(["bench", "page", str(out.parent), "--out", str(tmp_path / "other.html")]) == 0
-    assert (tmp_path / "other.html").read_text() == text
-
-
-def test_without_plots_the_page_draws_a_measure(tmp_path, capsys):
-    out, _ = result(tmp_path, capsys)
-    page(BenchPageConfig(folder=str(out.parent)))
-    assert "rows/s, by loop." in (out.parent / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not a result of `recpress bench run`"),
-        ("[1]", "not a result"),
-        (json.dumps({"format": 1, "rows": []}), "it has no 'benchmark'"),
-        (json.dumps({"format": 99}), "format 99, expected 1"),
-    ],
-)
-def test_a_file_that_is_no_result_is_named(text, message, tmp_path, capsys):
-    (tmp_path / "odd.json").write_text(text)
-    assert main(["bench", "page", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert f"{tmp_path}/odd.json: " in error
-    assert message in error
-
-
-def test_an_empty_folder_has_no_page(tmp_path, capsys):
-    assert main(["bench", "page", str(tmp_path)]) == 2
-    assert "no results" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (1234567, "1,234,567"),
-        (0.123456, "0.1235"),
-        (123456.7, "123,457"),
-        (None, "\N{EN DASH}"),
-        (float("nan"), "\N{EN DASH}"),
-        (True, "yes"),
-    ],
-)
-def test_values_of_a_table(value, text):
-    assert shown(value) == text
-
-
-def test_cases_run_on_ranks_of_their_own_and_a_failure_is_told():
-    assert in_own_processes(os.getenv, 2, "RANK") == ["0", "1"]
-    assert in_own_processes(os.getenv, 1, "WORLD_SIZE") == ["1"]
-    with pytest.raises(RuntimeError, match=r"a case failed:(.|\n)*invalid literal for int"):
-        in_own_processes(int, 1, "x")
-    with pytest.raises(RuntimeError, match="ended without a result"):
-        in_own_processes(os._exit, 1, 3)
-
-
-def test_the_peak_of_memory_counts_what_was_freed():
-    memory = PeakMemory()
-    held = bytearray(os.urandom(1 << 20)) * 64
-    del held
-    assert 60 << 20 < memory.bytes < 100 << 20

@@ -1,46 +1,21 @@
 """The comparison on a small synthetic log: every strategy, the table, the page, and nothing where it cannot run."""
 
 import json
-import math
 from dataclasses import replace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from recpress.data.config import SynthConfig
-from recpress.data.dataset.log import open_log
-from recpress.data.errors import InputError
-from recpress.data.synthetic.interactions import synth
-from recpress.modules.config import ALSConfig
-from recpress.trainer.compare import bpr
-from recpress.trainer.compare.bpr import BPRMethod
 from recpress.trainer.compare.cadc import compare_cadc
 from recpress.trainer.compare.cadc_runs import STRATEGIES
-from recpress.trainer.compare.config import MAX_TRIALS, TRIALS, CompareCadcConfig, changed
-from recpress.trainer.distributed.process_group import process_group
+from tests.trainer.compare.configs import cadc_config
 
-
-def small(out):
-    config = CompareCadcConfig(
-        out=str(out),
-        synth=SynthConfig(users=500, items=400, rows=16_000, tastes=8, tastes_per_user=4),
-        seeds=(0, 1),
-        als=ALSConfig(factors=16, sweeps=6, mean_penalty=3.0),
-        patience=1,
-        trials=2,
-    )
-    shorter = {
-        name: replace(getattr(config, name), epochs=2, stream=replace(getattr(config, name).stream, batch_size=512))
-        for name in ("frozen", "random", "tuned")
-    }
-    return replace(config, **shorter)
+pytestmark = pytest.mark.slow  # trains models
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare") / "compare"
-    return compare_cadc(small(out)), out
+    return compare_cadc(cadc_config(out)), out
 
 
 def test_every_strategy_is_run_on_every_seed(result):
@@ -84,7 +59,7 @@ def test_a_network_below_its_factors_is_not_published(tmp_path, monkeypatch):
     for module in ("cadc", "cadc_choose"):
         few = tuple(s for s in STRATEGIES if s.key in ("random-all", "cadc"))
         monkeypatch.setattr(f"recpress.trainer.compare.{module}.STRATEGIES", few)
-    config = replace(small(tmp_path / "out"), seeds=(0,), trials=1, bpr=False)
+    config = replace(cadc_config(tmp_path / "out"), seeds=(0,), trials=1, bpr=False)
     frozen = replace(config.frozen, epochs=1, optimizer=replace(config.frozen.optimizer, learning_rate=0.5))
     still = replace(config.random.optimizer, learning_rate=1e-9, table_learning_rate=1e-9)
     found = compare_cadc(replace(config, frozen=frozen, random=replace(config.random, epochs=1, optimizer=still)))
@@ -94,46 +69,6 @@ def test_a_network_below_its_factors_is_not_published(tmp_path, monkeypatch):
     assert found.method("random-all").mean("HR@10") < 0.2  # an untrained network, not the factorization
     assert any("Two-tower, random init, 100 %" in text and "popularity" in text for text in found.warnings)
     assert [method.key for method in found.methods] == ["popularity", "factors", "random-all", "cadc"]
-
-
-def test_a_missing_library_is_said_and_the_rest_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(bpr, "installed", lambda: False)
-    config = replace(small(tmp_path), seeds=(0,))
-    with process_group("cpu"):
-        synth(config.synth, tmp_path / "log")
-        peer = BPRMethod(config, tmp_path, open_log(str(tmp_path / "log"), None))
-        assert not peer.available
-        row = peer.result()
-    assert "not installed" in row.name
-    assert math.isnan(row.mean("HR@10"))
-
-
-def test_bpr_beats_popularity(tmp_path):
-    pytest.importorskip("implicit")
-    config = small(tmp_path)
-    with process_group("cpu"):
-        synth(config.synth, tmp_path / "log")
-        log = open_log(str(tmp_path / "log"), None)
-        peer = BPRMethod(config, tmp_path, log)
-        peer.trial(log, 1, seed=0)
-        assert len(peer.curve) == 10
-        assert peer.final(seed=0).metrics["HR@10"] > 0.4
-
-
-@pytest.mark.parametrize("trials", [0, 4])
-def test_an_impossible_number_of_trials_is_refused(trials):
-    with pytest.raises(InputError, match="trials"):
-        CompareCadcConfig(trials=trials)
-
-
-def test_each_network_has_as_many_trials():
-    assert {len(changes) for changes in TRIALS.values()} == {MAX_TRIALS} == {len(bpr.TRIALS)}
-    config = CompareCadcConfig()
-    for name, changes in TRIALS.items():
-        assert changed(getattr(config, name), changes[0]) == getattr(config, name)
-    other = changed(config.random, {"batch_size": 512, "dropout": 0.5, "learning_rate": 3e-3})
-    assert (other.stream.batch_size, other.model.towers.dropout, other.optimizer.learning_rate) == (512, 0.5, 3e-3)
-    assert other.model.tables == config.random.model.tables
 
 
 def test_times_hold_the_factorization_where_it_was_needed(result):
@@ -162,12 +97,3 @@ def test_the_page_and_the_results_are_written(result):
     page = (out / "report.html").read_text()
     assert "a synthetic log" in page
     assert all(method.name in page for method in found.methods)
-
-
-def test_a_log_without_held_out_rows_is_refused(tmp_path):
-    log = tmp_path / "log"
-    log.mkdir()
-    pq.write_table(pa.table({"user_id": [0, 1], "item_id": [0, 1]}), log / "train.parquet")
-    with pytest.raises(InputError, match="no held-out rows"):
-        compare_cadc(replace(small(tmp_path / "out"), data=str(log)))
-    assert list(tmp_path.iterdir()) == [log]

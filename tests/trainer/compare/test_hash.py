@@ -8,25 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from recpress.data.config import SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig
-from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash import compare_hash
 from recpress.trainer.compare.hash_result import format_hash_tables
 from recpress.trainer.compare.hash_settings import NAMES
 from recpress.trainer.compare.ties import difference
 from recpress.trainer.config import EvaluationConfig
+from tests.trainer.compare.configs import hash_config
 
-LOG = SynthConfig(users=600, items=300, rows=18_000, tastes=10)
-ALS = ALSConfig(factors=8, sweeps=4, auto=False)
-
-
-def hash_config(out: Path, **more: object) -> CompareHashConfig:
-    given = {
-        "synth": LOG, "als": ALS, "seeds": (0,), "share": 0.15, "sweeps": (0, 1), "choose_users": 200, "trials": 4,
-    } | more  # fmt: skip
-    return CompareHashConfig(out=str(out), **given)
+pytestmark = pytest.mark.slow  # trains models
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.pipeline.config import PipelineConfig
 from recpress.trainer.pipeline.stage import pipeline
-from recpress.trainer.pipeline.summary import as_table, below_popularity
+from recpress.trainer.pipeline.summary import as_table
 from recpress.trainer.train.stage import train
 from tests.ranks import run_on_ranks
 
@@ -122,19 +122,6 @@ def test_one_file_says_it_all(log, tmp_path):
     assert sorted(p.name for p in Path(tmp_path / "run").iterdir()) == ["factors", "metrics.json"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"stages": ()}, "stages: none"),
-        ({"stages": ("train", "train")}, "each once"),
-        ({"train": TrainConfig(data="", out="", overwrite=True)}, r"train\.overwrite"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        PipelineConfig(data="log", out="out", **changes)
-
-
 def test_a_table_at_the_end_compares_what_was_made(log, done):
     made = json.loads((done / "metrics.json").read_text())
     assert list(made["methods"]) == ["popularity", "factorization", "network"]
@@ -143,23 +130,6 @@ def test_a_table_at_the_end_compares_what_was_made(log, done):
     text = as_table(made["methods"])
     assert "rows read" in text
     assert f"{made['methods']['popularity']['metrics']['HR@10']:.4f}" in text
-
-
-def test_a_model_below_popularity_is_named():
-    def made(hr, ndcg):
-        return {"metrics": {"HR@10": hr, "NDCG@10": ndcg, "cases": 9.0}, "rows": 1, "seconds": 1.0}
-
-    popular = made(0.3, 0.2)
-    assert "HR@10 0.1000 against 0.3000" in below_popularity({"popularity": popular, "network": made(0.1, 0.1)})
-    assert below_popularity({"popularity": popular, "factorization": made(0.3, 0.2)}) is not None
-    assert below_popularity({"popularity": popular, "network": made(0.2, 0.21)}) is None
-    assert below_popularity({"popularity": popular}) is None
-
-
-def test_a_network_that_fell_back_is_said_to_be_the_factorization():
-    made = {"metrics": {"HR@10": 0.5}, "rows": 1, "seconds": 1.0}
-    assert "own ranking" in as_table({"network": {**made, "fallback": True}})
-    assert "own ranking" not in as_table({"network": {**made, "fallback": False}})
 
 
 def test_held_out_rows_unlike_train_warn_on_stderr(tmp_path, caplog):

@@ -159,7 +159,7 @@ def test_each_row_once_through_kills_and_signals(tmp_path):
     run.wait_to_say("train-9.parquet: not taken, not a whole Parquet file (yet)")
     run.ranks[1].send_signal(signal.SIGTERM)
     assert run.end() == [75, 75], run.said()
-    assert "step-00000015: step 15, epoch 2" in run.said()
+    assert "step-00000015 at step 15, epoch 2" in run.said()
     assert "stopped by" in run.said()
     assert seen(tmp_path) == keys(range(1440))
     assert steps(tmp_path) == 23
@@ -217,8 +217,8 @@ def test_maps_take_ids_that_came_since_and_each_is_counted_once(tmp_path):
 
     run = Run(tmp_path, *options, "--follow.idle-minutes", "0.03")
     assert run.end() == [0, 0], run.said()
-    assert "step-00000015: step 15" in run.said()
-    assert "rows with users that the map does not know (37 in all)" in run.said()
+    assert "step-00000015 at step 15" in run.said()
+    assert "rows with users that the map does not know (37 in total)" in run.said()
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["unknown_ids"] == {"user": 37, "item": 11}
     assert (manifest["rows"], manifest["steps"]) == (1240, 20)

@@ -18,6 +18,8 @@ from recpress.trainer.pipeline.config import PipelineConfig
 from recpress.trainer.tune.config import TuneConfig
 from recpress.trainer.tune.stage import tune
 
+pytestmark = pytest.mark.slow  # trains models
+
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
