@@ -17,13 +17,13 @@ from recpress.trainer.artifacts.factors import shared_artifact
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.bpr import BPRMethod
 from recpress.trainer.compare.cadc_choose import Chosen, choose
+from recpress.trainer.compare.cadc_report import cadc_report
 from recpress.trainer.compare.cadc_result import (
     CadcResult,
     CurvePoint,
     MethodResult,
     SeedResult,
     SweepPoint,
-    cadc_report,
     format_table,
 )
 from recpress.trainer.compare.cadc_runs import STRATEGIES, CadcRuns, Strategy

@@ -1,3 +1,5 @@
+"""The result of `compare cadc`: figures, ties, the table for the terminal."""
+
 import dataclasses
 import json
 import math
@@ -5,64 +7,18 @@ import re
 
 import pytest
 
+from recpress.trainer.compare.cadc_report import cadc_report
 from recpress.trainer.compare.cadc_result import (
-    CadcResult,
-    CurvePoint,
-    MethodResult,
     SeedResult,
-    SweepPoint,
-    cadc_report,
     differences,
     format_table,
 )
-from tests.trainer.report.html import Page
-
-HOSTILE = "<script>alert('x')</script> & \"quotes\""
-
-
-def method(key, values, seconds, rows=None, curve=(), description="What it does."):
-    seeds = tuple(
-        SeedResult(seed=n, metrics={"HR@10": v + 0.2, "NDCG@10": v}, seconds=seconds) for n, v in enumerate(values)
-    )
-    return MethodResult(
-        key=key,
-        name=f"{key} 10 %",
-        description=description,
-        seeds=seeds,
-        rows=rows,
-        table_bytes=1_500_000 if rows else None,
-        curve=curve,
-    )
-
-
-def points(*pairs):
-    return tuple(CurvePoint(seconds=s, epoch=n, metrics={"NDCG@10": v}) for n, (s, v) in enumerate(pairs))
+from tests.trainer.compare.results import HOSTILE, cadc_result, method, points
 
 
 @pytest.fixture
 def result():
-    slow = points((1, 0.02), (60, 0.40), (110, 0.42), (120, 0.41))
-    fast = points((9, 0.41), (11, 0.43))
-    return CadcResult(
-        title=HOSTILE,
-        methods=(
-            method("popularity", [0.25], {}),
-            method("mf", [0.44, 0.45], {"factorize": 6.0}),
-            method("random", [0.40, 0.41], {"train": 120.0}, 1000, slow),
-            method("cadc", [0.45, 0.47], {"factorize": 6.0, "train": 4.0}, 100, fast, HOSTILE),
-        ),
-        ours="cadc",
-        reference="random",
-        factorization="mf",
-        total_rows=1000,
-        sweeps=tuple(SweepPoint(sweep=n, objective=100.0 / n, seconds=n) for n in (1, 2, 3)),
-        data={"Log": HOSTILE, "Users": 6040},
-        notes=(HOSTILE,),
-        warnings=(HOSTILE,),
-        config={"name": HOSTILE},
-        versions={"torch": HOSTILE},
-        command=f"recpress compare cadc --data {HOSTILE}",
-    )
+    return cadc_result()
 
 
 def test_means_spreads_and_speedups(result):
@@ -143,47 +99,3 @@ def test_the_json_has_every_figure_and_null_for_nan(result, tmp_path):
     assert (saved["version"], saved["ours"], saved["data"]["Users"]) == (2, "cadc", 6040)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     cadc_report(result).write(tmp_path / "page.html")
-
-
-def test_page_is_whole_and_fetches_nothing(result, tmp_path):
-    path = tmp_path / "page.html"
-    cadc_report(result).write(path)
-    page = Page(path)
-    assert page.tags.count("svg") == 3
-    assert page.tags.count("h1") == 1
-    assert {"script", "link", "img", "iframe"}.isdisjoint(page.tags)
-    assert all(link.startswith("#") for link in page.links)
-    assert {link[1:] for link in page.links} <= set(page.ids)
-    assert len(set(page.ids)) == len(page.ids)
-    style = path.read_text(encoding="utf-8")
-    assert "@import" not in style
-    assert not re.search(r"url\((?!#)", style)
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-
-
-def test_page_shows_everything_and_escapes_it(result, tmp_path):
-    cadc_report(result).write(tmp_path / "page.html")
-    page = Page(tmp_path / "page.html")
-    assert page.text.count(HOSTILE) >= 8  # title twice, warning, note, method, data, versions, command
-    for text in ("0.4600 ± 0.0141", "factorize 6.0 s\n+ train 4.0 s", "10x", "1.5 MB", "6,040", "+0.0150", "+0.0550"):
-        assert text in page.text
-
-
-def test_charts_take_the_colours_of_the_page(result, tmp_path):
-    cadc_report(result).write(tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "#0101" not in text
-    assert "#0102" not in text
-    drawn = text[text.index("<svg") :]
-    place = [method.key for method in result.methods].index("cadc")
-    assert f"var(--series-{place})" in drawn
-    assert not re.search(r"(fill|stroke): ?#(?!000000)", drawn)
-
-
-def test_charts_without_points_are_not_drawn(result, tmp_path):
-    methods = tuple(
-        dataclasses.replace(m, curve=(), seeds=tuple(dataclasses.replace(s, seconds={}) for s in m.seeds))
-        for m in result.methods
-    )
-    cadc_report(dataclasses.replace(result, methods=methods, sweeps=())).write(tmp_path / "page.html")
-    assert "svg" not in Page(tmp_path / "page.html").tags

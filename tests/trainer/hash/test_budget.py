@@ -27,7 +27,7 @@ def test_a_budget_is_a_share_a_number_or_bytes(values, rows):
 
 
 def test_tables_share_it_in_proportion_to_their_ids():
-    assert rows_of_tables(config(share=0.5), TABLES) == [450, 50]
+    assert rows_of_tables(config(share=0.5), TABLES) == [449, 51]
 
 
 def test_a_table_with_rows_of_its_own_leaves_the_rest():
