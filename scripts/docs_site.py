@@ -142,7 +142,9 @@ def required_first(actions: list[argparse.Action]) -> list[argparse.Action]:
 
 def option_row(action: argparse.Action) -> str:
     names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest}`"
-    values = f"`{action.metavar}`".replace("|", " or ") if action.metavar else ""
+    metavar = str(action.metavar or "")
+    words = re.split(r"[{},|]+", metavar) if "{" in metavar else [metavar.replace("|", " or ")]
+    values = ", ".join(f"`{word.strip()}`" for word in words if word.strip(" []."))
     return f"| {names} | {values} | {cell(action.help or '')} |"
 
 
