@@ -100,7 +100,7 @@ class NegativesConfig:
     """Draw again where a negative is one of the user's own positives. `yes` reads users and items of the whole log once
     more on every rank, and keeps about 10 bytes a row there. `auto`: where that matters and is cheap, see `rejects`."""
     seed: int = 0
-    """Seed of the draws; mixed with the epoch and the place of the batch."""
+    """Seed of the draws; mixed with the epoch and the position of the batch."""
 
     def __post_init__(self) -> None:
         for name, given in (("shared", self.shared), ("reject_positives", self.reject_positives == "yes")):
@@ -134,7 +134,7 @@ class LayoutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """A made log: planted tastes, power-law activity and popularity, a held-out interaction a user."""
+    """A synthetic log: planted tastes, power-law activity and popularity, one held-out interaction per user."""
 
     users: int = 6000
     """Number of users; each has at least one row."""
@@ -170,7 +170,7 @@ class SynthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthCriteoConfig:
-    """A made log with Criteo's columns: a label, 13 numbers, 26 categorical features whose ids are alike in groups."""
+    """A synthetic log with Criteo's columns: label, 13 numbers, 26 categorical features with groups of similar ids."""
 
     rows: int = 1_000_000
     """Rows of train."""

@@ -1,5 +1,5 @@
-"""The error that a user can cause."""
+"""The error for invalid input."""
 
 
 class InputError(ValueError):
-    """Input or configuration that cannot be used; one line that names the place and what was expected."""
+    """Invalid input or configuration, in one line: what is wrong, where, and what was expected."""

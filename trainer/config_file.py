@@ -7,9 +7,9 @@ argument `--section.key value`, unless the command line names the same one.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
-import sys
 import tomllib
 import types
 import typing
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from recpress.data.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 RENAMED = {
     "stream.lanes": "stream.interleave",
@@ -68,7 +70,7 @@ def current_names(config: Mapping[str, Any], source: str = "", *, warn: bool = F
 
     Args:
         source: how messages name what `config` was read from.
-        warn: print a line to stderr for each deprecated name.
+        warn: log a warning for each deprecated name.
 
     Raises:
         InputError: `config` has an option under both its old and its current name.
@@ -101,7 +103,7 @@ def current_names(config: Mapping[str, Any], source: str = "", *, warn: bool = F
 
 
 def current_arguments(command_line: Sequence[str]) -> list[str]:
-    """`command_line` with the current names of its options. Prints a line to stderr for each deprecated name."""
+    """`command_line` with the current names of its options. Logs a warning for each deprecated name."""
     found: list[str] = []
     for argument in command_line:
         flag, equals, value = argument.partition("=")
@@ -131,7 +133,7 @@ def _current_argument(flag: str, value: str) -> str:
 
 def _warn(old: str, new: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {old} is deprecated and will be removed in the next release; use {new}", file=sys.stderr)
+        logger.warning("%s is deprecated and will be removed in the next release; use %s", old, new)
 
 
 def for_command(command: str, content: dict[str, Any], config: type) -> dict[str, Any]:

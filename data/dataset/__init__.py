@@ -1,1 +1,4 @@
-"""A log on disk: schema, Parquet splits, columns, filesystems, and artifacts with manifests."""
+"""A log on disk: schema, Parquet splits, columns, filesystems, and artifacts with manifests.
+
+May import `data.config`, `data.errors` and `data.seeds` only.
+"""

@@ -1,14 +1,12 @@
-"""Artifacts: folders that are whole once they have their final name and a manifest.
+"""Artifacts: folders that are complete once they have their final name and a manifest.
 
-Everything that a stage leaves behind is a folder with a `manifest.json` beside its data. It is written under
-a temporary name next to its target, the manifest last, then renamed; so a folder that has its final name is
-whole.
+The output of a stage is a folder with data and a `manifest.json`. It is written under a temporary name next to its
+target, the manifest last, and then renamed; so a folder with its final name is complete.
 
-An object store renames nothing. There an artifact is whole exactly when its manifest is there: the files are made in
-a local temporary folder, uploaded, found again with their sizes, and then the manifest, which lists them, is put beside
-them. A marker lies in the folder from the first to the last moment, so that what is left of a broken upload is known
-for what it is. Overwriting removes the manifest first. Files that are memory-mapped are fetched into a local cache
-(`fetch`) and checked against the manifest.
+An object store cannot rename. There an artifact is complete if its manifest exists: the files are written to a local
+temporary folder and uploaded, their sizes are checked, and the manifest, which lists them, is uploaded last. A marker
+exists in the folder meanwhile, so that a later run recognizes an incomplete upload. Overwriting removes the manifest
+first. Files that are memory-mapped are fetched into a local cache (`fetch`) and checked against the manifest.
 
 One process:
 
@@ -17,8 +15,8 @@ One process:
         meta["counts"] = {"rows": 10}          # `meta` may grow until the block ends
 
 Several ranks: rank 0 calls `begin` and sends the name to the others, all write their own files into it, and
-after a barrier rank 0 calls `commit` (or `abort`, where any rank failed). Of a remote artifact ranks without a common
-disk have a folder each: rank 0 calls `prepare`, each rank `upload`, and then rank 0 `publish`.
+after a barrier rank 0 calls `commit` (or `abort`, if any rank failed). Ranks without a common disk write a remote
+artifact from a folder each: rank 0 calls `prepare`, each rank `upload`, and then rank 0 `publish`.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from recpress.data.errors import InputError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = ".recpress-unfinished"
-"""Marks, on an object store, a folder that is being written; without a manifest beside it, what is left of that."""
+"""Marks, on an object store, a folder that is being written, or, without a manifest, an incomplete upload."""
 
 
 _BEGUN: dict[Path, str | Path] = {}
@@ -123,7 +121,7 @@ def begin(
             try:
                 tmp.mkdir(parents=True)
             except OSError as error:
-                raise InputError(f"{path}: cannot create a folder beside it: {error.strerror}") from error
+                raise InputError(f"{path}: cannot create a folder next to it: {error.strerror}") from error
     except BaseException:
         claim.release(path)
         raise
@@ -335,7 +333,7 @@ def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inp
     if not overwrite:
         raise InputError(f"{path}: exists already; choose another name or allow it to be overwritten")
     if not whole:
-        raise InputError(f"{path}: exists and is no artifact (no {MANIFEST}); it will not be overwritten")
+        raise InputError(f"{path}: exists and is not an artifact (no {MANIFEST}); it will not be overwritten")
     if kind is not None and (found_kind := read_manifest(path).get("kind")) != kind:
         raise InputError(
             f"{path}: exists and is an artifact of kind '{found_kind}', which one of kind '{kind}' does not overwrite; "

@@ -113,7 +113,7 @@ class _File(_Held):
             while self._file is None:
                 self._file = self._locked(path)
         except OSError as error:
-            raise InputError(f"{path}: cannot create files beside it: {error.strerror}") from error
+            raise InputError(f"{path}: cannot create files next to it: {error.strerror}") from error
         for leftover in path.parent.glob(_literal(hidden(path, "tmp-").name) + "*"):
             shutil.rmtree(leftover, ignore_errors=True)
 

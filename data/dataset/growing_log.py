@@ -1,9 +1,9 @@
-"""A log that grows: new files of a folder or a glob, taken once they are whole.
+"""A log that grows: new files of a folder or a glob, taken once they are complete.
 
-A file is whole when its Parquet footer can be read: the footer is what a writer writes last. Files whose names begin
-with a dot or an underscore are a writer's own. What was taken is known by name, size and fingerprint, in *rounds*: the
-files known at the start are round 0, and each look that finds new ones makes the next. A file's ordinal, of which the
-sample of its rows is a function, counts from round to round.
+A file is complete when its Parquet footer can be read, which a writer writes last. Files whose names begin with a dot
+or an underscore are temporary files of a writer. What was taken is known by name, size and fingerprint, in *rounds*:
+the files known at the start are round 0, and each look that finds new ones makes the next. A file's ordinal, of which
+the sample of its rows is a function, counts from round to round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of one part of a log: Parquet files, row groups, and the checked reading of single columns."""
+"""One split of a log, such as train: Parquet files, row groups, and validated reading of single columns."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
     try:
         log = open_log(_ingest(config, whole / "whole", False))
         if log.test is not None:
-            raise InputError(f"{config.input}: has a test part of its own; holdout is '{config.holdout}'")
+            raise InputError(f"{config.input}: already has a test part; holdout is '{config.holdout}'")
         return leave_one_out(
             replace(log, path=config.input),  # what errors name
             out,

@@ -1,1 +1,4 @@
-"""Negative samples for training and evaluation, and the set of interactions that they must avoid."""
+"""Negative sampling: items that a user did not interact with, for training and for held-out splits.
+
+May import `dataset` and `sampling`.
+"""

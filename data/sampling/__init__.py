@@ -1,1 +1,4 @@
-"""Which rows of a log are read: samples by row, row group or user, and the commands that write them."""
+"""Which rows of a log are read: samples by row, row group or user, and writing them as a log.
+
+May import `dataset`.
+"""

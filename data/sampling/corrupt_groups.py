@@ -1,10 +1,10 @@
-"""Row groups that cannot be read or decoded, left out by choice (`stream.on_bad_file skip`), named and counted.
+"""Skips row groups that cannot be read or decoded (`stream.on_bad_file skip`), and names and counts them.
 
 Which rows a step sees follows from the row counts of the footers alone, so that all ranks have the same steps. A row
-group that turns out to be damaged would leave a hole in one rank's batches. The stream fills it with the rows of
-another row group of the sample, which the seed draws: steps, batch sizes and positions stay what they are, on all ranks
-and after a resume, and the rows that stand in count twice in that epoch. Whole passes over a log (counts of
-items, pairs of users) need no equal sizes, and there it is left out.
+group that turns out to be corrupt would leave a gap in one rank's batches. The stream fills it with the rows of another
+row group of the sample, which the seed draws: steps, batch sizes and positions do not change, on any rank or after a
+resume, and the replacing rows count twice in that epoch. Full passes over a log (counts of items, pairs of users) need
+no equal sizes, and skip it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TRIES = 8
 """Row groups that fail one after the other before the stream gives up: then it is the storage, and no file."""
 GroupKey = tuple[int, int]
 Lost = dict[GroupKey, int]
-"""(file, row group) -> rows that are lost with it: all, until the stream comes to it; then those of the sample."""
+"""(file, row group) -> rows lost with it: all, until the stream reads it; then those of the sample."""
 
 
 @dataclass(frozen=True)
 class TolerantSplit(ParquetSplit):
-    """Rows whose damaged row groups are left out by `read_or_skip`, and remembered in `lost`."""
+    """A split whose corrupt row groups `read_or_skip` skips and records in `lost`."""
 
     lost: Lost = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class TolerantSplit(ParquetSplit):
         named = any(file == group.file for file, _ in list(self.lost))  # a copy: other threads add to it
         self.lost[group.file, group.group] = group.num_rows if rows is None else rows
         if not named:
-            logger.warning("left out: %s (said once a file)", error)
+            logger.warning("skipping corrupt row group: %s (further ones of this file are not reported)", error)
 
 
 def left_out(log: Log) -> dict[str, Any]:
@@ -78,14 +78,14 @@ def in_words(log: Log) -> str | None:
     if not found or not (found["bad_files"] or found["bad_row_groups"]):
         return None
     return (
-        f"{log.path}: left out what could not be read: {len(found['bad_files'])} files, and {found['bad_row_groups']} "
+        f"{log.path}: skipped what could not be read: {len(found['bad_files'])} files, and {found['bad_row_groups']} "
         f"row groups of others, with {found['lost_rows']:,} rows"
     )
 
 
 @dataclass(frozen=True)
 class ReplacingSplit(TolerantSplit):
-    """Rows whose `read` always gives as many as the footer says: of another row group, where one is damaged."""
+    """A split whose `read` replaces a corrupt row group by as many rows of another."""
 
     selection: Selection | None = None
     """Which rows are read; None: all."""

@@ -1,1 +1,4 @@
-"""The training stream: example order, shuffle window, prefetch, batches and keyed jagged tensors."""
+"""The training stream: example order, shuffle window, prefetch, batches and keyed jagged tensors.
+
+May import `dataset`, `sampling` and `negatives`; only `batch` and `keyed` import TorchRec.
+"""

@@ -32,7 +32,7 @@ Made = TypeVar("Made")
 
 @dataclass
 class Interactions:
-    """B rows of a log in host memory. A column that was not read is None, or missing from `categorical`."""
+    """B rows of a log in host memory. A column that was not read is None, or missing in `categorical`."""
 
     user: torch.Tensor | None  # (B,) int64
     item: torch.Tensor | None  # (B,) int64
@@ -43,8 +43,8 @@ class Interactions:
     epoch: int
     step: int
     position: int
-    """Place of the first row in the epoch's order over all ranks; the others follow it. A row has the same
-    place for any number of ranks with the same global batch (but for the last, smaller step)."""
+    """Position of the first row in the epoch's order over all ranks; the others follow it. It depends on the global
+    batch, not on the world size (except in the last, smaller step)."""
     size: int
     """B."""
     tables: list[Table] = field(default_factory=list, repr=False)
@@ -54,21 +54,21 @@ class Interactions:
 class InteractionStream:
     """Batches of one rank: `for batch in InteractionStream(log.train, log.schema, StreamConfig())`.
 
-    Each iteration begins at `start_step` of `epoch`; `set_epoch` moves to another. All ranks get the same
-    number of steps and, in each step, the same number of rows. Threads replace DataLoader workers (processes
-    reach a tenth of the speed: tensors travel between them); where a DataLoader is wanted: `StreamDataset`.
-    In a worker of a DataLoader, whatever dataset holds the stream, an iteration gives the worker's share of the steps.
+    Each iteration begins at `start_step` of `epoch`; `set_epoch` moves to another epoch. All ranks get the same number
+    of steps and, in each step, the same number of rows. Threads replace DataLoader workers: processes reach a tenth of
+    the speed, since tensors travel between them. `StreamDataset` wraps a stream for a DataLoader; in a worker, an
+    iteration gives the worker's share of the steps.
 
-    A stream can be pickled; memory, statistics and what was computed for the epoch stay behind.
+    A stream can be pickled, without its buffers, statistics and caches.
 
     Args:
-        rows: a part of a log, `Log.train`.
+        rows: a split of a log, such as `Log.train`.
         schema: what its columns mean.
         sample: only the rows of this sample; with `complement` only the rows that are not in it.
-        hold_out: rows to leave out of these, for validation.
-        global_batch: rows of a step on all ranks together, instead of `config.batch_size` on each: the rows of a step
-            then depend on nothing but it, and a run that goes on with other ranks keeps it.
-        epoch, start_step: where to begin; a checkpoint needs these two integers and no more.
+        hold_out: rows of these to exclude, for validation.
+        global_batch: rows of a step on all ranks together, instead of `config.batch_size` on each: a run that resumes
+            with another world size passes the same number and gets the same steps.
+        epoch, start_step: position to begin at; a checkpoint stores these two integers.
         columns: names of the columns to read; by default those of the schema that the rows have, but no time.
         worker, workers: only each `workers`-th step, from `start_step + worker` on.
         pin_memory: dense columns in page-locked memory, from which CUDA copies beside the computation.
@@ -140,8 +140,8 @@ class InteractionStream:
         self._iterated_by_worker = iterated
 
     def stats(self) -> StreamStats:
-        """Rows and bytes a second and where the time went, since the last call (at first: since the stream was
-        made). May be called from any thread, at any moment."""
+        """Rows and bytes per second and shares of time, since the last call or the start. Safe to call from any
+        thread."""
         return self._meter.stats(self.config.chosen_threads)
 
     def memory_bound(self) -> int:
@@ -220,7 +220,7 @@ class InteractionStream:
         return share
 
     def _iterate(self, waiting: str) -> Iterator[Interactions]:
-        """Waiting for data is counted under the name `waiting`."""
+        """`waiting` names the counter of the time spent waiting for data."""
         info = get_worker_info()
         if info is not None and not self._is_share and self.workers == 1:
             yield from self._of_worker(info.id, info.num_workers)._iterate(waiting)

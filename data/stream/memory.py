@@ -30,7 +30,7 @@ _PIPELINE = 3
 def memory_bound(
     rows: ParquetSplit,
     columns: Sequence[str],
-    ahead: ReadPlan,
+    plan: ReadPlan,
     *,
     rank_rows: int,
     batch_rows: int,
@@ -50,12 +50,12 @@ def memory_bound(
     values = sum(_values_a_row(rows, name) for name in lists)
     row = dense + _SCATTERED * 8 * (values + 2 * len(lists))  # values, offsets, and the place of a row in the window
     floats = 4 * sum(rows.columns[name].role == "float" for name in columns)
-    decoding = max((_decoding(rows, visit.group, columns) for visit in ahead.visits), default=0)
-    written = ahead.largest * row  # one lies between the threads that decode and those that write
-    staged = ahead.lanes * min(TILE_ROWS, rank_rows) * dense
+    decoding = max((_decoding(rows, read.group, columns) for read in plan.reads), default=0)
+    written = plan.largest * row  # one lies between the threads that decode and those that write
+    staged = plan.lanes * min(TILE_ROWS, rank_rows) * dense
     ordered = rank_rows * 8 * (values + 8 * len(lists))  # of one window: in file order and in batch order
     batches = (prefetch_batches + _PIPELINE) * batch_rows * (dense + floats + 8 * (values + 2 * len(lists)))
-    windows = ahead.most_windows() * (rank_rows + batch_rows) * row  # all windows have the size of the largest
+    windows = plan.most_windows() * (rank_rows + batch_rows) * row  # all windows have the size of the largest
     groups = _ROUNDED * (threads * decoding + (threads + 1) * written)
     return round(windows + groups + staged + ordered + batches + KEPT + threads * _THREAD)
 

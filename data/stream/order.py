@@ -1,11 +1,11 @@
 """The order of the rows in an epoch: a pure function of (row counts, global batch size, seed, epoch).
 
 1. The row groups that have rows in the sample are shuffled and laid end to end: the *line* of N rows.
-2. The line is cut into L *lanes*, stretches of equal length. A batch takes an equal share from each lane.
-3. The steps are cut into equal *rounds* of about buffer_rows rows. The rows of a lane that belong to a round, its
-   *block*, are the next ones of its stretch.
+2. The line is cut into L *lanes*, segments of equal length. A batch takes an equal share from each lane.
+3. The steps are grouped into equal *shuffle windows* of about buffer_rows rows. A window takes the next rows of each
+   lane, its *block*.
 4. A block is cut into *tiles* of about TILE_ROWS rows, each of which gives the same number of rows to every step of
-   the round: which ones, and where in the batch, is a permutation (`recpress.data.stream.shuffle`).
+   the window: which ones, and where in the batch, is a permutation (`recpress.data.stream.shuffle`).
 5. Step k is the global batch of G = world * batch_size rows, in it the lanes, in them the tiles, one after the other;
    rank r has the rows [r * batch_size, (r + 1) * batch_size) of it.
 
@@ -15,12 +15,12 @@ come from its own lanes, ranks share the decoding: where the number of ranks div
 group is decoded by one rank, or by those between which a cut lies. Where there are more ranks than lanes (and
 there are never more lanes than row groups), the ranks of a lane all decode it.
 
-A batch so is a stratified sample of a round: of lanes and tiles as many rows each, of a tile a uniform sample. A log
-that fits in one tile is permuted uniformly.
+So a batch is a stratified sample of a window: the same number of rows from each lane and tile, uniform within a tile. A
+log that fits in one tile is permuted uniformly.
 
 Tail: the T = N mod G rows that remain make one last, smaller step with T // world rows on each rank, so that
 all ranks have equal batches and end together; the fewer than `world` rows that cannot be dealt out evenly are
-dropped from the epoch, others in each epoch. Its rows are drawn from the last round. With one rank every row comes
+dropped from the epoch, others in each epoch. Its rows are drawn from the last window. With one rank every row comes
 exactly once.
 
 Without shuffling there is one lane and no permutation: the order of the files, decoded by every rank that
@@ -41,13 +41,13 @@ from recpress.data.seeds import philox
 from recpress.data.stream.shuffle import Pool, members
 
 ORDER_VERSION = 2
-"""Changes where the order does: a run cannot go on in another."""
+"""Changes with the order: a run cannot resume with another version."""
 TILE_ROWS = 1 << 15
-"""Rows that a tile has at most, unless a round has more steps: small enough for a processor's cache."""
+"""Rows that a tile has at most, unless a window has more steps: small enough for a processor's cache."""
 _PLAIN_ROWS = 1 << 17
-"""Rows of a round without shuffling, at most."""
+"""Rows of a window without shuffling, at most."""
 _STEPS = 1 << 16
-"""Steps of a round, at most."""
+"""Steps of a window, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowGroupRead:
-    """One row group to decode, the first step that needs it, and the blocks that its rows go to."""
+    """One row group to decode, the first step that needs it, and the segments of its rows, one per block."""
 
     group: int
     step: int
-    parts: list[Segment] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ShuffleTile:
     rows: int
     """Of the whole tile."""
     slot: int
-    """Place in the global batch from which on the tile gives `width` rows to each full step of the round."""
+    """Place in the global batch from which on the tile gives `width` rows to each full step of the window."""
     width: int
     extra: int
     """Rows for the smaller last step, from `tail_slot` on."""
@@ -222,7 +222,7 @@ class EpochOrder:
         self._known_ranges[rank, world, tail] = found
         return found
 
-    # ---- rounds
+    # ---- shuffle windows
 
     @cached_property
     def num_windows(self) -> int:
@@ -231,7 +231,7 @@ class EpochOrder:
         return max(1, -(-self.full_steps // longest))
 
     def window_steps(self, number: int) -> tuple[int, int]:
-        """Full steps [first, end) of a round. The last one has the rows of the smaller last step, too."""
+        """Full steps [first, end) of a window. The last window also has the rows of the smaller last step."""
         return tuple(self.full_steps * k // self.num_windows for k in (number, number + 1))  # type: ignore[return-value]
 
     def window_of(self, step: int) -> int:
@@ -241,7 +241,7 @@ class EpochOrder:
 
     @cached_property
     def window_rows(self) -> int:
-        """Rows of a round on all ranks, at most."""
+        """Rows of a window on all ranks, at most."""
         return -(-self.full_steps // self.num_windows) * self.global_batch + self._tail
 
     def _tail_of(self, lane: int, number: int) -> int:
@@ -249,12 +249,12 @@ class EpochOrder:
         return int(np.diff(self._tail_cuts)[lane]) if number == self.num_windows - 1 else 0
 
     def block_bounds(self, lane: int, number: int) -> tuple[int, int]:
-        """The lane's positions [first, end) that it has in a round."""
+        """Positions [first, end) of the lane that are in a window."""
         first, end = (step * int(self._share[lane]) for step in self.window_steps(number))
         return first, end + self._tail_of(lane, number)
 
     def _block_line(self, lane: int, number: int) -> tuple[int, int]:
-        """The block's stretch of the line. Odd lanes run backwards: lanes that share the row group at their
+        """The block's rows of the line. Odd lanes run backwards: lanes that share the row group at their
         common cut then both need it at their beginning, or both at their end, and it is decoded once."""
         first, end = self.block_bounds(lane, number)
         if self.shuffle and lane % 2:
@@ -266,10 +266,10 @@ class EpochOrder:
     # ---- where the rows of a block go
 
     def places(self, lane: int, number: int, first: int, count: int) -> np.ndarray:
-        """Where the rows [first, first + count) of a block go: step of the round * global_batch + place in the global
+        """Where the rows [first, first + count) of a block go: step of the window * global_batch + place in the global
         batch. (count,) int64
 
-        The step after the round's full ones is the smaller last step of the epoch.
+        The step after the window's full ones is the smaller last step of the epoch.
         """
         places = np.empty(count, dtype=np.int64)
         begin, end = self.window_steps(number)
@@ -327,9 +327,9 @@ class EpochOrder:
 
     # ---- what a rank decodes
 
-    def visits(self, rank: int, world: int, start: int = 0) -> list[RowGroupRead]:
-        """The row groups that a rank decodes from step `start` on, each once, in the order of need."""
-        visits: dict[int, RowGroupRead] = {}
+    def reads(self, rank: int, world: int, start: int = 0) -> list[RowGroupRead]:
+        """The row groups that a rank decodes from step `start` on, each once, in the order of use."""
+        reads: dict[int, RowGroupRead] = {}
         for number in range(self.window_of(start), self.num_windows):
             step = max(start, self.window_steps(number)[0])
             for lane in self._lanes_of(rank, world, number, start):
@@ -338,13 +338,13 @@ class EpochOrder:
                 while at < len(self.groups) and self._starts[at] < high:
                     first, end = max(low, int(self._starts[at])), min(high, int(self._starts[at + 1]))
                     group = int(self.groups[at])
-                    visit = visits.setdefault(group, RowGroupRead(group, step))
-                    visit.parts.append(Segment(lane, number, first - int(self._starts[at]), first - low, end - first))
+                    read = reads.setdefault(group, RowGroupRead(group, step))
+                    read.segments.append(Segment(lane, number, first - int(self._starts[at]), first - low, end - first))
                     at += 1
-        return list(visits.values())
+        return list(reads.values())
 
     def _lanes_of(self, rank: int, world: int, number: int, start: int) -> list[int]:
-        """Lanes of which a rank has rows in a round, from step `start` on."""
+        """Lanes of which a rank has rows in a window, from step `start` on."""
         found: set[int] = set()
         if max(start, self.window_steps(number)[0]) < self.window_steps(number)[1]:
             found |= {lane for lane, _, _ in self.slices(0, rank, world)}
@@ -357,12 +357,12 @@ class EpochOrder:
     def locate(self, step: int, rank: int, world: int) -> np.ndarray:
         """The rank's rows of a step: (rows, 2) int64, row group and place in the group's sample."""
         number = self.window_of(step)
-        step_of_round = step - self.window_steps(number)[0]
+        step_of_window = step - self.window_steps(number)[0]
         first = self.first_position(step, rank, world) - step * self.global_batch
         found = [np.empty((0, 2), dtype=np.int64)]
         for lane, _, _ in self.slices(step, rank, world):
             low, high = self._block_line(lane, number)
-            places = self.places(lane, number, 0, high - low) - step_of_round * self.global_batch
+            places = self.places(lane, number, 0, high - low) - step_of_window * self.global_batch
             mine = np.flatnonzero((places >= first) & (places < first + self.step_rows(step, world)))
             line = low + mine[np.argsort(places[mine])]
             at = np.searchsorted(self._starts, line, side="right") - 1

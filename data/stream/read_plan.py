@@ -1,8 +1,8 @@
-"""Background reading: threads decode row groups, others write their rows to their places in the rounds of batches.
+"""Reads row groups ahead of their use: threads decode them, other threads write their rows into shuffle windows.
 
-A thread decodes a whole row group with Arrow's own threads off (the fastest way that was measured) and hands it to a
-thread that writes each column to its place in the batches: writing waits for memory, decoding computes. A round is
-ready once it has all of its rows.
+A thread decodes a whole row group, with Arrow's own threads off: the fastest way that was measured. It hands the row
+group to a writing thread, since writing waits for memory while decoding computes. A window is ready once no row is
+missing.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from recpress.data.stream.stats import Meter
 
 
 class ReadPlan:
-    """What one rank reads from a step on, and how far ahead of its use: arithmetic, no data."""
+    """What one rank reads from step `start` on, and how far ahead: arithmetic on row counts, no data is read."""
 
     def __init__(self, order: EpochOrder, rank: int, world: int, start: int) -> None:
         self.order, self.start = order, start
-        self.visits = order.visits(rank, world, start)
-        parts = [part for visit in self.visits for part in visit.parts]
+        self.reads = order.reads(rank, world, start)
+        segments = [segment for read in self.reads for segment in read.segments]
         self.rows_of: Counter[int] = Counter()
-        """Rows of each round."""
-        for part in parts:
-            self.rows_of[part.window] += part.count
-        self.largest = max((int(order.counts[visit.group]) for visit in self.visits), default=0)
+        """Rows of each window."""
+        for segment in segments:
+            self.rows_of[segment.window] += segment.count
+        self.largest = max((int(order.counts[read.group]) for read in self.reads), default=0)
         """Selected rows of a row group."""
-        self.lanes = len({part.lane for part in parts})
-        """Of which the rank reads."""
+        self.lanes = len({segment.lane for segment in segments})
+        """Lanes that the rank reads."""
         self.limit = 2 * max(self.rows_of.values(), default=0) + self.lanes * self.largest
-        """Rows that are read and not yet given out."""
+        """Rows that are read ahead, at most."""
 
     def most_windows(self) -> int:
-        """Rounds that are in memory at a time, whole or in part."""
+        """Windows in memory at a time, complete or incomplete."""
         floor, top, held, most = self.order.window_of(self.start), 0, 0, 0
-        for visit in self.visits:
-            rows = sum(part.count for part in visit.parts)
-            while held + rows > self.limit and self.order.window_of(visit.step) > floor:
+        for read in self.reads:
+            rows = sum(segment.count for segment in read.segments)
+            while held + rows > self.limit and self.order.window_of(read.step) > floor:
                 held -= self.rows_of[floor]
                 floor += 1
             held += rows
-            top = max(top, *(part.window for part in visit.parts))
+            top = max(top, *(segment.window for segment in read.segments))
             most = max(most, top - floor + 1)
         return most
 
 
 class ReadAhead:
-    """Reads the rounds that one rank needs, ahead of their use, in threads of its own.
+    """Reads the windows of one rank ahead of their use, in background threads.
 
-    Holds the rows of two rounds, and in addition one row group's sampled rows for each of the rank's lanes. There are
-    `threads` that decode and as many that write; one row group at most lies between them.
-    `close` (or leaving the `with`) ends the threads; an error in a thread is raised by the next `round`.
+    Reads ahead the rows of two windows, plus the sampled rows of one row group per lane of the rank. `threads` threads
+    decode and as many write; at most one decoded row group waits between them. `close` (or leaving the `with` block)
+    ends the threads. The next call of `window` raises what a thread raised.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ReadAhead:
         self._rank, self._world = rank, world
         self._selection, self._meter, self._buffers = selection, meter, buffers
         ahead = ReadPlan(order, rank, world, start)
-        self._visits, self._rows_of, self._limit = ahead.visits, ahead.rows_of, ahead.limit
+        self._reads, self._rows_of, self._limit = ahead.reads, ahead.rows_of, ahead.limit
         self._next = 0
         self._step = start
         lock = threading.Lock()
@@ -90,10 +90,10 @@ class ReadAhead:
         self._ready: dict[int, ShuffleWindow] = {}
         self._error: BaseException | None = None
         self._closed = False
-        self._held = 0  # rows decoded or being decoded and not yet released
-        self._floor = 0  # the first round that is still wanted
+        self._held = 0  # rows that are decoded or being decoded, until their window is released
+        self._floor = 0  # the first window that is not released
         self._decoded: deque[tuple[RowGroupRead, Columns]] = deque()
-        self._decoding = threads  # threads that may still hand over a row group
+        self._decoding = threads  # decoding threads that are running
         self._threads = [
             threading.Thread(target=work, name=f"recpress-stream-{name}-{k}", daemon=True)
             for name, work in (("decode", self._decode_all), ("write", self._write_all))
@@ -101,7 +101,7 @@ class ReadAhead:
         ]
 
     def __enter__(self) -> ReadAhead:
-        atexit.register(self.close)  # Arrow must not be at work when the interpreter goes
+        atexit.register(self.close)  # Arrow must not run when the interpreter exits
         for thread in self._threads:
             thread.start()
         return self
@@ -110,7 +110,7 @@ class ReadAhead:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads, after the row groups that they are decoding."""
+        """End the threads, after the row groups that they are decoding."""
         with self._changed:
             self._end()
         for thread in self._threads:
@@ -132,12 +132,12 @@ class ReadAhead:
     # ---- the consumer
 
     def check(self) -> None:
-        """Raises what a thread has raised."""
+        """Raise what a thread raised."""
         if self._error is not None:
             raise self._error
 
     def window(self, number: int, step: int) -> ShuffleWindow:
-        """The rows of a round, which step `step` needs; waits for it. Raises what a thread has raised."""
+        """Wait for the window that step `step` needs. Raises what a thread raised."""
         with self._changed:
             self._step = step
             self._changed.notify_all()
@@ -148,7 +148,7 @@ class ReadAhead:
             return self._ready[number]
 
     def release(self, number: int) -> None:
-        """Forgets the rounds before this one, also those that are not read yet."""
+        """Return the memory of the windows before this one, also of those that are not complete yet once they are."""
         with self._changed:
             self._floor = number
             for earlier in [earlier for earlier in self._ready if earlier < number]:
@@ -164,9 +164,9 @@ class ReadAhead:
 
     def _decode_all(self) -> None:
         try:
-            while (visit := self._take()) is not None:
-                with self._told(visit):
-                    self._hand_over(visit, self._decode(visit))
+            while (read := self._take()) is not None:
+                with self._errors_to_consumer(read):
+                    self._hand_over(read, self._decode(read))
         finally:
             with self._changed:
                 self._decoding -= 1
@@ -174,30 +174,30 @@ class ReadAhead:
 
     def _write_all(self) -> None:
         while (found := self._next_decoded()) is not None:
-            visit, columns = found
+            read, columns = found
             began = time.perf_counter()
-            with self._told(visit):
-                self._deal(visit, columns)
+            with self._errors_to_consumer(read):
+                self._write(read, columns)
             self._meter.add(shuffle=time.perf_counter() - began)
 
     @contextmanager
-    def _told(self, visit: RowGroupRead) -> Iterator[None]:
-        """Lets the consumer know of an error, whatever it is."""
+    def _errors_to_consumer(self, read: RowGroupRead) -> Iterator[None]:
+        """Pass any error on to the consumer."""
         try:
             yield
         except BaseException as error:
-            error.add_note(f"while reading {self._rows.where(self._rows.groups[visit.group])}")
+            error.add_note(f"while reading {self._rows.where(self._rows.groups[read.group])}")
             with self._changed:
                 self._error = self._error or error
                 self._end()
 
-    def _hand_over(self, visit: RowGroupRead, columns: Columns) -> None:
-        """To the threads that write, once they have taken what was handed over before."""
+    def _hand_over(self, read: RowGroupRead, columns: Columns) -> None:
+        """Give a decoded row group to the writing threads, once they have taken the previous one."""
         began = time.perf_counter()
         with self._changed:
             while self._decoded and not self._closed:
                 self._wrote_some.wait()
-            self._decoded.append((visit, columns))
+            self._decoded.append((read, columns))
             self._decoded_some.notify()
         self._meter.add(room=time.perf_counter() - began)
 
@@ -211,28 +211,28 @@ class ReadAhead:
             return self._decoded.popleft()
 
     def _take(self) -> RowGroupRead | None:
-        """The next row group, once there is room for it or the consumer cannot go on without it."""
+        """The next row group to decode, once there is room for it or the consumer waits for it."""
         with self._changed:
             while True:
-                if self._closed or self._next == len(self._visits):
+                if self._closed or self._next == len(self._reads):
                     return None
-                visit = self._visits[self._next]
-                rows = sum(part.count for part in visit.parts)
-                if self._held + rows <= self._limit or visit.step <= self._step + 1:
+                read = self._reads[self._next]
+                rows = sum(segment.count for segment in read.segments)
+                if self._held + rows <= self._limit or read.step <= self._step + 1:
                     self._next += 1
                     self._held += rows
-                    return visit
+                    return read
                 began = time.perf_counter()
                 self._changed.wait()
                 self._meter.add(room=time.perf_counter() - began)
 
-    def _decode(self, visit: RowGroupRead) -> Columns:
-        group = self._rows.groups[visit.group]
+    def _decode(self, read: RowGroupRead) -> Columns:
+        group = self._rows.groups[read.group]
         SPENT.bytes, SPENT.seconds = 0, 0.0
         times = [time.perf_counter()]
         columns = self._rows.read(group, self._columns)
         times.append(time.perf_counter())
-        chosen = self._selection.of(visit.group)
+        chosen = self._selection.of(read.group)
         if chosen is not None:
             columns = {name: take(column, chosen) for name, column in columns.items()}
         times.append(time.perf_counter())
@@ -244,27 +244,27 @@ class ReadAhead:
         )
         return columns
 
-    def _deal(self, visit: RowGroupRead, columns: Columns) -> None:
-        """Writes the rows of a row group to their rounds."""
-        for part in visit.parts:
+    def _write(self, read: RowGroupRead, columns: Columns) -> None:
+        """Write the rows of a row group into their windows."""
+        for segment in read.segments:
             with self._changed:
                 if self._closed:
                     return
-                made = self._filling.get(part.window) or self._filling.setdefault(
-                    part.window, self._new_window(part.window, columns)
+                made = self._filling.get(segment.window) or self._filling.setdefault(
+                    segment.window, self._new_window(segment.window, columns)
                 )
-            made.fill(part, columns)
+            made.fill(segment, columns)
             with self._changed:
-                made.missing -= part.count
+                made.missing -= segment.count
                 if made.missing:
                     continue
-                del self._filling[part.window]
+                del self._filling[segment.window]
             made.finish()
             with self._changed:
-                if part.window < self._floor:
-                    self._drop(part.window, made)
+                if segment.window < self._floor:
+                    self._drop(segment.window, made)
                 else:
-                    self._ready[part.window] = made
+                    self._ready[segment.window] = made
                     self._changed.notify_all()
 
     def _new_window(self, number: int, columns: Columns) -> ShuffleWindow:

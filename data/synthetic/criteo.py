@@ -1,4 +1,4 @@
-"""A made log with the columns of Criteo Kaggle: a label, 13 numbers, 26 categorical features; no user, no item.
+"""A synthetic log with the columns of Criteo Kaggle: a label, 13 numbers, 26 categorical features; no user, no item.
 
 What is planted is that ids are alike. Each feature's ids fall into groups, far fewer than ids; an id's latent vector
 is that of its group and a small part of its own, and the label depends on ids through these vectors alone. So ids of

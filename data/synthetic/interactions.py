@@ -1,4 +1,4 @@
-"""A made log: planted tastes, power-law activity and popularity, of any size, written as a stream.
+"""A synthetic log: planted tastes, power-law activity and popularity, of any size, written as a stream.
 
 Items fall into `tastes` groups of equal size; within a group their popularity follows a power law. A user has
 a main taste and some further ones that stand in a fixed relation to it, with geometric weights, and meets in

@@ -1,4 +1,4 @@
-"""The mathematics of the made log: tastes, sampling without replacement by ordinal, and a computed
+"""The mathematics of the synthetic log: tastes, sampling without replacement by ordinal, and a computed
 permutation."""
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_factors_are_those_of_the_other_rows(damaged, tmp_path, caplog):
     with pytest.raises(InputError, match=r"train-0.parquet: not a whole Parquet file"):
         factors_of(damaged, tmp_path / "factors")
     found = factors_of(damaged, tmp_path / "factors", on_bad_file="skip")
-    assert "left out what could not be read: 1 files, and 2 row groups of others, with 120 rows" in caplog.text
+    assert "skipped what could not be read: 1 files, and 2 row groups of others, with 120 rows" in caplog.text
     check(manifest(tmp_path / "factors"), damaged)
     wanted = factors_of(write(tmp_path / "rest", LOST), tmp_path / "wanted")
     for side in (0, 1):  # which rows the cross-fitted ones leave out depends on the numbers of row groups
@@ -140,7 +140,7 @@ def test_a_written_sample_leaves_them_out(damaged, tmp_path, shuffle, caplog):
     new = pq.read_table(open_log(tmp_path / "sample").train.files[0].path)["row"].to_pylist()
     assert sorted(new) == np.concatenate(wanted).tolist()
     check(manifest(tmp_path / "sample"), damaged, len(kept[6]) + len(kept[8]))
-    assert "left out what could not be read: 1 files" in caplog.text
+    assert "skipped what could not be read: 1 files" in caplog.text
 
 
 def _by_group(log, drawn):

@@ -1,4 +1,4 @@
-"""Damaged row groups and files that are left out by choice: equal steps, the same sample, named once, counted."""
+"""Corrupt row groups and files that are skipped by choice: equal steps, the same sample, named once, counted."""
 
 import os
 
@@ -96,7 +96,7 @@ def test_a_file_is_named_once_and_its_row_groups_counted(tmp_path, caplog):
     assert one.rows.lost == {(1, group): GROUP for group in range(GROUPS)}
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert said[0].startswith(f"left out: {tmp_path}/train-1.parquet, row group ")
+    assert said[0].startswith(f"skipping corrupt row group: {tmp_path}/train-1.parquet, row group ")
     assert "cannot be read" in said[0]
 
 

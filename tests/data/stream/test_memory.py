@@ -129,5 +129,5 @@ def test_resume_reads_only_what_its_windows_need():
     """At any point of a log of 100 million rows: the row groups before the first batch do not grow with the step."""
     order = EpochOrder(np.full(400, 250_000), 8192, seed=1)
     for start in (0, 1, 4000, 8000, 12_000):
-        visits = order.visits(0, 1, start)
-        assert sum(visit.step <= start for visit in visits) <= 3 * 8
+        reads = order.reads(0, 1, start)
+        assert sum(read.step <= start for read in reads) <= 3 * 8

@@ -76,25 +76,25 @@ def test_visits_bring_every_row_that_a_rank_needs_in_time(counts, world, batch, 
     order = EpochOrder(np.array(counts), world * batch, 5, 1, shuffle, buffer, lanes)
     start = data.draw(st.integers(0, order.num_steps(world)))
     rank = data.draw(st.integers(0, world - 1))
-    visits = order.visits(rank, world, start)
-    assert len({visit.group for visit in visits}) == len(visits)
-    assert [visit.step for visit in visits] == sorted(visit.step for visit in visits)
+    reads = order.reads(rank, world, start)
+    assert len({read.group for read in reads}) == len(reads)
+    assert [read.step for read in reads] == sorted(read.step for read in reads)
     first_seen = {
-        (visit.group, row): visit.step
-        for visit in visits
-        for part in visit.parts
-        for row in range(part.first, part.first + part.count)
+        (read.group, row): read.step
+        for read in reads
+        for segment in read.segments
+        for row in range(segment.first, segment.first + segment.count)
     }
     for step in range(start, order.num_steps(world)):
         slices = order.slices(step, rank, world)
         assert sum(end - first for _, first, end in slices) == order.step_rows(step, world)
         for row in order.locate(step, rank, world).tolist():
             assert first_seen[tuple(row)] <= step
-    # Blocks are complete: the consumer waits for whole rounds.
+    # Blocks are complete: the consumer waits for complete windows.
     filled: dict[tuple[int, int], int] = {}
-    for visit in visits:
-        for part in visit.parts:
-            filled[part.lane, part.window] = filled.get((part.lane, part.window), 0) + part.count
+    for read in reads:
+        for segment in read.segments:
+            filled[segment.lane, segment.window] = filled.get((segment.lane, segment.window), 0) + segment.count
     for place, count in filled.items():
         low, high = order.block_bounds(*place)
         assert count == high - low
@@ -147,14 +147,14 @@ def test_batches_mix_the_lanes_evenly():
 def test_ranks_share_the_decoding(world):
     """64 row groups, 8 lanes: beyond the groups at the cuts between ranks no group is decoded twice."""
     order = EpochOrder(np.full(64, 997), 8 * 16, seed=2, buffer_rows=2000, interleave=8)
-    decoded = [len(order.visits(rank, world)) for rank in range(world)]
+    decoded = [len(order.reads(rank, world)) for rank in range(world)]
     assert sum(decoded) <= 64 + world - 1
     assert max(decoded) <= 64 / world + 2
 
 
 def test_resume_decodes_only_what_is_left():
     order = EpochOrder(np.full(40, 100), 100, seed=2, buffer_rows=200, interleave=4)
-    left = [len(order.visits(0, 1, start)) for start in (0, 20, 36, 40)]
+    left = [len(order.reads(0, 1, start)) for start in (0, 20, 36, 40)]
     assert left[0] == 40
     assert 20 <= left[1] <= 28
     assert left[2] <= 12

@@ -34,9 +34,9 @@ def test_a_window_holds_the_rows_that_the_order_defines(shuffle, world):
     for rank in range(world):
         plan, pool = ReadPlan(order, rank, world, 0), BufferPool()
         windows = {}
-        for visit in plan.visits:
-            rows = {"row": np.arange(starts[visit.group], starts[visit.group + 1])}
-            for segment in visit.parts:
+        for read in plan.reads:
+            rows = {"row": np.arange(starts[read.group], starts[read.group + 1])}
+            for segment in read.segments:
                 number = segment.window
                 if number not in windows:
                     rows_of = plan.rows_of[number]
@@ -53,7 +53,7 @@ def test_a_batch_outlives_its_window():
     order, pool = EpochOrder(np.array([100]), 10), BufferPool()
     rows = {"row": np.arange(100)}
     window = ShuffleWindow(order, 0, 0, 1, rows, 100, pool)
-    for segment in ReadPlan(order, 0, 1, 0).visits[0].parts:
+    for segment in ReadPlan(order, 0, 1, 0).reads[0].segments:
         window.fill(segment, rows)
     _, columns, _ = window.batch(0)
     before = columns["row"].clone()

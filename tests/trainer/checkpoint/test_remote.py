@@ -73,14 +73,14 @@ def test_ranks_without_a_common_disk_go_on_to_the_bits_of_a_run_that_was_never_s
 def killed(folder):
     """Rank 1 gets SIGKILL in step 8, while its part of the checkpoint of step 6 does not get through."""
     if os.environ["RANK"] == "1":
-        begin = ObjectStoreBackend.put
+        begin = ObjectStoreBackend.upload
 
-        def put(self, staging, name, files):
+        def upload(self, staging, name, files):
             if name == "step-00000006":
                 os.kill(os.getpid(), signal.SIGKILL)
             begin(self, staging, name, files)
 
-        ObjectStoreBackend.put = put
+        ObjectStoreBackend.upload = upload
     train(folder)
 
 
@@ -92,7 +92,7 @@ def test_what_a_killed_rank_had_not_uploaded_is_passed_over(base, quiet_on_two):
     assert [tuple(first), tuple(second)] == [result[:4] for result in quiet_on_two]
     assert said in (
         [],
-        [f"warning: checkpoint {base}/step-00000006 is incomplete or corrupt, skipping: no manifest.json"],
+        [f"checkpoint {base}/step-00000006 is incomplete or corrupt, skipping: no manifest.json"],
     )
 
 

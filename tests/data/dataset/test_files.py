@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from recpress.data.config import Schema
-from recpress.data.dataset.column_chunks import ColumnChunkFile, leaves
+from recpress.data.dataset.column_chunks import leaves
 from recpress.data.dataset.log import open_log
-from recpress.data.dataset.parquet_split import RowGroup
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
 
@@ -229,12 +228,3 @@ def test_fingerprints_are_taken_once(tmp_path, monkeypatch):
     assert log.inputs() == log.inputs()
     assert sorted(path.rpartition("/")[2] for path, _ in taken) == ["a.parquet", "b.parquet", "c.parquet"]
     assert log.inputs()[0]["fingerprint"] == plain(tmp_path / "train" / "a.parquet")
-
-
-def test_ranges_are_read_to_their_end():
-    ranges = ColumnChunkFile([(4, b"abcdef")], 20)
-    ranges.seek(6)
-    assert bytes(ranges.read()) == b"cdef"
-    ranges.seek(4)
-    assert bytes(ranges.read(2)) == b"ab"
-    assert RowGroup(0, 0, 1).group == 0
