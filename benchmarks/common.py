@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,13 @@ from recpress.data.dataset.atomic import replacing
 
 FORMAT = 1
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow")
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the docstring of a benchmark as its help, and `--out`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="JSON file of the result")
+    return parser
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -32,7 +32,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recpress.benchmarks.common import lines, publish, settings_of
+from recpress.benchmarks.common import arguments, lines, publish, settings_of
 from recpress.data.config import SynthCriteoConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.dataset.parquet_split import ParquetSplit
@@ -195,7 +195,7 @@ def row(method: str, split: str, share: float, runs: list[dict[str, float]]) -> 
 
 def main() -> None:
     """Make the log, run all, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--test-rows", type=int, default=200_000)
     parser.add_argument("--ids", type=int, default=400_000)
@@ -208,7 +208,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--table-learning-rate", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = SynthCriteoConfig(rows=args.rows, test_rows=args.test_rows, ids=args.ids)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from recpress.benchmarks.common import bars, lines, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, lines, publish, settings_of
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 from recpress.data.config import SampleConfig, SynthConfig
 from recpress.data.synthetic.interactions import synth
@@ -218,7 +218,7 @@ def _row(run: Run, goal: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--data", help="a log with held-out rows; without one it is made")
     parser.add_argument("--users", type=int, default=6000)
     parser.add_argument("--items", type=int, default=3000)
@@ -233,7 +233,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="end-to-end-") as name:
         folder = Path(name)

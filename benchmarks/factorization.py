@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
+from recpress.benchmarks.common import MISSING, arguments, installed, lines, publish, settings_of
 from recpress.benchmarks.processes import PeakMemory, in_own_processes
 
 SMALL = ("--synthetic", "400000", "100000", "--factors", "32", "16", "--sweeps", "3")
@@ -199,7 +199,7 @@ def of_factors(
 
 def main() -> None:
     """Measure all, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=PARQUET", help="logs to measure on")
     parser.add_argument(
         "--synthetic", nargs="*", type=int, default=[4_000_000, 1_000_000, 16_000_000, 48_000_000], metavar="ROWS",
@@ -212,7 +212,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
     parser.add_argument("--confidence", type=float, default=3.0)
     parser.add_argument("--regularization", type=float, default=10.0)
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     if not all("=" in data for data in args.data):
         parser.error("expected --data NAME=PARQUET ...")

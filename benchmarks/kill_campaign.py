@@ -12,7 +12,6 @@ example of every epoch was trained on exactly once, without steps that later att
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing as mp
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.processes import free_port
 from recpress.data.stream import batch as batch_module
 from recpress.trainer.cli import main as recpress
@@ -130,11 +129,10 @@ def rows_once(found: list[tuple[int, int, int]], quiet: list[tuple[int, int, int
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = arguments(__doc__)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="JSON file")
     given = parser.parse_args()
     random.seed(given.seed)
     results: list[dict[str, Any]] = []
@@ -152,13 +150,13 @@ def main() -> int:
             assert process.exitcode == 0, command
         quiet: dict[str, tuple[str, list[tuple[int, int, int]]]] = {}
 
-        def arguments(strategy: str, out: Path) -> list[str]:
+        def train_options(strategy: str, out: Path) -> list[str]:
             own = ["--factors", str(root / "factors"), "--model.tables.strategy", strategy, "--out", str(out)]
             return [*data, *own, *SETTINGS]
 
         for strategy in STRATEGIES[: given.runs]:
             out, seen = root / f"quiet-{strategy}", root / f"seen-quiet-{strategy}"
-            if not attempt(given.ranks, arguments(strategy, out), seen, None):
+            if not attempt(given.ranks, train_options(strategy, out), seen, None):
                 print(Path(f"{seen}.log").read_text(), file=sys.stderr)
                 return 1
             quiet[strategy] = weights(out), lineage([seen], given.ranks)
@@ -174,7 +172,7 @@ def main() -> int:
             attempts: list[Path] = []
             for kill in [*kills, None]:
                 attempts.append(root / f"seen-{run}-{len(attempts)}")
-                done = attempt(given.ranks, arguments(strategy, out), attempts[-1], kill)
+                done = attempt(given.ranks, train_options(strategy, out), attempts[-1], kill)
                 died += not done
                 if done:
                     break

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recpress.benchmarks.common import MISSING, installed, lines, publish, settings_of
+from recpress.benchmarks.common import MISSING, arguments, installed, lines, publish, settings_of
 from recpress.benchmarks.processes import status_bytes
 
 SMALL = ("--ids", "20000", "5000", "--dims", "16", "8", "--iterations", "5")
@@ -199,7 +199,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--ids", type=int, nargs="+", default=[200_000, 50_000, 1_000_000, 10_000_000])
     parser.add_argument("--share", type=float, default=0.1, help="rows, as a share of the ids")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="of an id's vector")
@@ -208,7 +208,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="of each engine, taking turns")
     parser.add_argument("--most-faiss", type=int, default=200_000, help="most ids with which faiss is run")
     parser.add_argument("--folder", help="where the made data lie for the time of the run")
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin, on cores that others use, take minutes
     todo = cases(args)

@@ -13,7 +13,6 @@ ending before the first checkpoint, and with one every few steps, whose copy of 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 
-from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.processes import free_port
 from recpress.data.config import SynthConfig
 from recpress.data.dataset import artifact
@@ -61,13 +60,12 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--mb", type=int, nargs="*", default=[100, 400, 1200], help="fp32 tables of a rank, MB")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--batches", type=int, nargs="*", default=[2048], help="rows of a rank's batch")
     parser.add_argument("--checkpoint-steps", type=int, nargs="*", default=[0, 5], help="steps between; 0: none")
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     found = []
     for megabytes in args.mb:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from recpress.benchmarks import readers, synthetic_logs
-from recpress.benchmarks.common import MISSING, publish, settings_of
+from recpress.benchmarks.common import MISSING, arguments, publish, settings_of
 from recpress.benchmarks.measure import Cost, alone, cost, in_turns, ratio
 from recpress.benchmarks.synthetic_logs import SyntheticLog
 from recpress.data.config import SampleConfig, StreamConfig
@@ -137,7 +137,7 @@ def imported() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rows", type=int, default=8_000_000, help="of the narrow logs")
     parser.add_argument("--wide-rows", type=int, default=1_000_000, help="of the wide log and of that with lists")
@@ -146,7 +146,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="for the peers that are slow")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--out")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     table: list[dict[str, Any]] = []

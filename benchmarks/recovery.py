@@ -10,7 +10,6 @@ rendezvous, the start of Python on all ranks, planning, loading the checkpoint a
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the fixture of the cluster tests
 
-from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.common import arguments, publish, settings_of
 from recpress.data.config import SynthConfig
 from recpress.data.synthetic.interactions import synth
 from tests.cluster.conftest import Jobs
@@ -80,9 +79,8 @@ def measure(kills: int, folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
         Path(folder).chmod(0o755)

@@ -29,7 +29,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, K
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, MCHManagedCollisionModule
 
-from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.synthetic_logs import keyed, random_ids, random_map
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.mapped_hash import MappedHash
@@ -192,7 +192,7 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--ids", type=int, default=1_000_000, help="of one call")
     parser.add_argument("--map-ids", type=int, nargs="*", default=[1_000_000, 10_000_000])
     parser.add_argument("--mch-ids", type=int, default=1_000_000, help="slots of TorchRec's module, at most")
@@ -202,7 +202,6 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--step-runs", type=int, default=30)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     device = torch.device(args.device)

@@ -13,7 +13,6 @@ the rows of the file.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from recpress.benchmarks import readers, synthetic_logs
-from recpress.benchmarks.common import MISSING, bars, publish, settings_of
+from recpress.benchmarks.common import MISSING, arguments, bars, publish, settings_of
 from recpress.benchmarks.measure import Cost, alone, cost
 from recpress.benchmarks.reader import imported
 from recpress.benchmarks.synthetic_logs import SyntheticLog
@@ -84,13 +83,12 @@ def run(resume: Resume, step: int) -> Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--file-rows", type=int, default=4_000_000)
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=7, help="how many, drawn at random")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out")
     args = parser.parse_args()
     imported()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,16 +12,14 @@ of the log (`recpress.data.sampling.design_effect`).
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.measure import bytes_read
 from recpress.data.config import LayoutConfig, SampleConfig, SynthConfig
 from recpress.data.dataset.log import Log, open_log
@@ -68,12 +66,11 @@ def estimates(log: Log, data: dict[str, np.ndarray], kind: Any, rate: float, see
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=3_000_000)
     parser.add_argument("--group", type=int, default=20_000, help="rows of a row group")
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.loops import OURS, Case, Subject, random_batch
 from recpress.benchmarks.processes import free_port
 from recpress.trainer.distributed.process_group import process_group
@@ -57,7 +57,7 @@ ONE, NODE, SPACES = "1 rank", "2 ranks, 1 node", "2 ranks, 2 nodes"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--table-rows", type=int, default=250_000, help="ids of users and items together")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--hidden", type=int, nargs="*", default=[256])
@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a stretch")
     parser.add_argument("--stretches", type=int, default=2, help="of a case in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="JSON file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # this process is a rank: where its result goes
     args = parser.parse_args()
     if args.worker:

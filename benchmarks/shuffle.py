@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recpress.benchmarks.common import publish, settings_of
+from recpress.benchmarks.common import arguments, publish, settings_of
 from recpress.data.config import SampleConfig, Schema, StreamConfig, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.stream.loader import InteractionStream
@@ -160,7 +160,7 @@ def trainings(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--train", action="store_true", help="the second question instead of the first")
     parser.add_argument("--rows", type=int, default=50 << 20, help="50 times the default buffer")
     parser.add_argument("--group", type=int, default=1 << 18)
@@ -171,7 +171,6 @@ def main() -> None:
     parser.add_argument("--train-batch", type=int, default=256)
     parser.add_argument("--buffers", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out")
     args = parser.parse_args()
     question = "What does one epoch make of a sorted log?" if args.train else "How far does the stream move rows?"
     with tempfile.TemporaryDirectory() as folder:

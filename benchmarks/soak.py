@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from recpress.benchmarks import readers, synthetic_logs
-from recpress.benchmarks.common import bars, publish, settings_of
+from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.measure import alone
 from recpress.benchmarks.processes import status_bytes
 from recpress.data.config import SampleConfig, StreamConfig
@@ -92,7 +92,7 @@ def soak(folder: Path, made: synthetic_logs.SyntheticLog, args: argparse.Namespa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two samples of the memory")
     parser.add_argument("--rows-per-second", type=float, help="no faster than this")
@@ -107,7 +107,6 @@ def main() -> None:
         action="store_true",
         help="the configurations of docs/how/stream.md, one after the other, whatever the five above say",
     )
-    parser.add_argument("--out")
     args = parser.parse_args()
     table = []
     for case in CASES if args.cases else [{}]:

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from recpress.benchmarks.common import lines, publish, settings_of
+from recpress.benchmarks.common import arguments, lines, publish, settings_of
 from recpress.benchmarks.loops import BARE, LOOPS, OURS, Case, LogBatches, Subject, make_log, random_batch
 from recpress.benchmarks.processes import PeakMemory, in_own_processes, launched
 from recpress.modules.row_source import round_up
@@ -173,7 +173,7 @@ def plots(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--table-rows", type=int, nargs="+", default=[500_000, 125_000, 2_000_000])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 16, 128], help="of a row of the tables")
     parser.add_argument("--batches", type=int, nargs="+", default=[4096, 1024, 16_384], help="rows of a rank")
@@ -189,7 +189,6 @@ def main() -> None:
     parser.add_argument("--axis-runs", type=int, default=1, help="of each other case")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     if launched() > 1:
         args.ranks = [launched()]

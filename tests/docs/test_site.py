@@ -14,6 +14,7 @@ from recpress.trainer.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("mkdocs")
+pytestmark = pytest.mark.slow  # builds the site
 
 
 @pytest.fixture(scope="module")
