@@ -1,4 +1,4 @@
-"""Columns of a log: their types, their checks, and their way from Arrow to numpy."""
+"""Columns of a log: their types, validation, and conversion from Arrow to numpy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Files on any filesystem that pyarrow or fsspec knows: local paths and URIs, folders and globs.
 
-What fails on a remote one is tried again (`retried`): this is the one place that says how often and how long.
+Operations on remote filesystems are retried (`retried`), which defines how often and how long.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Log:
     root: str | None
     """Folder of the log in `filesystem`; None for a single file or a glob."""
     bad_files: dict[str, str] = field(default_factory=dict)
-    """Path -> what is wrong, of the files of train that were left out."""
+    """Path -> what is wrong, of the files of train that were skipped."""
 
     def num_ids(self, side: Side) -> int:
         return self.num_users if side == "user" else self.num_items
@@ -242,7 +242,7 @@ def schema_from_manifest(manifest: dict[str, Any]) -> Schema:
 
 
 def files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
-    """Paths of the files of a part, by what was found in the log's folder; hidden ones (`.x`, `_x`) left out."""
+    """Paths of the files of a part, by what was found in the log's folder; without hidden ones (`.x`, `_x`)."""
     return sorted(path for form in _forms(filesystem, found, part).values() for path in form)
 
 

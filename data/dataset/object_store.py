@@ -1,7 +1,7 @@
-"""Whole files to and from any filesystem by address, and the local copies of what is read by memory map.
+"""Reads and writes complete files on any filesystem by address, and caches local copies for memory maps.
 
-Everything that is asked of a remote filesystem is tried again where it fails in passing (`files.retried`), and an
-InputError names the address where it still fails.
+Operations on remote filesystems are retried after transient failures (`files.retried`); an InputError names the address
+if they still fail.
 """
 
 from __future__ import annotations

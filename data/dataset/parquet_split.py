@@ -50,7 +50,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class ParquetSplit:
-    """Rows of a log in their natural order. Row groups without rows are left out; ordinals are not changed by
+    """Rows of a log in their natural order. Empty row groups are omitted; ordinals are not changed by
     it.
 
     Safe to share between threads: each read opens its file for itself.
@@ -126,11 +126,11 @@ class ParquetSplit:
         return {name: decode(self.columns[name], table.column(name), where) for name in columns}
 
     def read_or_skip(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged] | None:
-        """As `read`; None for a row group that is left out because it cannot be read (`bad_groups`)."""
+        """As `read`; None for a row group that is skipped because it cannot be read."""
         return self.read(group, columns)
 
     def describe_files(self) -> list[dict[str, str | int]]:
-        """Name, size, rows and fingerprint of each file, for manifests; of one that was left out, that it was.
+        """Name, size, rows and fingerprint of each file, for manifests; of a skipped file, that it was skipped.
 
         Takes the fingerprints in parallel, once. Raises InputError where a file cannot be read.
         """

@@ -1,4 +1,4 @@
-"""Columns whose values stand in the names of folders: `day=2024-01-01/part-0.parquet`, as Hive and Spark write them."""
+"""Columns whose values are in the names of folders: `day=2024-01-01/part-0.parquet`, as Hive and Spark write them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What the files of a log must agree on: their columns, which become one type whatever each file stores.
+"""One schema for the files of a log: each column gets one type, whatever each file stores.
 
 Width and sign of integers, precision of floats, dictionaries, kinds of lists, nullability, the order of columns and
-columns that the schema does not name may differ from file to file: what is read is the same. What cannot become one
-meaning is refused: a column that a file lacks, strings for integers, lists beside single categories, and times of which
-it cannot be known that they are in one unit.
+columns that the schema does not name may differ from file to file: what is read is the same. What has no common meaning
+is an error: a column that a file lacks, strings for integers, lists beside single categories, and times of which it
+cannot be known that they are in one unit.
 """
 
 from __future__ import annotations

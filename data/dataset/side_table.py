@@ -1,4 +1,4 @@
-"""What is known of each user or item: features looked up by dense id, for drawn negatives too."""
+"""Side tables: features of each user or item by dense id, also for sampled negatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the files of a log: rows in, row groups and files of a given size out, in bounded memory."""
+"""Writes the files of a log, with row groups and files of a given size, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other formats -> a log: raw ids become dense ids by vocabularies that are kept with it.
+"""Converts other formats to a log: raw ids become dense ids by vocabularies, which the log stores.
 
 Ids are numbered in the order of their first appearance: in train, then val and test, then the items that only
 negatives name. Counts are those of train.

@@ -1,4 +1,4 @@
-"""Raw rows -> rows of a log, by vocabularies that grow as the rows stream by."""
+"""Encodes raw rows as rows of a log, with vocabularies that grow while the rows are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of the formats that public data sets come in: MovieLens, the NCF triple, LightGCN, Criteo."""
+"""Readers of the formats of public data sets: MovieLens, the NCF triple, LightGCN, Criteo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of named columns (csv, tsv, json, parquet): raw rows in pieces, in bounded memory, with where they come from.
+"""Readers of named columns (csv, tsv, json, parquet): raw rows in pieces with their origin, in bounded memory.
 
 Columns of the pieces have the log's own names (`user_id`, `item_id`, `label`, `time`, and further ones as
 they are called); their values are still raw. Rows count from 0, a header line and empty lines aside, in errors too.
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class RawLog:
-    """What a format holds."""
+    """The files of one format, and readers of their raw rows."""
 
     format: str
     files: tuple[RawFile, ...]

@@ -1,7 +1,6 @@
-"""Leave one interaction a user out of train: a validation part to choose settings on, or a test part to
-report.
+"""Holds one interaction per user out of train: a validation split to choose settings on, or a test split to report.
 
-The written log is a log of its own: its train lacks the left-out pairs, its `test` holds them, its
+The result is a new log: its train lacks the held-out pairs, its `test` holds them, its
 `test_negatives` hold for each the items that the user never met in the train of the log that was split. Ids,
 vocabularies and side tables stay. Nothing is taken from that log's own held-out parts, so a setting chosen on
 the new log has not seen them.
@@ -103,7 +102,7 @@ def _scan(log: Log, columns: list[str], what: str) -> Iterator[tuple[RowGroup, d
 
 
 def _choose(log: Log, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each user, (users,), and the item of the row of each user that may be left out, -1 where it has
+    """Rows of each user, (users,), and the item of the row of each user that may be held out, -1 where it has
     none."""
     counts = np.zeros(log.num_users, dtype=np.int64)
     chosen = np.full(log.num_users, -1, dtype=np.int64)

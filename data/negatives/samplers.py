@@ -1,6 +1,6 @@
-"""Negative items for the rows of a batch: uniform, by popularity, or the other rows of the batch.
+"""Negative sampling for the rows of a batch: uniform, by popularity, or the other rows of the batch.
 
-A draw is a pure function of (seed, epoch, place of the row in the epoch's global order, slot): the same on
+A draw is a pure function of (seed, epoch, position of the row in the epoch's global order, slot): the same on
 CPU and CUDA, for any number of ranks with the same global batch, and after a resume.
 """
 
@@ -32,7 +32,7 @@ class Negatives:
             raise InputError(f"{count} negatives of {num_items} items; expected at least 0 of at least 1")
         self.num_items, self.count, self.seed, self.reject = num_items, count, seed, reject
         self.kept_positives = 0
-        """Negatives so far that are positives of their user, for want of others."""
+        """Negatives so far that are positives of their user, since no other item was found."""
 
     def items(self, uniform: torch.Tensor) -> torch.Tensor:
         """Items of uniform numbers: float64 in [0, 1) -> int64 of the same shape."""

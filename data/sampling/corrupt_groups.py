@@ -64,7 +64,7 @@ class TolerantSplit(ParquetSplit):
 
 
 def left_out(log: Log) -> dict[str, Any]:
-    """What the manifest of what is made of a log says of files and row groups of train that were left out so far;
+    """What the manifest of what is made of a log says of files and row groups of train that were skipped so far;
     nothing where none may be."""
     if not isinstance(log.train, TolerantSplit):
         return {}
@@ -73,7 +73,7 @@ def left_out(log: Log) -> dict[str, Any]:
 
 
 def in_words(log: Log) -> str | None:
-    """The same as a line for the end of a stage; None where nothing was left out."""
+    """The same as a line for the end of a stage; None if nothing was skipped."""
     found = left_out(log)
     if not found or not (found["bad_files"] or found["bad_row_groups"]):
         return None

@@ -1,7 +1,7 @@
-"""Writes a sample of a log as a log of its own, for the many runs that follow.
+"""Writes a sample of a log as a new log, for many runs.
 
 Train is the sampled rows, in the order of the log or shuffled, with all columns of the log's first file and their
-types. Held-out parts, side tables and vocabularies are copied as they are, so ids mean what they did. The manifest's
+types. Held-out splits, side tables and vocabularies are copied unchanged, so ids keep their meaning. The manifest's
 `sample_of` says what it is a sample of.
 """
 

@@ -114,7 +114,7 @@ def _cached(rows: ParquetSplit, rate: float, seed: int, size: int) -> np.ndarray
 
 def _bits(rows: ParquetSplit, rate: float, seed: int, size: int) -> np.ndarray:
 
-    # A row group that is left out would change what is drawn of its users elsewhere: none may be.
+    # Skipping a row group would change the sample of its users in other row groups: read all of them.
     rows = ParquetSplit(**{part.name: getattr(rows, part.name) for part in fields(ParquetSplit)})
     assert rows.user is not None
     bits = np.empty(size, dtype=np.uint8)

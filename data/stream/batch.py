@@ -21,7 +21,7 @@ USER, ITEM = "user", "item"
 
 @dataclass
 class Batch(Pipelineable):
-    """B rows, each with its positive item and N negatives of its own, or N that all rows share.
+    """B rows, each with its positive item and N negatives, drawn per row or shared by all rows.
 
     Items lie as B positives, then the negatives: those of row 0, of row 1, …, or the N shared ones. So `x[:B]` are
     the positives, and `x[B:].view(B, N, …)` or `x[B:]` the negatives.

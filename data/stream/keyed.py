@@ -1,4 +1,4 @@
-"""Keyed batches for any TorchRec model: what a DLRM takes, made of a stream's rows beside training."""
+"""Keyed batches for any TorchRec model, such as a DLRM: built from the rows of a stream, in the background."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KeyedBatch(Pipelineable):
     """B rows of a log, for a TorchRec pipeline."""
 
     features: KeyedJaggedTensor
-    """A key a column, stride B; a scalar column has a length of 1 in each row."""
+    """One key per column, stride B; a scalar column has length 1 in each row."""
     dense: torch.Tensor | None
     """(B, F) float32, missing ones 0; None where the schema has no floats."""
     label: torch.Tensor | None
@@ -45,15 +45,15 @@ class KeyedBatch(Pipelineable):
 
 
 class Keyed:
-    """Makes keyed batches of rows: `map(Keyed(["user_id", "item_id"]), stream)`.
+    """Builds keyed batches from rows: `map(Keyed(["user_id", "item_id"]), stream)`.
 
-    The values of scalar columns that lie together in memory are not copied: a stream lays them so, in the order of its
-    columns. Lengths and offsets of batches without lists are made once.
+    Scalar columns that are adjacent in memory are not copied; in the batches of a stream they are, in the order of its
+    columns. Lengths and offsets of batches without lists are computed once.
 
     Args:
         keys: columns of the log, scalar or lists.
-        transforms: for some of them, what becomes of their ids.
-        pin_memory: page-locked results, from which CUDA copies beside the computation.
+        transforms: for some of them, a function of their ids.
+        pin_memory: page-locked results, from which CUDA copies during the computation.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Keyed:
 
 
 class KeyedBatches(IterableDataset):
-    """A stream as keyed batches, made in a thread of their own, ahead of their use.
+    """A stream as keyed batches, built ahead by a background thread.
 
     Each iteration is one epoch from `stream.set_epoch`'s place on, as of the stream itself. No DataLoader is needed; in
     `DataLoader(batches, batch_size=None, num_workers=n)` the batches and their order are the same for any `n`.

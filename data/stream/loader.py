@@ -48,7 +48,7 @@ class Interactions:
     size: int
     """B."""
     tables: list[Table] = field(default_factory=list, repr=False)
-    """The dense columns once more, those of one type together as they lie in memory: (columns, B) each."""
+    """The dense columns again, all columns of one type as one tensor (columns, B)."""
 
 
 class InteractionStream:
@@ -71,7 +71,7 @@ class InteractionStream:
         epoch, start_step: position to begin at; a checkpoint stores these two integers.
         columns: names of the columns to read; by default those of the schema that the rows have, but no time.
         worker, workers: only each `workers`-th step, from `start_step + worker` on.
-        pin_memory: dense columns in page-locked memory, from which CUDA copies beside the computation.
+        pin_memory: dense columns in page-locked memory, from which CUDA copies during the computation.
 
     Raises:
         InputError: a sample rate outside (0, 1], a batch size that is not positive, a global batch that the ranks
@@ -213,7 +213,7 @@ class InteractionStream:
             )
         self._iterated_by_worker = True
         share = InteractionStream.__new__(InteractionStream)
-        # Locks that were taken when the process was forked would stay so.
+        # A lock that was held when the process was forked would never be released: make new ones.
         vars(share).update(
             vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _buffers=BufferPool()
         )
@@ -283,7 +283,7 @@ class InteractionStream:
         step: int,
         size: int,
     ) -> Interactions:
-        """Columns by what the schema calls them."""
+        """The columns in the roles of the schema."""
         schema = self.schema
 
         def dense(name: str | None) -> torch.Tensor | None:
@@ -322,8 +322,8 @@ class StreamDataset(IterableDataset):
     """The stream for `DataLoader(StreamDataset(stream), batch_size=None, num_workers=n)`.
 
     Worker w takes the steps w, w + n, …; the loader takes from the workers in turn, so that the batches and
-    their order are the same for any number of workers. Each worker decodes all of its rank's row groups. Workers that
-    persist from epoch to epoch are refused, since `set_epoch` does not reach them.
+    their order are the same for any number of workers. Each worker decodes all of its rank's row groups. Workers
+    that persist from epoch to epoch raise an error, since `set_epoch` does not reach them.
     """
 
     def __init__(self, stream: InteractionStream) -> None:

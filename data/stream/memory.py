@@ -1,4 +1,4 @@
-"""What a stream takes of a rank's host memory, from row counts and footers alone."""
+"""Upper bound of the host memory of a stream, from row counts and footers alone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def memory_bound(
 
 
 def _type(rows: ParquetSplit, name: str) -> pa.DataType:
-    first = rows.files[rows.groups[0].file]  # a file that was left out has no footer
+    first = rows.files[rows.groups[0].file]  # a skipped file has no footer
     return first.schema.field(name).type
 
 

@@ -1,4 +1,4 @@
-"""What a stream does, at any moment: rows and bytes a second, and where the time goes."""
+"""Statistics of a stream: rows and bytes per second, and shares of time per kind of work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 
 THREAD_WORK = ("read", "decode", "sample", "shuffle", "room")
-"""What the reading threads do, those that decode and, `shuffle`, as many that write."""
+"""Work of the decoding threads and, `shuffle`, of the writing threads."""
 CONSUMER_WORK = ("assemble", "wait")
 
 
@@ -40,7 +40,7 @@ class StreamStats:
 
 
 class Meter:
-    """Adds up times of several threads; costs under a microsecond a time. Each thread has counters of its own."""
+    """Adds up the times of several threads, each with its own counters; a call costs less than a microsecond."""
 
     def __init__(self) -> None:
         self._own = threading.local()
