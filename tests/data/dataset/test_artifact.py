@@ -52,7 +52,7 @@ def test_overwrite_replaces_only_artifacts(tmp_path):
     precious = tmp_path / "home"
     precious.mkdir()
     (precious / "thesis").touch()
-    with pytest.raises(InputError, match="home: exists and is no artifact"):
+    with pytest.raises(InputError, match="home: exists and is not an artifact"):
         make(precious, overwrite=True)
     assert (precious / "thesis").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "home"]

@@ -90,7 +90,7 @@ def test_overwriting_replaces_artifacts_alone(base):
     make(base, overwrite=True)
     assert "stale" not in object_store.list_files(base)
     object_store.write_bytes(f"{base}-precious/thesis", b"")
-    with pytest.raises(InputError, match="is no artifact"):
+    with pytest.raises(InputError, match="is not an artifact"):
         make(f"{base}-precious", overwrite=True)
 
 

@@ -302,5 +302,5 @@ def test_existing_target_is_kept(tmp_path):
         ingest(config, tmp_path / "log")
     ingest(config, tmp_path / "log", overwrite=True)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="is no artifact"):
+    with pytest.raises(InputError, match="is not an artifact"):
         ingest(config, tmp_path / "mine", overwrite=True)
