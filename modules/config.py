@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config", bound=type)
+
+
+def accepts_old_names(**names: str) -> Callable[[Config], Config]:
+    """A class decorator: old keyword -> its name now, accepted for one release with a DeprecationWarning."""
+
+    def decorate(cls: Config) -> Config:
+        init = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def renamed(self: Any, **values: Any) -> None:
+            for old in names.keys() & values.keys():
+                warnings.warn(f"{cls.__name__}: {old} is now {names[old]}", DeprecationWarning, stacklevel=2)
+                values[names[old]] = values.pop(old)
+            init(self, **values)
+
+        cls.__init__ = renamed  # type: ignore[misc]
+        return cls
+
+    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +204,7 @@ HashMethod = Literal[
 ]  # fmt: skip
 
 
+@accepts_old_names(private="exclusive_share", power="count_exponent", ways="rows_per_id")
 @dataclass(frozen=True, kw_only=True)
 class HashConfig:
     """How to map ids to fewer rows."""

@@ -2,3 +2,7 @@
 
 May import `dataset`, `sampling` and `negatives`; only `batch` and `keyed` import TorchRec.
 """
+
+from recpress.data.stream.loader import InteractionStream, StreamDataset
+
+__all__ = ["InteractionStream", "StreamDataset"]
