@@ -64,26 +64,31 @@ COMMANDS = {
         "recpress.trainer.prepare.config:SynthCommand",
         "recpress.trainer.prepare.stages:synth",
         "write a synthetic log, with tastes to learn",
+        main="out users items rows negatives seed overwrite",
     ),
     "synth-criteo": Command(
         "recpress.trainer.prepare.config:SynthCriteoCommand",
         "recpress.trainer.prepare.stages:synth_criteo",
         "write a synthetic log with Criteo's columns",
+        main="out rows test-rows ids seed overwrite",
     ),
     "ingest": Command(
         "recpress.trainer.prepare.config:IngestCommand",
         "recpress.trainer.prepare.stages:ingest",
         "convert a public format or a table to a log",
+        main="input out format user item label time categorical floats holdout overwrite",
     ),
     "split": Command(
         "recpress.trainer.prepare.config:SplitConfig",
         "recpress.trainer.prepare.stages:split",
         "hold one row of each user out of a log",
+        main="data out by negatives schema.user schema.item schema.time overwrite",
     ),
     "sample": Command(
         "recpress.trainer.prepare.config:SampleCommand",
         "recpress.trainer.prepare.stages:sample",
         "write a sample of a log once, for the many runs that follow",
+        main="data out sample.kind sample.rate sample.seed shuffle overwrite",
     ),
     "factorize": Command(
         "recpress.trainer.factorize.config:FactorizeConfig",
@@ -96,6 +101,7 @@ COMMANDS = {
         "recpress.trainer.hash.config:HashStageConfig",
         "recpress.trainer.hash.stage:make_maps",
         "map the ids of tables to fewer embedding rows, by counts and vectors",
+        main="data out factors method share rows bytes embedding features extend overwrite",
         clusters=True,
     ),
     "train": Command(
@@ -109,6 +115,7 @@ COMMANDS = {
         "recpress.trainer.evaluate.config:EvaluateConfig",
         "recpress.trainer.evaluate.stage:evaluate",
         "rank held-out rows with a model or with factors",
+        main="data model out evaluation.protocol evaluation.k device",
     ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",

@@ -4,6 +4,7 @@ fast."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -70,7 +71,8 @@ class EvaluationConfig:
     every_steps: int = 0
     """Steps between further evaluations during training; 0: none."""
     metric: str = "NDCG@10"
-    """Metric on the validation rows that chooses the epoch and stops training early."""
+    """Metric on the validation rows that chooses the epoch and stops training early: HR@K, NDCG@K, Recall@K, MRR or
+    AUC."""
     patience: int = 3
     """Stop after this many evaluations without improvement; 0: run all epochs. The best epoch is published in either
     case."""
@@ -81,6 +83,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every, every_steps=self.every_steps, patience=self.patience)
+        if not re.fullmatch(r"(HR|NDCG|Recall)@[1-9][0-9]*|MRR|AUC", self.metric):
+            raise InputError(
+                f"evaluation.metric is '{self.metric}', expected HR@K, NDCG@K or Recall@K, as in NDCG@10, or MRR or AUC"
+            )
         if not self.k:
             raise InputError("evaluation.k: expected at least one cut-off")
         for k in self.k:

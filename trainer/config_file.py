@@ -103,14 +103,23 @@ def current_names(config: Mapping[str, Any], source: str = "", *, warn: bool = F
 
 
 def current_arguments(command_line: Sequence[str]) -> list[str]:
-    """`command_line` with the current names of its options. Logs a warning for each deprecated name."""
+    """`command_line` with the current names of its options. Logs a warning for each deprecated name.
+
+    Raises InputError if an option is under both its old and its current name.
+    """
     found: list[str] = []
+    renamed: dict[str, str] = {}  # current option -> the flag with its old name
+    kept: dict[str, str] = {}  # option -> its flag, which has the current name
     for argument in command_line:
         flag, equals, value = argument.partition("=")
         section, dot, option = flag.removeprefix("--").replace("-", "_").rpartition(".")
         negated = "no_" if option.startswith("no_") else ""
         old = section + dot + option.removeprefix(negated)
         new = current_name(old) if flag.startswith("--") else old
+        if flag.startswith("--"):
+            (kept if new == old else renamed)[new] = flag
+            if new in kept and new in renamed:
+                raise InputError(f"{kept[new]} is set twice, once by its old name {renamed[new]}; remove one")
         if new != old:
             section, dot, option = new.replace("_", "-").rpartition(".")
             current = f"--{section}{dot}{negated.replace('_', '-')}{option}"
@@ -171,7 +180,9 @@ def arguments(path: str, config: type, command_line: Sequence[str], command: str
     Raises InputError naming the file, the key, and the nearest known key or the expected type.
     """
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(
+            Path(path).read_text(encoding="utf-8-sig")
+        )  # editors of Windows write a mark at the start
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

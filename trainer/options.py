@@ -16,8 +16,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from recpress.data.errors import InputError
 
 FULL_HELP = "--help-all"
-SHORT_HELP_OPTIONS = 30
-"""A command with more options has a short `--help`."""
 SHELLS = ("bash", "zsh", "fish")
 
 Config = TypeVar("Config")
@@ -43,7 +41,8 @@ def parse(config: type[Config], arguments: Sequence[str], *, prog: str, summary:
             return tyro.cli(config, prog=prog, description=_description(summary), args=arguments)
     except SystemExit as stop:
         if stop.code not in (0, None):
-            raise InputError(_one_line(_text_of(err), prog)) from None
+            said = _one_line(_text_of(err), prog)
+            raise InputError(said.removeprefix(f"Error parsing {config.__name__}: ")) from None
         sys.stdout.write(_short_help(_text_of(out), prog, main))
         raise
 
@@ -121,9 +120,8 @@ def _short_help(text: str, prog: str, main: Sequence[str]) -> str:
     """tyro's help with the main options alone, and a list of the other sections."""
     head, sections = _sections(text)
     options = {name: lines for section in sections for name, lines in section.options.items()}
-    if len(options) <= SHORT_HELP_OPTIONS or not sections:
-        return text
-    names = [name for name in main if name in options] or list(sections[0].options)
+    top = [name for section in sections if not section.prefix for name in section.options]
+    names = [name for name in main if name in options] or top
     names.sort(key=lambda name: not any("(required)" in line for line in options[name]))
     shown = [line for name in names for line in _reflowed(options[name])]
     rest = [
@@ -131,12 +129,13 @@ def _short_help(text: str, prog: str, main: Sequence[str]) -> str:
         for section in sections
         if section.prefix and not section.options.keys() <= set(names)
     ]
-    others = sum(1 for name in sections[0].options if name not in names)
+    others = sum(1 for name in top if name not in names)
     if others:
         rest.insert(0, f"  {'--*':{_WIDTH}}{others:3}  further options in no section")
-    return "\n".join(
-        [*head, "main options:", *shown, "", f"more options, which `{prog} {FULL_HELP}` describes:", *rest, ""]
-    )
+    if not rest:
+        return "\n".join([*head, *(["options:", *shown, ""] if shown else [])])
+    more = f"more options, which `{prog} {FULL_HELP}` describes:"
+    return "\n".join([*head, "main options:", *shown, "", more, *rest, ""])
 
 
 _WIDTH = 28
@@ -145,7 +144,8 @@ _WIDTH = 28
 def _reflowed(lines: list[str]) -> list[str]:
     """An option and its help, without the line breaks of the source."""
     names = [line for line in lines if not line.startswith(_HELP_INDENT)]
-    words = " ".join(line.strip() for line in lines[len(names) :])
+    names[-1], *begin = re.split(r"(?<=\S) {2,}", names[-1], maxsplit=1)  # its help may begin on the same line
+    words = " ".join([*begin, *(line.strip() for line in lines[len(names) :])])
     return [*names, *_wrap(words)]
 
 
@@ -161,17 +161,19 @@ def _sections(text: str) -> tuple[list[str], list[_Section]]:
     sections: list[_Section] = []
     summary: list[str] = []
     current: list[str] = []
+    name = ""
     for line in text.splitlines():
-        if title := re.match(r"╭─ (.*?)options ─", line):
-            prefix = title[1].strip()
+        if title := re.match(r"╭─ (?:(.*?)options|positional arguments) ─", line):
+            prefix = (title[1] or "").strip()
             sections.append(_Section(f"{prefix}." if prefix else "", "", {}))
             summary, current = [], []
+            name = r" --([^\s,=]+)" if title[1] is not None else r" ([A-Z]+) "
         elif not sections:
             head.append(line)
         elif line.startswith("│"):
             inner = line[1:-1].rstrip()
             section = sections[-1]
-            if option := re.match(r" --([^\s,=]+)", inner):
+            if option := re.match(name, inner):
                 current = section.options.setdefault(option[1], [])
             if inner.startswith(" ──"):
                 first = re.split(r"(?<=[.:;]) ", " ".join(" ".join(summary).split()))[0]

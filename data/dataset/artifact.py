@@ -331,7 +331,7 @@ def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inp
     if not taken:
         return
     if not overwrite:
-        raise InputError(f"{path}: exists already; choose another name or allow it to be overwritten")
+        raise InputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
     if not whole:
         raise InputError(f"{path}: exists and is not an artifact (no {MANIFEST}); it will not be overwritten")
     if kind is not None and (found_kind := read_manifest(path).get("kind")) != kind:

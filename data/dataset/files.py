@@ -228,6 +228,9 @@ def walk(filesystem: pafs.FileSystem, path: str) -> list[str]:
     )
 
 
+INGEST_HINT = "; `recpress ingest` reads other formats"
+
+
 def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(": ") if str(error) else type(error).__name__
 

@@ -25,6 +25,7 @@ from recpress.data.config import Schema
 from recpress.data.dataset import artifact
 from recpress.data.dataset.columns import Column, is_dense
 from recpress.data.dataset.files import (
+    INGEST_HINT,
     expand,
     file_infos,
     file_type,
@@ -48,6 +49,11 @@ __all__ = ["Log", "open_log"]
 KIND = "log"
 PARTS = ("train", "val", "test", "test_negatives")
 _NAMES = {part: (part,) for part in PARTS} | {"val": ("val", "valid", "validation")}
+_TEXT_SUFFIXES = tuple(
+    suffix + packed
+    for suffix in (".csv", ".tsv", ".tab", ".txt", ".dat", ".data", ".json", ".jsonl", ".ndjson")
+    for packed in ("", ".gz", ".bz2", ".zst")
+)
 NEGATIVES = Schema(user="user_id", item="pos_item_id")  # fixed names; the list is `negatives`
 Side = Literal["user", "item"]
 SIDES: tuple[Side, Side] = ("user", "item")
@@ -191,7 +197,10 @@ def open_log(
             folders["train"] = partition_root(inner)
             _warn_of_folders(filesystem, inner, found, parts["train"])
         if not parts["train"]:
-            raise InputError(f"{path}: no train.parquet, train-*.parquet or train/*.parquet; other names need a glob")
+            problem = f"{path}: no train.parquet, train-*.parquet or train/*.parquet"
+            if any(name.lower().endswith(_TEXT_SUFFIXES) and not is_hidden(name) for name in found):
+                raise InputError(f"{problem}{INGEST_HINT}")
+            raise InputError(f"{problem}; other names need a glob")
         if manifest is None:
             _warn_of_unread(filesystem, inner, found, parts)
     else:

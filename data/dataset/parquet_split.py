@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 from recpress.data.dataset import artifact
 from recpress.data.dataset.column_chunks import fetch, leaves
 from recpress.data.dataset.columns import Column, Jagged, decode, plain_schema, plain_table
-from recpress.data.dataset.files import first_line, retried, shown
+from recpress.data.dataset.files import INGEST_HINT, first_line, retried, shown
 from recpress.data.dataset.partitions import Constants, constants
 from recpress.data.dataset.schema import unify
 from recpress.data.errors import InputError
@@ -223,7 +223,8 @@ def open_split(
         files = tuple(pool.map(open_one, sorted(paths)))
     schemas = [(shown(filesystem, file.path), file.schema) for file in files if file.metadata]
     if not schemas:
-        raise InputError(f"{bad[files[0].path]}; nor can any other of the {len(files)} files be used")
+        others = "" if len(files) == 1 else f"; nor can any other of the {len(files)} files be used"
+        raise InputError(f"{bad[files[0].path]}{others}")
     there = {name for _, schema in schemas for name in schema.names}
     columns = unify([*required, *(column for column in optional if column.name in there)], schemas)
     return ParquetSplit(
@@ -262,9 +263,7 @@ def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = 
             raise InputError(f"{where}: encrypted; expected a Parquet file without encryption") from error
         remote = isinstance(error, OSError) and not isinstance(filesystem, pafs.LocalFileSystem)
         problem = "cannot be read" if remote else "not a whole Parquet file"
-        hint = (
-            "" if remote or path.endswith((".parquet", ".parq", ".pq")) else "; `recpress ingest` reads other formats"
-        )
+        hint = "" if remote or path.endswith((".parquet", ".parq", ".pq")) else INGEST_HINT
         raise InputError(f"{where}: {problem}: {first_line(error)}{hint}") from error
 
 

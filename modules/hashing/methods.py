@@ -34,6 +34,9 @@ METHODS: dict[str, Method] = {
 }
 """Methods that map the ids of one table."""
 
+FROM_EMBEDDING = ("cluster", "learned")
+"""Methods that need an embedding of the ids."""
+
 JointMethod = Callable[[TableStats, TableStats, np.ndarray, np.ndarray, int, HashConfig], tuple[IdMap, IdMap]]
 """(users, items, user and item of each interaction, rows of both tables together, config) -> a map for each table."""
 

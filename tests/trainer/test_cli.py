@@ -82,6 +82,12 @@ def test_deprecated_options_of_a_file_are_accepted_with_a_warning(tmp_path, monk
         config_file.arguments(path, Outer, [])
 
 
+def test_a_file_may_start_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'\xef\xbb\xbfdata = "a"\n')
+    assert config_file.arguments(str(path), Outer, []) == ["--data", "a"]
+
+
 def test_the_command_line_overrides_a_deprecated_option_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(config_file, "RENAMED", {"als.width": "als.widths"})
     path = write(tmp_path, "[als]\nwidth = [4]\n")
@@ -99,6 +105,20 @@ def test_deprecated_options_of_the_command_line_are_accepted_with_a_warning(monk
     monkeypatch.setenv("RANK", "1")
     config_file.current_arguments(given)
     assert len(caplog.messages) == 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--stream.lanes", "2", "--stream.interleave", "3"],
+        ["--stream.interleave=3", "--stream.lanes=2"],
+        ["--follow.no-online", "--follow.on"],
+    ],
+)
+def test_an_option_under_both_names_is_refused(given, capsys):
+    assert main(["check", "train", "--data", "a", "--out", "b", *given]) == 2
+    assert "is set twice, once by its old name" in capsys.readouterr().err
+    assert main(["check", "train", "--data", "a", "--out", "b", "--stream.lanes=2", "--stream.lanes=3"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -174,7 +194,8 @@ def test_a_config_error_exits_2_in_one_line(tmp_path, capsys):
         (["bench", "--help"], "'bench': expected one of bench list, bench run, bench page"),
         (["factorize", "--data", "a", "--out", "b", "--als.factrs", "3"], "--als.factrs, 3; nearest: --als.factors"),
         (["train", "--data", "a", "--out", "b", "--epochs", "x"], "Error parsing --epochs: invalid literal for int()"),
-        (["train", "--data", "a", "--out", "b", "--epochs=-1"], "epochs is -1, expected at least 0"),
+        (["train", "--data", "a", "--out", "b", "--epochs=-1"], "error: epochs is -1, expected at least 0"),
+        (["bench", "run"], "error: expected names of benchmarks"),
         (["train", "--data", "a", "--out", "b", "--epochs"], "Missing value for argument '--epochs'"),
         (["train", "--data", "a", "--out", "b", "--device", "tpu"], "invalid choice 'tpu'"),
         (
@@ -203,6 +224,7 @@ def test_every_command_has_help(name, capsys):
     short = capsys.readouterr().out
     assert "--" in short
     assert short.count("\n") <= 120
+    assert "╭" not in short  # the boxes of the full help
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help-all"])
     assert stop.value.code == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, make_dataclass
 import pytest
 
 from recpress.data.errors import InputError
-from recpress.trainer.options import SHORT_HELP_OPTIONS, parse
+from recpress.trainer.options import parse
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Section:
     """Kind."""
 
 
-Many = make_dataclass("Many", [(f"option_{i}", int, 0) for i in range(SHORT_HELP_OPTIONS)])
+Many = make_dataclass("Many", [(f"option_{i}", int, 0) for i in range(30)])
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,14 @@ def help_of(config: type, option: str, capsys: pytest.CaptureFixture[str], main:
     return capsys.readouterr().out
 
 
-def test_a_command_with_few_options_shows_all(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = help_of(Small, "--help", capsys)
-    assert "--section.kind" in shown
+def test_a_command_whose_options_are_all_listed_names_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_of(Section, "--help", capsys)
     assert "Do x." in shown
+    words = " ".join(shown.partition("\noptions:")[2].split())
+    assert words == (
+        "--rate FLOAT Rate, whose description is long enough for two lines. (default: 0.5) "
+        "--kind STR Kind. (default: a)"
+    )
 
 
 def test_a_command_with_many_shows_the_main_ones_and_counts_the_others(capsys: pytest.CaptureFixture[str]) -> None:

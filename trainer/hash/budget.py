@@ -10,6 +10,7 @@ import torch
 
 from recpress.data.errors import InputError
 from recpress.modules.hashing.budget import split_rows
+from recpress.modules.hashing.methods import FROM_EMBEDDING
 from recpress.modules.hashing.table_stats import TableStats, require_embedding
 from recpress.modules.row_source import LARGEST, RowSource, blocks
 from recpress.trainer.hash.config import HashStageConfig
@@ -42,7 +43,7 @@ def rows_of_tables(config: HashStageConfig, tables: list[TableStats]) -> list[in
     left = total - sum(fixed.values())
     if rest and left < len(rest):
         raise InputError(f"table_rows: {sum(fixed.values()):,} rows of a budget of {total:,} leave too few")
-    learned = config.method in ("cluster", "learned")
+    learned = config.method in FROM_EMBEDDING
     for table in tables if learned else ():
         require_embedding(table, config.method)
     if learned and config.split == "distortion" and len(rest) > 1:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.methods import JOINT_METHODS, METHODS, build_map
+from recpress.modules.hashing.methods import FROM_EMBEDDING, JOINT_METHODS, METHODS, build_map
 from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.row_source import check_source
@@ -29,7 +29,7 @@ from recpress.trainer.evaluate.heldout import read_pairs
 from recpress.trainer.hash.budget import budget, rows_of_tables
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.extend import extended_maps
-from recpress.trainer.hash.tables import read_tables
+from recpress.trainer.hash.tables import named, read_tables
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import describe_lost, open_on_all_ranks, share_lost
 from recpress.trainer.report.numbers import format_bytes
@@ -93,9 +93,9 @@ class _Stage:
 
     def run(self) -> list[TableReport]:
         """Build and save the maps; the reports of all tables, on every rank."""
-        tables = read_tables(self.config, self.log)
         with raise_on_all_ranks():
             self._check()
+        tables = read_tables(self.config, self.log)
         joint = self.config.method in JOINT_METHODS and not self.config.extend
         pairs = self._all_pairs() if joint else None
         mine: list[TableReport] = []
@@ -114,6 +114,13 @@ class _Stage:
             raise InputError(f"method {config.method!r}: expected users and items, not features")
         if config.method not in {**METHODS, **JOINT_METHODS}:
             raise InputError(f"method {config.method!r}: expected one of {', '.join([*METHODS, *JOINT_METHODS])}")
+        if config.method not in FROM_EMBEDDING or config.factors or config.features:
+            return
+        if without := [side for side in SIDES if side not in named("embedding", config.embedding)]:
+            raise InputError(
+                f"table {without[0]!r}: method {config.method!r} needs an embedding of its ids; expected --factors, a "
+                f"folder of `recpress factorize`, or --embedding {without[0]}=FILE"
+            )
 
     def _all_pairs(self) -> tuple[np.ndarray, np.ndarray] | None:
         """All pairs of train on rank 0, None on other ranks. One rank reads each row group."""

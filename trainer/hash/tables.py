@@ -14,6 +14,7 @@ from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
+from recpress.modules.hashing.methods import FROM_EMBEDDING
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.hashing.warm_up import warm_up
 from recpress.modules.row_source import RowSource
@@ -112,7 +113,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
     with raise_on_all_ranks():
         embeddings = {name: read_embedding(path) for name, path in given.items()}
     bare = [name for name in config.features if name not in embeddings]
-    if bare and config.method in ("cluster", "learned"):
+    if bare and config.method in FROM_EMBEDDING:
         if not log.schema.label:
             raise InputError("schema.label: expected the label column, which the warm-up is trained on")
         embeddings |= _warmed(config, log, {name: len(counted[name]) for name in bare})

@@ -113,7 +113,7 @@ class _Text(logging.Formatter):
             return f"recpress{where}: error: {text}"
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"{time} {_stage}{where}: {level}{text}"
+        return f"{time} {_stage}{where}: {level}{text.removeprefix(f'{_stage}: ')}"  # progress may have the same name
 
 
 class _Json(logging.Formatter):

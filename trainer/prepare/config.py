@@ -46,7 +46,8 @@ class SplitConfig:
     data: str
     """The log."""
     out: str
-    """The log to write: train without the held-out rows, test with them and their negatives."""
+    """The log to write: train without the held-out rows, test with them and their negatives. Must not exist, except
+    with --overwrite."""
     schema: Schema = field(default_factory=Schema)
     by: Literal["random", "last"] = "random"
     """Which row of each user is held out; `last` needs a time column."""
@@ -54,6 +55,8 @@ class SplitConfig:
     """Items without an interaction of the user, drawn for each held-out row."""
     seed: int = 0
     """Seed of both draws."""
+    overwrite: bool = False
+    """Replace an existing --out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset.log import Log, open_log
+from recpress.data.errors import InputError
 from recpress.data.ingest import convert
 from recpress.data.ingest import split as data_holdout
 from recpress.data.sampling.corrupt_groups import TolerantSplit, in_words
@@ -74,9 +75,18 @@ def ingest(config: IngestCommand) -> str | Path:
 def split(config: SplitConfig) -> str | Path:
     """Write a log that holds one row of each user out and say what it holds."""
     log = open_log(config.data, chosen_schema(config.schema))
+    if config.by == "last" and log.schema.time is None:
+        raise InputError(f"{log.path}: --by last needs a time column; name it with --schema.time")
     with _ended_by_sigterm():
         return _describe(
-            data_holdout.leave_one_out(log, config.out, by=config.by, seed=config.seed, negatives=config.negatives)
+            data_holdout.leave_one_out(
+                log,
+                config.out,
+                by=config.by,
+                seed=config.seed,
+                negatives=config.negatives,
+                overwrite=config.overwrite,
+            )
         )
 
 

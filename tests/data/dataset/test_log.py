@@ -355,3 +355,11 @@ def test_a_text_file_is_pointed_to_ingest(tmp_path):
     (tmp_path / "ratings.csv").write_text("user_id,item_id\n1,2\n")
     with pytest.raises(InputError, match=r"ratings\.csv: not a whole Parquet file.*recpress ingest"):
         open_log(str(tmp_path / "ratings.csv"))
+    with pytest.raises(InputError, match=r"no train\.parquet.*; `recpress ingest` reads other formats"):
+        open_log(tmp_path)
+
+
+def test_a_folder_without_rows_or_text_needs_a_glob(tmp_path):
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(InputError, match="other names need a glob"):
+        open_log(tmp_path)

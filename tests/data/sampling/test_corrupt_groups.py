@@ -165,3 +165,6 @@ def test_a_file_without_a_footer_keeps_its_place(tmp_path):
         os.truncate(tmp_path / f"train-{number}.parquet", 300)
     with pytest.raises(InputError, match=r"train-0.parquet: not a whole .*; nor can any other of the 3 files"):
         open_log(tmp_path, SCHEMA, skip_bad=True)
+    with pytest.raises(InputError) as error:
+        open_log(tmp_path / "train-0.parquet", SCHEMA, skip_bad=True)
+    assert "other" not in str(error.value)

@@ -22,18 +22,20 @@ def test_a_text_line_has_time_stage_and_level(capsys, monkeypatch):
     with logging_to_stderr("train"):
         LOG.info("resuming from checkpoint %s", "x")
         LOG.warning("skipping corrupt row group")
+        LOG.info("train: 23 of 115 steps")
         monkeypatch.setenv("RANK", "3")
         with stage_name("evaluate"):
             LOG.info("done")
         LOG.error("no such file")
     lines = capsys.readouterr().err.splitlines()
-    assert [line[9:] for line in lines[:3]] == [
+    assert [line[9:] for line in lines[:4]] == [
         "train: resuming from checkpoint x",
         "train: warning: skipping corrupt row group",
+        "train: 23 of 115 steps",
         "evaluate [rank 3]: done",
     ]
     assert lines[0][2] == lines[0][5] == ":"
-    assert lines[3] == "recpress [rank 3]: error: no such file"
+    assert lines[4] == "recpress [rank 3]: error: no such file"
 
 
 def test_json_lines_have_fields(capsys, monkeypatch):

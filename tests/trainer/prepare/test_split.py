@@ -17,3 +17,14 @@ def test_it_says_how_many_users_have_no_test_row(tmp_path, capsys):
     assert "lies in the input" in capsys.readouterr().err
     assert main(["split", "--data", "", "--out", f"{tmp_path}-out", "--negatives", "5"]) == 2
     assert "empty path" in capsys.readouterr().err
+
+
+def test_errors_name_the_options_that_help(tmp_path, capsys):
+    pq.write_table(pa.table({"user_id": [0, 0, 1, 1], "item_id": [0, 1, 1, 2]}), tmp_path / "train.parquet")
+    command = ["split", "--data", str(tmp_path), "--out", f"{tmp_path}-out", "--negatives", "0"]
+    assert main([*command, "--by", "last"]) == 2
+    assert "name it with --schema.time" in capsys.readouterr().err
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
