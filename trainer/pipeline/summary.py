@@ -77,7 +77,9 @@ def as_table(methods: dict[str, dict[str, Any]]) -> str:
         lines.append(f"{method:14}" + "".join(f"{value:>12}" for value in [*values, rows, seconds]))
     network = methods.get("network", {})
     if network.get("fallback"):
-        start = "the ranking of the factors in shared rows" if network.get("hashed") else "the factorization's own ranking"
+        start = "the factorization's own ranking"
+        if network.get("hashed"):
+            start = "the ranking of the factors in shared rows"
         lines.append(f"network: {start}, which no epoch improved on validation rows")
     return "\n".join(lines)
 
