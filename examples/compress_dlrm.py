@@ -1,6 +1,6 @@
 """Train a DLRM on a Criteo log, compress its tables, and continue training.
 
-python examples/compress_dlrm.py train.parquet       # columns label, I1 to I13, C1 to C26
+python examples/compress_dlrm.py runs/criteo/train    # columns label, I1 to I13, C1 to C26
 Only the end of `main` uses recpress. The rest is a common TorchRec model and loop.
 """
 
@@ -21,7 +21,7 @@ DENSE, SPARSE, DIM = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1,
 def read(path: str) -> tuple[list[torch.Tensor], dict[str, int]]:
     """[dense (N, 13), ids (N, 26) numbered from 0 per column, labels (N,)], column -> its number of ids."""
     log = pq.read_table(path, columns=["label", *DENSE, *SPARSE])
-    dense = np.stack([np.log1p(np.maximum(log[c].fill_null(0).to_numpy(), 0)) for c in DENSE], 1)
+    dense = np.stack([np.log1p(np.maximum(np.nan_to_num(log[c].fill_null(0).to_numpy()), 0)) for c in DENSE], 1)
     ids = [np.unique(log[c].fill_null(-1).to_numpy(), return_inverse=True) for c in SPARSE]
     columns = [dense.astype(np.float32), np.stack([number for _, number in ids], 1), log["label"].to_numpy()]
     return [torch.from_numpy(column) for column in columns], {

@@ -21,7 +21,11 @@ def made_log(path: Path, rows: int = 1500) -> None:
     columns: dict[str, pa.Array] = {"label": pa.array(((ids["C1"] // 7_919) % 2).astype(np.int8))}
     missing = rng.random(rows) < 0.2
     for i in range(1, 14):
-        columns[f"I{i}"] = pa.array(rng.integers(-1, 500, rows).astype(np.int32), mask=missing)
+        numbers = rng.integers(-1, 500, rows)
+        if i == 1:  # as recpress synth-criteo writes them
+            columns["I1"] = pa.array(np.where(missing, np.nan, numbers).astype(np.float32))
+        else:
+            columns[f"I{i}"] = pa.array(numbers.astype(np.int32), mask=missing)
     for name, values in ids.items():
         columns[name] = pa.array(values, mask=missing if name == "C22" else None)
     pq.write_table(pa.table(columns), path)

@@ -121,7 +121,7 @@ def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
     choice = None if als is None else als.choice
     if choice is not None and choice.rows and not choice.above_popularity and (not found or fix == _LOG):
         found.append(
-            f"held-out examples rank no better than by popularity (NDCG@10 {choice.ndcg:.4f}, popularity "
-            f"{choice.popularity:.4f}): {_LOG}"
+            f"held-out examples do not rank clearly better than by popularity (NDCG@10 {choice.ndcg:.4f}, popularity "
+            f"{choice.popularity:.4f}, on {choice.rows:,} examples): {_LOG}"
         )
     return found

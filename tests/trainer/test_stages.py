@@ -228,7 +228,7 @@ def test_a_label_that_is_no_probability_is_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize(("stars", "message"), [([1.0, -1.0], "column 'stars', row 1: -1.0"), ([0.0, 0.0], "is 0")])
+@pytest.mark.parametrize(("stars", "message"), [([1.0, -1.0], "column 'stars', row 1: -1.0"), ([0.0, 0.0], "are 0")])
 def test_labels_that_a_factorization_cannot_weigh_by_are_refused(tmp_path, stars, message):
     write(tmp_path / "log", "train", user_id=[0, 1], item_id=[0, 1], stars=stars)
     config = FactorizeConfig(data=str(tmp_path / "log"), out=str(tmp_path / "f"), schema=Schema(label="stars"))
@@ -293,8 +293,8 @@ def test_bad_data_on_one_rank_ends_all_ranks_with_the_place(tmp_path, damage):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode != 0
     assert "b.parquet" in done.stderr
-    assert "recpress [rank 0]: error:" in done.stderr
-    assert "recpress [rank 1]: error:" in done.stderr
+    assert "[rank 0]: error:" in done.stderr
+    assert "[rank 1]: error:" in done.stderr
     assert list(tmp_path.iterdir()) == [folder]
 
 

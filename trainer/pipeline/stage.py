@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ RUN: dict[StageName, Callable[[Any], Any]] = {
     "train": train,
 }
 KINDS = {"factorize": FACTORS, "hash": HASH, "train": MODEL}
-_ELSEWHERE = ("device", "overwrite", "tensorboard", "checkpoint", "stall_seconds")
-"""Settings that may differ from those that an artifact was made with."""
+_ELSEWHERE = ("data", "out", "device", "overwrite", "tensorboard", "checkpoint", "stall_seconds")
+"""Settings that may differ from those that an artifact was made with; of `data`, the fingerprints are compared."""
+_PATHS = ("factors", "hash")
 
 
 def pipeline(config: PipelineConfig) -> list[StageName]:
@@ -164,6 +166,15 @@ def _log_files(name: StageName, path: str) -> list[dict[str, Any]] | None:
     return list(files) if files is not None else None
 
 
+def _same_place(key: str, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a folder is at the same path from the output: `out/factors` from any working folder, with or without a
+    slash at its end."""
+    paths = [str(config[name]) for config in (made, wanted) for name in (key, "out")]
+    if any(object_store.is_remote(path) for path in paths):
+        return False
+    return os.path.relpath(*paths[:2]) == os.path.relpath(*paths[2:])
+
+
 def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(file["size"], file["fingerprint"]) for file in files]
 
@@ -174,7 +185,11 @@ def _check_settings(name: StageName, stage: StageConfig) -> None:
     made = _flat(current_names(artifact.read_manifest(stage.out, KINDS[name])["config"]))
     wanted = _flat(json.loads(json.dumps(asdict(stage))))
     other = [
-        key for key in made.keys() & wanted.keys() if made[key] != wanted[key] and key.split(".")[0] not in _ELSEWHERE
+        key
+        for key in made.keys() & wanted.keys()
+        if made[key] != wanted[key]
+        and key.split(".")[0] not in _ELSEWHERE
+        and not (key in _PATHS and _same_place(key, made, wanted))
     ]
     if other:
         shown = ", ".join(f"{name}.{key} = {made[key]!r} (now {wanted[key]!r})" for key in sorted(other))

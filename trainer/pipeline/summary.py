@@ -55,6 +55,7 @@ def summarize(
             "rows": manifest["rows"],
             "seconds": spent["setup"] + spent["train"],
             "fallback": bool(manifest.get("fallback")),
+            "hashed": bool(manifest["model"].get("maps")),
         }
     elif factors != config.model:  # an artifact from elsewhere
         kind = str(artifact.read_manifest(config.model).get("kind"))
@@ -74,8 +75,12 @@ def as_table(methods: dict[str, dict[str, Any]]) -> str:
         rows = "-" if made["rows"] is None else f"{made['rows']:,}"
         seconds = "-" if made["seconds"] is None else f"{made['seconds']:.1f}"
         lines.append(f"{method:14}" + "".join(f"{value:>12}" for value in [*values, rows, seconds]))
-    if methods.get("network", {}).get("fallback"):
-        lines.append("network: the factorization's own ranking, which no epoch improved on validation rows")
+    network = methods.get("network", {})
+    if network.get("fallback"):
+        start = "the factorization's own ranking"
+        if network.get("hashed"):
+            start = "the ranking of the factors in shared rows"
+        lines.append(f"network: {start}, which no epoch improved on validation rows")
     return "\n".join(lines)
 
 

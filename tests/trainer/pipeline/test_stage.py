@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_it_goes_on_at_the_first_stage_that_is_missing(log, copy):
     (copy / "metrics.json").unlink()
     assert pipeline(settings(log, copy)) == ["train", "evaluate"]
     assert weights(copy / "model") == before
+
+
+def test_paths_may_be_spelled_differently(log, done, monkeypatch):
+    monkeypatch.chdir(done.parent)
+    assert pipeline(settings(f"{log}/", f"{done.name}/")) == []
+    assert pipeline(settings(os.path.relpath(log), f"../{done.parent.name}/{done.name}")) == []
 
 
 def test_another_setting_than_the_artifact_was_made_with_is_named(log, done):
