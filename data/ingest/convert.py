@@ -7,7 +7,8 @@ negatives name. Counts are those of train.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from tqdm import tqdm
 
 from recpress.data.config import IngestConfig
 from recpress.data.dataset import artifact
-from recpress.data.dataset.files import is_pattern
+from recpress.data.dataset.files import exists, is_pattern
 from recpress.data.dataset.log import KIND, SIDES, open_log
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.ingest import formats, raw_files, sources
 from recpress.data.ingest.encoder import Encoder, FinerTimes
-from recpress.data.ingest.raw_files import RawInput, has_suffix, plain_name
+from recpress.data.ingest.raw_files import RawFile, RawInput, has_suffix, plain_name
+from recpress.data.ingest.raw_text import first_lines, listed
 from recpress.data.ingest.sources import RawLog
 from recpress.data.ingest.split import leave_one_out
 
@@ -35,6 +37,10 @@ SUFFIXES = {
     "tsv": (".tsv", ".tab"),
     "json": (".json", ".jsonl", ".ndjson"),
 }
+_DESCRIPTIONS = re.compile(r"(manifest|metadata|dataset[-_](metadata|info|infos)|schema|state)\.json")
+"""Names of JSON files that describe the tables beside them."""
+_HELD_OUT = {"test", "val", "valid", "validation", "dev", "eval", "holdout"}
+_TRAIN = {"train", "training"}
 
 
 def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
@@ -134,22 +140,32 @@ def _open(config: IngestConfig) -> tuple[RawInput, RawLog]:
     place = raw_files.open_input(config.input)
     if not raw_files.exists(place) and config.format not in ("auto", "ncf"):
         raise InputError(f"{config.input}: no such file or folder")
-    found = config.format if config.format != "auto" else detect(place)
+    _check_raw(place)
+    found = config.format if config.format != "auto" else detect(place, config)
+
+    def gather(suffixes: Sequence[str]) -> list[RawFile]:
+        files = place.gather(suffixes)
+        _check_held_out(place, files, config)
+        return files
+
     readers: dict[str, Callable[[], RawLog]] = {
         "movielens": lambda: formats.movielens(config, place),
         "ncf": lambda: formats.ncf(config, place),
         "lightgcn": lambda: formats.lightgcn(config, place),
-        "criteo": lambda: formats.criteo(config, place.gather(["train.txt", ".tsv"])),
-        "csv": lambda: sources.delimited(config, place.gather(SUFFIXES["csv"]), "csv"),
-        "tsv": lambda: sources.delimited(config, place.gather(SUFFIXES["tsv"]), "tsv"),
-        "json": lambda: sources.json_lines(config, place.gather(SUFFIXES["json"])),
-        "parquet": lambda: sources.parquet(config, place.gather(SUFFIXES["parquet"])),
+        "criteo": lambda: formats.criteo(config, gather(["train.txt", ".tsv"])),
+        "csv": lambda: sources.delimited(config, gather(SUFFIXES["csv"]), "csv"),
+        "tsv": lambda: sources.delimited(config, gather(SUFFIXES["tsv"]), "tsv"),
+        "json": lambda: sources.json_lines(config, gather(SUFFIXES["json"])),
+        "parquet": lambda: sources.parquet(config, gather(SUFFIXES["parquet"])),
     }
     return place, readers[found]()
 
 
-def detect(place: RawInput) -> str:
-    """The format by names; a `train.txt` or `.tsv` whose first line is one of Criteo's is Criteo."""
+def detect(place: RawInput, config: IngestConfig) -> str:
+    """The format by names; a `train.txt` or `.tsv` whose first line is one of Criteo's is Criteo.
+
+    Raises InputError where no format, or more than one, has files.
+    """
     if not raw_files.exists(place):
         if _is_ncf(place):
             return "ncf"
@@ -157,19 +173,20 @@ def detect(place: RawInput) -> str:
     files = (place.home(_of_named_format)[1] if place.is_folder else {}) or place.files()
     if not files and is_pattern(place.filesystem, place.path):
         raise InputError(f"{place.name}: no file matches")
+    tables = _tables(place, config)
     if place.is_folder or len(files) == 1:
         by_name = {plain_name(name): file for name, file in files.items()}
-        if set(formats.RATINGS) & by_name.keys():
-            return "movielens"
-        if any(name.endswith((".train.rating", ".test.rating", ".test.negative")) for name in by_name):
-            return "ncf"
-        if "train.txt" in by_name:
-            return "criteo" if formats.num_fields(by_name["train.txt"]) in (39, 40) else "lightgcn"
-    having = [name for name, ends in SUFFIXES.items() if any(has_suffix(file, ends) for file in files)]
-    having = having or [name for name, ends in SUFFIXES.items() if place.is_folder and place.holds(ends)]
-    having = [name for name in having if name != "json"] or having  # JSON beside tables is mostly about them
-    if len(having) > 1:
-        raise InputError(f"{place.name}: files of several formats ({', '.join(having)}); name one by --format")
+        if found := _named_format(by_name):
+            _check_alone(place, found, by_name, tables)
+            return found
+    if len(tables) > 1:
+        (one, [first, *_]), (other, [second, *_]), *_ = tables.items()
+        raise InputError(
+            f"{place.name}: files of several formats: {place.short_name(first)} ({one}) and {place.short_name(second)} "
+            f"({other}); expected one: name the files by a glob (--input {_glob(place, first)}), or the format "
+            f"(--format {one})"
+        )
+    having = list(tables)
     if having == ["tsv"] and all(map(formats.is_criteo, place.gather(SUFFIXES["tsv"]))):
         return "criteo"
     if having:
@@ -177,6 +194,123 @@ def detect(place: RawInput) -> str:
     raise InputError(
         f"{place.name}: the names of the files show no format; name one of movielens, ncf, lightgcn, "
         "criteo, csv, tsv, json, parquet by --format"
+    )
+
+
+def _named_format(by_name: dict[str, RawFile]) -> str | None:
+    """The format of a public data set, by the names of its files."""
+    if set(formats.RATINGS) & by_name.keys():
+        return "movielens"
+    if any(name.endswith((".train.rating", ".test.rating", ".test.negative")) for name in by_name):
+        return "ncf"
+    if "train.txt" in by_name:
+        return "criteo" if formats.num_fields(by_name["train.txt"]) in (39, 40) else "lightgcn"
+    return None
+
+
+def _tables(place: RawInput, config: IngestConfig) -> dict[str, list[RawFile]]:
+    """Files of csv, tsv, json and parquet by format. JSON beside others in a folder counts if it may hold rows."""
+    files = place.all_files()
+    found = {name: [file for file in files if has_suffix(file.path, ends)] for name, ends in SUFFIXES.items()}
+    found = {name: of_format for name, of_format in found.items() if of_format}
+    if not place.is_folder or "json" not in found:
+        return found
+    if len(found) > 1 or any(_of_named_format(file.path.rpartition("/")[2]) for file in files):
+        rows = [file for file in found["json"] if _may_hold_rows(file, config)]
+        skipped = [file for file in found["json"] if file not in rows and not _is_description(file)]
+        if skipped:
+            names = listed(map(place.short_name, skipped))
+            logger.warning(
+                "%s: not read, because they do not have the columns of the other files: %s", place.name, names
+            )
+        found["json"] = rows
+    return {name: of_format for name, of_format in found.items() if of_format}
+
+
+def _is_description(file: RawFile) -> bool:
+    return _DESCRIPTIONS.fullmatch(plain_name(file.path.rpartition("/")[2]).lower()) is not None
+
+
+def _may_hold_rows(file: RawFile, config: IngestConfig) -> bool:
+    """Whether a JSON file begins with keys that are columns to read."""
+    if _is_description(file):
+        return False
+    start = first_lines(file)
+    columns = (config.user, config.item, *config.categorical, "userId", "movieId")
+    return any(f'"{name}"' in start for name in columns if name)
+
+
+def _check_alone(place: RawInput, found: str, by_name: dict[str, RawFile], tables: dict[str, list[RawFile]]) -> None:
+    """Raises InputError where a folder of a public data set has tables of another kind too."""
+    names = (*formats.RATINGS, *formats.MOVIELENS_TABLES) if found == "movielens" else ()
+    known = {by_name[name].path for name in names if name in by_name}
+    others = [
+        file
+        for of_format in tables.values()
+        for file in of_format
+        if file.path not in known and not (found == "criteo" and has_suffix(file.path, SUFFIXES["tsv"]))
+    ]
+    if others and place.is_folder:
+        file = next(file for name, file in by_name.items() if _named_format({name: file}))
+        raise InputError(
+            f"{place.name}: files of several formats: {place.short_name(file)} ({found}) and "
+            f"{place.short_name(others[0])}, which that format does not read; expected one: name the files by --input "
+            f"(a file or a glob, such as {_glob(place, others[0])}), or the format (--format {found})"
+        )
+
+
+def _glob(place: RawInput, file: RawFile) -> str:
+    """A glob of the files that have the suffix of this one, as a shell takes it."""
+    name = file.path.rpartition("/")[2]
+    plain = plain_name(name)
+    pattern = f"*.{plain.rpartition('.')[2]}{name.removeprefix(plain)}"
+    if not place.is_folder or place.archive is not None:
+        return f"'{pattern}'"
+    folder = place.short_name(file).rpartition("/")[0]
+    return f"'{'/'.join(part for part in (place.name.rstrip('/'), folder, pattern) if part)}'"
+
+
+def _check_raw(place: RawInput) -> None:
+    """Raises InputError where the input is an artifact of recpress, such as a log."""
+    if not place.is_folder or not exists(place.filesystem, f"{place.path}/{artifact.MANIFEST}"):
+        return
+    try:
+        kind = artifact.read_manifest(place.path, filesystem=place.filesystem).get("kind")
+    except InputError:  # the manifest of another program
+        return
+    what = "already a log" if kind == KIND else f"an artifact of kind '{kind}'"
+    raise InputError(
+        f"{place.name}: is {what}; expected raw files (a log is read as it is, and `recpress split` holds examples out)"
+    )
+
+
+def _words(file: RawFile) -> set[str]:
+    """Words in the name of a file, and in the values of its partitions."""
+    values = [value or "" for _, value in file.partitions]
+    return set(re.split(r"[^a-z]+", " ".join([file.path.rpartition("/")[2], *values]).lower()))
+
+
+def _check_held_out(place: RawInput, files: Sequence[RawFile], config: IngestConfig) -> None:
+    """Raises InputError where files of a folder are named like train and like test; warns where a glob names them."""
+    if config.split_column:
+        return
+    words = [(place.short_name(file), _words(file)) for file in files]
+    train = [name for name, found in words if found & _TRAIN and not found & _HELD_OUT]
+    held_out = [name for name, found in words if found & _HELD_OUT]
+    if not train or not held_out:
+        return
+    if not place.is_folder:
+        logger.warning("%s: read as train, although named like a held-out part: %s", place.name, listed(held_out))
+        return
+    if place.archive is not None:
+        fix = f"unpack the archive, and --input {train[0]} reads only that file"
+    elif len(train) == 1:
+        fix = f"--input {place.name.rstrip('/')}/{train[0]} reads only that file"
+    else:
+        fix = "--input with a glob of the train files reads only those"
+    raise InputError(
+        f"{place.name}: {held_out[0]} is named like a held-out part, beside {train[0]}; {fix} (recpress split holds "
+        "examples out; a glob of all files reads all as train)"
     )
 
 

@@ -95,15 +95,15 @@ class Encoder:
         raw = {name: plain(piece.table.column(name)) for name in piece.table.column_names}
         first = piece.first_row
         self._check_missing(raw, piece)
-        parts = _parts(raw.pop("split"), piece) if "split" in raw else None
+        parts = _parts(raw.pop("split"), piece, self._source.names.get("split", "split")) if "split" in raw else None
         columns: dict[str, pa.Array] = {}
         for side, name in zip(SIDES, ("user_id", "item_id"), strict=True):
             if name in raw:
                 columns[name] = self._raw_ids(side, raw[name], piece)
         if self._schema.label:
-            columns["label"] = raw_values.floats(raw["label"], f"{piece.where}, column 'label'", first, self._nulls)
+            columns["label"] = raw_values.floats(raw["label"], self._where(piece, "label"), first, self._nulls)
         if self._schema.time:
-            where = f"{piece.where}, column 'time'"
+            where = self._where(piece, "time")
             columns["time"] = self._times(raw_values.times(raw["time"], where, first), where)
         for name in self._schema.floats:
             columns[name] = raw_values.floats(raw[name], f"{piece.where}, column '{name}'", first, self._nulls)
@@ -155,11 +155,18 @@ class Encoder:
             if name in raw:
                 gone = raw_values.missing(raw[name], self._id_nulls if name.endswith("_id") else self._nulls)
                 if gone.any():
-                    raise InputError(f"{piece.where}, row {piece.first_row + int(np.argmax(gone))}: no {name}")
+                    column = self._source.names.get(name, name)
+                    named = name if column == name else f"{name} (column '{column}')"
+                    raise InputError(f"{piece.where}, row {piece.first_row + int(np.argmax(gone))}: no {named}")
+
+    def _where(self, piece: Piece, name: str) -> str:
+        """What errors call a column: the file, and the name that the file has for it."""
+        return f"{piece.where}, column '{self._source.names.get(name, name)}'"
 
     def _raw_ids(self, side: Side, array: pa.Array, piece: Piece) -> pa.Array:
         """Ids as the vocabulary of the side holds them; it is made, or becomes one of strings, where it must."""
-        name, where = f"{side}_id", f"{piece.where}, column '{side}_id'"
+        name = f"{side}_id"
+        where = self._where(piece, name)
         if (found := raw_values.class_of(array)) is None:
             raise InputError(f"{where}: type {array.type}; expected strings, integers or other values with an equality")
         if found != "none":
@@ -322,15 +329,16 @@ def _refuse_twice(raw: pa.ChunkedArray, where: str) -> None:
         raise InputError(f"{where}: the id {counts.field('values')[row].as_py()!r} occurs twice; expected each once")
 
 
-def _parts(split: pa.Array, piece: Piece) -> np.ndarray:
+def _parts(split: pa.Array, piece: Piece, column: str) -> np.ndarray:
     """`train`, `val` or `test` of each row."""
     if not pa.types.is_large_string(split.type):
-        raise InputError(f"{piece.where}: split column has type {split.type}; expected strings")
+        raise InputError(f"{piece.where}, column '{column}': type {split.type}; expected strings")
     names = [PARTS.get((name or "").strip().lower(), "") for name in split.to_pylist()]
     if "" in names:
         row = names.index("")
         raise InputError(
-            f"{piece.where}, row {piece.first_row + row}: split {split[row].as_py()!r}; expected train, val or test"
+            f"{piece.where}, row {piece.first_row + row}: split {split[row].as_py()!r} (column '{column}'); expected "
+            "train, val or test"
         )
     return np.array(names)
 

@@ -18,6 +18,8 @@ from recpress.data.ingest.sources import Piece, RawLog, dialect_of
 INTS = [f"I{place}" for place in range(1, 14)]
 CATEGORIES = [f"C{place}" for place in range(1, 27)]
 RATINGS = ("ratings.dat", "ratings.csv", "u.data")
+MOVIELENS_TABLES = ("movies.csv", "tags.csv", "links.csv", "genome-scores.csv", "genome-tags.csv")
+"""Files that MovieLens has beside ratings.csv."""
 LIGHTGCN = {
     "train.txt": "train",
     "val.txt": "val",
@@ -25,6 +27,7 @@ LIGHTGCN = {
     "test.txt": "test",
 }
 _EVENT = ("user_id", "item_id", "label", "time")
+_MOVIELENS = ("userId", "movieId", "rating", "timestamp")  # of ratings.csv
 _PAIR = Schema(label="label", time="time")
 _UNTYPED = frozenset(("user_id", "item_id", "label", "time"))
 
@@ -63,13 +66,12 @@ def movielens(config: IngestConfig, place: RawInput) -> RawLog:
                 yield Piece("train", file.where, first, table)
         else:
             dialect = dialect_of(config, ",", quoted=True)
-            columns = ("userId", "movieId", "rating", "timestamp")
             names = header(file, dialect)
-            if missing := [name for name in columns if name not in names]:
+            if missing := [name for name in _MOVIELENS if name not in names]:
                 raise InputError(
                     f"{file.where}: no column '{missing[0]}'; found {listed(names)} (for other tables: --format csv)"
                 )
-            for first, table in read_delimited(file, dialect, columns):
+            for first, table in read_delimited(file, dialect, _MOVIELENS):
                 yield Piece("train", file.where, first, table.rename_columns(_EVENT))
 
     def users() -> pa.Table:
@@ -95,6 +97,7 @@ def movielens(config: IngestConfig, place: RawInput) -> RawLog:
         (file,),
         _PAIR,
         pieces,
+        names=dict(zip(_EVENT, _MOVIELENS, strict=True)) if found[0] == "ratings.csv" else {},
         users=users if "users.dat" in by_name else None,
         items=items if "movies.dat" in by_name or "movies.csv" in by_name else None,
         untyped=_UNTYPED,

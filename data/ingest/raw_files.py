@@ -21,10 +21,6 @@ _PARTITION = re.compile(r"[^=/]+=[^/]*")
 _TABLE_FORMATS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 
 
-class _Unclear(InputError):
-    """Files at several places."""
-
-
 @dataclass(frozen=True)
 class RawFile:
     """A file to read."""
@@ -110,12 +106,18 @@ class RawInput:
             raise InputError(f"{self.name}: no file; expected {_listed(suffixes)}")
         return [self.file(path) for path in found]
 
-    def holds(self, suffixes: Sequence[str]) -> bool:
-        """Whether the folder has files that `gather` would find, or refuse to choose among."""
-        try:
-            return bool(self._below(self.path, suffixes))
-        except _Unclear:
-            return True
+    def all_files(self) -> list[RawFile]:
+        """All files below the folder, hidden ones aside; the file, or those that match."""
+        if not self.is_folder:
+            return list(self.files().values())
+        folders = [self.path]
+        for folder in folders:
+            folders.extend(self._subfolders(folder))
+        return [file for folder in folders for file in self._files(folder).values()]
+
+    def short_name(self, file: RawFile) -> str:
+        """The path of a file below the folder; the name of a file of a glob."""
+        return file.path.removeprefix(self.path).lstrip("/") if self.is_folder else file.path.rpartition("/")[2]
 
     def _below(self, folder: str, suffixes: Sequence[str]) -> list[str]:
         here = [file.path for name, file in self._files(folder).items() if has_suffix(name, suffixes)]
@@ -127,7 +129,7 @@ class RawInput:
         partitioned = [path for found in partitions for path in found]
         places = [found for found in (here, *others, partitioned) if found]
         if len(places) > 1:
-            raise _Unclear(
+            raise InputError(
                 f"{self.name}: files at several places ({places[0][0]}, {places[1][0]}); name one of the folders, or "
                 "all files by a glob"
             )

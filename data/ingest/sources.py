@@ -1,13 +1,14 @@
 """Readers of named columns (csv, tsv, json, parquet): raw rows in pieces with their origin, in bounded memory.
 
 Columns of the pieces have the log's own names (`user_id`, `item_id`, `label`, `time`, and further ones as
-they are called); their values are still raw. Rows count from 0, a header line and empty lines aside, in errors too.
+they are called); `RawLog.names` has those of the files. Their values are still raw. Rows count from 0, a header line
+and empty lines aside, in errors too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,6 +57,8 @@ class RawLog:
     """Columns that come as text because their files have no types: ids may be integers."""
     integer_ids: bool = False
     """The format has integers for ids, and nothing else."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Name in the log -> name in the files, which errors use; a column without an entry has the same name in both."""
 
 
 def named_columns(config: IngestConfig) -> dict[str, str]:
@@ -107,11 +110,11 @@ def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> RawL
     columns = named_columns(config)
     names = list(config.columns) or None
     dialect = dialect_of(config, "\t" if name == "tsv" else ",", quoted=name == "csv")
-    if names is None and not config.delimiter:
-        dialect = choose_delimiter(files[0], dialect, [c for c in columns if c not in dict(files[0].partitions)])
+    may_differ = names is None and not config.delimiter  # each file may have another delimiter
 
     def read(file: RawFile, wanted: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-        return read_delimited(file, dialect, wanted, names)
+        of_file = choose_delimiter(file, dialect, wanted) if may_differ else dialect
+        return read_delimited(file, of_file, wanted, names)
 
     return _named(config, files, name, read, frozenset(columns.values()))
 
@@ -154,7 +157,14 @@ def _named(
                 found |= {key: pa.repeat(pa.scalar(values[key], pa.string()), table.num_rows) for key in keys}
                 yield Piece("train", file.where, first, pa.table({columns[c]: found[c] for c in columns}))
 
-    return RawLog(name, tuple(files), named_schema(config), pieces, untyped=untyped | {columns[key] for key in keys})
+    return RawLog(
+        name,
+        tuple(files),
+        named_schema(config),
+        pieces,
+        untyped=untyped | {columns[key] for key in keys},
+        names={target: column for column, target in columns.items()},
+    )
 
 
 def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[str]:

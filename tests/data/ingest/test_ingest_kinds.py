@@ -484,6 +484,124 @@ def test_one_more_folder_and_several(tmp_path):
         ingest(IngestConfig(input=str(source)), tmp_path / "more")
 
 
+ROWS = HEAD + "1,2\n"
+JSON_ROW = '{"user_id": 3, "item_id": 4}\n'
+PARQUET = pa.table({"user_id": [5], "item_id": [6]})
+ML_ROWS = "userId,movieId,rating,timestamp\n1,10,4.5,7\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"bom__csv": "\ufeff" + ROWS, "x__json": JSON_ROW}, ["bom.csv", "x.json", "*.csv"]),
+        ({"a__csv__gz": gzip.compress(ROWS.encode()), "x__jsonl": JSON_ROW}, ["a.csv.gz", "x.jsonl", "*.csv.gz"]),
+        ({"a__parquet": PARQUET, "x__jsonl": JSON_ROW}, ["a.parquet", "x.jsonl"]),
+        ({"a__parquet": PARQUET, "x__json": f"[{JSON_ROW}]"}, ["a.parquet", "x.json"]),
+        ({"a__csv": ROWS, "deep___b__parquet": PARQUET}, ["a.csv", "deep/b.parquet"]),
+        ({"ratings__csv": ML_ROWS, "other__csv": ROWS}, ["ratings.csv (movielens)", "other.csv"]),
+        ({"ratings__csv": ML_ROWS, "movies__csv": "x", "other__parquet": PARQUET}, ["ratings.csv", "other.parquet"]),
+        ({"ratings__csv": ML_ROWS, "x__json": JSON_ROW}, ["ratings.csv", "x.json"]),
+        ({"ml___ratings__csv": ML_ROWS, "other__csv": ROWS}, ["ml/ratings.csv", "other.csv"]),
+        ({"train__txt": "0 5\n", "a__csv": ROWS}, ["train.txt (lightgcn)", "a.csv"]),
+    ],
+)
+def test_a_folder_with_files_of_several_formats(tmp_path, files, words):
+    source = write(tmp_path / "in", **files)
+    refused(source, tmp_path, "several formats", *words, "--input", "--format")
+
+
+def test_a_named_format_or_a_glob_chooses_among_formats(tmp_path):
+    source = write(tmp_path / "in", a__csv=ROWS, x__jsonl=JSON_ROW)
+    assert raw_rows(made(source, tmp_path, format="csv")) == [(1, 2)]
+    log = open_log(ingest(IngestConfig(input=f"{source}/*.jsonl"), tmp_path / "more"))
+    assert raw_rows(log) == [(3, 4)]
+    with pytest.raises(InputError, match=r"several formats: a\.csv .* x\.jsonl"):
+        ingest(IngestConfig(input=f"{source}/*"), tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a__csv": ROWS, "manifest__json": '{"columns": ["user_id", "item_id"]}'},
+        {"a__csv": ROWS, "dataset_info__json": '{"user_id": "int"}', "README__md": "#", "LICENSE": "", "_SUCCESS": ""},
+    ],
+)
+def test_descriptions_beside_tables_are_not_rows(tmp_path, caplog, files):
+    assert raw_rows(made(write(tmp_path / "in", **files), tmp_path)) == [(1, 2)]
+    assert not caplog.messages
+
+
+def test_json_without_the_columns_beside_tables_is_named(tmp_path, caplog):
+    source = write(tmp_path / "in", a__csv=ROWS, stats__json='{\n  "rows": 1\n}\n')
+    assert raw_rows(made(source, tmp_path)) == [(1, 2)]
+    assert [line for line in caplog.messages if "not read" in line and "stats.json" in line]
+
+
+def test_movielens_with_all_of_its_files(tmp_path):
+    others = {f"{name}__csv": "x\n1\n" for name in ("tags", "links", "genome-scores", "genome-tags")}
+    movies = "movieId,title,genres\n10,A (1995),Drama\n"
+    source = write(tmp_path / "in", ratings__csv=ML_ROWS, movies__csv=movies, README__txt="hello", **others)
+    assert raw_rows(made(source, tmp_path)) == [(1, 10)]
+    alone = write(tmp_path / "other", ratings__csv=ML_ROWS, b__csv=ROWS) / "ratings.csv"
+    assert raw_rows(open_log(ingest(IngestConfig(input=str(alone)), tmp_path / "more"))) == [(1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "content"),
+    [
+        ("train.csv", "test.csv", ROWS),
+        ("train.parquet", "val.parquet", PARQUET),
+        ("ml_train.tsv", "ml_valid.tsv", ROWS.replace(",", "\t")),
+        ("train.json", "test.json", JSON_ROW),
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet", PARQUET),
+        ("part=train/a.csv", "part=test/a.csv", ROWS),
+    ],
+)
+def test_parts_of_a_folder_are_not_pooled(tmp_path, caplog, train, held_out, content):
+    names = {name.replace("/", "___").replace(".", "__"): content for name in (train, held_out, "README.md")}
+    source = write(tmp_path / "in", **names)
+    (source / "README.md").write_text("hello")
+    refused(source, tmp_path, f"{held_out} is named like a held-out part, beside {train}", f"--input {source}/{train}")
+    assert len(raw_rows(made(source / train, tmp_path))) == 1
+    assert not caplog.messages
+    both = f"{source}/part=*/*.csv" if "/" in train else f"{source}/*.{train.rpartition('.')[2]}"
+    log = open_log(ingest(IngestConfig(input=both), tmp_path / "pooled"))
+    assert len(raw_rows(log)) == 2
+    assert [line for line in caplog.messages if "read as train" in line and held_out.rpartition("/")[2] in line]
+
+
+def test_a_split_column_says_the_parts_of_files_too(tmp_path):
+    text = "user_id,item_id,s\n1,2,{}\n"
+    source = write(tmp_path / "in", train__csv=text.format("train"), test__csv=text.format("test"))
+    assert raw_rows(made(source, tmp_path, split_column="s"), part="test") == [(1, 2)]
+
+
+def test_a_log_is_not_raw(tmp_path):
+    log = ingest(IngestConfig(input=str(write(tmp_path, a__csv=ROWS) / "a.csv")), tmp_path / "log")
+    for options in ({}, {"format": "parquet"}, {"holdout": "random"}):
+        refused(log, tmp_path, f"{log}: is already a log", **options)
+    other = write(tmp_path / "in", a__csv=ROWS, manifest__json='{"format": "other"}')
+    assert raw_rows(made(other, tmp_path)) == [(1, 2)]
+
+
+def test_errors_have_the_names_of_the_columns_of_the_file(tmp_path):
+    names = {"user": "u", "item": "i", "label": "rating", "time": "ts"}
+    good = [1, 2, 3.0, 4]
+    for place, (name, bad) in enumerate({"u": [1], "i": {"a": 1}, "rating": "x", "ts": "soon"}.items()):
+        row = [[bad] if k == place else [value] for k, value in enumerate(good)]
+        table = pa.table(dict(zip(names.values(), row, strict=True)))
+        source = write(tmp_path, **{f"{name}__parquet": table}) / f"{name}.parquet"
+        refused(source, tmp_path, f"{name}.parquet, column '{name}'", **names)
+    source = write(tmp_path, ratings__csv=ML_ROWS + "1,11,x,8\n") / "ratings.csv"
+    refused(source, tmp_path, "ratings.csv, column 'rating', row 1: 'x'")
+
+
+def test_each_file_has_its_own_delimiter(tmp_path):
+    tabs = "user_id\titem_id\n3\t4\n"
+    source = write(tmp_path / "in", a__csv=ROWS, b__csv=tabs, c__csv="user_id;item_id\n5;6\n")
+    assert raw_rows(made(source, tmp_path)) == [(1, 2), (3, 4), (5, 6)]
+
+
 @pytest.mark.parametrize("mark", ["_delta_log___0__json", ".hoodie___x", "metadata___v1__metadata__json"])
 def test_folders_of_table_formats(tmp_path, mark):
     table = pa.table({"user_id": [1], "item_id": [2]})
