@@ -57,7 +57,7 @@ def command_app(
     image: str,
     env: str | dict[str, str] | None,
     mounts: list[str] | None,
-    max_restarts: int | None,
+    max_restarts: int | str | None,
     max_retries: int,
     rdzv_port: int,
     rdzv_timeout: int,
@@ -77,8 +77,10 @@ def command_app(
         )
     _check(args)
     component = args[0]
-    if max_restarts is None:
-        max_restarts = RESTARTS.get(component, 0)
+    try:  # TorchX passes an Optional[int] as text
+        max_restarts = RESTARTS.get(component, 0) if max_restarts is None else int(max_restarts)
+    except ValueError:
+        raise ComponentValidationException(f"--max_restarts is '{max_restarts}', expected 0 or more") from None
     shape = re.fullmatch(r"(?:(\d+):)?(\d+)x(\d+)", j)
     if shape is None or min(int(number) for number in shape.groups(default="1")) < 1:
         raise ComponentValidationException(f"-j is '{j}', expected NODESxPROCESSES, as 2x8, or MIN:MAXxPROCESSES")

@@ -218,3 +218,27 @@ def test_torchrun_is_that_of_the_interpreter_whatever_path_says():
     shown = role.args[-1].replace('exec "$@"', 'echo "$@"')
     done = subprocess.run([role.entrypoint, "-c", shown], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.stdout.startswith(f"{sys.executable} -m torch.distributed.run --max_restarts")
+
+
+def test_every_option_passes_through_torchx_as_text(tmp_path):
+    options = (
+        "-j 2x4 --cpu 3 --mem_mb 4096 --max_restarts 5 --max_retries 2 --rdzv_port 29501 --rdzv_timeout 60 --grace 9"
+    )
+    component = str(Path(components.__file__).resolve()) + ":pipeline"
+    program = [
+        sys.executable,
+        "-m",
+        "torchx.cli.main",
+        "run",
+        "--dryrun",
+        "-s",
+        "local_cwd",
+        "--workspace",
+        "",
+        component,
+    ]
+    done = subprocess.run(
+        [*program, *options.split(), "--", *arguments("pipeline")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--max_restarts 5" in done.stdout + done.stderr
