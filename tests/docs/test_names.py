@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from recpress._moved import MOVED
 from recpress.launch import components
 from recpress.trainer.cli import COMMANDS
 
@@ -75,6 +76,8 @@ def resolve(name: str) -> object:
     """Import the longest module of a dotted name and take the rest as attributes. Raises where there is none."""
     words = name.split(".")
     for split in range(len(words), 0, -1):
+        if ".".join(words[:split]) in MOVED:  # a path of the last version
+            continue
         try:
             found: object = importlib.import_module(".".join(words[:split]))
         except ModuleNotFoundError as error:
