@@ -236,7 +236,7 @@ def _adjacency(lines: pa.Array, path: str, first: int, allow_empty: bool) -> pa.
         raise InputError(f"{path}, row {first + row_of[owner[place]]}: {flat[place].as_py()!r}; expected ids >= 0")
     if not allow_empty and (lengths < 2).any():
         row = int(row_of[int(np.argmax(lengths < 2))])
-        raise InputError(f"{path}, row {first + row}: a user without items; `allow_empty_users` skips such users")
+        raise InputError(f"{path}, row {first + row}: a user without items; --allow-empty-users skips such users")
     starts = np.cumsum(lengths) - lengths
     is_item = np.ones(len(flat), dtype=bool)
     is_item[starts] = False
