@@ -89,7 +89,7 @@ class GrowingLog:
         return files_of(self._filesystem, list_folder(self._filesystem, self._inner), "train")
 
     def _not_whole(self, name: str, error: Exception) -> None:
-        """Says, once, that a file has not changed between two looks and is still not whole."""
+        """Says, once, that a file did not change between two listings and is still incomplete."""
         size = self._filesystem.get_file_info(name).size or 0
         before = self._unfinished.get(name)
         if before == size:

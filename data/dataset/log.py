@@ -160,9 +160,9 @@ def open_log(
     Args:
         schema: which columns mean what; by default what the log's manifest says, else `Schema()`.
         pairs: refuse a log that has no user or no item column (an empty name in its schema).
-        skip_bad: leave out files of train that are not whole, instead of refusing the log. They keep their ordinals, so
+        skip_bad: skip incomplete files of train, instead of refusing the log. They keep their ordinals, so
             that the sample of the others stays what it is.
-        bad: files of train to leave out in any case, as another rank's `Log.bad_files` says.
+        bad: files of train to skip in any case, as another rank's `Log.bad_files` says.
         only: the files of train, of a log that grows, instead of those that are there.
 
     Raises:

@@ -50,8 +50,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class ParquetSplit:
-    """Rows of a log in their natural order. Empty row groups are omitted; ordinals are not changed by
-    it.
+    """Rows of a log in their natural order. Empty row groups are omitted, which changes no ordinal.
 
     Safe to share between threads: each read opens its file for itself.
     """
@@ -197,12 +196,12 @@ def open_split(
         required: columns that every file must have.
         optional: columns that may be read where a file has them; then every file must.
         skip: a file whose footer cannot be read has no row groups, instead of being an error.
-        bad: path -> what is wrong, of files to leave out in any case; with `skip` those that were found are added.
+        bad: path -> what is wrong, of files to skip in any case; with `skip`, the bad files that are found are added.
         folders: names of folders below this one may hold values of columns (`recpress.data.dataset.partitions`).
 
     Raises:
-        InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or that
-            the files do not unify on (`schema.unify`).
+        InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or of
+            different types in the files (`schema.unify`).
     """
     if not paths:
         raise InputError("no Parquet file")

@@ -34,7 +34,7 @@ def design_effects(
 ) -> dict[str, DesignEffect]:
     """The design effect of each of the columns (scalar ones), from all row groups or those that are named by place.
 
-    Reads the columns once. A column that is constant has effect 1; a row with NaN is left out.
+    Reads the columns once. A column that is constant has effect 1; rows with NaN are skipped.
 
     Raises:
         ValueError: fewer than two row groups.

@@ -45,9 +45,10 @@ def write_sample(
 
     Args:
         shuffle: write the rows in a random order, a function of the files, the sample's seed and `shuffle_rows`.
-        shuffle_rows: rows of a bucket (see `BucketShuffle`); buckets lie beside `out`, or in TMPDIR where it is remote.
+        shuffle_rows: rows of a bucket (see `BucketShuffle`). Buckets are in the folder of `out`, or in TMPDIR if it is
+            remote.
 
-    Of a log with `TolerantSplit`, row groups that cannot be read, or whose types cannot be converted, are left out, and
+    Of a log with `TolerantSplit`, row groups that cannot be read, or whose types cannot be converted, are skipped, and
     the manifest says so (`bad_groups.left_out`).
 
     Raises:

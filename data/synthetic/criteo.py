@@ -45,7 +45,7 @@ MISSING = 0.1  # share of the numbers that are missing
 
 
 def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
-    """Writes the made log to the folder `out`, with the vocabularies that `ingest` would write, and returns it.
+    """Writes the synthetic log to the folder `out`, with the vocabularies that `ingest` would write, and returns it.
 
     Raises InputError where an option is out of its range.
     """
@@ -79,7 +79,7 @@ def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool 
 
 
 class MadeCriteo:
-    """The rows of a made log, by their place. Construction takes O(ids)."""
+    """The rows of a synthetic log, by position. Construction takes O(ids)."""
 
     def __init__(self, config: SynthCriteoConfig) -> None:
         _check(config)

@@ -34,7 +34,7 @@ CHUNK = 1 << 14  # rows made at once: their arrays stay in the cache
 
 
 def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
-    """Writes the made log to the folder `out` and returns it.
+    """Writes the synthetic log to the folder `out` and returns it.
 
     Raises InputError where the sizes do not go together.
     """
@@ -59,7 +59,7 @@ def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> s
 
 
 class MadeLog:
-    """The rows of a made log, by their place. Construction takes O(users + items)."""
+    """The rows of a synthetic log, by position. Construction takes O(users + items)."""
 
     def __init__(self, config: SynthConfig) -> None:
         _check(config)

@@ -10,7 +10,7 @@ import torch
 
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.interaction_graph import TOLERANCE, InteractionGraph, fit_resolution, louvain_class
+from recpress.modules.hashing.interaction_graph import InteractionGraph, fit_resolution, louvain_class
 from recpress.modules.hashing.table_stats import TableStats
 
 
@@ -45,20 +45,7 @@ def co_cluster(
             adjacency, _, _, membership, index = super()._pre_processing(*args)
             return adjacency, out_weight[index], in_weight[index], membership, index
 
-    def run(resolution: float) -> np.ndarray:
-        return graph.clusters(
-            Balanced(
-                resolution,
-                tol_optimization=TOLERANCE,
-                tol_aggregation=TOLERANCE,
-                shuffle_nodes=True,
-                return_probs=False,
-                return_aggregate=False,
-                random_state=config.seed % 2**32,
-            )
-        )
-
-    labels, resolution = fit_resolution(run, graph, rows)
+    labels, resolution = fit_resolution(lambda value: graph.clusters(Balanced, value, config.seed), graph, rows)
     user_map, item_map = graph.maps(labels, user, item, "co-cluster", config.seed)
     second = _secondary(graph, labels, resolution * user_weight, item_weight)
     names, first = np.unique(labels[: graph.num_users], return_inverse=True)

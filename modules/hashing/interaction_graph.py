@@ -89,8 +89,17 @@ class InteractionGraph:
         """Interactions of each item, (num_items,)."""
         return np.asarray(self.biadjacency.sum(0)).ravel()
 
-    def clusters(self, louvain: Any) -> np.ndarray:
-        """Labels (num_users + num_items,) by a Louvain object. Isolated users share one label, and so do such items."""
+    def clusters(self, method: Any, resolution: float, seed: int) -> np.ndarray:
+        """Labels (num_users + num_items,) by a Louvain class. Isolated users share one label, and so do such items."""
+        louvain = method(
+            resolution,
+            tol_optimization=TOLERANCE,
+            tol_aggregation=TOLERANCE,
+            shuffle_nodes=True,
+            return_probs=False,
+            return_aggregate=False,
+            random_state=seed % 2**32,
+        )
         louvain.fit(self.biadjacency, force_bipartite=True)
         labels = np.concatenate([louvain.labels_row_, louvain.labels_col_])
         alone = np.flatnonzero(np.concatenate([self.user_degree, self.item_degree]) == 0)

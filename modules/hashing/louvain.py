@@ -6,7 +6,7 @@ import numpy as np
 
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.hashing.interaction_graph import TOLERANCE, InteractionGraph, fit_resolution, louvain_class
+from recpress.modules.hashing.interaction_graph import InteractionGraph, fit_resolution, louvain_class
 from recpress.modules.hashing.table_stats import TableStats
 
 
@@ -30,18 +30,5 @@ def louvain(
     method = louvain_class("louvain")
     graph = InteractionGraph.of(user, item, users, items, rows)
 
-    def run(resolution: float) -> np.ndarray:
-        return graph.clusters(
-            method(
-                resolution,
-                tol_optimization=TOLERANCE,
-                tol_aggregation=TOLERANCE,
-                shuffle_nodes=True,
-                return_probs=False,
-                return_aggregate=False,
-                random_state=config.seed % 2**32,
-            )
-        )
-
-    labels, _ = fit_resolution(run, graph, rows)
+    labels, _ = fit_resolution(lambda resolution: graph.clusters(method, resolution, config.seed), graph, rows)
     return graph.maps(labels, user, item, "louvain", config.seed)

@@ -23,7 +23,7 @@ def test_louvain_reaches_the_modularity_of_the_planted_groups() -> None:
     """With little noise, the planted groups are near the optimum at resolution 1."""
     users, items = made(noise=0.2)
     graph = InteractionGraph.of(*TABLES, users, items, 100)
-    labels = graph.clusters(louvain_class("louvain")(1.0, tol_optimization=1e-5, tol_aggregation=1e-5))
+    labels = graph.clusters(louvain_class("louvain"), 1.0, seed=0)
     planted = np.concatenate([np.arange(USERS) % GROUPS, np.arange(ITEMS) % GROUPS])
     assert modularity(graph, labels) >= 0.999 * modularity(graph, planted)
     assert modularity(graph, labels) >= OWN_LOUVAIN
