@@ -51,7 +51,7 @@ NEGATIVES = 99
 TOP = 10
 MOST_SWEEPS = 15
 TOLERANCE = 2e-3
-"""A fit ends one sweep after the objective fell by less than this share: after 8 to 13 sweeps on seven logs, whose
+"""A fit ends one sweep after the objective fell by less than this share: after 9 to 12 sweeps on seven logs, whose
 NDCG@10 differs by less than 1 % from that after 10."""
 _ITEMS = 2048  # sampled items for the `full` metric
 _EFFICIENCY = 0.5  # `_cost` does not count ranking and building the sample
