@@ -241,7 +241,7 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
     if array.type != pa.float32():
         array = array.cast(pa.float32(), safe=False)
     values = array.to_numpy(zero_copy_only=False)
-    if np.isinf(values).any():  # also of a number that is too large for float32
+    if not _is_finite(values) and np.isinf(values).any():  # also of a number that is too large for float32
         row = int(np.argmax(np.isinf(values)))
         raise InputError(
             f"{where}, row {row}: {given[row].as_py()}; expected a finite number of 32 bits (up to 3.4e38), or null "
@@ -256,6 +256,11 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
             allowed = f"at least {low:g}" if high == np.inf else f"in [{low:g}, {high:g}]"
             raise InputError(f"{where}, row {row}: {given[row].as_py()}; --use-label expects numbers {allowed}")
     return values
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Two passes without temporaries: faster than `np.isfinite(values).all()`. A NaN makes both sides NaN."""
+    return len(values) == 0 or bool(values.min() > -np.inf and values.max() < np.inf)
 
 
 def _decode_lists(column: Column, array: pa.Array, where: str) -> Jagged:

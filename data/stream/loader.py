@@ -24,7 +24,7 @@ from recpress.data.stream.memory import memory_bound
 from recpress.data.stream.order import EpochOrder
 from recpress.data.stream.prefetch import in_background
 from recpress.data.stream.read_plan import ReadAhead, ReadPlan
-from recpress.data.stream.shuffle_window import BufferPool, ShuffleWindow, Table
+from recpress.data.stream.shuffle_window import ShuffleWindow, Table
 from recpress.data.stream.stats import Meter, StreamStats
 
 Made = TypeVar("Made")
@@ -125,17 +125,17 @@ class InteractionStream:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
         self.pin_memory, self._is_share = pin_memory, False
-        self._meter, self._buffers = Meter(), BufferPool()
+        self._meter = Meter()
         self.set_epoch(epoch, start_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        local = ("_meter", "_buffers", "order")  # locks, memory, and caches of the epoch
+        local = ("_meter", "order")  # locks, and caches of the epoch
         return {name: value for name, value in vars(self).items() if name not in local}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         iterated: bool = state["_iterated_by_worker"]
-        self._meter, self._buffers = Meter(), BufferPool()
+        self._meter = Meter()
         self.set_epoch(self.epoch, self.start_step)
         self._iterated_by_worker = iterated
 
@@ -214,9 +214,7 @@ class InteractionStream:
         self._iterated_by_worker = True
         share = InteractionStream.__new__(InteractionStream)
         # A lock that was held when the process was forked would never be released: make new ones.
-        vars(share).update(
-            vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _buffers=BufferPool()
-        )
+        vars(share).update(vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter())
         return share
 
     def _iterate(self, waiting: str) -> Iterator[Interactions]:
@@ -238,7 +236,7 @@ class InteractionStream:
             threads=self.config.chosen_threads,
             start=steps[0],
             meter=self._meter,
-            buffers=self._buffers,
+            pin_memory=self.pin_memory,
         )
         with reader:
             held: ShuffleWindow | None = None
@@ -271,7 +269,7 @@ class InteractionStream:
         return in_background(timed, rows, ahead, lambda seconds: self._meter.add(wait=seconds))
 
     def _batch(self, made: ShuffleWindow, epoch: int, step: int) -> Interactions:
-        tables, found, size = made.batch(step, self.pin_memory)
+        tables, found, size = made.batch(step)
         return self._named(tables, found, epoch=epoch, step=step, size=size)
 
     def _named(

@@ -54,8 +54,8 @@ def memory_bound(
     written = plan.largest * row  # one lies between the threads that decode and those that write
     staged = plan.lanes * min(TILE_ROWS, rank_rows) * dense
     ordered = rank_rows * 8 * (values + 8 * len(lists))  # of one window: in file order and in batch order
-    batches = (prefetch_batches + _PIPELINE) * batch_rows * (dense + floats + 8 * (values + 2 * len(lists)))
-    windows = plan.most_windows() * (rank_rows + batch_rows) * row  # all windows have the size of the largest
+    batches = (prefetch_batches + _PIPELINE) * batch_rows * (floats + 8 * (values + 2 * len(lists)))
+    windows = (plan.most_windows() + 1) * rank_rows * row  # training still holds batches of the one before
     groups = _ROUNDED * (threads * decoding + (threads + 1) * written)
     return round(windows + groups + staged + ordered + batches + KEPT + threads * _THREAD)
 

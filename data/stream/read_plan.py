@@ -19,7 +19,7 @@ from recpress.data.dataset.columns import take
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.order import EpochOrder, RowGroupRead
-from recpress.data.stream.shuffle_window import BufferPool, Columns, ShuffleWindow
+from recpress.data.stream.shuffle_window import Columns, ShuffleWindow
 from recpress.data.stream.stats import Meter
 
 
@@ -75,11 +75,11 @@ class ReadAhead:
         threads: int,
         start: int,
         meter: Meter,
-        buffers: BufferPool,
+        pin_memory: bool = False,
     ) -> None:
         self._rows, self._columns, self._order = rows, list(columns), order
         self._rank, self._world = rank, world
-        self._selection, self._meter, self._buffers = selection, meter, buffers
+        self._selection, self._meter, self._pin_memory = selection, meter, pin_memory
         ahead = ReadPlan(order, rank, world, start)
         self._reads, self._rows_of, self._limit = ahead.reads, ahead.rows_of, ahead.limit
         self._next = 0
@@ -116,8 +116,6 @@ class ReadAhead:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        for window in (*self._ready.values(), *self._filling.values()):
-            window.close()
         self._ready.clear()
         self._filling.clear()
         self._decoded.clear()
@@ -148,15 +146,15 @@ class ReadAhead:
             return self._ready[number]
 
     def release(self, number: int) -> None:
-        """Return the memory of the windows before this one, also of those that are not complete yet once they are."""
+        """Forget the windows before this one, also those that are not complete yet once they are."""
         with self._changed:
             self._floor = number
             for earlier in [earlier for earlier in self._ready if earlier < number]:
-                self._drop(earlier, self._ready.pop(earlier))
+                del self._ready[earlier]
+                self._forget(earlier)
 
-    def _drop(self, number: int, window: ShuffleWindow) -> None:
+    def _forget(self, number: int) -> None:
         """With the lock."""
-        window.close()
         self._held -= self._rows_of[number]
         self._changed.notify_all()
 
@@ -262,12 +260,12 @@ class ReadAhead:
             made.finish()
             with self._changed:
                 if segment.window < self._floor:
-                    self._drop(segment.window, made)
+                    self._forget(segment.window)
                 else:
                     self._ready[segment.window] = made
                     self._changed.notify_all()
 
     def _new_window(self, number: int, columns: Columns) -> ShuffleWindow:
         return ShuffleWindow(
-            self._order, number, self._rank, self._world, columns, self._rows_of[number], self._buffers
+            self._order, number, self._rank, self._world, columns, self._rows_of[number], self._pin_memory
         )

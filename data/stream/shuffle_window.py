@@ -1,6 +1,6 @@
 """A shuffle window: the rows of consecutive batches, each written once to its place in its batch.
 
-    decoded row group -> segments -> tiles --permute--> window (step, column, row) --copy--> batch
+    decoded row group -> segments -> tiles --permute--> window (step, column, row) = batch after batch
 
 A row group gives a window a *segment* of its rows per lane. A segment is cut into *tiles* (`order.EpochOrder.tiles`):
 the rows of a tile are permuted at once, within the processor's cache, and then copied to the tile's slots in every
@@ -8,15 +8,16 @@ batch. A tile that two row groups share is staged until it is complete. This is 
 world size, with and without shuffling. Writing row by row, without tiles, costs half of the reader's speed; writing
 only incomplete tiles row by row, a fifth.
 
-Columns of one type share a buffer in which a batch is (columns, rows): the layout of a KeyedJaggedTensor's values. The
-window owns its buffers and returns them to the pool; a batch that leaves the window is a copy.
+Columns of one type share a buffer in which a batch is (columns, rows): the layout of a KeyedJaggedTensor's values. A
+batch is a view of its part, and the memory of a window is free once no batch of it is left. Copying batches instead,
+out of buffers for reuse, cost a tenth of the reader's speed.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 
 from recpress.data.dataset.columns import Jagged, to_tensor
 from recpress.data.dataset.side_table import JaggedColumn
-from recpress.data.stream.order import TILE_ROWS, EpochOrder, Segment, ShuffleTile
+from recpress.data.stream.order import EpochOrder, Segment, ShuffleTile
 
 Columns = dict[str, np.ndarray | Jagged]
 
@@ -38,30 +39,6 @@ class Table(NamedTuple):
 
     names: tuple[str, ...]
     values: torch.Tensor  # (columns, B)
-
-
-class BufferPool:
-    """Buffers for reuse: the kernel clears new memory first, which takes as long as filling it.
-
-    Who takes a buffer owns it until giving it back. Safe to share between threads.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: dict[tuple[torch.dtype, int], list[torch.Tensor]] = defaultdict(list)
-
-    def take(self, dtype: torch.dtype, elements: int) -> torch.Tensor:
-        """An uninitialized tensor, (elements,)."""
-        with self._lock:
-            free = self._free[dtype, elements]
-            if free:
-                return free.pop()
-        return torch.empty(elements, dtype=dtype)
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Return a buffer that `take` gave. No tensor may share its memory any longer."""
-        with self._lock:
-            self._free[buffer.dtype, len(buffer)].append(buffer)
 
 
 @dataclass
@@ -79,18 +56,18 @@ class _StagedTile:
     """A tile of which some rows are missing."""
 
     columns: dict[str, torch.Tensor]
-    """(at least the tile's rows,) each"""
+    """(rows of the tile,) each"""
     missing: int
 
 
 class ShuffleWindow:
-    """One rank's rows of a window, from the first row that is decoded to the last batch that is copied out.
+    """One rank's rows of a window, from the first row that is decoded to the last batch.
 
     Args:
         number: of the window in the epoch.
         columns: any decoded rows; they tell the types.
         missing: rows that the window waits for.
-        pool: lends the window its memory until `close`.
+        pin_memory: dense columns in page-locked memory, from which CUDA copies during the computation.
     """
 
     def __init__(
@@ -101,9 +78,9 @@ class ShuffleWindow:
         world: int,
         columns: Columns,
         missing: int,
-        pool: BufferPool,
+        pin_memory: bool = False,
     ) -> None:
-        self._order, self.missing, self._pool = order, missing, pool
+        self._order, self.missing = order, missing
         self._first_step, end = order.window_steps(number)
         self._full = end - self._first_step
         tail = order.full_steps
@@ -124,10 +101,10 @@ class ShuffleWindow:
                 self._lists[name] = []
             else:
                 by_type.setdefault(to_tensor(column[:0]).dtype, []).append(name)
-        most_steps = -(-order.full_steps // order.num_windows) + 1  # the same size for all windows: buffers fit
         for dtype, names in by_type.items():
             stride = _spread(len(names) * self._width)
-            self._buffers.append(_Buffer(tuple(names), pool.take(dtype, most_steps * stride), stride))
+            flat = torch.empty(len(self._sizes) * stride, dtype=dtype, pin_memory=pin_memory)
+            self._buffers.append(_Buffer(tuple(names), flat, stride))
 
     # ---- rows in
 
@@ -165,9 +142,8 @@ class ShuffleWindow:
         with self._lock:
             staged = self._staged.get((lane, tile.number))
             if staged is None:
-                capacity = -(-tile.rows // TILE_ROWS) * TILE_ROWS
-                lent = {n: self._pool.take(b.flat.dtype, capacity) for b in self._buffers for n in b.names}
-                staged = self._staged[lane, tile.number] = _StagedTile(lent, tile.rows)
+                empty = {name: torch.empty(tile.rows, dtype=column.dtype) for name, column in rows.items()}
+                staged = self._staged[lane, tile.number] = _StagedTile(empty, tile.rows)
         for name, column in rows.items():
             staged.columns[name][tile.begin : tile.begin + tile.count] = column
         with self._lock:
@@ -175,9 +151,7 @@ class ShuffleWindow:
             if staged.missing:
                 return
             del self._staged[lane, tile.number]
-        self._write(tile, {name: column[: tile.rows] for name, column in staged.columns.items()})
-        for column in staged.columns.values():
-            self._pool.give(column)
+        self._write(tile, staged.columns)
 
     def _write(self, tile: ShuffleTile, rows: dict[str, torch.Tensor]) -> None:
         """Permute all rows of a tile, and copy those of this rank to their slots in each batch."""
@@ -219,22 +193,25 @@ class ShuffleWindow:
 
     # ---- batches out
 
-    def batch(
-        self, step: int, pin_memory: bool = False
-    ) -> tuple[list[Table], dict[str, torch.Tensor | JaggedColumn], int]:
-        """A copy of the rank's rows of a step: dense columns by type, all columns by name, and the number of rows.
+    @cached_property
+    def _views(self) -> list[tuple[_Buffer, tuple[torch.Tensor, ...]]]:
+        """Each buffer and its batches (columns, width): made for all batches at once, which is cheaper."""
+        found = []
+        for buffer in self._buffers:
+            shape = (len(self._sizes), len(buffer.names), self._width)
+            found.append((buffer, buffer.flat.as_strided(shape, (buffer.stride, self._width, 1)).unbind(0)))
+        return found
 
-        Args:
-            pin_memory: dense columns in page-locked memory.
-        """
+    def batch(self, step: int) -> tuple[list[Table], dict[str, torch.Tensor | JaggedColumn], int]:
+        """The rank's rows of a step: dense columns by type (views), all columns by name, and the number of rows."""
         place = step - self._first_step
         size = self._sizes[place]
         tables: list[Table] = []
         named: dict[str, torch.Tensor | JaggedColumn] = {}
-        for buffer in self._buffers:
-            shape = (len(buffer.names), size)
-            source = buffer.flat.as_strided(shape, (self._width, 1), place * buffer.stride)
-            values = torch.empty(shape, dtype=source.dtype, pin_memory=pin_memory).copy_(source)
+        for buffer, batches in self._views:
+            values = batches[place]
+            if size < self._width:
+                values = values[:, :size]
             tables.append(Table(buffer.names, values))
             named.update(zip(buffer.names, values.unbind(0), strict=True))
         for name, (column, bounds) in self._ordered_lists.items():
@@ -242,16 +219,6 @@ class ShuffleWindow:
             values = torch.from_numpy(column.values[offsets[0] : offsets[-1]].copy())
             named[name] = JaggedColumn(values, torch.from_numpy(np.diff(offsets)))
         return tables, named, size
-
-    def close(self) -> None:
-        """Return the memory to the pool. No method may be called afterwards."""
-        for buffer in self._buffers:
-            self._pool.give(buffer.flat)
-        self._buffers = []
-        for staged in self._staged.values():
-            for column in staged.columns.values():
-                self._pool.give(column)
-        self._staged = {}
 
 
 def _overlap(first: int, count: int, low: int, size: int) -> range:

@@ -32,7 +32,7 @@ def test_background_is_map_and_bounded():
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 4])
-def test_one_thread_makes_all_results_in_order(ahead):
+def test_results_are_in_order_whichever_thread_makes_them(ahead):
     threads = set()
 
     def make(number):
@@ -45,8 +45,8 @@ def test_one_thread_makes_all_results_in_order(ahead):
         found.append(number)
         time.sleep(0.001 * (number // 20 % 2))  # away, and back at once, by turns
     assert found == list(range(300))
-    assert len(threads) == 1
-    assert (threading.get_ident() in threads) == (ahead == 0)
+    assert threading.get_ident() in threads
+    assert len(threads) == (1 if ahead == 0 else 2)
 
 
 def test_background_raises_what_the_work_raises():
