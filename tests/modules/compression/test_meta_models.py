@@ -18,8 +18,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recpress.modules import sharders
 from recpress.modules.compression.replace import compress
-from recpress.modules.row_source import local_shards
-from tests.modules.compression.model_cases import Train, dlrm, id_map, made, source
+from tests.modules.compression.model_cases import Train, dlrm, id_map, made
 from tests.ranks import run_on_ranks
 
 MAPS = {"t0": id_map(12, rows_per_id=2), "t1": id_map(10), "t3": id_map(9)}
