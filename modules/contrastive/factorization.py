@@ -114,7 +114,12 @@ class Contrastive:
 
 
 class Run:
-    """The training on given interactions, epoch by epoch. Methods are collective."""
+    """The training on given interactions, epoch by epoch. Methods are collective.
+
+    Args:
+        start: initial factors with this sharding, instead of random ones.
+        tables: instead of `start`: this rank's users and items, which are changed in place.
+    """
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class Run:
         num_items: int,
         exchange: Exchange,
         start: Factors | None = None,
+        tables: tuple[RowAdam, RowAdam] | None = None,
     ) -> None:
         self.config, self.exchange, self.num_users, self.num_items = config, exchange, num_users, num_items
         self.user_counts, self.item_counts = np.diff(by_user.indptr), np.diff(by_item.indptr)
@@ -135,9 +141,13 @@ class Run:
             raise ValueError("contrastive: no interactions to fit, expected at least one with a positive value")
         weight = np.maximum(self.user_counts, 1.0) ** -config.user_exponent
         weight *= self.total / _weight_sum(by_user, weight, exchange)
-        begin = _initial(config, num_users, num_items, exchange) if start is None else start
-        self.users, items = (RowAdam(table.to(exchange.device)) for table in _lengthened(begin))
-        self.items = ItemTable(items, num_items, exchange)
+        if tables is None:
+            begin = _initial(config, num_users, num_items, exchange) if start is None else start
+            length = _DEVIATION * math.sqrt(begin.dim)
+            users, items = (F.normalize(table.to(exchange.device)).mul_(length) for table in (begin.users, begin.items))
+            tables = RowAdam(users), RowAdam(items)
+        self.users = tables[0]
+        self.items = ItemTable(tables[1], num_items, exchange)
         self.sampler = NegativeSampler(_all_counts(by_item, num_items, exchange), config.negative_exponent)
         self._maker = BatchMaker(
             by_user,
@@ -168,7 +178,7 @@ class Run:
         """Unit vectors. Those of ids without interactions are zero."""
         tables = []
         for adam, counts in ((self.users, self.user_counts), (self.items.adam, self.item_counts)):
-            unit = F.normalize(adam.rows)
+            unit = adam.units()
             unit[torch.from_numpy(counts == 0).to(unit.device)] = 0
             tables.append(unit)
         return Factors(
@@ -296,12 +306,6 @@ def _dots(user: torch.Tensor, item: torch.Tensor, batch: _OnDevice) -> torch.Ten
 def _initial(config: ContrastiveConfig, num_users: int, num_items: int, exchange: Exchange) -> Factors:
     parameters = ALSParameters(factors=config.factors, seed=config.seed)
     return initial_factors(parameters, num_users, num_items, exchange.rank, exchange.world, exchange.device)
-
-
-def _lengthened(start: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors with the length of the usual initial ones."""
-    length = _DEVIATION * math.sqrt(start.dim)
-    return F.normalize(start.users).mul_(length), F.normalize(start.items).mul_(length)
 
 
 def _weight_sum(csr: CSR, weight: np.ndarray, exchange: Exchange) -> float:

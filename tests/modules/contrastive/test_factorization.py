@@ -61,8 +61,8 @@ def test_users_score_their_group_first_on_any_world_size(world):
 
 @pytest.mark.parametrize("loss", ["softmax", "ccl", "logistic"])
 def test_every_loss_learns(loss):
-    users, items, losses, _ = fitted(replace(CONFIG, loss=loss, negative_weight=20.0))
-    assert ordered(users, items) > 0.9
+    users, items, losses, _ = fitted(replace(CONFIG, loss=loss, negative_weight=1.0))
+    assert ordered(users, items) > 0.95
     assert losses[-1] < losses[0]
 
 
@@ -86,7 +86,7 @@ def test_values_weigh_interactions():
      ("learning_rate", 0.0), ("loss", "hinge")],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(setting, value):
-    with pytest.raises(ValueError, match=f"{setting} is {value}, expected"):
+    with pytest.raises(ValueError, match=f"{setting} is {value!r}, expected"):
         Contrastive(replace(CONFIG, **{setting: value}), 3, 4)
 
 
@@ -97,5 +97,16 @@ def test_no_interactions():
 
 def test_divergence_names_the_epoch_and_the_fix(monkeypatch):
     monkeypatch.setattr("recpress.modules.contrastive.factorization.LONGEST", 0.5)
-    with pytest.raises(ValueError, match=r"a vector has the length .* after epoch 1, .*lower learning_rate"):
+    with pytest.raises(ValueError, match=r"a vector has the length .* after epoch \d+, .*lower learning_rate"):
         fitted()
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    start = Contrastive(CONFIG, 3, 4)
+    start.add([0, 1, 2], [0, 1, 3])
+    factors = start.fit()
+    factors.items[1, 2] = float("nan")
+    model = Contrastive(CONFIG, 3, 4)
+    model.add([0, 1, 2], [0, 1, 3])
+    with pytest.raises(ValueError, match="the loss is nan after epoch 1, expected a finite loss"):
+        model.fit(start=factors)
