@@ -107,10 +107,14 @@ class Contrastive:
         run.train(on_epoch)
         return run.factors()
 
-    def prepare(self, start: Factors | None = None) -> Run:
-        """The training on the interactions that were added, before its first epoch. As `fit`."""
-        by_user, by_item = self.builder.build()
-        return Run(self.config, by_user, by_item, self.num_users, self.num_items, self.exchange, start)
+    def prepare(self, start: Factors | None = None, interactions: tuple[CSR, CSR] | None = None) -> Run:
+        """The training on the interactions that were added, before its first epoch. As `fit`.
+
+        Args:
+            interactions: by user and by item, instead of those that were added. They are not changed.
+        """
+        pair = self.builder.build() if interactions is None else interactions
+        return Run(self.config, *pair, self.num_users, self.num_items, self.exchange, start)
 
 
 class Run:
