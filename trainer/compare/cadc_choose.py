@@ -38,8 +38,8 @@ def choose(runs: CadcRuns, peer: BPRMethod | None) -> tuple[dict[str, Chosen], t
     config, seed, metric = runs.config, runs.config.seeds[0], runs.config.evaluation.metric
     path = str(runs.folder / "choose" / "log")
     split_validation(runs.log, path, seed, negatives=99)
-    made, metrics = runs.factorize(path, "choose", seed)
-    factors = CurvePoint(seconds=made.seconds, epoch=0, metrics={metric: metrics[metric]})
+    made, ranked = runs.factorize(path, "choose", seed)
+    factors = CurvePoint(seconds=made.seconds, epoch=0, metrics={metric: ranked.metrics[metric]})
     found = {s.key: _choose_network(runs, path, s, made, factors) for s in STRATEGIES}
     if peer is not None and peer.available:
         log = open_heldout(path, config)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from recpress.data.dataset.artifact import read_manifest
 from recpress.data.dataset.log import Log
 from recpress.trainer.compare.config import CompareCadcConfig
-from recpress.trainer.compare.setup import quiet, train_config
+from recpress.trainer.compare.setup import PerCase, gather_cases, quiet, train_config
 from recpress.trainer.config import NetworkConfig
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
@@ -18,6 +21,15 @@ from recpress.trainer.factorize.stage import FactorizeResult, factorize
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 from recpress.trainer.train.stage import TrainResult, train
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """How a method ranks the held-out cases."""
+
+    metrics: dict[str, float]
+    per_case: PerCase
+    """Of the metrics that are compared."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,14 @@ class CadcRuns:
         network: NetworkConfig = getattr(self.config, strategy.network)
         return network
 
-    def factorize(self, log: str, part: str, seed: int) -> tuple[FactorizeResult, dict[str, float]]:
-        """(factorization of `log` in the folder `part`, metrics of its own ranking)."""
+    def ranked(self, metrics: dict[str, float], cases: Mapping[str, torch.Tensor]) -> Ranked:
+        """A ranking of the held-out cases, from what each rank has of them. Collective."""
+        return Ranked(metrics, gather_cases(cases, self.metrics))
+
+    def factorize(self, log: str, part: str, seed: int) -> tuple[FactorizeResult, Ranked]:
+        """(factorization of `log` in the folder `part`, its own ranking)."""
         out = str(self.folder / part / "factors")
+        cases: dict[str, torch.Tensor] = {}
         with self.progress.unit("factorize", f"{part}: factorize"), quiet():
             made = factorize(
                 FactorizeConfig(
@@ -115,7 +132,8 @@ class CadcRuns:
                     schema=self.config.schema,
                     evaluation=self.config.evaluation,
                     device=self.config.device,
-                )
+                ),
+                cases,
             )
         manifest = read_manifest(out)
         self.factor_bytes = 4 * int(manifest["dim"]) * (self.log.num_users + self.log.num_items)
@@ -125,7 +143,7 @@ class CadcRuns:
             f"{part}: factorization: {format_metrics(metrics, self.metrics)}; {made.seconds:.1f} s, objective "
             f"{made.sweeps[-1][0]:.6g}; cross-fitted {made.crossfit_seconds:.1f} s"
         )
-        return made, metrics
+        return made, self.ranked(metrics, cases)
 
     def train(
         self, log: str, part: str, out: str, strategy: Strategy, network: Any, seed: int, *, stop_after: int = 0

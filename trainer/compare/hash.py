@@ -22,6 +22,7 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash_backbone import Backbone, MapStats
 from recpress.trainer.compare.hash_result import (
+    FULL,
     HashMethodResult,
     HashResult,
     Ranking,
@@ -86,8 +87,8 @@ class _Comparison:
         """Method that cannot use the budget of rows -> why."""
         self.too_large: dict[str, str] = {}
         """Method that cannot use the budget of bytes -> why."""
-        self.at_rows: dict[str, _Runs] = {"full": _Runs()}
-        self.at_bytes: dict[str, _Runs] = {"full": self.at_rows["full"]}
+        self.at_rows: dict[str, _Runs] = {FULL: _Runs()}
+        self.at_bytes: dict[str, _Runs] = {FULL: self.at_rows[FULL]}
 
     def run(self) -> HashResult:
         config, backbone = self.config, self.backbone
@@ -104,7 +105,7 @@ class _Comparison:
             for seed in config.seeds:
                 full = self._factorize(seed) if seed != config.seeds[0] else full
                 metrics, by_user = backbone.test_metrics(full.users, full.items)
-                self._add(self.at_rows, "full", metrics, by_user)
+                self._add(self.at_rows, FULL, metrics, by_user)
                 self.progress.say(f"seed {seed}: full table: {format_metrics(metrics, backbone.metrics)}")
                 for method, chosen in self.chosen.items():
                     setting = replace(chosen.setting, hash=replace(chosen.setting.hash, seed=seed))
@@ -203,8 +204,7 @@ class _Comparison:
 
         def ranking(found: dict[str, _Runs]) -> Ranking:
             methods = tuple(self._method(key, runs) for key, runs in found.items())
-            compressed = {key: runs.by_user for key, runs in found.items() if key != "full"}
-            return Ranking(methods=methods, differences=all_differences(compressed))
+            return Ranking(methods=methods, differences=all_differences({k: runs.by_user for k, runs in found.items()}))
 
         shown = replace(config, als=replace(config.als, **backbone.chosen_als))
         facts = run_facts("Learned hash functions", shown, backbone.log)
@@ -223,7 +223,7 @@ class _Comparison:
             too_large={NAMES[key][0]: why for key, why in self.too_large.items()},
             popularity=popularity,
             ours="learned-2" if "learned-2" in self.chosen else [*self.chosen][-1],
-            full="full",
+            full=FULL,
             metrics=backbone.metrics,
             notes=_notes(config, backbone),
         )
@@ -267,6 +267,6 @@ def _notes(config: CompareHashConfig, backbone: Backbone) -> tuple[str, ...]:
         "There a method pays for its map with rows; a formula needs no map. Settings are those chosen at equal rows. "
         "Stored bytes count maps bit-packed with their weights; bytes at serving count them as `LearnedHash` stores "
         "them, with int32 row numbers (with packed=True it takes the stored bytes).",
-        f"Methods share a place (=) if their difference in {backbone.metrics[0]} is within noise: two standard errors "
-        "of the paired difference, of the users and of the seeds together.",
+        f"Methods share a place (=) if their difference in {backbone.metrics[0]} is within noise: a paired test over "
+        "the users and the seeds, at 5 % for each pair. = after a share of the full table: level with it.",
     )

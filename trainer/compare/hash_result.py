@@ -16,6 +16,9 @@ from recpress.trainer.report.charts import Bars, Chart
 from recpress.trainer.report.numbers import format_bytes, format_metric, format_seconds, share
 from recpress.trainer.report.page import Cell, Report, Section, Table
 
+FULL = "full"
+"""Key of the full table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HashMethodResult:
@@ -79,7 +82,7 @@ class Ranking:
     methods: tuple[HashMethodResult, ...]
     """With the full table, which is not ranked."""
     differences: tuple[Difference, ...] = ()
-    """Of all pairs of ranked methods, by the first metric."""
+    """Of all pairs of methods, by the first metric."""
 
     def method(self, key: str) -> HashMethodResult:
         return next(method for method in self.methods if method.key == key)
@@ -89,8 +92,15 @@ class Ranking:
 
     def places(self) -> dict[str, str]:
         """Key -> place, `2=` for one that ties; without the full table."""
-        keys = dict.fromkeys(key for pair in self.differences for key in (pair.first, pair.second))
-        return places([*keys], self.differences) if keys else {}
+        keys = dict.fromkeys(key for pair in self.differences for key in (pair.first, pair.second) if key != FULL)
+        return places([*keys], self.differences)
+
+    def level_with_full(self, key: str) -> bool:
+        """Whether a method loses nothing to the full table but noise."""
+        try:
+            return difference(self.differences, key, FULL).level
+        except KeyError:
+            return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +163,7 @@ class HashResult(Result):
         pair = difference(ranking.differences, ours, other)
         first, second = names or (ranking.method(ours).name, ranking.method(other).name)
         how = "level with" if pair.level else "ahead of" if pair.mean > 0 else "behind"
-        return f"At {budget}: {first} is {how} {second} ({self.metrics[0]} {pair.mean:+.4f} ± {pair.noise:.4f})."
+        return f"At {budget}: {first} is {how} {second} ({self.metrics[0]} {pair.in_words()})."
 
     def ordered(self, ranking: Ranking) -> Sequence[HashMethodResult]:
         """The full table, then the methods from the best to the worst."""
@@ -167,6 +177,7 @@ class HashResult(Result):
             for saved, method in zip(fields[name]["methods"], ranking.methods, strict=True):
                 saved |= {
                     "place": place.get(method.key),
+                    "level_with_full": ranking.level_with_full(method.key),
                     "bytes": method.bytes,
                     "serving_bytes": method.serving_bytes,
                 }
@@ -200,7 +211,7 @@ def _format_table(result: HashResult, ranking: Ranking) -> str:
             place.get(method.key, "-"),
             ("> " if method.key == result.ours else "  ") + method.name,
             *map(method.formatted, result.metrics),
-            f"{100 * result.of_full(method):.1f} %",
+            f"{100 * result.of_full(method):.1f} %{' =' if ranking.level_with_full(method.key) else ''}",
             method.trials_in_words(),
             f"{method.rows:,} ({share(method.rows, full.rows)})",
             f"{format_bytes(method.bytes)} ({share(method.bytes, full.bytes)})",
