@@ -37,7 +37,7 @@ def _rank_popular(log):
 def test_the_values_of_all_cases_are_gathered_on_every_rank(tmp_path):
     synth(SynthConfig(users=1200, items=300, rows=12_000, tastes=4), tmp_path / "log")
     first, second = run_on_ranks(_rank_popular, 2, str(tmp_path / "log"))
-    assert first[2] and second[2]
+    assert min(first[2], second[2]) > 0
     assert first[2] + second[2] == len(first[1]["HR@10"]) == first[0]["cases"]
     for metrics, gathered, _ in (first, second):
         for name, values in gathered.items():
