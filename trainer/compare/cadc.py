@@ -14,21 +14,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import shared_artifact
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.bpr import BPRMethod
-from recpress.trainer.compare.cadc_choose import Chosen, choose
+from recpress.trainer.compare.cadc_choose import Chosen, Curves, choose
 from recpress.trainer.compare.cadc_report import cadc_report
 from recpress.trainer.compare.cadc_result import (
     CadcResult,
-    CurvePoint,
     MethodResult,
     SeedResult,
     SweepPoint,
     format_table,
 )
-from recpress.trainer.compare.cadc_runs import STRATEGIES, CadcRuns, Ranked, Strategy
+from recpress.trainer.compare.cadc_runs import FACTORS, CadcRuns, FactorMethod, Ranked, Strategy, runnable
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.compare.result import run_facts
 from recpress.trainer.compare.setup import COMPARISON, PerCase, gather_cases, prepare_log, rank_by_popularity
@@ -37,6 +37,20 @@ from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.factorize.stage import FactorizeResult
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
+
+_FACTORIZATIONS: dict[FactorMethod, tuple[str, str]] = {
+    "als": (
+        "Factorization alone (MF)",
+        "Weighted least squares on all examples; the score is the dot product. No network.",
+    ),
+    "logistic": (
+        "Logistic factorization alone",
+        "Cross-entropy with biases and sampled negatives on all examples, the factorization of the CADC paper. No "
+        "network.",
+    ),
+}
+"""Name and description in the table."""
+NO_TIME = "the latest examples need a time column (schema.time), which the log does not have"
 
 
 def compare_cadc(config: CompareCadcConfig) -> CadcResult:
@@ -62,24 +76,32 @@ def compare_cadc(config: CompareCadcConfig) -> CadcResult:
 def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
     path, log = prepare_log(config, folder)
     peer = BPRMethod(config, folder, log) if config.bpr and log.train.num_rows <= bpr.MAX_ROWS else None
-    with UnitProgress("compare cadc", _units(config, peer), show=dist.get_rank() == 0) as progress:
+    strategies = runnable(config, log)
+    with UnitProgress("compare cadc", _units(config, peer, strategies), show=dist.get_rank() == 0) as progress:
         runs = CadcRuns(config, folder, path, log, progress)
-        chosen = {s.key: Chosen(runs.network(s), runs.network(s).epochs) for s in STRATEGIES}
-        factors_curve: tuple[CurvePoint, ...] = ()
+        if "recent-sample" in config.chosen_strategies and log.schema.time is None:
+            progress.say(f"recent-sample is skipped: {NO_TIME}")
+        chosen = {s.key: Chosen(runs.network(s), runs.network(s).epochs) for s in strategies}
+        curves: Curves = {}
         if config.choose:
-            chosen, factors_curve = choose(runs, peer)
-        factors_seeds: list[SeedResult] = []
+            chosen, curves = choose(runs, peer)
+        factors_seeds: dict[FactorMethod, list[SeedResult]] = {method: [] for method in runs.factorizations}
         per_case: dict[str, list[PerCase]] = defaultdict(list)
-        seeds: dict[str, list[SeedResult]] = {strategy.key: [] for strategy in STRATEGIES}
+        seeds: dict[str, list[SeedResult]] = {strategy.key: [] for strategy in strategies}
         sizes: dict[str, tuple[int, int]] = {}
         first: FactorizeResult | None = None
         for seed in config.seeds:
-            made, ranked = runs.factorize(path, f"seed-{seed}", seed)
-            first = first or made
-            factors_seeds.append(SeedResult(seed=seed, metrics=ranked.metrics, seconds={"factorize": made.seconds}))
-            per_case["factors"].append(ranked.per_case)
-            for strategy in STRATEGIES:
-                found, cases, sizes[strategy.key] = _final_run(runs, strategy, chosen[strategy.key], seed, made, ranked)
+            made: dict[FactorMethod, tuple[FactorizeResult, Ranked]] = {}
+            for method in runs.factorizations:
+                result, ranked = made[method] = runs.factorize(path, f"seed-{seed}", seed, method)
+                times = {"factorize": result.seconds}
+                factors_seeds[method].append(SeedResult(seed=seed, metrics=ranked.metrics, seconds=times))
+                per_case[FACTORS[method]].append(ranked.per_case)
+            first = first or made["als"][0]
+            for strategy in strategies:
+                found, cases, sizes[strategy.key] = _final_run(
+                    runs, strategy, chosen[strategy.key], seed, *made[strategy.factorization]
+                )
                 seeds[strategy.key].append(found)
                 per_case[strategy.key].append(cases)
             if peer is not None and peer.available:
@@ -98,16 +120,19 @@ def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
             seeds=(popularity,),
         ),
         *([peer.result()] if peer is not None else []),
-        MethodResult(
-            key="factors",
-            name="Factorization alone (MF)",
-            description="Weighted least squares on all examples; the score is the dot product. No network.",
-            seeds=tuple(factors_seeds),
-            table_bytes=runs.factor_bytes,
-            curve=factors_curve,
+        *(
+            MethodResult(
+                key=FACTORS[method],
+                name=_FACTORIZATIONS[method][0],
+                description=_FACTORIZATIONS[method][1],
+                seeds=tuple(found),
+                table_bytes=runs.factor_bytes[method],
+                curve=curves.get(method, ()),
+            )
+            for method, found in factors_seeds.items()
         ),
     ]
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         rows, table_bytes = sizes[strategy.key]
         methods.append(
             MethodResult(
@@ -128,13 +153,13 @@ def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
     return _result(runs, peer, methods, first, differences)
 
 
-def _units(config: CompareCadcConfig, peer: BPRMethod | None) -> dict[str, int]:
+def _units(config: CompareCadcConfig, peer: BPRMethod | None, strategies: list[Strategy]) -> dict[str, int]:
     """Number of runs of each kind."""
     seeds, available = len(config.seeds), peer is not None and peer.available
     trials = config.trials if config.choose else 0
-    units = {"factorize": seeds + bool(config.choose)}
-    units |= {f"choose {strategy.key}": trials for strategy in STRATEGIES}
-    units |= {strategy.key: seeds for strategy in STRATEGIES}
+    units = {FACTORS[strategy.factorization]: seeds + bool(config.choose) for strategy in strategies}
+    units |= {f"choose {strategy.key}": trials for strategy in strategies}
+    units |= {strategy.key: seeds for strategy in strategies}
     return units | ({"choose bpr": trials, "bpr": seeds} if available else {})
 
 
@@ -146,6 +171,8 @@ def _final_run(
     seconds = {"factorize": made.seconds} if strategy.factors else {}
     if strategy.crossfit:
         seconds["cross-fit"] = made.crossfit_seconds
+    if strategy.subset is not None:
+        seconds["reduce"] = runs.subset(runs.path, f"seed-{seed}", strategy.subset, seed)[1]
     label = f"seed {seed}: {runs.name(strategy)}"
     if not chosen.epochs:
         runs.progress.say(f"{label}: the factorization's own ranking")
@@ -191,7 +218,7 @@ def _result(
         reference="random-all",
         factorization="factors",
         metrics=runs.metrics,
-        notes=tuple(_notes(config, peer)),
+        notes=tuple(_notes(config, log, peer)),
         goal_metric=config.evaluation.metric,
         total_rows=log.train.num_rows,
         sweeps=tuple(SweepPoint(sweep=k, objective=o, seconds=s) for k, (o, s) in enumerate(made.sweeps, 1)),
@@ -217,7 +244,7 @@ def _warnings(result: CadcResult) -> list[str]:
             text = values(by[key], popular, below)
             found.append(f"{by[key].name} is no better than popularity ({text}): {cause}.")
     ours = by["cadc"]
-    others = [by[key] for key in ("popularity", "bpr", "factors", "random-all") if key in by]
+    others = [method for key, method in by.items() if key not in ("cadc", "train-sample", "freeze-all")]
     return found + [
         f"{other.name} is better than {ours.name} on this log ({values(other, ours, above)})."
         for other in others
@@ -225,7 +252,7 @@ def _warnings(result: CadcResult) -> list[str]:
     ]
 
 
-def _notes(config: CompareCadcConfig, peer: BPRMethod | None) -> list[str]:
+def _notes(config: CompareCadcConfig, log: Log, peer: BPRMethod | None) -> list[str]:
     """How it was measured."""
     notes = []
     if config.data is None:
@@ -250,6 +277,8 @@ def _notes(config: CompareCadcConfig, peer: BPRMethod | None) -> list[str]:
         "Times are wall times on this machine: the factorization with the choice of its settings, cross-fitting, "
         "set-up and training, without evaluations. The time of trials is excluded for all."
     )
+    if "recent-sample" in config.chosen_strategies and log.schema.time is None:
+        notes.append(f"recent-sample was not run: {NO_TIME}.")
     notes.append(
         "=, above and better: by a paired test over the held-out cases and the seeds, at 5 % for each pair of methods."
     )
