@@ -211,9 +211,17 @@ class CompareHashConfig:
     """Budget of embedding rows of users and items together, as a share of the ids."""
     rows: int = 0
     """Budget as a number of rows; 0: use --share."""
+    backbone: Literal["als", "lightgcn"] = "als"
+    """What is trained with one row per id and with the rows of each map. `als`: weighted least squares. `lightgcn`: as
+    GraphHash and BACO do; takes minutes to hours for each run, and resumes after a stop."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The backbone, with one row per id and with shared rows. Settings that are not given are chosen on held-out
-    examples of train."""
+    """The factorization: the backbone `als`, and the embedding from which maps are learned. Settings that are not given
+    are chosen on held-out examples of train."""
+    lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
+    checkpoints: str | None = None
+    """`lightgcn`: folder of the checkpoints; default: --out plus `.checkpoints`. Removed at the end."""
+    equal_bytes: bool = True
+    """Rank methods at equal bytes, too; otherwise at equal rows alone, with half of the runs."""
     hash: HashConfig = field(default_factory=HashConfig)
     """Settings that all methods share, unless they are chosen per method."""
     trials: int = 10
