@@ -103,7 +103,8 @@ def saved_and_loaded(folder, out):
 def test_a_model_is_built_again_from_its_manifest(folder, tmp_path):
     ((before, after),) = run_on_ranks(saved_and_loaded, 1, folder, tmp_path / "model")
     assert torch.equal(before, after)
-    other = SimpleNamespace(path="other", num_users=USERS, num_items=ITEMS + 1)
+    fingerprint = open_log(folder).vocabulary_fingerprint
+    other = SimpleNamespace(path="other", num_users=USERS, num_items=ITEMS + 1, vocabulary_fingerprint=fingerprint)
     with pytest.raises(InputError, match=f"made for {ITEMS} items .*, but other has {ITEMS + 1}"):
         run_on_ranks(load_model, 1, str(tmp_path / "model"), other, RANKS)
 

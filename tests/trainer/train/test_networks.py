@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 def networks(folder, model, negatives=None, with_factors=True):
     given = TrainConfig(data=str(folder), out="model", model=model, negatives=negatives or NegativesConfig(count=2))
-    given = replace(given, stream=StreamConfig(batch_size=8), sample=SampleConfig())
+    given = replace(given.resolved(), model=model, stream=StreamConfig(batch_size=8), sample=SampleConfig())
     tables = {"user": factors()[0], "item": factors()[1]}
     made = SimpleNamespace(
         dim=DIM,
