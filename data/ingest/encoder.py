@@ -17,7 +17,7 @@ from recpress.data.errors import InputError
 from recpress.data.ingest import raw_values
 from recpress.data.ingest.raw_values import Times, plain
 from recpress.data.ingest.sources import Piece, RawLog
-from recpress.data.ingest.vocabulary import Vocabulary
+from recpress.data.ingest.vocabulary import Vocabulary, grown
 
 PARTS = {
     "train": "train",
@@ -61,6 +61,8 @@ class Encoder:
         self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
         self._old: Log | None = None
         self._extended: set[Side] = set()  # sides whose vocabulary is an old one, and keeps its kind
+        self._same = _shared(config, source)  # column -> the column whose vocabulary it shares
+        self._counts: dict[str, np.ndarray] = {name: np.zeros(0, dtype=np.int64) for name in self._same}
         if config.extend is not None:
             self._extend(open_log(config.extend, pairs=False))
 
@@ -79,8 +81,18 @@ class Encoder:
                         "expected the same, or 'auto'"
                     )
         for name, entry in log.manifest["features"].items():
+            owner, same = entry.get("same"), self._same.get(name)
+            if same not in (None, owner) or (owner and name in self._same.values()):
+                has = f"shares the vocabulary of '{owner}'" if owner else "has a vocabulary of its own"
+                raise InputError(
+                    f"same: column '{name}' {has} in {log.path}, which is extended; expected the same here"
+                )
             table = read_whole(log.filesystem, f"{log.root}/{entry['vocabulary']}")
-            self._features[name] = Vocabulary.from_table(table, name, budget=self._budget)
+            if owner:
+                self._same[name] = owner
+                self._counts[name] = table.column("count").to_numpy().astype(np.int64)
+            else:
+                self._features[name] = Vocabulary.from_table(table, name, budget=self._budget)
 
     def encode(self, piece: Piece) -> Iterator[tuple[str, pa.Table]]:
         """Parts and their rows: dense ids and categories int64, labels and floats float32, times int64, float64 or
@@ -99,7 +111,7 @@ class Encoder:
         columns: dict[str, pa.Array] = {}
         for side, name in zip(SIDES, ("user_id", "item_id"), strict=True):
             if name in raw:
-                columns[name] = self._raw_ids(side, raw[name], piece)
+                columns[name] = self._raw_ids(side, raw[name], piece, name)
         if self._schema.label:
             columns["label"] = raw_values.floats(raw["label"], self._where(piece, "label"), first, self._nulls)
         if self._schema.time:
@@ -107,7 +119,7 @@ class Encoder:
             columns["time"] = self._times(raw_values.times(raw["time"], where, first), where)
         for name in self._schema.floats:
             columns[name] = raw_values.floats(raw[name], f"{piece.where}, column '{name}'", first, self._nulls)
-        columns |= {name: self._without_nulls(raw[name]) for name in self._schema.categorical}
+        columns |= {name: self._raw_categories(name, raw[name], piece) for name in self._schema.categorical}
         rows = pa.table(columns)
         if parts is None:
             yield piece.part, self._dense(rows, piece.part, piece.where)
@@ -133,9 +145,9 @@ class Encoder:
 
     def encode_negatives(self, piece: Piece) -> pa.Table:
         lists = piece.table.column("negatives").combine_chunks()
-        items = self._raw_ids("item", plain(lists.flatten()), piece)
+        items = self._raw_ids("item", plain(lists.flatten()), piece, "item_id")
         users, held_out = (
-            pa.array(self._encode(side, self._raw_ids(side, plain(piece.table.column(name)), piece), piece))
+            pa.array(self._encode(side, self._raw_ids(side, plain(piece.table.column(name)), piece, name), piece))
             for side, name in zip(SIDES, ("user_id", "item_id"), strict=True)
         )
         negatives = pa.array(self._encode("item", items, piece))
@@ -163,26 +175,27 @@ class Encoder:
         """What errors call a column: the file, and the name that the file has for it."""
         return f"{piece.where}, column '{self._source.names.get(name, name)}'"
 
-    def _raw_ids(self, side: Side, array: pa.Array, piece: Piece) -> pa.Array:
-        """Ids as the vocabulary of the side holds them; it is made, or becomes one of strings, where it must."""
-        name = f"{side}_id"
+    def _raw_ids(self, side: Side, array: pa.Array, piece: Piece, name: str, first_row: int | None = None) -> pa.Array:
+        """Ids of a column as the vocabulary of the side holds them; it is created, or becomes one of strings, if it
+        must."""
         where = self._where(piece, name)
+        first_row = piece.first_row if first_row is None else first_row
         if (found := raw_values.class_of(array)) is None:
             raise InputError(f"{where}: type {array.type}; expected strings, integers or other values with an equality")
         if found != "none":
-            known, seen = self._classes.setdefault(name, (found, piece.where))
+            known, seen = self._classes.setdefault(side, (found, where))
             if found != known:
                 raise InputError(
                     f"{where}: ids are of type {found}, those in {seen} of type {known}; expected one type"
                 )
         loose = name in self._source.untyped or found == "number"
-        values = raw_values.ids(array, where, piece.first_row)
+        values = raw_values.ids(array, where, first_row)
         if side not in self.sides:
             fixed = self._config.id_type if self._config.id_type != "auto" else "int" if self._strict else None
             integers = values if pa.types.is_int64(values.type) else raw_values.integer_text(values) if loose else None
             kind = fixed or ("string" if integers is None else "int")
             if kind == "string" and name in self._source.untyped and not fixed:
-                raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=False)
+                raw_values.refuse_mixed_floats(values, where, first_row, integers=False)
             self.sides[side] = Vocabulary(kind, side, budget=self._budget)
         vocabulary = self.sides[side]
         if vocabulary.kind == "int" and pa.types.is_large_string(values.type):
@@ -190,11 +203,11 @@ class Encoder:
             if integers is not None:
                 return integers
             if self._config.id_type == "auto" and not self._strict and side not in self._extended:
-                raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=True)
+                raw_values.refuse_mixed_floats(values, where, first_row, integers=True)
                 vocabulary.become_strings()
             elif self._config.id_type != "int":
-                raw_values.refuse_other_integers(values, where, piece.first_row)
-        return vocabulary.fit(values, where=where, first_row=piece.first_row)
+                raw_values.refuse_other_integers(values, where, first_row)
+        return vocabulary.fit(values, where=where, first_row=first_row)
 
     def _times(self, found: Times, where: str) -> pa.Array:
         zone, seen = self._zone
@@ -224,6 +237,23 @@ class Encoder:
                 f"{there}: times look like {other} since 1970, but like {one} in {at}; expected one unit in all files"
             )
 
+    def _raw_categories(self, name: str, array: pa.Array, piece: Piece) -> pa.Array:
+        """Raw values, or lists of them; those of a column that shares the vocabulary of a side as that holds them."""
+        side = _side_of(self._same.get(name, name))
+        if side is None:
+            return self._without_nulls(array)
+        in_lists = _is_list(array.type)
+        values = plain(array.flatten()) if in_lists else array
+        first_row = _RowOfValue(piece.first_row, _offsets(array)) if in_lists else piece.first_row
+        gone = raw_values.missing(values, self._id_nulls)
+        if gone.any():
+            raise InputError(
+                f"{self._where(piece, name)}, row {first_row + int(np.argmax(gone))}: no id; expected one, because the "
+                f"column shares the vocabulary of {side}s (an empty list has none)"
+            )
+        ids = self._raw_ids(side, values, piece, name, first_row)
+        return pa.ListArray.from_arrays(_offsets(array), ids) if in_lists else ids
+
     def _without_nulls(self, array: pa.Array) -> pa.Array:
         if self._config.null_values and pa.types.is_large_string(array.type):
             gone = pc.is_in(array, value_set=pa.array(list(self._config.null_values), array.type))
@@ -233,16 +263,28 @@ class Encoder:
     def _categories(self, name: str, array: pa.Array, count: bool, where: str) -> pa.Array:
         """Dense categories of a plain array of strings, integers, or lists of them. Missing is the category of the
         empty string."""
-        if name not in self._features:
-            self._features[name] = Vocabulary("string", name, budget=self._budget)
-        vocabulary, where = self._features[name], f"{where}, column '{name}'"
+        where = f"{where}, column '{name}'"
         try:
             if _is_list(array.type):
-                values = vocabulary.encode(_text(plain(array.flatten())), count=count, where=where)
+                values = self._numbered(name, plain(array.flatten()), count, where)
                 return pa.ListArray.from_arrays(_offsets(array), pa.array(values))
-            return pa.array(vocabulary.encode(_text(array), count=count, where=where))
+            return pa.array(self._numbered(name, array, count, where))
         except pa.ArrowException as error:
             raise InputError(f"{where}: type {array.type}; expected strings, integers or lists of them") from error
+
+    def _numbered(self, name: str, values: pa.Array, count: bool, where: str) -> np.ndarray:
+        owner = self._same.get(name, name)
+        if (side := _side_of(owner)) is not None:
+            ids = self.sides[side].encode(values, count=False, where=where)
+        else:
+            if owner not in self._features:
+                self._features[owner] = Vocabulary("string", owner, budget=self._budget)
+            ids = self._features[owner].encode(_text(values), count=count and owner == name, where=where)
+        if count and owner != name:
+            size = int(ids.max(initial=-1)) + 1
+            self._counts[name] = grown(self._counts[name], size)
+            np.add.at(self._counts[name], ids, 1)
+        return ids
 
     def suspicious(self) -> list[str]:
         """A line for each side that has an id such as `NULL`, which may mean that none was known."""
@@ -297,6 +339,16 @@ class Encoder:
             writer.table(f"vocabulary/{side}.parquet", vocabulary.table())
         for name, vocabulary in self._features.items():
             writer.table(_feature_file(name), vocabulary.table())
+        for name in self._same:
+            vocabulary = self._owner(name)
+            counts = grown(self._counts[name], len(vocabulary))[: len(vocabulary)]
+            writer.table(_feature_file(name), vocabulary.table(counts))
+
+    def _owner(self, name: str) -> Vocabulary:
+        """The vocabulary that a column shares."""
+        owner = self._same[name]
+        side = _side_of(owner)
+        return self._features[owner] if side is None else self.sides[side]
 
     def manifest(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -307,6 +359,10 @@ class Encoder:
             "features": {
                 name: {"num_ids": len(vocabulary), "vocabulary": _feature_file(name)}
                 for name, vocabulary in self._features.items()
+            }
+            | {
+                name: {"num_ids": len(self._owner(name)), "vocabulary": _feature_file(name), "same": owner}
+                for name, owner in self._same.items()
             },
         }
         if self._old is not None:
@@ -316,6 +372,54 @@ class Encoder:
 
 
 _TIMES = {"number": "numbers", "local": "dates without a time zone", "UTC": "times with a time zone"}
+
+
+class _RowOfValue(int):
+    """The first row of a piece of lists; `+ k` is the row of the k-th value in them, which errors name."""
+
+    _offsets: np.ndarray
+
+    def __new__(cls, first_row: int, offsets: pa.Array) -> _RowOfValue:
+        row = super().__new__(cls, first_row)
+        row._offsets = offsets.to_numpy()
+        return row
+
+    def __add__(self, value: int) -> int:
+        return int(self) + int(np.searchsorted(self._offsets, value, side="right")) - 1
+
+
+def _side_of(column: str) -> Side | None:
+    """The side whose ids a column of the log has."""
+    return {"user_id": SIDES[0], "item_id": SIDES[1]}.get(column)
+
+
+def _shared(config: IngestConfig, source: RawLog) -> dict[str, str]:
+    """Column -> the column whose vocabulary it shares, by `same`: the user or item of the group, else the first.
+
+    Raises:
+        InputError: a group of fewer than two columns, a column without ids or in two groups, users and items in one.
+    """
+    schema = source.schema
+    columns = {source.names.get(name, name): name for name in (schema.user, schema.item, *schema.categorical) if name}
+    shared: dict[str, str] = {}
+    for group in config.same:
+        names = [name.strip() for name in group.split("=")]
+        if len(names) < 2:
+            raise InputError(f"same is '{group}'; expected COLUMN=COLUMN, as item_id=history")
+        for name in names:
+            if name not in columns:
+                raise InputError(
+                    f"same is '{group}': no column '{name}' with ids; expected the user, the item or categorical "
+                    f"columns: {', '.join(columns)}"
+                )
+            if names.count(name) > 1 or columns[name] in (*shared, *shared.values()):
+                raise InputError(f"same: column '{name}' is named twice; expected one group with all of its columns")
+        of_sides = [name for name in names if _side_of(columns[name])]
+        if len(of_sides) > 1:
+            raise InputError(f"same is '{group}': users and items cannot share a vocabulary")
+        owner = (of_sides or names)[0]
+        shared |= {columns[name]: columns[owner] for name in names if name != owner}
+    return shared
 
 
 def _feature_file(name: str) -> str:

@@ -118,6 +118,16 @@ def test_features_get_an_embedding_by_a_warm_up(tmp_path: Path) -> None:
     assert not even & odd  # ids whose labels differ so do not share
 
 
+def test_features_of_raw_64_bit_ids_are_refused_by_column(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(2**40, 2**63 - 1, 100)
+    lists = pa.array([[int(k)] for k in ids])
+    pq.write_table(pa.table({"C1": ids, "C2": lists, "label": ids % 2}), tmp_path / "log.parquet")
+    for name in ("C1", "C2"):
+        schema = Schema(user="", item="", label="label", categorical=(name,))
+        with pytest.raises(InputError, match=rf"log.parquet, column '{name}': id \d{{18,}} .*`recpress ingest`"):
+            make_maps(config(str(tmp_path / "log.parquet"), tmp_path / "maps", schema=schema, features=(name,)))
+
+
 @pytest.mark.parametrize("rows_per_id", [1, 2])
 def test_ids_that_arrive_later_move_no_other(tmp_path: Path, rows_per_id: int) -> None:
     rng = np.random.default_rng(0)
