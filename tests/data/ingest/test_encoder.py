@@ -1,144 +1,135 @@
-"""Columns that share one vocabulary: a raw id has one number in all of them, and each column its own counts."""
+"""Ids, times and features over all files of a log."""
+
+import datetime as dt
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recpress.data.config import IngestConfig, SampleConfig
+from recpress.data.config import IngestConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.ingest.convert import ingest
-from recpress.data.ingest.split import leave_one_out
-from recpress.data.sampling.sample import write_sample
-
-ITEMS = ["a7", "b2", "a7", "c9"]
-HISTORY = [[], ["a7"], ["x1", "b2"], ["a7", "a7", "c9"]]
-
-
-def raw(folder, items=ITEMS, history=HISTORY, **more):
-    folder.mkdir()
-    table = {"user_id": ["u", "v", "u", "w"], "item_id": items, "history": history, **more}
-    pq.write_table(pa.table(table), folder / "clicks.parquet", row_group_size=2)
-    return str(folder / "clicks.parquet")
+from tests.data.ingest.ingest_cases import (
+    HEAD,
+    made,
+    raw_rows,
+    refused,
+    write,
+)
 
 
-def config(path, *same, categorical=("history",), **more):
-    return IngestConfig(input=path, categorical=categorical, same=same or ("item_id=history",), **more)
+def test_ids_with_leading_zeros_stay_strings(tmp_path):
+    source = write(tmp_path, a__csv=HEAD + "007,0001\n7,1\n0007,01\n") / "a.csv"
+    assert raw_rows(made(source, tmp_path)) == [("007", "0001"), ("7", "1"), ("0007", "01")]
 
 
-def in_words(log, folder, column):
-    """The column of train with the raw ids that its own vocabulary has."""
-    words = pq.read_table(folder / "vocabulary" / f"feature-{column}.parquet").column("raw").to_pylist()
-    values = pq.read_table(log.train.files[0].path).column(column).to_pylist()
-    return [[words[k] for k in row] if isinstance(row, list) else words[row] for row in values]
+def test_the_kind_of_ids_is_decided_over_all_files(tmp_path):
+    source = write(tmp_path, in___a__csv=HEAD + "1,10\n2,20\n1,20\n", in___b__csv=HEAD + "1,B00X\n007,10\n") / "in"
+    log = made(source, tmp_path)
+    assert raw_rows(log) == [("1", "10"), ("2", "20"), ("1", "20"), ("1", "B00X"), ("007", "10")]
+    assert log.counts("item").tolist() == [2, 2, 1]
+    assert log.vocabulary("user").column("raw").to_pylist() == ["1", "2", "007"]
 
 
-@pytest.mark.parametrize("integers", [False, True])
-def test_a_list_and_the_item_share_their_ids(tmp_path, integers):
-    number = {"a7": 700, "b2": 2, "c9": 2**62, "x1": 9}
-    items = [number[k] for k in ITEMS] if integers else ITEMS
-    history = [[number[k] for k in row] for row in HISTORY] if integers else HISTORY
-    log = open_log(ingest(config(raw(tmp_path / "raw", items, history)), tmp_path / "log"))
-    words = log.vocabulary("item").column("raw").to_pylist()
-    assert in_words(log, tmp_path / "log", "history") == history
-    train = pq.read_table(log.train.files[0].path)
-    assert [words[k] for k in train.column("item_id").to_pylist()] == items
-    assert [[words[k] for k in row] for row in train.column("history").to_pylist()] == history
-    assert log.num_items == 4  # the one that only the history names, too
-    assert log.counts("item").tolist() == [2, 1, 1, 0]
-    table = pq.read_table(tmp_path / "log/vocabulary/feature-history.parquet")
-    assert table.column("raw").to_pylist() == words
-    assert dict(zip(words, table.column("count").to_pylist(), strict=True)) == {
-        key: sum(row.count(key) for row in history) for key in words
-    }
-    assert log.train.columns["history"].limit == 4
+def test_integer_type_on_demand(tmp_path):
+    source = write(tmp_path, a__csv=HEAD + "007,0001\n7,1\n") / "a.csv"
+    assert raw_rows(made(source, tmp_path, id_type="int")) == [(7, 1), (7, 1)]
+    log = open_log(ingest(IngestConfig(input=str(source), id_type="string"), tmp_path / "strings"))
+    assert raw_rows(log) == [("007", "0001"), ("7", "1")]
 
 
-def test_integers_in_one_column_become_strings_with_the_other(tmp_path):
-    """JSON and CSV have no types: the vocabulary of both is one of strings as soon as either needs it."""
-    (tmp_path / "log.csv").write_text("user_id,item_id,last\n1,7,7\n2,8,b\n1,007,8\n")
-    log = open_log(ingest(config(str(tmp_path / "log.csv"), "item_id=last", categorical=("last",)), tmp_path / "log"))
-    assert in_words(log, tmp_path / "log", "last") == ["7", "b", "8"]
-    assert log.vocabulary("item").column("raw").to_pylist() == ["7", "8", "007", "b"]
+def test_ids_written_as_floats_and_integers(tmp_path):
+    refused(write(tmp_path, a__csv=HEAD + "1.0,5\n2,6\n") / "a.csv", tmp_path, "a.csv", "line 2", "'1.0'")
+    source = write(tmp_path, in___a__csv=HEAD + "1,5\n", in___b__csv=HEAD + "1.0,5\n") / "in"
+    refused(source, tmp_path, "b.csv", "line 2", "'1.0'")
+    log = made(write(tmp_path, c__csv=HEAD + "1.0,5\n2.5,6\n") / "c.csv", tmp_path)
+    assert raw_rows(log) == [("1.0", 5), ("2.5", 6)]
 
 
-def test_two_categorical_columns_share_and_missing_is_one_value(tmp_path):
-    path = raw(tmp_path / "raw", city=["x", None, "y", "z"], home=["y", "x", None, "q"])
-    made = config(path, "city=home", categorical=("home", "city"))
-    log = open_log(ingest(made, tmp_path / "log"))
-    assert in_words(log, tmp_path / "log", "city") == ["x", "", "y", "z"]
-    assert in_words(log, tmp_path / "log", "home") == ["y", "x", "", "q"]
-    one, other = (
-        pq.read_table(tmp_path / f"log/vocabulary/feature-{name}.parquet").to_pydict() for name in ("city", "home")
-    )
-    assert one["raw"] == other["raw"]
-    assert dict(zip(one["raw"], one["count"], strict=True)) == {"x": 1, "": 1, "y": 1, "z": 1, "q": 0}
+def test_extending_keeps_the_kind_of_the_vocabulary(tmp_path):
+    old = ingest(IngestConfig(input=str(write(tmp_path, a__csv=HEAD + "anna,1\n007,2\n") / "a.csv")), tmp_path / "old")
+    new = write(tmp_path, b__csv=HEAD + "7,1\n007,2\n") / "b.csv"
+    assert raw_rows(made(new, tmp_path, extend=str(old))) == [("7", 1), ("007", 2)]
+    log = open_log(tmp_path / "out")
+    assert pq.read_table(tmp_path / "out/train").column("user_id").to_pylist() == [2, 1]
+    assert log.num_users == 3
+    typed = write(tmp_path, c__parquet=pa.table({"user_id": [7, 8], "item_id": [1, 2]})) / "c.parquet"
+    log = open_log(ingest(IngestConfig(input=str(typed), extend=str(tmp_path / "out")), tmp_path / "more"))
+    assert raw_rows(log) == [("7", 1), ("8", 2)]
+    assert pq.read_table(tmp_path / "more/train").column("user_id").to_pylist() == [2, 3]
 
 
-def test_the_next_day_extends_a_shared_vocabulary(tmp_path):
-    first = tmp_path / "first"
-    ingest(config(raw(tmp_path / "raw")), first)
-    path = raw(tmp_path / "more", ["n1", "b2", "n1", "x1"], [["n2"], ["a7"], [], ["c9"]])
-    plain = IngestConfig(input=path, categorical=("history",), extend=str(first))  # what it shares is in the manifest
-    log = open_log(ingest(plain, tmp_path / "next"))
-    old = open_log(first).vocabulary("item").column("raw").to_pylist()
-    assert log.vocabulary("item").column("raw").to_pylist() == [*old, "n1", "n2"]
-    assert in_words(log, tmp_path / "next", "history") == [["n2"], ["a7"], [], ["c9"]]
-    table = pq.read_table(tmp_path / "next/vocabulary/feature-history.parquet").to_pydict()
-    assert dict(zip(table["raw"], table["count"], strict=True)) == {
-        "a7": 4, "b2": 1, "c9": 2, "x1": 1, "n1": 0, "n2": 1
-    }  # fmt: skip
-    ingest(IngestConfig(input=path, categorical=("history",)), tmp_path / "own")
-    with pytest.raises(InputError, match="'history' has a vocabulary of its own"):
-        ingest(config(path, extend=str(tmp_path / "own")), tmp_path / "out")
+def test_an_integer_vocabulary_refuses_other_ids(tmp_path):
+    old = ingest(IngestConfig(input=str(write(tmp_path, a__csv=HEAD + "1,1\n") / "a.csv")), tmp_path / "old")
+    for number, bad in enumerate(("u9", "001", "1.0", "9" * 20)):
+        source = write(tmp_path, **{f"b{number}__csv": HEAD + f"1,1\n{bad},1\n"}) / f"b{number}.csv"
+        with pytest.raises(InputError, match=rf"b{number}\.csv, column 'user_id', line 3: id '{bad}'"):
+            ingest(IngestConfig(input=str(source), extend=str(old)), tmp_path / "out")
+    with pytest.raises(InputError, match="kind 'int'"):
+        ingest(IngestConfig(input=str(source), extend=str(old), id_type="string"), tmp_path / "out")
 
 
-def test_split_and_sample_have_the_shared_vocabulary(tmp_path):
-    log = open_log(ingest(config(raw(tmp_path / "raw", ["a7", "b2", "c9", "a7"])), tmp_path / "log"))
-    want = (tmp_path / "log/vocabulary/feature-history.parquet").read_bytes()
-    for made in (
-        leave_one_out(log, tmp_path / "split", by="random", seed=0, negatives=1),
-        write_sample(log, tmp_path / "sample", SampleConfig(rate=0.9, seed=1)),
-    ):
-        again = open_log(made)
-        assert again.manifest["features"]["history"]["same"] == "item_id"
-        assert (tmp_path / again.path / "vocabulary/feature-history.parquet").read_bytes() == want
+def test_ids_of_two_types(tmp_path):
+    ints, text = pa.table({"user_id": [1], "item_id": [1]}), pa.table({"user_id": ["1"], "item_id": [1]})
+    source = write(tmp_path, in___a__parquet=ints, in___b__parquet=text) / "in"
+    refused(source, tmp_path, "a.parquet", "b.parquet", "user_id", "text", "number")
+
+
+DAY = dt.datetime(2024, 1, 1)
+
+
+DATES = ["2024-01-01 00:00:00", "2024-01-02 00:00:00"]
 
 
 @pytest.mark.parametrize(
-    ("same", "message"),
+    ("first", "second"),
     [
-        ("history", "expected COLUMN=COLUMN"),
-        ("item_id=shop", "no column 'shop' with ids; expected .*user_id, item_id, history"),
-        ("item_id=user_id", "users and items cannot share"),
-        ("history=history", "'history' is named twice"),
+        (DATES, ["1704672000", "1704758400"]),
+        (["1704672000", "1704758400"], DATES),
+        (DATES, ["2024-01-03T00:00:00Z", "2024-01-04T00:00:00Z"]),
     ],
 )
-def test_columns_that_cannot_share(tmp_path, same, message):
-    with pytest.raises(InputError, match=message):
-        ingest(config(raw(tmp_path / "raw"), same), tmp_path / "log")
-    assert not (tmp_path / "log").exists()
+def test_times_of_two_kinds(tmp_path, first, second):
+    def text(times):
+        return "user_id,item_id,t\n" + "".join(f"{k},{k},{time}\n" for k, time in enumerate(times))
+
+    source = write(tmp_path, in___a__csv=text(first), in___b__csv=text(second)) / "in"
+    refused(source, tmp_path, "a.csv", "b.csv", "time", time="t")
+    source = write(tmp_path, c__csv=text([*first, *second])) / "c.csv"
+    refused(source, tmp_path, "c.csv", "line 2", "line 4", time="t")
 
 
-def test_two_groups_with_one_column(tmp_path):
-    with pytest.raises(InputError, match="'history' is named twice"):
-        ingest(config(raw(tmp_path / "raw"), "item_id=history", "user_id=history"), tmp_path / "log")
+def test_numbers_that_span_all_magnitudes_are_no_mix_of_units(tmp_path):
+    ticks = [10**power for power in range(14)]
+    source = write(tmp_path, a__csv="user_id,item_id,t\n" + "".join(f"1,{k},{t}\n" for k, t in enumerate(ticks)))
+    assert [row[2] for row in raw_rows(made(source / "a.csv", tmp_path, time="t"), "time")] == ticks
 
 
-@pytest.mark.parametrize(
-    ("history", "message"),
-    [
-        ([[], ["a7"], ["x1", None], ["c9"]], r"column 'history', row 2: no id; expected one"),
-        ([[], [], [3], []], r"column 'history': ids are of type number, those in .*'item_id' of type text"),
-    ],
-)
-def test_values_that_are_no_items_are_named_by_row(tmp_path, history, message):
-    with pytest.raises(InputError, match=message):
-        ingest(config(raw(tmp_path / "raw", history=history)), tmp_path / "log")
+@pytest.mark.parametrize("scale", [1000, 10**6, 10**9])
+def test_times_in_seconds_and_finer(tmp_path, scale):
+    def text(times):
+        return "user_id,item_id,t\n" + "".join(f"{k},{k},{time}\n" for k, time in enumerate(times))
+
+    first, second = [1704067200, 1704153600], [1704240000 * scale, 1704326400 * scale]
+    source = write(tmp_path, in___a__csv=text(first), in___b__csv=text(second)) / "in"
+    refused(source, tmp_path, "a.csv", "b.csv", "time", "seconds since 1970", time="t")
+    mixed = write(tmp_path, e__csv=text([0, *first, *second])) / "e.csv"
+    refused(mixed, tmp_path, "e.csv", "seconds since 1970 in line 3", "in line 5", "one unit", time="t")
+    log = made(write(tmp_path, d__csv=text([0, -1, 5, *second])) / "d.csv", tmp_path, time="t")
+    assert [row[2] for row in raw_rows(log, "time")] == [0, -1, 5, *second]
 
 
-def test_without_same_each_column_has_its_own_numbers(tmp_path):
-    path = raw(tmp_path / "raw")
-    log = open_log(ingest(IngestConfig(input=path, categorical=("history",)), tmp_path / "log"))
-    assert log.num_items == 3
-    assert in_words(log, tmp_path / "log", "history") == HISTORY
+def test_lists_and_views(tmp_path):
+    lists = pa.array([["a", "b"], [], None, ["b"]], pa.list_view(pa.string_view()))
+    table = pa.table({"user_id": [1, 2, 3, 4], "item_id": [1, 2, 3, 4], "tags": lists})
+    made(write(tmp_path, a__parquet=table) / "a.parquet", tmp_path, categorical=("tags",))
+    assert pq.read_table(tmp_path / "out/train").column("tags").to_pylist() == [[0, 1], [], [], [1]]
+
+
+def test_features_whose_names_are_alike_have_files_of_their_own(tmp_path):
+    source = write(tmp_path, a__csv="user_id,item_id,a/b,a_b,a%2Fb\n1,1,x,y,z\n") / "a.csv"
+    log = made(source, tmp_path, categorical=("a/b", "a_b", "a%2Fb"))
+    names = {name: entry["vocabulary"] for name, entry in log.manifest["features"].items()}
+    found = [pq.read_table(tmp_path / "out" / file).column("raw").to_pylist() for file in names.values()]
+    assert found == [["x"], ["y"], ["z"]]
