@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,8 @@ from recpress.modules.contrastive.item_table import ItemTable, Request
 from recpress.modules.contrastive.losses import Loss, Scores, make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
 
+DEFAULTS: dict[str, Any] = {"temperature": 0.1, "epochs": 150}
+"""Settings that are not given. `auto.choose` chooses them by the interactions."""
 WARM_UP = 20
 """Steps at the start with a smaller learning rate."""
 LAST_RATE = 0.05
@@ -83,7 +85,7 @@ class Contrastive:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check(config)
-        self.config, self.num_users, self.num_items = config, num_users, num_items
+        self.config, self.num_users, self.num_items = with_defaults(config), num_users, num_items
         self.exchange = Exchange(process_group, torch.device(device))
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
@@ -136,7 +138,8 @@ class Run:
         start: Factors | None = None,
         tables: tuple[RowAdam, RowAdam] | None = None,
     ) -> None:
-        self.config, self.exchange, self.num_users, self.num_items = config, exchange, num_users, num_items
+        self.config = config = with_defaults(config)
+        self.exchange, self.num_users, self.num_items = exchange, num_users, num_items
         self.user_counts, self.item_counts = np.diff(by_user.indptr), np.diff(by_item.indptr)
         self.epoch = 0
         """Epochs that are finished."""
@@ -162,18 +165,21 @@ class Run:
             most_positives=config.batch_limit,
         )
         self._loss = make_loss(config)
+        assert config.epochs is not None
+        self.epochs: int = config.epochs
+        """Epochs in all."""
 
     def train(self, on_epoch: Callable[[EpochReport], bool | None] | None = None) -> None:
         """Train the epochs that remain. Raises ValueError as `Contrastive.fit`."""
-        began, first, config = time.perf_counter(), self.epoch, self.config
-        while self.epoch < config.epochs:
+        began, first = time.perf_counter(), self.epoch
+        while self.epoch < self.epochs:
             at = time.perf_counter()
             loss = self._train_epoch()
             self.epoch += 1
             self._check(loss)
             now = time.perf_counter()
-            left = (now - began) / (self.epoch - first) * (config.epochs - self.epoch)
-            report = EpochReport(self.epoch, config.epochs, loss, now - at, left)
+            left = (now - began) / (self.epoch - first) * (self.epochs - self.epoch)
+            report = EpochReport(self.epoch, self.epochs, loss, now - at, left)
             stop = on_epoch is not None and bool(on_epoch(report))
             if self.exchange.max(int(stop)):
                 break
@@ -209,7 +215,7 @@ class Run:
         return float(exchange.sum(total)) / self.total
 
     def _rate(self, epochs: float, steps: int) -> float:
-        done = epochs / self.config.epochs
+        done = epochs / self.epochs
         return self.config.learning_rate * (1 - (1 - LAST_RATE) * done) * min(1.0, (steps + 1) / WARM_UP)
 
     def _with_requests(self, made: Iterator[Batch]) -> Iterator[tuple[Batch, Request]]:
@@ -342,11 +348,16 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def with_defaults(config: ContrastiveConfig) -> ContrastiveConfig:
+    """`config`, in which `DEFAULTS` fills in what is not given."""
+    return replace(config, **{name: value for name, value in DEFAULTS.items() if getattr(config, name) is None})
+
+
 def check(config: ContrastiveConfig) -> None:
     """Raise ValueError that names the first setting that is out of range."""
     if config.loss not in ("softmax", "ccl", "logistic"):
         raise ValueError(f"contrastive: loss is {config.loss!r}, expected softmax, ccl or logistic")
-    values = asdict(config)
+    values = asdict(with_defaults(config))
     for name, (least, most) in _RANGES.items():
         if not least <= values[name] <= most:
             expected = f"{least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}"

@@ -83,7 +83,8 @@ def logistic_loss(
 
 
 def make_loss(config: ContrastiveConfig) -> Loss:
-    """The loss that the config names."""
+    """The loss that the config names. Its temperature must be given."""
+    assert config.temperature is not None
     if config.loss == "ccl":
         return partial(ccl_loss, margin=config.margin, negative_weight=config.negative_weight)
     if config.loss == "logistic":
