@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from recpress.modules.als.fold_in import fold_in
     from recpress.modules.compression.replace import compress
     from recpress.modules.compression.report import CompressReport
-    from recpress.modules.config import ALSConfig, HashConfig, TwoTowerConfig
+    from recpress.modules.config import ALSConfig, ContrastiveConfig, HashConfig, TwoTowerConfig
+    from recpress.modules.contrastive.factorization import Contrastive
     from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
     from recpress.modules.frozen.kernel import FrozenTable
     from recpress.modules.hashing.extend import extend_map
@@ -30,6 +31,8 @@ __all__ = [
     "ALS",
     "ALSConfig",
     "CompressReport",
+    "Contrastive",
+    "ContrastiveConfig",
     "FactorTable",
     "Factors",
     "FrozenEmbeddingBagCollection",
@@ -56,7 +59,8 @@ _MODULES = {
     "als.fold_in": ("fold_in",),
     "compression.replace": ("compress",),
     "compression.report": ("CompressReport",),
-    "config": ("ALSConfig", "HashConfig", "TwoTowerConfig"),
+    "config": ("ALSConfig", "ContrastiveConfig", "HashConfig", "TwoTowerConfig"),
+    "contrastive.factorization": ("Contrastive",),
     "frozen.collection": ("FrozenEmbeddingBagCollection", "FrozenEmbeddingBagCollectionSharder"),
     "frozen.kernel": ("FrozenTable",),
     "hashing.extend": ("extend_map",),

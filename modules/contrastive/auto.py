@@ -112,13 +112,12 @@ def choose(
     candidates = list(TEMPERATURES)
     if config.temperature is not None or not config.auto:
         candidates = [settings["temperature"]]
-    found: list[tuple[float, float]] = []
-    for epochs, count in ROUNDS:
-        if config.epochs is not None and (epochs > config.epochs or (len(candidates) == 1 and found)):
-            break
-        candidates = candidates[:count]
-        found = sorted(((run(t, epochs), t) for t in candidates), reverse=True)
-        candidates = [t for _, t in found]
+    rounds = [(min(epochs, config.epochs or epochs), count) for epochs, count in ROUNDS]
+    if config.epochs is not None:  # shorter runs would only choose the temperature
+        rounds = rounds[-1:] if len(candidates) == 1 else rounds
+    for epochs, count in rounds:
+        found = [(run(t, epochs), t) for t in candidates[:count] if (t, epochs) not in gains]
+        candidates = [t for _, t in sorted(found, reverse=True)] or candidates
     # the last run of each temperature
     last = {t: gain for (t, _), gain in gains.items()}
     best = max(gains, key=lambda key: float(gains[key].mean()))
