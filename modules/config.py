@@ -155,7 +155,7 @@ class ContrastiveConfig:
     negative_weight: float = 150.0
     """`ccl`, `logistic`: weight of all negatives of a user, in units of a positive."""
     epochs: int | None = None
-    """Passes over the interactions. Default: chosen, 60 or 150; with --softmax.no-auto, 150."""
+    """Passes over the interactions. Default: chosen among 15, 50 and 150; with --softmax.no-auto, 150."""
     auto: bool = True
     """Choose the settings that are not given, on held-out examples of at most 250,000 interactions. Otherwise each has
     a fixed default."""

@@ -286,7 +286,7 @@ def gradients(
         negative=user @ negative.T,
         row=batch.row,
         weight=batch.weight,
-        row_weight=torch.zeros_like(user[:, 0]).index_add_(0, batch.row, batch.weight),
+        row_weight=user.new_zeros(len(user)).index_add_(0, batch.row, batch.weight),
         log_expected=batch.log_expected,
         num_items=num_items,
     )
@@ -295,8 +295,8 @@ def gradients(
         batch.positive, item, batch.indptr, mode="sum", per_sample_weights=of_positive, include_last_offset=True
     ).addmm_(of_negative, negative)
     of_item = F.embedding_bag(
-        batch.row[batch.by_item], user, batch.item_indptr,
-        mode="sum", per_sample_weights=of_positive[batch.by_item], include_last_offset=True,
+        batch.row.index_select(0, batch.by_item), user, batch.item_indptr,
+        mode="sum", per_sample_weights=of_positive.index_select(0, batch.by_item), include_last_offset=True,
     )  # fmt: skip
     return value, of_user, of_item.index_add_(0, batch.negative, of_negative.T @ user)
 
@@ -304,7 +304,7 @@ def gradients(
 def _dots(user: torch.Tensor, item: torch.Tensor, batch: _OnDevice) -> torch.Tensor:
     """Cosine of each positive pair, (P,)."""
     if user.is_cuda:
-        return (user[batch.row] * item[batch.positive]).sum(1)
+        return (user.index_select(0, batch.row) * item.index_select(0, batch.positive)).sum(1)
     pattern = torch.sparse_csr_tensor(
         batch.indptr, batch.positive, user.new_zeros(len(batch.positive)), (len(user), len(item)),
         check_invariants=False,
