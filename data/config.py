@@ -174,8 +174,8 @@ class SynthCriteoConfig:
 
     rows: int = 1_000_000
     """Rows of train."""
-    test_rows: int = 200_000
-    """Rows of test, drawn like those of train."""
+    test_rows: int | None = None
+    """Rows of test, drawn like those of train. By default a fifth of `rows`."""
     ids: int = 400_000
     """Ids of all features together, spread over them as Criteo's are; up to 33,762,577, Criteo's own."""
     skew: float = 0.8
@@ -201,6 +201,11 @@ class SynthCriteoConfig:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
 
+    @property
+    def held_out(self) -> int:
+        """`test_rows`, or its default."""
+        return max(1, self.rows // 5) if self.test_rows is None else self.test_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
@@ -219,9 +224,12 @@ class IngestConfig:
     time: str | None = None
     """Column of the time (csv, tsv, json, parquet): numbers, or dates and timestamps, of one kind in all files."""
     categorical: tuple[str, ...] = ()
-    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). Missing is a value too."""
+    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). Missing is a value too.
+    `C*` is all columns without another role whose names match."""
     floats: tuple[str, ...] = ()
-    """Further float columns (csv, tsv, json, parquet). A missing value is NaN."""
+    """Further float columns (csv, tsv, json, parquet), by names or patterns. A missing value is NaN."""
+    same: tuple[str, ...] = ()
+    """Columns that share one vocabulary, as `item_id=history`: a raw id has the same number in all of them."""
     split_column: str | None = None
     """Column that says `train`, `val` or `test` of each row (csv, tsv, json, parquet)."""
     columns: tuple[str, ...] = ()

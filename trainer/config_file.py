@@ -205,6 +205,21 @@ def arguments(path: str, config: type, command_line: Sequence[str], command: str
     return from_file + list(command_line)
 
 
+def option_names(config: type, prefix: str = "") -> Iterator[str]:
+    """Names of all options of a configuration, such as `stream.interleave`."""
+    for name, kind in typing.get_type_hints(config).items():
+        section = _section(kind)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from option_names(section, f"{prefix}{name}.")
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass of an option that is a section; else None."""
+    return next((t for t in _alternatives(kind) if isinstance(t, type) and is_dataclass(t)), None)
+
+
 def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(config)
     known = {field.name: hints[field.name] for field in fields(config)}
@@ -214,7 +229,7 @@ def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> I
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: unknown key '{prefix}{raw}', nearest is '{prefix}{near[0]}'")
         expected = known[name]
-        section = next((t for t in _alternatives(expected) if isinstance(t, type) and is_dataclass(t)), None)
+        section = _section(expected)
         if section is not None and isinstance(value, dict):
             yield from _flatten(path, section, value, f"{prefix}{name}.")
         elif not _fits(value, expected):

@@ -23,10 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recpress.data.errors import InputError
+from recpress.data.ingest.raw_files import RowNumbers
 from recpress.data.seeds import generator
 
 Kind = Literal["int", "string"]
 _CLASH = -2
+_ROWS = RowNumbers()
 _WIDTH = 64  # places of a string that have hash tables of their own
 
 
@@ -72,11 +74,11 @@ class Vocabulary:
         vocabulary._counts = table.column("count").to_numpy().astype(np.int64)  # `found` says it has as many
         return vocabulary
 
-    def table(self) -> pa.Table:
-        """Columns `raw` (int64 or string) and `count` (int64); row k is dense id k."""
+    def table(self, counts: np.ndarray | None = None) -> pa.Table:
+        """Columns `raw` (int64 or string) and `count` (int64, or the given ones); row k is dense id k."""
         kind = pa.int64() if self.kind == "int" else pa.large_string()
-        counts = pa.array(self._counts[: self._size])
-        return pa.table({"raw": pa.chunked_array(self._raw, type=kind), "count": counts})
+        counts = self._counts[: self._size] if counts is None else counts
+        return pa.table({"raw": pa.chunked_array(self._raw, type=kind), "count": pa.array(counts)})
 
     @property
     def counts(self) -> np.ndarray:
@@ -101,7 +103,7 @@ class Vocabulary:
         grow: bool = True,
         count: bool = True,
         where: str = "",
-        first_row: int = 0,
+        rows: RowNumbers = _ROWS,
     ) -> np.ndarray:
         """Dense ids of raw ids, int64 of the same length; ids that are new get the next numbers.
 
@@ -109,12 +111,12 @@ class Vocabulary:
             grow: number new ids; otherwise theirs is -1, and nothing is counted.
             count: add the occurrences to the counts.
             where: file and column, for errors.
-            first_row: what errors add to the row.
+            rows: the rows that the values are from, for errors.
 
         Raises:
             InputError: a null, a value that is no integer (of an integer vocabulary), or no room left.
         """
-        values = self._cast(values, where, first_row)
+        values = self._cast(values, where, rows)
         encoded = pc.dictionary_encode(values)
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()
@@ -124,7 +126,7 @@ class Vocabulary:
         if not grow:
             return np.maximum(self._find(*self._keys(encoded.dictionary)), -1)[places]
         distinct = self._number(encoded.dictionary)
-        self._counts = _grown(self._counts, self._size)
+        self._counts = grown(self._counts, self._size)
         if count:
             self._counts[distinct] += np.bincount(places, minlength=len(distinct))
         return distinct[places]
@@ -139,9 +141,9 @@ class Vocabulary:
         found[known] = self.encode(values.drop_null(), grow=False)
         return found
 
-    def fit(self, values: pa.Array, *, where: str = "", first_row: int = 0) -> pa.Array:
+    def fit(self, values: pa.Array, *, where: str = "", rows: RowNumbers = _ROWS) -> pa.Array:
         """The values in the type of this vocabulary, which `encode` takes as they are. Raises InputError as it does."""
-        return self._cast(values, where, first_row)
+        return self._cast(values, where, rows)
 
     def become_strings(self) -> None:
         """Turns integers into their decimal digits; dense ids and counts stay."""
@@ -159,12 +161,12 @@ class Vocabulary:
             if dense >= 0
         ]
 
-    def _cast(self, values: pa.Array | pa.ChunkedArray, where: str, first_row: int) -> pa.Array:
+    def _cast(self, values: pa.Array | pa.ChunkedArray, where: str, rows: RowNumbers) -> pa.Array:
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         if values.null_count:
             row = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
-            raise InputError(f"{where}, row {first_row + row}: no {self.name} id")
+            raise InputError(f"{where}, {rows.name(row)}: no {self.name} id")
         kind = pa.int64() if self.kind == "int" else pa.large_string()
         try:
             return values.cast(kind)
@@ -174,7 +176,7 @@ class Vocabulary:
                 good = pc.match_substring_regex(values, "^-?[0-9]{1,18}$").to_numpy(zero_copy_only=False)
                 row = int(np.argmin(good))
                 where, message = (
-                    f"{where}, row {first_row + row}",
+                    f"{where}, {rows.name(row)}",
                     f"{values[row].as_py()!r}; expected an integer",
                 )
             raise InputError(f"{where}: {self.name} id {message}") from error
@@ -194,7 +196,7 @@ class Vocabulary:
             self._room(fresh)
             self._raw.append(fresh)
             if self.kind == "string":
-                self._confirm = _grown(self._confirm, self._size + new.size)
+                self._confirm = grown(self._confirm, self._size + new.size)
                 self._confirm[self._size : self._size + new.size] = confirm[new]
             self._size += new.size
             self._add_run(keys[new], ids[new])
@@ -251,7 +253,7 @@ class Vocabulary:
         self._confirm = np.concatenate(confirm)
 
 
-def _grown(array: np.ndarray, size: int) -> np.ndarray:
+def grown(array: np.ndarray, size: int) -> np.ndarray:
     """The array, or a copy of at least twice its length, filled with zeros, where it is shorter than `size`."""
     if len(array) >= size:
         return array

@@ -259,6 +259,6 @@ def _notes(config: CompareBothConfig) -> tuple[str, ...]:
         "Stored bytes count rows with their scales, maps bit-packed with their weights, and for networks the tables of "
         "counts. Bytes at serving count maps as `LearnedHash` stores them, with int32 row numbers. Networks are "
         f"trained on frozen tables, on the given share of the examples. {epochs}",
-        "= marks a metric that is within noise of that of full tables: two standard errors of the difference of the "
-        "same seeds; with one seed nothing is marked.",
+        "= marks a metric that is level with that of full tables, by a paired t-test over the seeds at 5 %; with one "
+        "seed nothing is marked.",
     )
