@@ -7,8 +7,10 @@ line in the file, counted from 1 (a header and empty lines count too), and a row
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from recpress.data.ingest.raw_text import (
     Dialect,
     choose_delimiter,
     first_lines,
+    header,
     listed,
     read_delimited,
     read_json_lines,
@@ -32,7 +35,7 @@ _BATCH = 1 << 18  # rows of Parquet
 
 @dataclass(frozen=True)
 class Piece:
-    """Some raw rows of one part, or, where the table has a column `split`, of those that it names."""
+    """Some raw rows of one part, or of several if the table has a column `split`."""
 
     part: str
     where: str
@@ -54,15 +57,16 @@ class RawLog:
     """Side table with a column `raw`; the others are strings, lists of strings or floats."""
     items: Callable[[], pa.Table] | None = None
     untyped: frozenset[str] = frozenset()
-    """Columns that come as text because their files have no types: ids may be integers."""
+    """Columns of text files, which have no types: their ids may be integers."""
     integer_ids: bool = False
-    """The format has integers for ids, and nothing else."""
+    """The ids of the format are integers."""
     names: dict[str, str] = field(default_factory=dict)
     """Name in the log -> name in the files, which errors use; a column without an entry has the same name in both."""
 
 
 def named_columns(config: IngestConfig) -> dict[str, str]:
-    """Name in the file -> name in the log, of csv, tsv, json and parquet. Raises InputError where two are one."""
+    """Name in the file -> name in the log, of csv, tsv, json and parquet. Raises InputError if two columns have the
+    same name."""
     columns: dict[str, str] = {}
     own = [
         (config.user, "user_id"),
@@ -76,13 +80,49 @@ def named_columns(config: IngestConfig) -> dict[str, str]:
         if not name:
             continue
         if name in columns or target in columns.values():
-            raise InputError(f"ingest: column '{name}' has two meanings, or the name of another column")
+            raise InputError(f"ingest: column '{name}' is given two meanings, or has the name of another column")
         columns[name] = target
     if bool(config.user) != bool(config.item):
-        raise InputError("ingest: give both a user and an item column, or leave both empty")
+        raise InputError("ingest: set both a user and an item column, or neither")
     if not columns:
-        raise InputError("ingest: no column is named; expected a user and an item, or categorical columns")
+        raise InputError("ingest: no columns are set; expected a user and an item column, or categorical columns")
     return columns
+
+
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+def with_matches(config: IngestConfig, found: Callable[[], Sequence[str]]) -> IngestConfig:
+    """The config with the names of the columns that its patterns match, in the order of the file.
+
+    Args:
+        found: the columns of the first file; called only if there is a pattern.
+
+    Raises:
+        InputError: a pattern matches no column, or two match the same one.
+    """
+    if not any(_WILDCARDS.search(name) for name in (*config.categorical, *config.floats)):
+        return config
+    columns = [name.strip() for name in found()]
+    listed_names = [name for name in (*config.categorical, *config.floats) if name in columns]
+    roles = {config.user, config.item, config.label, config.time, config.split_column, *listed_names}
+    matched: dict[str, str] = {}  # column -> its pattern
+
+    def expanded(names: Sequence[str]) -> Iterator[str]:
+        for name in names:
+            if name in columns or not _WILDCARDS.search(name):
+                yield name
+                continue
+            fitting = [column for column in columns if fnmatchcase(column, name) and column not in roles]
+            if not fitting:
+                raise InputError(f"ingest: no column without another role matches '{name}'; found {listed(columns)}")
+            for column in fitting:
+                if column in matched:
+                    raise InputError(f"ingest: column '{column}' matches both '{matched[column]}' and '{name}'")
+                matched[column] = name
+                yield column
+
+    return replace(config, categorical=tuple(expanded(config.categorical)), floats=tuple(expanded(config.floats)))
 
 
 def named_schema(config: IngestConfig) -> Schema:
@@ -97,7 +137,7 @@ def named_schema(config: IngestConfig) -> Schema:
 
 
 def dialect_of(config: IngestConfig, delimiter: str, *, quoted: bool) -> Dialect:
-    """The dialect of a format, with what the options say."""
+    """The dialect of a format, with the options applied."""
     delimiter = {"\\t": "\t", "tab": "\t"}.get(config.delimiter, config.delimiter) or delimiter
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
         raise InputError(f"ingest: delimiter is {delimiter!r}; expected one ASCII character, or \\t")
@@ -107,9 +147,15 @@ def dialect_of(config: IngestConfig, delimiter: str, *, quoted: bool) -> Dialect
 
 def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> RawLog:
     """Plain CSV or TSV with named columns."""
-    columns = named_columns(config)
     names = list(config.columns) or None
     dialect = dialect_of(config, "\t" if name == "tsv" else ",", quoted=name == "csv")
+
+    def in_first_file() -> list[str]:
+        plain = [name for name in (config.user, config.item, config.label, config.time) if name]
+        return names or header(files[0], choose_delimiter(files[0], dialect, plain))
+
+    config = with_matches(config, in_first_file)
+    columns = named_columns(config)
     may_differ = names is None and not config.delimiter  # each file may have another delimiter
 
     def read(file: RawFile, wanted: Sequence[str]) -> Iterator[tuple[RowNumbers, pa.Table]]:
@@ -124,8 +170,11 @@ def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     for file in files:
         if first_lines(file, config.encoding).lstrip()[:1] == "[":
             raise InputError(
-                f"{file.where}: a JSON array; expected JSON lines, an object a line (`jq -c '.[]'` makes them)"
+                f"{file.where}: a JSON array; expected JSON lines, one object per line (`jq -c '.[]'` converts it)"
             )
+    for name in (*config.categorical, *config.floats):
+        if _WILDCARDS.search(name):
+            raise InputError(f"ingest: '{name}' is a pattern; expected names, because JSON lines may lack any key")
     return _named(
         config, files, "json", lambda file, wanted: read_json_lines(file, wanted, config.encoding), frozenset()
     )
@@ -133,6 +182,7 @@ def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
 
 def parquet(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     """Parquet with named columns."""
+    config = with_matches(config, lambda: _parquet_names(files[0]))
     return _named(config, files, "parquet", _read_parquet, frozenset())
 
 
@@ -168,13 +218,21 @@ def _named(
 
 
 def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[str]:
-    """Columns that the folders name and the files need not hold. Raises InputError where files differ in that."""
+    """Columns that the names of the folders give. Raises InputError if files differ in them."""
     keys = [column for column in columns if any(column in dict(file.partitions) for file in files)]
     for key in keys:
         for file in files:
             if key not in dict(file.partitions):
-                raise InputError(f"{file.where}: its folder names no partition '{key}=', that of other files does")
+                raise InputError(f"{file.where}: its folder has no partition '{key}=', but that of other files has")
     return keys
+
+
+def _parquet_names(file: RawFile) -> list[str]:
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            return pq.read_schema(stream).names
+    except UNREADABLE as error:
+        raise InputError(f"{file.where}: {first_line(error)}") from error
 
 
 def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[RowNumbers, pa.Table]]:

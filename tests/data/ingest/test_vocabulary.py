@@ -113,7 +113,7 @@ def test_bad_ids():
     with pytest.raises(InputError, match="v, row 1: the raw id 7 occurs twice"):
         Vocabulary.from_table(pa.table({"raw": [7, 7], "count": [1, 1]}), "v")
     small = Vocabulary("int", "user", budget=10_000)
-    with pytest.raises(InputError, match=r"vocabulary of user: over 0 ids need more than the 0\.0 GiB"):
+    with pytest.raises(InputError, match=r"vocabulary of user: over 0 ids need more than the limit of 0\.0 GiB"):
         small.encode(pa.array(np.arange(1000)))
 
 
@@ -139,13 +139,13 @@ def test_finding_takes_text_for_integers():
 def test_growth_copies_each_id_a_few_times(monkeypatch, kind, count):
     """Not once a batch, which would be quadratic."""
     copied = []
-    real = module._grown
+    real = module.grown
 
     def counting(array, size):
         copied.append(len(array) if len(array) < size else 0)
         return real(array, size)
 
-    monkeypatch.setattr(module, "_grown", counting)
+    monkeypatch.setattr(module, "grown", counting)
     vocabulary = Vocabulary(kind, "user")
     for first in range(0, 20_000, 100):
         raw = pa.array(np.arange(first, first + 100))
