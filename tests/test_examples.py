@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from recpress.modules import HashConfig, TableStats, build_map
-from recpress.modules.row_files import open_rows
+from recpress.modules import HashConfig, TableStats, build_map, open_rows
 from tests.ranks import run_on_ranks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "compress_dlrm.py"
@@ -76,7 +76,7 @@ def test_a_sharded_dlrm_is_compressed_and_resumed_on_one_rank(tmp_path: Path) ->
     first = run_on_ranks(run_sharded, 2, "--out", str(full))[0]
     for table, size in (("t_0", 3000), ("t_2", 1000)):
         (maps / table).mkdir(parents=True)
-        stats = TableStats(name=table, num_ids=size, embedding=open_rows(full, table))
+        stats = TableStats(name=table, num_ids=size, counts=torch.ones(size), embedding=open_rows(full, table))
         build_map(stats, size // 4, HashConfig(method="learned")).save(maps / table)
     options = ("--rows", str(full), "--maps", str(maps), "--frozen", "t_2")
     second = run_on_ranks(run_sharded, 2, *options, "--out", str(small))[0]
