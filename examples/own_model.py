@@ -30,9 +30,7 @@ class DeepFM(nn.Module):
         super().__init__()
         self.keys, self.dim = inputs.keys, inputs.dim
         self.vectors = inputs.embedding_bags()
-        first = [
-            replace(t, name=f"{t.name}_first", embedding_dim=4) for t in inputs.tables
-        ]
+        first = [replace(t, name=f"{t.name}_first", embedding_dim=4) for t in inputs.tables]
         self.first = EmbeddingBagCollection(first, device=torch.device("meta"))
         width = len(self.keys) * self.dim + len(inputs.floats)
         layers: list[nn.Module] = []
