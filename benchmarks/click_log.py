@@ -2,8 +2,8 @@
 
     python benchmarks/click_log.py --ratings $DATA/ml-1m --log runs/clicks
 
-Reads `ratings.parquet`, `users.parquet` and `items.parquet`. From the public files, `recpress ingest` makes a log with the
-same features, and `recpress train --label-threshold 4` the clicks.
+Reads `ratings.parquet`, `users.parquet` and `items.parquet`. From the public files, `recpress ingest` makes a log with
+the same features, and `recpress train --label-threshold 4` makes the clicks.
 """
 
 from __future__ import annotations

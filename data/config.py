@@ -174,8 +174,8 @@ class SynthCriteoConfig:
 
     rows: int = 1_000_000
     """Rows of train."""
-    test_rows: int = 200_000
-    """Rows of test, drawn like those of train."""
+    test_rows: int | None = None
+    """Rows of test, drawn like those of train. By default a fifth of `rows`."""
     ids: int = 400_000
     """Ids of all features together, spread over them as Criteo's are; up to 33,762,577, Criteo's own."""
     skew: float = 0.8
@@ -200,6 +200,11 @@ class SynthCriteoConfig:
     """Seed of everything. A row depends on it, its place and the options above but `rows` and `test_rows`."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
+
+    @property
+    def held_out(self) -> int:
+        """`test_rows`, or its default."""
+        return max(1, self.rows // 5) if self.test_rows is None else self.test_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from recpress.modules.als.fold_in import fold_in
     from recpress.modules.compression.replace import compress
     from recpress.modules.compression.report import CompressReport
+    from recpress.modules.compression.sharders import sharders
     from recpress.modules.config import ALSConfig, HashConfig, TwoTowerConfig
     from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
     from recpress.modules.frozen.kernel import FrozenTable
+    from recpress.modules.frozen.sequence import FrozenEmbeddingCollection, FrozenEmbeddingCollectionSharder
     from recpress.modules.hashing.extend import extend_map
     from recpress.modules.hashing.id_map import IdMap
     from recpress.modules.hashing.learned_hash import LearnedHash
@@ -34,6 +36,8 @@ __all__ = [
     "Factors",
     "FrozenEmbeddingBagCollection",
     "FrozenEmbeddingBagCollectionSharder",
+    "FrozenEmbeddingCollection",
+    "FrozenEmbeddingCollectionSharder",
     "FrozenTable",
     "HashConfig",
     "IdMap",
@@ -48,6 +52,7 @@ __all__ = [
     "compress",
     "extend_map",
     "fold_in",
+    "sharders",
 ]
 
 _MODULES = {
@@ -56,9 +61,11 @@ _MODULES = {
     "als.fold_in": ("fold_in",),
     "compression.replace": ("compress",),
     "compression.report": ("CompressReport",),
+    "compression.sharders": ("sharders",),
     "config": ("ALSConfig", "HashConfig", "TwoTowerConfig"),
     "frozen.collection": ("FrozenEmbeddingBagCollection", "FrozenEmbeddingBagCollectionSharder"),
     "frozen.kernel": ("FrozenTable",),
+    "frozen.sequence": ("FrozenEmbeddingCollection", "FrozenEmbeddingCollectionSharder"),
     "hashing.extend": ("extend_map",),
     "hashing.id_map": ("IdMap",),
     "hashing.learned_hash": ("LearnedHash",),

@@ -139,6 +139,39 @@ class LogisticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """Contrastive factorization: each user against its items and sampled negatives, by the cosine of their vectors."""
+
+    factors: int = 64
+    """Dimension of the vectors."""
+    loss: Literal["softmax", "ccl", "logistic"] = "softmax"
+    """`softmax`: sampled softmax with logQ correction; `ccl`: cosine contrastive loss (SimpleX); `logistic`: weighted
+    cross-entropy of each pair."""
+    temperature: float = 0.1
+    """`softmax`, `logistic`: divides the cosine; 0.02 to 1. The smaller, the more the hardest negatives count."""
+    margin: float = 0.4
+    """`ccl`: negatives below this cosine do not count."""
+    negative_weight: float = 150.0
+    """`ccl`, `logistic`: weight of all negatives of a user, in units of a positive."""
+    epochs: int = 150
+    """Passes over the interactions."""
+    learning_rate: float = 0.05
+    """Of row-wise Adam at the start; falls linearly to 5 % of it."""
+    batch_users: int = 128
+    """Users of a step over all ranks, each with all its interactions."""
+    batch_limit: int = 16384
+    """Most interactions of a step and rank. A user with more is split over several steps."""
+    negatives: int = 1024
+    """Negatives of a step and rank, shared by its users."""
+    negative_exponent: float = 0.5
+    """Negatives are drawn in proportion to count ** exponent of the item; 0: uniformly."""
+    user_exponent: float = 0.5
+    """An interaction weighs 1 / count ** exponent of its user."""
+    seed: int = 0
+    """Seed of the initial vectors, the order of users and the negatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TablesConfig:
     """Where embedding tables start, and whether they are trained."""
 

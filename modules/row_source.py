@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,21 +119,43 @@ class LogCounts:
         return (torch.log1p(counts / self._share) - self.mean) / self.spread
 
 
+class PendingRows:
+    """Rows that a collection loads when it is sharded: table -> source.
+
+    Copies of a model share it. A pickled model does not contain it, because sources may be large or files.
+    """
+
+    def __init__(self, sources: Mapping[str, RowSource]) -> None:
+        self.sources = dict(sources)
+
+    def __deepcopy__(self, memo: Any) -> PendingRows:
+        return self
+
+    def __reduce__(self) -> Any:
+        return PendingRows, ({},)
+
+
 def load_rows(weight: Any, table: str, source: RowSource) -> None:
     """Copy `source` into the weight of a trainable table, as `state_dict` gives it: a tensor or a ShardedTensor.
 
-    Each rank reads only its own rows and columns.
+    Each rank reads only its own rows and columns. If the source has `filled`, (rows,) bool, other rows stay.
 
     Raises:
         ValueError: shape or values do not fit.
     """
+    filled: torch.Tensor | None = getattr(source, "filled", None)
     # ShardedTensor.shape warns that it is deprecated
     size = weight.metadata().size if hasattr(weight, "metadata") else weight.shape
     check_source(source, table, size[0], size[1])
     with torch.no_grad():
         for (rows, columns), local in local_shards(weight):
             for first, block in blocks(source, table, rows, columns):
-                local[first - rows[0] : first - rows[0] + len(block)].copy_(block)
+                part = local[first - rows[0] : first - rows[0] + len(block)]
+                if filled is None:
+                    part.copy_(block)
+                else:
+                    use = filled[first : first + len(block)]
+                    part[use.to(part.device)] = block[use].to(part)
 
 
 def local_shards(weight: Any) -> list[tuple[tuple[tuple[int, int], tuple[int, int]], torch.Tensor]]:

@@ -274,9 +274,10 @@ def _failed(error: Exception) -> int:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise an exception, so that the command removes unfinished outputs.
+    """SIGTERM, SIGUSR1 and SIGHUP raise an exception, so that the command removes unfinished outputs.
 
-    Later signals, as schedulers send, are ignored, so that they do not interrupt the removal.
+    Later signals, as schedulers send, are ignored, so that they do not interrupt the removal. SIGHUP stays ignored
+    under nohup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -289,7 +290,10 @@ def _signals_raise() -> Iterator[None]:
             raised = True
             raise Signalled(number, signal.Signals(number).name)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

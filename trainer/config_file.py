@@ -237,14 +237,30 @@ def _table(path: str, values: Any, kind: type[Section], prefix: str) -> Section:
     for key, value in values.items():
         name = key.replace("-", "_")
         if isinstance(value, dict):
-            section = next(t for t in _alternatives(hints[name]) if is_dataclass(t))
-            found[name] = _table(path, value, section, f"{prefix}.{key}")  # type: ignore[arg-type]
+            section = _section(hints[name])
+            assert section is not None
+            found[name] = _table(path, value, section, f"{prefix}.{key}")
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
     for part in fields(kind):  # type: ignore[arg-type]
         if part.default is MISSING and part.default_factory is MISSING and part.name not in found:
             raise InputError(f"{path}: '{prefix}' has no '{part.name}', which it needs")
     return kind(**found)
+
+
+def option_names(config: type, prefix: str = "") -> Iterator[str]:
+    """Names of all options of a configuration, such as `stream.interleave`."""
+    for name, kind in typing.get_type_hints(config).items():
+        section = _section(kind)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from option_names(section, f"{prefix}{name}.")
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass of an option that is a section; else None."""
+    return next((t for t in _alternatives(kind) if isinstance(t, type) and is_dataclass(t)), None)
 
 
 def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -256,7 +272,7 @@ def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> I
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: unknown key '{prefix}{raw}', nearest is '{prefix}{near[0]}'")
         expected = known[name]
-        section = next((t for t in _alternatives(expected) if isinstance(t, type) and is_dataclass(t)), None)
+        section = _section(expected)
         if section is not None and isinstance(value, dict):
             yield from _flatten(path, section, value, f"{prefix}{name}.")
         elif not _fits(value, expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import io
 import operator
@@ -14,6 +15,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from recpress.data.errors import InputError
+from recpress.trainer.config_file import RENAMED, option_names
 
 FULL_HELP = "--help-all"
 SHELLS = ("bash", "zsh", "fish")
@@ -41,10 +43,25 @@ def parse(config: type[Config], arguments: Sequence[str], *, prog: str, summary:
             return tyro.cli(config, prog=prog, description=_description(summary), args=arguments)
     except SystemExit as stop:
         if stop.code not in (0, None):
-            said = _one_line(_text_of(err), prog)
-            raise InputError(said.removeprefix(f"Error parsing {config.__name__}: ")) from None
+            said = _one_line(_text_of(err), prog).removeprefix(f"Error parsing {config.__name__}: ")
+            if said.startswith("Unrecognized options:") and "; nearest:" not in said:
+                said = said.replace(" (see ", f"{_nearest(config, said)} (see ")
+            raise InputError(said) from None
         sys.stdout.write(_short_help(_text_of(out), prog, main))
         raise
+
+
+def _nearest(config: type, said: str) -> str:
+    """The option closest to the first unrecognized one, also by the old name of a renamed option."""
+    typed = re.search(r"--([\w.-]+)", said)
+    names: dict[str, str] = {}  # name, also an old one -> current name
+    for name in option_names(config):
+        names[name] = name
+        for old, new in RENAMED.items():
+            if name == new or ("." in old and name.endswith(f".{new}")):
+                names[name.removesuffix(new) + old] = name
+    near = difflib.get_close_matches(typed[1].replace("-", "_"), names, n=1) if typed else []
+    return f"; nearest: --{names[near[0]].replace('_', '-')}" if near else ""
 
 
 def completion(commands: Mapping[str, tuple[type, str]], shell: str, prog: str) -> str:

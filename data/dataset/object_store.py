@@ -78,8 +78,11 @@ def write_bytes(address: str | Path, data: bytes) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
+        except (FileExistsError, NotADirectoryError) as error:
+            file = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), path.parent)
+            raise InputError(f"{address}: cannot be written, because {file} is a file; expected a folder") from error
         except OSError as error:
-            raise InputError(f"{address}: cannot be written: {error}") from error
+            raise InputError(f"{address}: cannot be written: {first_line(error)}") from error
         return
 
     def write(filesystem: pafs.FileSystem, path: str) -> None:

@@ -50,13 +50,16 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
         InputError: a format that cannot be told, a missing column or value, a value of a wrong type, a user
             without items, ids beyond the memory allowed; each with file and row. Nothing is left behind then.
     """
+    place, source = _open(config)
     if config.holdout == "none":
-        return _ingest(config, out, overwrite)
-    whole = artifact.begin(
-        out, overwrite=overwrite, kind=KIND, inputs=_inputs(config)
-    )  # the log before the split, beside the target
+        return _ingest(config, place, source, out, overwrite)
+    if config.holdout == "last" and source.schema.time is None:
+        timed = source.format in ("csv", "tsv", "json", "parquet")
+        fix = "name it with --time" if timed else f"the format {source.format} has none; expected --holdout random"
+        raise InputError(f"{config.input}: --holdout last needs a column of times; {fix}")
+    unsplit = artifact.begin(out, overwrite=overwrite, kind=KIND, inputs=_inputs(config))  # in the folder of `out`
     try:
-        log = open_log(_ingest(config, whole / "whole", False))
+        log = open_log(_ingest(config, place, source, unsplit / "log", False))
         if log.test is not None:
             raise InputError(f"{config.input}: already has a test part; holdout is '{config.holdout}'")
         return leave_one_out(
@@ -70,12 +73,11 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
             more={key: log.manifest[key] for key in KEPT if log.manifest and key in log.manifest},
         )
     finally:
-        artifact.abort(whole)
+        artifact.abort(unsplit)
 
 
-def _ingest(config: IngestConfig, out: str | Path, overwrite: bool) -> str | Path:
-    place, source = _open(config)
-    unit = ""  # of times; a finer one, which a later row needs, begins anew
+def _ingest(config: IngestConfig, place: RawInput, source: RawLog, out: str | Path, overwrite: bool) -> str | Path:
+    unit = ""  # of times; a later row that needs a finer one starts over
     while True:
         try:
             return _write(config, place, source, out, overwrite, unit)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from recpress.data.dataset.parquet_split import read_whole
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.ingest import raw_values
+from recpress.data.ingest.raw_files import RowNumbers
 from recpress.data.ingest.raw_values import Times, plain
 from recpress.data.ingest.sources import Piece, RawLog
 from recpress.data.ingest.vocabulary import Vocabulary
@@ -57,7 +60,7 @@ class Encoder:
         self._classes: dict[str, tuple[str, str]] = {}  # of ids: what they are, and where that was seen first
         self._strict = source.integer_ids
         self._unit = unit
-        self._epochs: dict[str, set[str]] = {}  # of each file with numbers as times: `raw_values.epoch_units`
+        self._epochs: dict[str, dict[int, tuple[RowNumbers, int]]] = {}  # file -> magnitude of a time -> its first row
         self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
         self._old: Log | None = None
         self._extended: set[Side] = set()  # sides whose vocabulary is an old one, and keeps its kind
@@ -93,7 +96,7 @@ class Encoder:
         if not piece.table.num_rows:  # a writer that has met no row may not know the types
             return
         raw = {name: plain(piece.table.column(name)) for name in piece.table.column_names}
-        first = piece.first_row
+        at = piece.rows
         self._check_missing(raw, piece)
         parts = _parts(raw.pop("split"), piece, self._source.names.get("split", "split")) if "split" in raw else None
         columns: dict[str, pa.Array] = {}
@@ -101,12 +104,12 @@ class Encoder:
             if name in raw:
                 columns[name] = self._raw_ids(side, raw[name], piece)
         if self._schema.label:
-            columns["label"] = raw_values.floats(raw["label"], self._where(piece, "label"), first, self._nulls)
+            columns["label"] = raw_values.floats(raw["label"], self._where(piece, "label"), at, self._nulls)
         if self._schema.time:
             where = self._where(piece, "time")
-            columns["time"] = self._times(raw_values.times(raw["time"], where, first), where)
+            columns["time"] = self._times(raw_values.times(raw["time"], where, at), where, at)
         for name in self._schema.floats:
-            columns[name] = raw_values.floats(raw[name], f"{piece.where}, column '{name}'", first, self._nulls)
+            columns[name] = raw_values.floats(raw[name], f"{piece.where}, column '{name}'", at, self._nulls)
         columns |= {name: self._without_nulls(raw[name]) for name in self._schema.categorical}
         rows = pa.table(columns)
         if parts is None:
@@ -133,7 +136,8 @@ class Encoder:
 
     def encode_negatives(self, piece: Piece) -> pa.Table:
         lists = piece.table.column("negatives").combine_chunks()
-        items = self._raw_ids("item", plain(lists.flatten()), piece)
+        owner = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+        items = self._raw_ids("item", plain(lists.flatten()), replace(piece, rows=piece.rows.each(owner)))
         users, held_out = (
             pa.array(self._encode(side, self._raw_ids(side, plain(piece.table.column(name)), piece), piece))
             for side, name in zip(SIDES, ("user_id", "item_id"), strict=True)
@@ -157,7 +161,7 @@ class Encoder:
                 if gone.any():
                     column = self._source.names.get(name, name)
                     named = name if column == name else f"{name} (column '{column}')"
-                    raise InputError(f"{piece.where}, row {piece.first_row + int(np.argmax(gone))}: no {named}")
+                    raise InputError(f"{piece.where}, {piece.rows.name(int(np.argmax(gone)))}: no {named}")
 
     def _where(self, piece: Piece, name: str) -> str:
         """What errors call a column: the file, and the name that the file has for it."""
@@ -176,13 +180,13 @@ class Encoder:
                     f"{where}: ids are of type {found}, those in {seen} of type {known}; expected one type"
                 )
         loose = name in self._source.untyped or found == "number"
-        values = raw_values.ids(array, where, piece.first_row)
+        values = raw_values.ids(array, where, piece.rows)
         if side not in self.sides:
             fixed = self._config.id_type if self._config.id_type != "auto" else "int" if self._strict else None
             integers = values if pa.types.is_int64(values.type) else raw_values.integer_text(values) if loose else None
             kind = fixed or ("string" if integers is None else "int")
             if kind == "string" and name in self._source.untyped and not fixed:
-                raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=False)
+                raw_values.refuse_mixed_floats(values, where, piece.rows, integers=False)
             self.sides[side] = Vocabulary(kind, side, budget=self._budget)
         vocabulary = self.sides[side]
         if vocabulary.kind == "int" and pa.types.is_large_string(values.type):
@@ -190,13 +194,13 @@ class Encoder:
             if integers is not None:
                 return integers
             if self._config.id_type == "auto" and not self._strict and side not in self._extended:
-                raw_values.refuse_mixed_floats(values, where, piece.first_row, integers=True)
+                raw_values.refuse_mixed_floats(values, where, piece.rows, integers=True)
                 vocabulary.become_strings()
             elif self._config.id_type != "int":
-                raw_values.refuse_other_integers(values, where, piece.first_row)
-        return vocabulary.fit(values, where=where, first_row=piece.first_row)
+                raw_values.refuse_other_integers(values, where, piece.rows)
+        return vocabulary.fit(values, where=where, rows=piece.rows)
 
-    def _times(self, found: Times, where: str) -> pa.Array:
+    def _times(self, found: Times, where: str, rows: RowNumbers) -> pa.Array:
         zone, seen = self._zone
         if zone and found.zone != zone:
             raise InputError(
@@ -205,7 +209,9 @@ class Encoder:
             )
         self._zone = (found.zone, seen or where)
         if found.zone == "number":
-            self._epochs.setdefault(where, set()).update(raw_values.epoch_units(found.values))
+            known = self._epochs.setdefault(where, {})
+            for magnitude, place in raw_values.magnitudes(found.values).items():
+                known.setdefault(magnitude, (rows, place))
         unit = raw_values.finer(self._unit, found.unit) if self._unit else found.unit
         if self._unit and unit != self._unit:
             raise FinerTimes(unit)
@@ -213,15 +219,25 @@ class Encoder:
         return raw_values.in_unit(found, unit, where)
 
     def check_epochs(self) -> None:
-        """Raises InputError where times of one file all look like seconds, say, and of another like milliseconds."""
-        seen: dict[str, str] = {}
-        for where, units in self._epochs.items():
-            if len(units) == 1 and "" not in units:
-                seen.setdefault(next(iter(units)), where)
+        """Raises InputError if times look like seconds, say, and others like milliseconds: in one file without a time
+        between them, or all times of one file and all of another."""
+        seen: dict[int, str] = {}
+        for where, found in self._epochs.items():
+            units = sorted(found.keys() & raw_values.EPOCHS.keys())
+            for one, other in itertools.pairwise(units):
+                if not any(one < magnitude < other for magnitude in found):
+                    (rows, place), (rows_2, place_2) = found[one], found[other]
+                    raise InputError(
+                        f"{where}: times look like {raw_values.EPOCHS[one]} since 1970 in {rows.name(place)}, but like "
+                        f"{raw_values.EPOCHS[other]} in {rows_2.name(place_2)}; expected one unit in all rows"
+                    )
+            if units and len(found) == 1:
+                seen.setdefault(units[0], where)
         if len(seen) > 1:
             (one, at), (other, there), *_ = seen.items()
             raise InputError(
-                f"{there}: times look like {other} since 1970, but like {one} in {at}; expected one unit in all files"
+                f"{there}: times look like {raw_values.EPOCHS[other]} since 1970, but like {raw_values.EPOCHS[one]} in "
+                f"{at}; expected one unit in all files"
             )
 
     def _without_nulls(self, array: pa.Array) -> pa.Array:
@@ -337,7 +353,7 @@ def _parts(split: pa.Array, piece: Piece, column: str) -> np.ndarray:
     if "" in names:
         row = names.index("")
         raise InputError(
-            f"{piece.where}, row {piece.first_row + row}: split {split[row].as_py()!r} (column '{column}'); expected "
+            f"{piece.where}, {piece.rows.name(row)}: split {split[row].as_py()!r} (column '{column}'); expected "
             "train, val or test"
         )
     return np.array(names)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from recpress.data.config import IngestConfig, Schema
 from recpress.data.errors import InputError
-from recpress.data.ingest.raw_files import RawFile, RawInput, plain_name
+from recpress.data.ingest.raw_files import RawFile, RawInput, RowNumbers, plain_name
 from recpress.data.ingest.raw_text import Dialect, first_lines, header, listed, read_delimited, read_lines
 from recpress.data.ingest.sources import Piece, RawLog, dialect_of
 
@@ -54,16 +54,16 @@ def movielens(config: IngestConfig, place: RawInput) -> RawLog:
     def pieces() -> Iterator[Piece]:
         if found[0] == "ratings.dat":  # `::` is two delimiters with an empty field between them
             fields = ["user_id", "a", "item_id", "b", "label", "c", "time"]
-            for first, table in read_delimited(file, dialect_of(config, ":", quoted=False), fields, fields):
+            for rows, table in read_delimited(file, dialect_of(config, ":", quoted=False), fields, fields):
                 for name in "abc":
                     filled = pc.not_equal(table.column(name), "")
                     if pc.any(filled).as_py():
-                        row = first + pc.index(filled, True).as_py()
-                        raise InputError(f"{file.where}, row {row}: expected user::item::rating::time")
-                yield Piece("train", file.where, first, table.select(_EVENT))
+                        line = rows.name(pc.index(filled, True).as_py())
+                        raise InputError(f"{file.where}, {line}: expected user::item::rating::time")
+                yield Piece("train", file.where, rows, table.select(_EVENT))
         elif found[0] == "u.data":
-            for first, table in read_delimited(file, dialect_of(config, "\t", quoted=False), _EVENT, _EVENT):
-                yield Piece("train", file.where, first, table)
+            for rows, table in read_delimited(file, dialect_of(config, "\t", quoted=False), _EVENT, _EVENT):
+                yield Piece("train", file.where, rows, table)
         else:
             dialect = dialect_of(config, ",", quoted=True)
             names = header(file, dialect)
@@ -71,8 +71,8 @@ def movielens(config: IngestConfig, place: RawInput) -> RawLog:
                 raise InputError(
                     f"{file.where}: no column '{missing[0]}'; found {listed(names)} (for other tables: --format csv)"
                 )
-            for first, table in read_delimited(file, dialect, _MOVIELENS):
-                yield Piece("train", file.where, first, table.rename_columns(_EVENT))
+            for rows, table in read_delimited(file, dialect, _MOVIELENS):
+                yield Piece("train", file.where, rows, table.rename_columns(_EVENT))
 
     def users() -> pa.Table:
         raw, gender, age, occupation, _ = _double_colon(by_name["users.dat"], 5)
@@ -111,14 +111,15 @@ def _double_colon(file: RawFile, fields: int) -> list[pa.ChunkedArray]:
         lines = [line for _, line in read_lines(file)]
     except InputError:  # Latin-1 decodes any bytes
         lines = [line for _, line in read_lines(file, "latin-1")]
-    rows = [row for row in pa.chunked_array(lines, pa.string()).to_pylist() if row.strip()]
-    split = [row.split("::") for row in rows]
-    for number, row in enumerate(split):
-        if len(row) != fields:
-            raise InputError(f"{file.where}, row {number}: {len(row)} fields; expected {fields}")
+    rows = []
+    for number, line in enumerate(pa.chunked_array(lines, pa.string()).to_pylist(), 1):
+        if line.strip():
+            rows.append(line.split("::"))
+            if len(rows[-1]) != fields:
+                raise InputError(f"{file.where}, line {number}: {len(rows[-1])} fields; expected {fields}")
     if not rows:
         raise InputError(f"{file.where}: empty")
-    return [pa.chunked_array([column], pa.string()) for column in zip(*split, strict=True)]
+    return [pa.chunked_array([column], pa.string()) for column in zip(*rows, strict=True)]
 
 
 def ncf(config: IngestConfig, place: RawInput) -> RawLog:
@@ -128,34 +129,37 @@ def ncf(config: IngestConfig, place: RawInput) -> RawLog:
 
     def pieces() -> Iterator[Piece]:
         for part, file in (("train", train), ("test", test)):
-            for first, table in read_delimited(file, dialect, _EVENT, _EVENT):
-                yield Piece(part, file.where, first, table)
+            for rows, table in read_delimited(file, dialect, _EVENT, _EVENT):
+                yield Piece(part, file.where, rows, table)
 
     def negatives() -> Iterator[Piece]:
         assert negative is not None
         tests = [table for _, table in read_delimited(test, dialect, _EVENT, _EVENT)]
         expected = pa.concat_tables(tests).select(["user_id", "item_id"])
         end = 0
-        for first, lines in read_lines(negative):
+        for rows, lines in read_lines(negative):
+            first = rows.first
             lines = _without_blank_end(lines)
             pairs = pc.extract_regex(lines, r"^\((?P<user>\d+),\s*(?P<item>\d+)\)\t(?P<rest>[0-9\t]+)\s*$")
             if pairs.null_count:
-                row = first + int(np.argmax(pc.is_null(pairs).to_numpy(zero_copy_only=False)))
-                raise InputError(f"{negative.where}, row {row}: expected (user,item) and items, separated by tabs")
+                line = rows.name(int(np.argmax(pc.is_null(pairs).to_numpy(zero_copy_only=False))))
+                raise InputError(f"{negative.where}, {line}: expected (user,item) and items, separated by tabs")
             rest = pc.replace_substring_regex(pc.utf8_trim(pc.struct_field(pairs, "rest"), "\t"), r"\t+", "\t")
             users, items = (pc.struct_field(pairs, name) for name in ("user", "item"))
             table = pa.table({"user_id": users, "item_id": items, "negatives": pc.split_pattern(rest, "\t")})
             piece = expected.slice(first, len(lines))
             for name in ("user_id", "item_id"):
-                ours, theirs = table.column(name).combine_chunks(), piece.column(name).combine_chunks()
-                if ours[: len(theirs)] != theirs[: len(ours)]:
+                given, wanted = table.column(name).to_pylist(), piece.column(name).to_pylist()
+                other = next((k for k, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1]), None)
+                if other is not None:
                     raise InputError(
-                        f"{negative.where}, rows {first} and on: {name} is not that of {test.where} in every row"
+                        f"{negative.where}, {rows.name(other)}: {name} {given[other]}; expected {wanted[other]}, as in "
+                        f"{test.where}"
                     )
             end = first + len(lines)
             if end > expected.num_rows:
                 break
-            yield Piece("test_negatives", negative.where, first, table)
+            yield Piece("test_negatives", negative.where, rows, table)
         if end != expected.num_rows:
             more = "more" if end > expected.num_rows else end
             raise InputError(
@@ -214,15 +218,14 @@ def lightgcn(config: IngestConfig, place: RawInput) -> RawLog:
     def pieces() -> Iterator[Piece]:
         for name, part in LIGHTGCN.items():
             if name in found:
-                for first, lines in read_lines(found[name], config.encoding):
-                    table = _adjacency(lines, found[name].where, first, config.allow_empty_users)
-                    yield Piece(part, found[name].where, first, table)
+                for rows, lines in read_lines(found[name], config.encoding):
+                    yield _adjacency(lines, part, found[name].where, rows, config.allow_empty_users)
 
     return RawLog("lightgcn", tuple(found.values()), Schema(), pieces, untyped=_UNTYPED)
 
 
-def _adjacency(lines: pa.Array, path: str, first: int, allow_empty: bool) -> pa.Table:
-    """`user item item ...` -> one row for each item. Blank lines are none."""
+def _adjacency(lines: pa.Array, part: str, where: str, rows: RowNumbers, allow_empty: bool) -> Piece:
+    """`user item item ...` -> one row per item. Blank lines have no rows."""
     lines = pc.utf8_trim_whitespace(lines)
     blank = pc.equal(lines, "").to_numpy(zero_copy_only=False)
     row_of = np.flatnonzero(~blank)
@@ -233,15 +236,17 @@ def _adjacency(lines: pa.Array, path: str, first: int, allow_empty: bool) -> pa.
     good = pc.match_substring_regex(flat, "^[0-9]+$").to_numpy(zero_copy_only=False)
     if not good.all():
         place = int(np.argmin(good))
-        raise InputError(f"{path}, row {first + row_of[owner[place]]}: {flat[place].as_py()!r}; expected ids >= 0")
+        line = rows.name(int(row_of[owner[place]]))
+        raise InputError(f"{where}, {line}: {flat[place].as_py()!r}; expected ids >= 0")
     if not allow_empty and (lengths < 2).any():
-        row = int(row_of[int(np.argmax(lengths < 2))])
-        raise InputError(f"{path}, row {first + row}: a user without items; --allow-empty-users skips such users")
+        line = rows.name(int(row_of[int(np.argmax(lengths < 2))]))
+        raise InputError(f"{where}, {line}: a user without items; --allow-empty-users skips such users")
     starts = np.cumsum(lengths) - lengths
     is_item = np.ones(len(flat), dtype=bool)
     is_item[starts] = False
     users = flat.take(pa.array(starts[owner[is_item]]))
-    return pa.table({"user_id": users, "item_id": flat.filter(pa.array(is_item))})
+    table = pa.table({"user_id": users, "item_id": flat.filter(pa.array(is_item))})
+    return Piece(part, where, rows.each(row_of[owner[is_item]]), table)
 
 
 def criteo(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
@@ -259,8 +264,8 @@ def criteo(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
 
     def pieces() -> Iterator[Piece]:
         for file in files:
-            for first, table in read_delimited(file, dialect_of(config, "\t", quoted=False), names, names):
-                yield Piece("train", file.where, first, table)
+            for rows, table in read_delimited(file, dialect_of(config, "\t", quoted=False), names, names):
+                yield Piece("train", file.where, rows, table)
 
     schema = Schema(user="", item="", label="label", categorical=tuple(CATEGORIES), floats=tuple(INTS))
     return RawLog("criteo", tuple(files), schema, pieces)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import fs as pafs
@@ -31,6 +32,27 @@ class RawFile:
     """What errors call it."""
     partitions: tuple[tuple[str, str | None], ...] = ()
     """Keys and values of the Hive partitions that its path names (`dt=2024-01-01/`)."""
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """Consecutive rows of a file, as errors name them: `line 3` of text, counted from 1; `row 2` of Parquet, from 0."""
+
+    first: int = 0
+    """Ordinal of the first row, among the rows of the file."""
+    line_of: Callable[[int], int] | None = None
+    """The line on which the row with an ordinal begins, counted from 1; None: the file has no lines."""
+
+    def name(self, place: int) -> str:
+        """What errors call one of these rows, the first of which is at place 0."""
+        row = self.first + place
+        return f"row {row}" if self.line_of is None else f"line {self.line_of(row)}"
+
+    def each(self, places: np.ndarray) -> RowNumbers:
+        """The rows of text at these places, which may repeat: one for each value of lines with several."""
+        line_of, first = self.line_of, self.first
+        assert line_of is not None
+        return RowNumbers(0, lambda k: line_of(first + int(places[k])))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ import pyarrow.csv as pacsv
 
 from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
-from recpress.data.ingest.raw_files import RawFile
+from recpress.data.ingest.raw_files import RawFile, RowNumbers
 
 BLOCK = 16 << 20
 """Bytes of text that are parsed at once; a line may not be longer."""
@@ -106,8 +107,8 @@ def choose_delimiter(file: RawFile, dialect: Dialect, needed: Sequence[str]) -> 
 
 def read_delimited(
     file: RawFile, dialect: Dialect, columns: Sequence[str], names: Sequence[str] | None = None
-) -> Iterator[tuple[int, pa.Table]]:
-    """Rows as (ordinal of the first, table of strings). Lines that are empty are no rows.
+) -> Iterator[tuple[RowNumbers, pa.Table]]:
+    """Rows of the file, and a table of strings with their values. Empty lines are not rows.
 
     Args:
         columns: which to read, in this order. Names may have spaces around them in the file; where the header has
@@ -130,6 +131,7 @@ def read_delimited(
         newlines_in_values=dialect.quoted,
         ignore_empty_lines=len(found) > 1,
     )
+    line_of = partial(_line_of, file, dialect, names is None, len(found) > 1)
     row = 0
     try:
         with open_text(file, dialect.encoding) as stream:
@@ -137,22 +139,45 @@ def read_delimited(
             read = pacsv.ReadOptions(block_size=BLOCK, column_names=list(names) if names else None)
             with pacsv.open_csv(source, read_options=read, parse_options=parse, convert_options=convert) as reader:
                 for batch in reader:
-                    values = [_decoded(column, file, name, row) for name, column in zip(columns, batch, strict=True)]
+                    rows = RowNumbers(row, line_of)
+                    values = [_decoded(column, file, name, rows) for name, column in zip(columns, batch, strict=True)]
                     if spaced:
                         values = [pc.utf8_trim_whitespace(column) for column in values]
-                    yield row, pa.table(values, names=list(columns))
+                    yield rows, pa.table(values, names=list(columns))
                     row += batch.num_rows
     except UNREADABLE as error:
-        raise InputError(
-            f"{file.where}, after row {row - 1}: {_said(error)}" if row else f"{file.where}: {_said(error)}"
-        ) from error
+        message = first_line(error)
+        if fields := re.fullmatch(r"CSV parse error: Row #(\d+): (Expected \d+ columns, got .*)", message):
+            line = line_of(int(fields[1]) - (2 if names is None else 1))
+            fix = "is the delimiter right? are quotes part of the values? --delimiter, --quoting"
+            raise InputError(f"{file.where}, line {line}: {fields[2]} ({fix})") from error
+        after = f", after line {line_of(row - 1)}" if row else ""
+        raise InputError(f"{file.where}{after}: {message}") from error
 
 
-def _said(error: BaseException) -> str:
-    message = first_line(error)
-    if "Expected" in message and "columns, got" in message:
-        return f"{message} (is the delimiter right? are quotes part of the values? --delimiter, --quoting)"
-    return message
+def _line_of(file: RawFile, dialect: Dialect, has_header: bool, skips_empty: bool, row: int) -> int:
+    """The line, counted from 1, on which the row with this ordinal begins. Reads the file again, for an error alone."""
+    limit = csv.field_size_limit(4 * BLOCK)
+    try:
+        with (
+            open_text(file, dialect.encoding) as stream,
+            io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="") as lines,
+        ):
+            quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
+            reader = csv.reader(lines, delimiter=dialect.delimiter, quoting=quoting)  # type: ignore[arg-type]
+            before = 0
+            for fields in reader:
+                if fields or not (skips_empty or has_header):
+                    if has_header:
+                        has_header = False
+                    elif row == 0:
+                        break
+                    else:
+                        row -= 1
+                before = reader.line_num
+            return before + 1
+    finally:
+        csv.field_size_limit(limit)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -179,13 +204,13 @@ def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Seque
     return result
 
 
-def _decoded(column: pa.Array, file: RawFile, name: str, first: int) -> pa.Array:
+def _decoded(column: pa.Array, file: RawFile, name: str, rows: RowNumbers) -> pa.Array:
     try:
         return column.cast(pa.string())
     except pa.ArrowInvalid:
         row = next(k for k, value in enumerate(column.to_pylist()) if not _is_utf8(value))
         raise InputError(
-            f"{file.where}, row {first + row}, column '{name}': not UTF-8; name the encoding (--encoding latin-1, say)"
+            f"{file.where}, {rows.name(row)}, column '{name}': not UTF-8; name the encoding (--encoding latin-1, say)"
         ) from None
 
 
@@ -239,57 +264,69 @@ class _QuotesChecked(io.RawIOBase):
         return data
 
 
-def read_lines(file: RawFile, encoding: str = "auto") -> Iterator[tuple[int, pa.Array]]:
-    """Lines, which end at a newline alone, as (ordinal of the first, strings without it)."""
+def read_lines(file: RawFile, encoding: str = "auto") -> Iterator[tuple[RowNumbers, pa.Array]]:
+    """Lines, which end at a newline alone, as strings without it."""
     row, rest = 0, b""
     try:
         with open_text(file, encoding) as stream:
             while data := bytes(stream.read(_LINES)):
                 *lines, rest = (rest + data).split(b"\n")
                 if lines:
-                    yield row, _text_lines(lines, file, row)
+                    yield _text_lines(lines, file, row)
                     row += len(lines)
                 if len(rest) > 4 * BLOCK:
-                    raise InputError(f"{file.where}, row {row}: a line of more than {4 * BLOCK >> 20} MiB")
+                    raise InputError(f"{file.where}, line {row + 1}: more than {4 * BLOCK >> 20} MiB")
             if rest:
-                yield row, _text_lines([rest], file, row)
+                yield _text_lines([rest], file, row)
     except UNREADABLE as error:
         raise InputError(f"{file.where}: {first_line(error)}") from error
 
 
-def _text_lines(lines: list[bytes], file: RawFile, first: int) -> pa.Array:
+def _text_lines(lines: list[bytes], file: RawFile, first: int) -> tuple[RowNumbers, pa.Array]:
     lines[0] = lines[0].removeprefix(codecs.BOM_UTF8) if first == 0 else lines[0]
-    return _decoded(pa.array([line.removesuffix(b"\r") for line in lines], pa.binary()), file, "line", first)
+    rows, array = RowNumbers(first, _next), pa.array([line.removesuffix(b"\r") for line in lines], pa.binary())
+    return rows, _decoded(array, file, "line", rows)
 
 
-def read_json_lines(file: RawFile, columns: Sequence[str], encoding: str = "auto") -> Iterator[tuple[int, pa.Table]]:
-    """An object a line, as (ordinal of the first row, table); a key that is missing is null. Empty lines are no rows.
+def _next(ordinal: int) -> int:
+    """The number of a line, counted from 1."""
+    return ordinal + 1
+
+
+def read_json_lines(
+    file: RawFile, columns: Sequence[str], encoding: str = "auto"
+) -> Iterator[tuple[RowNumbers, pa.Table]]:
+    """One object per line. A missing key is null. Empty lines are not rows.
 
     Raises:
-        InputError: a line that is no JSON object, a key that is there twice, values of several types in one column, a
-            column that no object of the first lines has.
+        InputError: a line is not a JSON object, a key occurs twice, a column has values of several types, or no object
+            of the first lines has a column.
     """
     kinds: dict[str, tuple[str, int]] = {}
-    first = 0
-    for _, lines in read_lines(file, encoding):
-        lines = [line for line in lines.to_pylist() if line.strip()]
-        objects = [_json_object(line, file, first + k) for k, line in enumerate(lines)]
-        if not objects:
+    started = False
+    for at, lines in read_lines(file, encoding):
+        numbered = [(_next(at.first + k), line) for k, line in enumerate(lines.to_pylist()) if line.strip()]
+        if not numbered:
             continue
+        numbers = [number for number, _ in numbered]
+        objects = [_json_object(line, file, number) for number, line in numbered]
         for name in columns:
-            if first == 0 and not any(name in row for row in objects):
+            if not started and not any(name in row for row in objects):
                 raise InputError(f"{file.where}: no column '{name}'; found {listed(objects[0])}")
-        yield first, pa.table({name: _json_column(name, objects, file, first, kinds) for name in columns})
-        first += len(objects)
+        started = True
+        table = pa.table({name: _json_column(name, objects, file, numbers, kinds) for name in columns})
+        yield RowNumbers(0, numbers.__getitem__), table
 
 
-def _json_object(line: str, file: RawFile, row: int) -> dict[str, Any]:
+def _json_object(line: str, file: RawFile, number: int) -> dict[str, Any]:
     try:
         value = _JSON.decode(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.where}, row {row}: {first_line(error)}; expected a JSON object a line") from error
+        message = f"{first_line(error)}; expected one JSON object per line"
+        raise InputError(f"{file.where}, line {number}: {message}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file.where}, row {row}: JSON {type(value).__name__}; expected a JSON object a line")
+        found = f"JSON {type(value).__name__}; expected one JSON object per line"
+        raise InputError(f"{file.where}, line {number}: {found}")
     return value
 
 
@@ -302,17 +339,19 @@ def _object_without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any
 
 
 def _json_column(
-    name: str, objects: list[dict[str, Any]], file: RawFile, first: int, kinds: dict[str, tuple[str, int]]
+    name: str, objects: list[dict[str, Any]], file: RawFile, numbers: list[int], kinds: dict[str, tuple[str, int]]
 ) -> pa.Array:
     values = [row.get(name) for row in objects]
     types = set(map(type, values)) - {type(None)}
     found = {_json_kind(kind) for kind in types} | ({kinds[name][0]} if name in kinds else set())
     if len(found) > 1:
-        _refuse_mixed(name, values, file, first, kinds.get(name))
-    if "object" in found:
-        raise InputError(f"{file.where}, row {first} and on, column '{name}': a JSON object; expected a plain value")
+        _refuse_mixed(name, values, file, numbers, kinds.get(name))
     if found:
-        kinds.setdefault(name, (found.pop(), first))
+        kind = found.pop()
+        line = next((number for number, value in zip(numbers, values, strict=True) if value is not None), numbers[0])
+        if kind == "object":
+            raise InputError(f"{file.where}, line {line}, column '{name}': a JSON object; expected a plain value")
+        kinds.setdefault(name, (kind, line))
     try:
         try:
             return pa.array(values)
@@ -321,20 +360,22 @@ def _json_column(
                 raise
             return pa.array([None if value is None else decimal.Decimal(value) for value in values])
     except (pa.ArrowException, UnicodeError, ValueError, TypeError, OverflowError) as error:
-        rows = f"rows {first} to {first + len(values) - 1}"
-        raise InputError(f"{file.where}, {rows}, column '{name}': {first_line(error)}") from error
+        lines = f"lines {numbers[0]} to {numbers[-1]}"
+        raise InputError(f"{file.where}, {lines}, column '{name}': {first_line(error)}") from error
 
 
-def _refuse_mixed(name: str, values: list[Any], file: RawFile, first: int, known: tuple[str, int] | None) -> NoReturn:
-    for row, value in enumerate(values, first):
+def _refuse_mixed(
+    name: str, values: list[Any], file: RawFile, numbers: list[int], known: tuple[str, int] | None
+) -> NoReturn:
+    for line, value in zip(numbers, values, strict=True):
         if value is None:
             continue
         kind = _json_kind(type(value))
-        kind_before, row_before = known = known or (kind, row)
+        kind_before, line_before = known = known or (kind, line)
         if kind != kind_before:
             break
-    before = f"a {kind_before} in row {row_before}"
-    raise InputError(f"{file.where}, row {row}, column '{name}': a JSON {kind}, but {before}; expected one type")
+    before = f"a {kind_before} in line {line_before}"
+    raise InputError(f"{file.where}, line {line}, column '{name}': a JSON {kind}, but {before}; expected one type")
 
 
 def _json_kind(kind: type) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recpress.data.errors import InputError
+from recpress.data.ingest.raw_files import RowNumbers
 
 NULLS = ("", "#N/A", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "None", "none", "-NaN", "-nan", "\\N")
 """What text writes for a missing number or time, where the options name nothing else."""
@@ -76,7 +77,7 @@ def missing(array: pa.Array, nulls: Sequence[str] = ("",)) -> np.ndarray:
     return found.to_numpy(zero_copy_only=False)
 
 
-def ids(array: pa.Array, where: str, first: int) -> pa.Array:
+def ids(array: pa.Array, where: str, rows: RowNumbers) -> pa.Array:
     """Ids of a plain array without missing ones: int64 where they are integers that fit, else large_string.
 
     Numbers are equal where their values are, whatever their type. Raises InputError where a float is no exact integer.
@@ -90,7 +91,7 @@ def ids(array: pa.Array, where: str, first: int) -> pa.Array:
     if pa.types.is_floating(kind):
         values = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
         bad = ~((np.abs(values) < 2**53) & (values == np.floor(values)))
-        _refuse(bad, array, where, first, "expected an integer below 2 ** 53, or text")
+        _refuse(bad, array, where, rows, "expected an integer below 2 ** 53, or text")
         return pa.array(values.astype(np.int64))
     return text(array)
 
@@ -104,23 +105,23 @@ def integer_text(strings: pa.Array) -> pa.Array | None:
     return values if values.cast(strings.type).equals(strings) else None
 
 
-def refuse_other_integers(strings: pa.Array, where: str, first: int) -> None:
+def refuse_other_integers(strings: pa.Array, where: str, rows: RowNumbers) -> None:
     """Raises InputError for the first string that is no integer, has leading zeros, or is beyond 64 bits."""
     good = pc.match_substring_regex(strings, _INTEGER).to_numpy(zero_copy_only=False)
     place = int(np.argmin(good)) if not good.all() else int(np.argmax(pc.utf8_length(strings).to_numpy()))
     raise InputError(
-        f"{where}, row {first + place}: id {strings[place].as_py()!r}; expected an integer without leading zeros, as "
+        f"{where}, {rows.name(place)}: id {strings[place].as_py()!r}; expected an integer without leading zeros, as "
         "all ids of the vocabulary are (--id-type int also takes 007 for 7)"
     )
 
 
-def refuse_mixed_floats(strings: pa.Array, where: str, first: int, *, integers: bool) -> None:
+def refuse_mixed_floats(strings: pa.Array, where: str, rows: RowNumbers, *, integers: bool) -> None:
     """Raises InputError where ids of text are written like `1.0`, and others, or those before, like `1`."""
     floats = pc.match_substring_regex(strings, r"^-?[0-9]+\.0+$").to_numpy(zero_copy_only=False)
     if floats.any() and (integers or pc.any(pc.match_substring_regex(strings, _INTEGER)).as_py()):
         place = int(np.argmax(floats))
         raise InputError(
-            f"{where}, row {first + place}: id {strings[place].as_py()!r}, but others are written as integers; "
+            f"{where}, {rows.name(place)}: id {strings[place].as_py()!r}, but others are written as integers; "
             "expected one form (--id-type string takes them as different ids)"
         )
 
@@ -142,7 +143,7 @@ def text(array: pa.Array) -> pa.Array:
     return array.cast(pa.large_string())
 
 
-def floats(array: pa.Array, where: str, first: int, nulls: Sequence[str]) -> pa.Array:
+def floats(array: pa.Array, where: str, rows: RowNumbers, nulls: Sequence[str]) -> pa.Array:
     """float32 of a plain array of numbers, booleans or text; a missing value is NaN.
 
     Raises InputError where a value is no number, is infinite, or is beyond float32.
@@ -158,7 +159,7 @@ def floats(array: pa.Array, where: str, first: int, nulls: Sequence[str]) -> pa.
     if pa.types.is_large_binary(kind):
         values = text(values)
     if pa.types.is_large_string(values.type):
-        numbers = _parsed(values, where, first, known)
+        numbers = _parsed(values, where, rows, known)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     else:
@@ -168,11 +169,11 @@ def floats(array: pa.Array, where: str, first: int, nulls: Sequence[str]) -> pa.
         result[known] = numbers
     bad = np.zeros(len(array), bool)
     bad[known] = ~np.isfinite(result[known])
-    _refuse(bad, array, where, first, "expected a finite number of at most 3.4e38")
+    _refuse(bad, array, where, rows, "expected a finite number of at most 3.4e38")
     return pa.array(result)
 
 
-def times(array: pa.Array, where: str, first: int) -> Times:
+def times(array: pa.Array, where: str, rows: RowNumbers) -> Times:
     """Times of a plain array of numbers, timestamps, dates, or text of one of them, none missing; exact.
 
     Raises InputError where one is none of these, or does not fit.
@@ -181,17 +182,17 @@ def times(array: pa.Array, where: str, first: int) -> Times:
     if pa.types.is_large_binary(kind):
         array = text(array)
     if pa.types.is_large_string(array.type):
-        return _times_of_text(pc.utf8_trim_whitespace(array), where, first)
+        return _times_of_text(pc.utf8_trim_whitespace(array), where, rows)
     if pa.types.is_integer(kind):
         try:
             return Times("number", "integer", array.cast(pa.int64()))
         except pa.ArrowInvalid as error:
             raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
     if pa.types.is_decimal(kind):
-        return _times_of_text(text(array), where, first)
+        return _times_of_text(text(array), where, rows)
     if pa.types.is_floating(kind):
         values = array.cast(pa.float64())
-        _refuse(~np.isfinite(values.to_numpy(zero_copy_only=False)), array, where, first, "expected a finite time")
+        _refuse(~np.isfinite(values.to_numpy(zero_copy_only=False)), array, where, rows, "expected a finite time")
         return Times("number", "float", values)
     if pa.types.is_date(kind):
         array = array.cast(pa.timestamp("s"))
@@ -205,12 +206,15 @@ def times(array: pa.Array, where: str, first: int) -> Times:
         raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
-def epoch_units(numbers: pa.Array) -> set[str]:
-    """What numbers count since 1970 if they are times from 1973 to 2286, whose ranges do not overlap; `` of others."""
-    values = numbers.to_numpy(zero_copy_only=False)
-    units = ("", "seconds", "", "milliseconds", "", "microseconds", "", "nanoseconds", "")
+EPOCHS = {1: "seconds", 3: "milliseconds", 5: "microseconds", 7: "nanoseconds"}
+"""Magnitude -> what numbers of it count since 1970 if they are times from 1973 to 2286, whose ranges do not overlap."""
+
+
+def magnitudes(numbers: pa.Array) -> dict[int, int]:
+    """Magnitude -> the place of the first number of it: those of `EPOCHS`, and even ones for numbers between them."""
     edges = [10.0 ** (power + 3 * k) for k in range(4) for power in (8, 10)]
-    return {units[k] for k in np.unique(np.digitize(values, edges)).tolist()}
+    found, places = np.unique(np.digitize(numbers.to_numpy(zero_copy_only=False), edges), return_index=True)
+    return dict(zip(found.tolist(), places.tolist(), strict=True))
 
 
 def in_unit(found: Times, unit: str, where: str) -> pa.Array:
@@ -235,7 +239,7 @@ def finer(one: str, other: str) -> str:
     return "float" if "float" in (one, other) else "integer"
 
 
-def _times_of_text(strings: pa.Array, where: str, first: int) -> Times:
+def _times_of_text(strings: pa.Array, where: str, rows: RowNumbers) -> Times:
     number = pc.match_substring_regex(strings, r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
     number = number.to_numpy(zero_copy_only=False)
     if number.all():
@@ -244,13 +248,13 @@ def _times_of_text(strings: pa.Array, where: str, first: int) -> Times:
         if pc.all(pc.match_substring_regex(strings, _INTEGER)).as_py():
             raise InputError(f"{where}: a time beyond 64 bits; expected at most {2**63 - 1}")
         values = strings.cast(pa.float64())
-        _refuse(~np.isfinite(values.to_numpy(zero_copy_only=False)), strings, where, first, "expected a finite time")
+        _refuse(~np.isfinite(values.to_numpy(zero_copy_only=False)), strings, where, rows, "expected a finite time")
         return Times("number", "float", values)
     row = int(np.argmax(number))
     if number.any():
         other = int(np.argmin(number))
         raise InputError(
-            f"{where}: {strings[row].as_py()!r} in row {first + row}, {strings[other].as_py()!r} in row {first + other}"
+            f"{where}: {strings[row].as_py()!r} in {rows.name(row)}, {strings[other].as_py()!r} in {rows.name(other)}"
             "; expected times of one kind, numbers or dates"
         )
     zoned = pc.match_substring_regex(strings, r"(Z|[+-][0-9]{2}:?([0-9]{2})?)$")
@@ -258,8 +262,8 @@ def _times_of_text(strings: pa.Array, where: str, first: int) -> Times:
     if zoned.any() and not zoned.all():
         row, other = int(np.argmax(zoned)), int(np.argmin(zoned))
         raise InputError(
-            f"{where}: {strings[row].as_py()!r} in row {first + row} has a time zone, {strings[other].as_py()!r} in "
-            f"row {first + other} has none; expected times of one kind"
+            f"{where}: {strings[row].as_py()!r} in {rows.name(row)} has a time zone, {strings[other].as_py()!r} in "
+            f"{rows.name(other)} has none; expected times of one kind"
         )
     zone = "UTC" if zoned.any() else "local"
     for unit in UNITS:
@@ -269,7 +273,7 @@ def _times_of_text(strings: pa.Array, where: str, first: int) -> Times:
             fault = error
     bad = np.array([not _is_time(strings, k, zone) for k in range(len(strings))])
     expected = "expected a number, or a date such as 2024-01-31 or 2024-01-31T23:59:59.123Z"
-    _refuse(bad, strings, where, first, expected)
+    _refuse(bad, strings, where, rows, expected)
     raise InputError(f"{where}: {str(fault).splitlines()[0]}")
 
 
@@ -283,7 +287,7 @@ def _is_time(strings: pa.Array, row: int, zone: str) -> bool:
     return False
 
 
-def _parsed(strings: pa.Array, where: str, first: int, rows: np.ndarray) -> np.ndarray:
+def _parsed(strings: pa.Array, where: str, rows: RowNumbers, known: np.ndarray) -> np.ndarray:
     """float64 of text; `true` and `false` are 1 and 0."""
     strings = pc.utf8_trim_whitespace(strings)
     try:
@@ -298,7 +302,7 @@ def _parsed(strings: pa.Array, where: str, first: int, rows: np.ndarray) -> np.n
         try:
             strings.slice(k, 1).cast(pa.float64())
         except pa.ArrowInvalid:
-            raise InputError(f"{where}, row {first + rows[k]}: {strings[k].as_py()!r}; expected a number") from None
+            raise InputError(f"{where}, {rows.name(known[k])}: {strings[k].as_py()!r}; expected a number") from None
     raise AssertionError("every part of the array is a number, but not the whole")
 
 
@@ -325,7 +329,7 @@ def _escaped(value: bytes) -> str:
     return r"\x" + value.hex()
 
 
-def _refuse(bad: np.ndarray, array: pa.Array, where: str, first: int, expected: str) -> None:
+def _refuse(bad: np.ndarray, array: pa.Array, where: str, rows: RowNumbers, expected: str) -> None:
     if bad.any():
         row = int(np.argmax(bad))
-        raise InputError(f"{where}, row {first + row}: {array[row].as_py()!r}; {expected}")
+        raise InputError(f"{where}, {rows.name(row)}: {array[row].as_py()!r}; {expected}")

@@ -1,8 +1,8 @@
 """Readers of named columns (csv, tsv, json, parquet): raw rows in pieces with their origin, in bounded memory.
 
 Columns of the pieces have the log's own names (`user_id`, `item_id`, `label`, `time`, and further ones as
-they are called); `RawLog.names` has those of the files. Their values are still raw. Rows count from 0, a header line
-and empty lines aside, in errors too.
+they are called); `RawLog.names` has those of the files. Their values are still raw. Errors name a row of text by its
+line in the file, counted from 1 (a header and empty lines count too), and a row of Parquet by its number, from 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from recpress.data.config import IngestConfig, Schema
 from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
-from recpress.data.ingest.raw_files import RawFile
+from recpress.data.ingest.raw_files import RawFile, RowNumbers
 from recpress.data.ingest.raw_text import (
     UNREADABLE,
     Dialect,
@@ -36,7 +36,7 @@ class Piece:
 
     part: str
     where: str
-    first_row: int
+    rows: RowNumbers
     table: pa.Table
 
 
@@ -112,7 +112,7 @@ def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> RawL
     dialect = dialect_of(config, "\t" if name == "tsv" else ",", quoted=name == "csv")
     may_differ = names is None and not config.delimiter  # each file may have another delimiter
 
-    def read(file: RawFile, wanted: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    def read(file: RawFile, wanted: Sequence[str]) -> Iterator[tuple[RowNumbers, pa.Table]]:
         of_file = choose_delimiter(file, dialect, wanted) if may_differ else dialect
         return read_delimited(file, of_file, wanted, names)
 
@@ -140,7 +140,7 @@ def _named(
     config: IngestConfig,
     files: Sequence[RawFile],
     name: str,
-    read: Callable[[RawFile, Sequence[str]], Iterator[tuple[int, pa.Table]]],
+    read: Callable[[RawFile, Sequence[str]], Iterator[tuple[RowNumbers, pa.Table]]],
     untyped: frozenset[str],
 ) -> RawLog:
     columns = named_columns(config)
@@ -152,10 +152,10 @@ def _named(
             wanted = [column for column in columns if column not in keys]
             if not wanted:
                 raise InputError(f"{file.where}: every column is a partition; expected one in the file")
-            for first, table in read(file, wanted):
+            for rows, table in read(file, wanted):
                 found = {column: table.column(column) for column in wanted}
                 found |= {key: pa.repeat(pa.scalar(values[key], pa.string()), table.num_rows) for key in keys}
-                yield Piece("train", file.where, first, pa.table({columns[c]: found[c] for c in columns}))
+                yield Piece("train", file.where, rows, pa.table({columns[c]: found[c] for c in columns}))
 
     return RawLog(
         name,
@@ -177,7 +177,7 @@ def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[s
     return keys
 
 
-def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[RowNumbers, pa.Table]]:
     first = 0
     try:
         with (
@@ -190,7 +190,7 @@ def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[int, 
                     many = f"{names.count(name)} columns" if name in names else "no column"
                     raise InputError(f"{file.where}: {many} '{name}'; found {listed(names)}")
             for batch in reader.iter_batches(_BATCH, columns=list(columns)):
-                yield first, pa.Table.from_batches([batch]).select(list(columns))
+                yield RowNumbers(first), pa.Table.from_batches([batch]).select(list(columns))
                 first += batch.num_rows
             if first != reader.metadata.num_rows:
                 raise InputError(f"{file.where}: {first} rows; its footer says {reader.metadata.num_rows}")

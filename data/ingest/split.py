@@ -62,7 +62,7 @@ def leave_one_out(
         InputError: no time column for `last`, no user that can take part, what reading the log raises.
     """
     if by == "last" and log.schema.time is None:
-        raise InputError(f"{log.path}: the last interaction needs a time column; the schema names none")
+        raise InputError(f"{log.path}: the last interaction needs a time column; name it in the schema (schema.time)")
     if negatives < 0:
         raise InputError(f"negatives is {negatives}; expected at least 0")
     asked = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}

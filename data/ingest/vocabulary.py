@@ -23,10 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recpress.data.errors import InputError
+from recpress.data.ingest.raw_files import RowNumbers
 from recpress.data.seeds import generator
 
 Kind = Literal["int", "string"]
 _CLASH = -2
+_ROWS = RowNumbers()
 _WIDTH = 64  # places of a string that have hash tables of their own
 
 
@@ -101,7 +103,7 @@ class Vocabulary:
         grow: bool = True,
         count: bool = True,
         where: str = "",
-        first_row: int = 0,
+        rows: RowNumbers = _ROWS,
     ) -> np.ndarray:
         """Dense ids of raw ids, int64 of the same length; ids that are new get the next numbers.
 
@@ -109,12 +111,12 @@ class Vocabulary:
             grow: number new ids; otherwise theirs is -1, and nothing is counted.
             count: add the occurrences to the counts.
             where: file and column, for errors.
-            first_row: what errors add to the row.
+            rows: the rows that the values are from, for errors.
 
         Raises:
             InputError: a null, a value that is no integer (of an integer vocabulary), or no room left.
         """
-        values = self._cast(values, where, first_row)
+        values = self._cast(values, where, rows)
         encoded = pc.dictionary_encode(values)
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()
@@ -139,9 +141,9 @@ class Vocabulary:
         found[known] = self.encode(values.drop_null(), grow=False)
         return found
 
-    def fit(self, values: pa.Array, *, where: str = "", first_row: int = 0) -> pa.Array:
+    def fit(self, values: pa.Array, *, where: str = "", rows: RowNumbers = _ROWS) -> pa.Array:
         """The values in the type of this vocabulary, which `encode` takes as they are. Raises InputError as it does."""
-        return self._cast(values, where, first_row)
+        return self._cast(values, where, rows)
 
     def become_strings(self) -> None:
         """Turns integers into their decimal digits; dense ids and counts stay."""
@@ -159,12 +161,12 @@ class Vocabulary:
             if dense >= 0
         ]
 
-    def _cast(self, values: pa.Array | pa.ChunkedArray, where: str, first_row: int) -> pa.Array:
+    def _cast(self, values: pa.Array | pa.ChunkedArray, where: str, rows: RowNumbers) -> pa.Array:
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         if values.null_count:
             row = int(np.argmax(pc.is_null(values).to_numpy(zero_copy_only=False)))
-            raise InputError(f"{where}, row {first_row + row}: no {self.name} id")
+            raise InputError(f"{where}, {rows.name(row)}: no {self.name} id")
         kind = pa.int64() if self.kind == "int" else pa.large_string()
         try:
             return values.cast(kind)
@@ -174,7 +176,7 @@ class Vocabulary:
                 good = pc.match_substring_regex(values, "^-?[0-9]{1,18}$").to_numpy(zero_copy_only=False)
                 row = int(np.argmin(good))
                 where, message = (
-                    f"{where}, row {first_row + row}",
+                    f"{where}, {rows.name(row)}",
                     f"{values[row].as_py()!r}; expected an integer",
                 )
             raise InputError(f"{where}: {self.name} id {message}") from error

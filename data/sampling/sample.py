@@ -8,12 +8,13 @@ types. Held-out splits, side tables and vocabularies are copied unchanged, so id
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from recpress.data.config import LayoutConfig, SampleConfig
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.files import first_line, list_files, shown
 from recpress.data.dataset.log import KIND, Log
+from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.sampling.bucket_shuffle import BucketShuffle
@@ -66,7 +68,7 @@ def write_sample(
         selection = Selection(log.train, sample)
         if selection.num_rows == 0:
             raise InputError(f"{log.path}: none of its {log.train.num_rows} rows is in {sample}")
-        tables = _sampled(log, selection)
+        tables = selected_tables(log, selection)
         if shuffle:
             tables = _shuffled(tables, tmp / ".buckets", selection.num_rows, shuffle_rows, sample.seed)
         for table in tables:
@@ -74,7 +76,7 @@ def write_sample(
         if not writer.part("train").rows:
             raise InputError(f"{log.path}: none of the row groups that have rows of the sample can be read")
         shutil.rmtree(tmp / ".buckets", ignore_errors=True)
-        copied = _copy(log, tmp)
+        copied = copy_unchanged(log, tmp)
         meta |= writer.manifest(
             log.schema,
             log.num_users,
@@ -97,8 +99,17 @@ def _sample_of(log: Log, sample: SampleConfig) -> dict[str, Any]:
     return {"sample": asdict(sample), "log": log.path, "rows": log.train.num_rows, "files": log.inputs()}
 
 
-def _sampled(log: Log, selection: Selection) -> Iterator[pa.Table]:
-    """The selected rows of each row group that has some, the next one read ahead."""
+class Selected(Protocol):
+    """Which rows of a log are written."""
+
+    @property
+    def candidates(self) -> np.ndarray: ...  # row groups that may have selected rows, sorted int64
+
+    def of(self, group: int) -> np.ndarray | None: ...  # sorted int64 rows of it, None for all
+
+
+def selected_tables(log: Log, selection: Selected) -> Iterator[pa.Table]:
+    """The selected rows of each row group that has some, with all columns; the next row group is read ahead."""
     rows = log.train
     first = next(file for file in rows.files if file.metadata)
     schema = first.schema.remove_metadata()
@@ -153,11 +164,16 @@ def _shuffled(
         buckets.close()
 
 
-def _copy(log: Log, target: Path) -> list[str]:
-    """Copies what is not train: held-out parts, side tables, vocabularies. Returns the names below the log."""
+def copy_unchanged(
+    log: Log,
+    target: Path,
+    parts: Sequence[Literal["val", "test", "test_negatives"]] = ("val", "test", "test_negatives"),
+) -> list[str]:
+    """Copy held-out parts, side tables and vocabularies. Returns the names below the log."""
     if log.root is None:
         return []
-    held_out = [file.path for part in (log.val, log.test, log.test_negatives) if part for file in part.files]
+    splits: list[ParquetSplit | None] = [getattr(log, part) for part in parts]
+    held_out = [file.path for split in splits if split for file in split.files]
     names = [path[len(log.root) :].lstrip("/") for path in held_out]
     found = list_files(log.filesystem, log.root)
     names += [n for n in found if n in ("users.parquet", "items.parquet") or n.startswith("vocabulary/")]

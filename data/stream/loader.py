@@ -24,7 +24,7 @@ from recpress.data.stream.memory import memory_bound
 from recpress.data.stream.order import EpochOrder
 from recpress.data.stream.prefetch import in_background
 from recpress.data.stream.read_plan import ReadAhead, ReadPlan
-from recpress.data.stream.shuffle_window import ShuffleWindow, Table
+from recpress.data.stream.shuffle_window import BufferPool, ShuffleWindow, Table
 from recpress.data.stream.stats import Meter, StreamStats
 
 Made = TypeVar("Made")
@@ -125,17 +125,17 @@ class InteractionStream:
             part = "" if sample is None else f" in {'what is not in ' if complement else ''}{sample}"
             raise InputError(f"{rows.files[0].path}: {self.num_rows} rows{part}; expected at least {world}, one a rank")
         self.pin_memory, self._is_share = pin_memory, False
-        self._meter = Meter()
+        self._meter, self._pool = Meter(), BufferPool(pin_memory)
         self.set_epoch(epoch, start_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        local = ("_meter", "order")  # locks, and caches of the epoch
+        local = ("_meter", "_pool", "order")  # locks, memory, and caches of the epoch
         return {name: value for name, value in vars(self).items() if name not in local}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         iterated: bool = state["_iterated_by_worker"]
-        self._meter = Meter()
+        self._meter, self._pool = Meter(), BufferPool(self.pin_memory)
         self.set_epoch(self.epoch, self.start_step)
         self._iterated_by_worker = iterated
 
@@ -214,7 +214,9 @@ class InteractionStream:
         self._iterated_by_worker = True
         share = InteractionStream.__new__(InteractionStream)
         # A lock that was held when the process was forked would never be released: make new ones.
-        vars(share).update(vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter())
+        vars(share).update(
+            vars(self), worker=worker, workers=workers, _is_share=True, _meter=Meter(), _pool=BufferPool()
+        )
         return share
 
     def _iterate(self, waiting: str) -> Iterator[Interactions]:
@@ -236,7 +238,7 @@ class InteractionStream:
             threads=self.config.chosen_threads,
             start=steps[0],
             meter=self._meter,
-            pin_memory=self.pin_memory,
+            pool=self._pool,
         )
         with reader:
             held: ShuffleWindow | None = None

@@ -19,7 +19,7 @@ from recpress.data.dataset.columns import take
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.order import EpochOrder, RowGroupRead
-from recpress.data.stream.shuffle_window import Columns, ShuffleWindow
+from recpress.data.stream.shuffle_window import BufferPool, Columns, ShuffleWindow
 from recpress.data.stream.stats import Meter
 
 
@@ -75,11 +75,11 @@ class ReadAhead:
         threads: int,
         start: int,
         meter: Meter,
-        pin_memory: bool = False,
+        pool: BufferPool,
     ) -> None:
         self._rows, self._columns, self._order = rows, list(columns), order
         self._rank, self._world = rank, world
-        self._selection, self._meter, self._pin_memory = selection, meter, pin_memory
+        self._selection, self._meter, self._pool = selection, meter, pool
         ahead = ReadPlan(order, rank, world, start)
         self._reads, self._rows_of, self._limit = ahead.reads, ahead.rows_of, ahead.limit
         self._next = 0
@@ -177,6 +177,7 @@ class ReadAhead:
             with self._errors_to_consumer(read):
                 self._write(read, columns)
             self._meter.add(shuffle=time.perf_counter() - began)
+            del found, columns  # or a row group stays in memory while the next one is awaited
 
     @contextmanager
     def _errors_to_consumer(self, read: RowGroupRead) -> Iterator[None]:
@@ -266,6 +267,4 @@ class ReadAhead:
                     self._changed.notify_all()
 
     def _new_window(self, number: int, columns: Columns) -> ShuffleWindow:
-        return ShuffleWindow(
-            self._order, number, self._rank, self._world, columns, self._rows_of[number], self._pin_memory
-        )
+        return ShuffleWindow(self._order, number, self._rank, self._world, columns, self._rows_of[number], self._pool)

@@ -55,9 +55,9 @@ def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool 
     with (
         artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
         LogWriter(tmp, config.layout) as writer,
-        tqdm(total=config.rows + config.test_rows, unit=" rows", unit_scale=True, disable=None, desc="synth") as bar,
+        tqdm(total=config.rows + config.held_out, unit=" rows", unit_scale=True, disable=None, desc="synth") as bar,
     ):
-        for part, rows in (("train", config.rows), ("test", config.test_rows)):
+        for part, rows in (("train", config.rows), ("test", config.held_out)):
             for first in range(0, rows, BLOCK):
                 label, floats, ids = made.rows(part, first, min(first + BLOCK, rows))
                 writer.part(part).write(_table(label, floats, ids))
@@ -184,9 +184,10 @@ def _columns(matrix: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _check(config: SynthCriteoConfig) -> None:
-    for name in ("rows", "test_rows", "groups", "latent"):
-        if getattr(config, name) < 1:
-            raise InputError(f"synth-criteo: {name} is {getattr(config, name)}; expected at least 1")
+    counts = {"rows": config.rows, "test_rows": config.held_out, "groups": config.groups, "latent": config.latent}
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"synth-criteo: {name} is {count}; expected at least 1")
     for name in ("skew", "effects", "interactions", "dense", "noise"):
         if not 0 <= getattr(config, name) < np.inf:
             raise InputError(f"synth-criteo: {name} is {getattr(config, name)}; expected a number >= 0")

@@ -56,7 +56,8 @@ NDCG@10 differs by less than 1 % from that after 10."""
 _ITEMS = 2048  # sampled items for the `full` metric
 _EFFICIENCY = 0.5  # `_cost` does not count ranking and building the sample
 _LEAST_INTERACTIONS = 35_000
-_LEAST_USERS = 50  # with fewer hidden items, differences are noise
+LEAST_USERS = 50
+"""With fewer hidden items, differences are noise."""
 
 Fit = Callable[[ALSConfig], tuple[torch.Tensor, torch.Tensor]]
 """Factorizes a sample: vectors of this rank's users, (rows, d), and of all items, (num_items, d)."""
@@ -237,10 +238,10 @@ def choose_settings(
     sample = take_sample(by_user, share, config.seed, exchange)
     settings = given | ({} if config.factors or not config.auto else {"factors": min(most, 64)})
     choice = SettingsChoice(_used(config, settings), metric)
-    if sample is None or len(sample.hidden_users) < _LEAST_USERS:
+    if sample is None or len(sample.hidden_users) < LEAST_USERS:
         return choice
     fit = prepare(sample)
-    rank_hidden = _ranker(sample, metric, config.seed, exchange)
+    rank_hidden = hidden_ranker(sample, metric, config.seed, exchange)
     popular = torch.from_numpy(sample.counts.astype(np.float32))[:, None]
     baseline = rank_hidden(
         torch.ones(_own(sample, exchange)[1], 1, device=exchange.device), popular.to(exchange.device)
@@ -383,7 +384,7 @@ def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sa
     )
 
 
-def _ranker(
+def hidden_ranker(
     sample: Sample, metric: str, seed: int, exchange: Exchange
 ) -> Callable[[torch.Tensor, torch.Tensor], np.ndarray]:
     """(this rank's users (rows, d), all items (num_items, d)) -> NDCG@10 of every hidden item. Collective."""

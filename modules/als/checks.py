@@ -79,13 +79,14 @@ def effective_rank(rows: torch.Tensor, exchange: Exchange) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
-def check_factors(factors: Factors, als: ALS | None = None) -> list[str]:
+def check_factors(factors: Factors, als: ALS | None = None, fix: str = "train for more epochs") -> list[str]:
     """Warnings, one per sign of a collapse, each with its cause and fix. Collective; the same on every rank.
 
     als: the factorization that made the factors; None for another method.
+    fix: how to fix a collapse of another method.
     """
     exchange = als.exchange if als is not None else Exchange(None, factors.users.device)
-    fix = "lower weight_decay or train for more epochs" if als is None else _fix(als)
+    fix = fix if als is None else _fix(als)
     found, score = [], 1.0
     for side, rows, counts in (
         ("user", factors.users, factors.user_counts),

@@ -63,16 +63,16 @@ class Exchange:
         if self.world == 1:
             return source
         sizes = [len(part) for part in parts]
-        return self._send(torch.from_numpy(source).to(self.device), sizes)[0].cpu().numpy()
+        return self.send(torch.from_numpy(source).to(self.device), sizes)[0].cpu().numpy()
 
     def fetch_rows(self, shard: torch.Tensor, ids: torch.Tensor, blocks: RowBlocks) -> torch.Tensor:
         """Fetch rows `ids` (n,), ascending, of a table that is sharded by `blocks`, with `shard` here: (n, d)."""
         bounds = torch.tensor([blocks.stop(rank) for rank in range(self.world)], device=ids.device)
         ends = torch.searchsorted(ids.long(), bounds)
         requested = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        places, wanted = self._send(ids, requested)
+        places, wanted = self.send(ids, requested)
         answer = shard.index_select(0, places.long() - blocks.start(self.rank))
-        return self._send(answer, wanted, requested)[0]
+        return self.send(answer, wanted, requested)[0]
 
     def gather(self, shard: torch.Tensor, blocks: RowBlocks) -> torch.Tensor:
         """All rows of a table that is sharded by `blocks`, with `shard` here: (num_rows, d)."""
@@ -84,7 +84,7 @@ class Exchange:
         _gather(whole, mine, group=self.group)
         return whole[: blocks.num_rows]
 
-    def _send(
+    def send(
         self, source: torch.Tensor, sizes: list[int], received: list[int] | None = None
     ) -> tuple[torch.Tensor, list[int]]:
         """Send sizes[r] rows to rank r. Returns the received rows, and their number from each rank."""

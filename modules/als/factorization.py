@@ -99,18 +99,22 @@ class ALS:
         self.builder.add(np.asarray(users), np.asarray(items), None if values is None else np.asarray(values))
 
     def fit(
-        self, on_sweep: Callable[[SweepReport], bool | None] | None = None, start: Factors | None = None
+        self,
+        on_sweep: Callable[[SweepReport], bool | None] | None = None,
+        start: Factors | None = None,
+        interactions: tuple[CSR, CSR] | None = None,
     ) -> Factors:
         """Factorize the interactions that were added, and drop them. Collective.
 
         Args:
             on_sweep: called with the report of each sweep. True, on any rank, stops the sweeps.
             start: initial factors with this sharding, instead of random ones. They are not changed.
+            interactions: by user and by item, instead of those that were added. They are not changed.
 
         Raises:
             ValueError: there are no interactions; the objective is not finite; a row's equations cannot be solved.
         """
-        by_user, by_item = self.builder.build()
+        by_user, by_item = self.builder.build() if interactions is None else interactions
         rows = int(self.exchange.sum(torch.tensor(len(by_user.indices), device=self.exchange.device)))
         if rows == 0:
             raise ValueError("als: no interactions to fit, expected at least one that was added since the last fit")

@@ -53,7 +53,7 @@ def fold_in(
     if not sharded:
         exchange.world, exchange.rank = 1, 0
     num_others = len(others) if num_others is None else num_others
-    csr = _known(np.asarray(indptr, np.int64), np.asarray(indices), values, num_others)
+    csr = known_interactions(np.asarray(indptr, np.int64), np.asarray(indices), values, num_others)
     scales = None
     if config.item_exponent and side == "item":
         scales = Scales(rows=item_weights(config, np.diff(csr.indptr)))
@@ -80,7 +80,7 @@ def fold_in(
     return rows
 
 
-def _known(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_others: int) -> CSR:
+def known_interactions(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_others: int) -> CSR:
     """The interactions with known ids. Raises ValueError if an index or value is out of range."""
     if indptr.ndim != 1 or not len(indptr) or indptr[0] != 0 or indptr[-1] != len(indices):
         raise ValueError(f"fold_in: indptr: expected 0 to {len(indices)}, the number of indices")

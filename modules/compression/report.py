@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from recpress.modules.compression.collections import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from recpress.modules.compression.collections import Compressed
+from recpress.modules.fingerprints import is_fingerprint
 from recpress.modules.row_source import RowSource
+
+_WRAPPERS = ("_dmp_wrapped_module", "module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +42,37 @@ class CompressReport:
     def load(self, model: nn.Module) -> None:
         """Load the tables of `model`, which was sharded after `compress`. Each rank loads its own shards.
 
-        DistributedModelParallel creates new rows for every table. Without this call, frozen tables have no rows.
+        Skips tables without rows, whose weights were on the device "meta" in `compress`. Needed only if the sharders
+        of DistributedModelParallel are not `recpress.modules.sharders()`.
 
         Raises:
-            ValueError: the model has no compressed collection; a table has no rows to load, because its weights were on
-                the device "meta" in `compress`.
+            ValueError: the model has no compressed collection; shapes or values do not fit.
         """
-        found = [
-            m
-            for m in model.modules()
-            if isinstance(m, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
-        ]
-        if not found:
-            raise ValueError("compress: the model has no compressed collection to load")
-        for module in found:
+        for _, module in _compressed(model):
             for table in module.tables():
-                if table not in self.rows:
-                    raise ValueError(f"table {table!r}: it had no rows to load when the model was compressed")
-                module.load(table, self.rows[table])
+                if table in self.rows:
+                    module.load(table, self.rows[table])
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """`model.state_dict()` with the frozen tables as float32 under their original names, and without fingerprints.
+
+        The names are those of the model before `compress`: `<path>.embedding_bags.<table>.weight`. A table with a map
+        has its shared rows (num_rows, dim). Frozen tables of a sharded model are ShardedTensors of decoded rows, for
+        torch.distributed.checkpoint; each rank needs memory for its decoded shards. Collective if sharded.
+
+        Raises:
+            ValueError: the model has no compressed collection; frozen rows were never loaded.
+        """
+        found = {key: value for key, value in model.state_dict().items() if not is_fingerprint(key)}
+        for path, module in _compressed(model):
+            if module.frozen is None:
+                continue
+            dims = {c.name: c.embedding_dim for c in module._configs}
+            for table in module.frozen.tables():
+                module.frozen.check_loaded()
+                key = ".".join(part for part in (path, module._group, table.name, "weight") if part)
+                found[key] = module.frozen.whole(table.name, dims[table.name])
+        return found
 
     def __str__(self) -> str:
         head = ("table", "what", "rows", "", "bytes", "", "map bytes")
@@ -73,3 +92,22 @@ class CompressReport:
             text.append("  ".join(names + numbers).rstrip())
         kept = (sums[3] + sums[4]) / max(1, sums[2])
         return "\n".join([*text, f"bytes kept, maps included: {100 * kept:.1f} %"])
+
+
+def _compressed(model: nn.Module) -> list[tuple[str, Any]]:
+    """(path as in `state_dict`, collection) of each compressed collection."""
+    found: list[tuple[str, Any]] = [(p, m) for p, m in model.named_modules() if isinstance(m, Compressed)]
+    if not found:
+        raise ValueError("compress: the model has no compressed collection")
+    return [(".".join(_unwrapped(model, path)), module) for path, module in found]
+
+
+def _unwrapped(model: nn.Module, path: str) -> list[str]:
+    """The parts of a path without those that DistributedModelParallel and DistributedDataParallel add."""
+    parts, module = [], model
+    for name in path.split(".") if path else []:
+        wrapped = isinstance(module, DistributedModelParallel | DistributedDataParallel) and name in _WRAPPERS
+        if not wrapped:
+            parts.append(name)
+        module = module.get_submodule(name)
+    return parts

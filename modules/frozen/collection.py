@@ -3,7 +3,7 @@
 TorchRec's fused tables ignore `requires_grad_(False)`, and a learning rate of 0 still pays for the backward pass and
 the optimizer state. Here the look-up and the exchange of its results run without autograd, there is no optimizer, and
 rows have 32, 16, 8 or 4 bits. `state_dict` contains only a fingerprint of each table: rows come from factors (`load`)
-and do not change.
+and do not change. `sequence.FrozenEmbeddingCollection` gives one vector per id.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
@@ -31,7 +31,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from recpress.modules.frozen.kernel import (
     DTYPE,
-    QUANTIZED,
     STORAGE_OF,
     FrozenKernel,
     FrozenTable,
@@ -40,13 +39,16 @@ from recpress.modules.frozen.kernel import (
     TableShard,
     stored_row_bytes,
 )
+from recpress.modules.frozen.unsharded import Unsharded
+from recpress.modules.frozen.variable_batch import with_one_stride
 
 
-class FrozenEmbeddingBagCollection(HasFrozenTables):
+class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagCollection):
     """Frozen tables with sum pooling: KeyedJaggedTensor -> KeyedTensor without a gradient.
 
-    Use it directly, or shard it by DistributedModelParallel with `FrozenEmbeddingBagCollectionSharder` among the
-    sharders. On the device "meta" it has no rows and can only be sharded.
+    An EmbeddingBagCollection without parameters: `embedding_bags` is empty. Use it directly, or shard it by
+    DistributedModelParallel with `recpress.modules.sharders()`. On the device "meta" it has no rows and can only be
+    sharded. A batch with a different stride per key (variable batch) is expanded before the look-up.
 
     Args:
         weighted: multiply rows by per-sample weights, which the features must have. If false, weights are ignored, as
@@ -54,8 +56,8 @@ class FrozenEmbeddingBagCollection(HasFrozenTables):
 
     Raises:
         ValueError: there is no table; a name occurs twice; a dimension is not a multiple of 4. In forward: a table was
-            never loaded, the batch lacks a feature, or an id is out of its table's range. When loading a checkpoint:
-            it was saved with other rows.
+            never loaded, the batch lacks a feature, or an id is out of its table's range. In DistributedModelParallel:
+            the sharders lack that of this collection. When loading a checkpoint: it was saved with other rows.
 
     Example:
         >>> collection = FrozenEmbeddingBagCollection([FrozenTable(name="item", rows=9, dim=4, features=("item_id",))])
@@ -69,14 +71,10 @@ class FrozenEmbeddingBagCollection(HasFrozenTables):
     def __init__(
         self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu", *, weighted: bool = False
     ) -> None:
-        super().__init__()
-        self._tables, self.weighted = list(tables), weighted
-        self.device = torch.device(device)
-        if not self._tables:
-            raise ValueError("frozen tables: no table, expected at least one")
-        for table in self._tables:
-            if table.dim % 4:
-                raise ValueError(f"table {table.name!r}: dimension {table.dim} is not a multiple of 4")
+        nn.Module.__init__(self)  # not that of EmbeddingBagCollection, which creates trainable tables
+        self._tables, self.weighted, self._is_weighted = list(tables), weighted, weighted
+        self._device = torch.device(device)
+        check_tables(self._tables)
         self._plain: list[FrozenKernel] = []  # not a ModuleList, so that state_dict and DDP do not see the rows
         if self.device.type != "meta":
             for t in self._tables:
@@ -89,6 +87,7 @@ class FrozenEmbeddingBagCollection(HasFrozenTables):
             for feature in table.features
         ]
         self._dims = [table.dim for table in self._tables for _ in table.features]
+        self._configs = [table.config() for table in self._tables]
         self.init_checks()
 
     def tables(self) -> list[FrozenTable]:
@@ -97,21 +96,37 @@ class FrozenEmbeddingBagCollection(HasFrozenTables):
     def kernels(self) -> Iterator[FrozenKernel]:
         yield from self._plain
 
+    @property
+    def embedding_bags(self) -> nn.ModuleDict:  # type: ignore[override]
+        """Empty: there is no trainable table."""
+        return nn.ModuleDict()
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        return self._configs
+
+    def reset_parameters(self) -> None:
+        """There are no parameters."""
+
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Keys of the result: `feature`, or `feature@table` if several tables share it, as in TorchRec."""
-        if not self._plain:
-            raise ValueError(
-                f"frozen table {self._tables[0].name!r}: a collection on the device 'meta' can only be sharded; pass "
-                "`FrozenEmbeddingBagCollectionSharder()` in the sharders of DistributedModelParallel"
-            )
         if not torch.compiler.is_exporting():
+            self.check_sharding()
             self.check_batch(features)
+            features = with_one_stride(features)
         keys = features.keys()
         values = [
             kernel(features.permute([keys.index(feature) for feature in table.features]))
             for table, kernel in zip(self._tables, self._plain, strict=True)
         ]
         return KeyedTensor(self._names, self._dims, torch.cat(values, 1) if len(values) > 1 else values[0])
+
+
+def check_tables(tables: list[FrozenTable]) -> None:
+    if not tables:
+        raise ValueError("frozen tables: no table, expected at least one")
+    for table in tables:
+        if table.dim % 4:
+            raise ValueError(f"table {table.name!r}: dimension {table.dim} is not a multiple of 4")
 
 
 class _FrozenLookup(nn.Module):
@@ -122,11 +137,7 @@ class _FrozenLookup(nn.Module):
         self._splits = [config.num_features() for config in grouped_configs]
         self._kernels: list[FrozenKernel] = []
         for config in grouped_configs:
-            shards = []
-            for table in config.embedding_tables:
-                row, column = table.local_metadata.shard_offsets
-                rows, columns = (row, row + table.local_rows), (column, column + table.local_cols)
-                shards.append(TableShard(table.name, rows, columns, table.num_features()))
+            shards = [shard_of(table, table.num_features()) for table in config.embedding_tables]
             storage = STORAGE_OF[config.data_type]
             self._kernels.append(FrozenKernel(shards, storage, device, weighted=config.is_weighted))
         self._none = torch.empty(0, device=device)
@@ -137,6 +148,12 @@ class _FrozenLookup(nn.Module):
         parts = features.split(self._splits) if len(self._splits) > 1 else [features]
         values = [kernel(part) for kernel, part in zip(self._kernels, parts, strict=True)]
         return torch.cat(values, 1) if len(values) > 1 else values[0]
+
+
+def shard_of(table: Any, features: int) -> TableShard:
+    """A ShardedEmbeddingTable of TorchRec. Without metadata it is replicated."""
+    row, column = (0, 0) if table.local_metadata is None else table.local_metadata.shard_offsets
+    return TableShard(table.name, (row, row + table.local_rows), (column, column + table.local_cols), features)
 
 
 class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
@@ -176,11 +193,11 @@ class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCo
 
     def _create_lookups(self) -> None:
         for sharding in self._embedding_shardings:
-            groups = sharding._grouped_embedding_configs_per_rank[sharding._rank]
+            groups = sharding._grouped_embedding_configs_per_rank[sharding._env.rank]
             self._lookups.append(_FrozenLookup(groups, self._device or torch.device("cpu")))
 
     def init_data_parallel(self) -> None:
-        """Nothing to do: no table is replicated."""
+        """Nothing to do: replicas do not change."""
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
         """Nothing to do: there are no parameters or buffers."""
@@ -188,7 +205,7 @@ class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCo
     def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
         """Call `check_batch` before TorchRec's exchange, which would change ids that are out of range."""
         self.check_batch(features)
-        return super().input_dist(ctx, features)
+        return super().input_dist(ctx, with_one_stride(features))
 
     def compute(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -203,16 +220,38 @@ class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCo
             return _Frozen(super().compute_and_output_dist(ctx, input))
 
 
-class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards frozen tables row-wise, table-row-wise, table-wise or, if not quantized, column-wise.
+class FrozenTableSharder:
+    """What the sharders of both frozen collections have in common: what the planner sees.
 
     Args:
         planned_device: device to plan for, "cpu" or "cuda": CUDA pads int4 rows. Default: CUDA if this machine has it.
     """
 
+    planned_device: str
+
+    def shardable_parameters(self, module: Any) -> dict[str, nn.Parameter]:
+        """Table shapes and row bytes for the planner, on the device "meta"."""
+        return {
+            t.name: PlannedTable.of(
+                t.rows, t.dim, DTYPE[t.storage], stored_row_bytes(t.storage, t.dim, self.planned_device)
+            )
+            for t in module.tables()
+        }
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return ["dense" if sharding_type == ShardingType.DATA_PARALLEL.value else "fused"]
+
+
+def planned_on(device_type: str) -> str:
+    return device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class FrozenEmbeddingBagCollectionSharder(FrozenTableSharder, EmbeddingBagCollectionSharder):
+    """Shards frozen tables in all ways of TorchRec. Part of `recpress.modules.sharders()`."""
+
     def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.planned_device = planned_device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.planned_device = planned_on(planned_device)
 
     def shard(
         self,
@@ -222,10 +261,7 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedFrozenEmbeddingBagCollection:
-        for table in module.tables():
-            if table.storage in QUANTIZED and "column" in params[table.name].sharding_type:
-                raise ValueError(f"table {table.name!r}: rows of {table.storage} cannot be sharded by column")
-        return ShardedFrozenEmbeddingBagCollection(
+        sharded = ShardedFrozenEmbeddingBagCollection(
             module,
             table_name_to_parameter_sharding=params,
             env=env,
@@ -234,22 +270,11 @@ class FrozenEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
         )
-
-    def shardable_parameters(self, module: FrozenEmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        """Table shapes and row bytes for the planner, on the device "meta"."""
-        return {
-            t.name: PlannedTable.of(
-                t.rows, t.dim, DTYPE[t.storage], stored_row_bytes(t.storage, t.dim, self.planned_device)
-            )
-            for t in module.tables()
-        }
+        sharded.load_pending(module.pending)
+        return sharded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE, ShardingType.TABLE_ROW_WISE)
-        return [t.value for t in types]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return ["fused"]
+        return [t.value for t in ShardingType]
 
     @property
     def module_type(self) -> type[FrozenEmbeddingBagCollection]:

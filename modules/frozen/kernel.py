@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
@@ -16,15 +17,16 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
 from recpress.modules.fingerprints import Fingerprinted, empty_rows_fingerprint, rows_fingerprint, unique_names
-from recpress.modules.row_source import RowSource, blocks, check_source
+from recpress.modules.row_source import PendingRows, RowSource, blocks, check_source
 
 Storage = Literal["fp32", "fp16", "int8", "int4"]
 QUANTIZED: tuple[Storage, ...] = ("int8", "int4")
-"""Each row has its own scale and offset, so a row cannot be sharded by column."""
+"""Each row has its own scale and offset; if it is sharded by column, each part has."""
 SPARSE_TYPE = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8}
 STORAGE_OF: dict[DataType, Storage] = {
     DataType.FP32: "fp32",
@@ -113,7 +115,13 @@ class FrozenTable:
     storage: Storage = "fp32"
 
     def config(self) -> EmbeddingBagConfig:
-        return EmbeddingBagConfig(
+        return self._config(EmbeddingBagConfig)
+
+    def sequence_config(self) -> EmbeddingConfig:
+        return self._config(EmbeddingConfig)
+
+    def _config(self, kind: Any) -> Any:
+        return kind(
             name=self.name,
             num_embeddings=self.rows,
             embedding_dim=self.dim,
@@ -170,6 +178,11 @@ class FrozenKernel(nn.Module):
         weights = None if weights is None else weights.float()
         # The collection has rejected ids that are not integers or out of range, so these casts lose nothing.
         return self._kernel[0](features.values().long(), features.offsets().long(), weights)
+
+    @torch.no_grad()
+    def each(self, ids: torch.Tensor) -> torch.Tensor:
+        """The row of each id (n,), of a kernel with one shard and one feature: (n, width) float32."""
+        return self._kernel[0](ids.long(), torch.arange(len(ids) + 1, device=ids.device), None)
 
     def stored(self, index: int) -> torch.Tensor:
         """The stored rows of a shard: (rows, width), or (rows, `row_bytes`) uint8 if quantized.
@@ -237,6 +250,9 @@ def _tables_of_features(shards: list[TableShard]) -> list[int]:
 class HasFrozenTables(Fingerprinted):
     """Base of the plain and the sharded collection: loads and reads the rows of this rank, and checks batches."""
 
+    pending: PendingRows | None = None
+    """Rows to load when this collection is sharded."""
+
     def init_checks(self) -> None:
         """Call this at the end of `__init__`."""
         self._loaded: set[str] = set()
@@ -254,6 +270,17 @@ class HasFrozenTables(Fingerprinted):
             "that it was trained with (`load`, or `CompressReport.load`)"
         )
 
+    def check_loaded(self) -> None:
+        """Raise ValueError if a table was never loaded."""
+        for table in self.tables():
+            if table.name not in self._loaded:
+                raise ValueError(
+                    f"frozen table {table.name!r}: its rows were never loaded, and sharding discards rows loaded "
+                    f"before; call `load({table.name!r}, rows)` of its collection, or `report.load(model)` after "
+                    "`compress`, on every rank after DistributedModelParallel; its `sharders=recpress.modules."
+                    "sharders()` load the rows given to `compress`"
+                )
+
     @torch.compiler.disable
     def check_batch(self, features: KeyedJaggedTensor) -> None:
         """Reject batches that would give wrong vectors. On CUDA this synchronizes, as the exchange of ids does.
@@ -262,15 +289,14 @@ class HasFrozenTables(Fingerprinted):
             ValueError: a table was never loaded, or not with the rows of the checkpoint; a feature is missing; its ids
                 are not integers, or out of the table's range.
         """
-        for table in self.tables():
-            if table.name not in self._loaded:
-                raise ValueError(
-                    f"frozen table {table.name!r}: its rows were never loaded, and sharding discards rows loaded "
-                    f"before; call `load({table.name!r}, rows)` of its collection, or `report.load(model)` after "
-                    "`compress`, on every rank after DistributedModelParallel"
-                )
+        self.check_loaded()
         self.check_fingerprints()
         _check_ids(features, self._rows_of)
+
+    def load_pending(self, pending: PendingRows | None) -> None:
+        """Load the rows that wait for this collection to be sharded."""
+        for table, source in ({} if pending is None else pending.sources).items():
+            self.load(table, source)
 
     def filled(self, table: str) -> None:
         """Mark a table as loaded after writing to all of this rank's `shards`. Such rows have no fingerprint."""
@@ -309,6 +335,22 @@ class HasFrozenTables(Fingerprinted):
     def decoded(self, table: str) -> list[tuple[TableShard, torch.Tensor]]:
         """This rank's shards of a table, as float32."""
         return [(kernel.shards[index], kernel.decode(index)) for kernel, index in self._find(table)]
+
+    def whole(self, table: str, dim: int) -> Any:
+        """The first `dim` columns of a table, float32: a tensor; if sharded, a ShardedTensor, by a collective call."""
+        [spec] = [t for t in self.tables() if t.name == table]
+        parts = [(shard, rows[:, : max(0, dim - shard.columns[0])]) for shard, rows in self.decoded(table)]
+        layout = getattr(self, "module_sharding_plan", {}).get(table)
+        if layout is None or layout.sharding_type == "data_parallel":
+            return parts[0][1]
+        group = self._env.process_group  # type: ignore[attr-defined]
+        rank = dist.get_rank()
+        local = [
+            Shard.from_tensor_and_offsets(rows.contiguous(), [shard.rows[0], shard.columns[0]], rank)
+            for shard, rows in parts
+            if rows.numel()
+        ]
+        return init_from_local_shards(local, spec.rows, dim, process_group=group)
 
     def storage_bytes(self) -> int:
         """Bytes of the rows on this rank."""

@@ -77,6 +77,13 @@ class IdMap:
                     f"id map: id {first + bad} has row {part[bad].tolist()}, expected 0 to {self.num_rows - 1}"
                 )
 
+    def __repr__(self) -> str:
+        weights = "" if self.weights is None else ", weighted"
+        return (
+            f"IdMap(num_ids={self.num_ids}, num_rows={self.num_rows}, rows_per_id={self.rows_per_id}{weights}, "
+            f"method={self.method!r})"
+        )
+
     @property
     def num_ids(self) -> int:
         """Ids that the map covers: 0 to num_ids - 1."""

@@ -11,7 +11,7 @@ from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.map_matrix import MapMatrix
-from recpress.modules.row_source import BLOCK_BYTES, RowSource, blocks, check_source
+from recpress.modules.row_source import BLOCK_BYTES, RowSource, blocks, check_source, gather_rows
 
 
 def shared_rows(
@@ -146,6 +146,23 @@ def warm_rows(
         ValueError: counts do not fit or are negative; a value of `source` is not finite.
     """
     num_ids = id_map.num_ids
+    counts, total, members = _masses(source, id_map, counts, table)
+    found = torch.zeros(id_map.num_rows, source.shape[1])
+    for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
+        part = slice(first, first + len(block))
+        share = _shares(id_map, part, mean_pooled)
+        for column in range(id_map.rows_per_id):
+            rows = id_map.rows[part, column].long()
+            of_row = torch.where(total[rows] > 0, counts[part] / total[rows], 1 / members[rows]).float()
+            found.index_add_(0, rows, block * (of_row * share[:, column])[:, None])
+    return found, members > 0
+
+
+def _masses(
+    source: RowSource, id_map: IdMap, counts: torch.Tensor | None, table: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Counts (num_ids,), and per row the sum of the counts of its ids and their number. All float64."""
+    num_ids = id_map.num_ids
     check_source(source, table, num_ids, source.shape[-1])
     if counts is None:
         counts = torch.ones(num_ids)
@@ -159,18 +176,58 @@ def warm_rows(
     for column in range(id_map.rows_per_id):
         total.index_add_(0, id_map.rows[:, column].long(), counts)
         members.index_add_(0, id_map.rows[:, column].long(), torch.ones(num_ids, dtype=torch.float64))
-    found = torch.zeros(id_map.num_rows, source.shape[1])
-    for first, block in blocks(source, table, (0, num_ids), (0, source.shape[1])):
-        part = slice(first, first + len(block))
-        weights = torch.ones(len(block), id_map.rows_per_id) if id_map.weights is None else id_map.weights[part].float()
-        share = weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
-        if mean_pooled:
-            share = torch.ones_like(share)
-        for column in range(id_map.rows_per_id):
-            rows = id_map.rows[part, column].long()
-            of_row = torch.where(total[rows] > 0, counts[part] / total[rows], 1 / members[rows]).float()
-            found.index_add_(0, rows, block * (of_row * share[:, column])[:, None])
-    return found, members > 0
+    return counts, total, members
+
+
+def _shares(id_map: IdMap, ids: slice | torch.Tensor, mean_pooled: bool) -> torch.Tensor:
+    """Factors (n, rows_per_id) of the vectors of n ids in the targets of their rows."""
+    entries = id_map.rows[ids]
+    if mean_pooled:
+        return torch.ones(entries.shape)
+    weights = torch.ones(entries.shape) if id_map.weights is None else id_map.weights[ids].float()
+    return weights / (weights**2).sum(1, keepdim=True).clamp_min(1e-12)
+
+
+class WarmRows:
+    """The rows of `warm_rows`, computed on access, so that a rank reads the vectors of its shard only.
+
+    Memory: 8 bytes per entry of the map, and one block of vectors.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        id_map: IdMap,
+        counts: torch.Tensor | None = None,
+        *,
+        table: str = "",
+        mean_pooled: bool = False,
+    ) -> None:
+        """As `warm_rows`."""
+        self._source, self._map, self._table, self._mean_pooled = source, id_map, table, mean_pooled
+        self._counts, self._total, self._members = _masses(source, id_map, counts, table)
+        self.shape = (id_map.num_rows, source.shape[1])
+        self.filled = self._members > 0
+        """Which rows have ids, (num_rows,) bool."""
+        self._order: torch.Tensor | None = None
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        first, last, _ = rows.indices(self.shape[0])
+        left, right, _ = columns.indices(self.shape[1])
+        flat, each = self._map.rows.reshape(-1), self._map.rows_per_id
+        if self._order is None:
+            self._order = torch.argsort(flat, stable=True)
+            self._starts = torch.cat([torch.zeros(1), self._members.cumsum(0)]).long()
+        entries = self._order[int(self._starts[first]) : int(self._starts[max(first, last)])].sort().values
+        found = torch.zeros(max(0, last - first), max(0, right - left))
+        for part in entries.split(max(1, BLOCK_BYTES // (4 * self.shape[1]))):
+            ids, row = part // each, flat[part].long()
+            share = _shares(self._map, ids, self._mean_pooled)[torch.arange(len(ids)), part % each]
+            total = self._total[row]
+            factor = torch.where(total > 0, self._counts[ids] / total, 1 / self._members[row]).float() * share
+            found.index_add_(0, row - first, gather_rows(self._source, ids)[:, left:right] * factor[:, None])
+        return found
 
 
 def add_members(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, make_dataclass
 
 import pytest
 
+from recpress.data.config import StreamConfig
 from recpress.data.errors import InputError
 from recpress.trainer.options import parse
 
@@ -68,6 +69,26 @@ def test_an_error_is_one_line(arguments: list[str], message: str) -> None:
         parsed(Small, *arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@dataclass(frozen=True)
+class Streamed(Small):
+    stream: StreamConfig = field(default_factory=StreamConfig)
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "nearest"),
+    [
+        (Streamed, "--stream.lane", "--stream.interleave"),  # close to the old name alone, stream.lanes
+        (Streamed, "--streem.bach", "--stream.batch-size"),
+        (Small, "--stream.lane", None),
+        (Small, "--qqqqq", None),
+    ],
+)
+def test_a_misspelled_option_has_a_suggestion(config: type, option: str, nearest: str | None) -> None:
+    with pytest.raises(InputError) as error:
+        parsed(config, "--data", "d", option, "3")
+    assert str(error.value).split("nearest: ")[1:] == ([f"{nearest} (see recpress x --help)"] if nearest else [])
 
 
 def help_of(config: type, option: str, capsys: pytest.CaptureFixture[str], main: tuple[str, ...] = ()) -> str:

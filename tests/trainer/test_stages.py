@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -166,47 +165,6 @@ def plain_log(folder, users=(0, 0, 1, 1), items=(0, 1, 1, 2)):
     write(folder, "train", user_id=list(users), item_id=list(items))
     write(folder, "test", user_id=[0, 1], item_id=[2, 0])
     return str(folder)
-
-
-def test_factors_of_another_vocabulary_are_refused(factors, tmp_path):
-    other = plain_log(tmp_path / "other")
-    with pytest.raises(InputError, match=r"made for 800 users .*, but .*other has 2"):
-        train(network(other, tmp_path / "model", factors))
-    with pytest.raises(InputError, match="made for 800 users"):
-        evaluate(EvaluateConfig(data=other, model=factors))
-    assert not (tmp_path / "model").exists()
-
-
-def test_factors_of_the_same_sizes_but_other_ids_are_refused(log, factors, tmp_path):
-    manifest = json.loads((Path(factors) / "manifest.json").read_text())
-    assert manifest["log"]["vocabularies"]["user"]
-    copy = tmp_path / "factors"
-    copy.mkdir()
-    for path in Path(factors).iterdir():
-        if path.is_file():
-            (copy / path.name).write_bytes(path.read_bytes())
-    manifest["log"]["vocabularies"]["user"] = "another"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="another user vocabulary"):
-        evaluate(EvaluateConfig(data=log, model=str(copy)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"factors": None}, "factors: missing"),
-        ({"sample": SampleConfig(rate=0.2, seed=4), "crossfit": "yes"}, "crossfit: expected factors made without"),
-        ({"negatives": NegativesConfig(kind="in-batch")}, "negatives.kind is 'in-batch'"),
-        ({"use_label": True}, "use_label: expected schema.label"),
-        ({"item_features": ("colour",)}, "colour"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_one_error(log, factors, tmp_path, changes, message):
-    config = network(log, tmp_path / "model", factors)
-    with pytest.raises(ValueError, match=message) as error:
-        train(replace(config, **changes))
-    assert "\n" not in str(error.value)
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_label_that_is_no_probability_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from recpress.trainer.compare.result import Result, seeds_caption
-from recpress.trainer.compare.ties import paired_difference
+from recpress.trainer.compare.ties import LEVEL, paired_difference
 from recpress.trainer.report.charts import Chart, Lines, Series
 from recpress.trainer.report.numbers import format_bytes, format_metric, share
 from recpress.trainer.report.page import Cell, Report, Section, Table
@@ -77,8 +77,7 @@ class BothResult(Result):
         if point is full or len(point.metrics[metric]) < 2:
             return False
         pairs = ([np.array([value]) for value in of.metrics[metric]] for of in (point, full))
-        mean, noise = paired_difference(*pairs)
-        return abs(mean) <= noise
+        return paired_difference(*pairs)[2] > LEVEL
 
     def of_full_in_words(self, point: Point, metric: str) -> str:
         """`99.6`; `99.9 =` if it is within noise of full tables."""

@@ -121,11 +121,12 @@ class BPRMethod:
             self.curve = curve
         return f"{metric} {top.metrics[metric]:.4f} after {top.epoch:g} iterations, {top.seconds:.1f} s"
 
-    def final(self, seed: int) -> SeedResult:
-        """Fit all of train with the best settings."""
-        ((_, seconds, metrics),) = self._ranked(self.log, self._settings, self._iterations, 0, seed)
+    def final(self, seed: int) -> tuple[SeedResult, dict[str, torch.Tensor]]:
+        """(fit of all of train with the best settings, its metrics per held-out case of this rank)."""
+        cases: dict[str, torch.Tensor] = {}
+        ((_, seconds, metrics),) = self._ranked(self.log, self._settings, self._iterations, 0, seed, cases)
         self._seeds.append(SeedResult(seed=seed, metrics=metrics, seconds={"train": seconds}))
-        return self._seeds[-1]
+        return self._seeds[-1], cases
 
     def result(self) -> MethodResult:
         """The row of the table; without figures if `implicit` is not installed."""
@@ -149,9 +150,18 @@ class BPRMethod:
         )
 
     def _ranked(
-        self, log: Log, settings: dict[str, float], iterations: int, every: int, seed: int
+        self,
+        log: Log,
+        settings: dict[str, float],
+        iterations: int,
+        every: int,
+        seed: int,
+        per_case: dict[str, torch.Tensor] | None = None,
     ) -> list[tuple[int, float, dict[str, float]]]:
-        """(iterations, seconds, metrics) of each point. Rank 0 fits; all ranks evaluate. Collective."""
+        """(iterations, seconds, metrics) of each point. Rank 0 fits; all ranks evaluate. Collective.
+
+        per_case: filled with the metrics of the last point, see `evaluate.ranking`.
+        """
         path, config = self.folder / "bpr.npz", self.config
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
@@ -166,7 +176,7 @@ class BPRMethod:
                 users, items = (
                     vectors_from_factors(torch.from_numpy(saved[f"{side}-{number}"])) for side in ("users", "items")
                 )
-                metrics = rank_heldout(heldout, users, items, config.evaluation, torch.device("cpu"))
+                metrics = rank_heldout(heldout, users, items, config.evaluation, torch.device("cpu"), per_case)
                 found.append((int(done), float(seconds), metrics))
         dist.barrier()
         if dist.get_rank() == 0:

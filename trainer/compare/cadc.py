@@ -6,34 +6,51 @@ result together (`cadc_result`). `cadc_runs` has the single runs.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections import defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import shared_artifact
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.bpr import BPRMethod
-from recpress.trainer.compare.cadc_choose import Chosen, choose
+from recpress.trainer.compare.cadc_choose import Chosen, Curves, choose
 from recpress.trainer.compare.cadc_report import cadc_report
 from recpress.trainer.compare.cadc_result import (
     CadcResult,
-    CurvePoint,
     MethodResult,
     SeedResult,
     SweepPoint,
     format_table,
 )
-from recpress.trainer.compare.cadc_runs import STRATEGIES, CadcRuns, Strategy
+from recpress.trainer.compare.cadc_runs import FACTORS, CadcRuns, FactorMethod, Ranked, Strategy, runnable
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.compare.result import run_facts
-from recpress.trainer.compare.setup import COMPARISON, prepare_log, rank_by_popularity
+from recpress.trainer.compare.setup import COMPARISON, PerCase, gather_cases, prepare_log, rank_by_popularity
+from recpress.trainer.compare.ties import Difference, all_differences
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.factorize.stage import FactorizeResult
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
+
+_FACTORIZATIONS: dict[FactorMethod, tuple[str, str]] = {
+    "als": (
+        "Factorization alone (MF)",
+        "Weighted least squares on all examples; the score is the dot product. No network.",
+    ),
+    "logistic": (
+        "Logistic factorization alone",
+        "Cross-entropy with biases and sampled negatives on all examples, the factorization of the CADC paper. No "
+        "network.",
+    ),
+}
+"""Name and description in the table."""
+NO_TIME = "the latest examples need a time column (schema.time), which the log does not have"
 
 
 def compare_cadc(config: CompareCadcConfig) -> CadcResult:
@@ -59,28 +76,42 @@ def compare_cadc(config: CompareCadcConfig) -> CadcResult:
 def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
     path, log = prepare_log(config, folder)
     peer = BPRMethod(config, folder, log) if config.bpr and log.train.num_rows <= bpr.MAX_ROWS else None
-    with UnitProgress("compare cadc", _units(config, peer), show=dist.get_rank() == 0) as progress:
+    strategies = runnable(config, log)
+    with UnitProgress("compare cadc", _units(config, peer, strategies), show=dist.get_rank() == 0) as progress:
         runs = CadcRuns(config, folder, path, log, progress)
-        chosen = {s.key: Chosen(runs.network(s), runs.network(s).epochs) for s in STRATEGIES}
-        factors_curve: tuple[CurvePoint, ...] = ()
+        if "recent-sample" in config.chosen_strategies and log.schema.time is None:
+            progress.say(f"recent-sample is skipped: {NO_TIME}")
+        chosen = {s.key: Chosen(runs.network(s), runs.network(s).epochs) for s in strategies}
+        curves: Curves = {}
         if config.choose:
-            chosen, factors_curve = choose(runs, peer)
-        factors_seeds: list[SeedResult] = []
-        seeds: dict[str, list[SeedResult]] = {strategy.key: [] for strategy in STRATEGIES}
+            chosen, curves = choose(runs, peer)
+        factors_seeds: dict[FactorMethod, list[SeedResult]] = {method: [] for method in runs.factorizations}
+        per_case: dict[str, list[PerCase]] = defaultdict(list)
+        seeds: dict[str, list[SeedResult]] = {strategy.key: [] for strategy in strategies}
         sizes: dict[str, tuple[int, int]] = {}
         first: FactorizeResult | None = None
         for seed in config.seeds:
-            made, metrics = runs.factorize(path, f"seed-{seed}", seed)
-            first = first or made
-            factors_seeds.append(SeedResult(seed=seed, metrics=metrics, seconds={"factorize": made.seconds}))
-            for strategy in STRATEGIES:
-                found, sizes[strategy.key] = _final_run(runs, strategy, chosen[strategy.key], seed, made, metrics)
+            made: dict[FactorMethod, tuple[FactorizeResult, Ranked]] = {}
+            for method in runs.factorizations:
+                result, ranked = made[method] = runs.factorize(path, f"seed-{seed}", seed, method)
+                times = {"factorize": result.seconds}
+                factors_seeds[method].append(SeedResult(seed=seed, metrics=ranked.metrics, seconds=times))
+                per_case[FACTORS[method]].append(ranked.per_case)
+            first = first or made["als"][0]
+            for strategy in strategies:
+                found, cases, sizes[strategy.key] = _final_run(
+                    runs, strategy, chosen[strategy.key], seed, *made[strategy.factorization]
+                )
                 seeds[strategy.key].append(found)
+                per_case[strategy.key].append(cases)
             if peer is not None and peer.available:
                 with progress.unit("bpr", f"seed {seed}: {peer.name}"):
-                    found = peer.final(seed)
+                    found, of_rank = peer.final(seed)
+                    per_case[peer.key].append(gather_cases(of_rank, runs.metrics))
                 progress.say(f"seed {seed}: {peer.name}: {format_metrics(found.metrics, runs.metrics)}")
-    popularity = SeedResult(seed=config.seeds[0], metrics=rank_by_popularity(log, config.evaluation))
+    popular_cases: dict[str, torch.Tensor] = {}
+    popularity = SeedResult(seed=config.seeds[0], metrics=rank_by_popularity(log, config.evaluation, popular_cases))
+    per_case["popularity"].append(gather_cases(popular_cases, runs.metrics))
     methods = [
         MethodResult(
             key="popularity",
@@ -89,16 +120,19 @@ def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
             seeds=(popularity,),
         ),
         *([peer.result()] if peer is not None else []),
-        MethodResult(
-            key="factors",
-            name="Factorization alone (MF)",
-            description="Weighted least squares on all examples; the score is the dot product. No network.",
-            seeds=tuple(factors_seeds),
-            table_bytes=runs.factor_bytes,
-            curve=factors_curve,
+        *(
+            MethodResult(
+                key=FACTORS[method],
+                name=_FACTORIZATIONS[method][0],
+                description=_FACTORIZATIONS[method][1],
+                seeds=tuple(found),
+                table_bytes=runs.factor_bytes[method],
+                curve=curves.get(method, ()),
+            )
+            for method, found in factors_seeds.items()
         ),
     ]
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         rows, table_bytes = sizes[strategy.key]
         methods.append(
             MethodResult(
@@ -112,38 +146,48 @@ def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
             )
         )
     assert first is not None
-    return _result(runs, peer, methods, first)
+    differences = {
+        metric: all_differences({key: [cases[metric] for cases in seeds] for key, seeds in per_case.items()})
+        for metric in runs.metrics
+    }
+    return _result(runs, peer, methods, first, differences)
 
 
-def _units(config: CompareCadcConfig, peer: BPRMethod | None) -> dict[str, int]:
+def _units(config: CompareCadcConfig, peer: BPRMethod | None, strategies: list[Strategy]) -> dict[str, int]:
     """Number of runs of each kind."""
     seeds, available = len(config.seeds), peer is not None and peer.available
     trials = config.trials if config.choose else 0
-    units = {"factorize": seeds + bool(config.choose)}
-    units |= {f"choose {strategy.key}": trials for strategy in STRATEGIES}
-    units |= {strategy.key: seeds for strategy in STRATEGIES}
+    units = {FACTORS[strategy.factorization]: seeds + bool(config.choose) for strategy in strategies}
+    units |= {f"choose {strategy.key}": trials for strategy in strategies}
+    units |= {strategy.key: seeds for strategy in strategies}
     return units | ({"choose bpr": trials, "bpr": seeds} if available else {})
 
 
 def _final_run(
-    runs: CadcRuns, strategy: Strategy, chosen: Chosen, seed: int, made: FactorizeResult, factors: dict[str, float]
-) -> tuple[SeedResult, tuple[int, int]]:
-    """(one seed of a strategy with the chosen settings, (examples trained on, bytes of the tables))."""
+    runs: CadcRuns, strategy: Strategy, chosen: Chosen, seed: int, made: FactorizeResult, factors: Ranked
+) -> tuple[SeedResult, PerCase, tuple[int, int]]:
+    """(one seed of a strategy with the chosen settings, its metrics per case, (examples trained on, bytes of the
+    tables))."""
     seconds = {"factorize": made.seconds} if strategy.factors else {}
     if strategy.crossfit:
         seconds["cross-fit"] = made.crossfit_seconds
+    if strategy.subset is not None:
+        seconds["reduce"] = runs.subset(runs.path, f"seed-{seed}", strategy.subset, seed)[1]
     label = f"seed {seed}: {runs.name(strategy)}"
     if not chosen.epochs:
         runs.progress.say(f"{label}: the factorization's own ranking")
         seconds["train"] = chosen.seconds  # the training that showed it is spent all the same
-        return SeedResult(seed=seed, metrics=factors, seconds=seconds), (chosen.rows, chosen.table_bytes)
+        found = SeedResult(seed=seed, metrics=factors.metrics, seconds=seconds)
+        return found, factors.per_case, (chosen.rows, chosen.table_bytes)
     with runs.progress.unit(strategy.key, label):
-        found = runs.train(
+        trained = runs.train(
             runs.path, f"seed-{seed}", strategy.key, strategy, chosen.network, seed, stop_after=chosen.epochs
         )
-    seconds["train"] = found.setup_seconds + found.fit.train_seconds
-    runs.progress.say(f"{label}: {format_metrics(found.metrics, runs.metrics)}; {seconds['train']:.1f} s")
-    return SeedResult(seed=seed, metrics=found.metrics, seconds=seconds), (found.rows, found.table_bytes)
+        ranked = runs.ranked(trained.metrics, trained.cases)
+    seconds["train"] = trained.setup_seconds + trained.fit.train_seconds
+    runs.progress.say(f"{label}: {format_metrics(trained.metrics, runs.metrics)}; {seconds['train']:.1f} s")
+    found = SeedResult(seed=seed, metrics=ranked.metrics, seconds=seconds)
+    return found, ranked.per_case, (trained.rows, trained.table_bytes)
 
 
 def _settings(chosen: Chosen) -> str:
@@ -155,30 +199,38 @@ def _settings(chosen: Chosen) -> str:
     )
 
 
-def _result(runs: CadcRuns, peer: BPRMethod | None, methods: list[MethodResult], made: FactorizeResult) -> CadcResult:
+def _result(
+    runs: CadcRuns,
+    peer: BPRMethod | None,
+    methods: list[MethodResult],
+    made: FactorizeResult,
+    differences: dict[str, tuple[Difference, ...]],
+) -> CadcResult:
     config, log = runs.config, runs.log
     heldout = log.test_negatives or log.test
     assert heldout is not None
     facts = {"held_out_examples": heldout.num_rows, "ranks": dist.get_world_size()}
-    return CadcResult(
+    result = CadcResult(
         **run_facts("Collaborative aware data compression", config, log, **facts),
         methods=tuple(methods),
+        differences=differences,
         ours="cadc",
         reference="random-all",
         factorization="factors",
         metrics=runs.metrics,
-        warnings=(*runs.warnings, *_warnings(methods, runs.metrics)),
-        notes=tuple(_notes(config, peer)),
+        notes=tuple(_notes(config, log, peer)),
         goal_metric=config.evaluation.metric,
         total_rows=log.train.num_rows,
         sweeps=tuple(SweepPoint(sweep=k, objective=o, seconds=s) for k, (o, s) in enumerate(made.sweeps, 1)),
         curve_of="validation examples",
     )
+    return replace(result, warnings=(*runs.warnings, *_warnings(result)))
 
 
-def _warnings(methods: list[MethodResult], metrics: tuple[str, ...]) -> list[str]:
-    """What the comparison cannot show, or shows against the method that it is about."""
-    by, found = {method.key: method for method in methods}, []
+def _warnings(result: CadcResult) -> list[str]:
+    """What the comparison cannot show, or shows against the method that it is about. A difference within noise shows
+    nothing."""
+    by, metrics, found = {method.key: method for method in result.methods}, result.metrics, []
 
     def values(a: MethodResult, b: MethodResult, of: list[str]) -> str:
         return ", ".join(f"{m} {a.mean(m):.4f} against {b.mean(m):.4f}" for m in of)
@@ -188,19 +240,19 @@ def _warnings(methods: list[MethodResult], metrics: tuple[str, ...]) -> list[str
         ("random-all", "speed-ups against it say little"),
     ):
         popular = by["popularity"]
-        if below := [m for m in metrics if by[key].mean(m) <= popular.mean(m)]:
+        if below := [m for m in metrics if not result.above(by[key], popular, m)]:
             text = values(by[key], popular, below)
             found.append(f"{by[key].name} is no better than popularity ({text}): {cause}.")
     ours = by["cadc"]
-    others = [by[key] for key in ("popularity", "bpr", "factors", "random-all") if key in by]
+    others = [method for key, method in by.items() if key not in ("cadc", "train-sample", "freeze-all")]
     return found + [
         f"{other.name} is better than {ours.name} on this log ({values(other, ours, above)})."
         for other in others
-        if (above := [m for m in metrics if other.mean(m) > ours.mean(m)])
+        if (above := [m for m in metrics if result.above(other, ours, m)])
     ]
 
 
-def _notes(config: CompareCadcConfig, peer: BPRMethod | None) -> list[str]:
+def _notes(config: CompareCadcConfig, log: Log, peer: BPRMethod | None) -> list[str]:
     """How it was measured."""
     notes = []
     if config.data is None:
@@ -224,6 +276,11 @@ def _notes(config: CompareCadcConfig, peer: BPRMethod | None) -> list[str]:
     notes.append(
         "Times are wall times on this machine: the factorization with the choice of its settings, cross-fitting, "
         "set-up and training, without evaluations. The time of trials is excluded for all."
+    )
+    if "recent-sample" in config.chosen_strategies and log.schema.time is None:
+        notes.append(f"recent-sample was not run: {NO_TIME}.")
+    notes.append(
+        "=, above and better: by a paired test over the held-out cases and the seeds, at 5 % for each pair of methods."
     )
     if peer is not None and not peer.available:
         notes.append(f"BPR was not run: the library implicit is not installed ({bpr.INSTALL}).")

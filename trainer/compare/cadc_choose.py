@@ -7,12 +7,14 @@ from typing import Any
 
 from recpress.trainer.compare.bpr import BPRMethod
 from recpress.trainer.compare.cadc_result import CurvePoint
-from recpress.trainer.compare.cadc_runs import STRATEGIES, CadcRuns, Strategy
+from recpress.trainer.compare.cadc_runs import CadcRuns, FactorMethod, Strategy
 from recpress.trainer.compare.config import TRIALS, changed
 from recpress.trainer.compare.setup import open_heldout, split_validation
 from recpress.trainer.factorize.stage import FactorizeResult
 from recpress.trainer.report.numbers import format_metrics
 from recpress.trainer.train.stage import TrainResult
+
+Curves = dict[FactorMethod, tuple[CurvePoint, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,25 @@ class Chosen:
     table_bytes: int = 0
 
 
-def choose(runs: CadcRuns, peer: BPRMethod | None) -> tuple[dict[str, Chosen], tuple[CurvePoint, ...]]:
-    """(strategy -> what was chosen, the factorization's own curve). The peer remembers its choice. Collective.
+def choose(runs: CadcRuns, peer: BPRMethod | None) -> tuple[dict[str, Chosen], Curves]:
+    """(strategy -> what was chosen, each factorization's own curve). The peer remembers its choice. Collective.
 
     Validation examples are one random train example of each user, held out.
     """
     config, seed, metric = runs.config, runs.config.seeds[0], runs.config.evaluation.metric
     path = str(runs.folder / "choose" / "log")
     split_validation(runs.log, path, seed, negatives=99)
-    made, metrics = runs.factorize(path, "choose", seed)
-    factors = CurvePoint(seconds=made.seconds, epoch=0, metrics={metric: metrics[metric]})
-    found = {s.key: _choose_network(runs, path, s, made, factors) for s in STRATEGIES}
+    made: dict[FactorMethod, tuple[FactorizeResult, CurvePoint]] = {}
+    for method in runs.factorizations:
+        result, ranked = runs.factorize(path, "choose", seed, method)
+        made[method] = result, CurvePoint(seconds=result.seconds, epoch=0, metrics={metric: ranked.metrics[metric]})
+    found = {s.key: _choose_network(runs, path, s, *made[s.factorization]) for s in runs.strategies}
     if peer is not None and peer.available:
         log = open_heldout(path, config)
         for trial in range(config.trials):
             with runs.progress.unit("choose bpr", f"{peer.name}, trial {trial + 1} of {config.trials}"):
                 runs.progress.say(f"{peer.name}, trial {trial + 1} of {config.trials}: {peer.trial(log, trial, seed)}")
-    return found, (factors,)
+    return found, {method: (point,) for method, (_, point) in made.items()}
 
 
 def _choose_network(
@@ -56,6 +60,8 @@ def _choose_network(
     config, seed, metric = runs.config, runs.config.seeds[0], runs.config.evaluation.metric
     before = made.seconds if strategy.factors else 0.0
     before += made.crossfit_seconds if strategy.crossfit else 0.0
+    if strategy.subset is not None:
+        before += runs.subset(path, "choose", strategy.subset, seed)[1]
     factors_quality = factors.metrics[metric]
     best, best_quality = None, 0.0
     for number, change in enumerate(TRIALS[strategy.network][: config.trials], 1):
@@ -65,14 +71,18 @@ def _choose_network(
             network = changed(runs.network(strategy), change)
             result = runs.train(path, "choose", f"{strategy.key}-{number}", strategy, network, seed)
         runs.progress.say(f"{label}: {format_metrics(result.metrics, runs.metrics)}; {result.fit.train_seconds:.1f} s")
-        quality = result.metrics[metric]
-        fallback = strategy.factors and (result.fallback or quality < factors_quality)
-        quality = factors_quality if fallback else quality
+        quality, epoch = result.metrics[metric], int(result.best_epoch or 0)
+        fallback = strategy.may_keep_factors and (result.fallback or quality < factors_quality)
+        if fallback:
+            quality = factors_quality
+        elif not epoch:  # the network is published in any case
+            top = max(result.fit.evaluations[1:], key=lambda point: point[metric])
+            quality, epoch = top[metric], int(top["epoch"])
         if best is None or quality > best_quality:
             best_quality = quality
             best = Chosen(
                 network,
-                0 if fallback else max(1, int(result.best_epoch or 0)),
+                0 if fallback else max(1, epoch),
                 _curve(strategy, result, before, metric, factors),
                 words,
                 result.setup_seconds + result.fit.train_seconds,
@@ -101,8 +111,10 @@ def _curve(
         for point in result.fit.evaluations
     }
     best = int(result.best_epoch or 0)
-    if strategy.factors:
+    if strategy.may_keep_factors:
         points[0] = factors
+    elif strategy.factors:
+        points.pop(0, None)
     if strategy.crossfit:
         points = {epoch: point for epoch, point in points.items() if epoch in (0, best)}
         if best:

@@ -42,6 +42,8 @@ def _summary(result: CadcResult) -> str:
     for key in dict.fromkeys((result.factorization, result.reference)):
         other = result.method(key)
         text += f". {other.name}: {other.formatted(metric)} in {format_seconds(other.seconds)}"
+        if pair := result.difference(ours, other, metric):
+            text += f" (difference {pair.in_words()})"
     text += ". Times include the factorization."
     if not math.isnan(result.goal):
         reference = result.method(result.reference)
@@ -57,8 +59,9 @@ def _tiles(result: CadcResult) -> list[tuple[str, str]]:
     ours, metric = result.method(result.ours), result.metrics[-1]
     tiles = [(f"{ours.mean(name):.4f}", f"{name} of {ours.name}") for name in result.metrics]
     for key in dict.fromkeys((result.factorization, result.reference)):
-        difference = ours.mean(metric) - result.method(key).mean(metric)
-        tiles.append((f"{difference:+.4f}", f"{metric} against {result.method(key).name}"))
+        other = result.method(key)
+        within = ", within noise" if result.tied(ours, other, metric) else ""
+        tiles.append((f"{ours.mean(metric) - other.mean(metric):+.4f}", f"{metric} against {other.name}{within}"))
     speedup = format_speedup(result.speedup(ours))
     tiles.append((speedup, f"speed-up to the best quality of {result.method(result.reference).name}"))
     return [tile for tile in tiles if "nan" not in tile[0] and tile[0] != "-"]
@@ -68,7 +71,7 @@ def _table(result: CadcResult) -> Table:
     rows: list[list[Cell | str]] = []
     for method in result.methods:
         metrics = [
-            Cell(method.formatted(m), "tied with the best" if mark == "tied" else "", bool(mark))
+            Cell(method.formatted(m), "level with the best" if mark == "tied" else "", bool(mark))
             for m in result.metrics
             for mark in [result.mark(method, m)]
         ]
@@ -88,7 +91,8 @@ def _table(result: CadcResult) -> Table:
         rows=rows,
         highlighted=[method.key for method in result.methods].index(result.ours),
         caption=seeds_caption(max(len(method.seeds) for method in result.methods))
-        + "Ties in a ranking count against the model. Bold: the best, and what the seeds cannot tell from it. "
+        + "Ties in a ranking count against the model. Bold: the best, and what a paired test over users and seeds "
+        "cannot tell from it at 5 %. "
         "Examples: distinct examples that the network trains on; the factorization reads all. Below: bytes of the "
         "tables. Time: wall time to the finished model, all parts included. Time to goal: until the best "
         f"{result.goal_metric} of {result.method(result.reference).name} on {result.curve_of}. Speed-up: its time to "

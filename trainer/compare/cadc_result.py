@@ -10,11 +10,10 @@ from typing import Any
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from recpress.trainer.compare.result import Result
+from recpress.trainer.compare.ties import Difference, difference
 from recpress.trainer.report.numbers import format_bytes, format_metric, format_seconds, share
 
 VERSION = 2
-_CRITICAL_T = {2: 4.3, 3: 4.3, 4: 3.2, 5: 2.8}
-"""Seeds -> Student's t at 5 %, two-sided. Two seeds use that of three: with 12.7 they could not show any difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +104,8 @@ class CadcResult(Result):
     """Key of the factorization alone."""
     total_rows: int
     """Train examples of the whole log."""
+    differences: dict[str, tuple[Difference, ...]] = field(default_factory=dict)
+    """Metric -> paired differences of all methods that were run."""
     sweeps: tuple[SweepPoint, ...] = ()
     objective_name: str = "Objective"
     curve_of: str = "held-out examples"
@@ -141,16 +142,22 @@ class CadcResult(Result):
         own, others = self.seconds_to_goal(self.method(self.reference)), self.seconds_to_goal(method)
         return own / others if others > 0 else math.nan
 
+    def difference(self, a: MethodResult, b: MethodResult, metric: str) -> Difference | None:
+        """Of a - b; None if one of them was not run."""
+        try:
+            return difference(self.differences.get(metric, ()), a.key, b.key)
+        except KeyError:
+            return None
+
+    def above(self, a: MethodResult, b: MethodResult, metric: str) -> bool:
+        """Whether a is better than b, significantly."""
+        found = self.difference(a, b, metric)
+        return found is not None and found.above
+
     def tied(self, a: MethodResult, b: MethodResult, metric: str) -> bool:
-        """Whether the seeds cannot tell two methods apart: the difference per seed changes its sign, or its mean is not
-        significant by a paired t-test at 5 %. With one seed only equal values are tied."""
-        found = differences(a, b, metric)
-        if len(found) < 2:
-            return bool(found) and found[0] == 0
-        mean = statistics.fmean(found)
-        same_sign = all(d > 0 for d in found) or all(d < 0 for d in found)
-        error = statistics.stdev(found) / math.sqrt(len(found))
-        return not same_sign or abs(mean) < _CRITICAL_T.get(len(found), 2.5) * error
+        """Whether two methods that were run differ by no more than noise."""
+        found = self.difference(a, b, metric)
+        return found is not None and found.level
 
     def mark(self, method: MethodResult, metric: str) -> str:
         """`best`, `tied` with the best, or an empty string."""
@@ -164,15 +171,6 @@ class CadcResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION, **asdict(self)}
-
-
-def differences(a: MethodResult, b: MethodResult, metric: str) -> list[float]:
-    """a - b of each seed that both have; a method with one run, such as popularity, has that value for every seed."""
-    values = [{seed.seed: seed.metrics.get(metric, math.nan) for seed in method.seeds} for method in (a, b)]
-    seeds = max(values, key=len)
-    ours, others = ({s: v.get(s, next(iter(v.values()))) for s in seeds} if len(v) == 1 else v for v in values)
-    found = [ours[s] - others[s] for s in ours if s in others]
-    return [difference for difference in found if not math.isnan(difference)]
 
 
 def format_speedup(speedup: float) -> str:
@@ -219,7 +217,7 @@ def format_table(result: CadcResult) -> str:
     table = tabulate(rows, header, tablefmt="simple", colalign=align, disable_numparse=True, preserve_whitespace=True)
     lines = [str(table), ""]
     if any(result.mark(method, metric) == "tied" for method in result.methods for metric in result.metrics):
-        lines.append("=: tied with the best, within the noise of the seeds")
+        lines.append("=: level with the best, by a paired test over users and seeds at 5 %")
     if not math.isnan(result.goal):
         lines.append(
             f"to goal: time to the best {result.goal_metric} of {result.method(result.reference).name} on "

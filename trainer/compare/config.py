@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from recpress.data.config import Schema, SynthConfig
+from recpress.data.config import NegativesConfig, Schema, SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, HashConfig
+from recpress.modules.config import ALSConfig, HashConfig, LogisticConfig, LossConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
 
 
@@ -34,7 +35,23 @@ def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
                 raise InputError(f"{name}: {value}, expected numbers from {low} to {high}")
 
 
+def _paper_network() -> NetworkConfig:
+    """The tower of the CADC paper: an MLP, trained by cross-entropy with a few negatives for each positive."""
+    network = network_for("frozen", NetworkConfig())
+    towers = replace(network.model.towers, kind="mlp", hidden=(128,), dropout=0.1, penalty=0.0)
+    return replace(
+        network,
+        negatives=NegativesConfig(count=4),
+        model=replace(network.model, towers=towers, loss=LossConfig(kind="bce")),
+        optimizer=replace(network.optimizer, learning_rate=1e-3, schedule="constant", warmup_steps=0),
+        epochs=20,
+    )
+
+
 MAX_TRIALS = 3
+STRATEGIES = ("random-all", "random-sample", "train-sample", "cadc", "freeze-all")
+MORE_STRATEGIES = ("core-sample", "recent-sample", "popular-sample", "paper")
+"""Those that `compare cadc` runs only on request."""
 TRIALS: dict[str, tuple[dict[str, float], ...]] = {
     "random": (
         {},
@@ -42,6 +59,7 @@ TRIALS: dict[str, tuple[dict[str, float], ...]] = {
         {"batch_size": 512, "learning_rate": 3e-3, "table_learning_rate": 0.2, "dropout": 0.5},
     ),
     "frozen": ({}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3, "dropout": 0.5}),
+    "paper": ({}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}),
     "tuned": ({}, {"table_learning_rate": 0.003}, {"learning_rate": 1e-3, "table_learning_rate": 0.03}),
 }
 """Network of `compare cadc` -> what each trial changes in it. On sparse logs random tables need many small steps at a
@@ -89,14 +107,23 @@ class CompareCadcConfig:
     """Each seed has its own sample, factorization and networks."""
     rate: float = 0.1
     """Share of the examples that the networks are trained on."""
+    strategies: tuple[str, ...] = STRATEGIES
+    """Strategies to compare, with `random-all` and `cadc` among them; `all` is every one. By default `core-sample`,
+    `recent-sample` and `popular-sample` are not run (random tables on a tenth of the examples that is no random sample:
+    the densest k-core, the latest, those of popular items), nor is `paper`, the setting of the CADC paper (logistic
+    factorization, frozen tables, MLP towers, cross-entropy)."""
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization. Settings that are not given are chosen on held-out examples of train."""
+    logistic: LogisticConfig = field(default_factory=LogisticConfig)
+    """The factorization of `paper`."""
     crossfit_sweeps: int = 3
     """Sweeps without the sample, for the factors that networks are trained on."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)
     random: NetworkConfig = field(default_factory=_random_network)
     tuned: NetworkConfig = field(default_factory=_tuned_network)
     """The network on factors that are trained on."""
+    paper: NetworkConfig = field(default_factory=_paper_network)
+    """The network of `paper`."""
     choose: bool = True
     """Choose each network's settings and number of epochs on one held-out train example per user. Required for
     speed-ups."""
@@ -113,9 +140,53 @@ class CompareCadcConfig:
     """Replace an existing --out."""
 
     def __post_init__(self) -> None:
-        _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned)
+        _whole_log(frozen=self.frozen, random=self.random, tuned=self.tuned, paper=self.paper)
+        known = (*STRATEGIES, *MORE_STRATEGIES)
+        if unknown := [name for name in self.strategies if name not in (*known, "all")]:
+            raise InputError(f"strategies: {unknown[0]!r}, expected some of {', '.join(known)}, or all")
+        if missing := [name for name in ("random-all", "cadc") if name not in self.chosen_strategies]:
+            raise InputError(f"strategies: {missing[0]!r} is missing, which the others are compared with")
         if not 1 <= self.trials <= MAX_TRIALS:
             raise InputError(f"trials is {self.trials}, expected 1 to {MAX_TRIALS}")
+
+    @property
+    def chosen_strategies(self) -> tuple[str, ...]:
+        """In the order of the table."""
+        known = (*STRATEGIES, *MORE_STRATEGIES)
+        return known if "all" in self.strategies else tuple(name for name in known if name in self.strategies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightGCNConfig:
+    """LightGCN, with the settings of GraphHash and BACO."""
+
+    dim: int = 64
+    """Columns of the tables."""
+    layers: int = 2
+    """Steps of propagation over the graph of train examples."""
+    batch_size: int = 1024
+    """Train examples of a step, each with one uniform negative. A step propagates over the whole graph, so a large
+    batch is faster; it needs a higher learning rate."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    weight_decay: float = 1e-8
+    """L2 penalty in Adam."""
+    init_std: float = 1.0
+    """Standard deviation of the initial rows."""
+    epochs: int = 1000
+    """Maximum of passes over the train examples."""
+    evaluate_every: int = 10
+    """Epochs between two evaluations on validation examples."""
+    patience: int = 5
+    """Evaluations without improvement after which training stops. The best one is ranked."""
+
+    def __post_init__(self) -> None:
+        at_least(1, **{f"lightgcn.{name}": getattr(self, name) for name in ("dim", "batch_size", "epochs")})
+        at_least(1, **{f"lightgcn.{name}": getattr(self, name) for name in ("evaluate_every", "patience")})
+        at_least(0, **{f"lightgcn.{name}": getattr(self, name) for name in ("layers", "weight_decay")})
+        for name in ("learning_rate", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"lightgcn.{name}: {getattr(self, name)}, expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +211,17 @@ class CompareHashConfig:
     """Budget of embedding rows of users and items together, as a share of the ids."""
     rows: int = 0
     """Budget as a number of rows; 0: use --share."""
+    backbone: Literal["als", "lightgcn"] = "als"
+    """What is trained with one row per id and with the rows of each map. `als`: weighted least squares. `lightgcn`: as
+    GraphHash and BACO do; takes minutes to hours for each run, and resumes after a stop."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The backbone, with one row per id and with shared rows. Settings that are not given are chosen on held-out
-    examples of train."""
+    """The factorization: the backbone `als`, and the embedding from which maps are learned. Settings that are not given
+    are chosen on held-out examples of train."""
+    lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
+    checkpoints: str | None = None
+    """`lightgcn`: folder of the checkpoints; default: --out plus `.checkpoints`. Removed at the end."""
+    equal_bytes: bool = True
+    """Rank methods at equal bytes, too; otherwise at equal rows alone, with half of the runs."""
     hash: HashConfig = field(default_factory=HashConfig)
     """Settings that all methods share, unless they are chosen per method."""
     trials: int = 10

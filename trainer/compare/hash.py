@@ -20,8 +20,10 @@ from recpress.data.errors import InputError
 from recpress.modules.als.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
 from recpress.trainer.compare.config import CompareHashConfig
-from recpress.trainer.compare.hash_backbone import Backbone, MapStats
+from recpress.trainer.compare.hash_backbone import Backbone, MapStats, Report
+from recpress.trainer.compare.hash_light_gcn import LightGCNBackbone
 from recpress.trainer.compare.hash_result import (
+    FULL,
     HashMethodResult,
     HashResult,
     Ranking,
@@ -71,29 +73,38 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
         raise InputError("seeds and sweeps: expected at least one of each")
     meta: dict[str, Any] = {"config": asdict(config)}
     with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data or ""]) as tmp:
-        result = _Comparison(config, tmp).run()
+        comparison = _Comparison(config, tmp)
+        result = comparison.run()
         result.save(tmp / "result.json")
         hash_report(result).write(tmp / "report.html")
+    comparison.backbone.finish()
     print(f"\n{format_hash_tables(result)}\n\nreport: {config.out}/report.html")
     return result
 
 
+BACKBONES: dict[str, type[Backbone]] = {"als": Backbone, "lightgcn": LightGCNBackbone}
+
+
 class _Comparison:
     def __init__(self, config: CompareHashConfig, folder: Path) -> None:
-        self.config, self.backbone = config, Backbone(config, folder)
+        self.config, self.backbone = config, BACKBONES[config.backbone](config, folder)
         self.chosen: dict[str, _Chosen] = {}
         self.excluded: dict[str, str] = {}
         """Method that cannot use the budget of rows -> why."""
         self.too_large: dict[str, str] = {}
         """Method that cannot use the budget of bytes -> why."""
-        self.at_rows: dict[str, _Runs] = {"full": _Runs()}
-        self.at_bytes: dict[str, _Runs] = {"full": self.at_rows["full"]}
+        self.at_rows: dict[str, _Runs] = {FULL: _Runs()}
+        self.at_bytes: dict[str, _Runs] = {FULL: self.at_rows[FULL]}
+
+    @property
+    def rankings(self) -> int:
+        return 2 if self.config.equal_bytes else 1
 
     def run(self) -> HashResult:
         config, backbone = self.config, self.backbone
         # at most one run of each seed and method at equal rows and one at equal bytes, besides the trials
-        units = {"factorize": len(config.seeds)}
-        units |= {method: config.trials + 2 * len(config.seeds) for method in config.methods}
+        units = {"factorize": len(config.seeds), FULL: len(config.seeds)}
+        units |= {method: config.trials + self.rankings * len(config.seeds) for method in config.methods}
         with UnitProgress("compare hash", units) as self.progress:
             full = self._factorize(config.seeds[0])
             for method in config.methods:
@@ -103,8 +114,12 @@ class _Comparison:
             popularity, _ = backbone.test_metrics(torch.ones(backbone.log.num_users, 1), backbone.counts[1][:, None])
             for seed in config.seeds:
                 full = self._factorize(seed) if seed != config.seeds[0] else full
-                metrics, by_user = backbone.test_metrics(full.users, full.items)
-                self._add(self.at_rows, "full", metrics, by_user)
+                with self.progress.unit(FULL, f"seed {seed}: full table"):
+                    vectors, seconds = backbone.full_vectors(full, seed, self._report(f"seed {seed}: full table"))
+                    metrics, by_user = backbone.test_metrics(vectors.users, vectors.items)
+                self._add(self.at_rows, FULL, metrics, by_user)
+                if seconds:
+                    self.at_rows[FULL].train_seconds.append(seconds)
                 self.progress.say(f"seed {seed}: full table: {format_metrics(metrics, backbone.metrics)}")
                 for method, chosen in self.chosen.items():
                     setting = replace(chosen.setting, hash=replace(chosen.setting.hash, seed=seed))
@@ -133,10 +148,11 @@ class _Comparison:
             nonlocal trial
             setting = setting_of(config, method, dict(zip(axes, choice, strict=True)))
             key = replace(setting, sweeps=0)
-            with self.progress.unit(method, f"{name}, trial {trial + 1} of {config.trials}"):
+            label = f"{name}, trial {trial + 1} of {config.trials}"
+            with self.progress.unit(method, label):
                 if key not in maps:
                     maps[key], _ = self.backbone.make_maps(setting, full, self.backbone.budget)
-                found, _ = self.backbone.fit(setting, maps[key], full)
+                found, _ = self.backbone.fit(setting, maps[key], full, self._report(label))
                 trial += 1
                 return self.backbone.rank(found.users, found.items, self.backbone.val)[config.metric]
 
@@ -145,7 +161,7 @@ class _Comparison:
         self.progress.skip(method, config.trials - found.tried)
         if found.best is None:
             self.progress.say(f"{name}: not run: {found.refused}")
-            self.progress.skip(method, 2 * len(config.seeds))
+            self.progress.skip(method, self.rankings * len(config.seeds))
             self.excluded[method] = found.refused
             return
         setting = setting_of(config, method, dict(zip(axes, found.best, strict=True)))
@@ -161,8 +177,10 @@ class _Comparison:
         label, backbone = f"seed {setting.hash.seed}: {NAMES[method][0]}", self.backbone
         with self.progress.unit(method, f"{label}, equal rows"):
             maps, stats = backbone.make_maps(setting, full, backbone.budget)
-            metrics = self._test_run(self.at_rows, method, setting, maps, stats, full)
+            metrics = self._test_run(self.at_rows, method, setting, maps, stats, full, label)
         self.progress.say(f"{label}: {format_metrics(metrics, backbone.metrics)}")
+        if not self.config.equal_bytes:
+            return
         if not stats.nbytes:  # a formula: the same run
             self.at_bytes[method] = self.at_rows[method]
             self.progress.skip(method, 1)
@@ -173,7 +191,7 @@ class _Comparison:
                 self.too_large[method] = smaller
                 self.progress.say(f"{label}: {smaller}")
                 return
-            metrics = self._test_run(self.at_bytes, method, setting, *smaller, full)
+            metrics = self._test_run(self.at_bytes, method, setting, *smaller, full, label)
         shown = format_metrics(metrics, backbone.metrics)
         self.progress.say(f"{label}, equal bytes ({smaller[1].rows:,} rows): {shown}")
 
@@ -185,13 +203,17 @@ class _Comparison:
         maps: tuple[IdMap, IdMap],
         stats: MapStats,
         full: Factors,
+        label: str,
     ) -> dict[str, float]:
-        found, seconds = self.backbone.fit(setting, maps, full)
+        found, seconds = self.backbone.fit(setting, maps, full, self._report(label))
         metrics, by_user = self.backbone.test_metrics(found.users, found.items)
         self._add(ranking, method, metrics, by_user)
         ranking[method].maps.append(stats)
         ranking[method].train_seconds.append(seconds)
         return metrics
+
+    def _report(self, label: str) -> Report:
+        return lambda line: self.progress.say(f"{label}: {line}")
 
     def _add(self, ranking: dict[str, _Runs], method: str, metrics: dict[str, float], by_user: np.ndarray) -> None:
         runs = ranking.setdefault(method, _Runs())
@@ -203,8 +225,7 @@ class _Comparison:
 
         def ranking(found: dict[str, _Runs]) -> Ranking:
             methods = tuple(self._method(key, runs) for key, runs in found.items())
-            compressed = {key: runs.by_user for key, runs in found.items() if key != "full"}
-            return Ranking(methods=methods, differences=all_differences(compressed))
+            return Ranking(methods=methods, differences=all_differences({k: runs.by_user for k, runs in found.items()}))
 
         shown = replace(config, als=replace(config.als, **backbone.chosen_als))
         facts = run_facts("Learned hash functions", shown, backbone.log)
@@ -212,18 +233,19 @@ class _Comparison:
             "train examples": len(backbone.train[0]),
             "budget of rows": backbone.budget,
             "budget of bytes": backbone.row_bytes * backbone.budget,
-            "dimension": backbone.dim,
+            "backbone": config.backbone,
+            "dimension": backbone.vector_dim,
             "trials of each method": config.trials,
         }
         result = HashResult(
             **facts,
             rows=ranking(self.at_rows),
-            bytes=ranking(self.at_bytes),
+            bytes=ranking(self.at_bytes) if config.equal_bytes else None,
             byte_budget=backbone.row_bytes * backbone.budget,
             too_large={NAMES[key][0]: why for key, why in self.too_large.items()},
             popularity=popularity,
             ours="learned-2" if "learned-2" in self.chosen else [*self.chosen][-1],
-            full="full",
+            full=FULL,
             metrics=backbone.metrics,
             notes=_notes(config, backbone),
         )
@@ -255,18 +277,23 @@ class _Comparison:
 def _notes(config: CompareHashConfig, backbone: Backbone) -> tuple[str, ...]:
     """How it was measured."""
     return (
-        "The backbone is weighted least squares with one row per id (full) or with the rows of the map: the map is "
-        "made, rows start nearest to the full factors, and sweeps of the same loss follow. The score is the dot "
-        "product; an id has no other input than its row.",
+        backbone.NOTE,
         f"Each method has the setting with the best {config.metric} on validation examples of "
         f"{backbone.val.num_cases:,} users (seed {config.seeds[0]}), of {config.trials} trials, the same number for "
         "every method; a method with fewer settings tries all of them. Test examples are ranked among all items; train "
         "and validation items are masked; ties of scores, which ids in one row have, are broken at random for all "
         "methods alike.",
-        "Two rankings: at the same number of rows, and at the same bytes, those of the budget of rows without a map. "
-        "There a method pays for its map with rows; a formula needs no map. Settings are those chosen at equal rows. "
+        *(
+            [
+                "Two rankings: at the same number of rows, and at the same bytes, those of the budget of rows without "
+                "a map. There a method pays for its map with rows; a formula needs no map. Settings are those chosen "
+                "at equal rows."
+            ]
+            if config.equal_bytes
+            else []
+        ),
         "Stored bytes count maps bit-packed with their weights; bytes at serving count them as `LearnedHash` stores "
         "them, with int32 row numbers (with packed=True it takes the stored bytes).",
-        f"Methods share a place (=) if their difference in {backbone.metrics[0]} is within noise: two standard errors "
-        "of the paired difference, of the users and of the seeds together.",
+        f"Methods share a place (=) if their difference in {backbone.metrics[0]} is within noise: a paired test over "
+        "the users and the seeds, at 5 % for each pair. = after a share of the full table: level with it.",
     )

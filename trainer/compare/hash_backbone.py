@@ -1,12 +1,12 @@
-"""The backbone of `compare hash`: weighted least squares on the rows of a map, and how its vectors are ranked."""
+"""The backbone of `compare hash`: weighted least squares on the rows of a map, and how vectors are ranked."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from recpress.modules.config import ALSConfig, ALSParameters
 from recpress.modules.hashing.budget import split_rows
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import JOINT_METHODS, build_map
-from recpress.modules.hashing.shared_als import SharedALS, SharedFactors
+from recpress.modules.hashing.shared_als import SharedALS
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.row_source import round_up
 from recpress.trainer.compare.config import CompareHashConfig
@@ -32,6 +32,19 @@ from recpress.trainer.config import chosen_schema
 from recpress.trainer.evaluate.heldout import FullHeldout, full_from_pairs, read_pairs
 from recpress.trainer.evaluate.ranking import evaluate_full, vectors_from_factors
 from recpress.trainer.hash.budget import root
+
+
+class Vectors(NamedTuple):
+    """What is ranked: the score of a user and an item is the dot product."""
+
+    users: torch.Tensor
+    """(num_users, d) float32"""
+    items: torch.Tensor
+    """(num_items, d) float32"""
+
+
+Report = Callable[[str], None]
+"""Takes a line about the progress of a run."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +67,18 @@ class MapStats:
 
 
 class Backbone:
-    """Log, held-out examples and factorization that all methods share. One process.
+    """Log, held-out examples and factorization that all methods share. One process. A subclass trains other vectors.
 
     Raises:
         InputError: the log has no test rows; the budget of rows cannot be used.
     """
+
+    NOTE = (
+        "The backbone is weighted least squares with one row per id (full) or with the rows of the map: the map is "
+        "made, rows start nearest to the full factors, and sweeps of the same loss follow. The score is the dot "
+        "product; an id has no other input than its row."
+    )
+    """For the report."""
 
     def __init__(self, config: CompareHashConfig, folder: Path) -> None:
         self.config = config
@@ -82,7 +102,7 @@ class Backbone:
             raise InputError(f"rows: a budget of {self.budget}, expected 2 to {self.ids}, the ids of the log")
         self.metrics = tuple(f"{kind}@{k}" for k in config.evaluation.k for kind in ("Recall", "NDCG"))
         self.dim = 0
-        """Of the vectors; known after the first factorization."""
+        """Of the factors; known after the first factorization."""
         self.chosen_als: dict[str, Any] = {}
         """Settings of the factorization that were not given and have been chosen."""
         self.warnings: list[str] = []
@@ -93,6 +113,11 @@ class Backbone:
     def row_bytes(self) -> int:
         """Of one float32 embedding row."""
         return 4 * round_up(self.dim)
+
+    @property
+    def vector_dim(self) -> int:
+        """Of the vectors that are ranked."""
+        return self.dim
 
     def _held_out(self) -> tuple[FullHeldout, FullHeldout]:
         """Validation examples of some users, train masked; test examples of all, train and validation masked."""
@@ -191,12 +216,21 @@ class Backbone:
         first = min(max(round(share * budget), 1, budget - items), users, budget - 1)
         return first, budget - first
 
-    def fit(self, setting: Setting, maps: tuple[IdMap, IdMap], full: Factors) -> tuple[SharedFactors, float]:
+    def full_vectors(self, full: Factors, seed: int, report: Report) -> tuple[Vectors, float]:
+        """(vectors with one row per id, seconds of training them besides the factorization)."""
+        return Vectors(full.users, full.items), 0.0
+
+    def fit(self, setting: Setting, maps: tuple[IdMap, IdMap], full: Factors, report: Report) -> tuple[Vectors, float]:
         """(vectors read through the maps, seconds): sweeps of the loss from the rows nearest to the full factors."""
         assert self._parameters is not None
+        assert setting.sweeps is not None
         began = time.perf_counter()
         als = SharedALS(replace(self._parameters, sweeps=setting.sweeps), *self._csrs, *maps)
-        return als.fit(full.users, full.items), time.perf_counter() - began
+        found = als.fit(full.users, full.items)
+        return Vectors(found.users, found.items), time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Remove what a stopped comparison would resume from."""
 
     def test_metrics(self, users: torch.Tensor, items: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
         """(metrics of the test examples, first metric of each user as float32)."""

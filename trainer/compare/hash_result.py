@@ -16,6 +16,9 @@ from recpress.trainer.report.charts import Bars, Chart
 from recpress.trainer.report.numbers import format_bytes, format_metric, format_seconds, share
 from recpress.trainer.report.page import Cell, Report, Section, Table
 
+FULL = "full"
+"""Key of the full table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HashMethodResult:
@@ -79,7 +82,7 @@ class Ranking:
     methods: tuple[HashMethodResult, ...]
     """With the full table, which is not ranked."""
     differences: tuple[Difference, ...] = ()
-    """Of all pairs of ranked methods, by the first metric."""
+    """Of all pairs of methods, by the first metric."""
 
     def method(self, key: str) -> HashMethodResult:
         return next(method for method in self.methods if method.key == key)
@@ -89,8 +92,15 @@ class Ranking:
 
     def places(self) -> dict[str, str]:
         """Key -> place, `2=` for one that ties; without the full table."""
-        keys = dict.fromkeys(key for pair in self.differences for key in (pair.first, pair.second))
-        return places([*keys], self.differences) if keys else {}
+        keys = dict.fromkeys(key for pair in self.differences for key in (pair.first, pair.second) if key != FULL)
+        return places([*keys], self.differences)
+
+    def level_with_full(self, key: str) -> bool:
+        """Whether a method loses nothing to the full table but noise."""
+        try:
+            return difference(self.differences, key, FULL).level
+        except KeyError:
+            return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +109,8 @@ class HashResult(Result):
 
     rows: Ranking
     """At the same number of embedding rows."""
-    bytes: Ranking
-    """At the same bytes, maps included."""
+    bytes: Ranking | None
+    """At the same bytes, maps included; None if that was not compared."""
     byte_budget: int
     ours: str
     full: str
@@ -109,6 +119,11 @@ class HashResult(Result):
     """Name of a method that cannot use the budget of bytes -> why."""
     popularity: dict[str, float] = field(default_factory=dict)
     """Metrics of the items by their counts, the same for every user."""
+
+    @property
+    def rankings(self) -> dict[str, Ranking]:
+        """`equal rows` and, if it was compared, `equal bytes`."""
+        return {"equal rows": self.rows} | ({} if self.bytes is None else {"equal bytes": self.bytes})
 
     @property
     def methods(self) -> tuple[HashMethodResult, ...]:
@@ -138,7 +153,7 @@ class HashResult(Result):
     def verdicts(self) -> list[str]:
         """Sentences on the differences that matter, ties named as ties."""
         found = []
-        for ranking, budget in ((self.rows, "equal rows"), (self.bytes, "equal bytes")):
+        for budget, ranking in self.rankings.items():
             if ranking.has("learned") and ranking.has("cluster"):
                 found.append(self._verdict(ranking, "learned", "cluster", budget, ("Learned, one row,", "clusters")))
             others = [m for m in ranking.methods if m.key not in (self.full, self.ours, "learned")]
@@ -153,7 +168,7 @@ class HashResult(Result):
         pair = difference(ranking.differences, ours, other)
         first, second = names or (ranking.method(ours).name, ranking.method(other).name)
         how = "level with" if pair.level else "ahead of" if pair.mean > 0 else "behind"
-        return f"At {budget}: {first} is {how} {second} ({self.metrics[0]} {pair.mean:+.4f} ± {pair.noise:.4f})."
+        return f"At {budget}: {first} is {how} {second} ({self.metrics[0]} {pair.in_words()})."
 
     def ordered(self, ranking: Ranking) -> Sequence[HashMethodResult]:
         """The full table, then the methods from the best to the worst."""
@@ -162,11 +177,12 @@ class HashResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         fields = asdict(self)
-        for name, ranking in (("rows", self.rows), ("bytes", self.bytes)):
+        for name, ranking in self.rankings.items():
             place = ranking.places()
-            for saved, method in zip(fields[name]["methods"], ranking.methods, strict=True):
+            for saved, method in zip(fields[name.removeprefix("equal ")]["methods"], ranking.methods, strict=True):
                 saved |= {
                     "place": place.get(method.key),
+                    "level_with_full": ranking.level_with_full(method.key),
                     "bytes": method.bytes,
                     "serving_bytes": method.serving_bytes,
                 }
@@ -179,9 +195,11 @@ def format_hash_tables(result: HashResult) -> str:
         f"Equal rows: {result.data.get('budget of rows', 0):,}",
         _format_table(result, result.rows),
         "",
-        f"Equal bytes, map included: {format_bytes(result.byte_budget)}",
-        _format_table(result, result.bytes),
-        "",
+        *(
+            [f"Equal bytes, map included: {format_bytes(result.byte_budget)}", _format_table(result, result.bytes), ""]
+            if result.bytes is not None
+            else []
+        ),
         *(f"{name}: {why}" for name, why in result.too_large.items()),
         *result.verdicts(),
         *(f"warning: {text}" for text in result.warnings),
@@ -200,7 +218,7 @@ def _format_table(result: HashResult, ranking: Ranking) -> str:
             place.get(method.key, "-"),
             ("> " if method.key == result.ours else "  ") + method.name,
             *map(method.formatted, result.metrics),
-            f"{100 * result.of_full(method):.1f} %",
+            f"{100 * result.of_full(method):.1f} %{' =' if ranking.level_with_full(method.key) else ''}",
             method.trials_in_words(),
             f"{method.rows:,} ({share(method.rows, full.rows)})",
             f"{format_bytes(method.bytes)} ({share(method.bytes, full.bytes)})",
@@ -235,10 +253,16 @@ def hash_report(result: HashResult) -> Report:
         tiles,
         [
             Section(title="Results at equal rows", table=_table(result, result.rows)),
-            Section(
-                title=f"Results at equal bytes: {format_bytes(result.byte_budget)}",
-                table=_table(result, result.bytes),
-                texts=[f"{name}: {why}" for name, why in result.too_large.items()],
+            *(
+                [
+                    Section(
+                        title=f"Results at equal bytes: {format_bytes(result.byte_budget)}",
+                        table=_table(result, result.bytes),
+                        texts=[f"{name}: {why}" for name, why in result.too_large.items()],
+                    )
+                ]
+                if result.bytes is not None
+                else []
             ),
             Section(title="Quality by method", charts=[_chart(result)]),
             Section(title="Methods", facts=[(m.name, _described(m)) for m in result.methods]),
@@ -292,7 +316,7 @@ def _table(result: HashResult, ranking: Ranking) -> Table:
 def _chart(result: HashResult) -> Chart:
     metric, full = result.metrics[0], result.method(result.full)
     methods = [m for m in result.ordered(result.rows) if m is not full]
-    rankings = {"equal rows": result.rows, "equal bytes": result.bytes}
+    rankings = result.rankings
 
     def values(ranking: Ranking, of: str) -> list[float | None]:
         return [getattr(ranking.method(m.key), of)(metric) if ranking.has(m.key) else None for m in methods]
@@ -305,9 +329,9 @@ def _chart(result: HashResult) -> Chart:
         highlighted=result.method(result.ours).name,
         level=("Full table", full.mean(metric)),
     )
+    budgets = "equal rows" if len(rankings) == 1 else "equal rows (full color) and at equal bytes (pale)"
     return Chart(
         title="Quality by method",
-        caption=f"{metric} at the same number of rows (full color) and at the same bytes (pale); dashed: one row per "
-        "id. Bars: standard deviation over seeds.",
+        caption=f"{metric} at {budgets}; dashed: one row per id. Bars: standard deviation over seeds.",
         panels=[panel],
     )

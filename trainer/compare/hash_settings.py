@@ -39,8 +39,9 @@ class Setting:
     hash: HashConfig
     user_share: float = BY_IDS
     """Share of the rows for users; or BY_IDS, BY_DISTORTION."""
-    sweeps: int = 1
-    """Sweeps of the factorization with shared rows, from the rows that are nearest to the full factors."""
+    sweeps: int | None = 1
+    """Sweeps of the factorization with shared rows, from the rows that are nearest to the full factors; None with
+    another backbone."""
 
     def words(self) -> dict[str, Any]:
         """For reports: what was chosen, by name."""
@@ -52,7 +53,7 @@ class Setting:
             chosen["exclusive_share"] = self.hash.exclusive_share
         if self.hash.method in ("learned", "co-cluster"):
             chosen["count_exponent"] = self.hash.count_exponent
-        return chosen | {"sweeps": self.sweeps}
+        return chosen | ({} if self.sweeps is None else {"sweeps": self.sweeps})
 
 
 def search_axes(config: CompareHashConfig, method: str) -> dict[str, tuple[Any, ...]]:
@@ -64,7 +65,8 @@ def search_axes(config: CompareHashConfig, method: str) -> dict[str, tuple[Any, 
         axes["exclusive_share"] = (0.5, *config.exclusive_shares)
     if method.startswith("learned") or method == "co-cluster":
         axes["count_exponent"] = (config.hash.count_exponent, *config.count_exponents)
-    axes["sweeps"] = tuple(sorted(config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
+    if config.backbone == "als":
+        axes["sweeps"] = tuple(sorted(config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
     return axes
 
 
@@ -77,4 +79,4 @@ def setting_of(config: CompareHashConfig, method: str, values: dict[str, Any]) -
         rows_per_id=2 if two_rows else 1,
         **{axis: values[axis] for axis in ("exclusive_share", "count_exponent") if axis in values},
     )
-    return Setting(hash=hashed, user_share=values.get("user_share", BY_IDS), sweeps=values["sweeps"])
+    return Setting(hash=hashed, user_share=values.get("user_share", BY_IDS), sweeps=values.get("sweeps"))

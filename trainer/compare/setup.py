@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,6 +21,7 @@ from recpress.data.ingest import split as holdout
 from recpress.data.synthetic import interactions as data_synth
 from recpress.trainer.compare.config import CompareBothConfig, CompareCadcConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig, chosen_schema
+from recpress.trainer.distributed.collectives import all_gather_arrays
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
@@ -27,6 +29,9 @@ from recpress.trainer.observability.progress import comparisons
 
 COMPARISON = "comparison"
 """Kind of the artifact that a comparison writes."""
+
+PerCase = dict[str, np.ndarray]
+"""Metric -> its value for each held-out case, (cases,) float64; the same cases for all methods."""
 
 
 @contextlib.contextmanager
@@ -73,7 +78,15 @@ def split_validation(log: Log, path: str, seed: int, negatives: int) -> None:
             holdout.leave_one_out(log, path, by="random", seed=seed, negatives=negatives)
 
 
-def rank_by_popularity(log: Log, evaluation: EvaluationConfig) -> dict[str, float]:
+def gather_cases(cases: Mapping[str, torch.Tensor], metrics: Sequence[str]) -> PerCase:
+    """Values of all ranks, in the order of the ranks, from those that `rank_heldout` gave each rank. Collective."""
+    gathered = all_gather_arrays([cases[metric].double().numpy() for metric in metrics])
+    return {metric: np.concatenate([of_rank[j] for of_rank in gathered]) for j, metric in enumerate(metrics)}
+
+
+def rank_by_popularity(
+    log: Log, evaluation: EvaluationConfig, per_case: dict[str, torch.Tensor] | None = None
+) -> dict[str, float]:
     """Metrics of the items by their number of examples, the same for every user. Collective."""
     counts = torch.from_numpy(log.counts("item")).double()[:, None]
     return rank_heldout(
@@ -82,6 +95,7 @@ def rank_by_popularity(log: Log, evaluation: EvaluationConfig) -> dict[str, floa
         vectors_from_factors(counts),
         evaluation,
         torch.device("cpu"),
+        per_case,
     )
 
 

@@ -22,17 +22,19 @@ from recpress.trainer.model.vectors import VectorFn
 logger = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Rank the held-out rows of a log. The metrics do not depend on the world size.
+def evaluate(config: EvaluateConfig, per_case: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
+    """Rank the held-out rows of a log. The metrics do not depend on the world size. `per_case`: see `ranking`.
 
     Raises:
         InputError: the log has no held-out rows, or the model is of another vocabulary. On every rank.
     """
     with process_group(config.device) as ranks:
-        return _evaluate(config, ranks)
+        return _evaluate(config, ranks, per_case)
 
 
-def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
+def _evaluate(
+    config: EvaluateConfig, ranks: Ranks, per_case: dict[str, torch.Tensor] | None = None
+) -> dict[str, float]:
     """`evaluate` within its process group, which must outlive the model: see `process_group`."""
     with raise_on_all_ranks():
         log = open_log(config.data, chosen_schema(config.schema))
@@ -47,7 +49,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, float]:
 
         model = load_model(config.model, log, ranks)
         user, item = model.vectors("user"), model.vectors("item")
-    metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device)
+    metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device, per_case)
     if ranks.rank == 0:
         print(f"{config.model}: {show(metrics)}")
         for line in notes(metrics, log, config.evaluation):

@@ -7,8 +7,8 @@ from typing import Literal
 
 from recpress.data.config import Schema
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, LogisticConfig
-from recpress.trainer.config import at_least
+from recpress.modules.config import ALSConfig, ContrastiveConfig, LogisticConfig
+from recpress.trainer.config import CheckpointConfig, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,11 @@ class FactorizeConfig:
     out: str
     """Folder of the factors; must not exist unless --overwrite."""
     schema: Schema = field(default_factory=Schema)
-    method: Literal["als", "logistic"] = "als"
-    """`als`: weighted least squares; `logistic`: cross-entropy with sampled negatives."""
+    method: Literal["als", "softmax", "logistic"] = "als"
+    """`als`: weighted least squares; `softmax`: a contrastive loss of cosines, often better if all items are ranked;
+    `logistic`: cross-entropy with sampled negatives."""
     als: ALSConfig = field(default_factory=ALSConfig)
+    softmax: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     logistic: LogisticConfig = field(default_factory=LogisticConfig)
     crossfit_rate: float = 0.0
     """Above 0: also compute factors that have not seen this share of the rows, to train a network on it."""
@@ -31,7 +33,9 @@ class FactorizeConfig:
     crossfit_kind: Literal["rows", "block", "user"] = "rows"
     """Kind of that sample; equal to --sample.kind of the network."""
     crossfit_sweeps: int = 3
-    """Sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
+    """`als`: sweeps over the other rows, from the factors of all rows, that let the vectors forget the sample."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """`softmax`: when to save checkpoints; a step is an epoch."""
 
     use_label: bool = False
     """`als`: scale the confidence of a row by its label. `logistic`: train on the labels, numbers in [0, 1], in place

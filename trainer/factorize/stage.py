@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -62,14 +62,14 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
     Raises:
         InputError: the log or the settings cannot be used; `out` exists. On every rank; nothing is written.
     """
-    with process_group(config.device) as ranks:
+    with process_group(config.device) as ranks, ExitStack() as checkpoints:
         skip = config.on_bad_file == "skip"
         log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip)
         with raise_on_all_ranks():
             if config.use_label and not log.schema.label:
                 raise InputError("use_label: expected schema.label, the column that scales the confidence")
             if config.method == "logistic" and config.crossfit_rate:
-                raise InputError("crossfit_rate: expected method 'als'; 'logistic' has no such thing")
+                raise InputError("crossfit_rate: expected method 'als' or 'softmax'; 'logistic' has no such thing")
         if config.use_label and log.schema.label:
             most = 1 if config.method == "logistic" else math.inf
             log = replace(log, train=log.train.with_labels_in(log.schema.label, 0, most))
@@ -90,13 +90,15 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         }
         with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             begin = time.monotonic()
-            factors, sweeps, model = _fit(config, log, ranks)
+            factors, sweeps, model = _fit(config, log, ranks, checkpoints)
             result = FactorizeResult(time.monotonic() - begin, 0.0, sweeps)
             if model is not None:
                 assert model.parameters is not None
                 result.parameters = asdict(model.parameters)
                 result.auto = None if model.choice is None else model.choice.describe()
-            found = check_factors(factors, model)
+            elif config.method == "softmax":
+                result.parameters = asdict(config.softmax)
+            found = check_factors(factors, model, _FIX[config.method])
             unused = _unused_ids(log, factors)
             result.checks = {"ok": not found, "warnings": found}
             factors.save(tmp)
@@ -104,7 +106,9 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
                 begin = time.monotonic()
                 (tmp / CROSSFIT).mkdir(exist_ok=True)
                 parameters = None if model is None else model.parameters
-                without, _, _ = _fit(config, log, ranks, without=crossfit, start=factors, parameters=parameters)
+                without, _, _ = _fit(
+                    config, log, ranks, checkpoints, without=crossfit, start=factors, parameters=parameters
+                )
                 without.save(tmp / CROSSFIT)
                 result.crossfit_seconds = time.monotonic() - begin
             meta |= {"dim": factors.dim, "seconds": asdict(result), **describe_lost(log)}
@@ -121,6 +125,12 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
     return result
 
 
+_FIX = {
+    "als": "",
+    "logistic": "lower weight_decay or train for more epochs",
+    "softmax": "train for more epochs or raise temperature",
+}
+"""How to fix factors that have collapsed, by method; `als` knows it from its settings."""
 LEAST_USED, LARGE = 0.1, 100_000
 """Warn of a side with more than LARGE ids, of which less than the share LEAST_USED occurs."""
 
@@ -151,6 +161,7 @@ def _fit(
     config: FactorizeConfig,
     log: Log,
     ranks: Ranks,
+    checkpoints: ExitStack,
     *,
     without: SampleConfig | None = None,
     start: Factors | None = None,
@@ -158,6 +169,8 @@ def _fit(
 ) -> tuple[Factors, list[tuple[float, float]], ALS | None]:
     if config.method == "logistic":
         return *_fit_logistic(config, log, ranks), None
+    if config.method == "softmax":
+        return *_fit_softmax(config, log, ranks, checkpoints, without, start), None
     als: ALSConfig | ALSParameters = _protocol(config.als, log)
     if parameters is not None:
         als = replace(parameters, sweeps=config.crossfit_sweeps, tolerance=0.0)
@@ -170,7 +183,7 @@ def _fit(
     began = time.monotonic()
     description = "als" if start is None else "als, without the sample"
     with (
-        _stop_on_interrupt() as stop_requested,
+        _stop_on_interrupt("sweep") as stop_requested,
         Progress(
             description,
             "sweep",
@@ -196,6 +209,32 @@ def _fit(
         return model.fit(on_sweep, start), sweeps, model
 
 
+def _fit_softmax(
+    config: FactorizeConfig,
+    log: Log,
+    ranks: Ranks,
+    checkpoints: ExitStack,
+    without: SampleConfig | None,
+    start: Factors | None,
+) -> tuple[Factors, list[tuple[float, float]]]:
+    from recpress.trainer.factorize.softmax import factorize_softmax, open_checkpoints  # imports DCP
+
+    saved = open_checkpoints(config, log, checkpoints, part="" if start is None else "crossfit")
+    with _stop_on_interrupt("epoch") as stop_requested:
+        made = factorize_softmax(
+            config.softmax,
+            log,
+            ranks,
+            lambda: _read(config, log, ranks, without),
+            saved,
+            description="softmax" if start is None else "softmax, without the sample",
+            start=start,
+            stop_requested=stop_requested.is_set,
+        )
+    share_lost(log)
+    return made
+
+
 def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
     """The settings, with the automatic choice by the protocol of the log's held-out part."""
     if als.auto_metric != "auto":
@@ -205,8 +244,8 @@ def _protocol(als: ALSConfig, log: Log) -> ALSConfig:
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C (SIGINT) stops after this sweep and keeps the factors; a second one interrupts."""
+def _stop_on_interrupt(unit: str) -> Iterator[threading.Event]:
+    """The first Ctrl-C (SIGINT) stops after this unit and keeps the factors; a second one interrupts."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals can be handled there alone
         yield requested
@@ -216,7 +255,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         if requested.is_set():
             raise KeyboardInterrupt
         requested.set()
-        logger.info("SIGINT: stopping after this sweep; once more to interrupt")
+        logger.info("SIGINT: stopping after this %s; once more to interrupt", unit)
 
     before = signal.signal(signal.SIGINT, handle)
     try:

@@ -18,9 +18,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recpress.data.errors import InputError
 from recpress.modules.compression.replace import compress
+from recpress.modules.compression.report import CompressReport
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
-from recpress.modules.frozen.kernel import HasFrozenTables, row_bytes
-from recpress.modules.row_source import RowSource
+from recpress.modules.frozen.kernel import row_bytes
 from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -95,14 +95,14 @@ def build_model(
             rank.
     """
     torch.manual_seed(seed)
-    rows: dict[str, RowSource] = {}
+    report: CompressReport | None = None
     size: dict[str, int] = {}
     with raise_on_all_ranks():
         model = factory_of(name)(config, ModelInputs.of(features))
         if not isinstance(model, nn.Module):
             raise InputError(f"--model {name}: returned {type(model).__name__}, expected an nn.Module")
         _check_tables(name, model, features)
-        model, rows = _compressed(name, model, features)
+        model, report = _compressed(name, model, features)
         size = _table_bytes(model)
     layouts = {table.name: table.sharding for table in features.tables if table.sharding != "auto"}
     dmp = shard(
@@ -113,20 +113,18 @@ def build_model(
         sharding_types=layouts,
         seed=seed,
     )
-    with raise_on_all_ranks():
-        for module in dmp.modules():
-            if isinstance(module, HasFrozenTables):
-                for frozen in module.tables():
-                    module.load(frozen.name, rows[frozen.name])
+    if report is not None:
+        with raise_on_all_ranks():
+            report.load(dmp)
     return ShardedModel(dmp, size)
 
 
-def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.Module, dict[str, RowSource]]:
-    """The model with maps and frozen tables, and the frozen rows."""
+def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.Module, CompressReport | None]:
+    """The model with maps and frozen tables, and what was compressed, if anything was."""
     maps = {table.name: table.id_map for table in features.tables if table.id_map is not None}
     frozen = {t.name: t.frozen.table(t.side) for t in features.tables if t.frozen is not None and t.side is not None}
     if not maps and not frozen:
-        return model, {}
+        return model, None
     storages = {table.storage for table in features.tables if table.frozen is not None} or {"fp32"}
     if len(storages) > 1:
         raise InputError(f"features: frozen tables have storage {' and '.join(sorted(storages))}, expected one of them")
@@ -136,10 +134,9 @@ def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.M
         if t.frozen is not None and t.side is not None and t.name in maps
     }
     try:
-        model, report = compress(model, maps, frozen, counts=counts, warm_start=False, storage=storages.pop())
+        return compress(model, maps, frozen, counts=counts, warm_start=False, storage=storages.pop())
     except ValueError as error:
         raise InputError(f"--model {name}: {error}") from error
-    return model, report.rows
 
 
 def _check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:

@@ -32,7 +32,8 @@ def logging_to_stderr(stage: str) -> Iterator[None]:
     """Log to stderr within the block, in the format that `VARIABLE` names; leave the logging setup as it was after it.
 
     The handler is that of the root logger, so that warnings of libraries have the same format. If the host program has
-    root handlers, recpress gets a handler and the root logger does not change.
+    root handlers, recpress gets a handler and the root logger does not change; if a root handler writes to a terminal
+    stream too, the lines of recpress do not propagate to it, so that each appears once.
     """
     global _formatter
     handler = _StderrHandler()
@@ -40,7 +41,8 @@ def logging_to_stderr(stage: str) -> Iterator[None]:
     before, _formatter = _formatter, _Json() if as_json else _Text()
     handler.setFormatter(_formatter)
     ours = logging.getLogger("recpress")
-    logger, level = ours if logging.root.handlers else logging.root, ours.level
+    logger, level, propagates = ours if logging.root.handlers else logging.root, ours.level, ours.propagate
+    ours.propagate = propagates and not any(map(_writes_to_console, logging.root.handlers))
     logger.addHandler(handler)
     ours.setLevel(logging.INFO)
     logging.captureWarnings(as_json)
@@ -50,6 +52,7 @@ def logging_to_stderr(stage: str) -> Iterator[None]:
     finally:
         logging.captureWarnings(False)
         ours.setLevel(level)
+        ours.propagate = propagates
         logger.removeHandler(handler)
         _formatter = before
 
@@ -80,6 +83,11 @@ def log_format() -> LogFormat:
 def shows_bars(stream: TextIO) -> bool:
     """Whether progress is a bar on this stream: a terminal, with text. Otherwise progress is log lines."""
     return stream.isatty() and log_format() == "text"
+
+
+def _writes_to_console(handler: logging.Handler) -> bool:
+    streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return any(getattr(handler, "stream", None) is stream for stream in streams)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

@@ -74,15 +74,13 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
         dist.broadcast_object_list(plan)  # what rank 0 saw: shared storage may show another rank another moment
     left = plan[0]
     for name, stage in stages.items():
-        if name not in left:
-            _say(f"{name}: {stage.out} is complete")
-        elif isinstance(stage, EvaluateConfig):
-            _say(f"{name} -> {stage.out}")
-            with stage_name(name):
-                _evaluate(stages, stage, ranks)
-        else:
-            _say(f"{name} -> {stage.out}")
-            with stage_name(name):
+        _say(f"{name} -> {stage.out}" if name in left else f"{name}: {stage.out} is complete")
+        with stage_name(name):
+            if isinstance(stage, EvaluateConfig):
+                methods = _evaluate(stages, stage, ranks) if name in left else _evaluated(stage, ranks)
+                if ranks.rank == 0 and methods:
+                    print(f"held-out rows\n{as_table(methods)}", flush=True)
+            elif name in left:
                 RUN[name](stage)
     outputs = ", ".join(f"{name} {stage.out}" for name, stage in stages.items())
     if ranks.rank == 0:
@@ -90,8 +88,8 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
     return left
 
 
-def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks: Ranks) -> None:
-    """Rank the held-out rows by what the pipeline made; print the table and write it. Collective."""
+def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Rank the held-out rows by what the pipeline made, and write the metrics of each method. Collective."""
     with raise_on_all_ranks():
         log = open_log(stage.data, chosen_schema(stage.schema))
     made = {name: stages[name].out for name in ("factorize", "train") if name in stages}
@@ -105,8 +103,27 @@ def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks
             object_store.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
             if warning:
                 logger.warning("%s: %s", stage.out, warning)
-    if ranks.rank == 0:
-        print(f"held-out rows\n{as_table(methods)}", flush=True)
+    return methods
+
+
+def _evaluated(stage: EvaluateConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """The metrics of each method that `_evaluate` wrote; empty on other ranks than 0. Collective."""
+    with raise_on_all_ranks():
+        content = _written(str(stage.out)) if ranks.rank == 0 else {}
+    for warning in content.get("warnings", []):
+        logger.warning("%s: %s", stage.out, warning)
+    return dict(content.get("methods", {}))
+
+
+def _written(path: str) -> dict[str, Any]:
+    """What `_evaluate` wrote."""
+    try:
+        content = json.loads(object_store.read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not metrics of a pipeline: {error}; remove it") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not metrics of a pipeline; remove it")
+    return content
 
 
 def _left(stages: dict[StageName, StageConfig], log: Log) -> list[StageName]:
@@ -156,13 +173,7 @@ def _is_there(name: StageName, path: str) -> bool:
 
 def _log_files(name: StageName, path: str) -> list[dict[str, Any]] | None:
     """The files of the log that an output was made from; None where it does not say."""
-    if name in KINDS:
-        files = artifact.read_manifest(path, KINDS[name])["log"]["files"]
-    else:
-        try:
-            files = json.loads(object_store.read_bytes(path)).get("log")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not metrics of a pipeline: {error}; remove it") from error
+    files = artifact.read_manifest(path, KINDS[name])["log"]["files"] if name in KINDS else _written(path).get("log")
     return list(files) if files is not None else None
 
 

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 
@@ -36,40 +31,20 @@ logger = logging.getLogger(__name__)
 
 def synth(config: SynthCommand) -> str | Path:
     """Write a synthetic log and say what it holds."""
-    with _ended_by_sigterm():
-        return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
+    return _describe(data_synth.synth(config, config.out, overwrite=config.overwrite))
 
 
 def synth_criteo(config: SynthCriteoCommand) -> str | Path:
     """Write a synthetic log with Criteo's columns and say what it holds."""
-    with _ended_by_sigterm():
-        out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
+    out = data_synth_criteo.synth_criteo(config, config.out, overwrite=config.overwrite)
     ids = sum(data_synth_criteo.feature_sizes(config.ids))
-    print(f"{out}: {config.rows:,} rows, {config.test_rows:,} held out; 26 features of {ids:,} ids in all")
+    print(f"{out}: {config.rows:,} rows, {config.held_out:,} held out; 26 features of {ids:,} ids in all")
     return out
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that it removes what it has begun to write, with status 143."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # signals are those of the main thread
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def ingest(config: IngestCommand) -> str | Path:
     """Convert a public format or a table to a log and say what it holds."""
-    with _ended_by_sigterm():
-        return _describe(convert.ingest(config, config.out, overwrite=config.overwrite))
+    return _describe(convert.ingest(config, config.out, overwrite=config.overwrite))
 
 
 def split(config: SplitConfig) -> str | Path:
@@ -77,17 +52,10 @@ def split(config: SplitConfig) -> str | Path:
     log = open_log(config.data, chosen_schema(config.schema))
     if config.by == "last" and log.schema.time is None:
         raise InputError(f"{log.path}: --by last needs a time column; name it with --schema.time")
-    with _ended_by_sigterm():
-        return _describe(
-            data_holdout.leave_one_out(
-                log,
-                config.out,
-                by=config.by,
-                seed=config.seed,
-                negatives=config.negatives,
-                overwrite=config.overwrite,
-            )
-        )
+    out = data_holdout.leave_one_out(
+        log, config.out, by=config.by, seed=config.seed, negatives=config.negatives, overwrite=config.overwrite
+    )
+    return _describe(out)
 
 
 def sample(config: SampleCommand) -> str | Path:
@@ -96,16 +64,15 @@ def sample(config: SampleCommand) -> str | Path:
     log = open_log(config.data, chosen_schema(config.schema), pairs=False, skip_bad=skip)
     if skip:
         log = replace(log, train=TolerantSplit.of(log.train))
-    with _ended_by_sigterm():
-        out = write_sample(
-            log,
-            config.out,
-            config.sample,
-            shuffle=config.shuffle,
-            shuffle_rows=config.shuffle_rows,
-            layout=config.layout,
-            overwrite=config.overwrite,
-        )
+    out = write_sample(
+        log,
+        config.out,
+        config.sample,
+        shuffle=config.shuffle,
+        shuffle_rows=config.shuffle_rows,
+        layout=config.layout,
+        overwrite=config.overwrite,
+    )
     made, drawn = open_log(out, pairs=False), config.sample
     rows, whole = made.train.num_rows, log.train.num_rows
     if drawn.kind == "block" and drawn.rate < 1:

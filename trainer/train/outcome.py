@@ -81,18 +81,19 @@ def _warn_popularity(choice: Choice, published: float) -> None:
 
 def rank_test(
     inputs: Inputs, model: ShardedTwoTower, heldout: SampledHeldout | FullHeldout | None, ranks: Ranks
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of the held-out part: of the model, and of the factors' own ranking; {} if there are none. Collective.
+) -> tuple[dict[str, float], dict[str, float], Cases]:
+    """Metrics of the held-out part: of the model, and of the factors' own ranking; those of the model for each case of
+    this rank. {} if there are none. Collective.
 
     Warns if the model is worse than the factors by more than noise. Nothing was chosen on these rows.
     """
     if heldout is None:
-        return {}, {}
+        return {}, {}, {}
     evaluation, device = inputs.config.evaluation, ranks.device
     cases: Cases = {}
     metrics = rank_heldout(heldout, model.vectors("user"), model.vectors("item"), evaluation, device, cases)
     if inputs.factors is None:
-        return metrics, {}
+        return metrics, {}, cases
     with raise_on_all_ranks():
         user, item = (vectors_from_factors(inputs.factors.table(side)) for side in SIDES)
     factor_cases: Cases = {}
@@ -106,4 +107,4 @@ def rank_test(
                 f"on the held-out part the model is below the full factors: {name} {metrics[name]:.4f} against "
                 f"{factorization[name]:.4f}" + (" (its tables are compressed)" if compressed else "")
             )
-    return metrics, factorization
+    return metrics, factorization, cases

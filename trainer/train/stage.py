@@ -59,6 +59,8 @@ class TrainResult:
     """Of the id maps, bit-packed; 0 without maps, and for maps that a formula computes."""
     factorization: dict[str, float] = field(default_factory=dict)
     """Metrics of the factors' own ranking of the same held-out rows; empty without factors."""
+    cases: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """Each of `metrics` per held-out case of this rank, float64."""
     validation: dict[str, Any] = field(default_factory=dict)
     """How the epoch was chosen (`Choice.describe`); empty if it was not."""
     best_epoch: int | None = None
@@ -138,7 +140,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             model = networks.like_factorization(crossfit=False)
             manifest["model"]["two_tower"] = asdict(networks.residual())
         model.dmp.eval()
-        metrics, factorization = rank_test(inputs, model, heldout, ranks)
+        metrics, factorization, cases = rank_test(inputs, model, heldout, ranks)
 
         table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
         kept_positives = int(all_reduce(torch.tensor(model.builder.negatives.kept_positives)))
@@ -182,6 +184,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         table_bytes,
         map_bytes,
         factorization=factorization,
+        cases=cases,
         **published,
     )
 

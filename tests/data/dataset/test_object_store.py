@@ -54,6 +54,13 @@ def test_bytes_files_and_folders(base, tmp_path):
         object_store.read_bytes(f"{base}/a/one")
 
 
+@pytest.mark.parametrize("name", ["file/x.json", "file/deeper/x.json"])
+def test_a_path_below_a_file_is_refused_by_its_name(tmp_path, name):
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(InputError, match=r"x\.json: cannot be written, because .*/file is a file; expected a folder"):
+        object_store.write_bytes(tmp_path / name, b"1")
+
+
 def test_options_stay_at_the_end_of_an_address():
     assert object_store.join("s3://bucket/a/?region=x", "b/c") == "s3://bucket/a/b/c?region=x"
     assert object_store.join("/tmp/a", "b?") == "/tmp/a/b?"

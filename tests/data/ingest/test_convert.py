@@ -1,5 +1,4 @@
-"""Each format round trip on files that the test writes, and each bad input with the place that its error
-names."""
+"""The choice of a format and of the files, whole conversions, and bad input with the place that its error names."""
 
 import gzip
 
@@ -13,116 +12,17 @@ from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.ingest.convert import ingest
 from recpress.data.sampling.scan import iter_columns
-
-
-def read_all(log, rows, columns):
-    parts = list(iter_columns(rows, columns))
-    return {name: np.concatenate([part[name] for part in parts]) for name in columns}
-
-
-def raw_pairs(log, rows):
-    """Rows as (raw user, raw item), by the log's vocabularies."""
-    data = read_all(log, rows, ["user_id", "item_id"])
-    sides = []
-    for side in ("user", "item"):
-        raw = log.vocabulary(side).column("raw").to_pylist()
-        sides.append([raw[k] for k in data[f"{side}_id"]])
-    return list(zip(*sides, strict=True))
-
-
-RATINGS = "1::1193::5::978300760\n1::661::3.5::978302109\n2::1193::4::978301968\n7::2::0.5::978300275\n"
-
-
-def write_movielens(folder):
-    folder.mkdir()
-    (folder / "ratings.dat").write_text(RATINGS)
-    (folder / "users.dat").write_text("1::F::1::10::48067\n2::M::56::16::70072\n")
-    movies = "1193::One Flew: Over the Nest (1975)::Drama\n661::Giant Peach (1996)::Animation|Children's\n"
-    (folder / "movies.dat").write_bytes((movies + "9::Café (1999)::Drama\n").encode("latin-1"))
-
-
-def test_movielens_dat_with_side_tables(tmp_path):
-    write_movielens(tmp_path / "ml")
-    log = open_log(ingest(IngestConfig(input=str(tmp_path / "ml")), tmp_path / "log"))
-    assert raw_pairs(log, log.train) == [(1, 1193), (1, 661), (2, 1193), (7, 2)]
-    data = read_all(log, log.train, ["label", "time"])
-    assert data["label"].tolist() == [5, 3.5, 4, 0.5]
-    assert data["time"].tolist() == [978300760, 978302109, 978301968, 978300275]
-    assert (log.num_users, log.num_items) == (3, 3)  # the movie nobody rated is no id
-    assert log.counts("user").tolist() == [2, 1, 1]
-    assert log.counts("item").tolist() == [2, 1, 1]
-    users, items = log.features("user"), log.features("item")
-    genders = pq.read_table(tmp_path / "log/vocabulary/feature-gender.parquet").column("raw").to_pylist()
-    assert [genders[k] for k in users.column("gender").to_pylist()] == ["F", "M", ""]
-    genres = pq.read_table(tmp_path / "log/vocabulary/feature-genres.parquet").column("raw").to_pylist()
-    named = [[genres[k] for k in row] for row in items.column("genres").to_pylist()]
-    assert named == [["Drama"], ["Animation", "Children's"], []]
-    years = items.column("year").to_numpy()
-    assert years[:2].tolist() == [1975, 1996]
-    assert np.isnan(years[2])
-
-
-def test_movielens_csv(tmp_path):
-    folder = tmp_path / "ml"
-    folder.mkdir()
-    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n5,10,4.0,100\n3,10,2.5,200\n")
-    (folder / "movies.csv").write_text('movieId,title,genres\n10,"American, The (1995)",Comedy|Drama\n')
-    log = open_log(ingest(IngestConfig(input=str(folder)), tmp_path / "log"))
-    assert raw_pairs(log, log.train) == [(5, 10), (3, 10)]
-    assert log.features("item").column("year").to_pylist() == [1995]
-    assert log.features("user") is None
-
-
-def write_ncf(folder):
-    folder.mkdir()
-    (folder / "x.train.rating").write_text("0\t10\t4\t1\n0\t11\t5\t2\n3\t11\t1\t3\n")
-    (folder / "x.test.rating").write_text("0\t12\t4\t9\n3\t10\t4\t9\n")
-    (folder / "x.test.negative").write_text("(0,12)\t13\t14\n(3,10)\t12\t13\n")
-
-
-@pytest.mark.parametrize("name", ["", "/x", "/x.train.rating"])
-def test_ncf(tmp_path, name):
-    write_ncf(tmp_path / "ncf")
-    log = open_log(ingest(IngestConfig(input=f"{tmp_path}/ncf{name}"), tmp_path / "log"))
-    assert raw_pairs(log, log.train) == [(0, 10), (0, 11), (3, 11)]
-    assert raw_pairs(log, log.test) == [(0, 12), (3, 10)]
-    data = next(iter_columns(log.test_negatives, ["user_id", "pos_item_id", "negatives"]))
-    raw = log.vocabulary("item").column("raw").to_numpy()
-    assert raw[data["negatives"].values].tolist() == [13, 14, 12, 13]
-    assert data["negatives"].offsets.tolist() == [0, 2, 4]
-    assert log.num_items == 5
-    assert log.counts("item").tolist() == [1, 2, 0, 0, 0]  # of train alone
-
-
-def test_lightgcn(tmp_path):
-    folder = tmp_path / "gowalla"
-    folder.mkdir()
-    (folder / "train.txt").write_text("0 5 6 7\n1 6\n2 5 9 \n")
-    (folder / "test.txt").write_text("0 9\n2 6 7\n")
-    log = open_log(ingest(IngestConfig(input=str(folder)), tmp_path / "log"))
-    assert raw_pairs(log, log.train) == [(0, 5), (0, 6), (0, 7), (1, 6), (2, 5), (2, 9)]
-    assert raw_pairs(log, log.test) == [(0, 9), (2, 6), (2, 7)]
-    assert log.test_negatives is None
-
-
-def test_criteo(tmp_path):
-    ints = ["1", "", "-2", *["3"] * 10]
-    hexes = ["68fd1e64", "", *["a0"] * 24]
-    lines = ["\t".join([label, *ints, *hexes]) for label in ("0", "1", "0")]
-    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
-    out = ingest(IngestConfig(input=str(tmp_path / "train.txt")), tmp_path / "log")
-    with pytest.raises(InputError, match="no user column"):
-        open_log(out)
-    log = open_log(out, pairs=False)
-    data = next(iter_columns(log.train, ["label", "I1", "I2", "I3", "C1", "C2"]))
-    assert data["label"].tolist() == [0, 1, 0]
-    assert data["I1"].tolist() == [1, 1, 1]
-    assert np.isnan(data["I2"]).all()
-    assert data["I3"].tolist() == [-2, -2, -2]
-    assert data["C2"].tolist() == [0, 0, 0]
-    assert log.manifest["features"]["C2"]["num_ids"] == 1
-    assert len(log.schema.categorical) == 26
-    assert len(log.schema.floats) == 13
+from tests.data.ingest.ingest_cases import (
+    JSON_ROW,
+    ML_ROWS,
+    PARQUET,
+    ROWS,
+    made,
+    raw_rows,
+    read_all,
+    refused,
+    write,
+)
 
 
 def test_csv_with_strings_features_and_split(tmp_path):
@@ -142,9 +42,9 @@ def test_csv_with_strings_features_and_split(tmp_path):
         split_column="part",
     )
     log = open_log(ingest(config, tmp_path / "log"))
-    assert raw_pairs(log, log.train) == [("ann", "tea"), ("bob", "milk")]
-    assert raw_pairs(log, log.val) == [("ann", "milk")]
-    assert raw_pairs(log, log.test) == [("cid", "tea")]
+    assert raw_rows(log) == [("ann", "tea"), ("bob", "milk")]
+    assert raw_rows(log, part="val") == [("ann", "milk")]
+    assert raw_rows(log, part="test") == [("cid", "tea")]
     data = next(iter_columns(log.train, ["time", "colour", "size"]))
     assert data["time"].tolist() == [1704067200000, 1704153600000]
     assert data["colour"].tolist() == [0, 1]
@@ -161,32 +61,11 @@ def test_tsv_without_header_and_parquet_give_the_same_log(tmp_path):
     of_parquet = IngestConfig(input=str(tmp_path / "a.parquet"), user="u", item="i", categorical=("tags",))
     one = open_log(ingest(names, tmp_path / "one"))
     two = open_log(ingest(of_parquet, tmp_path / "two"))
-    assert raw_pairs(one, one.train) == raw_pairs(two, two.train) == [(7, 30), (8, 31), (7, 31)]
+    assert raw_rows(one) == raw_rows(two) == [(7, 30), (8, 31), (7, 31)]
     assert one.vocabulary_fingerprint("user") == two.vocabulary_fingerprint("user")
     tags = next(iter_columns(two.train, ["tags"]))["tags"]
     assert tags.values.tolist() == [0, 1, 1]
     assert tags.offsets.tolist() == [0, 2, 2, 3]
-
-
-def test_extend_keeps_numbers_and_adds_counts(tmp_path):
-    write_movielens(tmp_path / "ml")
-    old = open_log(ingest(IngestConfig(input=str(tmp_path / "ml")), tmp_path / "old"))
-    later = tmp_path / "later"
-    later.mkdir()
-    (later / "ratings.dat").write_text("2::50::3::978400000\n99::1193::2::978400001\n")
-    (later / "users.dat").write_text("99::F::25::1::11111\n")
-    (later / "movies.dat").write_text("50::Usual Suspects (1995)::Drama\n")
-    new = open_log(ingest(IngestConfig(input=str(later), extend=str(tmp_path / "old")), tmp_path / "new"))
-    for side in ("user", "item"):
-        before = old.vocabulary(side).column("raw").to_pylist()
-        assert new.vocabulary(side).column("raw").to_pylist()[: len(before)] == before
-    assert raw_pairs(new, new.train) == [(2, 50), (99, 1193)]
-    assert new.counts("user").tolist() == [2, 2, 1, 1]
-    assert new.counts("item").tolist() == [3, 1, 1, 1]
-    genders = pq.read_table(tmp_path / "new/vocabulary/feature-gender.parquet").column("raw").to_pylist()
-    assert [genders[k] for k in new.features("user").column("gender").to_pylist()] == ["F", "M", "", "F"]
-    assert new.features("item").column("year").to_pylist()[0] == 1975
-    assert new.manifest["extends"]["vocabularies"]["user"] == old.vocabulary_fingerprint("user")
 
 
 def test_holdout_last(tmp_path):
@@ -194,7 +73,7 @@ def test_holdout_last(tmp_path):
     (tmp_path / "a.csv").write_text("user_id,item_id,t\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
     config = IngestConfig(input=str(tmp_path / "a.csv"), time="t", holdout="last", negatives=0)
     log = open_log(ingest(config, tmp_path / "log"))
-    assert sorted(raw_pairs(log, log.test)) == [(user, 3) for user in range(5)]
+    assert sorted(raw_rows(log, part="test")) == [(user, 3) for user in range(5)]
     assert log.train.num_rows == 15
     assert log.counts("item").tolist() == [5, 5, 5, 0]
     assert log.manifest["source"] == "csv"
@@ -211,7 +90,7 @@ def test_many_files_and_row_groups_keep_the_order(tmp_path):
     log = open_log(ingest(IngestConfig(input=f"{tmp_path}/*.csv", layout=layout), tmp_path / "log"))
     assert len(log.train.files) == 3
     assert max(group.num_rows for group in log.train.groups) == 300
-    assert raw_pairs(log, log.train) == [tuple(pair) for pair in pairs.tolist()]
+    assert raw_rows(log) == [tuple(pair) for pair in pairs.tolist()]
     assert np.array_equal(log.counts("user"), np.bincount(read_all(log, log.train, ["user_id"])["user_id"]))
 
 
@@ -223,39 +102,39 @@ BAD = {
         {},
         r"a\.csv: no column 'item_id'; found user_id, thing",
     ),
-    "null id": ("a.csv", "user_id,item_id\n1,2\n3,4\n,5\n", {}, r"a\.csv, row 2: no user_id"),
-    "empty string id": ("a.csv", "user_id,item_id\na,x\nb,\n", {}, r"a\.csv, row 1: no item_id"),
+    "null id": ("a.csv", "user_id,item_id\n1,2\n3,4\n,5\n", {}, r"a\.csv, line 4: no user_id"),
+    "empty string id": ("a.csv", "user_id,item_id\na,x\nb,\n", {}, r"a\.csv, line 3: no item_id"),
     "not a number": (
         "a.csv",
         "user_id,item_id,r\n1,2,3\n1,3,good\n",
         {"label": "r"},
-        r"a\.csv, column 'r', row 1: 'good'",
+        r"a\.csv, column 'r', line 3: 'good'",
     ),
     "NaN label": (
         "a.csv",
         "user_id,item_id,r\n1,2,3\n1,3,nan\n",
         {"label": "r"},
-        r"a\.csv, row 1: no label \(column 'r'\)",
+        r"a\.csv, line 3: no label \(column 'r'\)",
     ),
-    "no time": ("a.csv", "user_id,item_id,t\n1,2,x\n", {"time": "t"}, r"a\.csv, column 't', row 0: 'x'"),
-    "fields": ("a.csv", "user_id,item_id\n1,2\n1\n", {}, r"a\.csv: .*Expected 2 columns, got 1"),
+    "no time": ("a.csv", "user_id,item_id,t\n1,2,x\n", {"time": "t"}, r"a\.csv, column 't', line 2: 'x'"),
+    "fields": ("a.csv", "user_id,item_id\n1,2\n1\n", {}, r"a\.csv, line 3: Expected 2 columns, got 1"),
     "empty": ("a.csv", "", {}, r"a\.csv: empty; expected a header"),
     "no rows": ("a.csv", "user_id,item_id\n", {}, r"no rows for train"),
     "split": (
         "a.csv",
         "user_id,item_id,s\n1,2,train\n1,3,later\n",
         {"split_column": "s"},
-        r"a\.csv, row 1: split 'later' \(column 's'\)",
+        r"a\.csv, line 3: split 'later' \(column 's'\)",
     ),
     "null in a column of another name": (
         "a.csv",
         "who,item_id\n1,2\n,5\n",
         {"user": "who"},
-        r"a\.csv, row 1: no user_id \(column 'who'\)",
+        r"a\.csv, line 3: no user_id \(column 'who'\)",
     ),
     "truncated parquet": ("a.parquet", "PAR1....", {}, r"a\.parquet: "),
-    "empty user": ("train.txt", "0 1 2\n1\n", {}, r"train\.txt, row 1: a user without items"),
-    "bad token": ("train.txt", "0 1 2\n1 -4\n", {}, r"train\.txt, row 1: '-4'; expected ids >= 0"),
+    "empty user": ("train.txt", "0 1 2\n1\n", {}, r"train\.txt, line 2: a user without items"),
+    "bad token": ("train.txt", "0 1 2\n1 -4\n", {}, r"train\.txt, line 2: '-4'; expected ids >= 0"),
     "memory": (
         "a.csv",
         "user_id,item_id\n1,2\n",
@@ -271,7 +150,18 @@ BAD = {
     "nothing": ("a.csv", "user_id,item_id\n1,2\n", {"input": "nowhere.csv"}, r"nowhere\.csv: no such file"),
     "extend": ("a.csv", "user_id,item_id\n1,2\n", {"extend": "nowhere"}, r"nowhere: no such file"),
     "holdout": ("a.csv", "user_id,item_id\n1,2\n", {"holdout": "random"}, r"no user has two items"),
-    "last": ("a.csv", "user_id,item_id\n1,2\n1,3\n", {"holdout": "last"}, r"needs a time column"),
+    "last": (
+        "a.csv",
+        "user_id,item_id\n1,2\n1,3\n",
+        {"holdout": "last"},
+        r"a\.csv: --holdout last .*; name it with --time",
+    ),
+    "last without times": (
+        "train.txt",
+        "0 1 2\n1 2 3\n",
+        {"holdout": "last"},
+        r"lightgcn has none; .*--holdout random",
+    ),
 }
 
 
@@ -288,23 +178,6 @@ def test_bad_input_names_its_place_and_leaves_nothing(tmp_path, case):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_empty_users_can_be_skipped(tmp_path):
-    (tmp_path / "train.txt").write_text("0 1 2\n1\n\n2 1\n")
-    config = IngestConfig(input=str(tmp_path / "train.txt"), allow_empty_users=True)
-    log = open_log(ingest(config, tmp_path / "log"))
-    assert raw_pairs(log, log.train) == [(0, 1), (0, 2), (2, 1)]
-
-
-def test_negatives_of_another_pair(tmp_path):
-    write_ncf(tmp_path / "ncf")
-    (tmp_path / "ncf/x.test.negative").write_text("(0,12)\t13\t14\n(3,11)\t12\t13\n")
-    with pytest.raises(InputError, match=r"x\.test\.negative, rows 0 and on: item_id"):
-        ingest(IngestConfig(input=str(tmp_path / "ncf")), tmp_path / "log")
-    (tmp_path / "ncf/x.test.negative").write_text("(0,12)\t13\t14\n(3,10)\n")
-    with pytest.raises(InputError, match=r"x\.test\.negative, row 1: expected \(user,item\)"):
-        ingest(IngestConfig(input=str(tmp_path / "ncf")), tmp_path / "log")
-
-
 def test_existing_target_is_kept(tmp_path):
     (tmp_path / "a.csv").write_text("user_id,item_id\n1,2\n")
     config = IngestConfig(input=str(tmp_path / "a.csv"))
@@ -315,3 +188,97 @@ def test_existing_target_is_kept(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="is not an artifact"):
         ingest(config, tmp_path / "mine", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"bom__csv": "\ufeff" + ROWS, "x__json": JSON_ROW}, ["bom.csv", "x.json", "*.csv"]),
+        ({"a__csv__gz": gzip.compress(ROWS.encode()), "x__jsonl": JSON_ROW}, ["a.csv.gz", "x.jsonl", "*.csv.gz"]),
+        ({"a__parquet": PARQUET, "x__jsonl": JSON_ROW}, ["a.parquet", "x.jsonl"]),
+        ({"a__parquet": PARQUET, "x__json": f"[{JSON_ROW}]"}, ["a.parquet", "x.json"]),
+        ({"a__csv": ROWS, "deep___b__parquet": PARQUET}, ["a.csv", "deep/b.parquet"]),
+        ({"ratings__csv": ML_ROWS, "other__csv": ROWS}, ["ratings.csv (movielens)", "other.csv"]),
+        ({"ratings__csv": ML_ROWS, "movies__csv": "x", "other__parquet": PARQUET}, ["ratings.csv", "other.parquet"]),
+        ({"ratings__csv": ML_ROWS, "x__json": JSON_ROW}, ["ratings.csv", "x.json"]),
+        ({"ml___ratings__csv": ML_ROWS, "other__csv": ROWS}, ["ml/ratings.csv", "other.csv"]),
+        ({"train__txt": "0 5\n", "a__csv": ROWS}, ["train.txt (lightgcn)", "a.csv"]),
+    ],
+)
+def test_a_folder_with_files_of_several_formats(tmp_path, files, words):
+    source = write(tmp_path / "in", **files)
+    refused(source, tmp_path, "several formats", *words, "--input", "--format")
+
+
+def test_a_named_format_or_a_glob_chooses_among_formats(tmp_path):
+    source = write(tmp_path / "in", a__csv=ROWS, x__jsonl=JSON_ROW)
+    assert raw_rows(made(source, tmp_path, format="csv")) == [(1, 2)]
+    log = open_log(ingest(IngestConfig(input=f"{source}/*.jsonl"), tmp_path / "more"))
+    assert raw_rows(log) == [(3, 4)]
+    with pytest.raises(InputError, match=r"several formats: a\.csv .* x\.jsonl"):
+        ingest(IngestConfig(input=f"{source}/*"), tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a__csv": ROWS, "manifest__json": '{"columns": ["user_id", "item_id"]}'},
+        {"a__csv": ROWS, "dataset_info__json": '{"user_id": "int"}', "README__md": "#", "LICENSE": "", "_SUCCESS": ""},
+    ],
+)
+def test_descriptions_beside_tables_are_not_rows(tmp_path, caplog, files):
+    assert raw_rows(made(write(tmp_path / "in", **files), tmp_path)) == [(1, 2)]
+    assert not caplog.messages
+
+
+def test_json_without_the_columns_beside_tables_is_named(tmp_path, caplog):
+    source = write(tmp_path / "in", a__csv=ROWS, stats__json='{\n  "rows": 1\n}\n')
+    assert raw_rows(made(source, tmp_path)) == [(1, 2)]
+    assert [line for line in caplog.messages if "not read" in line and "stats.json" in line]
+
+
+def test_movielens_with_all_of_its_files(tmp_path):
+    others = {f"{name}__csv": "x\n1\n" for name in ("tags", "links", "genome-scores", "genome-tags")}
+    movies = "movieId,title,genres\n10,A (1995),Drama\n"
+    source = write(tmp_path / "in", ratings__csv=ML_ROWS, movies__csv=movies, README__txt="hello", **others)
+    assert raw_rows(made(source, tmp_path)) == [(1, 10)]
+    alone = write(tmp_path / "other", ratings__csv=ML_ROWS, b__csv=ROWS) / "ratings.csv"
+    assert raw_rows(open_log(ingest(IngestConfig(input=str(alone)), tmp_path / "more"))) == [(1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "content"),
+    [
+        ("train.csv", "test.csv", ROWS),
+        ("train.parquet", "val.parquet", PARQUET),
+        ("ml_train.tsv", "ml_valid.tsv", ROWS.replace(",", "\t")),
+        ("train.json", "test.json", JSON_ROW),
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet", PARQUET),
+        ("part=train/a.csv", "part=test/a.csv", ROWS),
+    ],
+)
+def test_parts_of_a_folder_are_not_pooled(tmp_path, caplog, train, held_out, content):
+    names = {name.replace("/", "___").replace(".", "__"): content for name in (train, held_out, "README.md")}
+    source = write(tmp_path / "in", **names)
+    (source / "README.md").write_text("hello")
+    refused(source, tmp_path, f"{held_out} is named like a held-out part, beside {train}", f"--input {source}/{train}")
+    assert len(raw_rows(made(source / train, tmp_path))) == 1
+    assert not caplog.messages
+    both = f"{source}/part=*/*.csv" if "/" in train else f"{source}/*.{train.rpartition('.')[2]}"
+    log = open_log(ingest(IngestConfig(input=both), tmp_path / "pooled"))
+    assert len(raw_rows(log)) == 2
+    assert [line for line in caplog.messages if "read as train" in line and held_out.rpartition("/")[2] in line]
+
+
+def test_a_split_column_says_the_parts_of_files_too(tmp_path):
+    text = "user_id,item_id,s\n1,2,{}\n"
+    source = write(tmp_path / "in", train__csv=text.format("train"), test__csv=text.format("test"))
+    assert raw_rows(made(source, tmp_path, split_column="s"), part="test") == [(1, 2)]
+
+
+def test_a_log_is_not_raw(tmp_path):
+    log = ingest(IngestConfig(input=str(write(tmp_path, a__csv=ROWS) / "a.csv")), tmp_path / "log")
+    for options in ({}, {"format": "parquet"}, {"holdout": "random"}):
+        refused(log, tmp_path, f"{log}: is already a log", **options)
+    other = write(tmp_path / "in", a__csv=ROWS, manifest__json='{"format": "other"}')
+    assert raw_rows(made(other, tmp_path)) == [(1, 2)]

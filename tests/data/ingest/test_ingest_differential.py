@@ -155,6 +155,13 @@ def mixed(table):
     return any(all(any(re.fullmatch(form, text) for text in column) for form in forms) for column in columns)
 
 
+def two_units(table):
+    """Whether some numbers may be seconds, and others milliseconds or finer."""
+    if pa.types.is_timestamp(table.schema.field("t").type):
+        return False
+    return len({len(str(int(t))) for t in table.column("t").to_pylist()} & {9, 10, 12, 13, 15, 16, 18, 19}) > 1
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "parquet"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_others_write_is_read_back(tmp_path, monkeypatch, writer, kind):
@@ -174,6 +181,8 @@ def test_what_others_write_is_read_back(tmp_path, monkeypatch, writer, kind):
             log = open_log(ingest(IngestConfig(input=str(path), label="label", time="t", floats=("x",)), out))
         except InputError as error:  # `1` beside `1.0` may be one id or two: refused
             if "one form" in str(error) and mixed(table):
+                return
+            if "one unit in all rows" in str(error) and two_units(table):
                 return
             raise
         assert read_back(log) == original(table)

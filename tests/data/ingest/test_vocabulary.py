@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from recpress.data.errors import InputError
 from recpress.data.ingest import vocabulary as module
+from recpress.data.ingest.raw_files import RowNumbers
 from recpress.data.ingest.vocabulary import Vocabulary
 
 INTS = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 20), max_size=30), max_size=12)
@@ -102,7 +103,7 @@ def test_fingerprint_is_of_the_order():
 def test_bad_ids():
     vocabulary = Vocabulary("int", "user")
     with pytest.raises(InputError, match="f, row 11: no user id"):
-        vocabulary.encode(pa.array([1, None]), where="f", first_row=10)
+        vocabulary.encode(pa.array([1, None]), where="f", rows=RowNumbers(10))
     with pytest.raises(InputError, match="f, row 2: user id 'x1'; expected an integer"):
         vocabulary.encode(pa.array(["3", "4", "x1"]), where="f")
     with pytest.raises(InputError, match=r"f: user id .*9223372036854775808"):

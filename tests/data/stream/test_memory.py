@@ -13,8 +13,6 @@ import torch
 from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.stream.loader import InteractionStream
-from recpress.data.stream.order import EpochOrder
-from recpress.data.stream.read_plan import ReadAhead, ReadPlan
 
 
 def stream(log: Log, config: StreamConfig, **kwargs) -> InteractionStream:
@@ -82,22 +80,6 @@ def test_the_bound_follows_the_configuration(tmp_path):
     assert bound(world=2) < bound()
 
 
-def test_windows_in_memory_are_bounded(tmp_path, monkeypatch):
-    log = numbers(tmp_path, 60_000, 1000)
-    part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4, num_threads=3))
-    most = ReadPlan(part.order, 0, 1, 0).most_windows()
-    seen = []
-    original = ReadAhead._new_window
-
-    def counted(self, number, columns):
-        seen.append(len(self._filling) + len(self._ready) + 1)
-        return original(self, number, columns)
-
-    monkeypatch.setattr(ReadAhead, "_new_window", counted)
-    assert sum(batch.size for batch in part) == 60_000
-    assert max(seen) <= most < part.order.num_windows
-
-
 def test_batches_that_are_kept_are_not_overwritten(tmp_path):
     log = numbers(tmp_path, 60_000, 1000)
     part = stream(log, StreamConfig(batch_size=50, buffer_rows=4000, interleave=4))
@@ -123,11 +105,3 @@ def test_statistics(tmp_path):
     assert sum(shares[name] for name in ("read", "decode", "sample", "room")) <= 1.001
     assert shares["shuffle"] <= 1.001
     assert part.stats().rows_per_second == 0  # since the last call
-
-
-def test_resume_reads_only_what_its_windows_need():
-    """At any point of a log of 100 million rows: the row groups before the first batch do not grow with the step."""
-    order = EpochOrder(np.full(400, 250_000), 8192, seed=1)
-    for start in (0, 1, 4000, 8000, 12_000):
-        reads = order.reads(0, 1, start)
-        assert sum(read.step <= start for read in reads) <= 3 * 8

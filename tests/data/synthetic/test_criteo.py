@@ -52,6 +52,11 @@ def test_a_log_as_ingest_writes_it(folder):
     assert set(batch.categorical) == set(CATEGORIES)
 
 
+def test_held_out_rows_are_a_share_of_the_rows_unless_given():
+    assert [SynthCriteoConfig(rows=rows).held_out for rows in (1_000_000, 8000, 3)] == [200_000, 1600, 1]
+    assert SMALL.held_out == 3000
+
+
 def test_rows_of_the_files_are_those_of_their_places(folder):
     log = open_log(folder, pairs=False)
     for part, rows in (("train", log.train), ("test", log.test)):

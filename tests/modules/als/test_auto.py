@@ -149,7 +149,7 @@ def test_hidden_items_are_ranked_as_by_brute_force(metric):
     sample = take_sample(by_user, 1.0, 3, exchange)
     rng = np.random.default_rng(0)
     x, y = rng.random((sample.num_users, 4)), rng.random((sample.num_items, 4))
-    rank = als_auto._ranker(sample, metric, 3, exchange)
+    rank = als_auto.hidden_ranker(sample, metric, 3, exchange)
     found = rank(torch.from_numpy(x).float(), torch.from_numpy(y).float())
     met = np.zeros((sample.num_users, sample.num_items), bool)
     met[sample.users, sample.items] = True
@@ -175,9 +175,9 @@ def test_a_pool_of_items_tells_the_position_among_all(monkeypatch):
         torch.from_numpy(rng.random((sample.num_users, 4))).float(),
         torch.from_numpy(rng.random((sample.num_items, 4))).float(),
     )
-    among_all = als_auto._ranker(sample, "full", 0, exchange)(*vectors)
+    among_all = als_auto.hidden_ranker(sample, "full", 0, exchange)(*vectors)
     monkeypatch.setattr(als_auto, "_ITEMS", 80)
-    among_some = als_auto._ranker(sample, "full", 0, exchange)(*vectors)
+    among_some = als_auto.hidden_ranker(sample, "full", 0, exchange)(*vectors)
     assert among_some.mean() == pytest.approx(among_all.mean(), rel=0.5)
     assert (among_some[among_all == 1] == 1).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,17 +106,32 @@ def test_per_sample_weights(rows_per_id: int, weighted_map: bool, weighted_bags:
     torch.testing.assert_close(new(features)["f0"], torch.stack(want))
 
 
-def test_a_stride_for_each_key_is_refused_by_frozen_tables() -> None:
-    model, _ = compress(collection(), {}, {"t0": source()})
-    features = KeyedJaggedTensor(
-        keys=["f0", "f1", "f1b", "f2", "f3"],
-        values=torch.zeros(6, dtype=torch.int64),
-        lengths=torch.ones(6, dtype=torch.int32),
-        stride_per_key_per_rank=[[2], [1], [1], [1], [1]],
-        inverse_indices=(["f0", "f1", "f1b", "f2", "f3"], torch.tensor([[0, 1], *[[0, 0]] * 4])),
+def variable(seed: int = 0) -> KeyedJaggedTensor:
+    """Five examples whose keys have two to four different bags."""
+    rng = np.random.default_rng(seed)
+    keys, strides = ["f0", "f1", "f1b", "f2", "f3"], [2, 3, 4, 2, 3]
+    lengths = torch.from_numpy(rng.integers(0, 4, sum(strides)).astype(np.int32))
+    inverse = torch.stack([torch.from_numpy(rng.integers(0, stride, 5)) for stride in strides])
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.from_numpy(rng.integers(0, IDS, int(lengths.sum()))),
+        lengths=lengths,
+        weights=torch.from_numpy(rng.random(int(lengths.sum())).astype(np.float32)),
+        stride_per_key_per_rank=[[stride] for stride in strides],
+        inverse_indices=(keys, inverse),
     )
-    with pytest.raises(ValueError, match="different stride for each key"):
-        model(features)
+
+
+@pytest.mark.parametrize(("pooling", "weighted"), [("SUM", False), ("SUM", True), ("MEAN", False)])
+def test_a_batch_with_another_stride_for_each_key(pooling: str, weighted: bool) -> None:
+    """Frozen tables give what trainable ones give for a variable batch."""
+    old = collection(pooling=PoolingType[pooling], is_weighted=weighted)
+    want = old(variable())
+    rows = {t: old.embedding_bags[t].weight.detach().clone() for t in FEATURES}
+    new, _ = compress(old, {"t3": one_row_each()}, {t: rows[t] for t in ("t0", "t1", "t3")})
+    found = new(variable())
+    assert found.keys() == want.keys()
+    torch.testing.assert_close(found.values(), want.values())
 
 
 def test_sequences() -> None:
@@ -133,9 +149,36 @@ def test_sequences() -> None:
         assert torch.equal(found[key].lengths(), value.lengths())
     compress(other := nn.ModuleList([EmbeddingCollection(configs)]), {"t0": id_map(3)})
     assert other[0].trainable.embeddings["t0"].weight.shape == (3, 4)
-    with pytest.raises(ValueError, match="one unweighted row"):
-        compress(nn.ModuleList([EmbeddingCollection(configs)]), {"t0": id_map(rows_per_id=2)})
-    with pytest.raises(ValueError, match="frozen tables need an EmbeddingBagCollection"):
-        compress(nn.ModuleList([EmbeddingCollection(configs)]), {}, {"t0": source(dim=4)})
-    with pytest.raises(ValueError, match="need_indices"):
-        compress(nn.ModuleList([EmbeddingCollection(configs, need_indices=True)]), {"t0": id_map()})
+
+
+@pytest.mark.parametrize("need_indices", [False, True])
+def test_sequences_of_all_kinds_of_tables(need_indices: bool) -> None:
+    """Two weighted rows, frozen, both, and untouched, in one EmbeddingCollection; the batch's weights are ignored."""
+    configs = [
+        EmbeddingConfig(name=t, num_embeddings=IDS, embedding_dim=6, feature_names=f) for t, f in FEATURES.items()
+    ]
+    old = EmbeddingCollection(configs, need_indices=need_indices)
+    untouched = old.embeddings["t0"].weight.detach().clone()
+    two, both = id_map(rows_per_id=2, weighted=True), id_map(7, rows_per_id=2, seed=1)
+    new, _ = compress(old, {"t1": two, "t3": both}, {"t2": source(dim=6), "t3": source(dim=6)})
+    assert isinstance(new, EmbeddingCollection)
+    trained = new.embeddings["t1"].weight
+    of_both = warm_rows(source(dim=6), both)[0]
+    vectors = {
+        "f0": untouched,
+        "f1": (trained[two.rows.long()] * two.weights[:, :, None]).sum(1),
+        "f1b": (trained[two.rows.long()] * two.weights[:, :, None]).sum(1),
+        "f2": source(dim=6),
+        "f3": of_both[both.rows.long()].sum(1),
+    }
+    batch = made(weights=True)
+    found = new(batch)
+    assert list(found) == list(vectors)
+    for feature, of_id in vectors.items():
+        torch.testing.assert_close(found[feature].values(), of_id[batch[feature].values()], msg=feature)
+        assert torch.equal(found[feature].lengths(), batch[feature].lengths())
+        indices = found[feature].weights_or_none()
+        assert indices is None or torch.equal(indices, batch[feature].values())
+        assert (indices is not None) == need_indices
+    found["f1"].values().sum().backward()
+    assert new.embeddings["t1"].weight.grad.abs().sum() > 0

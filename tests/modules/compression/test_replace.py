@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.inference.modules import quantize_inference_model
 from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, fuse_embedding_optimizer
 
 from recpress.modules.compression.replace import compress
 from recpress.modules.hashing.id_map import IdMap
@@ -121,26 +125,97 @@ def test_wrong_tables_are_refused_and_nothing_is_changed() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_optimizer_in_the_backward_pass_is_refused() -> None:
+def test_an_optimizer_in_the_backward_pass_moves_to_the_new_table() -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     tables = collection()
-    _apply_optimizer_in_backward(torch.optim.SGD, tables.embedding_bags["t0"].parameters(), {"lr": 0.1})
-    with pytest.raises(ValueError, match="'t0': its backward pass already applies an optimizer"):
-        compress(nn.ModuleList([tables]), {"t0": id_map()})
-    compress(nn.ModuleList([tables]), {"t1": id_map()})  # that of another table is kept
-    assert hasattr(tables.embedding_bags["t0"].weight, "_in_backward_optimizers")
+    options = {"lr": 0.1}
+    _apply_optimizer_in_backward(torch.optim.SGD, tables.embedding_bags.parameters(), options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(model := nn.ModuleList([tables]), {"t0": id_map()}, {"t2": source()})
+    for table in ("t0", "t1"):
+        weight = model[0].embedding_bags[table].weight
+        assert (weight._optimizer_classes, weight._optimizer_kwargs) == ([torch.optim.SGD], [options])
+        before = weight.detach().clone()
+        model[0](made()).values().sum().backward()
+        assert weight.grad is None
+        assert not torch.equal(before, weight)
+
+
+def test_an_optimizer_from_before_warns() -> None:
+    model = dlrm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="SGD was created before.*table 't0'"):
+        compress(model, {"t0": id_map()})
+    assert optimizer.param_groups
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(dlrm(), {"t0": id_map()})  # that of another model
 
 
 def test_collections_behind_other_modules_of_torchrec_are_refused() -> None:
-    from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
-    from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
-
     processed = FeatureProcessedEmbeddingBagCollection(
         collection(is_weighted=True), PositionWeightedModuleCollection({f: 4 for fs in FEATURES.values() for f in fs})
     )
+    for maps, frozen in (({"t0": id_map(rows_per_id=2)}, {}), ({}, {"t0": source()})):
+        with pytest.raises(ValueError, match="'t0': it is behind FeatureProcessedEmbeddingBagCollection"):
+            compress(nn.ModuleList([processed]), maps, frozen)
+
+    class OfIds(PositionWeightedModuleCollection):
+        """May treat ids in its own way."""
+
+    other = FeatureProcessedEmbeddingBagCollection(
+        collection(is_weighted=True), OfIds({f: 4 for fs in FEATURES.values() for f in fs})
+    )
     with pytest.raises(ValueError, match="behind FeatureProcessedEmbeddingBagCollection"):
-        compress(nn.ModuleList([processed]), {"t0": id_map()})
+        compress(nn.ModuleList([other]), {"t0": id_map()})
+
+
+def test_position_weights_with_one_row_maps() -> None:
+    def model() -> nn.Module:
+        lengths = {f: 4 for fs in FEATURES.values() for f in fs}
+        torch.manual_seed(0)
+        processors = PositionWeightedModuleCollection(lengths)
+        for weights in processors.position_weights.values():
+            nn.init.uniform_(weights)
+        return nn.ModuleDict({"x": FeatureProcessedEmbeddingBagCollection(collection(is_weighted=True), processors)})
+
+    plain, new = model(), model()
+    before = plain.state_dict()
+    compress(new, {"t0": one_row_each(), "t1": one_row_each()})
+    torch.testing.assert_close(new["x"](made()).values(), plain["x"](made()).values())
+    after = {key: value for key, value in new.state_dict().items() if "fingerprint" not in key}
+    assert after.keys() == before.keys()
+    new.load_state_dict(after)
+    compress(smaller := model(), {"t0": id_map(10)})
+    assert smaller.state_dict()["x._embedding_bag_collection.embedding_bags.t0.weight"].shape == (10, DIM)
+
+
+def test_tables_in_modules_that_compress_does_not_take_are_named() -> None:
+    fused = FusedEmbeddingBagCollection(
+        [EmbeddingBagConfig(name="t0", num_embeddings=IDS, embedding_dim=4, feature_names=["f0"])],
+        optimizer_type=torch.optim.SGD, optimizer_kwargs={"lr": 0.1},
+    )  # fmt: skip
+
+    class Sub(EmbeddingBagCollection):
+        pass
+
+    sub = Sub([EmbeddingBagConfig(name="t0", num_embeddings=IDS, embedding_dim=4, feature_names=["f0"])])
+    bag = nn.EmbeddingBag(IDS, 4)
+    compressed_before, _ = compress(collection(), {"t1": id_map()})
+    for kind, subject in {
+        "FusedEmbeddingBagCollection": nn.ModuleDict({"x": fused}),
+        "Sub": nn.ModuleDict({"x": sub}),
+        "EmbeddingBag": nn.ModuleDict({"t0": bag}),
+        "CompressedEmbeddingBagCollection": nn.ModuleDict({"x": compressed_before}),
+    }.items():
+        with pytest.raises(ValueError, match=f"table 't[01]'.* (is a|is already compressed, by) {kind}"):
+            compress(subject, {"t1" if "Compressed" in kind else "t0": id_map()})
+    with pytest.raises(ValueError, match="fuse_embedding_optimizer would drop the maps"):
+        fuse_embedding_optimizer(
+            nn.ModuleDict({"x": compressed_before}), torch.optim.SGD, {"lr": 0.1}, torch.device("cpu")
+        )
 
 
 def test_quantized() -> None:
@@ -188,7 +263,7 @@ def sharded_and_pipelined() -> None:
                 outs.append(torch.stack(steps))
         assert not torch.equal(outs[0][0], outs[0][3])
         torch.testing.assert_close(outs[0], outs[1])
-    with pytest.raises(ValueError, match="is already sharded"):
+    with pytest.raises(ValueError, match="is already compressed"):
         compress(model, {"t0": id_map()})
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from recpress.modules.compression.replace import compress
+from recpress.modules.hashing.shared_rows import warm_rows
 from tests.modules.compression.model_cases import (
     DIM,
     IDS,
@@ -33,10 +36,20 @@ def test_the_report() -> None:
     assert lines[-1] == "bytes kept, maps included: 28.0 %"
 
 
-def test_rows_that_were_not_there_cannot_be_loaded() -> None:
-    model, report = compress(dlrm(device="meta"), {"t0": id_map()}, {"t2": source()}, warm_start=False)
+def test_tables_without_rows_are_skipped() -> None:
+    _, report = compress(dlrm(device="meta"), {"t0": id_map()}, {"t2": source()}, warm_start=False)
     assert set(report.rows) == {"t2"}
-    with pytest.raises(ValueError, match="'t0': it had no rows"):
-        report.load(model)
     with pytest.raises(ValueError, match="no compressed collection"):
         report.load(dlrm())
+
+
+def test_the_state_dict_has_frozen_rows_under_their_old_names() -> None:
+    model = nn.ModuleDict({"m": dlrm()})
+    names = set(model.state_dict())
+    model, report = compress(model, {"t0": id_map(10), "t3": id_map(5)}, {"t2": source(), "t3": source()})
+    found = report.state_dict(model)
+    assert set(found) == names
+    bags = "m.sparse_arch.embedding_bag_collection.embedding_bags"
+    assert torch.equal(found[f"{bags}.t2.weight"], source())
+    assert torch.equal(found[f"{bags}.t3.weight"], warm_rows(source(), id_map(5))[0])
+    assert found[f"{bags}.t0.weight"].shape == (10, DIM)

@@ -32,6 +32,11 @@ def test_a_saved_map_comes_back_whole(tmp_path: Path, weighted: bool) -> None:
     assert torch.equal(after.hashed(strange), before.hashed(strange))
 
 
+def test_its_text_has_its_sizes_and_no_rows() -> None:
+    id_map = IdMap(rows=torch.zeros((1000, 2), dtype=torch.int32), num_rows=3, weights=torch.ones(1000, 2), method="x")
+    assert repr(id_map) == "IdMap(num_ids=1000, num_rows=3, rows_per_id=2, weighted, method='x')"
+
+
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     made(vocabulary="v1").save(tmp_path)
     with pytest.raises(ValueError, match="vocabulary v1, expected v2"):

@@ -34,4 +34,4 @@ def test_bpr_beats_popularity(tmp_path):
         peer = BPRMethod(config, tmp_path, log)
         peer.trial(log, 1, seed=0)
         assert len(peer.curve) == 10
-        assert peer.final(seed=0).metrics["HR@10"] > 0.4
+        assert peer.final(seed=0)[0].metrics["HR@10"] > 0.4

@@ -5,14 +5,16 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
+from recpress.trainer.compare.cadc import _warnings
 from recpress.trainer.compare.cadc_report import cadc_report
 from recpress.trainer.compare.cadc_result import (
     SeedResult,
-    differences,
     format_table,
 )
+from recpress.trainer.compare.ties import all_differences
 from tests.trainer.compare.results import HOSTILE, cadc_result, method, points
 
 
@@ -52,23 +54,51 @@ def test_speedup_is_the_time_to_the_best_quality_of_the_reference(result):
     assert "to goal:" not in format_table(none)
 
 
-def test_ties_are_what_the_seeds_cannot_tell_apart(result):
-    def of(key, values):
-        return method(key, values, {})
+def compared(result, **values):
+    """The result with methods of these values per user and seed, and their paired differences."""
+    methods = {key: method(key, [of.mean() for of in seeds], {}) for key, seeds in values.items()}
+    others = tuple(method for method in result.methods if method.key not in methods)
+    differences = {"NDCG@10": all_differences(values)}
+    return dataclasses.replace(result, methods=(*others, *methods.values()), differences=differences)
 
-    a, b = of("a", [0.40, 0.42, 0.41]), of("b", [0.41, 0.41, 0.42])
-    assert result.tied(a, b, "NDCG@10")  # the sign changes
-    assert not result.tied(a, of("c", [0.45, 0.47, 0.455]), "NDCG@10")
-    assert not result.tied(of("p", [0.3]), a, "NDCG@10")  # one run stands for every seed
-    assert result.tied(of("p", [0.41]), a, "NDCG@10")
-    assert not result.tied(of("a", [0.40]), of("b", [0.401]), "NDCG@10")  # one seed tells nothing of noise
-    assert differences(of("p", [0.3]), of("a", [0.4, 0.5]), "NDCG@10") == pytest.approx([-0.1, -0.2])
-    near = dataclasses.replace(result, methods=(*result.methods, of("other", [0.46, 0.455])))
-    assert near.mark(near.method("cadc"), "NDCG@10") == "best"
-    assert near.mark(near.method("mf"), "NDCG@10") == "tied"  # 0.01 and 0.02 below: 3 standard errors
-    assert near.mark(near.method("other"), "NDCG@10") == "tied"
-    assert near.mark(near.method("random"), "NDCG@10") == ""
-    assert "=: tied with the best" in format_table(near)
+
+def test_ties_are_what_a_paired_test_over_users_and_seeds_cannot_tell_apart(result):
+    rng = np.random.default_rng(0)
+    base = [0.5 + 0.1 * rng.standard_normal(1000) for _ in range(2)]
+    noise = [0.1 * rng.standard_normal(1000) for _ in range(2)]
+    values = {"best": base}
+    for key, lower in (("near", 0.001), ("far", 0.05)):
+        values[key] = [b + n - n.mean() - lower for b, n in zip(base, noise, strict=True)]
+    found = compared(result, **values)
+    best, near, far = (found.method(key) for key in ("best", "near", "far"))
+    assert found.mark(best, "NDCG@10") == "best"
+    assert found.mark(near, "NDCG@10") == "tied"
+    assert found.mark(far, "NDCG@10") == ""
+    assert found.above(best, far, "NDCG@10")
+    assert not found.above(far, best, "NDCG@10")
+    assert not found.above(best, near, "NDCG@10")
+    assert found.mark(found.method("mf"), "NDCG@10") == ""  # it has no values per user
+    text = format_table(found)
+    assert "=: level with the best" in text
+    assert next(line for line in text.splitlines() if "near 10 %" in line).count(" =") == 1
+
+
+def test_what_is_better_by_no_more_than_noise_is_no_warning(result):
+    rng = np.random.default_rng(0)
+    cadc, noise = rng.random(500), 0.1 * rng.standard_normal(500)
+    noise -= noise.mean()
+    values = {
+        "popularity": [cadc - 0.02],
+        "bpr": [cadc + 0.001 + noise],  # better than cadc, within noise
+        "factors": [cadc - 0.019 + noise],  # better than popularity, within noise
+        "random-all": [cadc + 0.02],
+        "cadc": [cadc],
+    }
+    found = dataclasses.replace(compared(result, **values), metrics=("NDCG@10",))
+    warnings = _warnings(found)
+    assert len(warnings) == 2
+    assert "factors 10 % is no better than popularity" in warnings[0]
+    assert "random-all 10 % is better than cadc 10 %" in warnings[1]
 
 
 def test_table_for_the_terminal(result):

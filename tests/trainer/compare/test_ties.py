@@ -5,24 +5,75 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recpress.trainer.compare.ties import all_differences, difference, paired_difference, places
+from recpress.trainer.compare.ties import all_differences, difference, paired_difference, places, student_p
 
 
-def test_the_noise_is_two_standard_errors_of_users_and_seeds() -> None:
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [
+        (1, 1, 0.5),
+        (4.302653, 2, 0.05),
+        (2, 9, 0.076553),
+        (-2, 10, 0.073388),
+        (2.042272, 30, 0.05),
+        (1.959964, 10**6, 0.05),
+    ],
+)
+def test_p_values_of_students_t_are_those_of_the_tables(t: float, freedom: int, p: float) -> None:
+    assert student_p(t, freedom) == pytest.approx(p, rel=1e-5)
+
+
+def test_the_noise_is_that_of_users_and_seeds_together() -> None:
     a = [np.array([1.0, 0.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0, 0.0])]
     b = [np.array([0.0, 0.0, 1.0, 0.0]), np.array([1.0, 0.0, 1.0, 0.0])]
-    mean, noise = paired_difference(a, b)
+    mean, noise, p = paired_difference(a, b)
     of_users = np.var([0.5, 0.5, 0.0, 0.5], ddof=1) / 4
     of_seeds = np.var([0.5, 0.25], ddof=1) / 2
     assert mean == pytest.approx(0.375)
-    assert noise == pytest.approx(2 * np.sqrt(of_users + of_seeds))
+    error = np.sqrt(of_users + of_seeds)
+    freedom = error**4 / (of_users**2 / 3 + of_seeds**2 / 1)  # 3.8, rounded down
+    assert 3 < freedom < 4
+    assert noise == pytest.approx(3.182446 * error, rel=1e-5)
+    assert p == pytest.approx(student_p(mean / error, 3))
 
 
 def test_one_seed_has_the_noise_of_the_users_and_users_without_a_value_do_not_count() -> None:
     a, b = np.array([1.0, 2.0, np.nan, 3.0]), np.array([0.0, 1.0, 1.0, 0.0])
-    mean, noise = paired_difference([a], [b])
+    mean, noise, p = paired_difference([a], [b])
     assert mean == pytest.approx(5 / 3)
-    assert noise == pytest.approx(2 * np.sqrt(np.var([1, 1, 3], ddof=1) / 3))
+    assert noise == pytest.approx(4.302653 * np.sqrt(np.var([1, 1, 3], ddof=1) / 3), rel=1e-5)
+    assert p == pytest.approx(student_p(2.5, 2))
+
+
+def test_seeds_that_disagree_make_a_tie_of_what_the_users_of_one_seed_call_significant() -> None:
+    """A difference that is the same for all users of a seed, and not the same for the seeds."""
+    base, spread = np.random.default_rng(0).random(5000), 0.02 * np.random.default_rng(1).standard_normal(5000)
+    shifts = (0.002, 0.009, 0.001)
+    assert paired_difference([base + spread + shifts[0]], [base])[2] < 0.001
+    assert paired_difference([base + spread + shift for shift in shifts], [base] * 3)[2] > 0.05
+
+
+def test_equal_methods_are_called_different_in_five_of_a_hundred_tests() -> None:
+    """Users and seeds both random, as in a comparison."""
+    rng = np.random.default_rng(7)
+    called = 0
+    for _ in range(400):
+        values = rng.random((2, 3, 80)) + 0.05 * rng.standard_normal((2, 3, 1))
+        called += paired_difference([*values[0]], [*values[1]])[2] <= 0.05
+    assert called <= 400 * 0.05 + 3 * np.sqrt(400 * 0.05 * 0.95)
+
+
+def test_one_case_is_level_only_with_itself_and_none_is_level_with_all() -> None:
+    one, other, none = np.array([0.5]), np.array([0.25]), np.array([np.nan])
+    assert paired_difference([one], [one]) == (0.0, 0.0, 1.0)
+    assert paired_difference([one], [other]) == (0.25, 0.0, 0.0)
+    assert paired_difference([one], [none])[2] == 1.0
+
+
+def test_a_method_with_one_run_stands_for_every_seed() -> None:
+    values = np.random.default_rng(0).random(100)
+    found = all_differences({"popularity": [values], "other": [values + 0.1, values + 0.3]})
+    assert difference(found, "other", "popularity").mean == pytest.approx(0.2)
 
 
 def test_the_same_values_are_level_and_a_shift_of_all_users_is_not() -> None:
@@ -32,6 +83,9 @@ def test_the_same_values_are_level_and_a_shift_of_all_users_is_not() -> None:
     up = difference(found, "up", "a")
     assert up.mean == pytest.approx(0.01)
     assert not up.level
+    assert up.above
+    assert not difference(found, "a", "up").above
+    assert up.in_words() == "+0.0100 ± 0.0000, p < 0.001"
     assert difference(found, "a", "up").mean == pytest.approx(-0.01)
     with pytest.raises(KeyError):
         difference(found, "a", "b")

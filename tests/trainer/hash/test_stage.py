@@ -7,15 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recpress.data.config import IngestConfig, Schema, SynthConfig
+from recpress.data.config import SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.data.ingest.convert import ingest
 from recpress.data.synthetic.interactions import synth
 from recpress.modules.config import ALSConfig
 from recpress.trainer.artifacts.factors import open_factors
@@ -39,7 +36,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def factors(log: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("hash") / "factors"
-    factorize(FactorizeConfig(data=log, out=str(path), als=ALSConfig(factors=8, sweeps=4)))
+    factorize(FactorizeConfig(data=log, out=str(path), als=ALSConfig(factors=8, sweeps=4, auto=False)))
     return str(path)
 
 
@@ -98,50 +95,6 @@ def test_single_tables_can_be_given_their_rows_and_bytes_count_rows(log: str, fa
     assert sum(table.rows for table in made.tables) == 50
 
 
-def test_features_get_an_embedding_by_a_warm_up(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    kind = rng.integers(0, 40, 3000)
-    other = rng.integers(0, 25, 3000)
-    label = (rng.random(3000) < np.where(kind % 2 == 0, 0.9, 0.1)).astype(np.float32)
-    path = tmp_path / "log"
-    path.mkdir()
-    pq.write_table(pa.table({"kind": kind, "other": other, "label": label}), path / "train.parquet")
-    schema = Schema(user="", item="", label="label", categorical=("kind", "other"))
-    stage = HashStageConfig(
-        data=str(path), out=str(tmp_path / "maps"), schema=schema, features=("kind", "other"), rows=10, warm_dim=4
-    )
-    made = make_maps(stage)
-    assert [(t.name, t.num_ids) for t in made.tables] == [("kind", 40), ("other", 25)]
-    assert sum(t.rows for t in made.tables) == 10
-    rows = open_maps(str(tmp_path / "maps"), None).map("kind").rows[:, 0]
-    even, odd = set(rows[::2].tolist()), set(rows[1::2].tolist())
-    assert not even & odd  # ids whose labels differ so do not share
-
-
-@pytest.mark.parametrize("rows_per_id", [1, 2])
-def test_ids_that_arrive_later_move_no_other(tmp_path: Path, rows_per_id: int) -> None:
-    rng = np.random.default_rng(0)
-    old, new = tmp_path / "old", tmp_path / "new"
-    for folder, users, items in ((old, 30, 20), (new, 36, 25)):
-        folder.mkdir()
-        pairs = np.array([(u, i) for u in range(users) for i in range(items) if rng.random() < 0.4 or u == i])
-        table = pa.table({"user_id": np.append(pairs[:, 0], users - 1), "item_id": np.append(pairs[:, 1], items - 1)})
-        pq.write_table(table, folder / "train.parquet")
-        factorize(FactorizeConfig(data=str(folder), out=str(folder) + "-factors", als=ALSConfig(factors=4, sweeps=3)))
-    make_maps(config(str(old), tmp_path / "before", str(old) + "-factors", rows=20, rows_per_id=rows_per_id))
-    make_maps(config(str(new), tmp_path / "after", str(new) + "-factors", extend=str(tmp_path / "before")))
-    before, after = (open_maps(str(tmp_path / name), None) for name in ("before", "after"))
-    for side in ("user", "item"):
-        a, b = before.map(side), after.map(side)
-        assert torch.equal(b.rows[: a.num_ids], a.rows)
-        assert (b.weights is None) == (rows_per_id == 1)
-        assert b.num_rows == a.num_rows
-        assert b.num_ids == (36 if side == "user" else 25)
-    with pytest.raises(InputError, match="covers 36 ids"):
-        make_maps(config(str(old), tmp_path / "back", str(old) + "-factors", extend=str(tmp_path / "after")))
-    assert not (tmp_path / "back").exists()
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -167,20 +120,6 @@ def test_what_cannot_be_used_is_one_error_and_leaves_nothing(
     assert not any(tmp_path.iterdir())
 
 
-def test_embeddings_of_the_wrong_length_or_with_nan_are_refused(log: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "short.npy", np.zeros((USERS - 1, 4), np.float32))
-    bad = np.random.default_rng(0).normal(size=(USERS, 4)).astype(np.float32)
-    bad[17, 2] = np.nan
-    np.save(tmp_path / "bad.npy", bad)
-    np.save(tmp_path / "items.npy", np.random.default_rng(1).normal(size=(ITEMS, 4)).astype(np.float32))
-    np.save(tmp_path / "huge.npy", np.full((USERS, 4), 1e30, np.float32))
-    for name, message in (("short", f"expected {USERS} rows"), ("bad", "row 17"), ("huge", "row 0 .* overflow")):
-        files = (f"user={tmp_path}/{name}.npy", f"item={tmp_path}/items.npy")
-        with pytest.raises(ValueError, match=message):
-            make_maps(config(log, tmp_path / "maps", embedding=files, rows=100))
-    assert not (tmp_path / "maps").exists()
-
-
 def test_a_map_of_another_log_is_refused(log: str, factors: str, tmp_path: Path) -> None:
     make_maps(config(log, tmp_path / "maps", factors))
     other = tmp_path / "other"
@@ -189,49 +128,6 @@ def test_a_map_of_another_log_is_refused(log: str, factors: str, tmp_path: Path)
         open_maps(str(tmp_path / "maps"), open_log(str(other)))
     manifest = json.loads((tmp_path / "maps" / "manifest.json").read_text())
     assert manifest["tables"]["user"]["num_ids"] == USERS
-
-
-def test_extending_is_refused_where_the_vocabulary_is_another(tmp_path: Path) -> None:
-    """Logs of raw ids: a map follows a log that extends its own, and no other that merely has more ids."""
-    rng = np.random.default_rng(0)
-    for name, users, items, extend in (("a", 20, 15, None), ("b", 25, 18, "a"), ("c", 30, 25, None)):
-        pairs = [(f"{name[0]}{u}", f"i{i}") for u in range(users) for i in range(items) if rng.random() < 0.5 or u == i]
-        pq.write_table(
-            pa.table({"user_id": [u for u, _ in pairs], "item_id": [i for _, i in pairs]}), tmp_path / f"{name}.parquet"
-        )
-        source = IngestConfig(
-            input=str(tmp_path / f"{name}.parquet"),
-            format="parquet",
-            extend=None if extend is None else str(tmp_path / f"{extend}-log"),
-        )
-        ingest(source, str(tmp_path / f"{name}-log"))
-    make_maps(config(str(tmp_path / "a-log"), tmp_path / "maps", method="modulo"))
-    made = make_maps(config(str(tmp_path / "b-log"), tmp_path / "after", extend=str(tmp_path / "maps")))
-    assert [table.num_ids for table in made.tables] == [45, 18]  # of both logs together
-    with pytest.raises(InputError, match="table 'user' was made for another vocabulary"):
-        make_maps(config(str(tmp_path / "c-log"), tmp_path / "wrong", extend=str(tmp_path / "maps")))
-    assert not (tmp_path / "wrong").exists()
-
-
-def test_a_map_of_features_follows_a_log_that_extends_its_own(tmp_path: Path) -> None:
-    for name, kinds in (("a", 12), ("b", 15), ("c", 20)):
-        values = [f"{'k' if name != 'c' else 'other'}{n}" for n in range(kinds)] * 5
-        table = pa.table({"kind": values, "label": [float(n % 2) for n in range(len(values))]})
-        pq.write_table(table, tmp_path / f"{name}.parquet")
-        source = IngestConfig(
-            input=str(tmp_path / f"{name}.parquet"), format="parquet", user="", item="", label="label",
-            categorical=("kind",), extend=str(tmp_path / "a-log") if name == "b" else None,
-        )  # fmt: skip
-        ingest(source, str(tmp_path / f"{name}-log"))
-
-    def stage(name: str, out: str, **more: object) -> HashStageConfig:
-        return config(str(tmp_path / f"{name}-log"), tmp_path / out, features=("kind",), method="modulo", **more)
-
-    make_maps(stage("a", "maps", rows=4))
-    (table,) = make_maps(stage("b", "after", extend=str(tmp_path / "maps"))).tables
-    assert table.num_ids > 12
-    with pytest.raises(InputError, match="table 'kind' was made for another vocabulary"):
-        make_maps(stage("c", "wrong", extend=str(tmp_path / "maps")))
 
 
 def test_two_ranks_make_the_map_of_one(log: str, factors: str, tmp_path: Path) -> None:

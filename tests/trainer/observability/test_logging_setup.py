@@ -67,6 +67,25 @@ def test_the_setup_of_the_host_is_left_as_it_was(capsys):
     assert (list(logging.root.handlers), list(ours.handlers), ours.level, ours.propagate) == before
 
 
+@pytest.mark.parametrize("console", [True, False])
+def test_a_line_appears_once_in_a_host_that_logs(console):
+    """A host that logs to the console gets no second copy there; one that logs elsewhere gets its lines."""
+    stream = "sys.stderr" if console else "io.StringIO()"
+    program = f"""
+import io, logging, sys
+handler = logging.StreamHandler({stream})
+logging.basicConfig(level=logging.INFO, handlers=[handler], format="%(message)s")
+from recpress.trainer.observability.logging_setup import logging_to_stderr
+with logging_to_stderr("train"):
+    logging.getLogger("recpress.x").info("said")
+    logging.getLogger("host").info("host")
+print(handler.stream.getvalue() if {not console} else "")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.count("said") == 1
+    assert done.stdout.split() == ([] if console else ["said", "host"])
+
+
 def test_a_library_is_silent():
     program = "import logging, recpress.data; logging.getLogger('recpress.data.x').warning('said')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

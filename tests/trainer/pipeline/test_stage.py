@@ -129,12 +129,15 @@ def test_one_file_says_it_all(log, tmp_path):
     assert sorted(p.name for p in Path(tmp_path / "run").iterdir()) == ["factors", "metrics.json"]
 
 
-def test_a_table_at_the_end_compares_what_was_made(log, done):
+def test_a_table_at_the_end_compares_what_was_made_also_when_all_is_complete(log, done, capsys):
     made = json.loads((done / "metrics.json").read_text())
     assert list(made["methods"]) == ["popularity", "factorization", "network"]
     assert made["methods"]["network"]["metrics"]["NDCG@10"] == made["NDCG@10"]
     assert made["methods"]["network"]["rows"] < made["methods"]["factorization"]["rows"]
+    capsys.readouterr()
+    assert pipeline(settings(log, done)) == []
     text = as_table(made["methods"])
+    assert f"held-out rows\n{text}\n" in capsys.readouterr().out
     assert "rows read" in text
     assert f"{made['methods']['popularity']['metrics']['HR@10']:.4f}" in text
 

@@ -6,22 +6,30 @@ import subprocess
 import sys
 import time
 
-import pytest
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_nothing_behind(tmp_path, number, status):
+def python_defaults():
+    """As in a shell; a process of the background ignores SIGINT, one of nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_signal_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.csv").write_text("user_id,item_id\n" + "".join(f"u{k},{k % 999}\n" for k in range(800_000)))
     command = [sys.executable, "-m", "recpress.trainer.cli", "ingest", "--input", str(tmp_path / "a.csv")]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")],
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 60
-    while not any(name.startswith(".out") for name in os.listdir(tmp_path)) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait(60) == status
-    assert os.listdir(tmp_path) == ["a.csv"]
+    folders = {number: tmp_path / number.name for number in STATUS}
+    processes = {}
+    for number, folder in folders.items():
+        folder.mkdir()
+        processes[number] = subprocess.Popen(
+            [*command, "--out", str(folder / "out")], stderr=subprocess.DEVNULL, preexec_fn=python_defaults
+        )
+    deadline = time.monotonic() + 120
+    for number, process in processes.items():
+        while not os.listdir(folders[number]) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+    assert {number: process.wait(60) for number, process in processes.items()} == STATUS
+    assert not [name for folder in folders.values() for name in os.listdir(folder)]

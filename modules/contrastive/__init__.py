@@ -1,0 +1,1 @@
+"""Contrastive factorization: sampled losses of cosines, trained by row-wise Adam."""
