@@ -1,14 +1,11 @@
 """MovieLens-1M as a click log: a rating of 4 or 5 is a click; random 80/10/10 split; features of users and items.
 
-    python benchmarks/click_log.py --ratings $DATA/ml-1m --log runs/clicks
-
-Reads `ratings.parquet`, `users.parquet` and `items.parquet`. From the public files, `recpress ingest` makes a log with
+Used by `click_cadc.py`. Reads `ratings.parquet`, `users.parquet` and `items.parquet`. From the public files, `recpress ingest` makes a log with
 the same features, and `recpress train --label-threshold 4` makes the clicks.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +22,16 @@ def codes(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return np.unique(column.to_numpy(zero_copy_only=False), return_inverse=True)[1]
 
 
-def click_log(source: str | Path, out: str | Path, *, seed: int = 0, negatives: bool = True) -> Path:
+def click_log(source: str | Path, out: str | Path, *, seed: int = 0, rows: int = 0) -> Path:
     """Write the log to the folder `out`, which must not exist.
 
     Args:
-        negatives: also write the ratings below POSITIVE, with label 0.
+        seed: of the split.
+        rows: first ratings only; 0: all.
     """
     source, out = Path(source), Path(out)
     ratings = pq.read_table(source / "ratings.parquet")
+    ratings = ratings.slice(0, rows or ratings.num_rows)
     users, items = (pq.read_table(source / f"{side}s.parquet") for side in ("user", "item"))
     known = {"user": np.sort(users["user_id"].to_numpy()), "item": np.sort(items["item_id"].to_numpy())}
     user = np.searchsorted(known["user"], ratings["user_id"].to_numpy())
@@ -42,8 +41,6 @@ def click_log(source: str | Path, out: str | Path, *, seed: int = 0, negatives: 
     out.mkdir(parents=True)
     for number, name in enumerate(SPLIT):
         kept = part == number
-        if not negatives:
-            kept &= label == 1
         table = pa.table({"user_id": user[kept], "item_id": item[kept], "label": label[kept]})
         pq.write_table(table, out / f"{name}.parquet", row_group_size=1 << 15)
     users, items = users.sort_by("user_id"), items.sort_by("item_id")
@@ -55,15 +52,3 @@ def click_log(source: str | Path, out: str | Path, *, seed: int = 0, negatives: 
     decade = pc.divide(pc.subtract(items["year"], 1900), 5)
     pq.write_table(pa.table({"genres": lists, "year": codes(decade)}), out / "items.parquet")
     return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ratings", required=True, help="folder of ratings.parquet, users.parquet and items.parquet")
-    parser.add_argument("--log", required=True, help="folder of the log")
-    args = parser.parse_args()
-    click_log(args.ratings, args.log)
-
-
-if __name__ == "__main__":
-    main()

@@ -138,6 +138,7 @@ def test_all_kinds_of_features(shop, tmp_path):
     factorize(FactorizeConfig(data=shop, out=factors, als=ALSConfig(factors=8, sweeps=2)))
     features = {
         "user": FeatureConfig(column="user_id", frozen=factors, storage="fp16", sharding="row_wise"),
+        "who": FeatureConfig(column="user_id"),
         "item": FeatureConfig(column="item_id", dimension=16),
         "seen": FeatureConfig(column="history", kind="sequence", max_length=2, table="item", pooling="mean"),
         "genres": FeatureConfig(hash=FeatureHash(method="double", rows=3)),
@@ -147,7 +148,7 @@ def test_all_kinds_of_features(shop, tmp_path):
         "income": FeatureConfig(transform=("standardize",)),
     }
     fast = OptimizerConfig(learning_rate=0.02, table_learning_rate=0.2)
-    result = train_model(of_shop(shop, tmp_path / "model", features=features, epochs=10, optimizer=fast))
+    result = train_model(of_shop(shop, tmp_path / "model", features=features, epochs=15, optimizer=fast))
     assert result.validation["AUC"] > 0.7
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["tables"]["user"] == 60 * 8 * 2  # float16
