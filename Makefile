@@ -2,7 +2,9 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: help install install-dev demo test test-fast test-cluster fuzz lint format docs lock wheel clean
+PYTHON ?= python3
+SET ?= cpu
+.PHONY: help install install-dev demo test test-fast test-cluster fuzz lint format docs lock wheel image clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -44,8 +46,12 @@ docs: install-dev  ## build the documentation site into build/site, offline; a d
 lock: install-dev  ## pin requirements/*.in, with hashes; UPGRADE=--upgrade takes the newest versions
 	@scripts/lock.sh $(abspath $(BIN)/uv) $(UPGRADE)
 
-wheel: install   ## build the wheel into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+wheel:           ## build the wheel into dist/; installs nothing but setuptools, in a folder of its own
+	@[ -x build/wheel-env/bin/pip ] || $(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+image:           ## build the container image recpress:cpu; SET=cuda builds recpress:cuda
+	docker build -f launch/docker/Dockerfile --build-arg SET=$(SET) -t recpress:$(SET) .
 
 clean:           ## remove what was built; runs/ stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -117,8 +117,8 @@ def ours(made: SyntheticLog, config: StreamConfig, sample: SampleConfig | None =
             streams.append(InteractionStream(log.train, log.schema, config, sample=sample))
         stream = streams[0]
         for batch in KeyedBatches(stream, made.keys):
-            assert batch.label is not None
-            hand_over(batch.features, batch.label, batch.dense)
+            assert batch.labels is not None
+            hand_over(batch.sparse_features, batch.labels, batch.dense_features)
         stream.set_epoch(stream.epoch + 1)
         return stream.rows.num_rows
 

@@ -62,7 +62,7 @@ def soak(folder: Path, made: synthetic_logs.SyntheticLog, args: argparse.Namespa
         bound = stream.memory_bound()
         for batch in KeyedBatches(stream, made.keys):
             held.append(batch)
-            rows += batch.features.stride()
+            rows += batch.sparse_features.stride()
             if (now := time.monotonic()) >= due:
                 samples.append((now - began, status_bytes("RssAnon") - before))
                 due = now + args.every

@@ -224,9 +224,12 @@ class IngestConfig:
     time: str | None = None
     """Column of the time (csv, tsv, json, parquet): numbers, or dates and timestamps, of one kind in all files."""
     categorical: tuple[str, ...] = ()
-    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). Missing is a value too."""
+    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). Missing is a value too.
+    `C*` is all columns without another role whose names match."""
     floats: tuple[str, ...] = ()
-    """Further float columns (csv, tsv, json, parquet). A missing value is NaN."""
+    """Further float columns (csv, tsv, json, parquet), by names or patterns. A missing value is NaN."""
+    same: tuple[str, ...] = ()
+    """Columns that share one vocabulary, as `item_id=history`: a raw id has the same number in all of them."""
     split_column: str | None = None
     """Column that says `train`, `val` or `test` of each row (csv, tsv, json, parquet)."""
     columns: tuple[str, ...] = ()

@@ -9,10 +9,9 @@ those of the command, and are checked before anything is submitted. docs/launch/
 
 from typing import Any, List, Optional  # TorchX reads annotations by these names
 
-import torchx
 from torchx import specs
 
-from recpress.launch.app import command_app, shares_options
+from recpress.launch.app import SCRIPT, job, shares_options
 
 
 def run(
@@ -22,7 +21,7 @@ def run(
     gpu: int = 0,
     mem_mb: int = 8192,
     h: Optional[str] = None,
-    image: str = torchx.IMAGE,
+    image: Optional[str] = None,
     env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_restarts: Optional[int] = None,
@@ -30,6 +29,7 @@ def run(
     rdzv_port: int = 29500,
     rdzv_timeout: int = 600,
     grace: int = 60,
+    metadata: Optional[str] = None,
 ) -> specs.AppDef:
     """Run a command of recpress on every process.
 
@@ -40,16 +40,17 @@ def run(
         gpu: GPUs of a node
         mem_mb: memory of a node, MB
         h: named resource, instead of cpu, gpu and mem_mb: cpu_8, a100_x8, h100_x8, ...
-        image: container image, if the scheduler runs containers
+        image: container image with recpress; required if the scheduler runs containers
         env: environment variables, A=1,B=2; a value may contain `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
-        max_restarts: how often torchrun restarts failed workers; by default 3 for train and pipeline, else 0
+        max_restarts: how often torchrun restarts failed workers; by default 3 for train, pipeline and script, else 0
         max_retries: how often the scheduler restarts the whole job after it failed
         rdzv_port: port on the first node at which the nodes meet
         rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
         grace: seconds that workers have for a checkpoint after SIGTERM or SIGUSR1 (30 if torch is older than 2.12)
+        metadata: KEY=VALUE,...: annotations of Kubernetes pods; kubernetes=FILE merges the YAML file into each pod
     """
-    return command_app(**locals())
+    return job(**locals())
 
 
 @shares_options(run)
@@ -86,3 +87,9 @@ def pipeline(*args: str, **options: Any) -> specs.AppDef:
 def bench(*args: str, **options: Any) -> specs.AppDef:
     """Run benchmarks: `recpress bench run`; those without ranks need `-j 1x1`. Their arguments follow another `--`."""
     return run("bench", "run", *args, **options)
+
+
+@shares_options(run, "the script and its arguments, as `my_dlrm.py --epochs 3`, or `-m my_package.train`")
+def script(*args: str, **options: Any) -> specs.AppDef:
+    """Run your own script on every process, with the restarts, signals, grace period and checks of `run`."""
+    return run(SCRIPT, *args, **options)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from recpress.modules.compression.replace import compress
     from recpress.modules.compression.report import CompressReport
     from recpress.modules.compression.sharders import sharders
-    from recpress.modules.config import ALSConfig, HashConfig, TwoTowerConfig
+    from recpress.modules.config import ALSConfig, ContrastiveConfig, HashConfig, TwoTowerConfig
+    from recpress.modules.contrastive.factorization import Contrastive
     from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
     from recpress.modules.frozen.kernel import FrozenTable
     from recpress.modules.frozen.sequence import FrozenEmbeddingCollection, FrozenEmbeddingCollectionSharder
@@ -32,6 +33,8 @@ __all__ = [
     "ALS",
     "ALSConfig",
     "CompressReport",
+    "Contrastive",
+    "ContrastiveConfig",
     "FactorTable",
     "Factors",
     "FrozenEmbeddingBagCollection",
@@ -62,7 +65,8 @@ _MODULES = {
     "compression.replace": ("compress",),
     "compression.report": ("CompressReport",),
     "compression.sharders": ("sharders",),
-    "config": ("ALSConfig", "HashConfig", "TwoTowerConfig"),
+    "config": ("ALSConfig", "ContrastiveConfig", "HashConfig", "TwoTowerConfig"),
+    "contrastive.factorization": ("Contrastive",),
     "frozen.collection": ("FrozenEmbeddingBagCollection", "FrozenEmbeddingBagCollectionSharder"),
     "frozen.kernel": ("FrozenTable",),
     "frozen.sequence": ("FrozenEmbeddingCollection", "FrozenEmbeddingCollectionSharder"),

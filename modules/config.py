@@ -147,14 +147,18 @@ class ContrastiveConfig:
     loss: Literal["softmax", "ccl", "logistic"] = "softmax"
     """`softmax`: sampled softmax with logQ correction; `ccl`: cosine contrastive loss (SimpleX); `logistic`: weighted
     cross-entropy of each pair."""
-    temperature: float = 0.1
-    """`softmax`, `logistic`: divides the cosine; 0.02 to 1. The smaller, the more the hardest negatives count."""
+    temperature: float | None = None
+    """`softmax`, `logistic`: divides the cosine; 0.02 to 1. The smaller, the more the hardest negatives count. Default:
+    chosen; with --softmax.no-auto, 0.1."""
     margin: float = 0.4
     """`ccl`: negatives below this cosine do not count."""
     negative_weight: float = 150.0
     """`ccl`, `logistic`: weight of all negatives of a user, in units of a positive."""
-    epochs: int = 150
-    """Passes over the interactions."""
+    epochs: int | None = None
+    """Passes over the interactions. Default: chosen among 15, 50 and 150; with --softmax.no-auto, 150."""
+    auto: bool = True
+    """Choose the settings that are not given, on held-out examples of at most 250,000 interactions. Otherwise each has
+    a fixed default."""
     learning_rate: float = 0.05
     """Of row-wise Adam at the start; falls linearly to 5 % of it."""
     batch_users: int = 128

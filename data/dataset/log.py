@@ -210,7 +210,10 @@ def open_log(
     if schema is None:
         schema = schema_from_manifest(manifest) if manifest else Schema()
     if pairs and not (schema.user and schema.item):
-        raise InputError(f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here")
+        raise InputError(
+            f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here "
+            "(open_log(..., pairs=False) reads a log of features alone)"
+        )
     opened = {
         part: _open_part(filesystem, part, files, schema, skip_bad, left_out, folders.get(part))
         for part, files in parts.items()

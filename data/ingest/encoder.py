@@ -20,7 +20,7 @@ from recpress.data.ingest import raw_values
 from recpress.data.ingest.raw_files import RowNumbers
 from recpress.data.ingest.raw_values import Times, plain
 from recpress.data.ingest.sources import Piece, RawLog
-from recpress.data.ingest.vocabulary import Vocabulary
+from recpress.data.ingest.vocabulary import Vocabulary, grown
 
 PARTS = {
     "train": "train",
@@ -64,6 +64,8 @@ class Encoder:
         self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
         self._old: Log | None = None
         self._extended: set[Side] = set()  # sides whose vocabulary is an old one, and keeps its kind
+        self._same = _shared(config, source)  # column -> the column whose vocabulary it shares
+        self._counts: dict[str, np.ndarray] = {name: np.zeros(0, dtype=np.int64) for name in self._same}
         if config.extend is not None:
             self._extend(open_log(config.extend, pairs=False))
 
@@ -82,8 +84,18 @@ class Encoder:
                         "expected the same, or 'auto'"
                     )
         for name, entry in log.manifest["features"].items():
+            owner, same = entry.get("same"), self._same.get(name)
+            if same not in (None, owner) or (owner and name in self._same.values()):
+                has = f"shares the vocabulary of '{owner}'" if owner else "has a vocabulary of its own"
+                raise InputError(
+                    f"same: column '{name}' {has} in {log.path}, which is extended; expected the same here"
+                )
             table = read_whole(log.filesystem, f"{log.root}/{entry['vocabulary']}")
-            self._features[name] = Vocabulary.from_table(table, name, budget=self._budget)
+            if owner:
+                self._same[name] = owner
+                self._counts[name] = table.column("count").to_numpy().astype(np.int64)
+            else:
+                self._features[name] = Vocabulary.from_table(table, name, budget=self._budget)
 
     def encode(self, piece: Piece) -> Iterator[tuple[str, pa.Table]]:
         """Parts and their rows: dense ids and categories int64, labels and floats float32, times int64, float64 or
@@ -102,7 +114,7 @@ class Encoder:
         columns: dict[str, pa.Array] = {}
         for side, name in zip(SIDES, ("user_id", "item_id"), strict=True):
             if name in raw:
-                columns[name] = self._raw_ids(side, raw[name], piece)
+                columns[name] = self._raw_ids(side, raw[name], piece, name)
         if self._schema.label:
             columns["label"] = raw_values.floats(raw["label"], self._where(piece, "label"), at, self._nulls)
         if self._schema.time:
@@ -110,7 +122,7 @@ class Encoder:
             columns["time"] = self._times(raw_values.times(raw["time"], where, at), where, at)
         for name in self._schema.floats:
             columns[name] = raw_values.floats(raw[name], f"{piece.where}, column '{name}'", at, self._nulls)
-        columns |= {name: self._without_nulls(raw[name]) for name in self._schema.categorical}
+        columns |= {name: self._raw_categories(name, raw[name], piece) for name in self._schema.categorical}
         rows = pa.table(columns)
         if parts is None:
             yield piece.part, self._dense(rows, piece.part, piece.where)
@@ -137,9 +149,9 @@ class Encoder:
     def encode_negatives(self, piece: Piece) -> pa.Table:
         lists = piece.table.column("negatives").combine_chunks()
         owner = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy(zero_copy_only=False))
-        items = self._raw_ids("item", plain(lists.flatten()), replace(piece, rows=piece.rows.each(owner)))
+        items = self._raw_ids("item", plain(lists.flatten()), replace(piece, rows=piece.rows.each(owner)), "item_id")
         users, held_out = (
-            pa.array(self._encode(side, self._raw_ids(side, plain(piece.table.column(name)), piece), piece))
+            pa.array(self._encode(side, self._raw_ids(side, plain(piece.table.column(name)), piece, name), piece))
             for side, name in zip(SIDES, ("user_id", "item_id"), strict=True)
         )
         negatives = pa.array(self._encode("item", items, piece))
@@ -167,14 +179,14 @@ class Encoder:
         """What errors call a column: the file, and the name that the file has for it."""
         return f"{piece.where}, column '{self._source.names.get(name, name)}'"
 
-    def _raw_ids(self, side: Side, array: pa.Array, piece: Piece) -> pa.Array:
-        """Ids as the vocabulary of the side holds them; it is made, or becomes one of strings, where it must."""
-        name = f"{side}_id"
+    def _raw_ids(self, side: Side, array: pa.Array, piece: Piece, name: str) -> pa.Array:
+        """Ids of a column as the vocabulary of the side holds them; it is created, or becomes one of strings, if it
+        must."""
         where = self._where(piece, name)
         if (found := raw_values.class_of(array)) is None:
             raise InputError(f"{where}: type {array.type}; expected strings, integers or other values with an equality")
         if found != "none":
-            known, seen = self._classes.setdefault(name, (found, piece.where))
+            known, seen = self._classes.setdefault(side, (found, where))
             if found != known:
                 raise InputError(
                     f"{where}: ids are of type {found}, those in {seen} of type {known}; expected one type"
@@ -240,6 +252,25 @@ class Encoder:
                 f"{at}; expected one unit in all files"
             )
 
+    def _raw_categories(self, name: str, array: pa.Array, piece: Piece) -> pa.Array:
+        """Raw values, or lists of them; those of a column that shares the vocabulary of a side as that holds them."""
+        side = _side_of(self._same.get(name, name))
+        if side is None:
+            return self._without_nulls(array)
+        in_lists = _is_list(array.type)
+        values = plain(array.flatten()) if in_lists else array
+        if in_lists:
+            lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+            piece = replace(piece, rows=piece.rows.each(np.repeat(np.arange(len(array)), lengths)))
+        gone = raw_values.missing(values, self._id_nulls)
+        if gone.any():
+            raise InputError(
+                f"{self._where(piece, name)}, {piece.rows.name(int(np.argmax(gone)))}: no id; expected one, because "
+                f"the column shares the vocabulary of {side}s (an empty list has none)"
+            )
+        ids = self._raw_ids(side, values, piece, name)
+        return pa.ListArray.from_arrays(_offsets(array), ids) if in_lists else ids
+
     def _without_nulls(self, array: pa.Array) -> pa.Array:
         if self._config.null_values and pa.types.is_large_string(array.type):
             gone = pc.is_in(array, value_set=pa.array(list(self._config.null_values), array.type))
@@ -249,16 +280,28 @@ class Encoder:
     def _categories(self, name: str, array: pa.Array, count: bool, where: str) -> pa.Array:
         """Dense categories of a plain array of strings, integers, or lists of them. Missing is the category of the
         empty string."""
-        if name not in self._features:
-            self._features[name] = Vocabulary("string", name, budget=self._budget)
-        vocabulary, where = self._features[name], f"{where}, column '{name}'"
+        where = f"{where}, column '{name}'"
         try:
             if _is_list(array.type):
-                values = vocabulary.encode(_text(plain(array.flatten())), count=count, where=where)
+                values = self._numbered(name, plain(array.flatten()), count, where)
                 return pa.ListArray.from_arrays(_offsets(array), pa.array(values))
-            return pa.array(vocabulary.encode(_text(array), count=count, where=where))
+            return pa.array(self._numbered(name, array, count, where))
         except pa.ArrowException as error:
             raise InputError(f"{where}: type {array.type}; expected strings, integers or lists of them") from error
+
+    def _numbered(self, name: str, values: pa.Array, count: bool, where: str) -> np.ndarray:
+        owner = self._same.get(name, name)
+        if (side := _side_of(owner)) is not None:
+            ids = self.sides[side].encode(values, count=False, where=where)
+        else:
+            if owner not in self._features:
+                self._features[owner] = Vocabulary("string", owner, budget=self._budget)
+            ids = self._features[owner].encode(_text(values), count=count and owner == name, where=where)
+        if count and owner != name:
+            size = int(ids.max(initial=-1)) + 1
+            self._counts[name] = grown(self._counts[name], size)
+            np.add.at(self._counts[name], ids, 1)
+        return ids
 
     def suspicious(self) -> list[str]:
         """A line for each side that has an id such as `NULL`, which may mean that none was known."""
@@ -313,6 +356,16 @@ class Encoder:
             writer.table(f"vocabulary/{side}.parquet", vocabulary.table())
         for name, vocabulary in self._features.items():
             writer.table(_feature_file(name), vocabulary.table())
+        for name in self._same:
+            vocabulary = self._owner(name)
+            counts = grown(self._counts[name], len(vocabulary))[: len(vocabulary)]
+            writer.table(_feature_file(name), vocabulary.table(counts))
+
+    def _owner(self, name: str) -> Vocabulary:
+        """The vocabulary that a column shares."""
+        owner = self._same[name]
+        side = _side_of(owner)
+        return self._features[owner] if side is None else self.sides[side]
 
     def manifest(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -323,6 +376,10 @@ class Encoder:
             "features": {
                 name: {"num_ids": len(vocabulary), "vocabulary": _feature_file(name)}
                 for name, vocabulary in self._features.items()
+            }
+            | {
+                name: {"num_ids": len(self._owner(name)), "vocabulary": _feature_file(name), "same": owner}
+                for name, owner in self._same.items()
             },
         }
         if self._old is not None:
@@ -332,6 +389,40 @@ class Encoder:
 
 
 _TIMES = {"number": "numbers", "local": "dates without a time zone", "UTC": "times with a time zone"}
+
+
+def _side_of(column: str) -> Side | None:
+    """The side whose ids a column of the log has."""
+    return {"user_id": SIDES[0], "item_id": SIDES[1]}.get(column)
+
+
+def _shared(config: IngestConfig, source: RawLog) -> dict[str, str]:
+    """Column -> the column whose vocabulary it shares, by `same`: the user or item of the group, else the first.
+
+    Raises:
+        InputError: a group of fewer than two columns, a column without ids or in two groups, users and items in one.
+    """
+    schema = source.schema
+    columns = {source.names.get(name, name): name for name in (schema.user, schema.item, *schema.categorical) if name}
+    shared: dict[str, str] = {}
+    for group in config.same:
+        names = [name.strip() for name in group.split("=")]
+        if len(names) < 2:
+            raise InputError(f"same is '{group}'; expected COLUMN=COLUMN, as item_id=history")
+        for name in names:
+            if name not in columns:
+                raise InputError(
+                    f"same is '{group}': no column '{name}' with ids; expected the user, the item or categorical "
+                    f"columns: {', '.join(columns)}"
+                )
+            if names.count(name) > 1 or columns[name] in (*shared, *shared.values()):
+                raise InputError(f"same: column '{name}' is named twice; expected one group with all of its columns")
+        of_sides = [name for name in names if _side_of(columns[name])]
+        if len(of_sides) > 1:
+            raise InputError(f"same is '{group}': users and items cannot share a vocabulary")
+        owner = (of_sides or names)[0]
+        shared |= {columns[name]: columns[owner] for name in names if name != owner}
+    return shared
 
 
 def _feature_file(name: str) -> str:

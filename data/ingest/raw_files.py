@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import numpy as np
@@ -36,23 +36,24 @@ class RawFile:
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """Consecutive rows of a file, as errors name them: `line 3` of text, counted from 1; `row 2` of Parquet, from 0."""
+    """Rows of a file, as errors name them: `line 3` of text, counted from 1; `row 2` of Parquet, from 0."""
 
     first: int = 0
     """Ordinal of the first row, among the rows of the file."""
     line_of: Callable[[int], int] | None = None
     """The line on which the row with an ordinal begins, counted from 1; None: the file has no lines."""
 
+    places: np.ndarray | None = None
+    """Of the rows, counted from `first`, if they are not consecutive."""
+
     def name(self, place: int) -> str:
         """What errors call one of these rows, the first of which is at place 0."""
-        row = self.first + place
+        row = self.first + (place if self.places is None else int(self.places[place]))
         return f"row {row}" if self.line_of is None else f"line {self.line_of(row)}"
 
     def each(self, places: np.ndarray) -> RowNumbers:
-        """The rows of text at these places, which may repeat: one for each value of lines with several."""
-        line_of, first = self.line_of, self.first
-        assert line_of is not None
-        return RowNumbers(0, lambda k: line_of(first + int(places[k])))
+        """The rows at these places, which may repeat: one for each value of rows with several."""
+        return replace(self, places=places)
 
 
 @dataclass(frozen=True)

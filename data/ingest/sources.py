@@ -7,8 +7,10 @@ line in the file, counted from 1 (a header and empty lines count too), and a row
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from recpress.data.ingest.raw_text import (
     Dialect,
     choose_delimiter,
     first_lines,
+    header,
     listed,
     read_delimited,
     read_json_lines,
@@ -85,6 +88,42 @@ def named_columns(config: IngestConfig) -> dict[str, str]:
     return columns
 
 
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+def with_matches(config: IngestConfig, found: Callable[[], Sequence[str]]) -> IngestConfig:
+    """The config with the names of the columns that its patterns match, in the order of the file.
+
+    Args:
+        found: the columns of the first file; called only if there is a pattern.
+
+    Raises:
+        InputError: a pattern matches no column, or two match the same one.
+    """
+    if not any(_WILDCARDS.search(name) for name in (*config.categorical, *config.floats)):
+        return config
+    columns = [name.strip() for name in found()]
+    listed_names = [name for name in (*config.categorical, *config.floats) if name in columns]
+    roles = {config.user, config.item, config.label, config.time, config.split_column, *listed_names}
+    matched: dict[str, str] = {}  # column -> its pattern
+
+    def expanded(names: Sequence[str]) -> Iterator[str]:
+        for name in names:
+            if name in columns or not _WILDCARDS.search(name):
+                yield name
+                continue
+            fitting = [column for column in columns if fnmatchcase(column, name) and column not in roles]
+            if not fitting:
+                raise InputError(f"ingest: no column without another role matches '{name}'; found {listed(columns)}")
+            for column in fitting:
+                if column in matched:
+                    raise InputError(f"ingest: column '{column}' matches both '{matched[column]}' and '{name}'")
+                matched[column] = name
+                yield column
+
+    return replace(config, categorical=tuple(expanded(config.categorical)), floats=tuple(expanded(config.floats)))
+
+
 def named_schema(config: IngestConfig) -> Schema:
     return Schema(
         user="user_id" if config.user else "",
@@ -107,9 +146,15 @@ def dialect_of(config: IngestConfig, delimiter: str, *, quoted: bool) -> Dialect
 
 def delimited(config: IngestConfig, files: Sequence[RawFile], name: str) -> RawLog:
     """Plain CSV or TSV with named columns."""
-    columns = named_columns(config)
     names = list(config.columns) or None
     dialect = dialect_of(config, "\t" if name == "tsv" else ",", quoted=name == "csv")
+
+    def in_first_file() -> list[str]:
+        plain = [name for name in (config.user, config.item, config.label, config.time) if name]
+        return names or header(files[0], choose_delimiter(files[0], dialect, plain))
+
+    config = with_matches(config, in_first_file)
+    columns = named_columns(config)
     may_differ = names is None and not config.delimiter  # each file may have another delimiter
 
     def read(file: RawFile, wanted: Sequence[str]) -> Iterator[tuple[RowNumbers, pa.Table]]:
@@ -126,6 +171,9 @@ def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
             raise InputError(
                 f"{file.where}: a JSON array; expected JSON lines, an object a line (`jq -c '.[]'` makes them)"
             )
+    for name in (*config.categorical, *config.floats):
+        if _WILDCARDS.search(name):
+            raise InputError(f"ingest: '{name}' is a pattern; expected names, because JSON lines may lack any key")
     return _named(
         config, files, "json", lambda file, wanted: read_json_lines(file, wanted, config.encoding), frozenset()
     )
@@ -133,6 +181,7 @@ def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
 
 def parquet(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     """Parquet with named columns."""
+    config = with_matches(config, lambda: _parquet_names(files[0]))
     return _named(config, files, "parquet", _read_parquet, frozenset())
 
 
@@ -175,6 +224,14 @@ def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[s
             if key not in dict(file.partitions):
                 raise InputError(f"{file.where}: its folder names no partition '{key}=', that of other files does")
     return keys
+
+
+def _parquet_names(file: RawFile) -> list[str]:
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            return pq.read_schema(stream).names
+    except UNREADABLE as error:
+        raise InputError(f"{file.where}: {first_line(error)}") from error
 
 
 def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[RowNumbers, pa.Table]]:

@@ -74,11 +74,11 @@ class Vocabulary:
         vocabulary._counts = table.column("count").to_numpy().astype(np.int64)  # `found` says it has as many
         return vocabulary
 
-    def table(self) -> pa.Table:
-        """Columns `raw` (int64 or string) and `count` (int64); row k is dense id k."""
+    def table(self, counts: np.ndarray | None = None) -> pa.Table:
+        """Columns `raw` (int64 or string) and `count` (int64, or the given ones); row k is dense id k."""
         kind = pa.int64() if self.kind == "int" else pa.large_string()
-        counts = pa.array(self._counts[: self._size])
-        return pa.table({"raw": pa.chunked_array(self._raw, type=kind), "count": counts})
+        counts = self._counts[: self._size] if counts is None else counts
+        return pa.table({"raw": pa.chunked_array(self._raw, type=kind), "count": pa.array(counts)})
 
     @property
     def counts(self) -> np.ndarray:
@@ -126,7 +126,7 @@ class Vocabulary:
         if not grow:
             return np.maximum(self._find(*self._keys(encoded.dictionary)), -1)[places]
         distinct = self._number(encoded.dictionary)
-        self._counts = _grown(self._counts, self._size)
+        self._counts = grown(self._counts, self._size)
         if count:
             self._counts[distinct] += np.bincount(places, minlength=len(distinct))
         return distinct[places]
@@ -196,7 +196,7 @@ class Vocabulary:
             self._room(fresh)
             self._raw.append(fresh)
             if self.kind == "string":
-                self._confirm = _grown(self._confirm, self._size + new.size)
+                self._confirm = grown(self._confirm, self._size + new.size)
                 self._confirm[self._size : self._size + new.size] = confirm[new]
             self._size += new.size
             self._add_run(keys[new], ids[new])
@@ -253,7 +253,7 @@ class Vocabulary:
         self._confirm = np.concatenate(confirm)
 
 
-def _grown(array: np.ndarray, size: int) -> np.ndarray:
+def grown(array: np.ndarray, size: int) -> np.ndarray:
     """The array, or a copy of at least twice its length, filled with zeros, where it is shorter than `size`."""
     if len(array) >= size:
         return array

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -183,6 +184,7 @@ class InteractionStream:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"step {start_step} of epoch {epoch}: the epoch has {self.steps_per_epoch} steps")
         self.epoch, self.start_step = epoch, start_step
+        self.next_step = start_step  # follows the batches of a ResumableDataset
         self._iterated_by_worker = False
 
     def __len__(self) -> int:
@@ -318,7 +320,39 @@ def _side_by_side(
     return torch.stack([column for name in names if isinstance(column := found[name], torch.Tensor)], dim=1)
 
 
-class StreamDataset(IterableDataset):
+class ResumableDataset(IterableDataset):
+    """What `StreamDataset` and `KeyedBatches` share: their length, and a position that torchdata's StatefulDataLoader
+    stores and restores, in each of its workers."""
+
+    stream: InteractionStream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def state_dict(self) -> dict[str, int]:
+        """`epoch` and `step` at which an iteration resumes after the last batch that the loader has taken."""
+        return {"epoch": self.stream.epoch, "step": self.stream.next_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next iteration starts there, and reads nothing before it."""
+        self.stream.set_epoch(state["epoch"], state["step"])
+
+    def _counted(self, batches: Iterator[Made]) -> Iterator[Made]:
+        """The same batches; `next_step` of the stream follows them."""
+        stream, info = self.stream, get_worker_info()
+        each = stream.workers if info is None or stream.workers > 1 else info.num_workers
+        stream.next_step = stream.start_step
+
+        def counted() -> Iterator[Made]:
+            with closing(batches):  # type: ignore[type-var]  # a generator
+                for batch in batches:
+                    stream.next_step = min(stream.next_step + each, stream.steps_per_epoch)
+                    yield batch
+
+        return counted()
+
+
+class StreamDataset(ResumableDataset):
     """The stream for `DataLoader(StreamDataset(stream), batch_size=None, num_workers=n)`.
 
     Worker w takes the steps w, w + n, …; the loader takes from the workers in turn, so that the batches and
@@ -329,8 +363,5 @@ class StreamDataset(IterableDataset):
     def __init__(self, stream: InteractionStream) -> None:
         self.stream = stream
 
-    def __len__(self) -> int:
-        return len(self.stream)
-
     def __iter__(self) -> Iterator[Interactions]:
-        return iter(self.stream)
+        return self._counted(iter(self.stream))

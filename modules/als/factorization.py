@@ -127,36 +127,41 @@ class ALS:
             if start is not None:
                 config = replace(config, factors=start.dim)
             if config.auto and start is None:
-                config = self._choose(until_converged(config), by_user)
+                config = self.choose(by_user)
             config = absolute(config, by_user, by_item, self.exchange)
             check(config)
         self.parameters = config
         return self._factorize(config, by_user, by_item, on_sweep, start)
 
-    def _choose(self, config: ALSConfig, by_user: CSR) -> ALSConfig:
-        """`config` with all settings chosen."""
+    def choose(self, by_user: CSR) -> ALSConfig:
+        """The settings that `fit` uses for this rank's users, all chosen. Collective."""
+        assert isinstance(self.config, ALSConfig)
+        if self.choice is None:
+            config = until_converged(self.config)
+            self.choice = choose_settings(
+                config, by_user, self.num_users, self.num_items, self.exchange, self.prepare_sample
+            )
+            if self.on_choice is not None:
+                self.on_choice(self.choice)
+        return replace(until_converged(self.config), **self.choice.settings)
+
+    def prepare_sample(self, sample: Sample) -> Fit:
+        """A function that factorizes a sample over the ranks with other settings."""
         exchange = self.exchange
+        builder = InteractionBuilder(sample.num_users, sample.num_items, exchange)
+        part = slice(exchange.rank, None, exchange.world)
+        builder.add(sample.users[part], sample.items[part], None if sample.values is None else sample.values[part])
+        pair = builder.build()
 
-        def prepare(sample: Sample) -> Fit:
-            builder = InteractionBuilder(sample.num_users, sample.num_items, exchange)
-            part = slice(exchange.rank, None, exchange.world)
-            builder.add(sample.users[part], sample.items[part], None if sample.values is None else sample.values[part])
-            pair = builder.build()
+        def fit(tried: ALSConfig) -> tuple[torch.Tensor, torch.Tensor]:
+            als = ALS(
+                absolute(tried, *pair, exchange), sample.num_users, sample.num_items,
+                device=exchange.device, process_group=exchange.group, limits=self.limits,
+            )  # fmt: skip
+            factors = als._factorize(als.parameters, *pair, None, None, False)  # type: ignore[arg-type]
+            return factors.users, exchange.gather(factors.items, RowBlocks(sample.num_items, exchange.world))
 
-            def fit(tried: ALSConfig) -> tuple[torch.Tensor, torch.Tensor]:
-                als = ALS(
-                    absolute(tried, *pair, exchange), sample.num_users, sample.num_items,
-                    device=exchange.device, process_group=exchange.group, limits=self.limits,
-                )  # fmt: skip
-                factors = als._factorize(als.parameters, *pair, None, None, False)  # type: ignore[arg-type]
-                return factors.users, exchange.gather(factors.items, RowBlocks(sample.num_items, exchange.world))
-
-            return fit
-
-        self.choice = choose_settings(config, by_user, self.num_users, self.num_items, exchange, prepare)
-        if self.on_choice is not None:
-            self.on_choice(self.choice)
-        return replace(config, **self.choice.settings)
+        return fit
 
     def _factorize(
         self,

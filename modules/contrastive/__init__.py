@@ -1,1 +1,5 @@
-"""Contrastive factorization: sampled losses of cosines, trained by row-wise Adam."""
+"""Contrastive factorization: sampled losses of cosines, row-wise Adam, automatic settings, fold-in."""
+
+from recpress.modules.contrastive.factorization import Contrastive
+
+__all__ = ["Contrastive"]

@@ -26,8 +26,8 @@ from recpress.modules.contrastive.factorization import DEFAULTS, Run, with_defau
 TEMPERATURES = (0.1, 0.15, 0.2, 0.3)
 ROUNDS = ((12, 4), (40, 2), (120, 1))
 """Epochs and candidates of the rounds."""
-SHORT, LONG = 60, 150
-"""Epochs to choose from: many only if the last round is better than the one before."""
+MORE = 1.25
+"""Epochs of the factorization, in units of those of the best run: 15, 50 or 150."""
 EPOCHS = sum(epochs * candidates for epochs, candidates in ROUNDS)
 INTERACTIONS = 250_000
 """Most interactions of the subsample."""
@@ -112,19 +112,18 @@ def choose(
     candidates = list(TEMPERATURES)
     if config.temperature is not None or not config.auto:
         candidates = [settings["temperature"]]
-    found: list[tuple[float, float]] = []
-    for epochs, count in ROUNDS:
-        if config.epochs is not None and (epochs > config.epochs or (len(candidates) == 1 and found)):
-            break
-        candidates = candidates[:count]
-        found = sorted(((run(t, epochs), t) for t in candidates), reverse=True)
-        candidates = [t for _, t in found]
+    rounds = [(min(epochs, config.epochs or epochs), count) for epochs, count in ROUNDS]
+    if config.epochs is not None:  # shorter runs would only choose the temperature
+        rounds = rounds[-1:] if len(candidates) == 1 else rounds
+    for epochs, count in rounds:
+        found = [(run(t, epochs), t) for t in candidates[:count] if (t, epochs) not in gains]
+        candidates = [t for _, t in sorted(found, reverse=True)] or candidates
     # the last run of each temperature
     last = {t: gain for (t, _), gain in gains.items()}
     best = max(gains, key=lambda key: float(gains[key].mean()))
     settings["temperature"] = best[0]
     if config.epochs is None:
-        settings["epochs"] = LONG if best[1] == ROUNDS[-1][0] else SHORT
+        settings["epochs"] = round(MORE * best[1])
     ours = gains[best]
     choice.ndcg["softmax"] = float(ours.mean())
     others = sorted(((float(gain.mean()), t) for t, gain in last.items() if t != best[0]), reverse=True)

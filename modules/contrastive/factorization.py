@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,8 @@ from recpress.modules.contrastive.item_table import ItemTable, Request
 from recpress.modules.contrastive.losses import Loss, Scores, make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
 
+DEFAULTS: dict[str, Any] = {"temperature": 0.1, "epochs": 150}
+"""Settings that are not given. `auto.choose` chooses them by the interactions."""
 WARM_UP = 20
 """Steps at the start with a smaller learning rate."""
 LAST_RATE = 0.05
@@ -83,7 +85,7 @@ class Contrastive:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check(config)
-        self.config, self.num_users, self.num_items = config, num_users, num_items
+        self.config, self.num_users, self.num_items = with_defaults(config), num_users, num_items
         self.exchange = Exchange(process_group, torch.device(device))
         self.builder = InteractionBuilder(num_users, num_items, self.exchange)
 
@@ -136,7 +138,8 @@ class Run:
         start: Factors | None = None,
         tables: tuple[RowAdam, RowAdam] | None = None,
     ) -> None:
-        self.config, self.exchange, self.num_users, self.num_items = config, exchange, num_users, num_items
+        self.config = config = with_defaults(config)
+        self.exchange, self.num_users, self.num_items = exchange, num_users, num_items
         self.user_counts, self.item_counts = np.diff(by_user.indptr), np.diff(by_item.indptr)
         self.epoch = 0
         """Epochs that are finished."""
@@ -162,18 +165,21 @@ class Run:
             most_positives=config.batch_limit,
         )
         self._loss = make_loss(config)
+        assert config.epochs is not None
+        self.epochs: int = config.epochs
+        """Epochs in all."""
 
     def train(self, on_epoch: Callable[[EpochReport], bool | None] | None = None) -> None:
         """Train the epochs that remain. Raises ValueError as `Contrastive.fit`."""
-        began, first, config = time.perf_counter(), self.epoch, self.config
-        while self.epoch < config.epochs:
+        began, first = time.perf_counter(), self.epoch
+        while self.epoch < self.epochs:
             at = time.perf_counter()
             loss = self._train_epoch()
             self.epoch += 1
             self._check(loss)
             now = time.perf_counter()
-            left = (now - began) / (self.epoch - first) * (config.epochs - self.epoch)
-            report = EpochReport(self.epoch, config.epochs, loss, now - at, left)
+            left = (now - began) / (self.epoch - first) * (self.epochs - self.epoch)
+            report = EpochReport(self.epoch, self.epochs, loss, now - at, left)
             stop = on_epoch is not None and bool(on_epoch(report))
             if self.exchange.max(int(stop)):
                 break
@@ -209,7 +215,7 @@ class Run:
         return float(exchange.sum(total)) / self.total
 
     def _rate(self, epochs: float, steps: int) -> float:
-        done = epochs / self.config.epochs
+        done = epochs / self.epochs
         return self.config.learning_rate * (1 - (1 - LAST_RATE) * done) * min(1.0, (steps + 1) / WARM_UP)
 
     def _with_requests(self, made: Iterator[Batch]) -> Iterator[tuple[Batch, Request]]:
@@ -280,7 +286,7 @@ def gradients(
         negative=user @ negative.T,
         row=batch.row,
         weight=batch.weight,
-        row_weight=torch.zeros_like(user[:, 0]).index_add_(0, batch.row, batch.weight),
+        row_weight=user.new_zeros(len(user)).index_add_(0, batch.row, batch.weight),
         log_expected=batch.log_expected,
         num_items=num_items,
     )
@@ -289,8 +295,8 @@ def gradients(
         batch.positive, item, batch.indptr, mode="sum", per_sample_weights=of_positive, include_last_offset=True
     ).addmm_(of_negative, negative)
     of_item = F.embedding_bag(
-        batch.row[batch.by_item], user, batch.item_indptr,
-        mode="sum", per_sample_weights=of_positive[batch.by_item], include_last_offset=True,
+        batch.row.index_select(0, batch.by_item), user, batch.item_indptr,
+        mode="sum", per_sample_weights=of_positive.index_select(0, batch.by_item), include_last_offset=True,
     )  # fmt: skip
     return value, of_user, of_item.index_add_(0, batch.negative, of_negative.T @ user)
 
@@ -298,7 +304,7 @@ def gradients(
 def _dots(user: torch.Tensor, item: torch.Tensor, batch: _OnDevice) -> torch.Tensor:
     """Cosine of each positive pair, (P,)."""
     if user.is_cuda:
-        return (user[batch.row] * item[batch.positive]).sum(1)
+        return (user.index_select(0, batch.row) * item.index_select(0, batch.positive)).sum(1)
     pattern = torch.sparse_csr_tensor(
         batch.indptr, batch.positive, user.new_zeros(len(batch.positive)), (len(user), len(item)),
         check_invariants=False,
@@ -342,11 +348,16 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def with_defaults(config: ContrastiveConfig) -> ContrastiveConfig:
+    """`config`, in which `DEFAULTS` fills in what is not given."""
+    return replace(config, **{name: value for name, value in DEFAULTS.items() if getattr(config, name) is None})
+
+
 def check(config: ContrastiveConfig) -> None:
     """Raise ValueError that names the first setting that is out of range."""
     if config.loss not in ("softmax", "ccl", "logistic"):
         raise ValueError(f"contrastive: loss is {config.loss!r}, expected softmax, ccl or logistic")
-    values = asdict(config)
+    values = asdict(with_defaults(config))
     for name, (least, most) in _RANGES.items():
         if not least <= values[name] <= most:
             expected = f"{least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}"

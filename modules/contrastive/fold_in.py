@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from recpress.modules.als.fold_in import known_interactions
 from recpress.modules.config import ContrastiveConfig
 from recpress.modules.contrastive.batches import BatchMaker, NegativeSampler
-from recpress.modules.contrastive.factorization import LAST_RATE, check, gradients, to_device
+from recpress.modules.contrastive.factorization import LAST_RATE, check, gradients, to_device, with_defaults
 from recpress.modules.contrastive.losses import make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
 
@@ -48,6 +48,7 @@ def fold_in(
         ValueError: an index or value is out of range.
     """
     check(config)
+    config = with_defaults(config)
     if len(other_counts) != len(others):
         raise ValueError(f"fold_in: other_counts: expected {len(others)} counts, got {len(other_counts)}")
     csr = known_interactions(np.asarray(indptr, np.int64), np.asarray(indices), values, len(others))

@@ -54,18 +54,18 @@ def softmax_loss(scores: Scores, temperature: float) -> tuple[torch.Tensor, torc
     top = logits.amax(1, keepdim=True)
     share = logits.sub_(top).exp_()
     total = share.sum(1, keepdim=True)
-    others = total.log().add_(top)[:, 0]
-    gap = others[scores.row] - scores.positive * (1 / temperature)
+    others = total.log().add_(top).squeeze(1)
+    gap = others.index_select(0, scores.row) - scores.positive * (1 / temperature)
     # the probability that the softmax does not give to the positive
     missed = torch.sigmoid(gap).mul_(scores.weight).mul_(1 / temperature)
     of_row = torch.zeros_like(others).index_add_(0, scores.row, missed)
     loss = (F.softplus(gap) * scores.weight).sum()
-    return loss, missed.neg_(), share.mul_(of_row[:, None] / total)
+    return loss, missed.neg_(), share.mul_(of_row.unsqueeze(1) / total)
 
 
 def ccl_loss(scores: Scores, margin: float, negative_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The cosine contrastive loss."""
-    each = (scores.row_weight * (negative_weight / scores.num_items))[:, None] * torch.exp(-scores.log_expected)
+    each = (scores.row_weight * (negative_weight / scores.num_items)).unsqueeze(1) * torch.exp(-scores.log_expected)
     above = scores.negative.sub_(margin)
     loss = ((1 - scores.positive) * scores.weight).sum() + (above.clamp(min=0) * each).sum()
     return loss, -scores.weight, each.mul_(above > 0)
@@ -75,7 +75,7 @@ def logistic_loss(
     scores: Scores, temperature: float, negative_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted cross-entropy of every pair."""
-    each = (scores.row_weight * (negative_weight / scores.num_items))[:, None] * torch.exp(-scores.log_expected)
+    each = (scores.row_weight * (negative_weight / scores.num_items)).unsqueeze(1) * torch.exp(-scores.log_expected)
     positive, negative = scores.positive * (1 / temperature), scores.negative.mul_(1 / temperature)
     loss = (F.softplus(-positive) * scores.weight).sum() + (F.softplus(negative) * each).sum()
     missed = torch.sigmoid(-positive).mul_(scores.weight).mul_(-1 / temperature)
@@ -83,7 +83,8 @@ def logistic_loss(
 
 
 def make_loss(config: ContrastiveConfig) -> Loss:
-    """The loss that the config names."""
+    """The loss that the config names. Its temperature must be given."""
+    assert config.temperature is not None
     if config.loss == "ccl":
         return partial(ccl_loss, margin=config.margin, negative_weight=config.negative_weight)
     if config.loss == "logistic":

@@ -18,8 +18,9 @@ class MappedHash:
     Data workers apply it to ids before they make batches. A pickle contains only the folder names.
 
     A call with a KeyedJaggedTensor on the host gives what `LearnedHash` gives; features without a map pass unchanged.
-    If there is one map, with one unweighted row per id, a call with ids (n,) transforms a column:
-    `KeyedBatches(stream, transforms={"user_id": MappedHash({"user_id": "maps/user"})})`.
+    If there is one map, a call with ids (n,) transforms a column:
+    `KeyedBatches(stream, transforms={"user_id": MappedHash({"user_id": "maps/user"})})`. It gives rows (n,) if the map
+    has one row per id, rows (n, k) if it has k, and in a tuple with them their weights if the map is weighted.
 
     Args:
         folders: feature key -> folder that `IdMap.save` wrote.
@@ -27,8 +28,7 @@ class MappedHash:
 
     Raises:
         ValueError: a folder is not a complete map. In a call: a feature has no map, or the batch lacks a feature; ids
-            alone with several maps, or with a map of several or weighted rows per id; with `unknown="error"`, a map
-            does not cover an id.
+            alone with several maps; with `unknown="error"`, a map does not cover an id.
 
     Example:
         >>> mapped = MappedHash({"user_id": "runs/maps/user"})
@@ -48,30 +48,27 @@ class MappedHash:
         self._unknown = dict.fromkeys(self._maps, 0)
 
     @overload
-    def __call__(self, features: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, features: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
     @overload
     def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor: ...
 
-    def __call__(self, features: KeyedJaggedTensor | torch.Tensor) -> KeyedJaggedTensor | torch.Tensor:
+    def __call__(
+        self, features: KeyedJaggedTensor | torch.Tensor
+    ) -> KeyedJaggedTensor | torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Rows in place of ids, of the dtype of the ids."""
         return self._one(features) if isinstance(features, torch.Tensor) else self._keyed(features)
 
-    def _one(self, ids: torch.Tensor) -> torch.Tensor:
+    def _one(self, ids: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if len(self._maps) != 1:
             raise ValueError(
                 f"mapped hash: ids without a feature name are ambiguous with maps of {sorted(self._maps)}; "
                 "expected a MappedHash of one feature, or a KeyedJaggedTensor"
             )
-        [(key, id_map)] = self._maps.items()
-        if id_map.rows_per_id != 1 or id_map.weights is not None:
-            raise ValueError(
-                f"mapped hash: the map of feature {key!r} has {id_map.rows_per_id} "
-                f"{'weighted ' if id_map.weights is not None else ''}rows per id, expected one unweighted row per id "
-                "in a call with ids alone; call it with a KeyedJaggedTensor"
-            )
-        rows, _ = self.rows(key, ids)
-        return rows.squeeze(1)
+        rows, weights = self.rows(next(iter(self._maps)), ids)
+        if weights is not None:
+            return rows, weights
+        return rows.squeeze(1) if rows.shape[1] == 1 else rows
 
     def _keyed(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         keys, of_key = features.keys(), features.length_per_key()

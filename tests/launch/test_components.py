@@ -18,7 +18,7 @@ from recpress.launch.resources import RESOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["factorize", "hash", "train", "evaluate", "pipeline"]
-COMPONENTS = ["run", *STAGES, "bench"]
+COMPONENTS = ["run", *STAGES, "bench", "script"]
 
 
 def torchx(*arguments, path=""):
@@ -242,3 +242,115 @@ def test_every_option_passes_through_torchx_as_text(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "--max_restarts 5" in done.stdout + done.stderr
+
+
+# ---- the user's own script
+
+
+def test_a_script_gets_the_restarts_signals_and_grace_period_of_a_stage():
+    (role,) = components.script("examples/compress_dlrm.py", "--keep", "0.1", j="2x8", h="h100_x8", max_retries=2).roles
+    assert role.name == "compress_dlrm"
+    assert role.args[-1].endswith("--role '' examples/compress_dlrm.py --keep 0.1")
+    for part in ("--max_restarts 3 ", "--nnodes 2 --nproc_per_node 8", "SIGUSR1", "join_timeout=600"):
+        assert part in role.args[-1]
+    assert role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "60"
+    assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    (module,) = components.script("-m", "my_package.train", "--epochs", "3", max_restarts=0).roles
+    assert module.name == "train"
+    assert module.args[-1].endswith("-m my_package.train --epochs 3")
+    assert "--max_restarts 0 " in module.args[-1]
+    (role,) = components.script("folder/my-dlrm.v2.py").roles
+    assert role.name == "my_dlrm_v2"
+    for words in ((), ("--epochs", "3"), ("-m",)):
+        with pytest.raises(ComponentValidationException, match="expected a script after `--`"):
+            components.script(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "no such script"), ("def broken(:\n", "invalid syntax"), ("x = '\0'", "null byte")]
+)
+def test_a_script_that_cannot_run_is_refused_before_it_waits_in_a_queue(tmp_path, text, message):
+    script = tmp_path / "my_dlrm.py"
+    if text is not None:
+        script.write_text(text)
+    done = torchx("run", "-s", "slurm", "--dryrun", "launch/components.py:script", "--", str(script))
+    assert done.returncode == 1
+    assert str(script) in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_script_runs_on_every_process(tmp_path):
+    """From an environment that is not activated, with arguments that a shell would take apart."""
+    script = tmp_path / "my script.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[1]) / os.environ['RANK']\n"
+        "out.write_text(repr((os.environ['WORLD_SIZE'], sys.argv[2:])))\n"
+    )
+    words = ["-j", "1x2", "--", str(script), str(tmp_path), "a b", "$HOME"]
+    program = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd"]
+    done = subprocess.run(
+        [*program, str(ROOT / "launch/components.py:script"), *words],
+        env={**os.environ, "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [repr(("2", ["a b", "$HOME"]))] * 2
+
+
+# ---- the config file
+
+
+def on_the_node(role, tmp_path):
+    """The words that torchrun would get, and the config file, in a place without this machine's files."""
+    shown = role.args[-1].replace('exec "$@"', 'printf "%s\\n" "$@"') + '; cat "$recpress_config"'
+    (tmp_path / "node").mkdir()
+    env = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [role.entrypoint, "-c", shown], env=env, cwd=tmp_path / "node", capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_config_file_reaches_the_node_as_it_was_checked(tmp_path, monkeypatch, joined):
+    monkeypatch.chdir(tmp_path)
+    text = "# a note, perhaps about a password\ndata = '/data/log'  # here\nout = \"/data/it's $HOME\"\n"
+    Path("my pipeline.toml").write_text(text)
+    words = ("--config=my pipeline.toml",) if joined else ("--config", "my pipeline.toml")
+    (role,) = components.pipeline(*words).roles
+    Path("my pipeline.toml").write_text("data = 1")
+    shown = on_the_node(role, tmp_path)
+    command, _, found = shown.partition(".toml\n")
+    assert tomllib.loads(found) == tomllib.loads(text)
+    assert "password" not in shown
+    path = command.rpartition("--config=" if joined else "--config\n")[2]
+    assert path.endswith("/my pipeline")
+    assert path.startswith(str(tmp_path))
+
+
+def test_a_config_file_is_checked_before_it_is_taken_along(tmp_path):
+    (tmp_path / "train.toml").write_text("epocs = 3\n")
+    with pytest.raises(ComponentValidationException, match="epocs"):
+        components.train("--config", str(tmp_path / "train.toml"), *arguments("train"))
+    (tmp_path / "long.toml").write_text("data = '" + "x" * 70_000 + "'\nout = 'b'\n")
+    with pytest.raises(ComponentValidationException, match="expected at most 65536"):
+        components.train("--config", str(tmp_path / "long.toml"))
+    (tmp_path / "lines.toml").write_text("data = '''a\n# no comment'''\nout = 'b'\n")
+    (role,) = components.train("--config", str(tmp_path / "lines.toml")).roles
+    assert "# no comment" in on_the_node(role, tmp_path)
+
+
+# ---- metadata
+
+
+def test_metadata_annotates_the_job():
+    app = components.factorize(*arguments("factorize"), metadata="team=ads,cost-center=a,b")
+    assert app.metadata == {"team": "ads", "cost-center": "a,b"}
+    with pytest.raises(ComponentValidationException, match="--metadata is 'team'"):
+        components.factorize(*arguments("factorize"), metadata="team")

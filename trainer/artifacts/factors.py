@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -150,6 +152,13 @@ class FactorsArtifact:
         """The sample that the cross-fitted factors have not seen; None without such factors."""
         sample = self.manifest["crossfit"]
         return None if sample is None else SampleConfig(**sample)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the vectors, without the cross-fitted ones."""
+        files = [(file["name"], file["fingerprint"]) for file in self.manifest["contents"]]
+        vectors = sorted(file for file in files if file[0].startswith(("user-", "item-")))
+        return hashlib.sha256(json.dumps(vectors).encode()).hexdigest()[:16]
 
     def has_not_seen(self, log: Log, sample: SampleConfig) -> bool:
         """Whether the cross-fitted factors have not seen this sample of the log.

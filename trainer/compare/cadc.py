@@ -38,10 +38,14 @@ from recpress.trainer.factorize.stage import FactorizeResult
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 
-_FACTORIZATIONS: dict[FactorMethod, tuple[str, str]] = {
+_FACTORIZATIONS: dict[str, tuple[str, str]] = {
     "als": (
         "Factorization alone (MF)",
         "Weighted least squares on all examples; the score is the dot product. No network.",
+    ),
+    "softmax": (
+        "Factorization alone (MF)",
+        "A contrastive loss of cosines on all examples; the score is the cosine. No network.",
     ),
     "logistic": (
         "Logistic factorization alone",
@@ -90,10 +94,12 @@ def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
         seeds: dict[str, list[SeedResult]] = {strategy.key: [] for strategy in strategies}
         sizes: dict[str, tuple[int, int]] = {}
         first: FactorizeResult | None = None
+        used: dict[FactorMethod, str] = {}  # `als` stands for the method of the config
         for seed in config.seeds:
             made: dict[FactorMethod, tuple[FactorizeResult, Ranked]] = {}
             for method in runs.factorizations:
                 result, ranked = made[method] = runs.factorize(path, f"seed-{seed}", seed, method)
+                used.setdefault(method, result.method)
                 times = {"factorize": result.seconds}
                 factors_seeds[method].append(SeedResult(seed=seed, metrics=ranked.metrics, seconds=times))
                 per_case[FACTORS[method]].append(ranked.per_case)
@@ -123,8 +129,8 @@ def _compare(config: CompareCadcConfig, folder: Path) -> CadcResult:
         *(
             MethodResult(
                 key=FACTORS[method],
-                name=_FACTORIZATIONS[method][0],
-                description=_FACTORIZATIONS[method][1],
+                name=_FACTORIZATIONS[used[method]][0],
+                description=_FACTORIZATIONS[used[method]][1],
                 seeds=tuple(found),
                 table_bytes=runs.factor_bytes[method],
                 curve=curves.get(method, ()),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from recpress.data.config import NegativesConfig, Schema, SynthConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import ALSConfig, HashConfig, LogisticConfig, LossConfig
+from recpress.modules.config import ALSConfig, ContrastiveConfig, HashConfig, LogisticConfig, LossConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
 
 
@@ -112,8 +112,11 @@ class CompareCadcConfig:
     `recent-sample` and `popular-sample` are not run (random tables on a tenth of the examples that is no random sample:
     the densest k-core, the latest, those of popular items), nor is `paper`, the setting of the CADC paper (logistic
     factorization, frozen tables, MLP towers, cross-entropy)."""
+    method: Literal["als", "softmax", "auto"] = "als"
+    """The factorization, as in `recpress factorize`."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The factorization. Settings that are not given are chosen on held-out examples of train."""
+    """Settings that are not given are chosen on held-out examples of train."""
+    softmax: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     logistic: LogisticConfig = field(default_factory=LogisticConfig)
     """The factorization of `paper`."""
     crossfit_sweeps: int = 3
@@ -211,12 +214,15 @@ class CompareHashConfig:
     """Budget of embedding rows of users and items together, as a share of the ids."""
     rows: int = 0
     """Budget as a number of rows; 0: use --share."""
-    backbone: Literal["als", "lightgcn"] = "als"
-    """What is trained with one row per id and with the rows of each map. `als`: weighted least squares. `lightgcn`: as
+    backbone: Literal["als", "softmax", "lightgcn"] = "als"
+    """What is trained with one row per id and with the rows of each map. `als`: weighted least squares. `softmax`: the
+    contrastive factorization, whose vectors maps are then learned from. `lightgcn`: as
     GraphHash and BACO do; takes minutes to hours for each run, and resumes after a stop."""
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization: the backbone `als`, and the embedding from which maps are learned. Settings that are not given
     are chosen on held-out examples of train."""
+    softmax: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """The backbone `softmax`. Temperature and epochs that are not given are chosen on held-out examples of train."""
     lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
     checkpoints: str | None = None
     """`lightgcn`: folder of the checkpoints; default: --out plus `.checkpoints`. Removed at the end."""
@@ -233,7 +239,9 @@ class CompareHashConfig:
     count_exponents: tuple[float, ...] = (0.0, 0.25, 1.0)
     """Powers of the count to try, besides --hash.count_exponent."""
     sweeps: tuple[int, ...] = (0, 1, 3)
-    """Numbers of sweeps with shared rows to try; 0: the rows nearest to the full factors."""
+    """`als`: numbers of sweeps with shared rows to try; 0: the rows nearest to the full factors."""
+    shared_epochs: tuple[int, ...] = (0, 20)
+    """`softmax`: numbers of epochs with shared rows to try."""
     choose_users: int = 4000
     """Number of users whose validation examples choose the settings."""
     metric: str = "Recall@10"
@@ -245,6 +253,7 @@ class CompareHashConfig:
     def __post_init__(self) -> None:
         at_least(1, trials=self.trials, choose_users=self.choose_users)
         at_least(0, rows=self.rows, sweeps=min(self.sweeps, default=0))
+        at_least(0, shared_epochs=min(self.shared_epochs, default=-1))
         _between(0, 1, user_shares=self.user_shares, exclusive_shares=self.exclusive_shares)
         if not self.rows:
             _between(0, 1, share=(self.share,))
@@ -272,8 +281,11 @@ class CompareBothConfig:
     """Bytes of the tables, maps included, as shares of those of full float32 tables."""
     rates: tuple[float, ...] = (0.1, 1.0)
     """Shares of the examples that networks are trained on; none: only the factors' own scores."""
+    method: Literal["als", "softmax", "auto"] = "als"
+    """The factorization, as in `recpress factorize`."""
     als: ALSConfig = field(default_factory=ALSConfig)
-    """The factorization. Settings that are not given are chosen on held-out examples of train."""
+    """Settings that are not given are chosen on held-out examples of train."""
+    softmax: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     count_exponent: float = 0.5
     """Exponent of the count in an id's weight, in maps and in the distortion."""
     frozen: NetworkConfig = field(default_factory=_frozen_network)

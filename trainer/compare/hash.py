@@ -31,6 +31,7 @@ from recpress.trainer.compare.hash_result import (
     hash_report,
 )
 from recpress.trainer.compare.hash_settings import NAMES, Setting, search_axes, setting_of
+from recpress.trainer.compare.hash_softmax import SoftmaxBackbone
 from recpress.trainer.compare.result import run_facts
 from recpress.trainer.compare.setup import COMPARISON
 from recpress.trainer.compare.ties import all_differences
@@ -82,7 +83,7 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
     return result
 
 
-BACKBONES: dict[str, type[Backbone]] = {"als": Backbone, "lightgcn": LightGCNBackbone}
+BACKBONES: dict[str, type[Backbone]] = {"als": Backbone, "softmax": SoftmaxBackbone, "lightgcn": LightGCNBackbone}
 
 
 class _Comparison:

@@ -40,8 +40,8 @@ class Setting:
     user_share: float = BY_IDS
     """Share of the rows for users; or BY_IDS, BY_DISTORTION."""
     sweeps: int | None = 1
-    """Sweeps of the factorization with shared rows, from the rows that are nearest to the full factors; None with
-    another backbone."""
+    """Sweeps or epochs of the factorization with shared rows, from the rows that are nearest to the full factors; None
+    with another backbone."""
 
     def words(self) -> dict[str, Any]:
         """For reports: what was chosen, by name."""
@@ -67,6 +67,8 @@ def search_axes(config: CompareHashConfig, method: str) -> dict[str, tuple[Any, 
         axes["count_exponent"] = (config.hash.count_exponent, *config.count_exponents)
     if config.backbone == "als":
         axes["sweeps"] = tuple(sorted(config.sweeps, key=lambda sweeps: abs(sweeps - 1)))
+    elif config.backbone == "softmax":
+        axes["sweeps"] = tuple(sorted(config.shared_epochs, reverse=True))
     return axes
 
 

@@ -230,7 +230,7 @@ class LightGCNTraining:
             self._optimizer.zero_grad()
             first_item = model.num_users
             loss = bpr_loss(model.vectors(), users[chosen], first_item + items[chosen], first_item + negatives[chosen])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._optimizer.step()
             total += float(loss.detach()) * len(chosen)
         self._epoch += 1

@@ -20,9 +20,10 @@ class FactorizeConfig:
     out: str
     """Folder of the factors; must not exist unless --overwrite."""
     schema: Schema = field(default_factory=Schema)
-    method: Literal["als", "softmax", "logistic"] = "als"
+    method: Literal["als", "softmax", "logistic", "auto"] = "als"
     """`als`: weighted least squares; `softmax`: a contrastive loss of cosines, often better if all items are ranked;
-    `logistic`: cross-entropy with sampled negatives."""
+    `logistic`: cross-entropy with sampled negatives; `auto`: `softmax` if it ranks held-out examples clearly better
+    than `als`, else `als`."""
     als: ALSConfig = field(default_factory=ALSConfig)
     softmax: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     logistic: LogisticConfig = field(default_factory=LogisticConfig)

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
+import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
 from recpress.data.dataset import object_store
 from recpress.data.dataset.log import SIDES, Log
+from recpress.modules.als.auto import Sample
+from recpress.modules.als.factorization import ALS
 from recpress.modules.als.factors import Factors, RowBlocks
+from recpress.modules.als.interactions import CSR
 from recpress.modules.config import ContrastiveConfig
+from recpress.modules.contrastive.auto import MethodChoice, choose
 from recpress.modules.contrastive.factorization import Contrastive, EpochReport, Run
 from recpress.trainer.artifacts.factors import claimed
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.distributed.process_group import Ranks
-from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.versions import versions
-
-Rows = Callable[[], Iterator[tuple[Any, Any, Any]]]
-"""Users, items and values (or None) of this rank's row groups."""
 
 
 def open_checkpoints(config: FactorizeConfig, log: Log, until: ExitStack, part: str = "") -> Checkpoints:
@@ -56,45 +56,71 @@ def open_checkpoints(config: FactorizeConfig, log: Log, until: ExitStack, part: 
     return opened
 
 
+def choose_method(
+    config: FactorizeConfig, als: ALS, by_user: CSR, checkpoints: Checkpoints, metric: str
+) -> tuple[FactorizeConfig, MethodChoice | None]:
+    """(config with the method and all settings of `softmax`, what was compared). Collective.
+
+    Args:
+        als: the other method, if `auto` chooses one.
+        by_user: interactions of this rank's users.
+        checkpoints: a resumed run keeps the choice of the run before.
+        metric: `sampled` or `full`, as in `ALSConfig.auto_metric`.
+    """
+    if checkpoints.start is not None:
+        return replace(config, method="softmax", softmax=ContrastiveConfig(**checkpoints.start.run["settings"])), None
+    settings = config.softmax
+    if config.method == "softmax" and None not in (settings.temperature, settings.epochs):
+        return config, None
+    other = None
+    if config.method == "auto":
+        tried = als.choose(by_user)
+
+        def other(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+            return als.prepare_sample(sample)(tried)
+
+    choice = choose(settings, by_user, als.exchange, metric, other)
+    return replace(config, method=choice.method, softmax=replace(settings, **choice.settings)), choice
+
+
 def factorize_softmax(
     settings: ContrastiveConfig,
     log: Log,
     ranks: Ranks,
-    rows: Rows,
-    checkpoints: Checkpoints | None,
+    interactions: tuple[CSR, CSR],
+    checkpoints: Checkpoints,
     *,
-    description: str = "softmax",
     start: Factors | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[Factors, list[tuple[float, float]]]:
     """(factors, mean loss and seconds since the start for each epoch). Collective.
 
     Args:
+        settings: all chosen.
+        interactions: by user and by item, of this rank.
         start: initial factors, instead of random ones.
         stop_requested: whether to stop after the epoch.
 
     Raises:
-        InputError: the log or the settings cannot be used; the loss is not finite.
+        InputError: the loss is not finite. On every rank.
     """
     began = time.monotonic()
-    with raise_on_all_ranks():
-        model = Contrastive(settings, log.num_users, log.num_items, device=ranks.device)
-        for users, items, values in rows():
-            model.add(users, items, values)
-    run = model.prepare(start)
+    run = Contrastive(settings, log.num_users, log.num_items, device=ranks.device).prepare(start, interactions)
     epochs: list[tuple[float, float]] = []
-    if checkpoints is not None and checkpoints.start is not None:
+    if checkpoints.start is not None:
         checkpoints.start.load(_state(run), checkpoints.group)
         run.epoch, epochs = checkpoints.start.run["epoch"], [tuple(e) for e in checkpoints.start.run["epochs"]]
         began -= epochs[-1][1] if epochs else 0.0
-    with Progress(description, "epoch", settings.epochs, show=ranks.rank == 0) as progress:
+    description = "softmax" if start is None else "softmax, without the sample"
+    with Progress(description, "epoch", run.epochs, show=ranks.rank == 0) as progress:
         progress.start_at(run.epoch)
 
         def on_epoch(report: EpochReport) -> bool:
             epochs.append((report.loss, time.monotonic() - began))
             progress.update(details=f"loss {report.loss:.4f}")
-            if checkpoints is not None and _is_due(checkpoints, report.epoch, run):
-                checkpoints.save(_state(run), {"epoch": report.epoch, "epochs": epochs}, report.epoch)
+            if _is_due(checkpoints, report.epoch, run):
+                position = {"epoch": report.epoch, "epochs": epochs, "settings": asdict(settings)}
+                checkpoints.save(_state(run), position, report.epoch)
             return stop_requested()
 
         run.train(on_epoch)
@@ -102,7 +128,7 @@ def factorize_softmax(
 
 
 def _is_due(checkpoints: Checkpoints, epoch: int, run: Run) -> bool:
-    last = epoch == run.config.epochs and checkpoints.last is not None  # in a long run, cross-fitting follows
+    last = epoch == run.epochs and checkpoints.last is not None  # in a long run, cross-fitting follows
     return last or checkpoints.due(epoch) or bool(run.exchange.max(int(checkpoints.overdue())))
 
 

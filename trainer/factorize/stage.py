@@ -26,7 +26,10 @@ from recpress.modules.als.auto import DEFAULTS, SettingsChoice
 from recpress.modules.als.checks import check_factors
 from recpress.modules.als.factorization import ALS, SweepReport
 from recpress.modules.als.factors import Factors, RowBlocks
+from recpress.modules.als.interactions import CSR
 from recpress.modules.config import ALSConfig, ALSParameters
+from recpress.modules.contrastive.auto import MethodChoice
+from recpress.modules.contrastive.factorization import check as check_contrastive
 from recpress.trainer.artifacts.factors import CROSSFIT, FACTORS, describe_log, shared_artifact
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import all_reduce
@@ -49,9 +52,12 @@ class FactorizeResult:
     sweeps: list[tuple[float, float]] = field(default_factory=list)
     """Objective after each sweep (of `logistic`, mean loss of each epoch), and seconds since the first began."""
     parameters: dict[str, Any] | None = None
-    """Absolute parameters of `als`."""
+    """Absolute parameters of `als`, or the settings of `softmax`."""
     auto: dict[str, Any] | None = None
-    """What was compared to choose the settings (`als.auto.SettingsChoice`); None of `logistic`."""
+    """What was compared to choose the settings of `als` (`als.auto.SettingsChoice`), of `softmax`
+    (`contrastive.auto.MethodChoice`), or the method: then the former, with the latter as `softmax`."""
+    method: str = "als"
+    """The method, if `auto` the chosen one."""
     checks: dict[str, Any] = field(default_factory=dict)
     """`ok`, and `warnings`: signs of a collapse, each with cause and fix."""
 
@@ -90,29 +96,28 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         }
         with shared_artifact(config.out, FACTORS, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
             begin = time.monotonic()
-            factors, sweeps, model = _fit(config, log, ranks, checkpoints)
-            result = FactorizeResult(time.monotonic() - begin, 0.0, sweeps)
-            if model is not None:
-                assert model.parameters is not None
-                result.parameters = asdict(model.parameters)
-                result.auto = None if model.choice is None else model.choice.describe()
-            elif config.method == "softmax":
-                result.parameters = asdict(config.softmax)
-            found = check_factors(factors, model, _FIX[config.method])
+            made = _fit(config, log, ranks, checkpoints)
+            factors = made.factors
+            result = FactorizeResult(
+                time.monotonic() - begin, 0.0, made.curve, made.parameters, made.auto, made.config.method
+            )
+            found = check_factors(factors, made.als, _FIX[made.config.method])
             unused = _unused_ids(log, factors)
             result.checks = {"ok": not found, "warnings": found}
             factors.save(tmp)
             if crossfit is not None:
                 begin = time.monotonic()
                 (tmp / CROSSFIT).mkdir(exist_ok=True)
-                parameters = None if model is None else model.parameters
-                without, _, _ = _fit(
-                    config, log, ranks, checkpoints, without=crossfit, start=factors, parameters=parameters
-                )
+                without = _fit(made.config, log, ranks, checkpoints, without=crossfit, before=made).factors
                 without.save(tmp / CROSSFIT)
                 result.crossfit_seconds = time.monotonic() - begin
             meta |= {"dim": factors.dim, "seconds": asdict(result), **describe_lost(log)}
-            meta |= {"parameters": result.parameters, "auto": result.auto, "checks": result.checks}
+            meta |= {
+                "method": result.method,
+                "parameters": result.parameters,
+                "auto": result.auto,
+                "checks": result.checks,
+            }
     if ranks.rank == 0:
         for warning in result.checks["warnings"]:
             logger.warning("%s: %s", config.out, warning)
@@ -157,6 +162,34 @@ def _unused_ids(log: Log, factors: Factors) -> str:
     )
 
 
+@dataclass
+class _Fitted:
+    """A factorization and how it was made."""
+
+    factors: Factors
+    curve: list[tuple[float, float]]
+    """`FactorizeResult.sweeps`."""
+    config: FactorizeConfig
+    """With the method and its settings chosen, except those of `als`."""
+    als: ALS | None = None
+    choice: MethodChoice | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any] | None:
+        if self.als is not None:
+            assert self.als.parameters is not None
+            return asdict(self.als.parameters)
+        return asdict(self.config.softmax) if self.config.method == "softmax" else None
+
+    @property
+    def auto(self) -> dict[str, Any] | None:
+        """What was compared to choose settings and method."""
+        of_als = None if self.als is None or self.als.choice is None else self.als.choice.describe()
+        if self.choice is None:
+            return of_als
+        return (of_als or {}) | {"softmax": self.choice.describe()} if of_als else self.choice.describe()
+
+
 def _fit(
     config: FactorizeConfig,
     log: Log,
@@ -164,30 +197,65 @@ def _fit(
     checkpoints: ExitStack,
     *,
     without: SampleConfig | None = None,
-    start: Factors | None = None,
-    parameters: ALSParameters | None = None,
-) -> tuple[Factors, list[tuple[float, float]], ALS | None]:
+    before: _Fitted | None = None,
+) -> _Fitted:
+    """Factorize the log. Collective.
+
+    Args:
+        without: skip the rows of this sample.
+        before: start from these factors, with their settings.
+    """
     if config.method == "logistic":
-        return *_fit_logistic(config, log, ranks), None
-    if config.method == "softmax":
-        return *_fit_softmax(config, log, ranks, checkpoints, without, start), None
-    als: ALSConfig | ALSParameters = _protocol(config.als, log)
-    if parameters is not None:
-        als = replace(parameters, sweeps=config.crossfit_sweeps, tolerance=0.0)
+        return _Fitted(*_fit_logistic(config, log, ranks), config)
+    settings: ALSConfig | ALSParameters = _protocol(config.als, log)
+    if before is not None and before.als is not None:
+        assert before.als.parameters is not None
+        settings = replace(before.als.parameters, sweeps=config.crossfit_sweeps, tolerance=0.0)
     with raise_on_all_ranks():
-        model = ALS(als, log.num_users, log.num_items, device=ranks.device)
+        if config.method != "als":
+            check_contrastive(config.softmax)
+        model = ALS(settings, log.num_users, log.num_items, device=ranks.device)
         for users, items, values in _read(config, log, ranks, without):
             model.add(users, items, values)
     share_lost(log)
+    pair = model.builder.build()
+    saved = None
+    if config.method != "als":
+        from recpress.trainer.factorize.softmax import choose_method, factorize_softmax, open_checkpoints  # imports DCP
+
+        saved = open_checkpoints(config, log, checkpoints, part="" if before is None else "crossfit")
+        config, choice = choose_method(config, model, pair[0], saved, _protocol(config.als, log).auto_metric)
+        if choice is not None and ranks.rank == 0:
+            logger.info("%s", choice.line())
+        if config.method == "softmax":
+            with _stop_on_interrupt("epoch") as stop_requested:
+                start = None if before is None else before.factors
+                made = factorize_softmax(
+                    config.softmax, log, ranks, pair, saved, start=start, stop_requested=stop_requested.is_set
+                )
+            return _Fitted(*made, config, choice=choice)
+    else:
+        choice = None
+    return _fit_als(config, ranks, model, settings, pair, before, choice)
+
+
+def _fit_als(
+    config: FactorizeConfig,
+    ranks: Ranks,
+    model: ALS,
+    settings: ALSConfig | ALSParameters,
+    pair: tuple[CSR, CSR],
+    before: _Fitted | None,
+    choice: MethodChoice | None,
+) -> _Fitted:
     sweeps: list[tuple[float, float]] = []
     began = time.monotonic()
-    description = "als" if start is None else "als, without the sample"
     with (
         _stop_on_interrupt("sweep") as stop_requested,
         Progress(
-            description,
+            "als" if before is None else "als, without the sample",
             "sweep",
-            als.sweeps or DEFAULTS["sweeps"],
+            settings.sweeps or DEFAULTS["sweeps"],
             show=ranks.rank == 0,
             line_seconds=math.inf,  # each sweep prints a line
         ) as progress,
@@ -206,33 +274,8 @@ def _fit(
             return stop_requested.is_set()
 
         model.on_choice = on_choice
-        return model.fit(on_sweep, start), sweeps, model
-
-
-def _fit_softmax(
-    config: FactorizeConfig,
-    log: Log,
-    ranks: Ranks,
-    checkpoints: ExitStack,
-    without: SampleConfig | None,
-    start: Factors | None,
-) -> tuple[Factors, list[tuple[float, float]]]:
-    from recpress.trainer.factorize.softmax import factorize_softmax, open_checkpoints  # imports DCP
-
-    saved = open_checkpoints(config, log, checkpoints, part="" if start is None else "crossfit")
-    with _stop_on_interrupt("epoch") as stop_requested:
-        made = factorize_softmax(
-            config.softmax,
-            log,
-            ranks,
-            lambda: _read(config, log, ranks, without),
-            saved,
-            description="softmax" if start is None else "softmax, without the sample",
-            start=start,
-            stop_requested=stop_requested.is_set,
-        )
-    share_lost(log)
-    return made
+        factors = model.fit(on_sweep, None if before is None else before.factors, pair)
+        return _Fitted(factors, sweeps, config, model, choice)
 
 
 def _protocol(als: ALSConfig, log: Log) -> ALSConfig:

@@ -18,7 +18,7 @@ from recpress.modules.hashing.methods import FROM_EMBEDDING, JOINT_METHODS, METH
 from recpress.modules.hashing.shared_rows import shared_rows
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.row_source import check_source
-from recpress.trainer.artifacts.factors import describe_log, shared_artifact
+from recpress.trainer.artifacts.factors import describe_log, open_factors, shared_artifact
 from recpress.trainer.artifacts.id_maps import HASH, ROW_VECTORS
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import gather_arrays
@@ -70,6 +70,8 @@ def make_maps(config: HashStageConfig) -> HashStageResult:
         log = open_on_all_ranks(config.data, schema, skip=skip, pairs=not config.features)
         with raise_on_all_ranks():
             meta: dict[str, Any] = {"log": describe_log(log), "config": asdict(config)}
+            if config.factors and not config.extend:
+                meta["factors"] = open_factors(config.factors, log).fingerprint
         inputs = [config.data, config.factors, config.extend]
         with shared_artifact(config.out, HASH, meta, overwrite=config.overwrite, inputs=inputs) as tmp:
             reports = _Stage(config, log, tmp, ranks).run()

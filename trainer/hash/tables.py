@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
+from recpress.data.dataset.columns import is_dense
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
@@ -79,6 +80,9 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
 
     Args:
         columns: name -> number of ids; the result has more if the log has a greater id.
+
+    Raises:
+        InputError: ids that are not dense. On every rank.
     """
     rank, world = rank_and_world()
     counted = {name: np.zeros(size, np.int64) for name, size in columns.items()}
@@ -87,6 +91,12 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
             for name in columns:
                 column = data[name]
                 ids = column if isinstance(column, np.ndarray) else column.values
+                largest = int(ids.max(initial=-1))
+                if not is_dense(largest, log.train.num_rows):
+                    raise InputError(
+                        f"{log.path}, column '{name}': id {largest} in a log of {log.train.num_rows} rows; expected "
+                        "dense ids, numbered from 0; run `recpress ingest`, which numbers raw ids"
+                    )
                 found = np.bincount(ids, minlength=len(counted[name]))
                 found[: len(counted[name])] += counted[name]
                 counted[name] = found

@@ -149,6 +149,13 @@ def choose_maps(config: TrainConfig, log: Log, factors: FactorsArtifact | None) 
                 f"{config.hash}: the vectors of the {side} rows have dimension {rows.shape[1]}, expected that of "
                 f"{factors.path}, {factors.dim}"
             )
+        made_from = hashed.manifest.get("factors")
+        if factors is not None and rows is not None and made_from not in (None, factors.fingerprint):
+            raise InputError(
+                f"{config.hash}: the vectors of the {side} rows were made from other factors "
+                f"({hashed.manifest['config']['factors']}) than {factors.path}; their spaces differ. Run "
+                f"`recpress hash` with --factors {factors.path}"
+            )
     return hashed
 
 

@@ -139,13 +139,13 @@ def test_finding_takes_text_for_integers():
 def test_growth_copies_each_id_a_few_times(monkeypatch, kind, count):
     """Not once a batch, which would be quadratic."""
     copied = []
-    real = module._grown
+    real = module.grown
 
     def counting(array, size):
         copied.append(len(array) if len(array) < size else 0)
         return real(array, size)
 
-    monkeypatch.setattr(module, "_grown", counting)
+    monkeypatch.setattr(module, "grown", counting)
     vocabulary = Vocabulary(kind, "user")
     for first in range(0, 20_000, 100):
         raw = pa.array(np.arange(first, first + 100))

@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recpress.modules.config import ContrastiveConfig
-from recpress.modules.contrastive.factorization import Contrastive
+from recpress.modules.contrastive.factorization import Contrastive, _OnDevice, gradients
+from recpress.modules.contrastive.losses import make_loss
+from recpress.modules.contrastive.row_adam import RowAdam
 from tests.ranks import run_on_ranks
 
 GROUPS, USERS, ITEMS = 4, 90, 60
@@ -110,3 +113,24 @@ def test_a_loss_that_is_not_finite_is_an_error():
     model.add([0, 1, 2], [0, 1, 3])
     with pytest.raises(ValueError, match="the loss is nan after epoch 1, expected a finite loss"):
         model.fit(start=factors)
+
+
+def test_a_step_on_cuda_neither_mixes_devices_nor_waits():
+    with FakeTensorMode():
+        on = _OnDevice(
+            users=torch.empty(2, dtype=torch.int64, device="cuda"),
+            indptr=torch.empty(3, dtype=torch.int64, device="cuda"),
+            **{
+                name: torch.empty(size, dtype=torch.int64, device="cuda")
+                for name, size in (("row", 6), ("positive", 6), ("negative", 9), ("by_item", 6), ("item_indptr", 8))
+            },
+            weight=torch.empty(6, device="cuda"),
+            log_expected=torch.empty(9, device="cuda"),
+        )
+        users, items = (RowAdam(torch.empty(size, 8, device="cuda")) for size in (5, 7))
+        user, inverse = users.read(on.users)
+        item, _ = items.read(torch.empty(7, dtype=torch.int64, device="cuda"))
+        for loss in ("softmax", "ccl", "logistic"):
+            made = gradients(make_loss(replace(CONFIG, loss=loss, temperature=0.1)), on, user, item, 7)
+            assert [part.device.type for part in made] == ["cuda"] * 3
+        users.step(on.users, user, inverse, made[1], 0.1)

@@ -63,9 +63,14 @@ def test_the_map_on_the_host_called_with_ids(tmp_path) -> None:
     ids = torch.tensor([3, 49, 0, 77])
     rows = MappedHash({"a": tmp_path / "a"})(ids)
     assert rows.tolist() == LearnedHash({"a": maps["a"]})(batch({"a": [ids.tolist()]})).values().tolist()
-    for key in ("two", "heavy"):
-        with pytest.raises(ValueError, match=f"feature '{key}'.*KeyedJaggedTensor"):
-            MappedHash({key: tmp_path / key})(ids)
+    two = MappedHash({"two": tmp_path / "two"})(ids)
+    want = LearnedHash({"two": maps["two"]})(batch({"two": [ids.tolist()]}))
+    assert two.shape == (4, 2)
+    assert two.flatten().tolist() == want.values().tolist()
+    heavy, weights = MappedHash({"heavy": tmp_path / "heavy"})(ids)
+    want = LearnedHash({"heavy": maps["heavy"]})(batch({"heavy": [ids.tolist()]}))
+    assert heavy.shape == weights.shape == (4, 1)
+    assert (heavy.flatten().tolist(), weights.flatten().tolist()) == (want.values().tolist(), want.weights().tolist())
     with pytest.raises(ValueError, match="MappedHash of one feature"):
         MappedHash({key: tmp_path / key for key in maps})(ids)
     with pytest.raises(ValueError, match="no feature 'a'"):

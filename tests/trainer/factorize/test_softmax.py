@@ -11,7 +11,7 @@ import pytest
 
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
-from recpress.modules.config import ContrastiveConfig
+from recpress.modules.config import ALSConfig, ContrastiveConfig
 from recpress.modules.contrastive.factorization import Run
 from recpress.trainer.artifacts.factors import open_factors
 from recpress.trainer.config import CheckpointConfig
@@ -21,7 +21,7 @@ from recpress.trainer.factorize.stage import factorize
 from tests.ranks import run_on_ranks
 
 USERS, ITEMS, GROUPS = 60, 40, 4
-SETTINGS = ContrastiveConfig(factors=8, epochs=12, batch_users=16, negatives=32)
+SETTINGS = ContrastiveConfig(factors=8, temperature=0.1, epochs=12, batch_users=16, negatives=32)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,19 @@ def test_settings_out_of_range_name_the_option(log, tmp_path):
     with pytest.raises(InputError, match=r"temperature is 5\.0, expected 0\.02 to 1"):
         factorize(replace(config(log, tmp_path / "f"), softmax=wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_auto_keeps_least_squares_or_takes_softmax_and_says_so(log, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("recpress.modules.contrastive.auto.ROUNDS", ((6, 2), (12, 1)))
+    caplog.set_level("INFO")
+    made = config(log, tmp_path / "f", crossfit_rate=0.2, als=ALSConfig(factors=8, auto=False))
+    result = factorize(replace(made, method="auto", softmax=replace(SETTINGS, temperature=None, epochs=None)))
+    manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    assert manifest["method"] == result.method
+    compared = manifest["auto"]["softmax"] if result.method == "als" else manifest["auto"]
+    assert set(compared["ndcg"]) == {"als", "softmax"}
+    assert len(compared["trials"]) == 3
+    assert compared["runner_up"]["method"] == ({"als", "softmax"} - {result.method}).pop()
+    assert len([line for line in caplog.messages if line.startswith(f"auto: {result.method}")]) == 1
+    assert manifest["parameters"]["factors"] == 8
+    tables(tmp_path / "f", log, crossfit=True)

@@ -49,6 +49,20 @@ def _features(log: str) -> dict[str, tuple[int, list[float]]]:
     return counted(log, features=("kind",))
 
 
+def test_features_of_raw_64_bit_ids_are_refused_by_column(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(2**40, 2**63 - 1, 100)
+    lists = pa.array([[int(k)] for k in ids])
+    pq.write_table(pa.table({"C1": ids, "C2": lists, "label": ids % 2}), tmp_path / "log.parquet")
+    for name in ("C1", "C2"):
+        schema = Schema(user="", item="", label="label", categorical=(name,))
+        with pytest.raises(InputError, match=rf"log.parquet, column '{name}': id \d{{18,}} .*`recpress ingest`"):
+            make_maps(
+                HashStageConfig(
+                    data=str(tmp_path / "log.parquet"), out=str(tmp_path / "maps"), schema=schema, features=(name,)
+                )
+            )
+
+
 def test_named_values() -> None:
     assert named("embedding", ("user=a=b.npy", "item=c")) == {"user": "a=b.npy", "item": "c"}
     for bad in (("user",), ("=x",), ("user=",), ("user=a", "user=b")):

@@ -294,6 +294,10 @@ def test_maps_that_cannot_be_used_are_one_error(log, factors, tmp_path):
     empty = write_maps(tmp_path / "empty", log, {})
     wide = write_maps(tmp_path / "wide", log, {"user": one}, {"user": np.zeros((60, 8), np.float32)})
     few = write_maps(tmp_path / "few", log, {"user": one}, {"user": np.zeros((59, DIM), np.float32)})
+    foreign = write_maps(tmp_path / "foreign", log, {"user": one}, {"user": np.zeros((60, DIM), np.float32)})
+    manifest = json.loads((Path(foreign) / "manifest.json").read_text())
+    manifest |= {"factors": "another", "config": {"factors": "elsewhere"}}
+    (Path(foreign) / "manifest.json").write_text(json.dumps(manifest))
     damaged = write_maps(tmp_path / "damaged", log, {"user": one})
     (Path(damaged) / "user" / "rows.npy").write_bytes(b"no array")
     for hashed, message in (
@@ -302,6 +306,7 @@ def test_maps_that_cannot_be_used_are_one_error(log, factors, tmp_path):
         (empty, "no map in it"),
         (wide, "dimension 8, expected that of .*, 16"),
         (few, r"\(59, 16\), expected float32 \(60, dimension\)"),
+        (foreign, r"made from other factors \(elsewhere\) than .*recpress hash"),
         (damaged, "incomplete or corrupt id map"),
         (factors, "expected kind 'hash'"),
         (str(tmp_path / "nothing"), "no manifest.json"),

@@ -1,0 +1,97 @@
+"""The choice of temperature, epochs and method on hidden items."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import RowBlocks
+from recpress.modules.als.interactions import InteractionBuilder
+from recpress.modules.config import ContrastiveConfig
+from recpress.modules.contrastive import auto
+from tests.ranks import run_on_ranks
+
+USERS, ITEMS, GROUPS = 200, 60, 4
+CONFIG = ContrastiveConfig(factors=8, batch_users=32, negatives=32)
+
+
+SHORT = ((3, 3), (6, 2), (12, 1))
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch):
+    monkeypatch.setattr(auto, "ROUNDS", SHORT)
+
+
+def interactions(users=USERS):
+    rng = np.random.default_rng(0)
+    who = rng.integers(0, users, 12 * users)
+    return who, rng.integers(0, ITEMS // GROUPS, len(who)) * GROUPS + who % GROUPS
+
+
+def by_user(users=USERS):
+    exchange = Exchange(None, torch.device("cpu"))
+    builder = InteractionBuilder(users, ITEMS, exchange)
+    builder.add(*(column[exchange.rank :: exchange.world] for column in interactions(users)))
+    return builder.build()[0], exchange
+
+
+def useless(sample):
+    blocks = RowBlocks(sample.num_users, dist.get_world_size() if dist.is_initialized() else 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.ones(blocks.size(rank), 4), -torch.arange(float(sample.num_items))[:, None].expand(-1, 4) * 1e-3
+
+
+def perfect(sample):
+    """Vectors that rank the hidden item of each user first."""
+    items = torch.eye(sample.num_items)
+    users = torch.zeros(sample.num_users, sample.num_items)
+    users[sample.hidden_users] = items[sample.hidden_items]
+    return users, items
+
+
+@pytest.mark.parametrize("metric", ["sampled", "full"])
+def test_the_settings_are_chosen_by_halving(metric):
+    choice = auto.choose(CONFIG, *by_user(), metric)
+    assert choice.method == "softmax"
+    assert [t["epochs"] for t in choice.trials] == [3, 3, 3, 6, 6, 12]
+    best = max(choice.trials, key=lambda trial: trial["ndcg"])
+    assert choice.settings["temperature"] == best["temperature"]
+    assert choice.settings["epochs"] == round(1.25 * best["epochs"])
+    assert choice.runner_up["temperature"] != best["temperature"]
+    assert auto.choose(CONFIG, *by_user(), metric).describe() == choice.describe()
+    assert f"{choice.rows:,} held-out examples; runner-up temperature" in choice.line()
+
+
+def test_least_squares_stays_unless_softmax_is_clearly_better():
+    assert auto.choose(CONFIG, *by_user(), "full", useless).method == "softmax"
+    choice = auto.choose(CONFIG, *by_user(), "full", perfect)
+    assert choice.method == "als"
+    assert choice.runner_up["method"] == "softmax"
+
+
+def test_given_settings_are_kept():
+    given = replace(CONFIG, temperature=0.25, epochs=6)
+    choice = auto.choose(given, *by_user(), "full", useless)
+    assert choice.settings == {"temperature": 0.25, "epochs": 6}
+    assert [(t["temperature"], t["epochs"]) for t in choice.trials] == [(0.25, 6)]
+
+
+def test_too_few_users_keep_the_defaults():
+    choice = auto.choose(CONFIG, *by_user(users=30), "full", useless)
+    assert (choice.method, choice.settings, choice.rows) == ("als", {"temperature": 0.1, "epochs": 150}, 0)
+    assert "too few" in choice.line()
+
+
+def chosen():
+    auto.ROUNDS = SHORT  # in a process of its own
+    return auto.choose(CONFIG, *by_user(), "full", useless)
+
+
+def test_two_ranks_choose_together():
+    first, second = run_on_ranks(chosen, 2)
+    assert first.describe() == second.describe()
+    assert first.method == "softmax"
