@@ -395,3 +395,26 @@ def test_another_map_or_feature_needs_a_new_run(criteo, tmp_path):
         train_model(replace(run, features={"C1": FeatureConfig(dimension=8)}))
     with pytest.raises(InputError, match=r"sample\.rate"):
         train_model(replace(run, sample=SampleConfig(rate=0.5)))
+
+
+def test_movielens_is_a_click_log_with_features(tmp_path):
+    rng = np.random.default_rng(0)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    users, items = range(1, 31), range(1, 21)
+    ratings = [
+        f"{u}::{i}::{rng.integers(4, 6) if (u + i) % 2 else rng.integers(1, 4)}::{u + i}" for u in users for i in items
+    ]
+    (raw / "ratings.dat").write_text("\n".join(ratings) + "\n")
+    (raw / "users.dat").write_text("".join(f"{u}::{'FM'[u % 2]}::{(1, 18, 25)[u % 3]}::{u % 5}::0\n" for u in users))
+    (raw / "movies.dat").write_text("".join(f"{i}::Film {i} ({1990 + i})::Comedy|Drama\n" for i in items))
+    log = str(tmp_path / "log")
+    assert main(["ingest", "--input", str(raw), "--out", log]) == 0
+    fast = OptimizerConfig(learning_rate=0.02, table_learning_rate=0.2)
+    run = config(
+        log, tmp_path / "model", label_threshold=4.0, epochs=20, optimizer=fast, stream=StreamConfig(batch_size=50)
+    )
+    result = train_model(run)
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    assert set(manifest["model"]["features"]) == {"user_id", "item_id", "gender", "age", "occupation", "genres", "year"}
+    assert result.validation["AUC"] > 0.7
