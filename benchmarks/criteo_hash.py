@@ -38,7 +38,7 @@ from recpress.data.dataset.log import open_log
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.ingest.formats import CATEGORIES, INTS
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.synthetic.criteo import MadeCriteo, synth_criteo
+from recpress.data.synthetic.criteo import SyntheticCriteo, synth_criteo
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.budget import split_rows
 from recpress.modules.hashing.methods import build_map
@@ -215,7 +215,7 @@ def main() -> None:
         log = open_log(synth_criteo(config, Path(folder) / "log"), pairs=False)
         assert log.test is not None
         parts = read(log.train), read(log.test)
-    made = MadeCriteo(config)
+    made = SyntheticCriteo(config)
     sizes = list(made.sizes)
     planted = torch.from_numpy(made.probabilities("test", 0, args.test_rows)).logit()
     planted_figures = figures(planted, parts[1].label)

@@ -11,10 +11,10 @@ from recpress.data.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """Which columns of a log mean what. Columns that are not named are never read."""
+    """The columns of a log and their meaning. Other columns are never read."""
 
     user: str = "user_id"
-    """Dense user id, integer, 0-based. Empty: the log has none (Criteo); stages that need pairs refuse it."""
+    """Dense user id, integer, 0-based. Empty: the log has none (Criteo); stages that need pairs raise an error."""
     item: str = "item_id"
     """Dense item id, integer, 0-based. Empty: the log has none."""
     label: str | None = None
@@ -29,16 +29,16 @@ class Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Random sample of the rows, each of them with the same probability; a pure function of the seed and the log."""
+    """Random sample of the rows, each with the same probability; a pure function of the seed and the log."""
 
     kind: Literal["rows", "block", "user"] = "rows"
-    """`rows`: single rows, independently; reads all of the log. `block`: whole row groups; reads nothing else; for
-    shuffled logs (docs/train/sampling.md has the cost on other logs). `user`: the same share of each user's rows; reads
-    the user column once before."""
+    """`rows`: single rows, independently; reads all of the log. `block`: row groups; reads only these; for shuffled
+    logs (docs/train/sampling.md has the cost on other logs). `user`: the same share of each user's rows; reads the user
+    column once before."""
     rate: float = 1.0
     """Share of the rows that are in the sample, in (0, 1]."""
     seed: int = 0
-    """Seed of the membership."""
+    """Seed of the sample."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
@@ -86,7 +86,7 @@ REJECT_ROWS = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class NegativesConfig:
-    """Where the negative items of a positive row come from."""
+    """How negative items are sampled."""
 
     kind: Literal["uniform", "popularity", "in-batch"] = "uniform"
     """`uniform`: over all items; `popularity`: as count ** power; `in-batch`: the other rows' items."""
@@ -97,8 +97,8 @@ class NegativesConfig:
     power: float = 0.75
     """Exponent of `popularity`."""
     reject_positives: Literal["auto", "yes", "no"] = "auto"
-    """Draw again where a negative is one of the user's own positives. `yes` reads users and items of the whole log once
-    more on every rank, and keeps about 10 bytes a row there. `auto`: where that matters and is cheap, see `rejects`."""
+    """Draw again if a negative is one of the user's positives. `yes` reads the users and items of the log once more on
+    every rank, and uses about 10 bytes of memory per row there. `auto`: if that matters and is cheap, see `rejects`."""
     seed: int = 0
     """Seed of the draws; mixed with the epoch and the position of the batch."""
 
@@ -124,12 +124,12 @@ class NegativesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """How the rows of a log that we write are cut into files."""
+    """Files and row groups of a log that recpress writes."""
 
     rows_per_file: int = 1 << 24
-    """Rows of a file; a part of a log that has more becomes several files."""
+    """Rows per file; a part with more rows has several files."""
     row_group_rows: int = 1 << 18
-    """Rows of a row group: what one read takes, and the unit that ranks share out."""
+    """Rows per row group: the unit that is read, and distributed over ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +141,13 @@ class SynthConfig:
     items: int = 3000
     """Number of items."""
     rows: int = 500_000
-    """Rows of train. No user meets an item twice, so this is at most a small part of users x items."""
+    """Rows of train. No user has an item twice, so this is at most a small part of users x items."""
     tastes: int = 24
-    """Groups of items that go together: the rank of the structure that is to be learned."""
+    """Groups of related items: the rank of the planted structure."""
     tastes_per_user: int = 8
-    """How many tastes a user has."""
+    """Number of tastes of a user."""
     taste_decay: float = 0.6
-    """Each further taste of a user has this share of the weight of the one before, in (0, 1]."""
+    """Weight of each further taste of a user relative to the previous one, in (0, 1]."""
     user_skew: float = 0.8
     """Exponent of the power law of the users' activity; 0 makes them equal."""
     item_skew: float = 0.8
@@ -155,9 +155,9 @@ class SynthConfig:
     taste_skew: float = 0.4
     """Exponent of the power law of how many users prefer a taste."""
     held_out_users: int = 10_000
-    """At most this many users have one later interaction that is not in train; 0: no held-out part."""
+    """Largest number of users with one later, held-out interaction; 0: no held-out part."""
     negatives: int = 99
-    """Items drawn for each held-out interaction that the user never met."""
+    """Items without an interaction of the user, drawn for each held-out interaction."""
     start_time: int = 1_700_000_000
     """Time of the first row, in seconds since 1970."""
     days: int = 90
@@ -181,19 +181,19 @@ class SynthCriteoConfig:
     skew: float = 0.8
     """Exponent of the power law of how often the ids of a feature are accessed."""
     groups: int = 64
-    """Groups of like ids in each feature, at most."""
+    """Largest number of groups of similar ids per feature."""
     deviation: float = 0.3
-    """Part of an id's latent vector that is its own, in [0, 1]: 0 makes the ids of a group the same."""
+    """Share of an id's latent vector that is individual, in [0, 1]; 0: all ids of a group have the same vector."""
     latent: int = 2
     """Dimension of the latent vectors that interact."""
     effects: float = 1.5
-    """Standard deviation of what single ids add to the logit."""
+    """Standard deviation of the part of the logit from single ids."""
     interactions: float = 0.6
-    """Standard deviation of what pairs of ids add to the logit."""
+    """Standard deviation of the part of the logit from pairs of ids."""
     dense: float = 0.5
-    """Standard deviation of what the numbers add to the logit."""
+    """Standard deviation of the part of the logit from the numbers."""
     noise: float = 0.3
-    """Standard deviation of what nothing explains."""
+    """Standard deviation of the noise in the logit."""
     positives: float = 0.256
     """Share of the labels that are 1; Criteo's own by default."""
     seed: int = 0
@@ -214,7 +214,7 @@ class IngestConfig:
     input: str
     """Folder, file or glob, local or a URI; of the NCF format also the start of its names (`dir/ml-1m`)."""
     format: Literal["auto", "movielens", "ncf", "lightgcn", "criteo", "csv", "tsv", "json", "parquet"] = "auto"
-    """`auto` goes by the names of the files, and by the first line for Criteo. `json` is JSON lines."""
+    """`auto`: by the names of the files, and for Criteo by the first line. `json` is JSON lines."""
     user: str = "user_id"
     """Column of the user (csv, tsv, json, parquet). Empty: there is none."""
     item: str = "item_id"
@@ -224,8 +224,8 @@ class IngestConfig:
     time: str | None = None
     """Column of the time (csv, tsv, json, parquet): numbers, or dates and timestamps, of one kind in all files."""
     categorical: tuple[str, ...] = ()
-    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). Missing is a value too.
-    `C*` is all columns without another role whose names match."""
+    """Further categorical columns (csv, tsv, json, parquet; of json and parquet also lists). A missing value is a
+    category too. `C*` is all columns without another role whose names match."""
     floats: tuple[str, ...] = ()
     """Further float columns (csv, tsv, json, parquet), by names or patterns. A missing value is NaN."""
     same: tuple[str, ...] = ()
@@ -236,29 +236,29 @@ class IngestConfig:
     """Names of the columns of a csv or tsv that has no header line."""
     delimiter: str = ""
     """Character between the fields of text (`\\t`: a tab). Empty: that of the format; of csv and tsv also `;`, tab, `|`
-    or `,` where the header then has the columns that are named."""
+    or `,` if the header then has the named columns."""
     quoting: Literal["auto", "on", "off"] = "auto"
     """Whether `"` encloses fields of text. `auto`: on for csv, off for tsv and the formats of public data sets."""
     encoding: str = "auto"
-    """Encoding of text, as Python names it. `auto`: UTF-8, or UTF-16 or UTF-32 where a byte order mark says so."""
+    """Encoding of text, as Python names it. `auto`: UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
     null_values: tuple[str, ...] = ()
     """Texts that mean a missing value, in all columns of text. By default the empty one, and for numbers also NA, NaN,
     NULL, None and the like."""
     id_type: Literal["auto", "int", "string"] = "auto"
-    """Type of the raw ids. `auto`: that of the vocabulary that is extended, or of the file; ids of text are integers
-    where all of them, in all files, are written as integers without leading zeros. `int`: also `007` is 7."""
+    """Type of the raw ids. `auto`: that of the vocabulary that is extended, or of the file; ids of text are integers if
+    all of them, in all files, are written as integers without leading zeros. `int`: also `007` is 7."""
     extend: str | None = None
-    """A log that was ingested before: its ids keep their numbers, new ones follow, counts add up."""
+    """An ingested log to extend: its ids do not change, new ids follow, counts add up."""
     holdout: Literal["none", "last", "random"] = "none"
-    """Leave one interaction a user out of train as the test part: the last by time, or a random one."""
+    """Hold one interaction per user out of train, as the test part: the last by time, or a random one."""
     negatives: int = 99
-    """Items drawn for each interaction that `holdout` leaves out."""
+    """Items drawn for each held-out interaction of `holdout`."""
     seed: int = 0
     """Seed of `holdout`."""
     allow_empty_users: bool = False
-    """Skip users without items in LightGCN files, which is an error otherwise."""
+    """Skip users without items in LightGCN files; otherwise they are an error."""
     memory_gib: float = 8.0
-    """What one vocabulary may take: about 200 M integer ids, or 100 M strings of 10 characters."""
+    """Memory limit of one vocabulary; 8 GiB hold about 200 M integer ids, or 100 M strings of 10 characters."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Files and row groups."""
 

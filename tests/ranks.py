@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -16,9 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
+multiprocessing.set_forkserver_preload(["recpress.trainer.train.stage", "recpress.trainer.hash.stage"])
+"""Ranks are forked from one process that has imported these: each would otherwise take seconds for TorchRec alone."""
+
 
 def run_on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[Any]:
-    """Call `fn(*args)` on each rank of a new gloo process group; return the results in order of rank.
+    """Call `fn(*args)` on each rank of a new gloo process group, each a new process; return the results by rank.
 
     fn must be a function at the top of a module (it is pickled by name); inside it, `dist.get_rank()` and
     the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE) are there. Arguments and
@@ -31,7 +35,8 @@ def run_on_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float 
     if world == 1:
         return [_alone(fn, args, timeout)]
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        context = mp.spawn(_entry, (world, folder, fn, args, timeout), nprocs=world, join=False)
+        given = (world, folder, fn, args, timeout, dict(os.environ))
+        context = mp.start_processes(_entry, given, nprocs=world, join=False, start_method="forkserver")
         deadline = time.monotonic() + timeout
         try:
             while not context.join(timeout=1.0):
@@ -71,8 +76,17 @@ def _alone(fn: Callable[..., Any], args: tuple, timeout: float) -> Any:
                 os.environ[name] = value
 
 
-def _entry(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tuple, timeout: float) -> None:
-    os.environ |= {
+def _entry(
+    rank: int,
+    world: int,
+    folder: str,
+    fn: Callable[..., Any],
+    args: tuple,
+    timeout: float,
+    environment: dict[str, str],
+) -> None:
+    os.environ.clear()
+    os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(rank),

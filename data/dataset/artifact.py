@@ -57,15 +57,15 @@ class UnknownVersion(InputError):
     """An artifact that another release wrote."""
 
 
-_WHOLE = 1 << 20  # files up to this size are hashed whole
-_PIECE = 1 << 18  # of larger ones this much at the head and at the tail: a Parquet footer lies in the tail
+_SMALL = 1 << 20  # files up to this size are hashed completely
+_PIECE = 1 << 18  # of larger ones this much at the start and at the end, where a Parquet file has its footer
 
 
 def fingerprint(path: str | Path, filesystem: pafs.FileSystem | None = None) -> str:
-    """Size and sha256 of a file: whole up to 1 MiB, otherwise its first and last 256 KiB.
+    """Size and sha256 of a file up to 1 MiB; of a larger one, sha256 of its first and last 256 KiB.
 
-    Cheap on any size. It tells files apart that differ in size, in Parquet footer (row counts, statistics,
-    compressed sizes) or at either end; a change of the middle that leaves all these alone goes unseen.
+    Fast for any size. Files differ in it if they differ in size, in the Parquet footer (row counts, statistics,
+    compressed sizes) or at either end. A change in the middle that changes none of these is not detected.
     """
     inner = str(path)
     if filesystem is None:
@@ -75,7 +75,7 @@ def fingerprint(path: str | Path, filesystem: pafs.FileSystem | None = None) -> 
         with filesystem.open_input_file(inner) as file:
             size = file.size()
             digest = hashlib.sha256()
-            if size <= _WHOLE:
+            if size <= _SMALL:
                 digest.update(file.read())
             else:
                 digest.update(file.read_at(_PIECE, 0))
@@ -86,7 +86,7 @@ def fingerprint(path: str | Path, filesystem: pafs.FileSystem | None = None) -> 
 
 
 def describe_folder(path: str | Path) -> list[dict[str, Any]]:
-    """`describe_file` of each file of an artifact but its manifest, by name; of a remote one as its manifest says."""
+    """`describe_file` of each file of an artifact but its manifest, by name; of a remote one from its manifest."""
     if is_remote(path):
         return list(read_manifest(path)["contents"])
     root = Path(path)
@@ -95,7 +95,7 @@ def describe_folder(path: str | Path) -> list[dict[str, Any]]:
 
 
 def describe_file(path: str | Path, name: str | None = None) -> dict[str, Any]:
-    """What a manifest says of one local file: name, size in bytes and fingerprint."""
+    """Entry of a manifest about one local file: name, size in bytes and fingerprint."""
     return {"name": name or str(path), "size": os.path.getsize(path), "fingerprint": fingerprint(path)}
 
 
@@ -163,7 +163,7 @@ def prepare(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def upload(tmp: Path, path: str | Path, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Uploads the files of `tmp`, or those that are named, and returns what the manifest is to say of them."""
+    """Uploads the files of `tmp`, or those that are named, and returns their entries of the manifest."""
     contents = [describe_file(tmp / n, n) for n in names] if names is not None else describe_folder(tmp)
     with ThreadPoolExecutor(object_store.THREADS) as pool:
         jobs = [
@@ -176,17 +176,19 @@ def upload(tmp: Path, path: str | Path, names: Sequence[str] | None = None) -> l
 
 
 def publish(path: str | Path, kind: str, meta: dict[str, Any], contents: list[dict[str, Any]]) -> None:
-    """Writes the manifest of a remote artifact when all of `contents` is there, and nothing else is.
+    """Writes the manifest of a remote artifact if all of `contents` exists, and nothing else.
 
     Raises:
-        InputError: a file is missing, has another size, or is one that nobody uploaded here.
+        InputError: a file is missing, has another size, or is not in `contents`.
     """
     wanted = {entry["name"]: entry["size"] for entry in contents}
     found = object_store.list_files(path)
     for name in sorted(wanted.keys() | found.keys() - {UNFINISHED}):
         if wanted.get(name) != found.get(name):
             have, want = (f"{sizes[name]} bytes" if name in sizes else "nothing" for sizes in (found, wanted))
-            raise InputError(f"{object_store.join(path, name)}: {have}, expected {want}; does another run write there?")
+            raise InputError(
+                f"{object_store.join(path, name)}: {have}, expected {want}; another run may be writing to this folder"
+            )
     object_store.write_bytes(object_store.join(path, MANIFEST), _manifest(kind, meta, contents))
     object_store.remove(object_store.join(path, UNFINISHED))
 
@@ -215,11 +217,11 @@ def writing(
 
     Args:
         path: final name of the artifact.
-        kind: what it is, as `read_manifest` will ask for it.
+        kind: of the artifact, which `read_manifest` checks.
         meta: further keys of the manifest, JSON values; read when the block ends, so that the block may add
             to it.
         overwrite: replace an artifact of the same kind that has this name.
-        inputs: logs and artifacts that the block reads; `path` must be apart from them.
+        inputs: logs and artifacts that the block reads; `path` must not overlap them.
     """
     tmp = begin(path, overwrite=overwrite, kind=kind, inputs=inputs)
     try:
@@ -232,9 +234,9 @@ def writing(
 def read_manifest(
     path: str | Path, kind: str | None = None, *, filesystem: pafs.FileSystem | None = None
 ) -> dict[str, Any]:
-    """The manifest of the artifact at `path`, of any kind where none is named.
+    """The manifest of the artifact at `path`, of any kind by default.
 
-    Raises InputError where there is none, it cannot be read, or it is of another kind or version.
+    Raises InputError if there is none, it cannot be read, or it is of another kind or version.
     """
     inner = str(path)
     if filesystem is None:
@@ -262,7 +264,7 @@ def parse_manifest(
     """The manifest that `blob` is, of the artifact at `path`. Raises InputError as `read_manifest` does.
 
     Args:
-        version: of a kind that has versions of its own, and puts its `version` into `meta` when it writes.
+        version: of the format of this kind, if its writer puts a `version` into `meta`.
     """
     name = object_store.join(path, MANIFEST)
     try:
@@ -281,11 +283,11 @@ def parse_manifest(
 def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
     """The folder of a local artifact; of a remote one a local copy, with at least the files that match.
 
-    Copies lie in `object_store.cache_folder()`, by address and manifest. The processes of one machine share a copy: one
+    Copies are in `object_store.cache_folder()`, by address and manifest. The processes of one machine share a copy: one
     fetches, the others wait. `*` in a pattern matches `/` too.
 
     Raises:
-        InputError: a file is missing, or not as the manifest says.
+        InputError: a file is missing, or differs from the manifest.
     """
     if not is_remote(path):
         return _local(path)
@@ -306,33 +308,33 @@ def fetch(path: str | Path, manifest: dict[str, Any], *patterns: str) -> Path:
 
 
 def check_inside(name: Any, path: str | Path) -> None:
-    """Raises InputError where a name that the manifest of `path` lists is not that of a file below its folder."""
+    """Raises InputError if a name that the manifest of `path` lists is not that of a file below its folder."""
     if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
         raise InputError(f"{object_store.join(path, MANIFEST)}: lists {name!r}, expected names below the folder")
 
 
 def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inputs: Sequence[str | Path] = ()) -> None:
-    """Raises InputError where nothing can be written to `path`.
+    """Raises InputError if nothing can be written to `path`.
 
-    Something has this name, and is not to be overwritten or is not an artifact of kind `kind`; one of `inputs` (files,
-    folders or globs) lies at `path`, in it or around it; `path` is no name for a folder.
+    It exists, and `overwrite` is false or it is not an artifact of kind `kind`; one of `inputs` (files, folders or
+    globs) is `path`, is in it or contains it; `path` is no name for a folder.
     """
     check_name(path)
     for given in filter(None, map(str, inputs)):
         _check_apart(path, given)
     if is_remote(path):
         found = object_store.list_files(path)
-        taken, whole = bool(found.keys() - {UNFINISHED}), MANIFEST in found
-        if not whole and UNFINISHED in found:
-            return  # left of a write that did not end
+        taken, complete = bool(found.keys() - {UNFINISHED}), MANIFEST in found
+        if not complete and UNFINISHED in found:
+            return  # remains of an incomplete write
     else:
         path = _local(path)
-        taken, whole = path.exists() or path.is_symlink(), (path / MANIFEST).is_file()
+        taken, complete = path.exists() or path.is_symlink(), (path / MANIFEST).is_file()
     if not taken:
         return
     if not overwrite:
         raise InputError(f"{path}: exists already; choose another name, or replace it with --overwrite")
-    if not whole:
+    if not complete:
         raise InputError(f"{path}: exists and is not an artifact (no {MANIFEST}); it will not be overwritten")
     if kind is not None and (found_kind := read_manifest(path).get("kind")) != kind:
         raise InputError(
@@ -342,7 +344,7 @@ def check_target(path: str | Path, overwrite: bool, kind: str | None = None, inp
 
 
 def check_name(path: str | Path) -> None:
-    """Raises InputError where `path` is no name for a new folder."""
+    """Raises InputError if `path` is no name for a new folder."""
     text = str(path)
     if not text.strip():
         raise InputError("the output has an empty name; expected a folder")
@@ -351,7 +353,7 @@ def check_name(path: str | Path) -> None:
     if re.match(r"\w[\w+.-]+:/[^/]", text) and not os.path.exists(text):
         raise InputError(f"{path}: neither a path nor an address; expected two slashes after the scheme")
     if (text == "~" or text.startswith("~/")) and not os.path.exists(text):
-        raise InputError(f"{path}: '~' is expanded by shells alone; expected the full path")
+        raise InputError(f"{path}: only shells expand '~'; expected the full path")
     local = os.path.realpath(_local(path))
     try:
         with suppress(FileNotFoundError):
@@ -359,10 +361,10 @@ def check_name(path: str | Path) -> None:
     except OSError as error:  # a name that is too long, say
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     if os.path.commonpath([local, os.getcwd()]) == local:
-        raise InputError(f"{path}: the working folder, or a folder around it; expected a name for a new folder")
+        raise InputError(f"{path}: the working folder, or a folder that contains it; expected a name for a new folder")
     for folder in Path(local).parents:
         if _is_artifact(folder):
-            raise InputError(f"{path}: lies inside the artifact {folder}; expected a folder outside of it")
+            raise InputError(f"{path}: is inside the artifact {folder}; expected a folder outside of it")
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -373,7 +375,7 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def _check_apart(path: str | Path, given: str) -> None:
-    """Raises InputError where an input lies at `path` or in it, or is a folder around it."""
+    """Raises InputError if an input is `path`, is in it, or is a folder that contains it."""
     filesystem, target = resolve(path)
     other, source = resolve(given)
     if not filesystem.equals(other):
@@ -383,16 +385,16 @@ def _check_apart(path: str | Path, given: str) -> None:
     wild = ""
     if not exists(other, source):
         source, wild = split_wild(source)
-        if not wild:  # the start of names, or nothing, which its reader refuses
+        if not wild:  # the start of file names (NCF), or absent, which the reader of the input reports
             return
-    around = not wild and f"{target}/".startswith(f"{source}/")  # a glob's folder may hold the target too
+    around = not wild and f"{target}/".startswith(f"{source}/")  # the folder of a glob may contain the target
     if around or f"{source}/".startswith(f"{target}/"):
-        where = "is" if source == target else "lies in" if around else "contains"
-        raise InputError(f"{path}: the output {where} the input {given}; expected a folder apart from it")
+        where = "is" if source == target else "is in" if around else "contains"
+        raise InputError(f"{path}: the output {where} the input {given}; expected a folder outside of it")
 
 
 def place(path: str | Path) -> str | Path:
-    """`path` as a stage returns it: a Path, or the URI that it is."""
+    """`path` as a stage returns it: a Path, or a URI."""
     return str(path) if is_remote(path) else _local(path)
 
 
@@ -410,7 +412,7 @@ def _copy(path: str | Path, entry: dict[str, Any], folder: Path) -> None:
     address, target = object_store.join(path, entry["name"]), folder / entry["name"]
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as arrived:
-        for _ in range(2):  # once more: it may have been corrupted on its way
+        for _ in range(2):  # again: it may have been corrupted in transit
             object_store.fetch_file(address, arrived)
             if fingerprint(arrived) == entry["fingerprint"]:
                 return

@@ -1,14 +1,14 @@
-"""One run at a time writes a target: found at the start of the second run, not at its end.
+"""One run at a time writes an output. A second run fails at its start, not at its end.
 
-On a local or network disk the claim is a lock (`flock`) on the file `.NAME.lock` beside the target. The kernel
-releases it when its process ends, however it ends, so a killed run never blocks the next one. NFS passes such locks on
-to all of its clients; a file system without locks (Lustre mounted without `-o flock`) gives a warning, and two runs are
-found when the second one commits.
+On a local or network disk the claim is a lock (`flock`) on the file `.NAME.lock`, next to the target. The kernel
+releases it when its process ends, however it ends, so a killed run never blocks the next one. NFS applies such locks
+to all of its clients. A file system without locks (Lustre mounted without `-o flock`) gives a warning, and the second
+of two runs fails when it commits.
 
-An object store has no locks. There the claim is an object beside the target, `TARGET.lock`, that its run rewrites every
-`BEAT_SECONDS`. A run that finds one takes it over where its process is dead (of this machine), or where it does not
-change for `STALE_SECONDS` (of another machine). Two runs that start within the same fraction of a second may both go
-on; the second one to commit finds that.
+An object store has no locks. There the claim is an object next to the target, `TARGET.lock`, that its run rewrites
+every `BEAT_SECONDS`. Another run replaces it if that process has ended (on this machine), or if it does not change for
+`STALE_SECONDS` (on another machine). Two runs that start within the same fraction of a second may both continue; then
+the second one fails when it commits.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 25.0
-_SETTLE_SECONDS = 0.2  # after it, of two runs that wrote the object at the same time, both see the same one
+_SETTLE_SECONDS = 0.2  # after which two runs that wrote the object at the same time both read the same content
 _LONGEST_NAME = 255  # bytes of a file's name, on the usual file systems
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class _Held:
-    """A claim of this process; counts how many have it."""
+    """A claim of this process, and how many calls of `take` share it."""
 
     users = 1
 
@@ -57,10 +57,10 @@ _GUARD = threading.Lock()
 
 @contextmanager
 def claimed(path: str | Path) -> Iterator[None]:
-    """Claims the target `path` for this process until the block ends. A process may claim a target several times.
+    """Claim the target `path` for this process until the block ends. A process may claim a target several times.
 
     Raises:
-        InputError: another run has claimed it, or the lock cannot be made.
+        InputError: another run has claimed it, or the lock cannot be created.
     """
     take(path)
     try:
@@ -70,7 +70,7 @@ def claimed(path: str | Path) -> Iterator[None]:
 
 
 def take(path: str | Path) -> None:
-    """As `claimed`, until `release` is called as often. A new claim removes what a killed run left there."""
+    """As `claimed`, until as many calls of `release`. A new claim removes the temporary files of a killed run."""
     key = _key(path)
     with _GUARD:
         if held := _HELD.get(key):
@@ -80,7 +80,7 @@ def take(path: str | Path) -> None:
 
 
 def release(path: str | Path) -> None:
-    """Ends one `take`; does nothing where none is left."""
+    """End one `take`; do nothing if there is none."""
     key = _key(path)
     with _GUARD:
         if (held := _HELD.get(key)) is None:
@@ -93,7 +93,7 @@ def release(path: str | Path) -> None:
 
 
 def hidden(path: Path, suffix: str) -> Path:
-    """A hidden name beside `path`, not longer than file systems allow."""
+    """A hidden name in the folder of `path`, not longer than file systems allow."""
     name, end = path.name, f".{suffix}"
     room = _LONGEST_NAME - len(end.encode()) - 1
     if len(name.encode()) > room:
@@ -102,7 +102,7 @@ def hidden(path: Path, suffix: str) -> Path:
 
 
 class _File(_Held):
-    """A lock on a file beside the target."""
+    """A lock on a file next to the target."""
 
     def __init__(self, path: Path) -> None:
         self._name = hidden(path, "lock")
@@ -118,20 +118,20 @@ class _File(_Held):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _locked(self, path: Path) -> IO[str] | None:
-        """The locked file; None where the run before removed it between opening and locking."""
+        """The locked file; None if the previous run removed it between opening and locking."""
         file = open(self._name, "a+")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 file.seek(0)
-                said = file.read()
+                content = file.read()
                 file.close()
                 if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise InputError(_refusal(path, said)) from None
+                    raise InputError(_refusal(path, content)) from None
                 raise
             logger.warning(
-                "%s: its file system has no locks; two runs that write here at once are found only at the end", path
+                "%s: its file system has no locks, so a second run that writes here fails only at its end", path
             )
             return file
         with suppress(FileNotFoundError):
@@ -145,17 +145,17 @@ class _File(_Held):
 
     def release(self) -> None:
         assert self._file is not None
-        self._name.unlink(missing_ok=True)  # while it is locked: who opened it before sees that it is gone
+        self._name.unlink(missing_ok=True)  # while it is locked, so that a run that has opened it notices
         with suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # also where a forked process has it open
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # also if a forked process has it open
         self._file.close()
         for folder in self._made:
-            with suppress(OSError):  # the run has put something into it
+            with suppress(OSError):  # not empty: the run has written into it
                 folder.rmdir()
 
 
 class _Object(_Held):
-    """An object beside the target that a thread writes anew."""
+    """An object next to the target that a thread rewrites."""
 
     def __init__(self, path: str) -> None:
         self._address = object_store.beside(path, ".lock")
@@ -189,7 +189,7 @@ class _Object(_Held):
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with suppress(InputError, OSError):  # the run itself meets what is wrong with the store
+            with suppress(InputError, OSError):  # the run itself reports the fault of the store
                 self._write()
 
     def release(self) -> None:
@@ -213,16 +213,16 @@ def _identity() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Processes that see each other by their ids have the same."""
+    """The same for all processes that see each other's process ids."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return uuid.uuid4().hex
 
 
-def _is_dead(said: str) -> bool:
-    """Whether the process that wrote this was one of this machine and has ended."""
+def _is_dead(content: str) -> bool:
+    """Whether the process that wrote this ran on this machine and has ended."""
     try:
-        who = json.loads(said)
+        who = json.loads(content)
         if who["machine"] != _machine():
             return False
         os.kill(int(who["pid"]), 0)
@@ -233,12 +233,12 @@ def _is_dead(said: str) -> bool:
     return False
 
 
-def _refusal(path: str | Path, said: str) -> str:
+def _refusal(path: str | Path, content: str) -> str:
     who: dict[str, Any] = {}
     with suppress(ValueError):
-        who = json.loads(said)
+        who = json.loads(content)
     by = f" (process {who['pid']} on {who['host']}, since {who['since']})" if who else ""
-    return f"{path}: another run writes there{by}; wait for it, stop it, or choose another output"
+    return f"{path}: another run writes to it{by}; wait for that run, stop it, or choose another output"
 
 
 def _literal(name: str) -> str:

@@ -1,6 +1,6 @@
-"""The bytes of some columns of one row group, read before they are decoded: what reading takes and what decoding takes.
+"""The bytes of some columns of one row group, read before they are decoded, so that decoding does no I/O.
 
-Neighbouring column chunks are read at once, those of a remote file at the same time. Decoding then is free of I/O.
+Adjacent column chunks are read together, those of a remote file concurrently. `SPENT` separates the time of reading.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 _HOLE = 1 << 18
-"""Bytes that are not wanted and read all the same between two that are."""
+"""Largest gap, in bytes, between two chunks that one read covers."""
 _REQUESTS = 8
-"""Requests to a remote store at the same time, of all threads together."""
+"""Concurrent requests to a remote store, of all threads together."""
 
 
 class Spent(threading.local):
@@ -37,11 +37,11 @@ def _requests() -> ThreadPoolExecutor:
 
 
 class ColumnChunkFile:
-    """A file of which a few ranges are in memory: what `pyarrow.PythonFile` takes. A read is not a copy.
+    """A file of which a few ranges are in memory, for `pyarrow.PythonFile`. A read does not copy.
 
     Args:
         pieces: (offset, bytes), sorted.
-        size: bytes of the whole file.
+        size: bytes of the file.
     """
 
     closed = False
@@ -85,7 +85,8 @@ class ColumnChunkFile:
 def fetch(
     filesystem: pafs.FileSystem, path: str, metadata: pq.FileMetaData, group: int, columns: Sequence[str]
 ) -> ColumnChunkFile:
-    """Reads the chunks of the given columns; counted in `SPENT`. Raises OSError where they cannot be read."""
+    """Read the chunks of the given columns; bytes and seconds are added to `SPENT`. Raises OSError if they cannot be
+    read."""
     began = time.perf_counter()
     wanted = chunks(metadata, group, columns)
     with filesystem.open_input_file(path) as source:
@@ -108,7 +109,8 @@ def fetch(
 def leaves(metadata: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
     """Ordinals of the leaves of the given top-level columns, sorted.
 
-    A leaf's dotted path does not tell: `item_id.x` may be a column of that name, or part of a struct or list `item_id`.
+    The dotted path of a leaf is ambiguous: `item_id.x` may be a column of that name, or part of a struct or list
+    `item_id`.
     """
     wanted, place = set(columns), 0
     found: list[int] = []
@@ -132,7 +134,7 @@ def _num_leaves(kind: pa.DataType) -> int:
 
 
 def chunks(metadata: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
-    """Where the chunks of the given columns lie in the file: [first, end), sorted, close ones joined."""
+    """Byte ranges [first, end) of the chunks of the given columns, sorted, close ones joined."""
     row_group = metadata.row_group(group)
     found: list[tuple[int, int]] = []
     for place in leaves(metadata, columns):

@@ -34,7 +34,7 @@ class Column:
     name: str
     role: Role
     limit: int | None = None
-    """Ids must be smaller than this; None where it is not known."""
+    """Ids must be smaller than this; None if it is not known."""
     within: tuple[float, float] | None = None
     """The smallest and the largest label that are allowed; None: any."""
     time: str | None = None
@@ -52,13 +52,13 @@ class Jagged(NamedTuple):
         return np.diff(self.offsets)
 
     def slice(self, first: int, end: int) -> Jagged:
-        """Rows [first, end), in memory of their own: what Arrow decoded may be larger, and can go."""
+        """A copy of rows [first, end), so that the larger memory that Arrow decoded can be freed."""
         offsets = self.offsets[first : end + 1]
         return Jagged(self.values[offsets[0] : offsets[-1]].copy(), offsets - offsets[0])
 
     def take(self, rows: np.ndarray) -> Jagged:
         """The given rows, in the given order."""
-        import fbgemm_gpu  # noqa: F401  registers the operator; here, since what reads no lists needs no torch
+        import fbgemm_gpu  # noqa: F401  registers the operator; here, because readers without lists need no torch
         import torch
 
         lengths, values, _ = torch.ops.fbgemm.permute_1D_sparse_data(
@@ -68,7 +68,7 @@ class Jagged(NamedTuple):
 
 
 class _Writable:
-    """Arrow's memory is read-only, of which torch warns; here torch only reads it."""
+    """Memory of Arrow, which is read-only. Torch would warn of that, but it only reads here."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
@@ -77,7 +77,7 @@ class _Writable:
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """Of the same memory, only to be read."""
+    """A tensor over the same memory; do not write to it."""
     import torch
 
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
@@ -88,7 +88,7 @@ def take(column: np.ndarray | Jagged, rows: np.ndarray) -> np.ndarray | Jagged:
 
 
 def check_type(column: Column, schema: pa.Schema, where: str) -> None:
-    """Raises InputError where the column is missing, is there twice, or has a type that its role does not allow."""
+    """Raises InputError if the column is missing, occurs twice, or has a type that its role does not allow."""
     found = schema.get_all_field_indices(column.name)
     if len(found) != 1:
         names = ", ".join(schema.names)
@@ -104,7 +104,7 @@ def _fits(role: Role, kind: pa.DataType) -> bool:
     kind = _plain(kind)
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     value = _plain(kind.value_type) if is_list(kind) else None
-    # A writer that has met no value does not know their type: lists that are all empty, floats that are all missing.
+    # A writer without a value does not know the type: all lists are empty, or all floats are missing.
     ids = value is not None and (pa.types.is_integer(value) or pa.types.is_null(value))
     match role:
         case "id":
@@ -179,21 +179,21 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 MOST_IDS = 1 << 31
-IDS_A_ROW = 100
+IDS_PER_ROW = 100
 FEW_IDS = 1 << 24
 
 
 def is_dense(largest: int, total: int) -> bool:
     """Whether ids up to `largest` in `total` rows can be numbers from 0: below MOST_IDS, and above FEW_IDS not more
-    than IDS_A_ROW a row. Others are hashes, or keys of a database."""
-    return largest < min(MOST_IDS, max(FEW_IDS, IDS_A_ROW * total))
+    than IDS_PER_ROW per row. Others are hashes, or keys of a database."""
+    return largest < min(MOST_IDS, max(FEW_IDS, IDS_PER_ROW * total))
 
 
 def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[int], int] | None = None) -> None:
-    """Raises InputError, naming the first such row, where an id is negative or not below `limit`.
+    """Raises InputError, naming the first such row, if an id is negative or not below `limit`.
 
-    One pass over an int64 array that is right; `where` is file, row group and column. `row_of` tells the row of a
-    place in the array, where they differ.
+    One pass if the array is int64 and valid. `where` names file, row group and column. `row_of` gives the row of an
+    index of the array, if they differ.
     """
     if ids.size == 0:
         return
@@ -210,15 +210,14 @@ def check_ids(ids: np.ndarray, limit: int | None, where: str, row_of: Callable[[
 
 
 def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Jagged:
-    """Checks a column of one row group and returns it as numpy, without a copy where Arrow allows.
+    """Check a column of one row group and return it as numpy, without a copy if Arrow allows that.
 
-    Ids and categories come as int64, times as int64 or float64 (as `column.time` says; else timestamps in their own
-    unit), labels and floats as float32. A missing float is NaN. Lists come as Jagged; a missing list of categories is
-    an empty one.
+    Ids and categories are int64, times int64 or float64 (by `column.time`; else timestamps in their stored unit),
+    labels and floats float32. A missing float is NaN. Lists are Jagged; a missing list of categories is an empty one.
 
     Raises:
-        InputError: a null where there may be none, an id that is negative or too large, NaN in a label, a label or
-            float that is infinite as float32, a label that is not `within` its limits, a row without negatives.
+        InputError: a null that is not allowed, an id that is negative or too large, NaN in a label, a label or float
+            that is infinite as float32, a label that is not `within` its limits, a row without negatives.
     """
     where = f"{where}, column '{column.name}'"
     if pa.types.is_dictionary(data.type):
@@ -245,7 +244,7 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
         row = int(np.argmax(np.isinf(values)))
         raise InputError(
             f"{where}, row {row}: {given[row].as_py()}; expected a finite number of 32 bits (up to 3.4e38), or null "
-            "where it is missing"
+            "if it is missing"
         )
     if column.role == "label" and len(values) and np.isnan(values.max()):  # one NaN makes it NaN
         raise InputError(f"{where}, row {int(np.argmax(np.isnan(values)))}: NaN; expected a number")
@@ -300,7 +299,7 @@ def _times(column: Column, array: pa.Array, where: str) -> np.ndarray:
 
 
 def _cast(array: pa.Array, kind: pa.DataType, where: str) -> pa.Array:
-    """Raises InputError where a value does not fit: unsigned above 2 ** 63, say."""
+    """Raises InputError if a value does not fit: unsigned above 2 ** 63, say."""
     if array.type == kind:
         return array
     try:

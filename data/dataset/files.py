@@ -47,13 +47,13 @@ def request_timeout() -> float:
 
 
 def patience() -> float:
-    """Seconds, from its first failure on, that an operation is tried again (RECPRESS_STORAGE_PATIENCE, 120)."""
+    """Seconds after its first failure in which an operation is retried (RECPRESS_STORAGE_PATIENCE, 120)."""
     return _seconds("RECPRESS_STORAGE_PATIENCE", 120.0)
 
 
 def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     """Filesystem and the path in it, of a local path or a URI: of a scheme that pyarrow knows (`file://`, `s3://`,
-    `gs://`, `hdfs://`, `abfs://`), else of one that fsspec knows, where that is installed (`zip://a.parquet::/b.zip`).
+    `gs://`, `hdfs://`, `abfs://`), else of one that fsspec knows, if that is installed (`zip://a.parquet::/b.zip`).
     """
     text = str(path)
     if not text.strip():
@@ -66,7 +66,7 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     _refuse_secrets(text)
     if "::" in text or text.partition("://")[0] not in _OF_PYARROW:
         return _resolve_fsspec(text)
-    # A wildcard is no URI, so only what stands before it is parsed. `?` begins the options of a URI, never a
+    # A wildcard is not valid in a URI, so only the part before it is parsed. In a URI `?` begins the options, never a
     # wildcard.
     address, mark, options = text.partition("?")
     if address.startswith("s3://"):
@@ -80,7 +80,7 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether it is the URI of another filesystem than the local one."""
+    """Whether it is the URI of a filesystem other than the local one."""
     return "://" in str(path) and not str(path).startswith("file://")
 
 
@@ -94,13 +94,13 @@ def shown(filesystem: pafs.FileSystem, path: str) -> str:
 
 
 def retried(filesystem: pafs.FileSystem, where: str, call: Callable[[], T]) -> T:
-    """What `call` returns; on a remote filesystem a passing failure is tried again, with growing waits.
+    """The result of `call`; on a remote filesystem transient failures are retried, with growing waits.
 
-    Passing is what may be better next time: no connection, a timeout, a reset, 5xx, 429. Not: no such file, no
-    permission. Data that does not parse is read once more, since a transfer may have damaged it.
+    Transient: no connection, a timeout, a reset, 5xx, 429. Not transient: no such file, no permission. Data that does
+    not parse is read once more, because the transfer may have damaged it.
 
     Args:
-        where: what is read or written, for the warning that each failure logs.
+        where: the file, for the warning that each failure logs.
 
     Raises:
         OSError: the last failure, with the number of tries; other errors of `call` as they are.
@@ -121,29 +121,29 @@ def retried(filesystem: pafs.FileSystem, where: str, call: Callable[[], T]) -> T
             if left <= 0:
                 raise OSError(f"{first_line(error)} (tried {tries} times)") from error
             pause = min(random.uniform(0.5, 1.5) * wait, left)
-            logger.warning("%s: %s; again in %.1f s", where, first_line(error), pause)
+            logger.warning("%s: %s; retrying in %.1f s", where, first_line(error), pause)
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether trying again cannot help."""
+    """Whether a retry cannot help."""
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
     return isinstance(error, kinds) or _FINAL.search(str(error)) is not None
 
 
 def file_infos(filesystem: pafs.FileSystem, paths: Sequence[str]) -> list[pafs.FileInfo]:
-    """Info of each path. Raises InputError where the filesystem does not answer."""
+    """Info of each path. Raises InputError if the filesystem does not answer."""
     return _asked(filesystem, paths[0] if paths else "", lambda: filesystem.get_file_info(list(paths)))
 
 
 def file_type(filesystem: pafs.FileSystem, path: str) -> pafs.FileType:
-    """File, directory or nothing. Raises InputError where the filesystem does not answer."""
+    """File, directory or nothing. Raises InputError if the filesystem does not answer."""
     return file_infos(filesystem, [path])[0].type
 
 
 def exists(filesystem: pafs.FileSystem, path: str) -> bool:
-    """Whether a file or folder has this name. Raises InputError where the filesystem does not answer."""
+    """Whether a file or folder has this name. Raises InputError if the filesystem does not answer."""
     return file_type(filesystem, path) != pafs.FileType.NotFound
 
 
@@ -157,12 +157,12 @@ def is_pattern(filesystem: pafs.FileSystem, path: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is a writer's own (`_SUCCESS`, `_temporary`, `.part-0.crc`), which readers pass over."""
+    """Whether a name is a writer's own (`_SUCCESS`, `_temporary`, `.part-0.crc`), which readers skip."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
 def split_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
-    """The folder before the first part that is a wildcard and no name of something, and the rest."""
+    """The folder before the first part that is a wildcard and not the name of a file or folder, and the rest."""
     base, rest = split_wild(pattern)
     while "/" in rest:
         part, _, after = rest.partition("/")
@@ -175,9 +175,10 @@ def split_glob(filesystem: pafs.FileSystem, pattern: str) -> tuple[str, str]:
 
 
 def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
-    """Paths of the files that match, sorted: the one of this name, else those of the glob.
+    """Paths of the files that match, sorted: the file of this name, else those of the glob.
 
-    `*` and `?` stay within a folder, and match no hidden names (`is_hidden`) unless these are written out.
+    `*` and `?` stay within a folder, and match hidden names (`is_hidden`) only if the pattern spells out their first
+    character.
     """
     if file_type(filesystem, pattern) == pafs.FileType.File:
         return [pattern]
@@ -204,20 +205,20 @@ def expand(filesystem: pafs.FileSystem, pattern: str) -> list[str]:
 
 
 def list_folder(filesystem: pafs.FileSystem, path: str) -> dict[str, pafs.FileInfo]:
-    """Name -> info of what lies in a folder, sorted by name; empty where the folder is absent."""
+    """Name -> info of the entries of a folder, sorted by name; empty if the folder is absent."""
     infos = _selected(filesystem, path, False)
     return {info.base_name: info for info in sorted(infos, key=lambda info: info.path)}
 
 
 def list_files(filesystem: pafs.FileSystem, path: str) -> dict[str, int]:
-    """Name below the folder -> size in bytes, of all files at any depth; empty where the folder is absent."""
+    """Name below the folder -> size in bytes, of all files at any depth; empty if the folder is absent."""
     infos = _selected(filesystem, path, True)
     names = {info.path[len(path) :].lstrip("/"): info.size for info in infos if info.type == pafs.FileType.File}
     return dict(sorted(names.items()))
 
 
 def walk(filesystem: pafs.FileSystem, path: str) -> list[str]:
-    """Paths of all files below a folder that are not hidden and lie in no hidden folder, sorted."""
+    """Paths of all files below a folder that are not hidden and not in a hidden folder, sorted."""
     infos = _selected(filesystem, path, True)
     return sorted(
         info.path
@@ -249,8 +250,8 @@ def _asked(filesystem: pafs.FileSystem, path: str, call: Callable[[], T]) -> T:
 
 
 def _refuse_secrets(text: str) -> None:
-    """Addresses are printed, and stand in manifests."""
-    expected = "expected them where the filesystem looks, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    """Addresses are logged, and stored in manifests."""
+    expected = "expected them where the filesystem reads them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if secret := re.search(r"([\w+.-]+://)[^/@]*:[^/@]*@([^?]*)", text):
         raise InputError(
             f"{text[: secret.start()]}{secret[1]}…@{secret[2]}: credentials in an address would reach logs and "
@@ -273,10 +274,10 @@ def _resolve_fsspec(address: str) -> tuple[pafs.FileSystem, str]:
         ) from None
     fixed, rest = split_wild(address) if "::" not in address else (address, "")
     try:
-        # No listing is kept: files come to a log, and an artifact is looked for after it was written.
+        # No cache of listings: logs get new files, and artifacts are listed after they were written.
         filesystem, base = fsspec.core.url_to_fs(fixed, use_listings_cache=False)
         made = pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
-    except ImportError as error:  # the scheme is known, its package is missing; fsspec says which
+    except ImportError as error:  # fsspec knows the scheme, and names the package that is missing
         raise InputError(f"{address}: {first_line(error)}") from error
     except (ValueError, OSError) as error:
         raise InputError(f"{address}: cannot be opened: {first_line(error)}") from error
@@ -311,7 +312,7 @@ def _resolve_s3(address: str, options: str) -> tuple[pafs.FileSystem, str]:
 
 @functools.cache
 def _region_of(bucket: str) -> str:
-    """The region that AWS says a bucket lies in, or the one that the environment names where it cannot be asked."""
+    """The region of a bucket from AWS, or that of the environment if AWS does not respond."""
     try:
         return str(pafs.resolve_s3_region(bucket))
     except OSError:

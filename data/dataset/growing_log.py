@@ -1,9 +1,9 @@
-"""A log that grows: new files of a folder or a glob, taken once they are complete.
+"""A log that grows: new files of a folder or a glob, read once they are complete.
 
 A file is complete when its Parquet footer can be read, which a writer writes last. Files whose names begin with a dot
-or an underscore are temporary files of a writer. What was taken is known by name, size and fingerprint, in *rounds*:
-the files known at the start are round 0, and each look that finds new ones makes the next. A file's ordinal, of which
-the sample of its rows is a function, counts from round to round.
+or an underscore are temporary files of a writer. Files that were read are known by name, size and fingerprint, in
+*rounds*: the files known at the start are round 0, and each later listing that finds new ones is another round.
+Ordinals of files, of which the samples of their rows are functions, continue from round to round.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from recpress.data.errors import InputError
 logger = logging.getLogger(__name__)
 
 Taken = dict[str, Any]
-"""`name`, `size` and `fingerprint` of a file, as a checkpoint keeps them."""
+"""`name`, `size` and `fingerprint` of a file, as a checkpoint stores them."""
 
 
 @dataclass
 class GrowingLog:
-    """Where the train files of a log appear. Lists them; nothing is read but footers and fingerprints.
+    """The folder or glob of the train files of a log. Lists them; reads only footers and fingerprints.
 
     Raises:
-        InputError: what lies there cannot grow: one file, or a log whose manifest lists its files.
+        InputError: the path cannot grow: it is one file, or a log whose manifest lists its files.
     """
 
     path: str
     _unfinished: dict[str, int] = field(default_factory=dict, repr=False)
-    """Name -> size, of files that had no footer at the last look; -1 where that was said."""
+    """Name -> size, of files that had no footer in the last listing; -1 once a warning named them."""
 
     def __post_init__(self) -> None:
         self._filesystem, self._inner = resolve(self.path)
@@ -65,9 +65,9 @@ class GrowingLog:
             )
 
     def new_files(self, taken: Container[str] = ()) -> list[Taken]:
-        """Whole files whose names are not in `taken`, by name.
+        """Complete files whose names are not in `taken`, by name.
 
-        Raises InputError where the filesystem does not answer.
+        Raises InputError if the filesystem does not answer.
         """
         found = []
         for name in self._list():
@@ -77,7 +77,7 @@ class GrowingLog:
                 file = open_file(self._filesystem, name)
                 fingerprint = artifact.fingerprint(name, self._filesystem)
             except (InputError, OSError, pa.ArrowException) as error:
-                self._not_whole(name, error)
+                self._warn_if_incomplete(name, error)
                 continue
             self._unfinished.pop(name, None)
             found.append({"name": name, "size": file.size, "fingerprint": fingerprint})
@@ -88,13 +88,13 @@ class GrowingLog:
             return expand(self._filesystem, self._inner)
         return files_of(self._filesystem, list_folder(self._filesystem, self._inner), "train")
 
-    def _not_whole(self, name: str, error: Exception) -> None:
-        """Says, once, that a file did not change between two listings and is still incomplete."""
+    def _warn_if_incomplete(self, name: str, error: Exception) -> None:
+        """Warn, once, of a file that did not change between two listings and is still incomplete."""
         size = self._filesystem.get_file_info(name).size or 0
         before = self._unfinished.get(name)
         if before == size:
             logger.warning(
-                "%s: not taken, not a whole Parquet file (yet): %s", shown(self._filesystem, name), first_line(error)
+                "%s: skipped for now, incomplete Parquet file: %s", shown(self._filesystem, name), first_line(error)
             )
         self._unfinished[name] = -1 if before in (size, -1) else size
 
@@ -102,14 +102,14 @@ class GrowingLog:
 def open_round(
     base: ParquetSplit, before: Sequence[Taken], files: Sequence[Taken], *, any_id: Collection[str] = ()
 ) -> ParquetSplit:
-    """The rows of the files of one round, as those of `base`, the rows of round 0.
+    """The rows of the files of one round, read like those of `base`, the rows of round 0.
 
     Args:
-        before: files of all rounds before it: they are not opened, and may be gone.
+        before: files of all earlier rounds. They are not opened, and need not exist any more.
         any_id: columns whose ids may be larger than those of round 0.
 
     Raises:
-        InputError: a file that is gone, changed, or does not fit the log: a column that is missing, or of another type.
+        InputError: a file is missing, has changed, or does not fit the log: a column is missing, or of another type.
     """
     opened = []
     names = [file["name"] for file in files]
@@ -120,8 +120,8 @@ def open_round(
         found = artifact.fingerprint(file["name"], base.filesystem)
         if found != file["fingerprint"]:
             raise InputError(
-                f"{where}: has changed since it was taken (fingerprint {found}, was {file['fingerprint']}); expected a "
-                "log to which files are only added"
+                f"{where}: has changed since it was listed (fingerprint {found}, was {file['fingerprint']}); expected "
+                "a log to which files are only added"
             )
     schemas = [(shown(base.filesystem, file.path), file.schema) for file in opened]
     known = [replace(column, limit=None) if column.name in any_id else column for column in base.columns.values()]
@@ -136,13 +136,13 @@ def open_round(
 
 
 def refuse_new_ids(rows: ParquetSplit, advice: Mapping[str, str]) -> None:
-    """Look in the footers for ids that are not below the limit of their column, before any row is trained on.
+    """Search the footers for ids that are not below the limit of their column, before any row is trained on.
 
     Args:
         advice: column -> what to do about it, which ends the message.
 
     Raises:
-        InputError: there is one; its file, row group, row and id, and the advice.
+        InputError: an id is too large. The message has its file, row group, row and value, and the advice.
     """
     for name, what in advice.items():
         column = rows.columns[name]

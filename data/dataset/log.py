@@ -1,4 +1,4 @@
-"""A log of interactions: a folder of Parquet files with dense ids, written by us or by anyone.
+"""A log of interactions: a folder of Parquet files with dense ids, written by recpress or by other programs.
 
 By convention a folder holds `train.parquet`, `train-*.parquet` or `train/*.parquet`, and may hold, named
 likewise, `val`, `test` (pairs that were held out) and `test_negatives` (columns `user_id`, `pos_item_id` and
@@ -72,7 +72,7 @@ class Log:
     test: ParquetSplit | None
     test_negatives: ParquetSplit | None
     manifest: dict[str, Any] | None
-    """Of a log that was written by us."""
+    """Of a log that recpress wrote."""
     filesystem: pafs.FileSystem
     root: str | None
     """Folder of the log in `filesystem`; None for a single file or a glob."""
@@ -100,7 +100,7 @@ class Log:
         return counts
 
     def vocabulary(self, side: Side) -> pa.Table | None:
-        """Columns `raw` and `count`, row k is dense id k; None where the log came with dense ids."""
+        """Columns `raw` and `count`, row k is dense id k; None if the log has no raw ids."""
         return self._vocabulary(side, None)
 
     def _vocabulary(self, side: Side, columns: list[str] | None) -> pa.Table | None:
@@ -109,13 +109,13 @@ class Log:
         return self._side_table(f"vocabulary/{side}.parquet", side, columns)
 
     def vocabulary_fingerprint(self, side: Side) -> str:
-        """Equal where dense ids mean the same: of the raw ids in order, else of the number of ids alone."""
+        """Equal if dense ids mean the same: of the raw ids in order, else of the number of ids alone."""
         if self.manifest is not None and side in (known := self.manifest.get("vocabularies", {})):
             return str(known[side]["fingerprint"])
         return hashlib.sha256(f"{side}: {self.num_ids(side)} dense ids".encode()).hexdigest()[:32]
 
     def features(self, side: Side) -> pa.Table | None:
-        """Side table of the users or the items, row k is dense id k; None where there is none."""
+        """Side table of the users or the items, row k is dense id k; None if there is none."""
         if self.root is None:
             return None
         name = f"{side}s.parquet"
@@ -131,11 +131,12 @@ class Log:
 
     @property
     def is_part(self) -> bool:
-        """Whether train lacks rows of the log that it was drawn from: users have seen items that it does not show."""
+        """Whether train lacks rows of the log that it was drawn from, so that users have seen more items than it
+        has."""
         return self.sample_of is not None and self.sample_of["sample"]["rate"] < 1
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Name, size, rows and fingerprint of each file of train, for manifests of what is made of it."""
+        """Name, size, rows and fingerprint of each file of train, for manifests of artifacts that are made from it."""
         return self.train.describe_files()
 
     def _side_table(self, name: str, side: Side, columns: list[str] | None = None) -> pa.Table:
@@ -158,21 +159,20 @@ def open_log(
     """Opens a log: a folder, a Parquet file or a glob, local or as a URI of a filesystem that pyarrow knows.
 
     Args:
-        schema: which columns mean what; by default what the log's manifest says, else `Schema()`.
+        schema: which columns mean what; by default that of the manifest, else `Schema()`.
         pairs: refuse a log that has no user or no item column (an empty name in its schema).
         skip_bad: skip incomplete files of train, instead of refusing the log. They keep their ordinals, so
-            that the sample of the others stays what it is.
-        bad: files of train to skip in any case, as another rank's `Log.bad_files` says.
-        only: the files of train, of a log that grows, instead of those that are there.
+            that the sample of the other files does not change.
+        bad: files of train to skip in any case: `Log.bad_files` of another rank.
+        only: the files of train to read, for a log that grows; by default all.
 
     Raises:
-        InputError: nothing there, no rows, a file that is truncated or no Parquet, a column that is missing
-            or of a wrong type, a null or negative id where the statistics show one, a file that is not the
-            manifest's.
+        InputError: the path does not exist, or has no rows; a file is incomplete, not Parquet, or not the one of the
+            manifest; a column is missing or of a wrong type; the statistics show a null or a negative id.
     """
     filesystem, inner = resolve(path)
     root, manifest = None, None
-    left_out = dict(bad or {})
+    skipped = dict(bad or {})
     folders: dict[str, str | None] = {}
     kind = file_type(filesystem, inner)
     if kind == pafs.FileType.File or (kind == pafs.FileType.NotFound and is_glob(inner)):
@@ -189,9 +189,11 @@ def open_log(
         if artifact.MANIFEST in found:
             manifest = artifact.read_manifest(path, KIND)
             folders = {}  # all columns are in the files
-            _check_files(filesystem, inner, manifest, parts["train"] if skip_bad else (), left_out)
+            _check_files(filesystem, inner, manifest, parts["train"] if skip_bad else (), skipped)
         elif artifact.UNFINISHED in found:
-            raise InputError(f"{path}: a write of this log did not end, or has not yet; expected a {artifact.MANIFEST}")
+            raise InputError(
+                f"{path}: incomplete: a run is writing this log, or failed to; expected a {artifact.MANIFEST}"
+            )
         elif not parts["train"] and not any(parts.values()):
             parts["train"] = _dataset_files(filesystem, found)
             folders["train"] = partition_root(inner)
@@ -211,11 +213,11 @@ def open_log(
         schema = schema_from_manifest(manifest) if manifest else Schema()
     if pairs and not (schema.user and schema.item):
         raise InputError(
-            f"{path}: the log has no {'item' if schema.user else 'user'} column, which is needed here "
+            f"{path}: the log has no {'item' if schema.user else 'user'} column, which this command needs "
             "(open_log(..., pairs=False) reads a log of features alone)"
         )
     opened = {
-        part: _open_part(filesystem, part, files, schema, skip_bad, left_out, folders.get(part))
+        part: _open_part(filesystem, part, files, schema, skip_bad, skipped, folders.get(part))
         for part, files in parts.items()
         if files
     }
@@ -243,7 +245,7 @@ def open_log(
         manifest=manifest,
         filesystem=filesystem,
         root=root,
-        bad_files=left_out,
+        bad_files=skipped,
     )
 
 
@@ -254,23 +256,23 @@ def schema_from_manifest(manifest: dict[str, Any]) -> Schema:
 
 
 def files_of(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
-    """Paths of the files of a part, by what was found in the log's folder; without hidden ones (`.x`, `_x`)."""
+    """Paths of the files of a part, by the entries of the log's folder; without hidden ones (`.x`, `_x`)."""
     return sorted(path for form in _forms(filesystem, found, part).values() for path in form)
 
 
 def _one_form(filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], part: str) -> list[str]:
-    """As `files_of`. Raises InputError where there is more than one of `part.parquet`, `part-*.parquet` and `part/`."""
+    """As `files_of`. Raises InputError if there is more than one of `part.parquet`, `part-*.parquet` and `part/`."""
     forms = _forms(filesystem, found, part)
     if len(forms) > 1:
         named = " and ".join(form if form in found else files[0].rpartition("/")[2] for form, files in forms.items())
         raise InputError(
-            f"{shown(filesystem, root)}: both {named} hold {part}; expected one of them (move the other away)"
+            f"{shown(filesystem, root)}: both {named} are {part}; expected only one (move or remove the other)"
         )
     return sorted(path for form in forms.values() for path in form)
 
 
 def _forms(filesystem: pafs.FileSystem, found: dict[str, pafs.FileInfo], part: str) -> dict[str, list[str]]:
-    """Files of a part by the form that they have: one file, numbered files or a folder."""
+    """Files of a part by form: one file, numbered files or a folder."""
     forms: dict[str, list[str]] = {}
     for name, info in found.items():
         if info.type == pafs.FileType.File and name.endswith(".parquet"):
@@ -292,7 +294,7 @@ def _is_parquet(path: str) -> bool:
 
 
 def _folder_of(files: Sequence[str], root: str) -> str | None:
-    """Where the values of columns that folders name begin, of the files of a part; None without any folders."""
+    """The folder below which folder names hold values of columns, for the files of a part; None without folders."""
     below = {path[len(root) :].lstrip("/").partition("/") for path in files}
     return f"{root}/{next(iter(below))[0]}" if any(mark for _, mark, _ in below) else None
 
@@ -315,7 +317,7 @@ def _some(names: list[str]) -> str:
 def _warn_of_unread(
     filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], parts: dict[str, list[str]]
 ) -> None:
-    """Names that look like rows of the log, and are none."""
+    """Warn of files that may be rows of the log but are not read."""
     read = {path for files in parts.values() for path in files}
     known = [f"{side}s.parquet" for side in SIDES]
     unread = [
@@ -341,7 +343,7 @@ def _warn_of_unread(
 def _warn_of_folders(
     filesystem: pafs.FileSystem, root: str, found: dict[str, pafs.FileInfo], files: Sequence[str]
 ) -> None:
-    """Names the folders beside those of Spark or Hive, of which nothing is read."""
+    """Warn of folders that are not read, in a folder of Spark or Hive."""
     folders = [
         name
         for name, info in found.items()
@@ -359,7 +361,7 @@ def _warn_of_folders(
 def _check_files(
     filesystem: pafs.FileSystem, root: str, manifest: dict[str, Any], may_fail: Sequence[str], bad: dict[str, str]
 ) -> None:
-    """Raises InputError where a file is not the manifest's; one of `may_fail` that has another size becomes bad."""
+    """Raises InputError if a file differs from the manifest; one of `may_fail` with another size becomes bad."""
     named = [file["name"] for file in manifest["files"]]
     named += [entry["vocabulary"] for entry in manifest.get("features", {}).values() if entry.get("vocabulary")]
     for name in named:
@@ -395,7 +397,9 @@ def _open_part(
     rest += [Column(name, "float") for name in schema.floats]
     if part == "train":
         return open_split(filesystem, files, ids + rest, skip=skip, bad=bad, folders=folders)
-    return open_split(filesystem, files, ids, rest, folders=folders)  # held-out rows may lack what only training needs
+    return open_split(
+        filesystem, files, ids, rest, folders=folders
+    )  # held-out rows may lack columns that only training needs
 
 
 def _same_times(opened: dict[str, ParquetSplit], schema: Schema) -> dict[str, ParquetSplit]:
@@ -428,7 +432,7 @@ def _sizes(opened: dict[str, ParquetSplit], schema: Schema, manifest: dict[str, 
 
 
 def _num_dense(rows: ParquetSplit, column: str, total: int) -> int:
-    """The largest id + 1. Raises InputError where so large an id cannot be dense: hashes, or keys of a database."""
+    """The largest id + 1. Raises InputError if an id is too large to be dense: a hash, or a key of a database."""
     largest, group = largest_id(rows, column)
     if group is not None and not is_dense(largest, total):
         raise InputError(
@@ -439,6 +443,6 @@ def _num_dense(rows: ParquetSplit, column: str, total: int) -> int:
 
 
 def _limited(rows: ParquetSplit, limits: dict[str, int], schema: Schema) -> ParquetSplit:
-    """The same rows with the column of users, and with the number of ids of each column where it is known."""
+    """The same rows with the column of users, and with the number of ids of each column if it is known."""
     columns = {name: replace(column, limit=limits.get(name)) for name, column in rows.columns.items()}
     return replace(rows, columns=columns, user=schema.user or None)

@@ -43,11 +43,11 @@ PIECE = 32 << 20
 """Bytes that one read fetches, and one write sends."""
 THREADS = 8
 AHEAD = 4
-"""Pieces of an upload that are on their way; pyarrow would take all of a file into memory where a store is slow."""
+"""Pieces of an upload in flight; without a limit, pyarrow holds the complete file in memory if the store is slow."""
 
 
 def join(address: str | Path, name: str) -> str:
-    """The address of a file in a folder; options of a URI, and what a chain of filesystems lies in (`zip://f::/a.zip`),
+    """The address of a file in a folder; options of a URI, and the outer filesystem of a chain (`zip://f::/a.zip`),
     stay at its end."""
     mark = "::" if "::" in str(address) else "?"
     base, mark, options = str(address).partition(mark) if is_remote(address) else (str(address), "", "")
@@ -61,7 +61,7 @@ def beside(address: str | Path, suffix: str) -> str:
 
 
 def read_bytes(address: str | Path) -> bytes:
-    """All of a file. Raises FileNotFoundError where there is none, InputError where it cannot be read."""
+    """All of a file. Raises FileNotFoundError if there is none, InputError if it cannot be read."""
 
     def read(filesystem: pafs.FileSystem, path: str) -> bytes:
         with filesystem.open_input_file(path) as file:
@@ -93,7 +93,7 @@ def write_bytes(address: str | Path, data: bytes) -> None:
 
 
 def upload_file(local: str | Path, address: str) -> None:
-    """Copies a local file. The store shows the object when all of it has arrived, and its size is checked then."""
+    """Copy a local file. The object appears when all of it has arrived; then its size is checked."""
     size = os.path.getsize(local)
 
     def upload(filesystem: pafs.FileSystem, path: str) -> None:
@@ -140,13 +140,13 @@ def fetch_file(address: str, local: str | Path) -> None:
 
 
 def list_files(address: str | Path) -> dict[str, int]:
-    """Name below a folder -> size in bytes, of all files at any depth; empty where the folder is absent."""
+    """Name below a folder -> size in bytes, of all files at any depth; empty if the folder is absent."""
     filesystem, path = resolve(address)
     return files.list_files(filesystem, path)
 
 
 def remove(address: str | Path) -> None:
-    """Removes a file; one that is not there is no error."""
+    """Remove a file, if it exists."""
 
     def delete(filesystem: pafs.FileSystem, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -156,21 +156,21 @@ def remove(address: str | Path) -> None:
 
 
 def remove_folder(address: str | Path, *, keep: Sequence[str] = ()) -> None:
-    """Removes all files below a folder but those named in `keep`."""
+    """Remove all files below a folder except those named in `keep`."""
     names = [name for name in list_files(address) if name not in keep]
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda name: remove(join(address, name)), names))
 
 
 def cache_folder() -> Path:
-    """Where local copies lie: RECPRESS_CACHE, else `recpress` in the user's cache folder."""
+    """The folder of local copies: RECPRESS_CACHE, else `recpress` in the user's cache folder."""
     if named := os.environ.get("RECPRESS_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recpress"
 
 
 def cached_file(address: str) -> Path:
-    """A local file as it is; of a remote one a local copy, made anew when size or time of the file changes."""
+    """The path of a local file; of a remote one a local copy, renewed if the size or time of the file changes."""
     if not is_remote(address):
         return Path(resolve(address)[1])
     info = _info(address)
@@ -189,7 +189,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / ".lock", "a")  # noqa: SIM115
     except OSError as error:
-        raise InputError(f"{folder}: cannot hold local copies: {error}; RECPRESS_CACHE names another folder") from error
+        raise InputError(
+            f"{folder}: cannot store local copies: {error}; set RECPRESS_CACHE to another folder"
+        ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

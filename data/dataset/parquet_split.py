@@ -27,7 +27,7 @@ class SplitFile:
     path: str
     size: int
     metadata: pq.FileMetaData
-    """None of a file whose row groups are not among those to read: it could not be opened, or they were read before."""
+    """None if no row group of the file is to be read: it could not be opened, or was read before."""
     constants: Constants = field(default_factory=dict, compare=False)
     """Columns that the names of its folders give it, none of which is in the file."""
 
@@ -60,22 +60,22 @@ class ParquetSplit:
     groups: tuple[RowGroup, ...]
     columns: dict[str, Column]
     user: str | None = None
-    """The column of users, where there is one."""
+    """The column of users, if there is one."""
     folders: str | None = None
     """Names of folders below this one may hold values of columns."""
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """Path -> fingerprint, of the files whose were taken already; shared by all copies of these rows."""
+    """Path -> fingerprint, if it is known already; shared by all copies of these rows."""
 
     @property
     def num_rows(self) -> int:
         return sum(group.num_rows for group in self.groups)
 
     def with_labels_in(self, column: str, low: float, high: float) -> ParquetSplit:
-        """The same rows, of which reading refuses labels outside [low, high]."""
+        """The same rows; reading them raises InputError for a label outside [low, high]."""
         return replace(self, columns=self.columns | {column: replace(self.columns[column], within=(low, high))})
 
     def where(self, group: RowGroup) -> str:
-        """The place of a row group, as errors name it."""
+        """A row group, as errors name it."""
         return f"{self.where_file(group.file)}, row group {group.group}"
 
     def where_file(self, ordinal: int) -> str:
@@ -83,9 +83,9 @@ class ParquetSplit:
         return shown(self.filesystem, self.files[ordinal].path)
 
     def read_table(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
-        """The given columns of one row group as they are, by the calling thread alone.
+        """The given columns of one row group as they are stored, read by the calling thread alone.
 
-        Raises InputError where the file is damaged.
+        Raises InputError if the file is damaged.
         """
         file = self.files[group.file]
         stored = [name for name in columns if name not in file.constants]
@@ -131,7 +131,7 @@ class ParquetSplit:
     def describe_files(self) -> list[dict[str, str | int]]:
         """Name, size, rows and fingerprint of each file, for manifests; of a skipped file, that it was skipped.
 
-        Takes the fingerprints in parallel, once. Raises InputError where a file cannot be read.
+        Takes the fingerprints in parallel, once. Raises InputError if a file cannot be read.
         """
         self.take_fingerprints()
         return [
@@ -163,8 +163,8 @@ class ParquetSplit:
 def iter_row_groups(
     rows: ParquetSplit, columns: Sequence[str], places: Sequence[int] | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray | Jagged]]]:
-    """(place in `rows.groups`, its columns) of these row groups, by default of all. One row group is read ahead by a
-    thread; one that cannot be read and may be skipped, is.
+    """(place in `rows.groups`, its columns) of these row groups, by default of all. A thread reads one row group
+    ahead. A row group that cannot be read is skipped, if it may be.
 
     Raises:
         InputError: see `ParquetSplit.read`.
@@ -194,14 +194,14 @@ def open_split(
 
     Args:
         required: columns that every file must have.
-        optional: columns that may be read where a file has them; then every file must.
+        optional: columns to read if the files have them: all files or none.
         skip: a file whose footer cannot be read has no row groups, instead of being an error.
         bad: path -> what is wrong, of files to skip in any case; with `skip`, the bad files that are found are added.
         folders: names of folders below this one may hold values of columns (`recpress.data.dataset.partitions`).
 
     Raises:
-        InputError: no file, a file that is truncated or no Parquet, a column that is missing, of a wrong type, or of
-            different types in the files (`schema.unify`).
+        InputError: no file; a file is incomplete or not Parquet; a column is missing, of a wrong type, or of different
+            types in the files (`schema.unify`).
     """
     if not paths:
         raise InputError("no Parquet file")
@@ -222,7 +222,7 @@ def open_split(
         files = tuple(pool.map(open_one, sorted(paths)))
     schemas = [(shown(filesystem, file.path), file.schema) for file in files if file.metadata]
     if not schemas:
-        others = "" if len(files) == 1 else f"; nor can any other of the {len(files)} files be used"
+        others = "" if len(files) == 1 else f"; none of the other {len(files) - 1} files can be used either"
         raise InputError(f"{bad[files[0].path]}{others}")
     there = {name for _, schema in schemas for name in schema.names}
     columns = unify([*required, *(column for column in optional if column.name in there)], schemas)
@@ -245,7 +245,7 @@ def groups_of(files: Sequence[SplitFile], first: int = 0) -> tuple[RowGroup, ...
 def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = None) -> SplitFile:
     """Reads the footer; `given` are values that the names of folders hold, for columns that the file lacks.
 
-    Raises InputError where it cannot be read.
+    Raises InputError if it cannot be read.
     """
 
     def read() -> SplitFile:
@@ -261,13 +261,13 @@ def open_file(filesystem: pafs.FileSystem, path: str, given: Constants | None = 
         if "encrypt" in str(error).lower():
             raise InputError(f"{where}: encrypted; expected a Parquet file without encryption") from error
         remote = isinstance(error, OSError) and not isinstance(filesystem, pafs.LocalFileSystem)
-        problem = "cannot be read" if remote else "not a whole Parquet file"
+        problem = "cannot be read" if remote else "incomplete or not a Parquet file"
         hint = "" if remote or path.endswith((".parquet", ".parq", ".pq")) else INGEST_HINT
         raise InputError(f"{where}: {problem}: {first_line(error)}{hint}") from error
 
 
 def read_whole(filesystem: pafs.FileSystem, path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of one Parquet file, of all columns or of those. Raises InputError where it cannot be read."""
+    """All rows of one Parquet file, of all columns or of those. Raises InputError if it cannot be read."""
     where = shown(filesystem, path)
 
     def read() -> pa.Table:
@@ -284,7 +284,7 @@ def read_whole(filesystem: pafs.FileSystem, path: str, columns: Sequence[str] | 
 def num_ids(rows: ParquetSplit, column: str) -> int:
     """The largest id of a column + 1, from the footers' statistics; row groups without any are read.
 
-    Raises InputError where the column holds a null or a negative id, naming the row.
+    Raises InputError if the column holds a null or a negative id, naming the row.
     """
     return largest_id(rows, column)[0] + 1
 
@@ -305,7 +305,7 @@ def largest_id(rows: ParquetSplit, column: str) -> tuple[int, RowGroup | None]:
             if stats.max > largest:
                 largest, where = int(stats.max), group
             continue
-        values = rows.read(group, [column])[column]  # a bad id is found and named here
+        values = rows.read(group, [column])[column]  # raises, and names the row, if an id is bad
         flat = values.values if isinstance(values, Jagged) else values
         if len(flat) and int(flat.max()) > largest:
             largest, where = int(flat.max()), group

@@ -16,12 +16,12 @@ Constants = dict[str, pa.Scalar]
 
 _NONE = "__HIVE_DEFAULT_PARTITION__"
 _FOLDER = re.compile(r"([^=]+)=(.*)")
-_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")  # what a writer makes of a number: `07` stays the string that it is
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")  # as writers write numbers: `07` is a string
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def is_partition(name: str) -> bool:
-    """Whether a folder of this name holds a value of a column."""
+    """Whether the name of a folder holds the value of a column."""
     return _FOLDER.fullmatch(name) is not None
 
 
@@ -33,10 +33,10 @@ def partition_root(path: str) -> str:
 
 
 def constants(paths: Sequence[str], root: str) -> dict[str, Constants]:
-    """Path -> values that the folders below `root` give it: int64 or days where a column has no others, else strings.
+    """Path -> values that the folders below `root` give it: int64 or days if all values of a column are, else strings.
 
     Raises:
-        InputError: the files have not all the same columns in their folders.
+        InputError: files have different columns in the names of their folders.
     """
     found = {path: _values(path, root) for path in paths}
     first = next(iter(found), "")
@@ -44,8 +44,8 @@ def constants(paths: Sequence[str], root: str) -> dict[str, Constants]:
         if values.keys() != found[first].keys():
             named = [" and ".join(f"'{name}'" for name in found[file]) or "none" for file in (path, first)]
             raise InputError(
-                f"{path}: columns by the names of its folders: {named[0]}, but {named[1]} in {first}; "
-                "expected the same of all"
+                f"{path}: columns in the names of its folders: {named[0]}, but {named[1]} in {first}; "
+                "expected the same columns for all files"
             )
     types = {name: _type([values[name] for values in found.values()]) for name in found.get(first, {})}
     return {

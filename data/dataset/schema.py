@@ -1,9 +1,10 @@
 """One schema for the files of a log: each column gets one type, whatever each file stores.
 
-Width and sign of integers, precision of floats, dictionaries, kinds of lists, nullability, the order of columns and
-columns that the schema does not name may differ from file to file: what is read is the same. What has no common meaning
-is an error: a column that a file lacks, strings for integers, lists beside single categories, and times of which it
-cannot be known that they are in one unit.
+Files may differ in width and sign of integers, precision of floats, dictionaries, kinds of lists, nullability, the
+order
+of columns, and columns that the schema does not name: the values that are read are the same. Differences without a
+common meaning are errors: a missing column, strings and integers, lists and single categories, and times that may have
+different units.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _UNITS = ("s", "ms", "us", "ns")  # from coarse to fine
 
 
 def unify(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -> list[Column]:
-    """The columns with what is common to all files; `Column.time` says what times are read as.
+    """The columns with the properties common to all files; `Column.time` is what times are read as.
 
     Args:
-        columns: with `time` already set, files must fit what it says (those of a log that were opened before).
+        columns: if `time` is already set (by files of the log that were opened before), files must fit it.
         schemas: path and schema of each file.
 
     Raises:
-        InputError: a column that is missing, of a wrong type, or that cannot be read as in the other files.
+        InputError: a column is missing, of a wrong type, or cannot be read like that of the other files.
     """
     found = []
     for column in columns:
@@ -36,7 +37,7 @@ def unify(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -
             if having is not None and column.name not in schema.names:
                 raise InputError(
                     f"{path}: no column '{column.name}', which {having} has; expected it in all files of the log "
-                    "(leave it out of the schema, or write the files anew with it)"
+                    "(remove it from the schema, or rewrite the files with it)"
                 )
             check_type(column, schema, path)
         kinds = [(path, schema.field(column.name).type) for path, schema in schemas]
@@ -49,7 +50,7 @@ def unify(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -
 
 
 def stored_as(columns: Sequence[Column], schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """Types that hold the columns of all files, to write them as one: as they are where the files do not differ."""
+    """Types that hold the columns of all files, to write them to one file; unchanged if the files do not differ."""
     fields = []
     for column in columns:
         kinds = [schema.field(column.name).type for schema in schemas]
@@ -71,9 +72,9 @@ def _common(column: Column, kind: pa.DataType) -> pa.DataType:
 
 
 def common_time(name: str, times: Sequence[tuple[str, str]]) -> str:
-    """What times of these kinds (path, `Column.time`) are all read as: their finest unit, which loses nothing.
+    """What times of these kinds (path, `Column.time`) are all read as: their finest unit, without loss.
 
-    Raises InputError where a unit is not known: numbers beside timestamps, or local times beside UTC.
+    Raises InputError if units may differ: numbers and timestamps, or local times and UTC.
     """
     first, kind = times[0]
     for path, other in times[1:]:
@@ -84,7 +85,7 @@ def common_time(name: str, times: Sequence[tuple[str, str]]) -> str:
             if zone != other_zone or not unit:
                 raise InputError(
                     f"{path}, column '{name}': {_said(other)}, but {_said(kind)} in {first}; expected one kind in all "
-                    "files, or times would be mixed whose units differ"
+                    "files, because their units may differ"
                 )
             kind = f"{zone} {max(unit, other_unit, key=_UNITS.index)}"
     return kind
@@ -95,10 +96,10 @@ def _times(column: Column, kinds: Sequence[tuple[str, pa.DataType]]) -> str:
     if column.time is None:
         return common_time(column.name, named)
     for path, time in named:
-        if common_time(column.name, [("the files before it", column.time), (path, time)]) != column.time:
+        if common_time(column.name, [("earlier files", column.time), (path, time)]) != column.time:
             raise InputError(
-                f"{path}, column '{column.name}': {_said(time)}, but {_said(column.time)} in the files before it, "
-                "which cannot hold it; expected a unit that is not finer"
+                f"{path}, column '{column.name}': {_said(time)}, but {_said(column.time)} in earlier files, "
+                "which cannot store it; expected a unit that is not finer"
             )
     return column.time
 

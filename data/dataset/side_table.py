@@ -23,7 +23,7 @@ class JaggedColumn:
 
 @dataclass
 class SideTable:
-    """Features of all users, or of all items; row k is dense id k. Each rank holds it whole."""
+    """Features of all users, or of all items; row k is dense id k. Each rank has all of it in memory."""
 
     rows: int
     categorical: dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
@@ -43,13 +43,13 @@ class SideTable:
         """The features of a table, such as `Log.features("item")`.
 
         Args:
-            categorical: columns of integers from 0, or lists of them; by default all that are of these types.
-            floats: columns of numbers; by default all that are of floating point.
+            categorical: columns of integers from 0, or lists of them; by default all columns of these types.
+            floats: columns of numbers; by default all columns of floats.
             where: how errors name the table.
 
         Raises:
-            InputError: a column that is missing or of another type, a null, a negative number or one far too large
-                for its number of rows in a categorical one.
+            InputError: a column is missing or of another type; a categorical column has a null, a negative number, or
+                one that is far too large for the number of rows.
         """
 
         def named(given: Sequence[str] | None, role: str) -> list[str]:
@@ -125,7 +125,7 @@ def _standard(column: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    # Arrow's memory is read-only, which torch warns of; a side table is copied once.
+    # Torch warns of the read-only memory of Arrow; a side table is copied once.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

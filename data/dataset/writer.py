@@ -17,25 +17,24 @@ from recpress.data.errors import InputError
 
 
 class LogWriter:
-    """Writes the parts of a log into a folder (that `artifact.writing` made) and then says what its manifest
-    holds."""
+    """Writes the parts of a log into a folder of `artifact.writing`, and then gives its manifest."""
 
     def __init__(self, folder: Path, layout: LayoutConfig) -> None:
         if layout.rows_per_file < 1 or layout.row_group_rows < 1:
-            raise InputError(f"{layout}: expected at least 1 row a file and a row group")
+            raise InputError(f"{layout}: expected at least 1 row per file and per row group")
         self.folder = folder
         self.layout = layout
         self._parts: dict[str, PartWriter] = {}
         self._tables: list[str] = []
 
     def part(self, name: str) -> PartWriter:
-        """The writer of `train`, `val`, `test` or `test_negatives`; its files are made with its first row."""
+        """The writer of `train`, `val`, `test` or `test_negatives`; its files are created with its first row."""
         if name not in self._parts:
             self._parts[name] = PartWriter(self.folder / name, self.layout)
         return self._parts[name]
 
     def table(self, name: str, table: pa.Table) -> None:
-        """Writes a table that is held whole: a vocabulary or a side table."""
+        """Write one complete table: a vocabulary or a side table."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path, compression="zstd", row_group_size=1 << 20)
@@ -48,7 +47,7 @@ class LogWriter:
         return {name: part.rows for name, part in self._parts.items()}
 
     def manifest(self, schema: Schema, num_users: int, num_items: int, **more: Any) -> dict[str, Any]:
-        """What `log.open_log` reads: schema, sizes, rows, files with sizes and fingerprints. Closes the
+        """The manifest that `log.open_log` reads: schema, sizes, rows, files with sizes and fingerprints. Closes the
         writer."""
         rows = self.close()
         names = [f"{name}/{file}" for name in self._parts for file in sorted(os.listdir(self.folder / name))]
@@ -82,7 +81,7 @@ class PartWriter:
         self._rows_in_file = 0
 
     def write(self, table: pa.Table) -> None:
-        """Adds rows; all calls must bring the same columns and types."""
+        """Add rows; all calls must have the same columns and types."""
         self.rows += table.num_rows
         self._waiting.append(table)
         self._num_waiting += table.num_rows

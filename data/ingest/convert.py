@@ -30,7 +30,7 @@ from recpress.data.ingest.split import leave_one_out
 
 logger = logging.getLogger(__name__)
 
-KEPT = ("made_by", "source", "config", "inputs", "extends")  # of the manifest, when `holdout` splits the log
+_INHERITED = ("made_by", "source", "config", "inputs", "extends")  # of the manifest, when `holdout` splits the log
 SUFFIXES = {
     "parquet": (".parquet", ".parq", ".pq"),
     "csv": (".csv",),
@@ -38,7 +38,7 @@ SUFFIXES = {
     "json": (".json", ".jsonl", ".ndjson"),
 }
 _DESCRIPTIONS = re.compile(r"(manifest|metadata|dataset[-_](metadata|info|infos)|schema|state)\.json")
-"""Names of JSON files that describe the tables beside them."""
+"""Names of JSON files that describe the tables in their folder."""
 _HELD_OUT = {"test", "val", "valid", "validation", "dev", "eval", "holdout"}
 _TRAIN = {"train", "training"}
 
@@ -47,8 +47,8 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
     """Writes the log `out` from files of another format, and returns it.
 
     Raises:
-        InputError: a format that cannot be told, a missing column or value, a value of a wrong type, a user
-            without items, ids beyond the memory allowed; each with file and row. Nothing is left behind then.
+        InputError: the format is ambiguous; a column or value is missing or of a wrong type; a user has no items; ids
+            exceed the memory limit. The message names file and row. Nothing is left in the output folder.
     """
     place, source = _open(config)
     if config.holdout == "none":
@@ -63,14 +63,14 @@ def ingest(config: IngestConfig, out: str | Path, *, overwrite: bool = False) ->
         if log.test is not None:
             raise InputError(f"{config.input}: already has a test part; holdout is '{config.holdout}'")
         return leave_one_out(
-            replace(log, path=config.input),  # what errors name
+            replace(log, path=config.input),  # for errors
             out,
             by=config.holdout,
             seed=config.seed,
             negatives=config.negatives,
             layout=config.layout,
             overwrite=overwrite,
-            more={key: log.manifest[key] for key in KEPT if log.manifest and key in log.manifest},
+            more={key: log.manifest[key] for key in _INHERITED if log.manifest and key in log.manifest},
         )
     finally:
         artifact.abort(unsplit)
@@ -164,9 +164,9 @@ def _open(config: IngestConfig) -> tuple[RawInput, RawLog]:
 
 
 def detect(place: RawInput, config: IngestConfig) -> str:
-    """The format by names; a `train.txt` or `.tsv` whose first line is one of Criteo's is Criteo.
+    """The format by the names of the files; a `train.txt` or `.tsv` with a first line of Criteo is Criteo.
 
-    Raises InputError where no format, or more than one, has files.
+    Raises InputError if no format, or more than one, has files.
     """
     if not raw_files.exists(place):
         if _is_ncf(place):
@@ -194,8 +194,8 @@ def detect(place: RawInput, config: IngestConfig) -> str:
     if having:
         return having[0]
     raise InputError(
-        f"{place.name}: the names of the files show no format; name one of movielens, ncf, lightgcn, "
-        "criteo, csv, tsv, json, parquet by --format"
+        f"{place.name}: the names of the files show no format; choose one of movielens, ncf, lightgcn, "
+        "criteo, csv, tsv, json, parquet with --format"
     )
 
 
@@ -211,7 +211,7 @@ def _named_format(by_name: dict[str, RawFile]) -> str | None:
 
 
 def _tables(place: RawInput, config: IngestConfig) -> dict[str, list[RawFile]]:
-    """Files of csv, tsv, json and parquet by format. JSON beside others in a folder counts if it may hold rows."""
+    """Files of csv, tsv, json and parquet by format. JSON next to other tables counts if it may contain rows."""
     files = place.all_files()
     found = {name: [file for file in files if has_suffix(file.path, ends)] for name, ends in SUFFIXES.items()}
     found = {name: of_format for name, of_format in found.items() if of_format}
@@ -234,7 +234,7 @@ def _is_description(file: RawFile) -> bool:
 
 
 def _may_hold_rows(file: RawFile, config: IngestConfig) -> bool:
-    """Whether a JSON file begins with keys that are columns to read."""
+    """Whether the start of a JSON file has keys that are columns to read."""
     if _is_description(file):
         return False
     start = first_lines(file)
@@ -243,7 +243,7 @@ def _may_hold_rows(file: RawFile, config: IngestConfig) -> bool:
 
 
 def _check_alone(place: RawInput, found: str, by_name: dict[str, RawFile], tables: dict[str, list[RawFile]]) -> None:
-    """Raises InputError where a folder of a public data set has tables of another kind too."""
+    """Raises InputError if a folder of a public data set also has other tables."""
     names = (*formats.RATINGS, *formats.MOVIELENS_TABLES) if found == "movielens" else ()
     known = {by_name[name].path for name in names if name in by_name}
     others = [
@@ -273,12 +273,12 @@ def _glob(place: RawInput, file: RawFile) -> str:
 
 
 def _check_raw(place: RawInput) -> None:
-    """Raises InputError where the input is an artifact of recpress, such as a log."""
+    """Raises InputError if the input is an artifact of recpress, such as a log."""
     if not place.is_folder or not exists(place.filesystem, f"{place.path}/{artifact.MANIFEST}"):
         return
     try:
         kind = artifact.read_manifest(place.path, filesystem=place.filesystem).get("kind")
-    except InputError:  # the manifest of another program
+    except InputError:  # of another program
         return
     what = "already a log" if kind == KIND else f"an artifact of kind '{kind}'"
     raise InputError(
@@ -293,7 +293,7 @@ def _words(file: RawFile) -> set[str]:
 
 
 def _check_held_out(place: RawInput, files: Sequence[RawFile], config: IngestConfig) -> None:
-    """Raises InputError where files of a folder are named like train and like test; warns where a glob names them."""
+    """Raises InputError if files of a folder are named like train and like test; warns where a glob names them."""
     if config.split_column:
         return
     words = [(place.short_name(file), _words(file)) for file in files]
@@ -311,7 +311,7 @@ def _check_held_out(place: RawInput, files: Sequence[RawFile], config: IngestCon
     else:
         fix = "--input with a glob of the train files reads only those"
     raise InputError(
-        f"{place.name}: {held_out[0]} is named like a held-out part, beside {train[0]}; {fix} (recpress split holds "
+        f"{place.name}: {held_out[0]} is named like a held-out part, next to {train[0]}; {fix} (recpress split holds "
         "examples out; a glob of all files reads all as train)"
     )
 

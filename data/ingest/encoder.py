@@ -34,7 +34,7 @@ _SUSPICIOUS = ("NA", "N/A", "NULL", "null", "NaN", "nan", "None", "\\N")
 
 
 class FinerTimes(Exception):
-    """Times need a finer unit than the rows that are written already have; ingestion begins anew with it."""
+    """Times need a finer unit than the rows written so far; ingestion starts over with it."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(unit)
@@ -45,7 +45,7 @@ class Encoder:
     """Raw pieces -> rows of a log. Holds the vocabularies of users, items and categorical columns.
 
     Args:
-        unit: of the times (`raw_values.Times.unit`), where an attempt before has found it; else the first rows say it.
+        unit: of the times (`raw_values.Times.unit`), if an earlier attempt found it; default: that of the first rows.
     """
 
     def __init__(self, source: RawLog, config: IngestConfig, unit: str = "") -> None:
@@ -57,13 +57,13 @@ class Encoder:
         self._id_nulls = (*config.null_values, "")
         self.sides: dict[Side, Vocabulary] = {}
         self._features: dict[str, Vocabulary] = {}
-        self._classes: dict[str, tuple[str, str]] = {}  # of ids: what they are, and where that was seen first
+        self._classes: dict[str, tuple[str, str]] = {}  # column -> class of its ids, and the first file with it
         self._strict = source.integer_ids
         self._unit = unit
         self._epochs: dict[str, dict[int, tuple[RowNumbers, int]]] = {}  # file -> magnitude of a time -> its first row
-        self._zone = ("", "")  # of times: `Times.zone`, and where it was seen first
+        self._zone = ("", "")  # of times: `Times.zone`, and the first file with it
         self._old: Log | None = None
-        self._extended: set[Side] = set()  # sides whose vocabulary is an old one, and keeps its kind
+        self._extended: set[Side] = set()  # sides with the vocabulary of another log, whose kind does not change
         self._same = _shared(config, source)  # column -> the column whose vocabulary it shares
         self._counts: dict[str, np.ndarray] = {name: np.zeros(0, dtype=np.int64) for name in self._same}
         if config.extend is not None:
@@ -72,7 +72,7 @@ class Encoder:
     def _extend(self, log: Log) -> None:
         self._old = log
         if log.manifest is None or not (log.manifest.get("vocabularies") or log.manifest.get("features")):
-            raise InputError(f"{log.path}: has no vocabularies; only a log that was ingested can be extended")
+            raise InputError(f"{log.path}: has no vocabularies; expected a log that `recpress ingest` wrote")
         for side in SIDES:
             if (table := log.vocabulary(side)) is not None:
                 self.sides[side] = Vocabulary.from_table(table, side, budget=self._budget)
@@ -102,10 +102,10 @@ class Encoder:
         timestamps.
 
         Raises:
-            InputError: a value that is missing or of a wrong type, or does not fit; times or ids of two kinds.
-            FinerTimes: times of a finer unit than those before.
+            InputError: a value is missing, of a wrong type or out of range; times or ids of two kinds.
+            FinerTimes: times need a finer unit than the earlier ones.
         """
-        if not piece.table.num_rows:  # a writer that has met no row may not know the types
+        if not piece.table.num_rows:  # a writer without rows may not know the types
             return
         raw = {name: plain(piece.table.column(name)) for name in piece.table.column_names}
         at = piece.rows
@@ -133,7 +133,7 @@ class Encoder:
                 yield part, self._dense(chosen, part, piece.where)
 
     def _dense(self, rows: pa.Table, part: str, where: str) -> pa.Table:
-        """The rows with dense ids and categories. Those of train count."""
+        """The rows with dense ids and categories. Only rows of train are counted."""
         train = part == "train"
         columns = {}
         for name, column in zip(rows.column_names, rows.columns, strict=True):
@@ -176,15 +176,17 @@ class Encoder:
                     raise InputError(f"{piece.where}, {piece.rows.name(int(np.argmax(gone)))}: no {named}")
 
     def _where(self, piece: Piece, name: str) -> str:
-        """What errors call a column: the file, and the name that the file has for it."""
+        """A column, as errors name it: the file, and its name in the file."""
         return f"{piece.where}, column '{self._source.names.get(name, name)}'"
 
     def _raw_ids(self, side: Side, array: pa.Array, piece: Piece, name: str) -> pa.Array:
-        """Ids of a column as the vocabulary of the side holds them; it is created, or becomes one of strings, if it
-        must."""
+        """Ids of a column in the type of the side's vocabulary, which is created, or becomes one of strings, if
+        necessary."""
         where = self._where(piece, name)
         if (found := raw_values.class_of(array)) is None:
-            raise InputError(f"{where}: type {array.type}; expected strings, integers or other values with an equality")
+            raise InputError(
+                f"{where}: type {array.type}; expected strings, integers, or other values that can be compared"
+            )
         if found != "none":
             known, seen = self._classes.setdefault(side, (found, where))
             if found != known:
@@ -216,8 +218,8 @@ class Encoder:
         zone, seen = self._zone
         if zone and found.zone != zone:
             raise InputError(
-                f"{where}: {_TIMES[found.zone]}, but {_TIMES[zone]} in {seen}; expected one kind in all files, or "
-                "times would be mixed whose units differ"
+                f"{where}: {_TIMES[found.zone]}, but {_TIMES[zone]} in {seen}; expected one kind in all files, "
+                "because their units may differ"
             )
         self._zone = (found.zone, seen or where)
         if found.zone == "number":
@@ -278,8 +280,8 @@ class Encoder:
         return array
 
     def _categories(self, name: str, array: pa.Array, count: bool, where: str) -> pa.Array:
-        """Dense categories of a plain array of strings, integers, or lists of them. Missing is the category of the
-        empty string."""
+        """Dense categories of a plain array of strings, integers, or lists of them. A missing value has the category of
+        the empty string."""
         where = f"{where}, column '{name}'"
         try:
             if _is_list(array.type):
@@ -304,17 +306,16 @@ class Encoder:
         return ids
 
     def suspicious(self) -> list[str]:
-        """A line for each side that has an id such as `NULL`, which may mean that none was known."""
+        """A warning for each side with an id such as `NULL`, which may mean that the id is missing."""
         return [
-            f"{row['count']:,} rows of train have the {side} {row['raw']!r}; if that means none: --null-values"
+            f"{row['count']:,} rows of train have the {side} {row['raw']!r}; if it means a missing id: --null-values"
             for side, vocabulary in self.sides.items()
             if vocabulary.kind == "string"
             for row in vocabulary.rows_of(_SUSPICIOUS)
         ]
 
     def write_side_tables(self, source: RawLog, writer: LogWriter) -> None:
-        """`users.parquet` and `items.parquet`, a row for each dense id; an id without features has missing
-        ones."""
+        """`users.parquet` and `items.parquet`, one row per dense id; an id without features has missing values."""
         for side, read in zip(SIDES, (source.users, source.items), strict=True):
             old = self._old.features(side) if self._old else None
             if read is None and old is None:

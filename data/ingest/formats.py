@@ -19,7 +19,7 @@ INTS = [f"I{place}" for place in range(1, 14)]
 CATEGORIES = [f"C{place}" for place in range(1, 27)]
 RATINGS = ("ratings.dat", "ratings.csv", "u.data")
 MOVIELENS_TABLES = ("movies.csv", "tags.csv", "links.csv", "genome-scores.csv", "genome-tags.csv")
-"""Files that MovieLens has beside ratings.csv."""
+"""Further files of MovieLens, next to ratings.csv."""
 LIGHTGCN = {
     "train.txt": "train",
     "val.txt": "val",
@@ -34,7 +34,7 @@ _UNTYPED = frozenset(("user_id", "item_id", "label", "time"))
 
 def movielens(config: IngestConfig, place: RawInput) -> RawLog:
     """`u.data` (100K), `ratings.dat` (1M, 10M) or `ratings.csv` (20M and later), with users.dat, movies.dat or
-    movies.csv beside it; of the 100K set the ratings alone.
+    movies.csv next to it; for the 100K set only the ratings.
 
     Ratings become labels. Side tables: gender, age and occupation of users; genres (a list) and year of
     items.
@@ -164,7 +164,7 @@ def ncf(config: IngestConfig, place: RawInput) -> RawLog:
             more = "more" if end > expected.num_rows else end
             raise InputError(
                 f"{negative.where}: {more} rows, {test.where} has {expected.num_rows}; expected one for each (is the "
-                "file cut short?)"
+                "file incomplete?)"
             )
 
     return RawLog(
@@ -204,7 +204,8 @@ def _ncf_files(place: RawInput) -> tuple[RawFile, RawFile, RawFile | None]:
 
 
 def lightgcn(config: IngestConfig, place: RawInput) -> RawLog:
-    """`train.txt` and `test.txt`, maybe `val.txt` or `valid.txt`, or any one file: a line is a user and its items."""
+    """`train.txt` and `test.txt`, maybe `val.txt` or `valid.txt`, or any one file: each line is a user and its
+    items."""
     _, files = place.home(lambda name: plain_name(name) in LIGHTGCN)
     found = {plain_name(name): file for name, file in files.items() if plain_name(name) in LIGHTGCN}
     given = place.path.rpartition("/")[2]
@@ -252,7 +253,7 @@ def _adjacency(lines: pa.Array, part: str, where: str, rows: RowNumbers, allow_e
 def criteo(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     """Criteo TSV: label, 13 integers, 26 hexadecimal categories; no header, no user, no item.
 
-    The integers stay as they are, float32, a missing one NaN (take the logarithm in the model). A missing
+    The integers are not changed: float32, NaN if missing (take the logarithm in the model). A missing
     category is the category of the empty string.
     """
     names = ["label", *INTS, *CATEGORIES]
@@ -277,7 +278,7 @@ def num_fields(file: RawFile) -> int:
 
 
 def is_criteo(file: RawFile) -> bool:
-    """Whether the first line is one of Criteo's, with a label or without: a header line, or other columns, are not."""
+    """Whether the first line is one of Criteo, with or without a label; header lines and other columns are not."""
     fields = first_lines(file).split("\n", 1)[0].rstrip("\r").split("\t")
     ints = fields[len(fields) - 39 :][:13]
     return len(fields) in (39, 40) and all(re.fullmatch(r"-?\d*", value) for value in ints)

@@ -29,7 +29,7 @@ class RawFile:
     filesystem: pafs.FileSystem
     path: str
     where: str
-    """What errors call it."""
+    """Its name in errors."""
     partitions: tuple[tuple[str, str | None], ...] = ()
     """Keys and values of the Hive partitions that its path names (`dt=2024-01-01/`)."""
 
@@ -64,7 +64,7 @@ class RawInput:
     filesystem: pafs.FileSystem
     path: str
     archive: tuple[pafs.FileSystem, str] | None = None
-    """The zip file that `filesystem` is."""
+    """Filesystem and path of the zip file that `filesystem` reads."""
 
     @property
     def is_folder(self) -> bool:
@@ -82,21 +82,21 @@ class RawInput:
         return RawFile(self.filesystem, path, where, tuple(values.items()))
 
     def files(self) -> dict[str, RawFile]:
-        """The files of the folder by name; the file, or those that match."""
+        """Name -> file: those of the folder, the file, or those that match."""
         if self.is_folder:
             return self._files(self.path)
         return {path.rpartition("/")[2]: self.file(path) for path in self._matching()}
 
     def _matching(self) -> list[str]:
-        """The file, which may have `[` in its name, or those that match."""
+        """The file, which may have `[` in its name, or the files that match."""
         if file_type(self.filesystem, self.path) == pafs.FileType.File:
             return [self.path]
         return expand(self.filesystem, self.path)
 
     def home(self, is_part: Callable[[str], bool]) -> tuple[str, dict[str, RawFile]]:
-        """The folder that has files whose names pass: the input itself, its folder, or its one subfolder that has.
+        """The folder with files for which `is_part` is true: the input, its folder, or one of its subfolders.
 
-        Returns the folder and its files by name; no files where no folder has any that passes.
+        Returns the folder and its files by name; no files if there is no such folder.
         """
         folder = self.path if self.is_folder else self.path.rpartition("/")[0] or "."
         files = self._files(folder)
@@ -104,17 +104,17 @@ class RawInput:
             return folder, files
         below = [(path, found) for path in self._subfolders(folder) if any(map(is_part, found := self._files(path)))]
         if len(below) > 1:
-            raise InputError(f"{self.name}: {below[0][0]} and {below[1][0]} both hold such files; name one of them")
+            raise InputError(f"{self.name}: {below[0][0]} and {below[1][0]} both have such files; choose one of them")
         return below[0] if below else (folder, {})
 
     def gather(self, suffixes: Sequence[str]) -> list[RawFile]:
         """The file, the files that match, or those below the folder that have one of the suffixes (also compressed).
 
-        Below a folder lie either files, or Hive partitions of any depth, or one more folder; names that begin with `.`
-        or `_` are a writer's own.
+        A folder has either files, or Hive partitions of any depth, or one more folder. Names that begin with `.` or `_`
+        are temporary files of a writer.
 
         Raises:
-            InputError: no such file; files at several places, so that it is unclear which are meant.
+            InputError: no such file; files in several folders, so that the input is ambiguous.
         """
         if not self.is_folder:
             paths = self._matching()
@@ -130,7 +130,7 @@ class RawInput:
         return [self.file(path) for path in found]
 
     def all_files(self) -> list[RawFile]:
-        """All files below the folder, hidden ones aside; the file, or those that match."""
+        """All files below the folder that are not hidden; the file, or those that match."""
         if not self.is_folder:
             return list(self.files().values())
         folders = [self.path]
@@ -153,8 +153,8 @@ class RawInput:
         places = [found for found in (here, *others, partitioned) if found]
         if len(places) > 1:
             raise InputError(
-                f"{self.name}: files at several places ({places[0][0]}, {places[1][0]}); name one of the folders, or "
-                "all files by a glob"
+                f"{self.name}: files in several folders ({places[0][0]}, {places[1][0]}); choose one folder, or all "
+                "files with a glob"
             )
         return places[0] if places else []
 
@@ -162,11 +162,11 @@ class RawInput:
         entries = list_folder(self.filesystem, folder)
         for name, kind in _TABLE_FORMATS.items():
             if name in entries:
-                raise InputError(f"{folder}: a {kind} table, whose files may hold deleted rows; export it as Parquet")
+                raise InputError(f"{folder}: a {kind} table, whose files may have deleted rows; export it as Parquet")
         if {"data", "metadata"} <= entries.keys() and any(
             fnmatch(name, "*.metadata.json") for name in list_folder(self.filesystem, entries["metadata"].path)
         ):
-            raise InputError(f"{folder}: an Iceberg table, whose files may hold deleted rows; export it as Parquet")
+            raise InputError(f"{folder}: an Iceberg table, whose files may have deleted rows; export it as Parquet")
         return {
             name: self.file(info.path)
             for name, info in entries.items()
@@ -182,11 +182,11 @@ class RawInput:
 
 
 def open_input(name: str) -> RawInput:
-    """The input of this name; a zip file is a folder. Raises InputError where there is none."""
+    """The input of this name; a zip file is a folder. Raises InputError if there is none."""
     filesystem, path = resolve(name)
     kind = file_type(filesystem, path)
     if kind == pafs.FileType.File and path.lower().endswith(".zip"):
-        from fsspec.implementations.zip import ZipFileSystem  # fsspec comes with torch
+        from fsspec.implementations.zip import ZipFileSystem  # torch requires fsspec
 
         try:
             inside = ZipFileSystem(filesystem.open_input_file(path))
@@ -205,7 +205,7 @@ def exists(place: RawInput) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name without the suffix of a compression."""
+    """The name without the suffix of its compression."""
     return next((name.removesuffix(packed) for packed in _PACKED if name.endswith(packed)), name)
 
 

@@ -1,7 +1,7 @@
 """Delimited text, lines and JSON lines -> tables, in bounded memory.
 
-pyarrow.csv parses delimited text. All of its values stay strings here: their types depend on all files, and
-`raw_values` converts them with the row that an error needs. Python's csv reads the header, Python's json JSON lines.
+pyarrow.csv parses delimited text. All values stay strings here, because their types depend on all files; `raw_values`
+converts them. Python's csv reads the header, Python's json JSON lines.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _BOMS = (  # in this order: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error, zipfile.BadZipFile, MemoryError)
-"""What reading a damaged file raises, besides InputError."""
+"""Errors of reading a corrupt file, besides InputError."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """How text is written."""
+    """The dialect of a text file."""
 
     delimiter: str = ","
     quoted: bool = True
     encoding: str = "auto"
-    """A codec of Python's; `auto`: UTF-8, or what a byte order mark says."""
+    """A codec of Python; `auto`: UTF-8, or that of a byte order mark."""
 
 
 def open_text(file: RawFile, encoding: str = "auto") -> pa.NativeFile:
@@ -68,7 +68,7 @@ def open_text(file: RawFile, encoding: str = "auto") -> pa.NativeFile:
 def _open(file: RawFile) -> pa.NativeFile:
     try:
         return file.filesystem.open_input_stream(file.path)
-    except (RuntimeError, ValueError) as error:  # of zip files: encrypted, or compressed by an unknown method
+    except (RuntimeError, ValueError) as error:  # of a zip file: encrypted, or an unknown compression
         raise InputError(f"{file.where}: cannot be opened: {first_line(error)}") from error
 
 
@@ -82,7 +82,7 @@ def first_lines(file: RawFile, encoding: str = "auto") -> str:
 
 
 def header(file: RawFile, dialect: Dialect) -> list[str]:
-    """Names in the header line, as they are written. Raises InputError where there is none."""
+    """Names in the header line, unchanged. Raises InputError if there is none."""
     try:
         with open_text(file, dialect.encoding) as stream:
             head = bytes(stream.read(_HEADER)).decode("utf-8-sig", errors="replace")
@@ -111,13 +111,13 @@ def read_delimited(
     """Rows of the file, and a table of strings with their values. Empty lines are not rows.
 
     Args:
-        columns: which to read, in this order. Names may have spaces around them in the file; where the header has
-            spaces after its delimiters (`a, b`), they are no part of the values either.
+        columns: to read, in this order. Spaces around a name in the file are ignored; if the header has spaces after
+            its delimiters (`a, b`), spaces around values are ignored too.
         names: of the columns of a file without a header line.
 
     Raises:
-        InputError: a column that is missing or there twice, a line with too few or too many fields, a quote that is
-            not closed or closed before the end of its field, bytes that are not of the encoding.
+        InputError: a column is missing or occurs twice; a line has too few or too many fields; a quote is not closed,
+            or closed before the end of its field; bytes are not valid in the encoding.
     """
     found = list(names) if names else header(file, dialect)
     in_file = _match(file, dialect, columns, found)
@@ -181,12 +181,12 @@ def _line_of(file: RawFile, dialect: Dialect, has_header: bool, skips_empty: boo
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names of columns for an error, in one line."""
+    """Names for an error, in one line."""
     return " ".join(", ".join(names).split())[:500]
 
 
 def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Sequence[str]) -> list[str]:
-    """The names of the columns as the file writes them."""
+    """The names of the columns in the file."""
     result = []
     for name in columns:
         same = [other for other in found if other == name] or [other for other in found if other.strip() == name]
@@ -210,7 +210,7 @@ def _decoded(column: pa.Array, file: RawFile, name: str, rows: RowNumbers) -> pa
     except pa.ArrowInvalid:
         row = next(k for k, value in enumerate(column.to_pylist()) if not _is_utf8(value))
         raise InputError(
-            f"{file.where}, {rows.name(row)}, column '{name}': not UTF-8; name the encoding (--encoding latin-1, say)"
+            f"{file.where}, {rows.name(row)}, column '{name}': not UTF-8; set the encoding (such as --encoding latin-1)"
         ) from None
 
 
@@ -223,8 +223,9 @@ def _is_utf8(value: bytes | None) -> bool:
 
 
 class _QuotesChecked(io.RawIOBase):
-    """A stream of quoted text that refuses what pyarrow would read in some way: text after a closing quote, a quote
-    that is never closed. Both are mostly quotes that are part of the values, and would merge or change rows."""
+    """A stream of quoted text that raises InputError for text after a closing quote, and for a quote that is not
+    closed.
+    pyarrow accepts both, but merges or changes rows: usually such quotes are part of the values."""
 
     def __init__(self, stream: pa.NativeFile, where: str, dialect: Dialect) -> None:
         super().__init__()

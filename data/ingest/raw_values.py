@@ -1,7 +1,7 @@
-"""Raw values of any Arrow type -> ids, numbers, times and categories, exactly, or an error that names the row.
+"""Raw values of any Arrow type -> exact ids, numbers, times and categories, or an error that names the row.
 
-Text has no types: a delimited file does not say whether `007` is a number. So ids of text are strings unless every one
-of them is written as an integer is (`Vocabulary` decides that over all files), and numbers and times are parsed here.
+Text has no types: in a delimited file `007` may be a number or a string. So ids of text are strings unless all of them,
+in all files, are written as integers (`Vocabulary`), and numbers and times are parsed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recpress.data.errors import InputError
 from recpress.data.ingest.raw_files import RowNumbers
 
 NULLS = ("", "#N/A", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "None", "none", "-NaN", "-nan", "\\N")
-"""What text writes for a missing number or time, where the options name nothing else."""
+"""Texts that mean a missing number or time, by default."""
 UNITS = ("ms", "us", "ns")  # from coarse to fine
 _INTEGER = r"^(0|-?[1-9][0-9]*)$"
 
@@ -52,7 +52,7 @@ def plain(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def class_of(array: pa.Array) -> Class | None:
-    """What ids of a plain array are; ids of two classes are never equal. None: they cannot be ids."""
+    """The class of the ids of a plain array; ids of two classes are never equal. None: the values cannot be ids."""
     kind = array.type
     if pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
         return "text"
@@ -68,7 +68,7 @@ def class_of(array: pa.Array) -> Class | None:
 
 
 def missing(array: pa.Array, nulls: Sequence[str] = ("",)) -> np.ndarray:
-    """(n,) bool: null, NaN, or one of the strings that mean it."""
+    """(n,) bool: null, NaN, or one of the strings that mean a missing value."""
     found = pc.is_null(array, nan_is_null=True)
     if pa.types.is_large_string(array.type):
         found = pc.or_(found, pc.is_in(array, value_set=pa.array(list(nulls), array.type)))
@@ -80,7 +80,7 @@ def missing(array: pa.Array, nulls: Sequence[str] = ("",)) -> np.ndarray:
 def ids(array: pa.Array, where: str, rows: RowNumbers) -> pa.Array:
     """Ids of a plain array without missing ones: int64 where they are integers that fit, else large_string.
 
-    Numbers are equal where their values are, whatever their type. Raises InputError where a float is no exact integer.
+    Numbers of any type are equal if their values are. Raises InputError if a float is not an exact integer.
     """
     kind = array.type
     if pa.types.is_integer(kind):
@@ -97,7 +97,7 @@ def ids(array: pa.Array, where: str, rows: RowNumbers) -> pa.Array:
 
 
 def integer_text(strings: pa.Array) -> pa.Array | None:
-    """int64, where every string is an integer as one writes it (no leading zero, no `+`) and fits; else None."""
+    """int64 if every string is an integer without leading zeros or `+`, and fits; else None."""
     try:
         values = strings.cast(pa.int64())
     except pa.ArrowInvalid:
@@ -106,7 +106,7 @@ def integer_text(strings: pa.Array) -> pa.Array | None:
 
 
 def refuse_other_integers(strings: pa.Array, where: str, rows: RowNumbers) -> None:
-    """Raises InputError for the first string that is no integer, has leading zeros, or is beyond 64 bits."""
+    """Raises InputError for the first string that is not an integer, has leading zeros, or exceeds 64 bits."""
     good = pc.match_substring_regex(strings, _INTEGER).to_numpy(zero_copy_only=False)
     place = int(np.argmin(good)) if not good.all() else int(np.argmax(pc.utf8_length(strings).to_numpy()))
     raise InputError(
@@ -116,7 +116,8 @@ def refuse_other_integers(strings: pa.Array, where: str, rows: RowNumbers) -> No
 
 
 def refuse_mixed_floats(strings: pa.Array, where: str, rows: RowNumbers, *, integers: bool) -> None:
-    """Raises InputError where ids of text are written like `1.0`, and others, or those before, like `1`."""
+    """Raises InputError if some ids of text are written like `1.0`, and others, or earlier ones (`integers`), like
+    `1`."""
     floats = pc.match_substring_regex(strings, r"^-?[0-9]+\.0+$").to_numpy(zero_copy_only=False)
     if floats.any() and (integers or pc.any(pc.match_substring_regex(strings, _INTEGER)).as_py()):
         place = int(np.argmax(floats))
@@ -127,9 +128,9 @@ def refuse_mixed_floats(strings: pa.Array, where: str, rows: RowNumbers, *, inte
 
 
 def text(array: pa.Array) -> pa.Array:
-    """large_string of a plain array: values are equal where, and only where, their texts are.
+    """large_string of a plain array: values are equal if and only if their texts are.
 
-    Bytes that are no UTF-8 become `\\x` and hexadecimal digits. Decimals lose the zeros at their end.
+    Bytes that are not UTF-8 become `\\x` and hexadecimal digits. Decimals lose trailing zeros.
     """
     kind = array.type
     if pa.types.is_large_string(kind):
@@ -146,7 +147,7 @@ def text(array: pa.Array) -> pa.Array:
 def floats(array: pa.Array, where: str, rows: RowNumbers, nulls: Sequence[str]) -> pa.Array:
     """float32 of a plain array of numbers, booleans or text; a missing value is NaN.
 
-    Raises InputError where a value is no number, is infinite, or is beyond float32.
+    Raises InputError if a value is not a number, is infinite, or exceeds float32.
     """
     kind = array.type
     gone = missing(array, nulls)
@@ -155,7 +156,7 @@ def floats(array: pa.Array, where: str, rows: RowNumbers, nulls: Sequence[str]) 
     known = np.flatnonzero(~gone)
     values = array.take(pa.array(known)) if len(known) < len(array) else array
     if pa.types.is_decimal(kind):
-        values = values.cast(pa.large_string())  # Arrow multiplies by 0.001, say; parsing rounds once
+        values = values.cast(pa.large_string())  # Arrow multiplies by a power of ten, which rounds; parsing rounds once
     if pa.types.is_large_binary(kind):
         values = text(values)
     if pa.types.is_large_string(values.type):
@@ -176,7 +177,7 @@ def floats(array: pa.Array, where: str, rows: RowNumbers, nulls: Sequence[str]) 
 def times(array: pa.Array, where: str, rows: RowNumbers) -> Times:
     """Times of a plain array of numbers, timestamps, dates, or text of one of them, none missing; exact.
 
-    Raises InputError where one is none of these, or does not fit.
+    Raises InputError if a value is none of these, or does not fit.
     """
     kind = array.type
     if pa.types.is_large_binary(kind):
@@ -220,7 +221,7 @@ def magnitudes(numbers: pa.Array) -> dict[int, int]:
 def in_unit(found: Times, unit: str, where: str) -> pa.Array:
     """Times in a unit that is as fine as their own: int64, float64 or a timestamp.
 
-    Raises InputError where a value does not fit.
+    Raises InputError if a value does not fit.
     """
     if found.zone == "number":
         kind = pa.int64() if unit == "integer" else pa.float64()
@@ -233,7 +234,7 @@ def in_unit(found: Times, unit: str, where: str) -> pa.Array:
 
 
 def finer(one: str, other: str) -> str:
-    """The unit that holds both."""
+    """The unit that represents both."""
     if one in UNITS:
         return max(one, other, key=UNITS.index)
     return "float" if "float" in (one, other) else "integer"
@@ -246,7 +247,7 @@ def _times_of_text(strings: pa.Array, where: str, rows: RowNumbers) -> Times:
         if (integers := integer_text(strings)) is not None:
             return Times("number", "integer", integers)
         if pc.all(pc.match_substring_regex(strings, _INTEGER)).as_py():
-            raise InputError(f"{where}: a time beyond 64 bits; expected at most {2**63 - 1}")
+            raise InputError(f"{where}: a time that exceeds 64 bits; expected at most {2**63 - 1}")
         values = strings.cast(pa.float64())
         _refuse(~np.isfinite(values.to_numpy(zero_copy_only=False)), strings, where, rows, "expected a finite time")
         return Times("number", "float", values)
@@ -303,7 +304,7 @@ def _parsed(strings: pa.Array, where: str, rows: RowNumbers, known: np.ndarray) 
             strings.slice(k, 1).cast(pa.float64())
         except pa.ArrowInvalid:
             raise InputError(f"{where}, {rows.name(known[k])}: {strings[k].as_py()!r}; expected a number") from None
-    raise AssertionError("every part of the array is a number, but not the whole")
+    raise AssertionError("every string is a number, but the array is not")
 
 
 def _uuids(array: pa.Array) -> pa.Array:

@@ -35,7 +35,7 @@ _BATCH = 1 << 18  # rows of Parquet
 
 @dataclass(frozen=True)
 class Piece:
-    """Some raw rows of one part, or, where the table has a column `split`, of those that it names."""
+    """Some raw rows of one part, or of several if the table has a column `split`."""
 
     part: str
     where: str
@@ -57,15 +57,16 @@ class RawLog:
     """Side table with a column `raw`; the others are strings, lists of strings or floats."""
     items: Callable[[], pa.Table] | None = None
     untyped: frozenset[str] = frozenset()
-    """Columns that come as text because their files have no types: ids may be integers."""
+    """Columns of text files, which have no types: their ids may be integers."""
     integer_ids: bool = False
-    """The format has integers for ids, and nothing else."""
+    """The ids of the format are integers."""
     names: dict[str, str] = field(default_factory=dict)
     """Name in the log -> name in the files, which errors use; a column without an entry has the same name in both."""
 
 
 def named_columns(config: IngestConfig) -> dict[str, str]:
-    """Name in the file -> name in the log, of csv, tsv, json and parquet. Raises InputError where two are one."""
+    """Name in the file -> name in the log, of csv, tsv, json and parquet. Raises InputError if two columns have the
+    same name."""
     columns: dict[str, str] = {}
     own = [
         (config.user, "user_id"),
@@ -79,12 +80,12 @@ def named_columns(config: IngestConfig) -> dict[str, str]:
         if not name:
             continue
         if name in columns or target in columns.values():
-            raise InputError(f"ingest: column '{name}' has two meanings, or the name of another column")
+            raise InputError(f"ingest: column '{name}' is given two meanings, or has the name of another column")
         columns[name] = target
     if bool(config.user) != bool(config.item):
-        raise InputError("ingest: give both a user and an item column, or leave both empty")
+        raise InputError("ingest: set both a user and an item column, or neither")
     if not columns:
-        raise InputError("ingest: no column is named; expected a user and an item, or categorical columns")
+        raise InputError("ingest: no columns are set; expected a user and an item column, or categorical columns")
     return columns
 
 
@@ -136,7 +137,7 @@ def named_schema(config: IngestConfig) -> Schema:
 
 
 def dialect_of(config: IngestConfig, delimiter: str, *, quoted: bool) -> Dialect:
-    """The dialect of a format, with what the options say."""
+    """The dialect of a format, with the options applied."""
     delimiter = {"\\t": "\t", "tab": "\t"}.get(config.delimiter, config.delimiter) or delimiter
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
         raise InputError(f"ingest: delimiter is {delimiter!r}; expected one ASCII character, or \\t")
@@ -169,7 +170,7 @@ def json_lines(config: IngestConfig, files: Sequence[RawFile]) -> RawLog:
     for file in files:
         if first_lines(file, config.encoding).lstrip()[:1] == "[":
             raise InputError(
-                f"{file.where}: a JSON array; expected JSON lines, an object a line (`jq -c '.[]'` makes them)"
+                f"{file.where}: a JSON array; expected JSON lines, one object per line (`jq -c '.[]'` converts it)"
             )
     for name in (*config.categorical, *config.floats):
         if _WILDCARDS.search(name):
@@ -217,12 +218,12 @@ def _named(
 
 
 def _partition_keys(files: Sequence[RawFile], columns: dict[str, str]) -> list[str]:
-    """Columns that the folders name and the files need not hold. Raises InputError where files differ in that."""
+    """Columns that the names of the folders give. Raises InputError if files differ in them."""
     keys = [column for column in columns if any(column in dict(file.partitions) for file in files)]
     for key in keys:
         for file in files:
             if key not in dict(file.partitions):
-                raise InputError(f"{file.where}: its folder names no partition '{key}=', that of other files does")
+                raise InputError(f"{file.where}: its folder has no partition '{key}=', but that of other files has")
     return keys
 
 

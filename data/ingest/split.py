@@ -1,9 +1,8 @@
 """Holds one interaction per user out of train: a validation split to choose settings on, or a test split to report.
 
-The result is a new log: its train lacks the held-out pairs, its `test` holds them, its
-`test_negatives` hold for each the items that the user never met in the train of the log that was split. Ids,
-vocabularies and side tables stay. Nothing is taken from that log's own held-out parts, so a setting chosen on
-the new log has not seen them.
+The result is a new log. Its `train` has no held-out pairs, its `test` has them, and its `test_negatives` has, for each,
+items without an interaction of the user in the train of the original log. Ids, vocabularies and side tables do not
+change. The held-out parts of the original log are not used, so settings chosen on the new log have not seen them.
 """
 
 from __future__ import annotations
@@ -43,37 +42,37 @@ def leave_one_out(
     overwrite: bool = False,
     more: dict[str, Any] | None = None,
 ) -> str | Path:
-    """Writes the log `out`, whose train is that of `log` without one pair a user, and whose test is those
-    pairs.
+    """Write the log `out`: its train is that of `log` without one pair per user, and its test has these pairs.
 
-    A user takes part who keeps at least one row and has at least `negatives` items that it did not meet; the manifest
-    says how many do and how many do not (`held_out`). Where the pair occurs in several rows, all of them leave train.
-    All columns of train stay that its files have in common. Reads the log three times and, seldom, more often; memory
-    O(users + items + left-out users x negatives), and a bit for each user and item of those who met almost all items:
-    together at most a quarter of a byte for each row.
+    A user is included if at least one row remains in train, and at least `negatives` items have no interaction with it.
+    `held_out` in the manifest counts the users that are included and those that are not. If the pair occurs in several
+    rows, all of them are removed from train. Columns that all files of train have remain.
+
+    Reads the log three times, rarely more often. Memory: O(users + items + held-out users x negatives), and one bit per
+    item for each user with almost all items, together at most a quarter of a byte per row.
 
     Args:
         by: `random`, or `last`: the row with the largest time (of equal ones the last in the log).
-        negatives: items drawn uniformly, without replacement, that the user never met; 0 leaves the part out.
-        max_users: at most this many users take part, drawn at random.
-        more: keys of the manifest that take the place of what it would say of itself.
+        negatives: items without an interaction of the user, drawn uniformly without replacement; 0: no such part.
+        max_users: largest number of users to include, drawn at random.
+        more: keys of the manifest that replace its own entries about its origin.
 
     Raises:
-        InputError: no time column for `last`, no user that can take part, what reading the log raises.
+        InputError: no time column for `last`; no user can be included; the log cannot be read.
     """
     if by == "last" and log.schema.time is None:
         raise InputError(f"{log.path}: the last interaction needs a time column; name it in the schema (schema.time)")
     if negatives < 0:
         raise InputError(f"negatives is {negatives}; expected at least 0")
-    asked = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
-    own = {"made_by": "leave_one_out", "config": asked}
+    settings = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
+    own = {"made_by": "leave_one_out", "config": settings}
     meta: dict[str, Any] = {}
     with (
         artifact.writing(out, KIND, meta, overwrite=overwrite, inputs=[log.path]) as tmp,
         LogWriter(tmp, layout or LayoutConfig()) as writer,
     ):
         counts, chosen = _choose(log, by, seed)
-        held, heavy = _partake(log, counts, chosen, seed, negatives, max_users)
+        held, heavy = _include(log, counts, chosen, seed, negatives, max_users)
         left = _write_rows(log, writer, held)
         users = np.flatnonzero(held >= 0)
         if negatives:
@@ -102,8 +101,7 @@ def _scan(log: Log, columns: list[str], what: str) -> Iterator[tuple[RowGroup, d
 
 
 def _choose(log: Log, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each user, (users,), and the item of the row of each user that may be held out, -1 where it has
-    none."""
+    """Rows per user, (users,), and the item of each user's row that may be held out, -1 without rows."""
     counts = np.zeros(log.num_users, dtype=np.int64)
     chosen = np.full(log.num_users, -1, dtype=np.int64)
     best: np.ndarray | None = None
@@ -113,22 +111,22 @@ def _choose(log: Log, by: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
         users = data[user]
         if by == "last":
             key = data[time]
-        else:  # the smallest of random numbers is a uniform choice, whatever the number of rows
+        else:  # the row with the smallest random number is a uniform choice
             key = -generator(seed, "leave one out", group.file, group.group).random(len(users))
         if best is None:
             lowest = np.iinfo(np.int64).min if key.dtype == np.int64 else -np.inf
             best = np.full(log.num_users, lowest, dtype=key.dtype)
         np.maximum.at(best, users, key)
         hits = np.flatnonzero(key == best[users])
-        chosen[users[hits]] = data[item][hits]  # of several hits of one user numpy keeps the last
+        chosen[users[hits]] = data[item][hits]  # of several hits of one user numpy stores the last
         counts += np.bincount(users, minlength=log.num_users)
     return counts, chosen
 
 
 class _Heavy:
-    """The items that some users met, a bit each: of those with so many rows that few items may be left.
+    """The items of each user with so many rows that few other items may remain, as bits.
 
-    Of the others `rows` bounds the number of items from above, and is all that needs to be known.
+    For other users the number of rows, an upper bound of their items, is sufficient.
     """
 
     def __init__(self, counts: np.ndarray, num_items: int, negatives: int) -> None:
@@ -145,7 +143,7 @@ class _Heavy:
         np.bitwise_or.at(self._bits, place * self._width + (items >> 3), (128 >> (items & 7)).astype(np.uint8))
 
     def unmet(self, place: int) -> np.ndarray:
-        """The items that the user at this place did not meet, sorted."""
+        """The items without an interaction of the user at this place, sorted."""
         bits = np.unpackbits(self._bits[place * self._width : (place + 1) * self._width], count=self._num_items)
         return np.flatnonzero(bits == 0)
 
@@ -154,10 +152,10 @@ class _Heavy:
         return np.array([len(self.unmet(place)) for place in range(len(self.users))], dtype=np.int64)
 
 
-def _partake(
+def _include(
     log: Log, counts: np.ndarray, chosen: np.ndarray, seed: int, negatives: int, max_users: int | None
 ) -> tuple[np.ndarray, _Heavy]:
-    """The item that each user leaves out, (users,), -1 where it leaves out none; and what heavy users met."""
+    """The held-out item of each user, (users,), -1 without one; and the items of heavy users."""
     copies = np.zeros(log.num_users, dtype=np.int64)  # rows of the chosen pair
     heavy = _Heavy(counts, log.num_items, negatives)
     for _, data in _scan(log, [log.schema.user, log.schema.item], "counting copies"):
@@ -169,7 +167,7 @@ def _partake(
     able = np.flatnonzero((counts > copies) & (unmet >= negatives))
     if not able.size:
         raise InputError(
-            f"{log.path}: no user has two items and {negatives} of {log.num_items} items that it did not meet"
+            f"{log.path}: no user has two items, and {negatives} of {log.num_items} items without an interaction"
         )
     if max_users is not None and able.size > max_users:
         if max_users < 1:
@@ -182,9 +180,9 @@ def _partake(
 
 
 def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.ndarray]:
-    """Train without the left-out pairs, in its order; one row of each left-out pair, by user, as test.
+    """Write train without the held-out pairs, in order, and one row of each held-out pair, by user, as test.
 
-    Returns how many rows of each user and of each item left train.
+    Returns how many rows of each user and of each item were removed from train.
     """
     user, item, time = log.schema.user, log.schema.item, log.schema.time
     left: dict[Side, np.ndarray] = {side: np.zeros(log.num_ids(side), dtype=np.int64) for side in SIDES}
@@ -199,7 +197,7 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
             for side in SIDES:
                 left[side] += np.bincount(data[log.column(side)][leaves], minlength=log.num_ids(side))
     test = pa.concat_tables(tests)
-    # Of the copies of a pair the latest stands for it.
+    # Of several rows of a pair, the latest is written.
     keys = pa.table(
         {"user": test.column(user), **({"time": test.column(time)} if time else {}), "place": np.arange(test.num_rows)}
     )
@@ -211,9 +209,9 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
 
 
 def _schema(log: Log) -> pa.Schema:
-    """Of what is written: the files of the log may store the same in different types.
+    """The schema of the output; files of the log may have different types.
 
-    Columns that the log's schema does not name are written where all files have them with one type.
+    Columns that the log's schema does not name are written if all files have them, with one type.
     """
     schemas = [file.schema for file in log.train.files if file.metadata]
     named = stored_as(list(log.train.columns.values()), schemas)
@@ -225,17 +223,17 @@ def _schema(log: Log) -> pa.Schema:
         or all(other.names.count(field.name) == 1 and other.field(field.name).type == field.type for other in schemas)
     ]
     if lost := [field.name for field in fields if field not in kept]:
-        logger.warning("%s: not written, since its files differ in them: columns %s", log.path, ", ".join(lost))
+        logger.warning("%s: not written, because its files differ in them: columns %s", log.path, ", ".join(lost))
     return pa.schema([field.with_nullable(True).remove_metadata() for field in kept])
 
 
 def _draw_negatives(
     log: Log, users: np.ndarray, counts: np.ndarray, heavy: _Heavy, count: int, seed: int
 ) -> np.ndarray:
-    """(users, count) items that each user never met.
+    """(users, count) items without an interaction of the user.
 
-    Heavy users draw from the items that they did not meet. For all others at once candidates are drawn, and struck out
-    while the log streams by; users that are left with too few get more, which takes another pass.
+    For heavy users, draws from these items. For all other users, draws candidates and removes those with an interaction
+    in a pass over the log; users with too few remaining candidates get more, in another pass.
     """
     rng = generator(seed, "leave one out", "negatives")
     size = log.num_items
@@ -259,7 +257,7 @@ def _draw_negatives(
             met[found[keys[found] == pairs]] = True
         seen = np.sort(np.concatenate((seen, keys)))
         fresh = keys[~met]
-        # Keep as many as are missing, at random: the first would be the smallest ids.
+        # Take as many as are missing, at random: the first ones have the smallest ids.
         owner = fresh // size
         order = np.lexsort((rng.random(len(fresh)), owner))
         rank = np.arange(len(fresh)) - np.searchsorted(owner, owner)
@@ -270,7 +268,7 @@ def _draw_negatives(
 
 
 def _candidates(rng: np.random.Generator, wanted: np.ndarray, size: int, seen: np.ndarray) -> np.ndarray:
-    """Sorted keys (place, item), at most `wanted` a place, none of them in `seen`."""
+    """Sorted keys (place, item), at most `wanted` per place, none of them in `seen`."""
     owner = np.repeat(np.arange(len(wanted)), wanted)
     keys = np.sort(owner * size + rng.integers(0, size, owner.size))
     keys = keys[np.append(True, keys[1:] != keys[:-1])] if keys.size else keys
@@ -280,7 +278,7 @@ def _candidates(rng: np.random.Generator, wanted: np.ndarray, size: int, seen: n
 
 
 def _copy_tables(log: Log, writer: LogWriter, left: dict[Side, np.ndarray]) -> None:
-    """Side tables as they are, and vocabularies, their counts without the rows that left train."""
+    """Copy side tables, and vocabularies with counts without the rows that were removed from train."""
     for side in SIDES:
         if (table := log.features(side)) is not None:
             writer.table(f"{side}s.parquet", table)

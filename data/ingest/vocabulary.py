@@ -1,15 +1,14 @@
 """Raw ids -> dense ids, by first appearance: stable, and extendable without renumbering.
 
 Size: an integer id takes about 32 bytes of memory, a string id about 40 and its own length, and up to twice
-that for a moment while sorted runs are merged; so 100 M ids of 10 bytes take 5 to 10 GB. `encode` refuses to
-grow beyond its budget, with an error that says so; it never gives two ids one number.
+that for a moment while sorted runs are merged; so 100 M ids of 10 bytes take 5 to 10 GB. `encode` raises
+an error beyond its budget; it never gives two ids one number.
 
-Arrays that grow double their memory, so that n ids cost O(n) in all however many batches bring them.
+Arrays double their memory when they grow, so that n ids cost O(n) in any number of batches.
 
-Lookup: the keys lie in a few sorted runs of falling size (as in a log-structured merge tree), so that a batch
-costs a binary search of its distinct ids in each, and growth costs O(n log n) in all. The key of an integer
-is itself; that of a string is a 64-bit hash from random tables (Zobrist 1970), whose match is confirmed by a
-second, independent 64-bit hash.
+Lookup: the keys are in a few sorted runs of decreasing size (as in a log-structured merge tree). A batch costs a
+binary search of its distinct ids in each run, and growth costs O(n log n) in all. The key of an integer is the integer;
+that of a string is a 64-bit hash from random tables (Zobrist 1970), confirmed by a second, independent 64-bit hash.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from recpress.data.seeds import generator
 Kind = Literal["int", "string"]
 _CLASH = -2
 _ROWS = RowNumbers()
-_WIDTH = 64  # places of a string that have hash tables of their own
+_WIDTH = 64  # positions of a string with separate hash tables
 
 
 class Vocabulary:
@@ -53,7 +52,7 @@ class Vocabulary:
 
     @staticmethod
     def kind_of(data: pa.DataType, where: str) -> Kind:
-        """The kind that ids of an Arrow type need. Raises InputError for types that are no ids."""
+        """The kind that ids of an Arrow type need. Raises InputError for other types."""
         if pa.types.is_dictionary(data):
             data = data.value_type
         if pa.types.is_integer(data) or pa.types.is_null(data):
@@ -64,7 +63,7 @@ class Vocabulary:
 
     @classmethod
     def from_table(cls, table: pa.Table, name: str, *, budget: float = 8 * 2**30) -> Vocabulary:
-        """The vocabulary that `table` wrote. Raises InputError where a raw id occurs twice."""
+        """The vocabulary that `table` wrote. Raises InputError if a raw id occurs twice."""
         raw = table.column("raw")
         vocabulary = cls(cls.kind_of(raw.type, name), name, budget=budget)
         found = vocabulary.encode(raw, count=False)
@@ -87,7 +86,7 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """sha256 of the raw ids in their order (not of the counts)."""
         lengths = hashlib.sha256(f"{self.kind} {self._size}".encode())
-        values = hashlib.sha256()  # apart, so that it does not matter how the ids lie in chunks
+        values = hashlib.sha256()  # separate, so that the fingerprint does not depend on the chunks
         for chunk in self._raw:
             if self.kind == "int":
                 values.update(chunk.to_numpy().astype("<i8").tobytes())
@@ -108,13 +107,13 @@ class Vocabulary:
         """Dense ids of raw ids, int64 of the same length; ids that are new get the next numbers.
 
         Args:
-            grow: number new ids; otherwise theirs is -1, and nothing is counted.
+            grow: number new ids; otherwise they are -1, and nothing is counted.
             count: add the occurrences to the counts.
             where: file and column, for errors.
             rows: the rows that the values are from, for errors.
 
         Raises:
-            InputError: a null, a value that is no integer (of an integer vocabulary), or no room left.
+            InputError: a null; a value that is not an integer, in a vocabulary of integers; the budget is exceeded.
         """
         values = self._cast(values, where, rows)
         encoded = pc.dictionary_encode(values)
@@ -142,7 +141,7 @@ class Vocabulary:
         return found
 
     def fit(self, values: pa.Array, *, where: str = "", rows: RowNumbers = _ROWS) -> pa.Array:
-        """The values in the type of this vocabulary, which `encode` takes as they are. Raises InputError as it does."""
+        """The values in the type of this vocabulary, which `encode` does not convert. Raises InputError like it."""
         return self._cast(values, where, rows)
 
     def become_strings(self) -> None:
@@ -186,7 +185,7 @@ class Vocabulary:
         keys, confirm = self._keys(raw)
         ids = self._find(keys, confirm)
         while self.kind == "string" and ((ids == _CLASH).any() or _repeats(keys[ids < 0])):
-            self._reseed(self._seed + 1)  # two strings share a key: other tables, all keys anew
+            self._reseed(self._seed + 1)  # two strings share a key: use other tables
             keys, confirm = self._keys(raw)
             ids = self._find(keys, confirm)
         new = np.flatnonzero(ids < 0)
@@ -207,8 +206,8 @@ class Vocabulary:
         each = 24 if self.kind == "int" else 32
         if self._bytes + each * (self._size + len(fresh)) > self._budget:
             raise InputError(
-                f"vocabulary of {self.name}: over {self._size} ids need more than the "
-                f"{self._budget / 2**30:.1f} GiB that are allowed"
+                f"vocabulary of {self.name}: over {self._size} ids need more than the limit of "
+                f"{self._budget / 2**30:.1f} GiB (--memory-gib)"
             )
 
     def _add_run(self, keys: np.ndarray, ids: np.ndarray) -> None:
@@ -221,7 +220,7 @@ class Vocabulary:
             self._runs[-2:] = [(keys[order], np.concatenate((ids_a, ids_b))[order])]
 
     def _find(self, keys: np.ndarray, confirm: np.ndarray) -> np.ndarray:
-        """Dense ids, -1 where a key is unknown, _CLASH where it is known as that of another string."""
+        """Dense ids, -1 where a key is unknown, _CLASH if it is known as that of another string."""
         ids = np.full(len(keys), -1, dtype=np.int64)
         for run, dense in self._runs:
             place = np.minimum(np.searchsorted(run, keys), len(run) - 1)
@@ -237,7 +236,7 @@ class Vocabulary:
         return _hash(raw, self._tables[0]), _hash(raw, self._tables[1])
 
     def _reseed(self, seed: int) -> None:
-        """Draws the hash tables and numbers all strings anew."""
+        """Draw other hash tables, and compute all keys again."""
         self._seed = seed
         if self.kind == "int":
             return
@@ -254,7 +253,7 @@ class Vocabulary:
 
 
 def grown(array: np.ndarray, size: int) -> np.ndarray:
-    """The array, or a copy of at least twice its length, filled with zeros, where it is shorter than `size`."""
+    """The array; if it is shorter than `size`, a copy of at least twice its length, filled with zeros."""
     if len(array) >= size:
         return array
     grown = np.zeros(max(size, 2 * len(array)), dtype=array.dtype)
@@ -268,7 +267,7 @@ def _repeats(keys: np.ndarray) -> bool:
 
 
 def _characters(strings: pa.Array) -> bytes:
-    """The bytes of a large_string array, one string after the other."""
+    """The bytes of a large_string array."""
     offsets = np.frombuffer(strings.buffers()[1], dtype=np.int64)[strings.offset :][: len(strings) + 1]
     data = strings.buffers()[2]
     return data.slice(offsets[0], offsets[-1] - offsets[0]).to_pybytes() if data is not None and len(strings) else b""
@@ -277,7 +276,7 @@ def _characters(strings: pa.Array) -> bytes:
 def _hash(strings: pa.Array, tables: np.ndarray) -> np.ndarray:
     """(n,) uint64: the sum, mod 2^64, of a random number for each (place, byte), and of one for the length.
 
-    Beyond the places that have tables of their own the numbers are multiplied by powers of an odd constant.
+    Beyond `_WIDTH` positions the numbers are multiplied by powers of an odd constant.
     """
     lengths = pc.binary_length(strings).to_numpy(zero_copy_only=False).astype(np.int64)
     data = np.frombuffer(_characters(strings), dtype=np.uint8)

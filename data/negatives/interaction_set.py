@@ -105,7 +105,7 @@ class _BitFilter:
         self._bytes = torch.from_numpy(np.packbits(slots, bitorder="little"))
 
     def maybe(self, keys: torch.Tensor) -> torch.Tensor:
-        """False where a key surely is not there. Bool, of the shape of keys."""
+        """False if a key surely is not there. Bool, of the shape of keys."""
         slot = self._slot(keys)
         return (self._bytes[slot >> 3] >> (slot & 7)) & 1 == 1
 

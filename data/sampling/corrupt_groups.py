@@ -94,7 +94,7 @@ class ReplacingSplit(TolerantSplit):
     def read(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged]:
         """As `ParquetSplit.read`; at the places of a damaged group's members stand members of another one.
 
-        Raises InputError where TRIES others cannot be read either, or there is none.
+        Raises InputError if TRIES others cannot be read either, or there is none.
         """
         found = self.read_or_skip(group, columns)
         return self._instead(group, columns) if found is None else found

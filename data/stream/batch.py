@@ -32,7 +32,7 @@ class Batch(Pipelineable):
     item_features: KeyedJaggedTensor
     """Keys "item" and the items' categorical features, stride B * (1 + N)."""
     label: torch.Tensor
-    """Of the positives; ones where the log has none. (B,) float32"""
+    """Of the positives; ones if the log has none. (B,) float32"""
     log_q: torch.Tensor
     """Log of the probability with which each item comes up: of a negative, in one draw; of a positive, as the
     item of a row where the counts of the items are known, else in one draw. (B * (1 + N),) float32"""

@@ -40,7 +40,7 @@ class Interactions:
     label: torch.Tensor | None  # (B,) float32
     time: torch.Tensor | None  # (B,) int64, or float64 where the log has floats
     categorical: dict[str, torch.Tensor | JaggedColumn]  # (B,) int64 each, or lists
-    floats: torch.Tensor | None  # (B, F) float32, in the order of the schema; NaN where the log has none
+    floats: torch.Tensor | None  # (B, F) float32, in the order of the schema; NaN if the log has none
     epoch: int
     step: int
     position: int

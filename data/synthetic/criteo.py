@@ -1,19 +1,19 @@
 """A synthetic log with the columns of Criteo Kaggle: a label, 13 numbers, 26 categorical features; no user, no item.
 
-What is planted is that ids are alike. Each feature's ids fall into groups, far fewer than ids; an id's latent vector
-is that of its group and a small part of its own, and the label depends on ids through these vectors alone. So ids of
-one group may share a row of a table at little loss, and ids of two groups may not:
+The planted structure is similarity of ids. The ids of each feature are in groups, far fewer than ids; the latent vector
+of an id is that of its group plus a small individual part, and the label depends on ids only through these vectors. So
+ids of one group can share an embedding row at little loss, and ids of two groups cannot:
 
     logit = offset + effects * sum_f w_f x_f0 + interactions * c sum_(f<g) w_f w_g <x_f, x_g>
             + dense * sum_j a_j n_j + noise * e
 
 where x_f0 is the first number of the latent vector of the row's id of feature f and <x_f, x_g> the product of the
 others (a factorization machine, Rendle 2010); w and a have unit norm, w_f grows with the logarithm of the feature's
-number of ids, c makes the sum of unit variance, and all else is standard normal. So the options are standard
+number of ids, c makes the sum of unit variance, and all else is standard normal. So the options are the standard
 deviations of the parts of the logit.
 
 How often an id is accessed is a power law of its rank, and its number a random permutation of the ranks: the number
-says nothing of frequency or group. Row i of a part is a function of (config, part, i); memory is O(ids).
+is unrelated to frequency and group. Row i of a part is a function of (config, part, i); memory is O(ids).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ MISSING = 0.1  # share of the numbers that are missing
 def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
     """Writes the synthetic log to the folder `out`, with the vocabularies that `ingest` would write, and returns it.
 
-    Raises InputError where an option is out of its range.
+    Raises InputError if an option is out of range.
     """
-    made = MadeCriteo(config)
+    made = SyntheticCriteo(config)
     counts = [np.zeros(size, dtype=np.int64) for size in made.sizes]
     meta: dict[str, object] = {}
     with (
@@ -78,7 +78,7 @@ def synth_criteo(config: SynthCriteoConfig, out: str | Path, *, overwrite: bool 
     return artifact.place(out)
 
 
-class MadeCriteo:
+class SyntheticCriteo:
     """The rows of a synthetic log, by position. Construction takes O(ids)."""
 
     def __init__(self, config: SynthCriteoConfig) -> None:
@@ -120,7 +120,7 @@ class MadeCriteo:
         return label, floats, ids
 
     def probabilities(self, part: str, first: int, last: int) -> np.ndarray:
-        """P(label = 1) of the same rows given their ids, numbers and noise, (n,): what no model can do better than."""
+        """P(label = 1) of the same rows given their ids, numbers and noise, (n,): no model can predict better."""
         blocks = [self._block(part, block)[3] for block in range(first // BLOCK, -(-last // BLOCK))]
         skip = first - first // BLOCK * BLOCK
         return np.concatenate(blocks)[skip : skip + last - first]
@@ -147,7 +147,7 @@ class MadeCriteo:
         return label, floats, ids, probability
 
     def _offset_for(self, positives: float) -> float:
-        """The offset with which this share of the labels is 1, by bisection on two blocks of their own."""
+        """The offset with which this share of the labels is 1, by bisection on two separate blocks."""
         probability = np.concatenate([self._block("offset", block)[3] for block in range(2)])
         logit = np.log(probability) - np.log1p(-probability)
         low, high = -30.0, 30.0

@@ -1,14 +1,14 @@
-"""A synthetic log: planted tastes, power-law activity and popularity, of any size, written as a stream.
+"""A synthetic log: planted tastes, power-law activity and popularity; any size, written as a stream.
 
 Items fall into `tastes` groups of equal size; within a group their popularity follows a power law. A user has
-a main taste and some further ones that stand in a fixed relation to it, with geometric weights, and meets in
-each taste the items about in proportion to their popularity. So the expected log is a matrix of rank
+a main taste and some further ones in a fixed relation to it, with geometric weights, and interacts in each taste
+with items about in proportion to their popularity. So the expected log is a matrix of rank
 `tastes`, which a factorization finds and popularity alone does not.
 
-Every row is a pure function of (config, place in the log): its place is sent through a random permutation (a
-Feistel network) to a pair (user, ordinal among the user's items), and the ordinal to an item by systematic
-sampling without replacement. No pair occurs twice, the held-out item of a user is one of its ordinals that
-train leaves out, and memory is O(users + items), whatever the number of rows.
+Every row is a pure function of (config, position in the log). A random permutation (a Feistel network) maps the
+position to a pair (user, ordinal among the user's items), and systematic sampling without replacement maps the ordinal
+to an item. No pair occurs twice, the held-out item of a user is an ordinal that train skips, and memory is
+O(users + items) for any number of rows.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ CHUNK = 1 << 14  # rows made at once: their arrays stay in the cache
 def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> str | Path:
     """Writes the synthetic log to the folder `out` and returns it.
 
-    Raises InputError where the sizes do not go together.
+    Raises InputError if the sizes are inconsistent.
     """
-    made = MadeLog(config)
+    made = SyntheticInteractions(config)
     meta: dict[str, object] = {}
     with (
         artifact.writing(out, KIND, meta, overwrite=overwrite) as tmp,
@@ -58,8 +58,8 @@ def synth(config: SynthConfig, out: str | Path, *, overwrite: bool = False) -> s
     return artifact.place(out)
 
 
-class MadeLog:
-    """The rows of a synthetic log, by position. Construction takes O(users + items)."""
+class SyntheticInteractions:
+    """The rows of a synthetic log, by position. Memory: O(users + items)."""
 
     def __init__(self, config: SynthConfig) -> None:
         _check(config)
@@ -68,7 +68,7 @@ class MadeLog:
         self.user_rows = _activity(config, self._tastes.most_rows)  # (users,) int64, rows of each user in train
         self._ends = np.cumsum(self.user_rows)
         self._permutation = Permutation(config.rows, config.seed)
-        # Held-out users have one item more than rows; the ordinal that train leaves out:
+        # Held-out users have one item more than rows; the ordinal that train skips:
         users = np.flatnonzero(self.user_rows > 0)[: config.held_out_users]
         draws = generator(config.seed, "left out").random(len(users))
         self.held_out_users = users
@@ -89,7 +89,7 @@ class MadeLog:
         return self._table(users, items, times)
 
     def held_out(self, chunk: int = 4096) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """The held-out pairs, and for each the items that the user never met."""
+        """The held-out pairs, and for each items without an interaction of the user."""
         later = self.config.start_time + self.config.days * 86400
         rng = generator(self.config.seed, "negatives")
         for start in range(0, len(self.held_out_users), chunk):
@@ -105,7 +105,7 @@ class MadeLog:
             yield self._table(users, items, times), negatives_table(users, items, negatives, self._id_type)
 
     def user_features(self) -> pa.Table:
-        """Side table of the users: an age band, a country that goes with the main taste for half of them."""
+        """Side table of the users: an age band, a country that is determined by the main taste for half of them."""
         rng = generator(self.config.seed, "user features")
         main, _ = self._tastes.of_users(np.arange(self.config.users))
         country = np.where(rng.random(self.config.users) < 0.5, main % 50, rng.integers(0, 50, self.config.users))
@@ -133,7 +133,7 @@ class MadeLog:
         )
 
     def _num_items(self, users: np.ndarray) -> np.ndarray:
-        """Items that each user meets, the held-out one among them."""
+        """Items of each user, with the held-out one."""
         return self.user_rows[users] + (self._left_out[users] != np.iinfo(np.int64).max)
 
     def _table(self, users: np.ndarray, items: np.ndarray, times: np.ndarray) -> pa.Table:
@@ -149,7 +149,7 @@ def _activity(config: SynthConfig, most: int) -> np.ndarray:
     least = min(5, config.rows // config.users)
     rows = np.full(config.users, float(least))
     spare = config.rows - rows.sum()
-    while spare > 0.5:  # what the most active users cannot take goes to the others
+    while spare > 0.5:  # rows above the limit of the most active users go to the others
         open_ = rows < most
         rows[open_] += spare * weight[open_] / weight[open_].sum()
         spare = np.maximum(rows - most, 0.0).sum()
@@ -169,12 +169,14 @@ def _check(config: SynthConfig) -> None:
     if not 0 < config.taste_decay <= 1:
         raise InputError(f"synth: taste_decay is {config.taste_decay}; expected a number in (0, 1]")
     if config.items < 6 * config.tastes:
-        raise InputError(f"synth: {config.items} items for {config.tastes} tastes; expected at least 6 a taste")
+        raise InputError(f"synth: {config.items} items for {config.tastes} tastes; expected at least 6 per taste")
     most = (config.items // config.tastes) * min(config.tastes_per_user, config.tastes) // 3 - 1
     if config.rows > config.users * most or config.rows < config.users:
         raise InputError(
-            f"synth: {config.rows} rows; expected {config.users} to {config.users * most}: no user meets an "
-            f"item twice, and each at most a third of its tastes' items ({most})"
+            f"synth: {config.rows} rows; expected {config.users} to {config.users * most}: no user has an "
+            f"item twice, and each has at most a third of the items of its tastes ({most})"
         )
     if config.held_out_users and config.items - most - 1 < config.negatives:
-        raise InputError(f"synth: {config.negatives} negatives; at most {config.items - most - 1} items are unmet")
+        raise InputError(
+            f"synth: {config.negatives} negatives; at most {config.items - most - 1} items are without an interaction"
+        )

@@ -1,5 +1,4 @@
-"""The mathematics of the synthetic log: tastes, sampling without replacement by ordinal, and a computed
-permutation."""
+"""The mathematics of the synthetic log: tastes, sampling without replacement by ordinal, a computed permutation."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from recpress.data.seeds import generator
 
 
 class Tastes:
-    """Which items a user meets. Items lie in `order` taste by taste, in each from the most to the least
-    popular."""
+    """The items of each user. `_order` has the items by taste, in each from the most to the least popular."""
 
     def __init__(self, config: SynthConfig) -> None:
         self.config = config
@@ -44,7 +42,7 @@ class Tastes:
         popularity = (np.arange(tastes) + 1.0) ** -config.taste_skew
         self._main = np.cumsum(popularity) / popularity.sum()
         steps = [step for step in range(1, max(tastes, 2)) if math.gcd(step, tastes) == 1]
-        self._steps = np.array(steps[:2] + steps[-2:])  # related tastes stand near each other on a ring
+        self._steps = np.array(steps[:2] + steps[-2:])  # related tastes are neighbors on a ring
 
     def of_users(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Main taste and step of each user; the user's tastes are main, main + step, main + 2 step ... (mod
@@ -60,9 +58,9 @@ class Tastes:
         return taste
 
     def items_of(self, users: np.ndarray, ordinals: np.ndarray, num: np.ndarray) -> np.ndarray:
-        """The item at each ordinal, of users that meet `num` items in all; for one user they are distinct."""
+        """The item at each ordinal, of users with `num` items in all; distinct for one user."""
         ends, end = [], np.zeros(len(users), dtype=np.int64)
-        for weight in self._weights:  # the user's tastes in turn; one that is full passes on to the next
+        for weight in self._weights:  # the user's tastes in turn; the excess of a full one goes to the next
             end = np.minimum(end + self._most, np.rint(num * weight).astype(np.int64))
             ends.append(end)
         first, last, place = (
@@ -124,14 +122,14 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def uniform(ids: np.ndarray, seed: int, use: int) -> np.ndarray:
-    """A number in [0, 1) that belongs to the id, for each use another."""
+    """A number in [0, 1) per id and use."""
     key = np.uint64((seed * 0x9E3779B97F4A7C15 + use * 0xD1B54A32D192ED03) % 2**64)
     with np.errstate(over="ignore"):
         return (mix(mix(ids.astype(np.uint64) + key)) >> np.uint64(11)) * 2.0**-53
 
 
 def search(ends: np.ndarray, keys: np.ndarray, side: Literal["left", "right"] = "right") -> np.ndarray:
-    """np.searchsorted; in a table that outgrows the cache the keys are looked up in their order."""
+    """np.searchsorted; for a table larger than the cache, the keys are searched in sorted order."""
     if len(ends) < 1 << 16:
         return np.searchsorted(ends, keys, side=side)
     order = np.argsort(keys)

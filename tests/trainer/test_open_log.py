@@ -88,7 +88,7 @@ def factors_of(log, out, **more):
 
 def test_factors_are_those_of_the_other_rows(damaged, tmp_path, caplog):
     caplog.set_level(logging.INFO, "recpress")
-    with pytest.raises(InputError, match=r"train-0.parquet: not a whole Parquet file"):
+    with pytest.raises(InputError, match=r"train-0.parquet: incomplete or not a Parquet file"):
         factors_of(damaged, tmp_path / "factors")
     found = factors_of(damaged, tmp_path / "factors", on_bad_file="skip")
     assert "skipped what could not be read: 1 files, and 2 row groups of others, with 120 rows" in caplog.text

@@ -127,7 +127,7 @@ def _written(path: str) -> dict[str, Any]:
 
 
 def _left(stages: dict[StageName, StageConfig], log: Log) -> list[StageName]:
-    """Stages whose output is not there. Raises InputError where what is there cannot be built upon."""
+    """Stages whose output is not there. Raises InputError if what is there cannot be built upon."""
     left: list[StageName] = []
     prints: dict[str, Any] = {}
     stale: dict[str, str] = {}
@@ -172,7 +172,7 @@ def _is_there(name: StageName, path: str) -> bool:
 
 
 def _log_files(name: StageName, path: str) -> list[dict[str, Any]] | None:
-    """The files of the log that an output was made from; None where it does not say."""
+    """The files of the log that an output was made from; None if it does not say."""
     files = artifact.read_manifest(path, KINDS[name])["log"]["files"] if name in KINDS else _written(path).get("log")
     return list(files) if files is not None else None
 

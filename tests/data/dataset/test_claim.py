@@ -32,7 +32,7 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_at_its_start_and_a_killed_one_is_not_waited_for(tmp_path, holder):
     leftover = tmp_path / ".out.tmp-12345678"
     leftover.mkdir()
-    with pytest.raises(InputError, match=rf"another run writes there \(process {holder.pid} on"):
+    with pytest.raises(InputError, match=rf"another run writes to it \(process {holder.pid} on"):
         artifact.begin(tmp_path / "out")
     assert leftover.exists()  # it may be the other run's
     holder.send_signal(signal.SIGKILL)
@@ -86,6 +86,6 @@ def test_a_claim_on_an_object_store(tmp_path, monkeypatch):
         store.pipe("/claims/out.lock", json.dumps(mine | {"machine": "other", "beats": next(beats)}).encode())
 
     monkeypatch.setattr(claim.time, "sleep", beat)
-    with pytest.raises(InputError, match="out: another run writes there"), claim.claimed("memory://claims/out"):
+    with pytest.raises(InputError, match="out: another run writes to it"), claim.claimed("memory://claims/out"):
         pass
     store.rm("/claims/out.lock")

@@ -74,16 +74,16 @@ def test_views_are_read_as_what_they_view(tmp_path):
 def test_one_form_of_a_part_or_a_refusal_that_names_both(tmp_path):
     write(tmp_path / "train.parquet", table())
     write(tmp_path / "train-old.parquet", table(3))
-    with pytest.raises(InputError, match=r"both train-old\.parquet and train\.parquet hold train"):
+    with pytest.raises(InputError, match=r"both train-old\.parquet and train\.parquet are train"):
         open_log(tmp_path)
     (tmp_path / "train-old.parquet").unlink()
     write(tmp_path / "train" / "a.parquet", table(3))
-    with pytest.raises(InputError, match=r"both train and train\.parquet hold train"):
+    with pytest.raises(InputError, match=r"both train and train\.parquet are train"):
         open_log(tmp_path)
     (tmp_path / "train" / "a.parquet").rename(tmp_path / "train" / "_a.parquet")  # a writer's own
     write(tmp_path / "val" / "a.parquet", table(2))
     write(tmp_path / "validation.parquet", table(2))
-    with pytest.raises(InputError, match=r"both val and validation\.parquet hold val"):
+    with pytest.raises(InputError, match=r"both val and validation\.parquet are val"):
         open_log(tmp_path)
 
 

@@ -55,7 +55,7 @@ def test_whole_files_are_taken_by_the_convention_of_logs(folder, caplog):
         assert growing.new_files(taken) == []
     said = [record.getMessage() for record in caplog.records]  # of each once, after it has not grown
     assert len(said) == 2
-    assert f"{folder}/train-5.parquet: not taken, not a whole Parquet file (yet)" in said[0]
+    assert f"{folder}/train-5.parquet: skipped for now, incomplete Parquet file" in said[0]
     write(folder / "train-5.parquet", 0)
     assert names(growing.new_files(taken)) == ["train-5.parquet"]
 
@@ -113,11 +113,11 @@ def test_a_file_that_changed_or_does_not_fit_is_named(folder):
 
     files = round_of()
     write(folder / "train-1.parquet", 5)
-    with pytest.raises(InputError, match=r"train-1.parquet: has changed since it was taken"):
+    with pytest.raises(InputError, match=r"train-1.parquet: has changed since it was listed"):
         open_round(log.train, before, files)
     with pytest.raises(InputError, match=r"train-1.parquet, column 'item_id': type string; expected integers"):
         open_round(log.train, before, round_of(item_id=pa.array(["1"] * 30)))
-    with pytest.raises(InputError, match=r"train-1.parquet, column 'time': timestamps in us .*cannot hold it"):
+    with pytest.raises(InputError, match=r"train-1.parquet, column 'time': timestamps in us .*cannot store it"):
         open_round(log.train, before, round_of(time=pa.array(np.arange(30), pa.timestamp("us"))))
     with pytest.raises(InputError, match=r"train-1.parquet, column 'time': numbers \(integer\)"):
         open_round(log.train, before, round_of(time=pa.array(np.arange(30))))

@@ -225,10 +225,10 @@ def test_bad_files(tmp_path):
     path = write(tmp_path, "train.parquet", table(10_000), row_group_size=1000)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"train\.parquet: not a whole Parquet file"):
+    with pytest.raises(InputError, match=r"train\.parquet: incomplete or not a Parquet file"):
         open_log(tmp_path)
     path.write_bytes(b"user_id,item_id\n1,2\n")
-    with pytest.raises(InputError, match=r"train\.parquet: not a whole Parquet file"):
+    with pytest.raises(InputError, match=r"train\.parquet: incomplete or not a Parquet file"):
         open_log(tmp_path)
     path.write_bytes(whole)
     log = open_log(tmp_path)
@@ -353,7 +353,7 @@ def test_folders_beside_those_of_hive_are_named(tmp_path, caplog):
 
 def test_a_text_file_is_pointed_to_ingest(tmp_path):
     (tmp_path / "ratings.csv").write_text("user_id,item_id\n1,2\n")
-    with pytest.raises(InputError, match=r"ratings\.csv: not a whole Parquet file.*recpress ingest"):
+    with pytest.raises(InputError, match=r"ratings\.csv: incomplete or not a Parquet file.*recpress ingest"):
         open_log(str(tmp_path / "ratings.csv"))
     with pytest.raises(InputError, match=r"no train\.parquet.*; `recpress ingest` reads other formats"):
         open_log(tmp_path)

@@ -145,7 +145,7 @@ BAD = {
         "a.csv",
         "user_id,item_id\n1,2\n",
         {"label": "item_id"},
-        r"column 'item_id' has two meanings",
+        r"column 'item_id' is given two meanings",
     ),
     "nothing": ("a.csv", "user_id,item_id\n1,2\n", {"input": "nowhere.csv"}, r"nowhere\.csv: no such file"),
     "extend": ("a.csv", "user_id,item_id\n1,2\n", {"extend": "nowhere"}, r"nowhere: no such file"),
@@ -261,7 +261,7 @@ def test_parts_of_a_folder_are_not_pooled(tmp_path, caplog, train, held_out, con
     names = {name.replace("/", "___").replace(".", "__"): content for name in (train, held_out, "README.md")}
     source = write(tmp_path / "in", **names)
     (source / "README.md").write_text("hello")
-    refused(source, tmp_path, f"{held_out} is named like a held-out part, beside {train}", f"--input {source}/{train}")
+    refused(source, tmp_path, f"{held_out} is named like a held-out part, next to {train}", f"--input {source}/{train}")
     assert len(raw_rows(made(source / train, tmp_path))) == 1
     assert not caplog.messages
     both = f"{source}/part=*/*.csv" if "/" in train else f"{source}/*.{train.rpartition('.')[2]}"

@@ -60,7 +60,7 @@ def test_random_loses_nothing_and_meets_nothing(tmp_path_factory, rows, seed):
     able = {u for u, _ in rows if len({i for v, i in rows if v == u}) > 1}
     able = {u for u in able if 30 - len({i for v, i in rows if v == u}) >= 15}
     if not able:
-        with pytest.raises(InputError, match="no user has two items and 15 of 30 items"):
+        with pytest.raises(InputError, match="no user has two items, and 15 of 30 items"):
             leave_one_out(log, folder / "new", by="random", seed=seed, negatives=15)
         assert [path.name for path in folder.iterdir()] == ["log"]
         return
@@ -139,7 +139,7 @@ def test_vocabulary_counts_lose_what_left_train(tmp_path):
         ({"by": "last"}, "needs a time column"),
         ({"by": "random", "negatives": -1}, "negatives is -1"),
         ({"by": "random", "negatives": 1, "max_users": 0}, "max_users is 0"),
-        ({"by": "random", "negatives": 99}, "no user has two items and 99 of 10 items"),
+        ({"by": "random", "negatives": 99}, "no user has two items, and 99 of 10 items"),
     ],
 )
 def test_what_cannot_be_done(tmp_path, options, message):

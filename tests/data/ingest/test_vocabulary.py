@@ -113,7 +113,7 @@ def test_bad_ids():
     with pytest.raises(InputError, match="v, row 1: the raw id 7 occurs twice"):
         Vocabulary.from_table(pa.table({"raw": [7, 7], "count": [1, 1]}), "v")
     small = Vocabulary("int", "user", budget=10_000)
-    with pytest.raises(InputError, match=r"vocabulary of user: over 0 ids need more than the 0\.0 GiB"):
+    with pytest.raises(InputError, match=r"vocabulary of user: over 0 ids need more than the limit of 0\.0 GiB"):
         small.encode(pa.array(np.arange(1000)))
 
 

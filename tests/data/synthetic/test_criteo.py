@@ -16,10 +16,10 @@ from recpress.data.ingest.formats import CATEGORIES, INTS
 from recpress.data.ingest.sources import RawLog
 from recpress.data.sampling.scan import iter_columns
 from recpress.data.stream.loader import InteractionStream
-from recpress.data.synthetic.criteo import BLOCK, SIZES, MadeCriteo, feature_sizes, synth_criteo
+from recpress.data.synthetic.criteo import BLOCK, SIZES, SyntheticCriteo, feature_sizes, synth_criteo
 
 SMALL = SynthCriteoConfig(rows=20_000, test_rows=3000, ids=3000)
-MADE = MadeCriteo(SMALL)
+MADE = SyntheticCriteo(SMALL)
 
 
 def column(rows, name):
@@ -118,7 +118,9 @@ def test_labels_follow_the_planted_probability():
 
 def test_ids_of_a_group_are_alike_and_ids_of_two_groups_are_not():
     """By the label's rate in the feature with the most ids: what a group says of its ids, with all else left out."""
-    made = MadeCriteo(replace(SMALL, groups=16, interactions=0.0, dense=0.0, noise=0.0, effects=3.0, deviation=0.0))
+    made = SyntheticCriteo(
+        replace(SMALL, groups=16, interactions=0.0, dense=0.0, noise=0.0, effects=3.0, deviation=0.0)
+    )
     _, _, ids = made.rows("train", 0, 10 * BLOCK)
     planted = made.probabilities("train", 0, 10 * BLOCK)
     feature = int(np.argmax(made.sizes))

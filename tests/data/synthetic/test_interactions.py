@@ -9,7 +9,7 @@ from recpress.data.config import LayoutConfig, SynthConfig
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
-from recpress.data.synthetic.interactions import MadeLog, synth
+from recpress.data.synthetic.interactions import SyntheticInteractions, synth
 from recpress.data.synthetic.tastes import Permutation
 
 SMALL = SynthConfig(users=300, items=400, rows=5000, tastes=8, negatives=20)
@@ -70,14 +70,14 @@ def test_deterministic_whatever_the_layout(log, tmp_path):
         strict=True,
     ):
         assert np.array_equal(mine, other)
-    seeded = MadeLog(SynthConfig(**{**vars(SMALL), "seed": 1})).train_rows(0, 5000)
+    seeded = SyntheticInteractions(SynthConfig(**{**vars(SMALL), "seed": 1})).train_rows(0, 5000)
     assert not np.array_equal(seeded.column("user_id").to_numpy(), columns(one.train, ["user_id"])[0])
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 5000), st.integers(0, 5000))
 def test_rows_depend_on_their_place_alone(a, b):
-    made = MadeLog(SMALL)
+    made = SyntheticInteractions(SMALL)
     start, stop = min(a, b), max(a, b)
     assert made.train_rows(start, stop).equals(made.train_rows(0, 5000).slice(start, stop - start))
 
@@ -108,7 +108,7 @@ def test_no_pair_twice_for_any_sizes(users, tastes, per_taste, per_user, user_sk
         held_out_users=users // 2,
         negatives=2,
     )
-    made = MadeLog(config)
+    made = SyntheticInteractions(config)
     rows = made.train_rows(0, config.rows)
     pairs = rows.column("user_id").to_numpy().astype(np.int64) * items + rows.column("item_id").to_numpy()
     assert made.user_rows.sum() == config.rows
@@ -127,7 +127,7 @@ def test_permutation(size):
 
 
 def test_activity_and_popularity_are_skewed():
-    made = MadeLog(SynthConfig())
+    made = SyntheticInteractions(SynthConfig())
     rows = made.train_rows(0, 500_000)
     popularity = np.sort(np.bincount(rows.column("item_id").to_numpy(), minlength=3000))[::-1]
     activity = np.sort(made.user_rows)[::-1]
@@ -137,7 +137,7 @@ def test_activity_and_popularity_are_skewed():
 
 
 def test_a_billion_rows_need_no_more_than_their_users_and_items():
-    made = MadeLog(SynthConfig(users=2_000_000, items=20_000, rows=1_200_000_000, tastes=64))
+    made = SyntheticInteractions(SynthConfig(users=2_000_000, items=20_000, rows=1_200_000_000, tastes=64))
     table = made.train_rows(1_199_990_000, 1_200_000_000)
     assert made.user_rows.sum() == 1_200_000_000
     assert table.num_rows == len(set(zip(*table.select([0, 1]).to_pydict().values(), strict=True))) == 10_000

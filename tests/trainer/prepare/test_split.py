@@ -14,7 +14,7 @@ def test_it_says_how_many_users_have_no_test_row(tmp_path, capsys):
     assert main(["split", "--data", str(tmp_path), "--out", f"{tmp_path}-out", "--negatives", "5"]) == 0
     assert "6 held out; none of 2 users" in capsys.readouterr().out
     assert main(["split", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--negatives", "5"]) == 2
-    assert "lies in the input" in capsys.readouterr().err
+    assert "is in the input" in capsys.readouterr().err
     assert main(["split", "--data", "", "--out", f"{tmp_path}-out", "--negatives", "5"]) == 2
     assert "empty path" in capsys.readouterr().err
 

@@ -156,7 +156,7 @@ def test_each_row_once_through_kills_and_signals(tmp_path):
 
     run = Run(tmp_path)
     run.wait_for(23)  # the end of the round; then it waits
-    run.wait_to_say("train-9.parquet: not taken, not a whole Parquet file (yet)")
+    run.wait_to_say("train-9.parquet: skipped for now, incomplete Parquet file")
     run.ranks[1].send_signal(signal.SIGTERM)
     assert run.end() == [75, 75], run.said()
     assert "step-00000015 at step 15, epoch 2" in run.said()
