@@ -313,6 +313,15 @@ def _dots(user: torch.Tensor, item: torch.Tensor, batch: _OnDevice) -> torch.Ten
     return pattern.values()
 
 
+def aligned(factors: Factors, target: Factors, exchange: Exchange) -> Factors:
+    """`factors`, rotated as near to `target` as a rotation of the space brings them; no score changes. Collective."""
+    pairs = ((factors.users, target.users), (factors.items, target.items))
+    cross = exchange.sum(torch.stack([(own.T @ other).double() for own, other in pairs]).sum(0))
+    left, _, right = torch.linalg.svd(cross)
+    rotation = (left @ right).float()
+    return replace(factors, users=factors.users @ rotation, items=factors.items @ rotation)
+
+
 def _initial(config: ContrastiveConfig, num_users: int, num_items: int, exchange: Exchange) -> Factors:
     parameters = ALSParameters(factors=config.factors, seed=config.seed)
     return initial_factors(parameters, num_users, num_items, exchange.rank, exchange.world, exchange.device)

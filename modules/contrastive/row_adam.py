@@ -49,10 +49,10 @@ class RowAdam:
     def move(self, ids: torch.Tensor, gradient: torch.Tensor, rate: float) -> None:
         """Move distinct ids along the gradient by their vectors, (k, d)."""
         second = self.second.index_select(0, ids)
-        second.mul_(BETA2).add_(gradient.square().mean(1, keepdim=True), alpha=1 - BETA2)
+        squares = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square_()
+        second.mul_(BETA2).add_(squares, alpha=(1 - BETA2) / gradient.shape[1])
         self.second.index_copy_(0, ids, second)
-        momentum = self.momentum.index_select(0, ids)
-        momentum.mul_(BETA1).add_(gradient, alpha=1 - BETA1)
+        momentum = self.momentum.index_select(0, ids).lerp_(gradient, 1 - BETA1)
         self.momentum.index_copy_(0, ids, momentum)
         length = second.sqrt_().add_(_TINY).reciprocal_().mul_(-rate)
         self.rows.index_add_(0, ids, momentum.mul_(length))

@@ -140,9 +140,9 @@ class _Comparison:
         self.dim = factors.dim
         if not self.chosen and result.auto is not None:  # once: all seeds and rates compare the same tables
             self.chosen, self.method = True, result.method
-            if result.method == "als":
+            if result.method == "als" and self.als.auto:
                 self.als = replace(self.als, auto=False, **result.auto["settings"])
-            else:
+            elif result.method == "softmax":
                 self.softmax = replace(self.softmax, **result.auto["settings"])
             shown = ", ".join(f"{setting} {value:g}" for setting, value in result.auto["settings"].items())
             self.progress.say(f"factorization: chose {result.method}, {shown}")

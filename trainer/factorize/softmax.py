@@ -20,7 +20,7 @@ from recpress.modules.als.factors import Factors, RowBlocks
 from recpress.modules.als.interactions import CSR
 from recpress.modules.config import ContrastiveConfig
 from recpress.modules.contrastive.auto import MethodChoice, choose
-from recpress.modules.contrastive.factorization import Contrastive, EpochReport, Run
+from recpress.modules.contrastive.factorization import Contrastive, EpochReport, Run, aligned
 from recpress.trainer.artifacts.factors import claimed
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.checkpoint.staged import State
@@ -98,7 +98,7 @@ def factorize_softmax(
     Args:
         settings: all chosen.
         interactions: by user and by item, of this rank.
-        start: initial factors, instead of random ones.
+        start: initial factors, instead of random ones; the result is rotated to them.
         stop_requested: whether to stop after the epoch.
 
     Raises:
@@ -124,7 +124,8 @@ def factorize_softmax(
             return stop_requested()
 
         run.train(on_epoch)
-    return run.factors(), epochs
+    found = run.factors()
+    return found if start is None else aligned(found, start, run.exchange), epochs
 
 
 def _is_due(checkpoints: Checkpoints, epoch: int, run: Run) -> bool:

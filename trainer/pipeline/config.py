@@ -77,7 +77,7 @@ class PipelineConfig:
         frozen = strategy == "auto" or strategy.startswith("frozen")
         wanted = frozen and "train" in self.stages and self.train.factors is None and self.train.crossfit != "no"
         rate = sample.rate or 0.1
-        if not wanted or self.factorize.crossfit_rate or self.factorize.method != "als" or rate >= 1:
+        if not wanted or self.factorize.crossfit_rate or self.factorize.method == "logistic" or rate >= 1:
             return {}
         return {"crossfit_rate": rate, "crossfit_kind": sample.kind, "crossfit_seed": sample.seed}
 

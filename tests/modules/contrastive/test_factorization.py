@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from recpress.modules.als.exchange import Exchange
+from recpress.modules.als.factors import Factors
 from recpress.modules.config import ContrastiveConfig
-from recpress.modules.contrastive.factorization import Contrastive, _OnDevice, gradients
+from recpress.modules.contrastive.factorization import Contrastive, _OnDevice, aligned, gradients
 from recpress.modules.contrastive.losses import make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
 from tests.ranks import run_on_ranks
@@ -134,3 +136,13 @@ def test_a_step_on_cuda_neither_mixes_devices_nor_waits():
             made = gradients(make_loss(replace(CONFIG, loss=loss, temperature=0.1)), on, user, item, 7)
             assert [part.device.type for part in made] == ["cuda"] * 3
         users.step(on.users, user, inverse, made[1], 0.1)
+
+
+def test_a_rotated_space_is_aligned_again():
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(size, 4, generator=generator) for size in (9, 7))
+    rotation, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
+    turned = Factors(users @ rotation, items @ rotation, 9, 7)
+    found = aligned(turned, Factors(users, items, 9, 7), Exchange(None, torch.device("cpu")))
+    torch.testing.assert_close(found.users, users, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.items, items, rtol=1e-4, atol=1e-4)
