@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from recpress.data.dataset.columns import is_list
+from recpress.data.dataset.files import first_line
 from recpress.data.dataset.object_store import cached_file
 from recpress.data.errors import InputError
 from recpress.modules.row_source import RowSource
@@ -35,7 +37,7 @@ def read_embedding(path: str) -> RowSource:
     except InputError:
         raise
     except (OSError, ValueError, EOFError, pa.ArrowException, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be read as an embedding: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: cannot be read as an embedding: {first_line(error)}") from error
     raise InputError(f"{path}: expected FILE.npy, FILE.parquet or FILE.pt:KEY")
 
 
@@ -45,7 +47,7 @@ def _checkpoint(path: str, key: str) -> RowSource:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has no common type for files that hold more than tensors
-        raise InputError(f"{path}: not a file of tensors: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: not a file of tensors: {first_line(error)}") from error
     if not isinstance(state, dict) or not isinstance(state.get(key), torch.Tensor):
         known = [name for name in state if isinstance(state[name], torch.Tensor)] if isinstance(state, dict) else []
         raise InputError(f"{path}: no tensor {key!r}; it has {', '.join(map(str, known)) or 'none'}")
@@ -57,7 +59,7 @@ def _checkpoint(path: str, key: str) -> RowSource:
 
 def _parquet(path: str) -> np.ndarray:
     table = pq.read_table(path).combine_chunks()
-    if table.num_columns == 1 and _is_list(table.schema.field(0).type):
+    if table.num_columns == 1 and is_list(table.schema.field(0).type):
         column = table.column(0).combine_chunks()
         lengths = pc.list_value_length(column)
         odd = pc.fill_null(pc.not_equal(lengths, pc.max(lengths)), True)
@@ -73,10 +75,6 @@ def _parquet(path: str) -> np.ndarray:
         if not pa.types.is_floating(field.type):
             raise InputError(f"{path}: column '{field.name}' is {field.type}, expected floats or one list column")
     return np.stack([column.to_numpy() for column in table.columns], 1)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _matrix(path: str, array: np.ndarray) -> np.ndarray:
