@@ -31,9 +31,18 @@ from recpress.trainer.errors import (
     record,
     status_of,
 )
+from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.observability.logging_setup import FORMATS, logging_to_stderr
 from recpress.trainer.observability.logging_setup import VARIABLE as LOG_FORMAT_VARIABLE
 from recpress.trainer.options import SHELLS, completion, parse
+from recpress.trainer.train.config import (
+    TWO_TOWER,
+    TrainModelConfig,
+    chosen_model,
+    completed,
+    main_options,
+    model_options,
+)
 from recpress.trainer.versions import check_set, version_line
 
 logger = logging.getLogger(__name__)
@@ -106,8 +115,8 @@ COMMANDS = {
     ),
     "train": Command(
         "recpress.trainer.config:TrainConfig",
-        "recpress.trainer.train.stage:train",
-        "train the two-tower network on a log or a sample of it",
+        "recpress.trainer.train.stage:train_any",
+        "train the two-tower network, or another with --model, on a log or a sample of it",
         main="data out factors hash model.tables.strategy sample.rate epochs stream.batch-size "
         "evaluation.metric checkpoint.minutes device overwrite",
     ),
@@ -376,9 +385,23 @@ def _config(name: str, rest: list[str]) -> object:
     file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     known, rest = file_parser.parse_known_args(config_file.current_arguments(rest))
+    content = None
     if known.config is not None:
-        rest = config_file.arguments(known.config, config, rest, name)
-    made = parse(config, rest, prog=f"recpress {name}", summary=command.summary, main=command.main.split())
+        content = config_file.for_command(name, config_file.read(known.config), config)
+    model = TWO_TOWER
+    if name == "train":
+        model, rest = chosen_model(rest, content)
+    main, prog, named = command.main.split(), f"recpress {name}", {}
+    if model != TWO_TOWER:
+        config, prog = model_options(model), f"{prog} --model {model}"
+        main = main_options(config)
+        if known.config is not None and content is not None:
+            named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
+    if known.config is not None:
+        rest = config_file.arguments(known.config, config, rest, name, content)
+    made = parse(config, rest, prog=prog, summary=command.summary, main=main)
+    if isinstance(made, TrainModelConfig):
+        return completed(made, model, named)
     return replace(made, args=tuple(passed)) if passed else made
 
 

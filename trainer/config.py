@@ -171,7 +171,18 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
+class WindowConfig:
+    """TorchRec's metrics (NE, AUC, calibration, throughput) of the training examples."""
+
+    window: int = 100_000
+    """Number of the last examples, on all ranks together, that they are computed from; 0: no metrics."""
+
+    def __post_init__(self) -> None:
+        at_least(0, window=self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig(WindowConfig):
     """TorchRec's metrics (NE, AUC, calibration, throughput) of the training examples."""
 
     window: int = 100_000
@@ -180,7 +191,8 @@ class MetricsConfig:
     """Negatives of each row that are measured, weighted for the others; 0: all, which is slow if there are many."""
 
     def __post_init__(self) -> None:
-        at_least(0, window=self.window, negatives=self.negatives)
+        super().__post_init__()
+        at_least(0, negatives=self.negatives)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,32 +371,19 @@ def _filled(kind: type[Section], section: Section, defaults: dict[str, Any]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(NetworkConfig):
-    """Train the two-tower network on a log: on all rows, or, with frozen factors, on a random sample."""
+class RunConfig:
+    """What a training run of any model has."""
 
     data: str
     """The log: a folder, file or glob."""
     out: str
     """Folder of the model and the metrics; must not exist unless --overwrite."""
-    factors: str | None = None
-    """Folder of factors, the initial values of the tables; without factors, tables are random."""
-    hash: str | None = None
-    """Folder of `recpress hash`: its id maps compress the tables of users and items, frozen and trained ones."""
-    crossfit: Literal["auto", "yes", "no"] = "auto"
-    """Train on the factors that have not seen the sample, then replace them by those of all rows. `auto`: if the tables
-    are frozen and there are such factors for this sample."""
     schema: Schema = field(default_factory=Schema)
-    sample: SampleConfig = field(default_factory=AutoSampleConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    follow: FollowConfig = field(default_factory=FollowConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
     """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss that is NaN or infinite: `stop` ends the run and names the step; `skip` skips its batch and counts it."""
     stop_after: int = 0
     """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
     seed: int = 0
@@ -395,6 +394,25 @@ class TrainConfig(NetworkConfig):
     """Write TensorBoard scalars in addition to JSON lines."""
     overwrite: bool = False
     """Replace an existing --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(NetworkConfig, RunConfig):
+    """Train the two-tower network on a log: on all rows, or, with frozen factors, on a random sample."""
+
+    factors: str | None = None
+    """Folder of factors, the initial values of the tables; without factors, tables are random."""
+    hash: str | None = None
+    """Folder of `recpress hash`: its id maps compress the tables of users and items, frozen and trained ones."""
+    crossfit: Literal["auto", "yes", "no"] = "auto"
+    """Train on the factors that have not seen the sample, then replace them by those of all rows. `auto`: if the tables
+    are frozen and there are such factors for this sample."""
+    sample: SampleConfig = field(default_factory=AutoSampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    follow: FollowConfig = field(default_factory=FollowConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is NaN or infinite: `stop` ends the run and names the step; `skip` skips its batch and counts it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

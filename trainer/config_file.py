@@ -14,13 +14,14 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recpress.data.errors import InputError
 
 logger = logging.getLogger(__name__)
+Section = TypeVar("Section")
 
 RENAMED = {
     "stream.lanes": "stream.interleave",
@@ -170,14 +171,10 @@ def for_command(command: str, content: dict[str, Any], config: type) -> dict[str
 _NETWORK = ("epochs", "optimizer", "model", "stream", "negatives")
 
 
-def arguments(path: str, config: type, command_line: Sequence[str], command: str = "") -> list[str]:
-    """`command_line` with the keys of the TOML file before it that it does not set itself.
+def read(path: str) -> dict[str, Any]:
+    """The content of a TOML file, with the current names of its options.
 
-    command: takes its part of a file that has a table for each stage (`for_command`).
-
-    Deprecated names are accepted (`RENAMED`).
-
-    Raises InputError naming the file, the key, and the nearest known key or the expected type.
+    Raises InputError naming the file if it cannot be read.
     """
     try:
         content = tomllib.loads(
@@ -187,7 +184,23 @@ def arguments(path: str, config: type, command_line: Sequence[str], command: str
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from None
-    content = current_names(content, path, warn=True)
+    return current_names(content, path, warn=True)
+
+
+def arguments(
+    path: str, config: type, command_line: Sequence[str], command: str = "", content: dict[str, Any] | None = None
+) -> list[str]:
+    """`command_line` with the keys of the TOML file before it that it does not set itself.
+
+    Args:
+        command: takes its part of a file that has a table for each stage (`for_command`).
+        content: of the file; by default it is read.
+
+    Deprecated names are accepted (`RENAMED`).
+
+    Raises InputError naming the file, the key, and the nearest known key or the expected type.
+    """
+    content = read(path) if content is None else content
     given = {argument.split("=")[0].replace("_", "-") for argument in command_line if argument.startswith("--")}
     from_file: list[str] = []
     for key, value in _flatten(path, config, for_command(command, content, config), ""):
@@ -203,6 +216,36 @@ def arguments(path: str, config: type, command_line: Sequence[str], command: str
         else:
             from_file += [flag, str(value)]
     return from_file + list(command_line)
+
+
+def named_tables(path: str, content: Any, kind: type[Section], prefix: str) -> dict[str, Section]:
+    """The tables `[prefix.NAME]` of a file, by NAME, each as a `kind`: options that no command line can set.
+
+    Raises InputError naming the file, the key, and the nearest known key or the expected type.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: '{prefix}' is {content!r}, expected tables [{prefix}.NAME]")
+    return {name: _table(path, values, kind, f"{prefix}.{name}") for name, values in content.items()}
+
+
+def _table(path: str, values: Any, kind: type[Section], prefix: str) -> Section:
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: '{prefix}' is {values!r}, expected a table")
+    for _ in _flatten(path, kind, values, f"{prefix}."):  # checks names and types
+        pass
+    hints, found = typing.get_type_hints(kind), {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if isinstance(value, dict):
+            section = _section(hints[name])
+            assert section is not None
+            found[name] = _table(path, value, section, f"{prefix}.{key}")
+        else:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    for part in fields(kind):  # type: ignore[arg-type]
+        if part.default is MISSING and part.default_factory is MISSING and part.name not in found:
+            raise InputError(f"{path}: '{prefix}' has no '{part.name}', which it needs")
+    return kind(**found)
 
 
 def option_names(config: type, prefix: str = "") -> Iterator[str]:

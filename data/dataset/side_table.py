@@ -97,10 +97,13 @@ class SideTable:
 
     def gather(self, ids: torch.Tensor) -> tuple[dict[str, torch.Tensor | JaggedColumn], torch.Tensor | None]:
         """Features of some ids, (B,) int64: categorical by name, and floats (B, F) or None."""
-        found: dict[str, torch.Tensor | JaggedColumn] = {}
-        for name, data in self.categorical.items():
-            found[name] = _gather_lists(*data, ids) if isinstance(data, tuple) else data[ids]
+        found = {name: self.gather_one(name, ids) for name in self.categorical}
         return found, None if self.floats is None else self.floats[ids]
+
+    def gather_one(self, name: str, ids: torch.Tensor) -> torch.Tensor | JaggedColumn:
+        """One categorical feature of some ids, (B,) int64."""
+        data = self.categorical[name]
+        return _gather_lists(*data, ids) if isinstance(data, tuple) else data[ids]
 
 
 def _gather_lists(values: torch.Tensor, offsets: torch.Tensor, ids: torch.Tensor) -> JaggedColumn:

@@ -41,6 +41,11 @@ class Batch(Pipelineable):
     user_floats: torch.Tensor | None = None  # (B, F)
     item_floats: torch.Tensor | None = None  # (B * (1 + N), F)
 
+    @property
+    def labels(self) -> torch.Tensor:
+        """`label`, under the name that TorchRec's batches have."""
+        return self.label
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(
             self.user_features.to(device, non_blocking),

@@ -77,10 +77,11 @@ class _Head(nn.Module):
         rows = label.shape[0]
         positive, negative = item.split([rows, item.shape[0] - rows])
         of_positive, of_negative = item_bias.split([rows, item.shape[0] - rows])
-        own = negative.view(rows, -1, self.factors)
+        count = item.shape[0] // rows - 1
+        own = negative.view(rows, count, self.factors)
         offset = user_bias + self.bias
         for_positive = (user * positive).sum(1) + offset[:, 0] + of_positive[:, 0]
-        for_negative = (user[:, None] * own).sum(2) + offset + of_negative.view(rows, -1)
+        for_negative = (user[:, None] * own).sum(2) + offset + of_negative.view(rows, count)
         # softplus(x) - y x is the cross-entropy of sigmoid(x) against y
         total = (F.softplus(for_positive) - label * for_positive).sum() + F.softplus(for_negative).sum()
         entropy = total / items.values().shape[0]

@@ -96,6 +96,8 @@ class SampledSoftmax(ObservedLoss):
     candidates.
     """
 
+    calibrated = False
+
     def __init__(self, config: LossConfig, num_items: int) -> None:
         super().__init__()
         self.in_batch = config.in_batch

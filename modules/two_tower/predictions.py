@@ -28,6 +28,9 @@ class ObservedLoss(nn.Module):
     negatives account for the others.
     """
 
+    calibrated = True
+    """Whether the calibration of the predictions is informative: that of a softmax is 1 by construction."""
+
     def __init__(self) -> None:
         super().__init__()
         self.observer: Callable[[Predictions], None] | None = None

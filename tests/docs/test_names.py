@@ -15,6 +15,7 @@ import tyro
 from recpress._moved import MOVED
 from recpress.launch import components
 from recpress.trainer.cli import COMMANDS
+from recpress.trainer.train.config import MODELS, model_options
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -44,11 +45,12 @@ def inline(path: Path) -> list[str]:
 def options() -> set[str]:
     """Options of all commands, of the TorchX components and of other programs."""
     found = set(OTHERS)
-    for command in COMMANDS.values():
-        module, _, attribute = command.config.partition(":")
+    places = [command.config.partition(":") for command in COMMANDS.values()]
+    configs = [getattr(importlib.import_module(module), attribute) for module, _, attribute in places]
+    for config in [*configs, *map(model_options, MODELS)]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            parser = tyro.extras.get_parser(getattr(importlib.import_module(module), attribute))
+            parser = tyro.extras.get_parser(config)
         found |= {name for action in parser._actions for name in action.option_strings}
     for _, component in inspect.getmembers(components, inspect.isfunction):
         found |= {f"--{name}" for name in inspect.signature(component).parameters}

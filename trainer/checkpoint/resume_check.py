@@ -26,10 +26,11 @@ ALLOWED = (
     "data",
     "factors",
     "hash",
+    "maps",
 )
 ALLOWED_SECTIONS = ("checkpoint.", "watch.", "metrics.", "profile.")
-"""Keys and sections of the configuration that may change before a resume. The content at `data`, `factors` and `hash`
-must stay the same."""
+"""Keys and sections of the configuration that may change before a resume. The content at `data`, `factors`, `hash`
+and `maps` must stay the same."""
 
 
 def check_resume(path: object, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -39,7 +39,8 @@ class FactorizeConfig:
     """`softmax`: when to save checkpoints; a step is an epoch."""
 
     use_label: bool = False
-    """Scale the confidence of a row by its label; otherwise all rows are equal."""
+    """`als`: scale the confidence of a row by its label. `logistic`: train on the labels, numbers in [0, 1], in place
+    of sampled negatives: factors of clicks. Otherwise every row is a positive."""
     on_bad_file: Literal["stop", "skip"] = "stop"
     """For a file or row group that cannot be read, after retries: `stop` ends the stage and names it; `skip` skips its
     rows, and names and counts it (docs/train/log.md)."""

@@ -9,7 +9,7 @@ import torch
 
 from recpress.data.config import NegativesConfig, SampleConfig, StreamConfig
 from recpress.data.dataset.log import Log
-from recpress.data.negatives.samplers import make_negatives
+from recpress.data.negatives.samplers import Negatives, UniformNegatives, make_negatives
 from recpress.data.stream.batch import ITEM, USER, Batch, BatchBuilder
 from recpress.data.stream.loader import InteractionStream
 from recpress.modules.als.factors import Factors
@@ -37,12 +37,14 @@ def factorize_logistic(
     without: SampleConfig | None = None,
     batch_size: int = 4096,
     on_bad_file: Literal["stop", "skip"] = "stop",
+    label: str | None = None,
 ) -> tuple[Factors, list[float]]:
     """Train on the rows of a log; return (factors that include the biases, mean cross-entropy per epoch). Collective.
 
     Args:
         without: skip the rows of this sample.
         batch_size: rows of a batch per rank.
+        label: column of labels in [0, 1] to train on, in place of sampled negatives.
         on_bad_file: `skip` replaces rows that cannot be read by rows of other row groups.
 
     Raises:
@@ -57,11 +59,13 @@ def factorize_logistic(
             complement=without is not None,
             rank=ranks.rank,
             world=ranks.world_size,
-            columns=[log.schema.user, log.schema.item],
+            columns=[log.schema.user, log.schema.item, *([label] if label else [])],
         )
-        negatives = make_negatives(
-            NegativesConfig(kind="uniform", count=config.negatives, seed=config.seed), log.num_items
-        )
+        if label is None:
+            sampled = NegativesConfig(kind="uniform", count=config.negatives, seed=config.seed)
+            negatives: Negatives = make_negatives(sampled, log.num_items)
+        else:
+            negatives = UniformNegatives(log.num_items, 0)
         builder = BatchBuilder(negatives, device=ranks.device)
     torch.manual_seed(config.seed)
     model = LogisticMF(

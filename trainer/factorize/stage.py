@@ -74,11 +74,11 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
         with raise_on_all_ranks():
             if config.use_label and not log.schema.label:
                 raise InputError("use_label: expected schema.label, the column that scales the confidence")
-            if config.method == "logistic" and (config.crossfit_rate or config.use_label):
-                given = "crossfit_rate" if config.crossfit_rate else "use_label"
-                raise InputError(f"{given}: expected method 'als' or 'softmax'; 'logistic' has no such thing")
+            if config.method == "logistic" and config.crossfit_rate:
+                raise InputError("crossfit_rate: expected method 'als' or 'softmax'; 'logistic' has no such thing")
         if config.use_label and log.schema.label:
-            log = replace(log, train=log.train.with_labels_in(log.schema.label, 0, math.inf))
+            most = 1 if config.method == "logistic" else math.inf
+            log = replace(log, train=log.train.with_labels_in(log.schema.label, 0, most))
         crossfit = None
         if config.crossfit_rate:
             crossfit = SampleConfig(kind=config.crossfit_kind, rate=config.crossfit_rate, seed=config.crossfit_seed)
@@ -324,7 +324,8 @@ def _fit_logistic(config: FactorizeConfig, log: Log, ranks: Ranks) -> tuple[Fact
     from recpress.trainer.factorize.logistic import factorize_logistic  # imports torchrec, which als does not need
 
     began = time.monotonic()
-    factors, losses = factorize_logistic(config.logistic, log, ranks, on_bad_file=config.on_bad_file)
+    label = log.schema.label if config.use_label else None
+    factors, losses = factorize_logistic(config.logistic, log, ranks, on_bad_file=config.on_bad_file, label=label)
     seconds = (time.monotonic() - began) / max(1, len(losses))
     if ranks.rank == 0:
         for epoch, loss in enumerate(losses, 1):

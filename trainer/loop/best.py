@@ -13,12 +13,12 @@ from recpress.trainer.model.weights import Snapshot
 
 
 class BestModel:
-    """Compares evaluations by `config.metric`, of which larger is better."""
+    """Compares evaluations by `config.metric`."""
 
     def __init__(self, config: FitConfig) -> None:
         self.config = config
         self.peak = -math.inf
-        """The largest metric of all evaluations, accepted or not."""
+        """The best metric of all evaluations, accepted or not; negated if smaller is better."""
         self.worse = 0
         """Evaluations since the peak."""
         self._snapshot: Snapshot | None = None
@@ -35,12 +35,13 @@ class BestModel:
         decided = torch.tensor([found[self.config.metric], float(accepted)], dtype=torch.float64)
         dist.broadcast(decided, 0)  # the ranks must agree to the last bit
         value, accepted = float(decided[0]), bool(decided[1])
-        if value > self.peak:
-            self.peak, self.worse = value, 0
+        sign = -1.0 if self.config.smaller_is_better else 1.0
+        if sign * value > self.peak:
+            self.peak, self.worse = sign * value, 0
         else:
             self.worse += 1
-        before = -math.inf if best is None else best[self.config.metric]
-        return {**found, self.config.metric: value} if accepted and value > before else None
+        better = best is None or sign * value > sign * best[self.config.metric]
+        return {**found, self.config.metric: value} if accepted and better else None
 
     def out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.worse

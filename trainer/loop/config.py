@@ -18,7 +18,9 @@ class FitConfig:
     evaluate_first: bool = False
     """Evaluate before the first step, where residual towers have the factorization's own ranking."""
     metric: str = "NDCG@10"
-    """The metric of the evaluation that chooses the best weights; larger is better."""
+    """The metric of the evaluation that chooses the best weights."""
+    smaller_is_better: bool = False
+    """Of `metric`."""
     patience: int = 0
     """Stop after this many evaluations in a row without a better one; 0: never."""
     keep_best: bool = True

@@ -82,7 +82,7 @@ def fit(
     SIGUSR1 saves one more and stops.
 
     Args:
-        batches: the same number of batches on every rank; a batch has `label` (B,) and torchrec's `to`,
+        batches: the same number of batches on every rank; a batch has `labels` (B,) and torchrec's `to`,
             `pin_memory` and `record_stream`.
         evaluate: returns metrics, the same on every rank; called with the model in eval mode, outside of the pipeline.
         accept: whether an evaluation after the first may be the best one; rank 0 decides. Patience counts all
@@ -266,8 +266,9 @@ class TrainLoop:
             if batch is None:
                 return
             heartbeat.in_step(self.result.steps + 1)
-            self.in_pipeline.append(batch.label.shape[0])
-            self.label_sum = self.label_sum.to(batch.label.device) + batch.label.detach().sum()
+            labels = batch.labels
+            self.in_pipeline.append(labels.shape[0])
+            self.label_sum = self.label_sum.to(labels.device) + labels.detach().sum()
             if self.data is not None:
                 self.data.batch_taken(batch)
             yield batch

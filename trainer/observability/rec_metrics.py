@@ -13,10 +13,9 @@ from torchrec.metrics.ne import NEMetric
 from torchrec.metrics.rec_metric import RecMetricList
 from torchrec.metrics.throughput import ThroughputMetric
 
-from recpress.modules.two_tower.losses import BinaryCrossEntropy
 from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
 from recpress.trainer.checkpoint.staged import State
-from recpress.trainer.config import MetricsConfig
+from recpress.trainer.config import MetricsConfig, WindowConfig
 
 WINDOW_SECONDS = 100
 """Window of the throughput."""
@@ -35,7 +34,7 @@ class RecMetrics:
         rows: rows per step of all ranks.
     """
 
-    def __init__(self, config: MetricsConfig, loss: ObservedLoss, *, rows: int, device: torch.device) -> None:
+    def __init__(self, config: WindowConfig, loss: ObservedLoss, *, rows: int, device: torch.device) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._pairs = -(-config.window // self.world)
         self._window = torch.zeros(3, self._pairs, device=device)  # probability, label, weight
@@ -48,10 +47,11 @@ class RecMetrics:
             whole = self._pairs * self.world
             given: dict[str, Any] = {"world_size": 1, "my_rank": 0, "batch_size": 1, "tasks": [DefaultTaskInfo]}
             kinds = [NEMetric, AUCMetric]
-            if isinstance(loss, BinaryCrossEntropy):  # calibration of a softmax is 1 by construction
+            if loss.calibrated:
                 kinds.append(CalibrationMetric)
             self._metrics = RecMetricList([kind(**given, window_size=whole) for kind in kinds])
-        loss.observer, loss.observed = self.add, config.negatives
+        loss.observer = self.add
+        loss.observed = config.negatives if isinstance(config, MetricsConfig) else 0
 
     def add(self, found: Predictions) -> None:
         """Replace the oldest pairs by those of a step. A pair with a non-finite value gets weight 0."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from recpress.data.config import SampleConfig
-from recpress.data.dataset import artifact, object_store
+from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.data.stream.loader import InteractionStream
@@ -21,6 +21,7 @@ from recpress.trainer.model.two_tower import Features, describe_model
 from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.train.data import make_stream
 from recpress.trainer.train.online import first_round
+from recpress.trainer.train.resume import checkpoint_folder
 from recpress.trainer.train.validation import plan_hold_out
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,6 @@ def open_inputs(given: TrainConfig, ranks: Ranks) -> Inputs:
     if ranks.rank == 0:
         _log_settings(inputs)
     return inputs
-
-
-def checkpoint_folder(config: TrainConfig) -> str:
-    """By default next to the output."""
-    return config.checkpoint.folder or object_store.beside(config.out, ".checkpoints")
 
 
 def choose_factors(config: TrainConfig, log: Log) -> FactorsArtifact | None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recpress.data.dataset import object_store
 from recpress.data.stream.loader import InteractionStream
 from recpress.trainer.allocator import malloc_trim
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, claimed, shared_artifact
@@ -25,24 +22,22 @@ from recpress.trainer.distributed.rank_errors import assert_same_across_ranks, r
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.stage import load_heldout, show
 from recpress.trainer.loop.config import FitConfig, FitResult
-from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, ShardedTwoTower
 from recpress.trainer.model.weights import save_weights
-from recpress.trainer.observability.metrics_log import MetricsLog
-from recpress.trainer.observability.profiling import Profiler
 from recpress.trainer.train.choice import Choice
-from recpress.trainer.train.data import make_batches, training_data
-from recpress.trainer.train.inputs import Inputs, checkpoint_folder, has_heldout, open_inputs
+from recpress.trainer.train.data import make_batches, make_stream, training_data
+from recpress.trainer.train.inputs import Inputs, has_heldout, open_inputs
 from recpress.trainer.train.networks import Networks
 from recpress.trainer.train.outcome import choose_published, rank_test
-from recpress.trainer.train.resume import digest, keep_global_batch, open_checkpoints
+from recpress.trainer.train.resume import checkpoint_folder, digest, keep_global_batch, open_checkpoints
+from recpress.trainer.train.run import run_fit
 from recpress.trainer.train.validation import NoRows, ValidationRows, load_validation
 
 if TYPE_CHECKING:
-    from recpress.trainer.observability.prometheus import Endpoint
     from recpress.trainer.observability.rec_metrics import RecMetrics
+    from recpress.trainer.train.config import TrainModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +69,16 @@ class TrainResult:
     """Whether the factorization's own ranking was published, because no epoch was better."""
 
 
+def train_any(config: TrainConfig | TrainModelConfig) -> None:
+    """`recpress train`: the two-tower network (`train`), or another model (`model_stage.train_model`)."""
+    if isinstance(config, TrainConfig):
+        train(config)
+        return
+    from recpress.trainer.train.model_stage import train_model
+
+    train_model(config)
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Train on `config.sample` of the log and write the model to `config.out`.
 
@@ -100,8 +105,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     assert_same_across_ranks(configuration=digest(asdict(config.resolved())))
     inputs = open_inputs(config, ranks)
     config, log, factors, maps = inputs.config, inputs.log, inputs.factors, inputs.maps
-    with open_checkpoints(inputs) as checkpoints:
-        stream = keep_global_batch(inputs, checkpoints, ranks)
+    artifacts = {"factors": config.factors, "hash": config.hash}
+    with open_checkpoints(config, log, inputs.stream.global_batch, artifacts) as checkpoints:
+        hold_out = inputs.stream.hold_out
+        stream = keep_global_batch(
+            inputs.stream, checkpoints, ranks, lambda rows: make_stream(config, log, ranks, rows, hold_out)
+        )
         with raise_on_all_ranks():
             data = training_data(config, log, stream, ranks, maps)
         networks = Networks(inputs, ranks)
@@ -245,54 +254,30 @@ def _fit(
         model.dmp.eval()
         return choice.evaluate(model.vectors("user"), model.vectors("item"))
 
-    if ranks.rank == 0 and (config.tensorboard or object_store.is_remote(checkpoints.folder)):
-        viewer = "tensorboard --logdir " if config.tensorboard else ""
-        logger.info(f"metrics of the run: {viewer}{checkpoints.metrics}")
     total_steps = 0 if config.follow.online else stream.steps_per_epoch * config.epochs
     evaluation = config.evaluation
-    with (
-        _endpoint(config, checkpoints, ranks) as endpoint,
-        MetricsLog(checkpoints.metrics, tensorboard=config.tensorboard, endpoint=endpoint) as metrics_log,
-    ):
-        return fit(
-            model.dmp,
-            TrainOptimizer(model.dmp, config.optimizer, total_steps),
-            lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
-            FitConfig(
-                epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),
-                evaluate_every=evaluation.every or 0,
-                evaluate_steps=evaluation.every_steps,
-                evaluate_first=evaluation.while_training,
-                metric=evaluation.metric,
-                patience=evaluation.patience,
-                on_nonfinite=config.on_nonfinite,
-                keep_best=evaluation.while_training,
-            ),
-            device=ranks.device,
-            evaluate=evaluate if choice is not None else None,
-            accept=choice.accepts if choice is not None else None,
-            checkpoints=checkpoints,
-            data=data,
-            log=metrics_log,
-            metrics=_rec_metrics(config, model, stream, ranks),
-            profiler=Profiler(config.profile, checkpoints.metrics, ranks.device) if config.profile.steps else None,
-        )
-
-
-@contextmanager
-def _endpoint(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Iterator[Endpoint | None]:
-    """The Prometheus endpoint of rank 0, if configured."""
-    endpoint: Endpoint | None = None
-    with raise_on_all_ranks():
-        if config.watch.port and ranks.rank == 0:
-            from recpress.trainer.observability.prometheus import Endpoint
-
-            endpoint = Endpoint(config.watch.port, config.watch.address, lambda: checkpoints.failures)
-    try:
-        yield endpoint
-    finally:
-        if endpoint is not None:
-            endpoint.close()
+    return run_fit(
+        config,
+        model.dmp,
+        TrainOptimizer(model.dmp, config.optimizer, total_steps),
+        lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
+        FitConfig(
+            epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),
+            evaluate_every=evaluation.every or 0,
+            evaluate_steps=evaluation.every_steps,
+            evaluate_first=evaluation.while_training,
+            metric=evaluation.metric,
+            patience=evaluation.patience,
+            on_nonfinite=config.on_nonfinite,
+            keep_best=evaluation.while_training,
+        ),
+        checkpoints=checkpoints,
+        ranks=ranks,
+        data=data,
+        evaluate=evaluate if choice is not None else None,
+        accept=choice.accepts if choice is not None else None,
+        metrics=_rec_metrics(config, model, stream, ranks),
+    )
 
 
 def _rec_metrics(

@@ -7,11 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recpress.data.config import SampleConfig
+from recpress.data.config import SampleConfig, Schema
 from recpress.data.dataset.log import open_log
+from recpress.data.errors import InputError
+from recpress.modules.als.factors import FactorTable
 from recpress.modules.config import LogisticConfig
 from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.evaluate.metrics import pointwise_auc
+from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.logistic import factorize_logistic
+from recpress.trainer.factorize.stage import factorize
 from tests.ranks import run_on_ranks
 
 GROUPS, USERS, ITEMS = 4, 60, 40
@@ -50,3 +55,24 @@ def test_users_score_their_own_group_higher(world, tmp_path):
         lowest_own = torch.where(own, scores, torch.inf).amin(1)
         highest_other = torch.where(own, -torch.inf, scores).amax(1)
         assert (lowest_own > highest_other).float().mean() > 0.9
+
+
+def test_labels_take_the_place_of_negatives(tmp_path):
+    """Rows with label 0 are as frequent as clicks, so that only the labels tell who likes what."""
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(0, USERS, 4000), rng.integers(0, ITEMS, 4000)
+    users[-1], items[-1] = USERS - 1, ITEMS - 1
+    likes = users % GROUPS == items % GROUPS
+    table = pa.table({"user_id": users, "item_id": items, "click": likes.astype(np.int8)})
+    pq.write_table(table, tmp_path / "train.parquet")
+    out = str(tmp_path / "factors")
+    config = LogisticConfig(factors=8, epochs=20, learning_rate=0.2)
+    given = {"schema": Schema(label="click"), "use_label": True, "method": "logistic", "logistic": config}
+    factorize(FactorizeConfig(data=str(tmp_path / "train.parquet"), out=out, **given))
+    u, v = (torch.from_numpy(np.array(FactorTable(out, side)[:])) for side in ("user", "item"))
+    every = torch.cartesian_prod(torch.arange(USERS), torch.arange(ITEMS))
+    scores = (u[every[:, 0]] * v[every[:, 1]]).sum(1)
+    assert pointwise_auc(scores, (every[:, 0] % GROUPS == every[:, 1] % GROUPS).float()) > 0.95
+    pq.write_table(table.set_column(2, "click", pa.array(likes * 5.0)), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="1"):
+        factorize(FactorizeConfig(data=str(tmp_path / "train.parquet"), out=f"{out}2", **given))

@@ -42,7 +42,9 @@ def checkpoints(global_batch):
 def kept(folder, world, global_batch):
     given, ranks = inputs(folder, world)
     found = checkpoints(global_batch)
-    stream = keep_global_batch(given, found, ranks)
+    stream = keep_global_batch(
+        given.stream, found, ranks, lambda rows: make_stream(given.config, given.log, ranks, rows)
+    )
     return stream is given.stream, stream.global_batch, found.describe["global_batch"]
 
 
@@ -65,7 +67,7 @@ def test_a_global_batch_that_the_ranks_cannot_share_is_refused(tmp_path):
 
 def described(folder):
     given, _ = inputs(folder)
-    with open_checkpoints(given) as found:
+    with open_checkpoints(given.config, given.log, given.stream.global_batch, {}) as found:
         return found.start, found.describe
 
 

@@ -1,0 +1,176 @@
+"""Any model in the train loop: the protocol of models, their checks, and their sharding.
+
+A model is an `nn.Module` whose forward maps a batch (TorchRec's `Batch`: `dense_features` (B, F), `sparse_features`
+with a key per feature, `labels` (B,)) to (loss (), probabilities (B,)). Its embedding tables are in
+EmbeddingBagCollections, which DistributedModelParallel shards; the rest is replicated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from recpress.data.errors import InputError
+from recpress.modules.compression.replace import compress
+from recpress.modules.compression.report import CompressReport
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import row_bytes
+from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
+from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.features.resolve import FeatureSet
+from recpress.trainer.model.factory import factory_of
+from recpress.trainer.model.inputs import ModelInputs
+from recpress.trainer.model.sharding import shard
+
+
+class TrainedModel(ObservedLoss):
+    """A model as `fit` trains it: (loss, detached loss); in eval mode (loss, probabilities)."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.model(batch)
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise InputError(
+                f"--model {self.name}: its forward returned {type(found).__name__}, expected (loss, predictions)"
+            )
+        loss, predictions = found
+        if isinstance(loss, torch.fx.Proxy):  # a train pipeline traces the model
+            return loss, loss.detach()
+        self._check(loss, predictions, batch.labels)
+        if self.observes(predictions):
+            assert self.observer is not None
+            probability = predictions.detach().float()
+            self.observer(Predictions(probability, batch.labels, torch.ones_like(probability)))
+        return loss, loss.detach() if self.training else predictions
+
+    def _check(self, loss: Any, predictions: Any, labels: torch.Tensor) -> None:
+        for what, tensor, shape in (("loss", loss, torch.Size()), ("predictions", predictions, labels.shape)):
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+                given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise InputError(f"--model {self.name}: its {what} are {given}, expected a tensor {tuple(shape)}")
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model under DistributedModelParallel."""
+
+    dmp: DistributedModelParallel
+    table_bytes: dict[str, int]
+    """Of each embedding table as stored, without optimizer state."""
+
+    @property
+    def module(self) -> TrainedModel:
+        module = self.dmp.module
+        return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module  # type: ignore[no-any-return]
+
+
+def build_model(
+    name: str,
+    config: Any,
+    features: FeatureSet,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> ShardedModel:
+    """The model `name` with its tables hashed, frozen and sharded as the features say. Collective.
+
+    Args:
+        batch_size: rows of a batch per rank, for the planner.
+        learning_rate: of the tables.
+
+    Raises:
+        InputError: the factory does not return a model; its tables do not fit the features or the memory. On every
+            rank.
+    """
+    torch.manual_seed(seed)
+    report: CompressReport | None = None
+    size: dict[str, int] = {}
+    with raise_on_all_ranks():
+        model = factory_of(name)(config, ModelInputs.of(features))
+        if not isinstance(model, nn.Module):
+            raise InputError(f"--model {name}: returned {type(model).__name__}, expected an nn.Module")
+        _check_tables(name, model, features)
+        model, report = _compressed(name, model, features)
+        size = _table_bytes(model)
+    layouts = {table.name: table.sharding for table in features.tables if table.sharding != "auto"}
+    dmp = shard(
+        TrainedModel(model, name),
+        ranks.device,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        sharding_types=layouts,
+        seed=seed,
+    )
+    if report is not None:
+        with raise_on_all_ranks():
+            report.load(dmp)
+    return ShardedModel(dmp, size)
+
+
+def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.Module, CompressReport | None]:
+    """The model with maps and frozen tables, and what was compressed, if anything was."""
+    maps = {table.name: table.id_map for table in features.tables if table.id_map is not None}
+    frozen = {t.name: t.frozen.table(t.side) for t in features.tables if t.frozen is not None and t.side is not None}
+    if not maps and not frozen:
+        return model, None
+    storages = {table.storage for table in features.tables if table.frozen is not None} or {"fp32"}
+    if len(storages) > 1:
+        raise InputError(f"features: frozen tables have storage {' and '.join(sorted(storages))}, expected one of them")
+    counts = {
+        t.name: torch.from_numpy(t.frozen.counts(t.side)[:, 0].copy())
+        for t in features.tables
+        if t.frozen is not None and t.side is not None and t.name in maps
+    }
+    try:
+        return compress(model, maps, frozen, counts=counts, warm_start=False, storage=storages.pop())
+    except ValueError as error:
+        raise InputError(f"--model {name}: {error}") from error
+
+
+def _check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:
+    """Raise InputError if the tables of a model do not fit the features."""
+    ids = {feature: table.num_ids for table in features.tables for feature in table.features}
+    collections = 0
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            raise InputError(f"--model {name}: has an EmbeddingCollection, expected EmbeddingBagCollections only")
+        if not isinstance(module, EmbeddingBagCollection):
+            continue
+        collections += 1
+        for table in module.embedding_bag_configs():
+            where = f"--model {name}: table '{table.name}'"
+            if not table.feature_names:
+                raise InputError(f"{where} has no feature, expected at least one of {', '.join(ids)}")
+            for feature in table.feature_names:
+                if feature not in ids:
+                    raise InputError(f"{where} takes the feature '{feature}', expected one of {', '.join(ids)}")
+                if table.num_embeddings < ids[feature]:
+                    raise InputError(
+                        f"{where} has {table.num_embeddings:,} rows, but the feature '{feature}' has "
+                        f"{ids[feature]:,} ids"
+                    )
+    if not collections:
+        raise InputError(f"--model {name}: has no EmbeddingBagCollection, expected at least one embedding table")
+
+
+def _table_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each embedding table as stored, without optimizer state."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, FrozenEmbeddingBagCollection):
+            found |= {t.name: t.rows * row_bytes(t.storage, t.dim) for t in module.tables()}
+        elif isinstance(module, EmbeddingBagCollection):
+            found |= {c.name: 4 * c.num_embeddings * c.embedding_dim for c in module.embedding_bag_configs()}
+    return found
