@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     of_cpu = [100 * a / b for a, b in zip(computed["beside"], computed["none"], strict=True)]
     total = sum(file.stat().st_size for file in (Path(args.folder) / "step-00000001").iterdir())
     layout = checkpoints._layout(state)
-    copy = seconds_of(lambda: checkpoints._staged.copy(state, layout.lies))
+    copy = seconds_of(lambda: checkpoints._staged.copy(state, layout.ranges))
     checkpoints.config = CheckpointConfig(keep=1, background=False)
     save = seconds_of(lambda: checkpoints.save(state, {}, 1))
 
