@@ -106,7 +106,7 @@ def lookups(args: argparse.Namespace, size: int, kind: str, device: torch.device
             "LearnedHash": lambda: plain(one),
             "LearnedHash, 26 features": lambda: for_many(many),
             "LearnedHash, 1 % unknown": lambda: plain(some_unknown),
-            "LearnedHash, two rows an id": lambda: two(one),
+            "LearnedHash, two rows per id": lambda: two(one),
             "LearnedHash, packed": lambda: packed(one),
             "MappedHash, host": lambda: mapped.rows("f0", host),
             "TorchRec MCH, eval": lambda: mch(jagged),
@@ -207,7 +207,7 @@ def main() -> None:
     device = torch.device(args.device)
     rows = [row for size in args.map_ids for kind in ("uniform", "skewed") for row in lookups(args, size, kind, device)]
     publish(
-        "Applying a map: ids a second, beside modulo and TorchRec's collision module",
+        "Applying a map: ids per second, compared with modulo and TorchRec's collision module",
         rows + training_step(args, device),
         out=args.out,
         settings=settings_of(vars(args)) | {"threads": torch.get_num_threads()},

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,10 +82,6 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
-
-
-def take(column: np.ndarray | Jagged, rows: np.ndarray) -> np.ndarray | Jagged:
-    return column.take(rows)
 
 
 def check_type(column: Column, schema: pa.Schema, where: str) -> None:
@@ -169,8 +166,9 @@ def _plain_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether values are lists of any of Arrow's kinds that Parquet stores."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    """Whether values are lists of any kind."""
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in (*lists, pa.types.is_list_view, pa.types.is_large_list_view))
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -305,7 +303,7 @@ def _cast(array: pa.Array, kind: pa.DataType, where: str) -> pa.Array:
     try:
         return array.cast(kind)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{where}: {first_line(error)}") from error
 
 
 def _integers(array: pa.Array, limit: int | None, where: str) -> np.ndarray:

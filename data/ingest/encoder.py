@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recpress.data.config import IngestConfig
+from recpress.data.dataset.columns import is_list
 from recpress.data.dataset.log import SIDES, Log, Side, open_log
 from recpress.data.dataset.parquet_split import read_whole
 from recpress.data.dataset.writer import LogWriter
@@ -259,7 +260,7 @@ class Encoder:
         side = _side_of(self._same.get(name, name))
         if side is None:
             return self._without_nulls(array)
-        in_lists = _is_list(array.type)
+        in_lists = is_list(array.type)
         values = plain(array.flatten()) if in_lists else array
         if in_lists:
             lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
@@ -284,7 +285,7 @@ class Encoder:
         the empty string."""
         where = f"{where}, column '{name}'"
         try:
-            if _is_list(array.type):
+            if is_list(array.type):
                 values = self._numbered(name, plain(array.flatten()), count, where)
                 return pa.ListArray.from_arrays(_offsets(array), pa.array(values))
             return pa.array(self._numbered(name, array, count, where))
@@ -449,11 +450,6 @@ def _parts(split: pa.Array, piece: Piece, column: str) -> np.ndarray:
             "train, val or test"
         )
     return np.array(names)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in (*lists, pa.types.is_list_view, pa.types.is_large_list_view))
 
 
 def _text(values: pa.Array) -> pa.Array:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
 from recpress.data.ingest.raw_files import RowNumbers
 
@@ -188,7 +189,7 @@ def times(array: pa.Array, where: str, rows: RowNumbers) -> Times:
         try:
             return Times("number", "integer", array.cast(pa.int64()))
         except pa.ArrowInvalid as error:
-            raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{where}: {first_line(error)}") from error
     if pa.types.is_decimal(kind):
         return _times_of_text(text(array), where, rows)
     if pa.types.is_floating(kind):
@@ -204,7 +205,7 @@ def times(array: pa.Array, where: str, rows: RowNumbers) -> Times:
     try:
         return Times(zone, unit, array.cast(pa.timestamp(unit, None if zone == "local" else "UTC")))
     except pa.ArrowInvalid as error:
-        raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{where}: {first_line(error)}") from error
 
 
 EPOCHS = {1: "seconds", 3: "milliseconds", 5: "microseconds", 7: "nanoseconds"}
@@ -230,7 +231,7 @@ def in_unit(found: Times, unit: str, where: str) -> pa.Array:
     try:
         return found.values.cast(kind)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{where}: {first_line(error)}") from error
 
 
 def finer(one: str, other: str) -> str:
@@ -275,7 +276,7 @@ def _times_of_text(strings: pa.Array, where: str, rows: RowNumbers) -> Times:
     bad = np.array([not _is_time(strings, k, zone) for k in range(len(strings))])
     expected = "expected a number, or a date such as 2024-01-31 or 2024-01-31T23:59:59.123Z"
     _refuse(bad, strings, where, rows, expected)
-    raise InputError(f"{where}: {str(fault).splitlines()[0]}")
+    raise InputError(f"{where}: {first_line(fault)}")
 
 
 def _is_time(strings: pa.Array, row: int, zone: str) -> bool:

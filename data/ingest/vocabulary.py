@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
 from recpress.data.ingest.raw_files import RowNumbers
 from recpress.data.seeds import generator
@@ -170,7 +171,7 @@ class Vocabulary:
         try:
             return values.cast(kind)
         except pa.ArrowInvalid as error:
-            message = str(error).splitlines()[0]
+            message = first_line(error)
             if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
                 good = pc.match_substring_regex(values, "^-?[0-9]{1,18}$").to_numpy(zero_copy_only=False)
                 row = int(np.argmin(good))

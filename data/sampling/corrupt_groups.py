@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recpress.data.dataset.columns import Jagged, take
+from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.parquet_split import ParquetSplit, RowGroup
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import Selection
@@ -112,7 +112,7 @@ class ReplacingSplit(TolerantSplit):
                 self.lost[group.file, group.group] = len(wanted)
                 rows = np.full(group.num_rows, members[0])
                 rows[wanted] = np.resize(draw.permutation(members), len(wanted))
-                return {name: take(column, rows) for name, column in found.items()}
+                return {name: column.take(rows) for name, column in found.items()}
             tries += 1
             if tries == TRIES:
                 break

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from recpress.data.config import SampleConfig
-from recpress.data.dataset.columns import Jagged, take
+from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups
 from recpress.data.sampling.selection import Selection
 
@@ -33,4 +33,4 @@ def iter_columns(
     selection = Selection(rows, sample, complement)
     for group, data in iter_row_groups(rows, columns, selection.candidates[rank::world].tolist()):
         chosen = selection.of(group)
-        yield data if chosen is None else {name: take(column, chosen) for name, column in data.items()}
+        yield data if chosen is None else {name: column.take(chosen) for name, column in data.items()}

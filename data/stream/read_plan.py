@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from recpress.data.dataset.column_chunks import SPENT
-from recpress.data.dataset.columns import take
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.sampling.selection import Selection
 from recpress.data.stream.order import EpochOrder, RowGroupRead
@@ -233,7 +232,7 @@ class ReadAhead:
         times.append(time.perf_counter())
         chosen = self._selection.of(read.group)
         if chosen is not None:
-            columns = {name: take(column, chosen) for name, column in columns.items()}
+            columns = {name: column.take(chosen) for name, column in columns.items()}
         times.append(time.perf_counter())
         self._meter.add(
             bytes=SPENT.bytes,

@@ -106,8 +106,9 @@ class Jobs:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"slurm-{job}*")))
 
     def workers(self, node: str, command: str) -> list[int]:
-        """Ids of the ranks on a node, without torchrun, which has the same words in its command line."""
-        found = self.slurm.processes(node, f"recpress.trainer.cli {command}")
+        """Ids of the ranks of a command or script on a node, without torchrun, which has the same words in its line."""
+        words = command if command.endswith(".py") else f"recpress.trainer.cli {command}"
+        found = self.slurm.processes(node, words)
         launchers = (b"torchrun", b"torch.distributed.run")
         lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found}
         return [pid for pid, line in lines.items() if not any(launcher in line for launcher in launchers)]

@@ -8,11 +8,15 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 
-from recpress.data.config import SynthConfig
+from recpress.data.config import SynthConfig, SynthCriteoConfig
+from recpress.data.synthetic.criteo import synth_criteo
 from recpress.data.synthetic.interactions import synth
-from tests.cluster.conftest import Jobs, weights
+from recpress.modules import IdMap
+from tests.cluster.conftest import ROOT, Jobs, weights
 from tests.cluster.slurm import NODES, Slurm, wait_until
 
 FACTORS = ("--als.factors", "8", "--als.sweeps", "3")
@@ -179,3 +183,30 @@ def test_a_signal_before_the_time_is_up(
     assert step is not None, said
     went_on(jobs, job, fresh / "model", quiet)
     assert f"resuming from checkpoint {fresh}/model.checkpoints/step-{int(step[1]):08d}" in jobs.log(job)
+
+
+def test_a_users_own_dlrm(jobs: Jobs, slurm: Slurm, fresh: Path) -> None:
+    """Compressed, on a log of clicks; a killed rank and a signal before the time limit change nothing of its result."""
+    script, log, out = str(ROOT / "examples" / "resumable_dlrm.py"), fresh / "log", fresh / "dlrm"
+    synth_criteo(SynthCriteoConfig(rows=60_000, ids=4000), log)
+    for name in ("C3", "C12"):
+        ids = pq.read_metadata(log / "vocabulary" / f"feature-{name}.parquet").num_rows
+        rows = torch.arange(ids, dtype=torch.int32)[:, None] % max(2, ids // 3)
+        (fresh / "maps" / name).mkdir(parents=True)
+        IdMap(rows=rows, num_rows=max(2, ids // 3)).save(fresh / "maps" / name)
+    words = (script, "--data", str(log), "--maps", str(fresh / "maps"), "--global-batch", "256")
+    words += ("--checkpoint-steps", "20", "--epochs", "2")
+    quiet = jobs.log(jobs.run("script", *words, "--out", str(fresh / "quiet")))
+
+    job = jobs.submit("script", *words, "--out", str(out), options=("--max_retries", "1"))
+    wait_until(lambda: any(out.glob("step-*/.metadata")), f"job {job} has a checkpoint", 300)
+    os.kill(jobs.workers(NODES[1], "resumable_dlrm.py")[0], signal.SIGKILL)
+    wait_until(lambda: "resumed at step" in jobs.log(job), f"job {job} resumes", 300)
+    slurm.run(["scancel", "--signal=USR1", job])
+    jobs.wait(job, "PENDING", "REQUEUED", seconds=300)
+    stopped = re.search(r"stopped after step (\d+)", jobs.log(job))
+    assert stopped is not None, jobs.log(job)
+    assert jobs.wait(job, seconds=600) == "COMPLETED", jobs.log(job)
+    assert f"resumed at step {stopped[1]}" in jobs.log(job)
+    result = r"step \d+: held-out log loss [\d.]+"
+    assert re.findall(result, jobs.log(job)) == re.findall(result, quiet) != []

@@ -165,10 +165,12 @@ class FactorsArtifact:
 
         The log may be their own log, or a sample of it that `recpress sample` wrote.
         """
-        made_from = _prints(self.manifest["log"]["files"])
-        if self.crossfit is None or log.sample_of is None or made_from == _prints(log.inputs()):
+        made_from = fingerprints_of(self.manifest["log"]["files"])
+        if self.crossfit is None or log.sample_of is None or made_from == fingerprints_of(log.inputs()):
             return self.crossfit == sample
-        return self.crossfit == SampleConfig(**log.sample_of["sample"]) and made_from == _prints(log.sample_of["files"])
+        return self.crossfit == SampleConfig(**log.sample_of["sample"]) and made_from == fingerprints_of(
+            log.sample_of["files"]
+        )
 
     def table(self, side: Side, *, crossfit: bool = False) -> FactorTable:
         """(n, dim) float32, memory-mapped. Remote factors are downloaded first, the files of this side only."""
@@ -185,7 +187,8 @@ class FactorsArtifact:
         return FactorTable(folder / below, table)
 
 
-def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
+def fingerprints_of(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Size and fingerprint of each file of a log; equal for the same content under other names."""
     return [(file["size"], file["fingerprint"]) for file in files]
 
 

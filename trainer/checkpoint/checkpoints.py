@@ -184,7 +184,7 @@ class Checkpoints:
         self.wait()
         self._due = time.monotonic()
         layout = self._layout(state)
-        self._staged.copy(state, layout.lies)
+        self._staged.copy(state, layout.ranges)
         name = f"{'best' if best else 'step'}-{step:08d}"
         self._writer = threading.Thread(
             target=self._write, args=(layout, dict(run), name), name=CHECKPOINT_THREAD, daemon=True

@@ -41,7 +41,7 @@ class Layout:
 
     file: str
     """Of this rank."""
-    lies: dict[Part, tuple[int, int]]
+    ranges: dict[Part, tuple[int, int]]
     """Part -> (offset in the file, length), in bytes, of the parts that this rank writes; in the order of the file."""
     content: dict[str, Any] | None
     """Of `tensors.json`, on rank 0."""
@@ -55,7 +55,7 @@ def lay_out(state: State, group: dist.ProcessGroup | None) -> Layout:
     planned = _Planned(f"tensors-{dist.get_rank(group)}.bin")
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.save(dict(state), storage_writer=planned, planner=planner, process_group=group, no_dist=False)
-    return Layout(planned.file, planned.lies, planned.content)
+    return Layout(planned.file, planned.ranges, planned.content)
 
 
 def write(layout: Layout, staged: Staged, folder: Path) -> dict[str, dict[str, Any]]:
@@ -93,7 +93,7 @@ def names(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class _Lies:
+class _Location:
     """Location of the bytes of a part."""
 
     file: str
@@ -110,7 +110,7 @@ class _Planned(dcp.StorageWriter):
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.lies: dict[Part, tuple[int, int]] = {}
+        self.ranges: dict[Part, tuple[int, int]] = {}
         self.content: dict[str, Any] | None = None  # of the coordinator
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -130,8 +130,8 @@ class _Planned(dcp.StorageWriter):
         for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
-            self.lies[item.index.fqn, tuple(item.index.offset or ())] = (end, tensor.nbytes)
-            results.append(WriteResult(item.index, tensor.nbytes, _Lies(self.file, end, tensor.nbytes)))
+            self.ranges[item.index.fqn, tuple(item.index.offset or ())] = (end, tensor.nbytes)
+            results.append(WriteResult(item.index, tensor.nbytes, _Location(self.file, end, tensor.nbytes)))
             end += -(-tensor.nbytes // _ALIGN) * _ALIGN
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -139,7 +139,7 @@ class _Planned(dcp.StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Collect the locations of all parts. Called on the coordinator, with the plans of all ranks."""
-        lies = {
+        ranges = {
             result.index: result.storage_data for of_rank in results for result in of_rank if result.size_in_bytes
         }  # an empty part may have the offset of another
         self.content = {}
@@ -149,7 +149,7 @@ class _Planned(dcp.StorageWriter):
             for chunk in entry.chunks:
                 if not chunk.sizes.numel():
                     continue
-                where = lies[MetadataIndex(name, chunk.offsets)]
+                where = ranges[MetadataIndex(name, chunk.offsets)]
                 chunks.append(
                     {
                         "offsets": list(chunk.offsets),
@@ -170,7 +170,7 @@ class _Planned(dcp.StorageWriter):
 class _Reader(dcp.StorageReader):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lies: dict[MetadataIndex, _Lies] = {}
+        self.ranges: dict[MetadataIndex, _Location] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass  # one reader, one checkpoint
@@ -185,8 +185,8 @@ class _Reader(dcp.StorageReader):
             for chunk in entry["chunks"]:
                 offsets, sizes = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
                 chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-                where = _Lies(chunk["file"], chunk["at"], chunk["length"], tuple(sizes), dtype)
-                self.lies[MetadataIndex(name, offsets)] = where
+                where = _Location(chunk["file"], chunk["at"], chunk["length"], tuple(sizes), dtype)
+                self.ranges[MetadataIndex(name, offsets)] = where
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["size"]), chunks)
         return Metadata(tensors)
 
@@ -202,7 +202,7 @@ class _Reader(dcp.StorageReader):
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         for item in plan.items:
             target = planner.resolve_tensor(item).detach()
-            _fill(target, self.folder, self.lies[item.storage_index], item.storage_offsets)
+            _fill(target, self.folder, self.ranges[item.storage_index], item.storage_offsets)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -213,7 +213,7 @@ class _Reader(dcp.StorageReader):
         return True
 
 
-def _fill(target: torch.Tensor, folder: Path, part: _Lies, offsets: tuple[int, ...]) -> None:
+def _fill(target: torch.Tensor, folder: Path, part: _Location, offsets: tuple[int, ...]) -> None:
     """Fill `target` with the slice of `part` at `offsets`, a few rows at a time."""
     if target.dim() == 0:
         target, part, offsets = target[None], replace(part, sizes=(1,)), (0,)

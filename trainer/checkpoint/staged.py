@@ -33,7 +33,7 @@ class Staged:
         """Of the first `summed` bytes of the last copy."""
         self.summed = 0
 
-    def copy(self, state: State, lies: Mapping[Part, tuple[int, int]]) -> None:
+    def copy(self, state: State, ranges: Mapping[Part, tuple[int, int]]) -> None:
         """Copy these parts of the state.
 
         Training waits for it on all ranks, so two threads share the work. One starts at the front and adds each block
@@ -41,15 +41,15 @@ class Staged:
         without a checksum, which would only make training wait.
 
         Args:
-            lies: part -> (offset in the file, length), in bytes; in the order of the file.
+            ranges: part -> (offset in the file, length), in bytes; in the order of the file.
         """
-        end = max((begin + length for begin, length in lies.values()), default=0)
+        end = max((begin + length for begin, length in ranges.values()), default=0)
         self.size = -(-end // PAGE) * PAGE
         if self.size > self.nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old buffer first
             self._memory = _pages(self.size)
         self.checksum, self.summed = new_checksum(), 0
-        blocks = deque(_blocks(state, lies))
+        blocks = deque(_blocks(state, ranges))
         if all(block.device.type == "cpu" for _, block in blocks):
             with ThreadPoolExecutor(1) as pool:
                 back = pool.submit(self._copy_back, blocks)
@@ -82,10 +82,10 @@ class Staged:
         return self._memory.numpy().data[: self.size]
 
 
-def _blocks(state: State, lies: Mapping[Part, tuple[int, int]]) -> Iterator[Block]:
+def _blocks(state: State, ranges: Mapping[Part, tuple[int, int]]) -> Iterator[Block]:
     """These parts, in the order of the file; in small blocks if they are on the host."""
     held = _held(state)
-    for part, (begin, length) in lies.items():
+    for part, (begin, length) in ranges.items():
         source = held[part].contiguous().reshape(-1).view(torch.uint8)
         assert len(source) == length, f"{part}: {len(source)} bytes where the layout has {length}"
         step = _BLOCK if source.device.type == "cpu" else max(1, length)

@@ -10,8 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from recpress.data.dataset.columns import is_list
+from recpress.data.dataset.files import first_line
 from recpress.data.dataset.object_store import cached_file
 from recpress.data.errors import InputError
+from recpress.modules.row_files import named_tensors, open_rows
 from recpress.modules.row_source import RowSource
 
 
@@ -19,13 +22,17 @@ def read_embedding(path: str) -> RowSource:
     """A matrix (ids, d): row k is the vector of id k.
 
     `.npy`: memory-mapped. `.parquet`: one list column, or several float columns, read into memory in the order of the
-    rows. `.pt:KEY`: a tensor of a state dict of torch.save; only tensors are loaded.
+    rows. `.pt:KEY`: a tensor of a state dict of torch.save; only tensors are loaded. `FOLDER:KEY`: a tensor of a
+    checkpoint of torch.distributed.checkpoint, memory-mapped.
 
     Raises:
         InputError: the file or key does not exist, has another format, or is not a matrix of numbers.
     """
     name, _, key = path.partition(".pt:")
+    folder, _, tensor = path.rpartition(":")
     try:
+        if folder and (Path(folder) / ".metadata").is_file():
+            return open_rows((folder, tensor), tensor)
         if key:
             return _checkpoint(str(cached_file(f"{name}.pt")), key)
         if path.endswith(".npy"):
@@ -35,8 +42,8 @@ def read_embedding(path: str) -> RowSource:
     except InputError:
         raise
     except (OSError, ValueError, EOFError, pa.ArrowException, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be read as an embedding: {str(error).splitlines()[0]}") from error
-    raise InputError(f"{path}: expected FILE.npy, FILE.parquet or FILE.pt:KEY")
+        raise InputError(f"{path}: cannot be read as an embedding: {first_line(error)}") from error
+    raise InputError(f"{path}: expected FILE.npy, FILE.parquet, FILE.pt:KEY or FOLDER:KEY")
 
 
 def _checkpoint(path: str, key: str) -> RowSource:
@@ -45,11 +52,11 @@ def _checkpoint(path: str, key: str) -> RowSource:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has no common type for files that hold more than tensors
-        raise InputError(f"{path}: not a file of tensors: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not isinstance(state.get(key), torch.Tensor):
-        known = [name for name in state if isinstance(state[name], torch.Tensor)] if isinstance(state, dict) else []
-        raise InputError(f"{path}: no tensor {key!r}; it has {', '.join(map(str, known)) or 'none'}")
-    table = state[key]
+        raise InputError(f"{path}: not a file of tensors: {first_line(error)}") from error
+    tensors = named_tensors(state)
+    if key not in tensors:
+        raise InputError(f"{path}: no tensor {key!r}; it has {', '.join(tensors) or 'none'}")
+    table = tensors[key]
     if table.ndim != 2 or not table.is_floating_point():
         raise InputError(f"{path}:{key}: {table.dtype} of shape {tuple(table.shape)}, expected a matrix of floats")
     return table
@@ -57,7 +64,7 @@ def _checkpoint(path: str, key: str) -> RowSource:
 
 def _parquet(path: str) -> np.ndarray:
     table = pq.read_table(path).combine_chunks()
-    if table.num_columns == 1 and _is_list(table.schema.field(0).type):
+    if table.num_columns == 1 and is_list(table.schema.field(0).type):
         column = table.column(0).combine_chunks()
         lengths = pc.list_value_length(column)
         odd = pc.fill_null(pc.not_equal(lengths, pc.max(lengths)), True)
@@ -73,10 +80,6 @@ def _parquet(path: str) -> np.ndarray:
         if not pa.types.is_floating(field.type):
             raise InputError(f"{path}: column '{field.name}' is {field.type}, expected floats or one list column")
     return np.stack([column.to_numpy() for column in table.columns], 1)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _matrix(path: str, array: np.ndarray) -> np.ndarray:

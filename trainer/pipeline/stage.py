@@ -15,7 +15,7 @@ import torch.distributed as dist
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.errors import InputError
-from recpress.trainer.artifacts.factors import FACTORS, MODEL
+from recpress.trainer.artifacts.factors import FACTORS, MODEL, fingerprints_of
 from recpress.trainer.artifacts.id_maps import HASH
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.config_file import current_names
@@ -145,9 +145,9 @@ def _left(stages: dict[StageName, StageConfig], log: Log) -> list[StageName]:
         if stage.data not in prints:
             same = stage.data == log.path
             used = log if same else open_log(stage.data, chosen_schema(stage.schema), skip_bad=True, pairs=False)
-            prints[stage.data] = _prints(used.inputs())
+            prints[stage.data] = fingerprints_of(used.inputs())
         files = _log_files(name, stage.out)
-        if files is not None and _prints(files) != prints[stage.data]:
+        if files is not None and fingerprints_of(files) != prints[stage.data]:
             stale[stage.out] = stage.data
     if stale:
         first = next(iter(stale))
@@ -184,10 +184,6 @@ def _same_place(key: str, made: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     if any(object_store.is_remote(path) for path in paths):
         return False
     return os.path.relpath(*paths[:2]) == os.path.relpath(*paths[2:])
-
-
-def _prints(files: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    return [(file["size"], file["fingerprint"]) for file in files]
 
 
 def _check_settings(name: StageName, stage: StageConfig) -> None:

@@ -20,7 +20,7 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
     memory = f"{cluster.memory_gib:g} GiB each, " if cluster.device == "cuda" else ""
     print(
         f"cluster: {cluster.nodes:,} x {cluster.ranks_per_node} = {cluster.world:,} {unit}s, {memory}"
-        f"{cluster.host_memory_gib:g} GiB a node\nlog: {job.user.ids:,} users, {job.item.ids:,} items, "
+        f"{cluster.host_memory_gib:g} GiB per node\nlog: {job.user.ids:,} users, {job.item.ids:,} items, "
         f"{f'{job.rows:,}' if job.rows else 'unknown'} rows; "
         f"batch {job.strides[0]:,} users and {job.strides[1]:,} items"
     )
@@ -67,10 +67,10 @@ def _compared(name: str, row: dict[str, Any], cluster: ClusterConfig) -> dict[st
     few = "none is sufficient"
     if found["ranks"] is not None:
         few = f"{found['ranks']:,}{'' if found['checked'] else ' (estimate)'}"
-    shown = {"tables": name, "all tables": gib(row["table_bytes"]), "maps a rank": gib(row["maps_per_rank"])}
+    shown = {"tables": name, "all tables": gib(row["table_bytes"]), "maps per rank": gib(row["maps_per_rank"])}
     if cluster.device == "cuda":
-        shown["GPU, a rank"] = gib(row["peak_per_rank"])
-    shown["host, a rank"] = gib(row["host_peak_per_rank"])
+        shown["GPU, per rank"] = gib(row["peak_per_rank"])
+    shown["host, per rank"] = gib(row["host_peak_per_rank"])
     return shown | {f"on {cluster.world:,}": "fits" if row["fits"] else "does not fit", "smallest": few}
 
 

@@ -110,7 +110,10 @@ def _layout(job: Job, model: MetaTowers, cluster: ClusterConfig) -> tuple[Shardi
         cap = gib(_capacity(cluster))
         need = gib(sum(s.nbytes(cluster.device == "cuda") for s in even_shards(model, cluster.world)))
         share = f"{100 * (1 - RESERVED):.0f} %"
-        return None, f"TorchRec's planner finds no plan: tables of {need} GiB a rank, expected at most {share} of {cap}"
+        return (
+            None,
+            f"TorchRec's planner finds no plan: tables of {need} GiB per rank, expected at most {share} of {cap}",
+        )
 
 
 def smallest(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: int) -> Smallest:

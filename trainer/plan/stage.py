@@ -57,7 +57,7 @@ def variants(config: PlanConfig, job: Job) -> dict[str, Job]:
         return replace(model, tables=replace(model.tables, strategy=strategy, storage=storage, dim=dim))
 
     trained = "random" if config.model.tables.strategy == "random" else "warm-start"
-    way = f", {rows_per_id} rows an id" if rows_per_id > 1 else ""
+    way = f", {rows_per_id} rows per id" if rows_per_id > 1 else ""
     hashed = f"learned hash {100 * share:.3g} %{way}"
     return {
         "trainable": job.with_tables(tables(trained), None if trained == "random" else dim, None, 1),

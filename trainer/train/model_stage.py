@@ -317,8 +317,8 @@ def _log_settings(config: TrainModelConfig, inputs: _Inputs, stream: Interaction
     )
     if stream.hold_out is not None and any(table.frozen is not None for table in features.tables):
         logger.warning(
-            "the factors of frozen tables may have seen the validation rows, which are held out of train: their metrics "
-            "are then optimistic. A val part that was not factorized avoids that"
+            "the factors of frozen tables may have seen the validation rows, which are held out of train: then their "
+            "metrics are optimistic. A val part that was not factorized avoids that"
         )
     if config.evaluation.while_training and not validated:
         logger.warning(

@@ -56,7 +56,7 @@ shapes = st.one_of(
 
 def save(state, staged, folder, group):
     layout = dcp_storage.lay_out(state, group)
-    staged.copy(state, layout.lies)
+    staged.copy(state, layout.ranges)
     return dcp_storage.write(layout, staged, folder)
 
 
@@ -191,16 +191,16 @@ def test_the_checksum_made_while_copying_is_that_of_what_was_copied(monkeypatch,
     state = {
         f"t{k}": filled((size,), torch.uint8, k) for k, size in enumerate([1, block - 1, block, 0, block + 1, 5000])
     }
-    lies, end = {}, 0
+    ranges, end = {}, 0
     for name, value in state.items():
-        lies[name, (0,)] = (end, len(value))
+        ranges[name, (0,)] = (end, len(value))
         end += -(-len(value) // 64) * 64
     staged = Staged()
     staged.copy({"a": filled((end + 5 * PAGE,), torch.uint8, 9)}, {("a", (0,)): (0, end + 5 * PAGE)})
-    staged.copy(state, lies)
+    staged.copy(state, ranges)
     if alone:
-        assert 0 <= sum(lies["t5", (0,)]) - staged.summed < block
+        assert 0 <= sum(ranges["t5", (0,)]) - staged.summed < block
     assert staged.checksum.digest() == xxhash.xxh3_128(staged.content[: staged.summed]).digest()
     for name, value in state.items():
-        begin, length = lies[name, (0,)]
+        begin, length = ranges[name, (0,)]
         assert bytes(staged.content[begin : begin + length]) == value.numpy().tobytes()
