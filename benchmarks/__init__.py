@@ -1,1 +1,1 @@
-"""Measurements beside their peers, one file a question; `recpress bench` lists and runs them."""
+"""Measurements and their peers, one file per question; `recpress bench` lists and runs them."""

@@ -73,13 +73,13 @@ def main() -> None:
             if ranks.rank == 0:
                 shutil.rmtree(args.folder, ignore_errors=True)
         if ranks.rank == 0:
-            question = f"What a checkpoint every {args.steps} steps costs, and GB/s beside dd"
+            question = f"What a checkpoint every {args.steps} steps costs, and GB/s compared with dd"
             publish(question, [row], out=args.out, settings=settings_of(vars(args), ("out", "folder")),
                     device=ranks.device, plots=[
                         bars(["beside %", "of CPU time %"], ["tables", "sharding"],
                              title="Of the stretch that it is in, by the clock, and of its processor time"),
                         bars(["save GB/s", "dd write GB/s", "verify and load GB/s", "dd read GB/s"],
-                             ["tables", "sharding"], title="To and from the disk, beside dd"),
+                             ["tables", "sharding"], title="To and from the disk, compared with dd"),
                     ])  # fmt: skip
 
 

@@ -231,7 +231,7 @@ def main() -> None:
             rows += compare("synthetic", None, size, widths, args)
     settings = settings_of(vars(args), leave_out=("out", "data"))
     publish(
-        "Factorization: seconds and memory, beside implicit",
+        "Factorization: seconds and memory, compared with implicit",
         rows,
         out=args.out,
         settings=settings | {"data": [data.partition("=")[0] for data in args.data]},

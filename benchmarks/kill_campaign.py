@@ -1,6 +1,6 @@
 """Does a run that is killed at random steps end at the same bits as one that is not?
 
-Takes 20 s small, 11 minutes full, beside a demo and tests.
+Takes 20 s small, 11 minutes full, while a demo and tests run.
 
     python benchmarks/kill_campaign.py --runs 50 --ranks 2 --out kill-campaign.json
 

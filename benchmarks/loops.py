@@ -137,7 +137,7 @@ def make_log(folder: Path, case: Case, rows: int) -> None:
 
 
 class LogBatches:
-    """The batches of a sample of a log, read and made beside training; each pass is the next epoch."""
+    """The batches of a sample of a log, read and built during training; each pass is the next epoch."""
 
     def __init__(self, folder: str, case: Case, rank: int, device: torch.device) -> None:
         assert case.rate is not None

@@ -212,7 +212,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin, on cores that others use, take minutes
     todo = cases(args)
     publish(
-        "Making a map: seconds, memory and distortion, beside faiss's k-means",
+        "Making a map: seconds, memory and distortion, compared with faiss's k-means",
         [row for case in todo for row in compare(case, args)],
         out=args.out,
         settings=settings_of(vars(args), leave_out=("out", "folder")),

@@ -74,7 +74,7 @@ def buffered(rows: int, buffer: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def quality(places: np.ndarray, batch: int) -> dict[str, float]:
-    """`places[k]` is where the k-th row of the stream lies in the log."""
+    """`places[k]` is where the k-th row of the stream is in the log."""
     rows = len(places)
     moved = np.abs(places - np.arange(rows)) / rows
     means = places[: rows // batch * batch].reshape(-1, batch).mean(1) / rows

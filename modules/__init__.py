@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from recpress.modules.hashing.mapped_hash import MappedHash
     from recpress.modules.hashing.methods import build_map
     from recpress.modules.hashing.table_stats import TableStats
+    from recpress.modules.row_files import open_rows
     from recpress.modules.two_tower.model import SideSpec, TwoTower
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "compress",
     "extend_map",
     "fold_in",
+    "open_rows",
     "sharders",
 ]
 
@@ -77,6 +79,7 @@ _MODULES = {
     "hashing.mapped_hash": ("MappedHash",),
     "hashing.methods": ("build_map",),
     "hashing.table_stats": ("TableStats",),
+    "row_files": ("open_rows",),
     "two_tower.model": ("SideSpec", "TwoTower"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

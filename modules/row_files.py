@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ def open_rows(rows: RowFile, table: str) -> RowSource:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix in (".pt", ".bin"):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return state[_key([k for k, v in state.items() if isinstance(v, torch.Tensor)], key, table, path)]
+            state = named_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            return state[_key(state, key, table, path)]
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
             return ParquetRows(path, key, table)
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, *_CORRUPT) as error:
@@ -71,6 +71,17 @@ def open_rows(rows: RowFile, table: str) -> RowSource:
         f"table {table!r}: {path}: {'unknown format' if path.exists() else 'no such file or folder'}; expected .npy, "
         ".pt, .parquet or a folder of torch.distributed.checkpoint"
     )
+
+
+def named_tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, also of nested ones: `{"model": {"w": tensor}}` has `model.w`."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if isinstance(value, torch.Tensor):
+            found[f"{prefix}{name}"] = value
+        else:
+            found |= named_tensors(value, f"{prefix}{name}.")
+    return found
 
 
 class _Matrix:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+
+from recpress.modules import HashConfig, TableStats, build_map, open_rows
+from tests.ranks import run_on_ranks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "compress_dlrm.py"
 
@@ -51,3 +57,34 @@ def test_compress_dlrm(
 
 def test_the_example_is_short() -> None:
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 80
+
+
+SHARDED = EXAMPLE.with_name("sharded_dlrm.py")
+
+
+def run_sharded(*options: str) -> float:
+    """The log loss that the example prints on rank 0; 0 on other ranks."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr("sys.argv", [str(SHARDED), "--steps", "30", *options])
+        runpy.run_path(str(SHARDED), run_name="__main__")
+    return float(out.getvalue().split()[-1]) if out.getvalue() else 0.0
+
+
+def test_a_sharded_dlrm_is_compressed_and_resumed_on_one_rank(tmp_path: Path) -> None:
+    full, small, maps = (tmp_path / name for name in ("full", "small", "maps"))
+    first = run_on_ranks(run_sharded, 2, "--out", str(full))[0]
+    for table, size in (("t_0", 3000), ("t_2", 1000)):
+        (maps / table).mkdir(parents=True)
+        stats = TableStats(name=table, num_ids=size, counts=torch.ones(size), embedding=open_rows(full, table))
+        build_map(stats, size // 4, HashConfig(method="learned")).save(maps / table)
+    options = ("--rows", str(full), "--maps", str(maps), "--frozen", "t_2")
+    second = run_on_ranks(run_sharded, 2, *options, "--out", str(small))[0]
+    [resumed] = run_on_ranks(run_sharded, 1, *options, "--resume", str(small))
+    assert resumed == pytest.approx(second, abs=2e-6)
+    assert second < first  # it starts from the rows of the first run, and trains as long
+
+
+def test_few_lines_are_for_recpress() -> None:
+    lines = [line for line in SHARDED.read_text(encoding="utf-8").splitlines() if "# recpress:" in line]
+    assert 1 <= len(lines) <= 6

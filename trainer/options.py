@@ -44,7 +44,7 @@ def parse(config: type[Config], arguments: Sequence[str], *, prog: str, summary:
     except SystemExit as stop:
         if stop.code not in (0, None):
             said = _one_line(_text_of(err), prog).removeprefix(f"Error parsing {config.__name__}: ")
-            if said.startswith("Unrecognized options:") and "; nearest:" not in said:
+            if "Unrecognized options:" in said and "; nearest:" not in said:
                 said = said.replace(" (see ", f"{_nearest(config, said)} (see ")
             raise InputError(said) from None
         sys.stdout.write(_short_help(_text_of(out), prog, main))
@@ -53,7 +53,7 @@ def parse(config: type[Config], arguments: Sequence[str], *, prog: str, summary:
 
 def _nearest(config: type, said: str) -> str:
     """The option closest to the first unrecognized one, also by the old name of a renamed option."""
-    typed = re.search(r"--([\w.-]+)", said)
+    typed = re.search(r"--([\w.-]+)", said.partition("Unrecognized options:")[2])
     names: dict[str, str] = {}  # name, also an old one -> current name
     for name in option_names(config):
         names[name] = name

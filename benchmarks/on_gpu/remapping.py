@@ -35,7 +35,7 @@ def rows(device: torch.device, best: Ceilings, tiny: bool) -> list[dict[str, Any
                 "torch.remainder": (partial(torch.remainder, ids, 1000), ID_BYTES),
                 "LearnedHash": (partial(plain, one), ENTRY_BYTES + ID_BYTES),
                 "26 features at once": (partial(for_many, many), ENTRY_BYTES + ID_BYTES),
-                "two rows an id": (partial(two, one), 2 * (ENTRY_BYTES + ID_BYTES)),
+                "two rows per id": (partial(two, one), 2 * (ENTRY_BYTES + ID_BYTES)),
                 "bit-packed": (partial(packed, one), ENTRY_BYTES + ID_BYTES),
             }
             for name, (job, more) in jobs.items():

@@ -200,7 +200,7 @@ class CompressedEmbeddingBagCollection(Compressed, EmbeddingBagCollection):
         return _join(frozen, trained, features, self._outputs)
 
     @property
-    def embedding_bags(self) -> nn.ModuleDict:  # type: ignore[override]
+    def embedding_bags(self) -> nn.ModuleDict:
         """The trainable tables."""
         return nn.ModuleDict() if self.trainable is None else self.trainable.embedding_bags
 
@@ -261,7 +261,7 @@ class CompressedEmbeddingCollection(Compressed, EmbeddingCollection):
         return _join_sequences(frozen, trained, features, mapped, self._outputs, weighted, self._need_indices)
 
     @property
-    def embeddings(self) -> nn.ModuleDict:  # type: ignore[override]
+    def embeddings(self) -> nn.ModuleDict:
         """The trainable tables."""
         return nn.ModuleDict() if self.trainable is None else self.trainable.embeddings
 

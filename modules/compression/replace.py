@@ -315,7 +315,8 @@ class _Build:
     def _fill(self, old: Any, configs: Any, after: Any, trainable: Any, frozen: Any) -> PendingRows | None:
         """Move or create the tables. Returns what the trainable ones load when they are sharded, if rows matter."""
         group = "embedding_bags" if isinstance(old, EmbeddingBagCollection) else "embeddings"
-        old_tables, tables = getattr(old, group), getattr(trainable, group, None)
+        old_tables: Any = getattr(old, group)
+        tables: Any = getattr(trainable, group, None)
         if trainable is not None:  # built on "meta", so that unchanged tables are not allocated twice
             trainable._device = old.device
         of_frozen: dict[str, RowSource] = {}
@@ -423,7 +424,7 @@ class _Build:
         one, counts = self.maps[config.name], self.counts.get(config.name)
         return kind(source, one, counts, table=config.name, mean_pooled=mean_pooled)
 
-    def _start(self, before: Any, after: Any, table: Any, old: torch.Tensor) -> None:
+    def _start(self, before: Any, after: Any, table: Any, old: Any) -> None:
         """Create the rows of a trainable table with a map, on the device of the old ones."""
         if old.device.type != "meta":
             table.to_empty(device=old.device)

@@ -43,8 +43,8 @@ def sharders(
         bags,
         sequences,
         FeatureProcessedEmbeddingBagCollectionSharder(bags, codecs),
-        ManagedCollisionEmbeddingBagCollectionSharder(bags, collisions, qcomm_codecs_registry=codecs),
-        ManagedCollisionEmbeddingCollectionSharder(sequences, collisions, qcomm_codecs_registry=codecs),
+        _CollisionBagSharder(bags, collisions, qcomm_codecs_registry=codecs),
+        _CollisionSequenceSharder(sequences, collisions, qcomm_codecs_registry=codecs),
         FrozenEmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs, planned_device=device_type),
         FrozenEmbeddingCollectionSharder(qcomm_codecs_registry=codecs, planned_device=device_type),
     ]
@@ -76,3 +76,20 @@ class _BagSharder(EmbeddingBagCollectionSharder):
 class _SequenceSharder(EmbeddingCollectionSharder):
     def shard(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         return _load(module, super().shard(module, *args, **kwargs), "embeddings")
+
+
+class _OnCpu:
+    """TorchRec's planner has no estimates of the kernels that it offers collision modules on CPU."""
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        found: Any = super()
+        kernels: list[str] = found.compute_kernels(sharding_type, compute_device_type)
+        return ["fused"] if compute_device_type == "cpu" else kernels
+
+
+class _CollisionBagSharder(_OnCpu, ManagedCollisionEmbeddingBagCollectionSharder):
+    pass
+
+
+class _CollisionSequenceSharder(_OnCpu, ManagedCollisionEmbeddingCollectionSharder):
+    pass

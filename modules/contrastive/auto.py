@@ -100,7 +100,7 @@ def choose(
     gains: dict[tuple[float, int], np.ndarray] = {}
 
     def run(temperature: float, epochs: int) -> float:
-        tried = replace(config, temperature=temperature, epochs=epochs)
+        tried = replace(config, temperature=temperature, epochs=epochs, patience=0)
         trained = Run(tried, *pair, sample.num_users, sample.num_items, exchange)
         trained.train()
         made = trained.factors()

@@ -20,6 +20,7 @@ from recpress.modules.als.factors import Factors
 from recpress.modules.als.interactions import CSR, InteractionBuilder
 from recpress.modules.config import ALSParameters, ContrastiveConfig
 from recpress.modules.contrastive.batches import Batch, BatchMaker, NegativeSampler
+from recpress.modules.contrastive.held_out import HeldOut
 from recpress.modules.contrastive.item_table import ItemTable, Request
 from recpress.modules.contrastive.losses import Loss, Scores, make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
@@ -32,6 +33,10 @@ LAST_RATE = 0.05
 """Learning rate at the end, in units of that at the start."""
 _DEVIATION = 0.1  # of the elements of initial vectors
 _AHEAD = 32  # batches to cut and to request from other ranks at once
+CHECK_EVERY = 5
+"""Epochs between two checks of early stopping."""
+LAST_PART = 0.1
+"""Share of the epochs, at the end, that train on all interactions, with early stopping."""
 LONGEST = 1e4
 """A longer vector has exploded. Lengths grow to about 30, as gradients are orthogonal to unit vectors."""
 
@@ -71,7 +76,7 @@ class Contrastive:
     Example:
         >>> model = Contrastive(ContrastiveConfig(factors=8, epochs=3), num_users=3, num_items=4)
         >>> model.add([0, 0, 1, 2], [0, 1, 1, 3])
-        >>> model.fit().items.norm(dim=1)
+        >>> model.fit().items.norm(dim=1).round()
         tensor([1., 1., 0., 1.])
     """
 
@@ -155,19 +160,30 @@ class Run:
             tables = RowAdam(users), RowAdam(items)
         self.users = tables[0]
         self.items = ItemTable(tables[1], num_items, exchange)
-        self.sampler = NegativeSampler(_all_counts(by_item, num_items, exchange), config.negative_exponent)
-        self._maker = BatchMaker(
-            by_user,
-            weight.astype(np.float32),
-            self.sampler,
-            negatives=config.negatives,
-            most_users=-(-config.batch_users // exchange.world),
-            most_positives=config.batch_limit,
-        )
+        counts = _all_counts(by_item, num_items, exchange)
+        self.sampler = NegativeSampler(counts, config.negative_exponent)
+
+        def maker(users: CSR) -> BatchMaker:
+            return BatchMaker(
+                users,
+                weight.astype(np.float32),
+                self.sampler,
+                negatives=config.negatives,
+                most_users=-(-config.batch_users // exchange.world),
+                most_positives=config.batch_limit,
+            )
+
+        self._maker = maker(by_user)
         self._loss = make_loss(config)
         assert config.epochs is not None
         self.epochs: int = config.epochs
-        """Epochs in all."""
+        """Epochs in all. Early stopping lowers it."""
+        self.stopped: int | None = None
+        """Epochs before an early stop."""
+        self.checks: list[float] = []
+        """NDCG@10 of the held-out interactions at each check."""
+        self._held_out = HeldOut(by_user, counts, config.seed, exchange) if config.patience else None
+        self._reduced_maker = None if self._held_out is None else maker(self._held_out.train)
 
     def train(self, on_epoch: Callable[[EpochReport], bool | None] | None = None) -> None:
         """Train the epochs that remain. Raises ValueError as `Contrastive.fit`."""
@@ -177,6 +193,7 @@ class Run:
             loss = self._train_epoch()
             self.epoch += 1
             self._check(loss)
+            self._stop_early()
             now = time.perf_counter()
             left = (now - began) / (self.epoch - first) * (self.epochs - self.epoch)
             report = EpochReport(self.epoch, self.epochs, loss, now - at, left)
@@ -184,30 +201,35 @@ class Run:
             if self.exchange.max(int(stop)):
                 break
 
+    def position(self) -> dict[str, Any]:
+        """Where the training is, as JSON values, besides the tables."""
+        return {"epoch": self.epoch, "epochs": self.epochs, "stopped": self.stopped, "checks": self.checks}
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Continue from a `position`, with the tables of then."""
+        self.epoch, self.epochs = position["epoch"], position["epochs"]
+        self.stopped, self.checks = position["stopped"], list(position["checks"])
+
     def factors(self) -> Factors:
         """Unit vectors. Those of ids without interactions are zero."""
-        tables = []
+        tables, all_counts = [], []
         for adam, counts in ((self.users, self.user_counts), (self.items.adam, self.item_counts)):
             unit = adam.units()
             unit[torch.from_numpy(counts == 0).to(unit.device)] = 0
             tables.append(unit)
-        return Factors(
-            *tables,
-            self.num_users,
-            self.num_items,
-            self.exchange.rank,
-            self.exchange.world,
-            *(torch.from_numpy(counts.astype(np.float32)) for counts in (self.user_counts, self.item_counts)),
-        )
+            all_counts.append(torch.from_numpy(counts.astype(np.float32)))
+        size = self.num_users, self.num_items, self.exchange.rank, self.exchange.world
+        return Factors(tables[0], tables[1], *size, all_counts[0], all_counts[1])
 
     def _train_epoch(self) -> float:
         """Train one epoch; return the mean loss."""
         config, exchange = self.config, self.exchange
         rng = np.random.default_rng([config.seed % 2**32, exchange.rank, self.epoch])
-        parts = self._maker.epoch(rng)
+        maker = self._maker if self._reduced_maker is None or self._ending else self._reduced_maker
+        parts = maker.epoch(rng)
         steps = exchange.max(len(parts))
         empty = np.empty(0, np.int64)
-        made = (self._maker.make(parts[k] if k < len(parts) else empty, rng) for k in range(steps))
+        made = (maker.make(parts[k] if k < len(parts) else empty, rng) for k in range(steps))
         total = torch.zeros((), dtype=torch.float64, device=exchange.device)
         for step, (batch, request) in enumerate(self._with_requests(made)):
             rate = self._rate(self.epoch + step / steps, self.epoch * steps + step)
@@ -215,8 +237,26 @@ class Run:
         return float(exchange.sum(total)) / self.total
 
     def _rate(self, epochs: float, steps: int) -> float:
-        done = epochs / self.epochs
-        return self.config.learning_rate * (1 - (1 - LAST_RATE) * done) * min(1.0, (steps + 1) / WARM_UP)
+        assert self.config.epochs is not None
+        share = 1 - (1 - LAST_RATE) * epochs / self.config.epochs
+        if self.stopped is not None:  # falls faster from where it was
+            before = 1 - (1 - LAST_RATE) * self.stopped / self.config.epochs
+            share = before + (LAST_RATE - before) * (epochs - self.stopped) / (self.epochs - self.stopped)
+        return self.config.learning_rate * share * min(1.0, (steps + 1) / WARM_UP)
+
+    @property
+    def _ending(self) -> bool:
+        """Whether the epochs are the last ones of a training with early stopping."""
+        return self.stopped is not None or self.epoch >= (1 - LAST_PART) * self.epochs
+
+    def _stop_early(self) -> None:
+        """Check the held-out interactions, if it is time; lower the number of epochs if they do not improve."""
+        if self._held_out is None or self._ending or self.epoch % CHECK_EVERY:
+            return
+        self.checks.append(self._held_out.ndcg(self.users.units(), self.items.adam.units()))
+        if len(self.checks) - 1 - int(np.argmax(self.checks)) >= self.config.patience:
+            self.stopped = self.epoch
+            self.epochs = self.epoch + max(1, round(LAST_PART * self.epoch))
 
     def _with_requests(self, made: Iterator[Batch]) -> Iterator[tuple[Batch, Request]]:
         while ahead := list(islice(made, _AHEAD)):
@@ -348,6 +388,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "margin": (-1.0, 1.0),
     "negative_weight": (0.0, math.inf),
     "epochs": (1, math.inf),
+    "patience": (0, math.inf),
     "learning_rate": (1e-6, 1.0),
     "batch_users": (1, 1 << 20),
     "batch_limit": (128, 1 << 24),

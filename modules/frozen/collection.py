@@ -68,6 +68,8 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
                 [2., 2., 2., 2.]])
     """
 
+    _device: torch.device
+
     def __init__(
         self, tables: Iterable[FrozenTable], device: torch.device | str = "cpu", *, weighted: bool = False
     ) -> None:
@@ -76,10 +78,10 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
         self._device = torch.device(device)
         check_tables(self._tables)
         self._plain: list[FrozenKernel] = []  # not a ModuleList, so that state_dict and DDP do not see the rows
-        if self.device.type != "meta":
+        if self._device.type != "meta":
             for t in self._tables:
                 shard = TableShard(t.name, (0, t.rows), (0, t.dim), len(t.features))
-                self._plain.append(FrozenKernel([shard], t.storage, self.device, weighted=weighted))
+                self._plain.append(FrozenKernel([shard], t.storage, self._device, weighted=weighted))
         features = [feature for table in self._tables for feature in table.features]
         self._names = [
             f"{feature}@{table.name}" if features.count(feature) > 1 else feature
@@ -97,7 +99,7 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
         yield from self._plain
 
     @property
-    def embedding_bags(self) -> nn.ModuleDict:  # type: ignore[override]
+    def embedding_bags(self) -> nn.ModuleDict:
         """Empty: there is no trainable table."""
         return nn.ModuleDict()
 

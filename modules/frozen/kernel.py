@@ -343,14 +343,14 @@ class HasFrozenTables(Fingerprinted):
         layout = getattr(self, "module_sharding_plan", {}).get(table)
         if layout is None or layout.sharding_type == "data_parallel":
             return parts[0][1]
-        group = self._env.process_group  # type: ignore[attr-defined]
+        env: Any = self._env
         rank = dist.get_rank()
         local = [
             Shard.from_tensor_and_offsets(rows.contiguous(), [shard.rows[0], shard.columns[0]], rank)
             for shard, rows in parts
             if rows.numel()
         ]
-        return init_from_local_shards(local, spec.rows, dim, process_group=group)
+        return init_from_local_shards(local, spec.rows, dim, process_group=env.process_group)
 
     def storage_bytes(self) -> int:
         """Bytes of the rows on this rank."""

@@ -71,7 +71,7 @@ class FrozenEmbeddingCollection(Unsharded, HasFrozenTables, EmbeddingCollection)
         yield from self._plain
 
     @property
-    def embeddings(self) -> nn.ModuleDict:  # type: ignore[override]
+    def embeddings(self) -> nn.ModuleDict:
         """Empty: there is no trainable table."""
         return nn.ModuleDict()
 
@@ -146,6 +146,8 @@ class ShardedFrozenEmbeddingCollection(HasFrozenTables, ShardedEmbeddingCollecti
     """TorchRec's sharded collection: its exchanges of ids and vectors, with frozen look-ups between them."""
 
     _lookups: list[Any]
+    _sharding_type_to_sharding: dict[str, Any]
+    _device: torch.device | None
 
     def __init__(self, module: FrozenEmbeddingCollection, *args: Any, **kwargs: Any) -> None:
         self._specs = module.tables()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +9,9 @@ import torch
 from torch import nn
 
 from recpress.modules.frozen.kernel import FrozenTable
+from recpress.modules.stack import on_stack
 
-
-def inside(kind: str, module: str) -> bool:
-    """Whether a method of an instance of the class `module.kind` is on the stack. Costs some microseconds."""
-    loaded = sys.modules.get(module)
-    wanted = getattr(loaded, kind, None)
-    if wanted is None:
-        return False
-    frame = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), wanted):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+_PARALLEL = ("DistributedModelParallel", "torchrec.distributed.model_parallel")
 
 
 class Unsharded(nn.Module):
@@ -45,7 +33,7 @@ class Unsharded(nn.Module):
                 f"frozen table {name!r}: a collection on the device 'meta' can only be sharded; pass "
                 "`sharders=recpress.modules.sharders()` to DistributedModelParallel, and to its planner"
             )
-        if inside("DistributedModelParallel", "torchrec.distributed.model_parallel"):
+        if on_stack(*_PARALLEL) is not None:
             raise ValueError(
                 f"frozen table {name!r}: DistributedModelParallel has not sharded it, so each rank would hold all "
                 "rows; pass `sharders=recpress.modules.sharders()` to it, and to its planner"
@@ -54,7 +42,7 @@ class Unsharded(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # DistributedModelParallel moves what it has not sharded to its device.
-        if inside("DistributedModelParallel", "torchrec.distributed.model_parallel"):
+        if on_stack(*_PARALLEL) is not None:
             self._checked = False
             self.check_sharding()
         return super()._apply(fn, recurse)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import numpy as np
@@ -15,9 +17,13 @@ from torchrec import KeyedJaggedTensor
 from recpress.modules.fingerprints import Fingerprinted
 from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
 from recpress.modules.hashing.map_buffers import BatchLayout, MapSlot, pack, unpack
+from recpress.modules.stack import on_stack
 
 _CHUNK = 1 << 16
 """Ids of a packed map to unpack at once on a CPU, so that the intermediate tensors stay in its cache."""
+
+_PIPELINE_CHECKS = 10
+"""Forwards in training that check for a pipeline, which may start after some steps without it."""
 
 
 class LearnedHash(Fingerprinted):
@@ -26,9 +32,9 @@ class LearnedHash(Fingerprinted):
     An id becomes `rows_per_id` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights
     are multiplied by the weights of the map, if it has any; a weighted map makes an unweighted batch weighted.
 
-    Each rank has a replica of the maps, int32 or bit-packed, in buffers that are not part of `state_dict`. Features
-    with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes per feature. With
-    `TrainPipelineSparseDist` use `pipeline_postproc=True`.
+    Each rank has a replica of the maps, int32 or bit-packed, in plain tensors that are not part of `state_dict`.
+    Features with the same IdMap share its memory. `state_dict` has a fingerprint of each map, 16 bytes per feature.
+    With `TrainPipelineSparseDist` use `pipeline_postproc=True`.
 
     Args:
         maps: feature key -> its map.
@@ -75,17 +81,38 @@ class LearnedHash(Fingerprinted):
             self._slots[key] = placed[id_map]
         rows = pack(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
         weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("weights", torch.cat(weights) if weights else torch.ones(1), persistent=False)
-        self.register_buffer("_unknown", torch.zeros(len(self._slots), dtype=torch.int64), persistent=False)
+        # Not buffers, which DistributedDataParallel would broadcast in every forward.
+        self.rows = rows
+        self.weights = torch.cat(weights) if weights else torch.ones(1)
+        self._unknown = torch.zeros(len(self._slots), dtype=torch.int64)
         self._layouts: dict[tuple[str, ...], BatchLayout] = {}
         prints = {id_map: map_fingerprint(id_map) for id_map in placed}
         self.init_fingerprints({key: prints[id_map] for key, id_map in maps.items()})
         self.tables: dict[str, list[str]] = {}
         """Feature key -> the tables that it looks up, for error messages."""
-        self.rows: torch.Tensor
-        self.weights: torch.Tensor
-        self._unknown: torch.Tensor
+        self._checks_left = _PIPELINE_CHECKS
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move the maps as buffers move. Their dtype stays, and `to_empty` does not erase them."""
+        device = fn(torch.empty(0, device=self.rows.device)).device
+        if device.type != "meta":
+            self.rows, self.weights = self.rows.to(device), self.weights.to(device)
+            self._unknown = self._unknown.to(device)
+        return super()._apply(fn, recurse)
+
+    def _check_pipeline(self) -> None:
+        """Warn once if a TorchRec pipeline runs the model, but not this module ahead of it."""
+        self._checks_left -= 1
+        pipeline = on_stack("TrainPipelineSparseDist", "torchrec.distributed.train_pipeline.train_pipelines")
+        if pipeline is None:
+            return
+        self._checks_left = 0
+        if on_stack("PipelinedPostproc", "torchrec.distributed.train_pipeline.postproc") is None:
+            warnings.warn(
+                f"learned hash: {type(pipeline).__name__} does not run it ahead of the model, so the tables behind it "
+                "do not overlap their exchange with computation; pass pipeline_postproc=True",
+                stacklevel=3,
+            )
 
     def describe_mismatch(self, name: str) -> str:
         tables = " and ".join(repr(table) for table in self.tables.get(name, ()))
@@ -117,6 +144,8 @@ class LearnedHash(Fingerprinted):
         """The same keys, stride and order, with rows in place of ids. Rows have the dtype of the ids."""
         if not torch.compiler.is_compiling():
             self.check_fingerprints()
+            if self._checks_left and self.training:
+                self._check_pipeline()
         layout = self._layout(features.keys())
         lengths = features.length_per_key()
         ids, weights = features.values(), features.weights_or_none()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.distributed as dist
 from torchrec import JaggedTensor
 from torchrec.modules.mc_modules import ManagedCollisionModule
 
 from recpress.modules.fingerprints import Fingerprinted
 from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
+
+_PARTS = 2**10 * 3**3 * 5**2 * 7
+"""Divisible by most numbers of ranks, for plans of clusters other than this one."""
 
 
 class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
@@ -114,7 +120,11 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         return self._id_map.num_rows
 
     def buckets(self) -> int:
-        return self._buckets
+        """Parts into which TorchRec may split the rows. Before sharding, the planner needs a multiple of the ranks."""
+        if self._buckets > 1:
+            return self._buckets
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return math.lcm(_PARTS, ranks)
 
     def open_slots(self) -> torch.Tensor:
         return torch.zeros(1, dtype=torch.int64, device=self.device)

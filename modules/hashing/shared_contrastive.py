@@ -71,7 +71,7 @@ def fit_shared(
         degrees = torch.from_numpy(csr.indptr[1:] - csr.indptr[:-1]).float()
         tables.append(MappedRows(MapMatrix(id_map).fit(vectors.float(), degrees.clamp_min(0.1)), id_map))
     if epochs:
-        tuned = replace(config, epochs=epochs, learning_rate=config.learning_rate * rate)
+        tuned = replace(config, epochs=epochs, patience=0, learning_rate=config.learning_rate * rate)
         exchange = Exchange(None, torch.device("cpu"))
         Run(tuned, by_user, by_item, len(users), len(items), exchange, tables=(tables[0], tables[1])).train()
     return SharedFactors(tables[0].rows, tables[1].rows, *(_of_unit_length(table) for table in tables))

@@ -31,6 +31,7 @@ def test_the_table_compares_neighbors_in_time(tmp_path, monkeypatch):
     assert two["DDP's bucket setting"] == "+25.0 %"
 
 
+@pytest.mark.slow
 def test_one_rank_at_a_toy_size():
     args = Namespace(table_rows=500, dim=8, hidden=[8], batch=64, negatives=2, tables="trained", steps=2, stretches=1)
     found = scaling.run(args, [None])

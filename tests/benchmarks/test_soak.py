@@ -7,6 +7,7 @@ import pytest
 from recpress.benchmarks import soak
 
 
+@pytest.mark.slow
 def test_a_soak_compares_the_memory_with_its_bound_and_keeps_the_pace(tmp_path, monkeypatch):
     tiny = ("--minutes", "0.01", "--every", "0.01", "--rows", "2000", "--batch", "100", "--buffer-rows", "1000")
     out = ("--rows-per-second", "10000", "--out", str(tmp_path / "soak.json"))

@@ -106,7 +106,21 @@ def _of_compress(given: dict[str, Any]) -> dict[str, Any]:
 
     tables = [EmbeddingBagConfig(name="t", embedding_dim=4, num_embeddings=10, feature_names=["cat_3"])]
     features = KeyedJaggedTensor.from_lengths_sync(["cat_3"], torch.tensor([3, 40]), torch.tensor([1, 1]))
+    Path("rows").mkdir()
+    vectors = torch.rand(IDS, 4)
+    np.save("rows/t_cat_3.npy", vectors.numpy())
+    pq.write_table(pa.table({"vector": list(vectors.numpy())}), "rows/all.parquet")
+
+    def dlrm(device: str, ids: int) -> Any:
+        tables = [
+            EmbeddingBagConfig(name=f"t_{name}", embedding_dim=4, num_embeddings=ids, feature_names=[name])
+            for name in ("cat_3", "cat_9")
+        ]
+        return DLRM(EmbeddingBagCollection(tables=tables, device=torch.device(device)), 3, [8, 4], [8, 1])
+
     return {
+        "meta_model": dlrm("meta", IDS),
+        "other": dlrm("cpu", ITEMS),
         "id_map": IdMap.load("maps/t_cat_3"),
         "collection": EmbeddingBagCollection(tables=tables),
         "features": features,

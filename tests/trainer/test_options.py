@@ -88,7 +88,11 @@ class Streamed(Small):
 def test_a_misspelled_option_has_a_suggestion(config: type, option: str, nearest: str | None) -> None:
     with pytest.raises(InputError) as error:
         parsed(config, "--data", "d", option, "3")
-    assert str(error.value).split("nearest: ")[1:] == ([f"{nearest} (see recpress x --help)"] if nearest else [])
+    expected = [f"{nearest} (see recpress x --help)"] if nearest else []
+    assert str(error.value).split("nearest: ")[1:] == expected
+    with pytest.raises(InputError, match=r"Missing from recpress x: --data STR; Unrecognized options") as error:
+        parsed(config, option, "3")
+    assert str(error.value).split("nearest: ")[1:] == expected
 
 
 def help_of(config: type, option: str, capsys: pytest.CaptureFixture[str], main: tuple[str, ...] = ()) -> str:

@@ -62,7 +62,7 @@ class _Comparison:
         self.dim = 0
         """Of the vectors; known after the first factorization."""
         self.als, self.softmax, self.chosen = config.als, config.softmax, False
-        self.method: Literal["als", "softmax", "logistic", "auto"] = config.method
+        self.method: Literal["als", "softmax", "auto"] = config.method
         """With what the first factorization chose, by the protocol that ranks."""
         if config.evaluation.protocol == "full" and self.als.auto_metric == "auto":
             self.als = replace(self.als, auto_metric="full")
@@ -139,7 +139,7 @@ class _Comparison:
             factors = open_factors(path, self.log)
         self.dim = factors.dim
         if not self.chosen and result.auto is not None:  # once: all seeds and rates compare the same tables
-            self.chosen, self.method = True, result.method
+            self.chosen, self.method = True, "softmax" if result.method == "softmax" else "als"
             if result.method == "als" and self.als.auto:
                 self.als = replace(self.als, auto=False, **result.auto["settings"])
             elif result.method == "softmax":

@@ -10,7 +10,7 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 
 from recpress.data.config import SampleConfig
-from recpress.data.dataset.columns import Jagged, take
+from recpress.data.dataset.columns import Jagged
 from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.sampling.scan import iter_columns
@@ -30,7 +30,7 @@ def held_out_rows(selection: Selection, rows: ParquetSplit, columns: Sequence[st
     found = []
     for place, data in iter_row_groups(rows, columns, places):
         held = selection.held_out(place)
-        found.append({name: take(column, held) for name, column in data.items()})
+        found.append({name: column.take(held) for name, column in data.items()})
     return found
 
 

@@ -109,7 +109,8 @@ def factorize_softmax(
     epochs: list[tuple[float, float]] = []
     if checkpoints.start is not None:
         checkpoints.start.load(_state(run), checkpoints.group)
-        run.epoch, epochs = checkpoints.start.run["epoch"], [tuple(e) for e in checkpoints.start.run["epochs"]]
+        run.resume(checkpoints.start.run["position"])
+        epochs = [tuple(epoch) for epoch in checkpoints.start.run["epochs"]]
         began -= epochs[-1][1] if epochs else 0.0
     description = "softmax" if start is None else "softmax, without the sample"
     with Progress(description, "epoch", run.epochs, show=ranks.rank == 0) as progress:
@@ -117,10 +118,16 @@ def factorize_softmax(
 
         def on_epoch(report: EpochReport) -> bool:
             epochs.append((report.loss, time.monotonic() - began))
+            progress.total = report.epochs
             progress.update(details=f"loss {report.loss:.4f}")
+            if report.epoch == run.stopped:
+                progress.write(
+                    f"early stop: NDCG@10 of held-out examples {max(run.checks):.4f}, no better for "
+                    f"{settings.patience} checks; {run.epochs - report.epoch} more epochs on all examples"
+                )
             if _is_due(checkpoints, report.epoch, run):
-                position = {"epoch": report.epoch, "epochs": epochs, "settings": asdict(settings)}
-                checkpoints.save(_state(run), position, report.epoch)
+                about = {"position": run.position(), "epochs": epochs, "settings": asdict(settings)}
+                checkpoints.save(_state(run), about, report.epoch)
             return stop_requested()
 
         run.train(on_epoch)

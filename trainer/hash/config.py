@@ -22,7 +22,8 @@ class HashStageConfig(HashConfig):
     factors: str | None = None
     """Folder of factors of this log, the embeddings of users and items."""
     embedding: tuple[str, ...] = ()
-    """Embeddings from files, as TABLE=FILE: a .npy, a .parquet, or FILE.pt:KEY. They replace the factors of a table."""
+    """Embeddings from files, as TABLE=FILE: .npy, .parquet, FILE.pt:KEY, or FOLDER:KEY of torch.distributed.checkpoint.
+    They replace the factors of a table."""
     features: tuple[str, ...] = ()
     """Categorical columns of the log to map, instead of users and items. For those without an embedding a short warm-up
     trains one: a factorization machine of the label."""

@@ -14,6 +14,7 @@ from recpress.data.dataset.columns import is_list
 from recpress.data.dataset.files import first_line
 from recpress.data.dataset.object_store import cached_file
 from recpress.data.errors import InputError
+from recpress.modules.row_files import named_tensors, open_rows
 from recpress.modules.row_source import RowSource
 
 
@@ -21,13 +22,17 @@ def read_embedding(path: str) -> RowSource:
     """A matrix (ids, d): row k is the vector of id k.
 
     `.npy`: memory-mapped. `.parquet`: one list column, or several float columns, read into memory in the order of the
-    rows. `.pt:KEY`: a tensor of a state dict of torch.save; only tensors are loaded.
+    rows. `.pt:KEY`: a tensor of a state dict of torch.save; only tensors are loaded. `FOLDER:KEY`: a tensor of a
+    checkpoint of torch.distributed.checkpoint, memory-mapped.
 
     Raises:
         InputError: the file or key does not exist, has another format, or is not a matrix of numbers.
     """
     name, _, key = path.partition(".pt:")
+    folder, _, tensor = path.rpartition(":")
     try:
+        if folder and (Path(folder) / ".metadata").is_file():
+            return open_rows((folder, tensor), tensor)
         if key:
             return _checkpoint(str(cached_file(f"{name}.pt")), key)
         if path.endswith(".npy"):
@@ -38,7 +43,7 @@ def read_embedding(path: str) -> RowSource:
         raise
     except (OSError, ValueError, EOFError, pa.ArrowException, RuntimeError) as error:
         raise InputError(f"{path}: cannot be read as an embedding: {first_line(error)}") from error
-    raise InputError(f"{path}: expected FILE.npy, FILE.parquet or FILE.pt:KEY")
+    raise InputError(f"{path}: expected FILE.npy, FILE.parquet, FILE.pt:KEY or FOLDER:KEY")
 
 
 def _checkpoint(path: str, key: str) -> RowSource:
@@ -48,10 +53,10 @@ def _checkpoint(path: str, key: str) -> RowSource:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has no common type for files that hold more than tensors
         raise InputError(f"{path}: not a file of tensors: {first_line(error)}") from error
-    if not isinstance(state, dict) or not isinstance(state.get(key), torch.Tensor):
-        known = [name for name in state if isinstance(state[name], torch.Tensor)] if isinstance(state, dict) else []
-        raise InputError(f"{path}: no tensor {key!r}; it has {', '.join(map(str, known)) or 'none'}")
-    table = state[key]
+    tensors = named_tensors(state)
+    if key not in tensors:
+        raise InputError(f"{path}: no tensor {key!r}; it has {', '.join(tensors) or 'none'}")
+    table = tensors[key]
     if table.ndim != 2 or not table.is_floating_point():
         raise InputError(f"{path}:{key}: {table.dtype} of shape {tuple(table.shape)}, expected a matrix of floats")
     return table

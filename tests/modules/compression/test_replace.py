@@ -261,6 +261,8 @@ def sharded_and_pipelined() -> None:
                     optimizer.step()
                     steps.append(out)
                 outs.append(torch.stack(steps))
+                with pytest.warns(UserWarning, match="pass pipeline_postproc=True"):
+                    TrainPipelineSparseDist(model, optimizer, device).progress(iter([made(rank)]))
         assert not torch.equal(outs[0][0], outs[0][3])
         torch.testing.assert_close(outs[0], outs[1])
     with pytest.raises(ValueError, match="is already compressed"):

@@ -297,3 +297,14 @@ def test_ids_of_other_types_are_refused() -> None:
     floats = KeyedJaggedTensor(given.keys(), given.values().float(), lengths=given.lengths())
     with pytest.raises(ValueError, match=r"torch.float32, expected torch.int64"):
         LearnedHash({"a": id_map(5, 2)})(floats)
+
+
+def test_the_maps_are_no_buffers_but_move_with_the_module() -> None:
+    """DistributedDataParallel broadcasts buffers in every forward; `to_empty` and `half` would destroy the maps."""
+    hashes = LearnedHash({"f": IdMap(rows=torch.tensor([[1], [0]], dtype=torch.int32), num_rows=2)})
+    assert not list(hashes.buffers())
+    hashes.half().to_empty(device="cpu")
+    assert hashes.rows.tolist() == [1, 0]
+    hashes.to("meta")
+    assert hashes.rows.tolist() == [1, 0]
+    assert copy.deepcopy(hashes).rows.tolist() == [1, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.distributed import checkpoint
 
 from recpress.data.errors import InputError
 from recpress.trainer.hash.embeddings import read_embedding
@@ -21,7 +23,12 @@ def test_every_kind_of_file_gives_the_same_matrix(tmp_path: Path) -> None:
     pq.write_table(pa.table({"vector": list(TABLE)}), tmp_path / "lists.parquet")
     pq.write_table(pa.table({f"d{k}": TABLE[:, k] for k in range(3)}), tmp_path / "columns.parquet")
     torch.save({"net.table": torch.from_numpy(TABLE), "other": torch.zeros(2)}, tmp_path / "c.pt")
-    for name in ("a.npy", "lists.parquet", "columns.parquet", "c.pt:net.table"):
+    torch.save({"model": {"net.table": torch.from_numpy(TABLE)}}, tmp_path / "d.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save({"net.table": torch.from_numpy(TABLE)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    files = ("a.npy", "lists.parquet", "columns.parquet", "c.pt:net.table", "d.pt:model.net.table", "dcp:net.table")
+    for name in files:
         found = read_embedding(f"{tmp_path}/{name}")
         assert found.shape == (7, 3)
         assert np.array_equal(np.asarray(found[0:7]), TABLE), name
