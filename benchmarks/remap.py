@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -31,6 +32,8 @@ from torchrec.modules.mc_modules import LFU_EvictionPolicy, MCHManagedCollisionM
 
 from recpress.benchmarks.common import arguments, bars, publish, settings_of
 from recpress.benchmarks.synthetic_logs import keyed, random_ids, random_map
+from recpress.modules.compression.replace import compress
+from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.mapped_hash import MappedHash
 
@@ -144,6 +147,25 @@ class Batch:
         self.dense_features, self.sparse_features, self.labels = dense, sparse, labels
 
 
+def compressed(model: nn.Module, maps: dict[str, IdMap]) -> nn.Module:
+    """The model as `compress` makes it, from full tables that are never allocated, with the rows of `model`."""
+    small = model.model.sparse_arch.embedding_bag_collection
+    full = [
+        dataclasses.replace(config, num_embeddings=maps[config.feature_names[0]].num_ids)
+        for config in small.embedding_bag_configs()
+    ]
+    tables = EmbeddingBagCollection(full, device=torch.device("meta"))
+    new, _ = compress(tables, {config.name: maps[config.feature_names[0]] for config in full}, warm_start=False)
+    new.trainable.to_empty(device=small.device)
+    new.load_state_dict(small.state_dict(), strict=False)
+    new.hashes.to(small.device)
+    for bag in new.embedding_bags.values():
+        bag.sparse = True
+    found = copy.deepcopy(model)
+    found.model.sparse_arch.embedding_bag_collection = new
+    return found
+
+
 def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The same tables and rows with and without the hash: without it, the ids are rows already."""
     size = args.step_ids
@@ -164,9 +186,13 @@ def training_step(args: argparse.Namespace, device: torch.device) -> list[dict[s
     for bag in model.model.sparse_arch.embedding_bag_collection.embedding_bags.values():
         bag.sparse = True  # as TorchRec's fused tables, a step touches the rows of its batch alone
     hashes = LearnedHash(maps).to(device)
-    subjects = {"plain": Hashed(nn.Identity(), copy.deepcopy(model)), "LearnedHash": Hashed(hashes, model)}
+    subjects = {
+        "plain": Hashed(nn.Identity(), copy.deepcopy(model)),
+        "LearnedHash": Hashed(hashes, model),
+        "compress": Hashed(nn.Identity(), compressed(model, maps)),
+    }
     ids = torch.cat([random_ids("skewed", size, args.batch, 10 + i) for i in range(FEATURES)]).to(device)
-    features = {"LearnedHash": keyed(ids, KEYS), "plain": hashes(keyed(ids, KEYS))}
+    features = {name: keyed(ids, KEYS) for name in subjects} | {"plain": hashes(keyed(ids, KEYS))}
     dense = torch.randn(args.batch, 13, device=device)
     label = torch.randint(2, (args.batch,), device=device)
 

@@ -76,7 +76,7 @@ class Contrastive:
     Example:
         >>> model = Contrastive(ContrastiveConfig(factors=8, epochs=3), num_users=3, num_items=4)
         >>> model.add([0, 0, 1, 2], [0, 1, 1, 3])
-        >>> model.fit().items.norm(dim=1)
+        >>> model.fit().items.norm(dim=1).round()
         tensor([1., 1., 0., 1.])
     """
 

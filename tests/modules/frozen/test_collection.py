@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.models.dlrm import DLRM, DLRM_DCN
 
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import FrozenTable
@@ -196,3 +197,30 @@ def bad_uses():
 def test_sharded_tables_refuse_on_every_rank(world):
     ranks = run_on_ranks(bad_uses, world)
     assert all("'a'" in text for rank in ranks for text in rank)
+
+
+@pytest.mark.parametrize("kind", [DLRM, DLRM_DCN])
+def test_in_a_model_of_torchrec(kind):
+    """TorchRec's models take a frozen collection as they take a trainable one with the same rows."""
+    features = {"a": ["f0"], "b": ["f1", "f2"]}
+    rows = {name: torch.randn(9, 8, generator=torch.Generator().manual_seed(len(f))) for name, f in features.items()}
+    plain = EmbeddingBagCollection(
+        [EmbeddingBagConfig(name=n, num_embeddings=9, embedding_dim=8, feature_names=f) for n, f in features.items()]
+    )
+    frozen = FrozenEmbeddingBagCollection(
+        [FrozenTable(name=n, rows=9, dim=8, features=tuple(f)) for n, f in features.items()]
+    )
+    for name, values in rows.items():
+        plain.embedding_bags[name].weight.data.copy_(values)
+        frozen.load(name, values)
+    batch = KeyedJaggedTensor(["f0", "f1", "f2"], torch.arange(9), lengths=torch.tensor([2, 1, 0, 3, 1, 2]))
+    more = {"dcn_num_layers": 1, "dcn_low_rank_dim": 4} if kind is DLRM_DCN else {}
+    outputs = []
+    for bags in (plain, frozen):
+        assert isinstance(bags, EmbeddingBagCollection)
+        torch.manual_seed(0)
+        outputs.append(kind(bags, 3, [8], [4, 1], **more)(torch.ones(2, 3), batch))
+    torch.testing.assert_close(*outputs)
+    names = [[(c.name, c.feature_names) for c in t.embedding_bag_configs()] for t in (plain, frozen)]
+    assert names[0] == names[1]
+    assert not frozen.is_weighted()
