@@ -19,7 +19,7 @@ from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.sequence import FrozenEmbeddingCollection
 from recpress.modules.frozen.variable_batch import with_one_stride
 from recpress.modules.hashing.learned_hash import LearnedHash
-from recpress.modules.row_source import PendingRows, RowSource, load_rows
+from recpress.modules.row_source import RowSource, load_rows
 
 PENDING, LOADED = "_recpress_rows", "_recpress_loaded"
 """Attributes of a trainable collection: rows to load when it is sharded, and whether its sharded version has them."""
@@ -38,17 +38,15 @@ class Compressed(FusedOptimizerModule):
     _configs: list[Any]
     _device: torch.device
 
-    def init_names(self, group: str, old_rows: dict[str, int], pending: PendingRows | None) -> None:
+    def init_names(self, group: str, old_rows: dict[str, int], must_load: bool) -> None:
         """Call this at the end of `__init__`.
 
         Args:
             group: name of the dictionary of tables in a state dict, such as `embedding_bags`.
             old_rows: table with a map -> its rows before.
-            pending: rows that the trainable tables load when they are sharded.
+            must_load: the trainable tables start from rows that sharding must not lose.
         """
-        self._group, self._old_rows, self._must_load = group, old_rows, pending is not None
-        if pending is not None:
-            setattr(self.tables_module(), PENDING, pending)
+        self._group, self._old_rows, self._must_load = group, old_rows, must_load
         self.register_load_state_dict_post_hook(_name_missing)
 
     def tables_module(self) -> Any:
@@ -162,7 +160,7 @@ class CompressedEmbeddingBagCollection(Compressed, EmbeddingBagCollection):
         device: torch.device,
         *,
         old_rows: dict[str, int] | None = None,
-        pending: PendingRows | None = None,
+        must_load: bool = False,
     ) -> None:
         """configs: all tables in their original order, with their new numbers of rows."""
         nn.Module.__init__(self)  # not that of EmbeddingBagCollection, which creates tables
@@ -186,7 +184,7 @@ class CompressedEmbeddingBagCollection(Compressed, EmbeddingBagCollection):
                     inner = part_names[config.name][index]
                 divide = feature if is_frozen and config.pooling == PoolingType.MEAN else ""
                 self._outputs.append((name, config.embedding_dim, is_frozen, inner, divide))
-        self.init_names("embedding_bags", old_rows or {}, pending)
+        self.init_names("embedding_bags", old_rows or {}, must_load)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """As the forward of the EmbeddingBagCollection."""
@@ -226,7 +224,7 @@ class CompressedEmbeddingCollection(Compressed, EmbeddingCollection):
         *,
         need_indices: bool = False,
         old_rows: dict[str, int] | None = None,
-        pending: PendingRows | None = None,
+        must_load: bool = False,
     ) -> None:
         """configs: all tables in their original order, with their new numbers of rows."""
         nn.Module.__init__(self)  # not that of EmbeddingCollection, which creates tables
@@ -249,7 +247,7 @@ class CompressedEmbeddingCollection(Compressed, EmbeddingCollection):
             for config, names in zip(configs, self._names, strict=True)
             for name, part, feature in zip(names, inner[config.name], config.feature_names, strict=True)
         ]  # fmt: skip
-        self.init_names("embeddings", old_rows or {}, pending)
+        self.init_names("embeddings", old_rows or {}, must_load)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """As the forward of the EmbeddingCollection."""
@@ -294,13 +292,13 @@ class CompressedFeatureProcessed(Compressed, nn.Module):
         trainable: FeatureProcessedEmbeddingBagCollection,
         *,
         old_rows: dict[str, int],
-        pending: PendingRows | None = None,
+        must_load: bool = False,
     ) -> None:
         super().__init__()
         self.hashes, self.trainable = hashes, trainable
         tables = trainable._embedding_bag_collection
         self._configs, self._device = tables.embedding_bag_configs(), tables.device
-        self.init_names("_embedding_bag_collection.embedding_bags", old_rows, pending)
+        self.init_names("_embedding_bag_collection.embedding_bags", old_rows, must_load)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """As the forward of the FeatureProcessedEmbeddingBagCollection."""

@@ -18,6 +18,7 @@ from torchrec.modules.feature_processor_ import PositionWeightedModule, Position
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from recpress.modules.compression.collections import (
+    PENDING,
     Compressed,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
@@ -273,15 +274,15 @@ class _Build:
                 trainable = self._sequences(old, kept)
             if frozen_tables:
                 frozen = FrozenEmbeddingCollection(frozen_tables, old.device)
-        pending = self._fill(old, configs, after, trainable, frozen)
+        must_load = self._fill(old, configs, after, trainable, frozen)
         old_rows = _old_rows(configs, after)
         if bags:
             return CompressedEmbeddingBagCollection(
-                after, hashes, trainable, frozen, old.device, old_rows=old_rows, pending=pending
+                after, hashes, trainable, frozen, old.device, old_rows=old_rows, must_load=must_load
             )
         return CompressedEmbeddingCollection(
             after, hashes, trainable, frozen, old.device,
-            need_indices=old.need_indices(), old_rows=old_rows, pending=pending,
+            need_indices=old.need_indices(), old_rows=old_rows, must_load=must_load,
         )  # fmt: skip
 
     def _processed(self, old: FeatureProcessedEmbeddingBagCollection) -> CompressedFeatureProcessed:
@@ -298,9 +299,9 @@ class _Build:
         hashes = self._hashes(mapped, configs, tables, False)
         assert hashes is not None
         trainable = EmbeddingBagCollection(kept, is_weighted=True, device=_META)
-        pending = self._fill(tables, configs, after, trainable, None)
+        must_load = self._fill(tables, configs, after, trainable, None)
         new = FeatureProcessedEmbeddingBagCollection(trainable, _processors(old))
-        return CompressedFeatureProcessed(hashes, new, old_rows=_old_rows(configs, after), pending=pending)
+        return CompressedFeatureProcessed(hashes, new, old_rows=_old_rows(configs, after), must_load=must_load)
 
     def _plan(self, configs: Any, old_tables: Any) -> tuple[dict[str, IdMap], list[Any], list[Any]]:
         """(feature -> its map, all tables with their new rows, those of them that are trainable)."""
@@ -312,8 +313,8 @@ class _Build:
         ]
         return self._features(configs), after, [c for c in after if c.name not in self.frozen]
 
-    def _fill(self, old: Any, configs: Any, after: Any, trainable: Any, frozen: Any) -> PendingRows | None:
-        """Move or create the tables. Returns what the trainable ones load when they are sharded, if rows matter."""
+    def _fill(self, old: Any, configs: Any, after: Any, trainable: Any, frozen: Any) -> bool:
+        """Move or create the tables. Returns whether the trainable ones start from rows that sharding must not lose."""
         group = "embedding_bags" if isinstance(old, EmbeddingBagCollection) else "embeddings"
         old_tables: Any = getattr(old, group)
         tables: Any = getattr(trainable, group, None)
@@ -355,7 +356,9 @@ class _Build:
         self.rows |= of_frozen | of_trainable
         if frozen is not None:
             frozen.pending = PendingRows(of_frozen)
-        return PendingRows(of_trainable) if must and trainable is not None else None
+        if of_trainable:
+            setattr(trainable, PENDING, PendingRows(of_trainable))
+        return must
 
     def _hashes(self, mapped: dict[str, IdMap], configs: Any, old: Any, only_of_maps: bool) -> LearnedHash | None:
         """only_of_maps: per-sample weights are those of the maps alone."""

@@ -166,10 +166,10 @@ class _Comparison:
             self.excluded[method] = found.refused
             return
         setting = setting_of(config, method, dict(zip(axes, found.best, strict=True)))
-        words = ", ".join(f"{word} {value}" for word, value in setting.words().items())
+        words = "".join(f"; {word} {value}" for word, value in setting.words().items())
         few = "" if found.tried == config.trials else ", all that exist"
         self.progress.say(
-            f"{name}: best of {found.tried} settings{few}: {config.metric} {found.value:.4f} of val; {words}"
+            f"{name}: best of {found.tried} settings{few}: {config.metric} {found.value:.4f} of val{words}"
         )
         self.chosen[method] = _Chosen(setting, found.tried, found.exist)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,9 @@ from recpress.trainer.compare.light_gcn import Evaluation, LightGCN, LightGCNTra
 class LightGCNBackbone(Backbone):
     """Vectors of LightGCN. The factorization only gives the embedding that some methods make maps from.
 
-    Each run has a checkpoint in the folder of checkpoints, named by everything that the run depends on. So the same
-    command after a stop continues where it was, and loads finished runs.
+    Each run has a checkpoint in the folder of checkpoints, named by everything that its steps depend on. So the same
+    command after a stop continues where it was, and loads finished runs; with more epochs or patience, it trains
+    them further.
     """
 
     NOTE = (
@@ -41,7 +42,8 @@ class LightGCNBackbone(Backbone):
         self.checkpoints = checkpoint_folder(config)
         splits = [split for split in (self.log.train, self.log.val, self.log.test) if split is not None]
         files = [[file["fingerprint"] for file in split.describe_files()] for split in splits]
-        self._about = [files, asdict(config.lightgcn), config.metric, config.choose_users, list(config.evaluation.k)]
+        steps = asdict(replace(config.lightgcn, epochs=1, patience=1))  # of which neither changes a step
+        self._about = [files, steps, config.metric, config.choose_users, list(config.evaluation.k)]
 
     @property
     def row_bytes(self) -> int:

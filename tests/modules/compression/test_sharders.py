@@ -12,6 +12,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection, EmbeddingConfi
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardedModule
+from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.mc_embedding_modules import (
     ManagedCollisionEmbeddingBagCollection,
     ManagedCollisionEmbeddingCollection,
@@ -21,6 +23,7 @@ from torchrec.modules.mc_modules import ManagedCollisionCollection
 from recpress.modules import FrozenEmbeddingBagCollection, FrozenTable, LearnedCollisionModule, LearnedHash, sharders
 from recpress.modules.compression.replace import compress
 from tests.modules.compression.model_cases import FEATURES, IDS, Train, collection, dlrm, id_map, made, source
+from tests.modules.compression.test_collections import variable
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -101,6 +104,42 @@ def all_kinds() -> None:
 
 def test_all_kinds_of_tables_with_the_default_planner() -> None:
     run_on_ranks(all_kinds, 2, timeout=500)
+
+
+def position_weighted() -> FeatureProcessedEmbeddingBagCollection:
+    torch.manual_seed(0)
+    processors = PositionWeightedModuleCollection({f: 4 for features in FEATURES.values() for f in features})
+    for weights in processors.position_weights.values():
+        nn.init.uniform_(weights)
+    return FeatureProcessedEmbeddingBagCollection(collection(is_weighted=True), processors)
+
+
+def sharded_as_plain() -> None:
+    given = variable()
+    of_variable = KeyedJaggedTensor(
+        given.keys(),
+        given.values(),
+        lengths=given.lengths(),
+        stride_per_key_per_rank=given.stride_per_key_per_rank(),
+        inverse_indices=given.inverse_indices(),
+    )
+    two, frozen = {"t3": id_map(9, rows_per_id=2)}, {"t0": source(), "t3": source()}
+    cases: list[tuple[Any, dict[str, Any], dict[str, Any], KeyedJaggedTensor]] = [
+        (collection, two, frozen, of_variable),
+        (collection, {}, {"t0": source()}, made()),  # untouched tables keep their rows, too
+        (position_weighted, {"t0": id_map(10)}, {}, made()),
+    ]
+    for make, maps, rows, batch in cases:
+        want = compress(make(), maps, rows)[0](batch)
+        model = DistributedModelParallel(Over(compress(make(), maps, rows)[0]), device=CPU, sharders=sharders())
+        found = model(batch)
+        for key in want.keys():  # noqa: SIM118 (of a KeyedTensor)
+            value = found[key]
+            torch.testing.assert_close(value.wait() if hasattr(value, "wait") else value, want[key], msg=key)
+
+
+def test_sharded_collections_give_what_plain_ones_give() -> None:
+    run_on_ranks(sharded_as_plain, 1)
 
 
 def unsharded() -> None:

@@ -99,6 +99,8 @@ def test_other_settings_do_not_resume(tmp_path):
         LIGHT, replace(LIGHT, dim=8)
     ))  # fmt: skip
     assert first._about != second._about
+    longer = LightGCNBackbone(config(tmp_path / "out", lightgcn=replace(LIGHT, epochs=60, patience=9)), tmp_path / "9")
+    assert longer._about == first._about  # it trains on
     assert second.row_bytes == 32
 
 

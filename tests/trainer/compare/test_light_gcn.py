@@ -143,6 +143,15 @@ def test_a_resumed_training_ends_with_the_same_rows(after, tmp_path):
     assert (again.vectors == straight.vectors).all()
 
 
+def test_a_run_with_more_epochs_goes_on_from_the_end_of_the_shorter_one(tmp_path):
+    path, seen = tmp_path / "state.npz", []
+    LightGCNTraining(model(epochs=3, patience=9), own_items, path).run()
+    longer = LightGCNTraining(model(epochs=6, patience=9), own_items, path, seen.append).run()
+    assert [found.epoch for found in seen] == [4, 5, 6]
+    straight = LightGCNTraining(model(epochs=6, patience=9), own_items).run()
+    assert (longer.vectors == straight.vectors).all()
+
+
 def test_a_damaged_checkpoint_or_one_of_another_size_is_refused(tmp_path):
     path = tmp_path / "state.npz"
     LightGCNTraining(model(), own_items, path).run()

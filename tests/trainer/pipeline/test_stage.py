@@ -166,7 +166,7 @@ def test_a_log_of_one_row_is_refused_with_the_cause(tmp_path, capsys):
 def test_an_output_inside_the_log_leaves_nothing_behind(log, tmp_path):
     shutil.copytree(log, tmp_path / "log")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="is in the input"):
+    with pytest.raises(InputError, match="is inside the artifact"):
         pipeline(settings(str(tmp_path / "log"), tmp_path / "log" / "run"))
     assert sorted(tmp_path.rglob("*")) == before
 
