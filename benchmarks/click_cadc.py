@@ -59,8 +59,11 @@ def main() -> None:
     parser.add_argument("--ratings", required=True, help="folder of ratings.parquet, users.parquet and items.parquet")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rate", type=float, default=0.1)
-    parser.add_argument("--factors", type=int, default=14)
-    parser.add_argument("--factor-epochs", type=int, default=4)
+    parser.add_argument("--factors", type=int, default=30, help="without the two columns of the biases")
+    parser.add_argument("--factor-epochs", type=int, default=5)
+    parser.add_argument("--factor-learning-rate", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.02, help="of the factorization")
+    parser.add_argument("--dim", type=int, default=16, help="of random tables")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -74,7 +77,13 @@ def main() -> None:
         for seed in args.seeds:
             factors = f"{folder}/factors-{seed}"
             begin = time.process_time()
-            logistic = LogisticConfig(factors=args.factors, epochs=args.factor_epochs, seed=seed)
+            logistic = LogisticConfig(
+                factors=args.factors,
+                epochs=args.factor_epochs,
+                learning_rate=args.factor_learning_rate,
+                weight_decay=args.weight_decay,
+                seed=seed,
+            )
             factorize(
                 FactorizeConfig(
                     data=str(log), out=factors, schema=SCHEMA, method="logistic", use_label=True, logistic=logistic
@@ -91,7 +100,6 @@ def main() -> None:
                 schema=SCHEMA,
                 factory="dlrm",
                 model=DLRMConfig(),
-                dim=-(-(args.factors + 2) // 4) * 4,
                 epochs=args.epochs,
                 seed=seed,
                 stream=StreamConfig(batch_size=args.batch, seed=seed),
@@ -109,6 +117,7 @@ def main() -> None:
                 config = replace(
                     base,
                     out=f"{folder}/{seed}-{frozen}-{rate}",
+                    dim=-(-(args.factors + 2) // 4) * 4 if frozen else args.dim,
                     features=features(factors if frozen else None),
                     sample=SampleConfig(rate=rate, seed=seed),
                 )

@@ -233,7 +233,8 @@ def _table(path: str, values: Any, kind: type[Section], prefix: str) -> Section:
         raise InputError(f"{path}: '{prefix}' is {values!r}, expected a table")
     for _ in _flatten(path, kind, values, f"{prefix}."):  # checks names and types
         pass
-    hints, found = typing.get_type_hints(kind), {}
+    hints = typing.get_type_hints(kind)
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if isinstance(value, dict):

@@ -30,9 +30,7 @@ class BinaryMetrics:
     def __init__(self) -> None:
         given = {"world_size": 1, "my_rank": 0, "batch_size": 1, "tasks": [DefaultTaskInfo], "window_size": 1 << 62}
         self._given = given
-        self._sums = RecMetricList(
-            [NEMetric(**given, include_logloss=True), CalibrationMetric(**given)]  # type: ignore[arg-type]
-        )
+        self._sums = RecMetricList([NEMetric(**given, include_logloss=True), CalibrationMetric(**given)])
         self._rows: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -54,7 +52,7 @@ class BinaryMetrics:
                 raise ValueError("a prediction of a held-out row is not finite")
         total = int(all_reduce(torch.tensor(rows.shape[1])))
         for metric in self._sums.rec_metrics:
-            for computation in metric._metrics_computations:  # type: ignore[union-attr]
+            for computation in metric._metrics_computations:
                 for name in computation._defaults:
                     state = getattr(computation, name)
                     if isinstance(state, torch.Tensor) and "window" not in name:

@@ -182,10 +182,10 @@ def _features(
         for field in table.schema:
             if (kind := _kind(field.type)) is not None:
                 known[field.name] = side, kind
-    for name, column in log.train.columns.items():
-        if column.role in ("id", "categorical", "float") and name != label:
+    for name, read in log.train.columns.items():
+        if read.role in ("id", "categorical", "float") and name != label:
             listed = name in kinds and is_list(kinds[name])
-            known[name] = "log", "float" if column.role == "float" else "list" if listed else "id"
+            known[name] = "log", "float" if read.role == "float" else "list" if listed else "id"
     if not given:
         given = {name: FeatureConfig() for name in known}
     found = []

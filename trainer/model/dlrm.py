@@ -71,7 +71,7 @@ def _bags(inputs: ModelInputs) -> EmbeddingBagCollection:
     bags = inputs.embedding_bags()
     if all(table.embedding_dim == inputs.dim for table in inputs.tables):
         return bags
-    return AlignedBags(bags, inputs.dim)  # type: ignore[return-value]  # DLRM needs its configs and forward only
+    return AlignedBags(bags, inputs.dim)  # DLRM needs its configs and forward only
 
 
 def make_dlrm(config: DLRMConfig, inputs: ModelInputs) -> nn.Module:

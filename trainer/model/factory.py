@@ -38,7 +38,7 @@ def config_of(name: str) -> type:
         InputError: an unknown name; a factory that cannot be imported, or is not a factory.
     """
     if name in MODELS:
-        return _attribute(MODELS[name][0])  # type: ignore[no-any-return]
+        return _attribute(MODELS[name][0])
     factory = factory_of(name)
     parameters = list(inspect.signature(factory).parameters.values())
     if len(parameters) != 2:
@@ -63,7 +63,7 @@ def config_of(name: str) -> type:
 def factory_of(name: str) -> Callable[[Any, Any], Any]:
     """The factory of a model. Raises InputError if there is none by this name."""
     if name in MODELS:
-        return _attribute(MODELS[name][1])  # type: ignore[no-any-return]
+        return _attribute(MODELS[name][1])
     if ":" not in name:
         known = [TWO_TOWER, *MODELS]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -79,7 +79,7 @@ def factory_of(name: str) -> Callable[[Any, Any], Any]:
         raise InputError(f"--model {name}: cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(factory):
         raise InputError(f"--model {name}: is a {type(factory).__name__}, expected a function make(config, inputs)")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def _attribute(address: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
@@ -45,7 +46,7 @@ class TrainedModel(ObservedLoss):
             )
         loss, predictions = found
         if isinstance(loss, torch.fx.Proxy):  # a train pipeline traces the model
-            return loss, loss.detach()
+            return loss, loss.detach()  # type: ignore[return-value]
         self._check(loss, predictions, batch.labels)
         if self.observes(predictions):
             assert self.observer is not None
@@ -71,7 +72,7 @@ class ShardedModel:
     @property
     def module(self) -> TrainedModel:
         module = self.dmp.module
-        return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module  # type: ignore[no-any-return]
+        return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
 def build_model(
@@ -129,7 +130,7 @@ def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.M
     if len(storages) > 1:
         raise InputError(f"features: frozen tables have storage {' and '.join(sorted(storages))}, expected one of them")
     counts = {
-        t.name: torch.from_numpy(t.frozen.counts(t.side)[:, 0].copy())
+        t.name: torch.from_numpy(np.array(t.frozen.counts(t.side)[:])[:, 0])
         for t in features.tables
         if t.frozen is not None and t.side is not None and t.name in maps
     }

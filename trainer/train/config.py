@@ -15,7 +15,7 @@ from recpress.trainer.model.factory import MODELS, TWO_TOWER, config_of
 try:
     from tyro.conf import Suppress
 except ImportError:  # only the command line needs tyro
-    Suppress = Any  # type: ignore[assignment,misc]
+    Suppress = Any
 
 
 _MAIN = "data out maps dim label-threshold sample.rate epochs stream.batch-size evaluation.metric checkpoint.minutes"

@@ -315,6 +315,11 @@ def _log_settings(config: TrainModelConfig, inputs: _Inputs, stream: Interaction
         f"{config.factory}: {len(features.keys)} features in {len(features.tables)} tables, {len(features.floats)} "
         f"floats; {share}, {stream.num_rows:,} to train on; up to {config.epochs} epochs"
     )
+    if stream.hold_out is not None and any(table.frozen is not None for table in features.tables):
+        logger.warning(
+            "the factors of frozen tables may have seen the validation rows, which are held out of train: then their "
+            "metrics are optimistic. A val part that was not factorized avoids that"
+        )
     if config.evaluation.while_training and not validated:
         logger.warning(
             f"too few rows to hold validation rows out: training for all {config.epochs} epochs, without a choice"

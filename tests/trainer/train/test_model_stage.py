@@ -112,7 +112,7 @@ def _run(data, out, factors):
     if factors is None:
         return config(data, out, epochs=3)
     features = {
-        "user_id": FeatureConfig(frozen=factors, sharding="row_wise"),
+        "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), sharding="row_wise"),
         "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20)),
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
