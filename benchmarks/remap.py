@@ -147,7 +147,7 @@ class Batch:
         self.dense_features, self.sparse_features, self.labels = dense, sparse, labels
 
 
-def compressed(model: nn.Module, maps: dict[str, IdMap]) -> nn.Module:
+def compressed(model: Any, maps: dict[str, IdMap]) -> nn.Module:
     """The model as `compress` makes it, from full tables that are never allocated, with the rows of `model`."""
     small = model.model.sparse_arch.embedding_bag_collection
     full = [
@@ -155,7 +155,7 @@ def compressed(model: nn.Module, maps: dict[str, IdMap]) -> nn.Module:
         for config in small.embedding_bag_configs()
     ]
     tables = EmbeddingBagCollection(full, device=torch.device("meta"))
-    new, _ = compress(tables, {config.name: maps[config.feature_names[0]] for config in full}, warm_start=False)
+    new: Any = compress(tables, {config.name: maps[config.feature_names[0]] for config in full}, warm_start=False)[0]
     new.trainable.to_empty(device=small.device)
     new.load_state_dict(small.state_dict(), strict=False)
     new.hashes.to(small.device)

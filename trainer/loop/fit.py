@@ -351,8 +351,8 @@ class TrainLoop:
         dist.all_reduce(total)
         if total[1] and not total[0]:
             raise InputError(
-                "use_label: each row that was trained on has the label 0: there is nothing to learn; expected labels "
-                "above 0 of positives, or no --use-label, which makes every row a positive"
+                "each row that was trained on has the label 0: there is nothing to learn; expected labels above 0 of "
+                "positives (for the two-tower network also no --use-label, so that every row is a positive)"
             )
 
     def save_if_due(self) -> None:
