@@ -338,8 +338,8 @@ def _cost(rows: int, ids: int, dim: int, sweeps: int) -> float:
     return float(sweeps) * (2.0 * rows * (dim + 64) + float(ids) * dim * dim)
 
 
-def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sample | None:
-    """A share of the users with all their interactions, with one hidden item for at most `USERS` of them.
+def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange, most_users: int = USERS) -> Sample | None:
+    """A share of the users with all their interactions, with one hidden item for at most `most_users` of them.
 
     Which users are sampled, and which items are hidden, depends on the seed and the user only. None if it is empty.
     """
@@ -368,8 +368,8 @@ def take_sample(by_user: CSR, share: float, seed: int, exchange: Exchange) -> Sa
     _, dense_items, item_counts = np.unique(items, return_inverse=True, return_counts=True)
     place = first + (_uniform_of(seed, own_ids, 1) * counts).astype(np.int64)
     able = np.flatnonzero((counts >= 2) & (item_counts[dense_items[place]] >= 2))
-    if len(able) > USERS:
-        able = np.sort(able[np.argsort(_uniform_of(seed, own_ids[able], 2), kind="stable")[:USERS]])
+    if len(able) > most_users:
+        able = np.sort(able[np.argsort(_uniform_of(seed, own_ids[able], 2), kind="stable")[:most_users]])
     kept = np.ones(len(users), bool)
     kept[place[able]] = False
     # if all interactions of an item are hidden, it has a zero vector, as an unseen item would

@@ -31,6 +31,8 @@ MORE = 1.25
 EPOCHS = sum(epochs * candidates for epochs, candidates in ROUNDS)
 INTERACTIONS = 250_000
 """Most interactions of the subsample."""
+USERS = 20_000
+"""Most users with a hidden item: of 3,000, the methods' difference on Beauty (7 %) was within two standard errors."""
 
 Fit = Callable[[Sample], tuple[torch.Tensor, torch.Tensor]]
 """Factorizes a sample: vectors of this rank's users, (rows, d), and of all items, (num_items, d)."""
@@ -91,7 +93,7 @@ def choose(
     settings = {name: getattr(with_defaults(config), name) for name in DEFAULTS}
     choice = MethodChoice("softmax" if als is None else "als", settings, metric)
     rows = int(exchange.sum(torch.tensor(len(by_user.indices), device=exchange.device)))
-    sample = take_sample(by_user, min(1.0, INTERACTIONS / max(rows, 1)), config.seed, exchange)
+    sample = take_sample(by_user, min(1.0, INTERACTIONS / max(rows, 1)), config.seed, exchange, USERS)
     if sample is None or len(sample.hidden_users) < LEAST_USERS or not (config.auto or als):
         return choice
     rank_hidden = hidden_ranker(sample, metric, config.seed, exchange)
