@@ -310,9 +310,10 @@ def _describe(expected: Any) -> str:
     if typing.get_origin(expected) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(expected)))
     if typing.get_origin(expected) is tuple:
-        return f"a list of {_describe(typing.get_args(expected)[0])}"
+        return f"a list of {_describe(typing.get_args(expected)[0]).removeprefix('one of ')}"
     if is_dataclass(expected):
         return "a table"
-    return " or ".join(
-        getattr(kind, "__name__", str(kind)) for kind in _alternatives(expected) if kind is not type(None)
-    )
+    kinds = [kind for kind in _alternatives(expected) if kind is not type(None)]
+    if kinds != [expected]:
+        return " or ".join(map(_describe, kinds))
+    return str(getattr(expected, "__name__", expected))

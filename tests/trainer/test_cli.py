@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -23,6 +24,7 @@ class Inner:
     rate: float = 0.5
     verbose: bool = False
     widths: tuple[int, ...] = (1,)
+    kinds: tuple[Literal["a", "b"], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ def test_a_file_becomes_arguments_that_the_command_line_overrides(tmp_path):
         ('[als]\nrate = "x"\n', "'als.rate' is 'x', expected float"),
         ("[als]\nfactors = true\n", "'als.factors' is True, expected int"),
         ("[als]\nwidths = [1, 'a']\n", "'als.widths' is [1, 'a'], expected a list of int"),
+        ("[als]\nkinds = ['a', 'c']\n", "'als.kinds' is ['a', 'c'], expected a list of 'a', 'b'"),
         ("als = 3\n", "'als' is 3, expected a table"),
         ("data = [\n", "not a TOML file"),
     ],

@@ -13,8 +13,10 @@ from torchrec.metrics.metrics_config import DefaultTaskInfo
 from torchrec.metrics.ne import NEMetric
 from torchrec.metrics.rec_metric import RecMetricList
 
+from recpress.data.errors import InputError
 from recpress.trainer.distributed.collectives import all_reduce, gather_arrays
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.model.trained import TOLERANCE
 
 AUC_ROWS = 1 << 23
 """AUC needs all predictions on one rank: of more rows than this, an even share per rank. The others are sums."""
@@ -37,20 +39,29 @@ class BinaryMetrics:
     def add(self, probability: torch.Tensor, label: torch.Tensor) -> None:
         """(n,) each, n > 0."""
         p, y = probability.detach().double().cpu(), label.double().cpu()
-        self._update(self._sums, p, y)
         self._rows.append(torch.stack([p.float(), y.float()]))
+        self._update(self._sums, p, y)  # clamps p in place
 
     def compute(self) -> dict[str, float]:
         """The metrics and the number of rows, the same on every rank. Collective.
 
+        Rows of one label have no AUC and no NE.
+
         Raises:
-            ValueError: a prediction is not finite. On every rank.
+            ValueError: a prediction is not finite.
+            InputError: a prediction is not in [0, 1]. Both on every rank.
         """
         rows = torch.cat(self._rows, 1) if self._rows else torch.zeros(2, 0)
         with raise_on_all_ranks():
             if not torch.isfinite(rows).all():
                 raise ValueError("a prediction of a held-out row is not finite")
-        total = int(all_reduce(torch.tensor(rows.shape[1])))
+            low, high = (float(bound) for bound in rows[0].aminmax()) if rows.numel() else (0.0, 1.0)
+            if low < -TOLERANCE or high > 1 + TOLERANCE:
+                raise InputError(
+                    f"predictions of held-out rows are in [{low:.4g}, {high:.4g}], expected probabilities in [0, 1]"
+                )
+        sums = all_reduce(torch.tensor([rows.shape[1], float(rows[1].double().sum())], dtype=torch.float64))
+        total, positives = int(sums[0]), float(sums[1])
         for metric in self._sums.rec_metrics:
             for computation in metric._metrics_computations:
                 for name in computation._defaults:
@@ -60,7 +71,8 @@ class BinaryMetrics:
         step = -(-total // AUC_ROWS) if total else 1
         found = [self._sums_computed() | {"AUC": self._auc(rows[:, ::step])}]
         dist.broadcast_object_list(found)
-        return {name: found[0][name] for name in ("AUC", "NE", "LogLoss", "Calibration")} | {"rows": float(total)}
+        names = ("AUC", "NE", "LogLoss", "Calibration") if 0 < positives < total else ("LogLoss", "Calibration")
+        return {name: found[0][name] for name in names} | {"rows": float(total)}
 
     def _sums_computed(self) -> dict[str, float]:
         found = self._sums.local_compute()

@@ -35,7 +35,8 @@ class Numbers:
             known = np.sign(known) * np.log1p(np.abs(known))
         if "standardize" not in transform or not len(known):
             return cls(log1p=log1p, missing=config.missing)
-        return cls(log1p, config.missing, float(known.mean()), float(known.std()) or 1.0)
+        constant = known.min() == known.max()  # its computed deviation may be some rounding instead of 0
+        return cls(log1p, config.missing, float(known.mean()), 1.0 if constant else float(known.std()))
 
     @property
     def num_buckets(self) -> int:

@@ -352,7 +352,8 @@ class TrainLoop:
         if total[1] and not total[0]:
             raise InputError(
                 "each row that was trained on has the label 0: there is nothing to learn; expected labels above 0 of "
-                "positives (for the two-tower network also no --use-label, so that every row is a positive)"
+                "positives (the two-tower network: omit --use-label, and every row is a positive; --model: check "
+                "--label-threshold, or sample more rows)"
             )
 
     def save_if_due(self) -> None:

@@ -30,6 +30,9 @@ from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
 from recpress.trainer.model.sharding import shard
 
+TOLERANCE = 1e-3
+"""Probabilities may exceed [0, 1] by rounding."""
+
 
 class TrainedModel(ObservedLoss):
     """A model as `fit` trains it: (loss, detached loss); in eval mode (loss, probabilities)."""
@@ -37,6 +40,7 @@ class TrainedModel(ObservedLoss):
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
         self.model, self.name = model, name
+        self._range_checked = False
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         found = self.model(batch)
@@ -45,8 +49,8 @@ class TrainedModel(ObservedLoss):
                 f"--model {self.name}: its forward returned {type(found).__name__}, expected (loss, predictions)"
             )
         loss, predictions = found
-        if isinstance(loss, torch.fx.Proxy):  # a train pipeline traces the model
-            return loss, loss.detach()  # type: ignore[return-value]
+        if any(isinstance(part, torch.fx.Proxy) for part in (loss, predictions, batch.labels)):
+            return found  # a train pipeline traces the model
         self._check(loss, predictions, batch.labels)
         if self.observes(predictions):
             assert self.observer is not None
@@ -59,6 +63,17 @@ class TrainedModel(ObservedLoss):
             if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
                 given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
                 raise InputError(f"--model {self.name}: its {what} are {given}, expected a tensor {tuple(shape)}")
+        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+            raise InputError(f"--model {self.name}: its loss has no gradient, expected one that depends on the batch")
+        if self._range_checked or not predictions.numel():
+            return
+        self._range_checked = True  # once, because it waits for the device; `BinaryMetrics` checks held-out rows
+        low, high = torch.stack(predictions.detach().aminmax()).tolist()
+        if low < -TOLERANCE or high > 1 + TOLERANCE:
+            raise InputError(
+                f"--model {self.name}: its predictions are in [{low:.4g}, {high:.4g}], expected probabilities in "
+                "[0, 1], such as the sigmoid of logits"
+            )
 
 
 @dataclass(frozen=True)

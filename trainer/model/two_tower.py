@@ -169,8 +169,6 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
     with raise_on_all_ranks():
         manifest = artifact.read_manifest(path, MODEL)
         check_vocabulary(path, manifest, log)
-        if (name := manifest["model"].get("name")) is not None:
-            raise InputError(f"{path}: a model of --model {name}, which does not rank; its manifest has its metrics")
         try:
             model = manifest["model"]
             parts = current_names(model["two_tower"])

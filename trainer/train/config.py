@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
@@ -70,6 +71,8 @@ class TrainModelConfig(RunConfig):
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs)
         at_least(0, dim=self.dim, stop_after=self.stop_after)
+        if self.label_threshold is not None and not math.isfinite(self.label_threshold):
+            raise InputError(f"label_threshold is {self.label_threshold}, expected a finite number")
         if self.dim % 4:
             raise InputError(f"dim is {self.dim}, expected a multiple of 4")
 

@@ -16,6 +16,7 @@ from torchrec.datasets.utils import Batch
 
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import Log
+from recpress.data.dataset.parquet_split import iter_row_groups
 from recpress.data.errors import InputError
 from recpress.data.sampling.selection import HoldOut, Selection
 from recpress.data.stream.loader import InteractionStream
@@ -156,7 +157,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
                     shutil.copytree(checkpoints.metrics, folder, dirs_exist_ok=True)
         checkpoints.finish()
     if ranks.rank == 0:
-        shown = f"test {show(metrics)}" if metrics else f"validation {show(best)}" if best else "no held-out rows"
+        shown = f"test {_show(metrics)}" if metrics else f"validation {_show(best)}" if best else "no held-out rows"
         print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown}")
         sizes = f"tables {sum(model.table_bytes.values()):,} bytes"
         print(sizes + (f", maps {map_bytes:,} bytes" if maps else ""))
@@ -186,9 +187,27 @@ def _open(config: TrainModelConfig) -> _Inputs:
     inputs = _Inputs(log, label, features, maps, [label, *features.columns(log)])
     with raise_on_all_ranks():
         builder = FeatureBatches(features, log, label, config.label_threshold)
-        for rows in sampled_rows(log, [label]):
-            builder.labels(torch.from_numpy(np.array(rows[label])))
+        _check_labels(log, builder)
     return inputs
+
+
+def _check_labels(log: Log, builder: FeatureBatches) -> None:
+    """Raise InputError if train has one label only. All of train is read only if its sampled rows have one label."""
+    seen: set[float] = set()
+    for rows in sampled_rows(log, [builder.label]):
+        seen.update(builder.labels(torch.from_numpy(np.array(rows[builder.label]))).unique().tolist())
+    if len(seen) > 1:
+        return
+    for _, rows in iter_row_groups(log.train, [builder.label]):
+        seen.update(builder.labels(torch.from_numpy(np.array(rows[builder.label]))).unique().tolist())
+        if len(seen) > 1:
+            return
+    if seen:
+        threshold = "makes labels of ratings" if builder.threshold is None else f"{builder.threshold:g} is out of range"
+        raise InputError(
+            f"{log.path}, column '{builder.label}': the label of each row is {seen.pop():g}, expected 0 and 1; "
+            f"--label-threshold {threshold}"
+        )
 
 
 def _hold_out(config: TrainModelConfig, log: Log) -> HoldOut | None:
@@ -306,6 +325,11 @@ def _test(config: TrainModelConfig, inputs: _Inputs, model: ShardedModel, ranks:
     return evaluate_rows(
         model.dmp, part_rows(log.test, inputs.columns, ranks), builder, ranks, config.stream.batch_size
     )
+
+
+def _show(metrics: dict[str, float]) -> str:
+    """The metrics in one line, with those that rows of one label do not have."""
+    return show(metrics) + ("" if "NE" in metrics else ", AUC -, NE - (one label only)")
 
 
 def _log_settings(config: TrainModelConfig, inputs: _Inputs, stream: InteractionStream, validated: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from recpress.data.errors import InputError
 from recpress.trainer.evaluate import binary
 from recpress.trainer.evaluate.binary import BinaryMetrics
 from recpress.trainer.evaluate.metrics import pointwise_auc
@@ -63,3 +64,22 @@ def not_finite():
 def test_a_prediction_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match="not finite"):
         run_on_ranks(not_finite, 1)
+
+
+def of_one_label_and_logits():
+    found = []
+    for label in (0.0, 1.0):
+        metrics = BinaryMetrics()
+        metrics.add(torch.tensor([0.25, 0.5]), torch.full((2,), label))
+        found.append(metrics.compute())
+    metrics = BinaryMetrics()
+    metrics.add(torch.tensor([-1.5, 0.5]), torch.tensor([0.0, 1.0]))
+    with pytest.raises(InputError, match=r"are in \[-1.5, 0.5\], expected probabilities in \[0, 1\]"):
+        metrics.compute()
+    return found
+
+
+def test_rows_of_one_label_have_no_ne_and_logits_are_an_error():
+    (found,) = run_on_ranks(of_one_label_and_logits, 1)
+    assert [set(metrics) for metrics in found] == [{"LogLoss", "Calibration", "rows"}] * 2
+    assert found[1]["LogLoss"] == pytest.approx(math.log(8) / 2)

@@ -34,6 +34,15 @@ def test_constant_and_empty_columns_are_finite():
         assert Numbers.fit(FeatureConfig(kind="bucketized"), column).num_buckets >= 2
 
 
+@pytest.mark.parametrize("transform", [("standardize",), ("log1p", "standardize")])
+def test_rounding_is_no_deviation(transform):
+    column = np.full(100, 0.1)
+    assert column.std() > 0  # the mean is rounded
+    numbers = Numbers.fit(FeatureConfig(kind="float", transform=transform), column)
+    assert numbers.deviation == 1
+    assert abs(float(numbers.values(torch.tensor([0.2])))) < 0.2
+
+
 def test_buckets_have_as_many_rows_each_and_one_for_missing_numbers():
     column = np.arange(1000.0)
     numbers = Numbers.fit(FeatureConfig(kind="bucketized", buckets=4), column)

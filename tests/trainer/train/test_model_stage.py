@@ -18,6 +18,8 @@ from recpress.modules.config import ALSConfig
 from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, OptimizerConfig
 from recpress.trainer.errors import Preempted
+from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.features.batches import FeatureBatches
@@ -182,6 +184,8 @@ def test_without_a_configuration_all_columns_are_features(shop, tmp_path):
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert set(manifest["model"]["features"]) == {"user_id", "item_id", "price", "age", "income", "genres"}
     assert result.validation
+    with pytest.raises(InputError, match=r"a model of --model dlrm, which does not rank"):
+        evaluate(EvaluateConfig(data=str(tmp_path / "no log"), model=str(tmp_path / "model")))
 
 
 def test_ratings_become_labels_at_the_threshold(shop, tmp_path):
@@ -231,6 +235,11 @@ BAD = {
         "features.user_id.sharding: rows of int8 .* cannot be sharded by column",
     ),
     "labels": ({}, {"schema": Schema(label="stars")}, "'stars'.*expected .*0.*1"),
+    "one label": (
+        {},
+        {"schema": Schema(label="stars"), "label_threshold": 0.5},
+        "'stars': the label of each row is 1, expected 0 and 1; --label-threshold 0.5 is out of range",
+    ),
     "no label": ({}, {"schema": Schema()}, "no label; expected --schema.label"),
 }
 
@@ -241,6 +250,21 @@ def test_bad_features_and_labels(shop, case, tmp_path):
     with pytest.raises(InputError, match=message):
         train_model(of_shop(shop, tmp_path / "model", features=features, **changes))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_of_one_kind(label, tmp_path):
+    (tmp_path / "log").mkdir()
+    rows = {"user_id": range(9), "item_id": range(9), "click": [label] * 9}
+    pq.write_table(pa.table({name: list(values) for name, values in rows.items()}), tmp_path / "log" / "train.parquet")
+    message = f"'click': the label of each row is {label}, expected 0 and 1; --label-threshold makes"
+    with pytest.raises(InputError, match=message):
+        train_model(config(str(tmp_path / "log"), tmp_path / "model", schema=Schema(label="click")))
+
+
+def test_a_threshold_is_a_number(shop, tmp_path):
+    with pytest.raises(InputError, match="label_threshold is nan, expected a finite number"):
+        of_shop(shop, tmp_path / "model", label_threshold=float("nan"))
 
 
 def _errors(shop, out):
@@ -299,6 +323,19 @@ class Shape(Wrong):
         return values.sum(), values
 
 def wrong_shape(config, inputs): return Shape()
+
+class Logits(Wrong):
+    def forward(self, batch):
+        logits = self.bags(batch.sparse_features).values().sum(1) - 1
+        return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits
+
+def logits(config, inputs): return Logits()
+
+class Constant(Wrong):
+    def forward(self, batch):
+        return torch.zeros(()), self.bags(batch.sparse_features).values().sum(1).sigmoid()
+
+def constant_loss(config, inputs): return Constant()
 """
 
 
@@ -319,6 +356,8 @@ def wrong_shape(config, inputs): return Shape()
         ("bad_models:few_rows", "table 't' has 4 rows, but the feature 'item_id' has 40 ids"),
         ("bad_models:wrong_result", "expected .loss, predictions."),
         ("bad_models:wrong_shape", "its predictions are .500, 4., expected a tensor .500,."),
+        ("bad_models:logits", r"its predictions are in .-.*, .*, expected probabilities in .0, 1."),
+        ("bad_models:constant_loss", "its loss has no gradient"),
     ],
 )
 def test_bad_factories_are_one_line(shop, name, message, tmp_path, monkeypatch, capsys):
