@@ -136,7 +136,8 @@ def read_delimited(
     try:
         with open_text(file, dialect.encoding) as stream:
             source = pa.PythonFile(_QuotesChecked(stream, file.where, dialect), "r") if dialect.quoted else stream
-            read = pacsv.ReadOptions(block_size=BLOCK, column_names=list(names) if names else None)
+            # With threads, Arrow does not say which row is wrong.
+            read = pacsv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=list(names) if names else None)
             with pacsv.open_csv(source, read_options=read, parse_options=parse, convert_options=convert) as reader:
                 for batch in reader:
                     rows = RowNumbers(row, line_of)

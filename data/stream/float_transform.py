@@ -50,7 +50,7 @@ def standardize(
 ) -> dict[str, FloatTransform]:
     """Transforms by which these columns have mean 0 and standard deviation 1 over the rows, without missing values.
 
-    Reads the columns once. A column without two different values is only shifted.
+    Reads the columns once. A column without two different values is only shifted: its std is 1.
 
     Args:
         rows: usually `Log.train`.
@@ -64,6 +64,7 @@ def standardize(
         if name not in rows.columns or (name in log1p and name not in names):
             raise InputError(f"standardize: no column '{name}'; expected some of {', '.join(rows.columns)}")
     count, mean, squares = (dict.fromkeys(names, 0.0) for _ in range(3))
+    low, high = dict.fromkeys(names, np.inf), dict.fromkeys(names, -np.inf)
     for _, data in iter_row_groups(rows, list(names)):
         for name in names:
             values = np.asarray(data[name], dtype=np.float64)
@@ -76,6 +77,7 @@ def standardize(
             squares[name] += float(values.var()) * len(values) + shift**2 * count[name] * len(values) / total
             mean[name] += shift * len(values) / total
             count[name] = total
+            low[name], high[name] = min(low[name], values.min()), max(high[name], values.max())
     for name in names:
         if not count[name]:
             raise InputError(f"{rows.files[0].path}, column '{name}': no value in any row group; expected at least one")
@@ -83,7 +85,8 @@ def standardize(
         name: FloatTransform(
             log1p=name in log1p,
             mean=mean[name],
-            std=float(np.sqrt(squares[name] / count[name])) or 1.0,
+            # The variance of equal values is not exactly 0.
+            std=(float(np.sqrt(squares[name] / count[name])) if low[name] < high[name] else 0.0) or 1.0,
             missing=missing,
         )
         for name in names

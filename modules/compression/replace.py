@@ -42,7 +42,7 @@ _META = torch.device("meta")
 def compress(
     model: nn.Module,
     maps: Mapping[str, IdMap],
-    frozen: Mapping[str, RowFile] | Iterable[str] | None = None,
+    frozen: Mapping[str, RowFile] | Iterable[str] | str | None = None,
     *,
     rows: Mapping[str, RowFile] | str | Path | None = None,
     counts: Mapping[str, torch.Tensor] | None = None,
@@ -65,8 +65,8 @@ def compress(
     Args:
         model: a model that is not sharded. If it is itself a collection, the returned module is a new one.
         maps: table name -> map of its ids onto fewer rows. Applies to all features of the table.
-        frozen: table name -> its rows (ids, dim), which are not trained, or only names of tables in `rows`. With a map,
-            `warm_rows` gives the stored rows.
+        frozen: table name -> its rows (ids, dim), which are not trained, or only names (or one name) of tables in
+            `rows`. With a map, `warm_rows` gives the stored rows.
         rows: table name -> rows (ids, dim) to start from instead of those of the model; or one path that has the rows
             of all tables of the replaced collections.
         counts: table name -> how often each id is accessed, (ids,). Default: 1 for each id.
@@ -93,7 +93,7 @@ def compress(
     """
     counts = counts or {}
     if not isinstance(frozen, Mapping):
-        names = list(frozen or ())
+        names = [frozen] if isinstance(frozen, str) else list(frozen or ())
         frozen = {name: rows if isinstance(rows, str | Path) else (rows or {}).get(name, "") for name in names}
         for name, source in frozen.items():
             if isinstance(source, str) and not source:

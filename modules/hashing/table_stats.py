@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from recpress.modules.row_source import RowSource
@@ -25,7 +26,7 @@ class TableStats:
     """Table that errors name."""
     num_ids: int
     counts: torch.Tensor | None = None
-    """How often each id is accessed: (num_ids,), finite, >= 0."""
+    """How often each id is accessed: (num_ids,), finite, >= 0. An array or a list becomes a float64 tensor."""
     embedding: RowSource | None = None
     """(num_ids, d) float32, read in blocks: factors, a table of the model, or the vectors of a warm-up."""
     vocabulary: str | None = None
@@ -36,6 +37,14 @@ class TableStats:
     def __post_init__(self) -> None:
         if self.num_ids < 1:
             raise ValueError(f"table {self.name!r}: {self.num_ids} ids, expected at least 1")
+        if self.counts is not None and not isinstance(self.counts, torch.Tensor):
+            try:
+                counts = np.array(self.counts, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"table {self.name!r}: counts are no numbers ({error}), expected one per id, ({self.num_ids},)"
+                ) from error
+            object.__setattr__(self, "counts", torch.from_numpy(counts))
         for name in ("counts", "embedding"):
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):

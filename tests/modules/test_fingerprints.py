@@ -56,6 +56,8 @@ def made(map_seed: int = 0, rows_seed: int = 0, sharded: bool = False, load: boo
     if sharded:
         from recpress.trainer.model.sharding import sharders
 
+        if not load:  # as with sharders that do not load rows
+            model.tables.frozen.pending = None
         model = DistributedModelParallel(model, device=torch.device("cpu"), sharders=sharders())
         if load:
             report.load(model)

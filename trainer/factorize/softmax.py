@@ -25,7 +25,9 @@ from recpress.trainer.artifacts.factors import claimed
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.checkpoint.staged import State
 from recpress.trainer.distributed.process_group import Ranks
+from recpress.trainer.errors import Preempted
 from recpress.trainer.factorize.config import FactorizeConfig
+from recpress.trainer.loop.stopping import StopSignal
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.versions import versions
 
@@ -103,6 +105,7 @@ def factorize_softmax(
 
     Raises:
         InputError: the loss is not finite. On every rank.
+        Preempted: SIGTERM or SIGUSR1 on any rank, after the epoch and its checkpoint. On every rank.
     """
     began = time.monotonic()
     run = Contrastive(settings, log.num_users, log.num_items, device=ranks.device).prepare(start, interactions)
@@ -113,7 +116,10 @@ def factorize_softmax(
         epochs = [tuple(epoch) for epoch in checkpoints.start.run["epochs"]]
         began -= epochs[-1][1] if epochs else 0.0
     description = "softmax" if start is None else "softmax, without the sample"
-    with Progress(description, "epoch", run.epochs, show=ranks.rank == 0) as progress:
+    with (
+        StopSignal("epoch") as stop_signal,
+        Progress(description, "epoch", run.epochs, show=ranks.rank == 0) as progress,
+    ):
         progress.start_at(run.epoch)
 
         def on_epoch(report: EpochReport) -> bool:
@@ -125,9 +131,15 @@ def factorize_softmax(
                     f"early stop: NDCG@10 of held-out examples {max(run.checks):.4f}, no better for "
                     f"{settings.patience} checks; {run.epochs - report.epoch} more epochs on all examples"
                 )
-            if _is_due(checkpoints, report.epoch, run):
+            preempted = bool(run.exchange.max(int(stop_signal.name is not None)))
+            if preempted or _is_due(checkpoints, report.epoch, run):
                 about = {"position": run.position(), "epochs": epochs, "settings": asdict(settings)}
                 checkpoints.save(_state(run), about, report.epoch)
+            if preempted:
+                checkpoints.wait()
+                name, path = stop_signal.name or "a signal of another rank", checkpoints.last
+                saved = f"rerun the same command to resume from {path}" if path else "no checkpoint could be written"
+                raise Preempted(f"stopped by {name} after epoch {report.epoch}: {saved}")
             return stop_requested()
 
         run.train(on_epoch)
@@ -137,7 +149,7 @@ def factorize_softmax(
 
 def _is_due(checkpoints: Checkpoints, epoch: int, run: Run) -> bool:
     last = epoch == run.epochs and checkpoints.last is not None  # in a long run, cross-fitting follows
-    return last or checkpoints.due(epoch) or bool(run.exchange.max(int(checkpoints.overdue())))
+    return checkpoints.due(epoch) or bool(run.exchange.max(int(last or checkpoints.overdue())))
 
 
 def _state(run: Run) -> State:

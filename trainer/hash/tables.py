@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
-from recpress.data.dataset.columns import is_dense
+from recpress.data.dataset.columns import is_dense, is_list
 from recpress.data.dataset.log import SIDES, Log
+from recpress.data.dataset.parquet_split import SplitFile
 from recpress.data.errors import InputError
 from recpress.data.sampling.scan import iter_columns
-from recpress.modules.hashing.methods import FROM_EMBEDDING
+from recpress.modules.hashing.methods import FROM_EMBEDDING, METHODS
 from recpress.modules.hashing.table_stats import TableStats
 from recpress.modules.hashing.warm_up import warm_up
 from recpress.modules.row_source import RowSource
@@ -119,11 +120,18 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
     known = (log.manifest or {}).get("features", {})
     sizes = {name: int(known[name]["num_ids"]) if name in known else 0 for name in config.features}
     counted = _count(log, sizes)
+    bare = [name for name in config.features if name not in given] if config.method in FROM_EMBEDDING else []
+    lists = [name for name in bare if any(_is_list(file, name) for file in log.train.files)]
+    if lists:
+        others = ", ".join(name for name in METHODS if name not in FROM_EMBEDDING)
+        raise InputError(
+            f"features: {lists[0]!r} is a list; the warm-up expects one id per row; pass --embedding {lists[0]}=FILE, "
+            f"or a --method that needs no embedding: {others}"
+        )
     embeddings: dict[str, RowSource] = {}
     with raise_on_all_ranks():
         embeddings = {name: read_embedding(path) for name, path in given.items()}
-    bare = [name for name in config.features if name not in embeddings]
-    if bare and config.method in FROM_EMBEDDING:
+    if bare:
         if not log.schema.label:
             raise InputError("schema.label: expected the label column, which the warm-up is trained on")
         embeddings |= _warmed(config, log, {name: len(counted[name]) for name in bare})
@@ -143,6 +151,10 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
                 )
             )
     return tables
+
+
+def _is_list(file: SplitFile, name: str) -> bool:
+    return file.metadata is not None and is_list(file.schema.field(name).type)
 
 
 def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[str, RowSource]:

@@ -19,9 +19,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Within the block SIGTERM and SIGUSR1 set `name` instead of ending the process. Main thread only."""
+    """Within the block SIGTERM and SIGUSR1 set `name` instead of ending the process. Main thread only.
 
-    def __init__(self) -> None:
+    Args:
+        unit: what the run finishes before it stops; the log line names it.
+    """
+
+    def __init__(self, unit: str = "step") -> None:
+        self._unit = unit
         self.name: str | None = None
         """Of the first signal."""
         self._before: dict[int, Any] = {}
@@ -38,7 +43,7 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
             self.name = signal.Signals(number).name
-            log_from_signal_handler(__name__, f"{self.name}: stopping after this step")
+            log_from_signal_handler(__name__, f"{self.name}: stopping after this {self._unit}")
 
 
 class DelayedFlags:

@@ -345,3 +345,13 @@ def test_float_transforms_that_cannot_be(log):
         standardize(log.train, ["price"], log1p=["age"])
     constant = standardize(log.train, ["price"])["price"]
     assert constant(torch.tensor([float("nan")])).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("value", [0.1, 3.0, 5.3])
+@pytest.mark.parametrize("log1p", [(), ("price",)])
+def test_a_constant_column_is_only_shifted(tmp_path, value, log1p):
+    table = pa.table({"user_id": [0] * 77, "item_id": [0] * 77, "price": [value] * 77})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=10)
+    found = standardize(open_log(tmp_path, Schema(floats=("price",))).train, ["price"], log1p=log1p)["price"]
+    assert found.std == 1.0
+    torch.testing.assert_close(found(torch.tensor([value, value])), torch.zeros(2), atol=1e-6, rtol=0)

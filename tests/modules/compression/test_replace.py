@@ -271,3 +271,10 @@ def sharded_and_pipelined() -> None:
 
 def test_sharded_and_pipelined() -> None:
     run_on_ranks(sharded_and_pipelined, 2)
+
+
+def test_one_frozen_table_may_be_named_alone() -> None:
+    with pytest.raises(ValueError, match="table 't_cat_3': it is frozen, but `rows` has no rows of it"):
+        compress(dlrm("dlrm"), {}, "t_cat_3")
+    _, report = compress(dlrm("dlrm"), {}, "t2", rows={"t2": source()})
+    assert [change.table for change in report.tables] == ["t2"]

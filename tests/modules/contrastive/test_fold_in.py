@@ -49,7 +49,7 @@ def test_a_row_depends_on_itself_only_and_unknown_ids_are_ignored(fitted):
     counts = factors.item_counts.numpy()
     first = fold_in(CONFIG, factors.items, [0, 2], [0, 4], other_counts=counts)
     both = fold_in(CONFIG, factors.items, [0, 3, 3, 5, 6], [0, -1, 4, 1, 5, -1], other_counts=counts)
-    torch.testing.assert_close(both[0], first[0])
+    torch.testing.assert_close(both[0], first[0], atol=1e-4, rtol=0)  # 4 rows or 2 are multiplied in another order
     torch.testing.assert_close(both.norm(dim=1), torch.tensor([1.0, 0.0, 1.0, 0.0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,3 +47,19 @@ def test_tensors_without_dense_values_are_refused():
     for values in (torch.empty(6, 2, device="meta"), torch.eye(6).to_sparse()):
         with pytest.raises(ValueError, match="'t': embedding is a tensor"):
             TableStats(name="t", num_ids=6, embedding=values)
+
+
+def test_counts_may_be_an_array_or_a_list():
+    vectors = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    counts = list(range(60))
+    want = TableStats(name="t", num_ids=60, counts=torch.tensor(counts).double(), embedding=vectors)
+    for given in (counts, np.array(counts, np.float32), np.array(counts, np.uint64)):
+        found = TableStats(name="t", num_ids=60, counts=given, embedding=vectors)
+        for method in ("learned", "frequency"):
+            config = HashConfig(method=method)
+            assert torch.equal(build_map(found, 7, config).rows, build_map(want, 7, config).rows)
+    with pytest.raises(ValueError, match=r"'t': counts have shape \(59,\), expected \(60,\)"):
+        TableStats(name="t", num_ids=60, counts=counts[1:])
+    for bad in ([[1], [2, 3]], ["many"] * 60):
+        with pytest.raises(ValueError, match="'t': counts are no numbers"):
+            TableStats(name="t", num_ids=60, counts=bad)

@@ -30,3 +30,9 @@ def test_each_network_has_as_many_trials():
     other = changed(config.random, {"batch_size": 512, "dropout": 0.5, "learning_rate": 3e-3})
     assert (other.stream.batch_size, other.model.towers.dropout, other.optimizer.learning_rate) == (512, 0.5, 3e-3)
     assert other.model.tables == config.random.model.tables
+
+
+def test_the_strategies_that_others_are_compared_with_are_always_run():
+    assert CompareCadcConfig(strategies=("core-sample",)).chosen_strategies == ("random-all", "cadc", "core-sample")
+    with pytest.raises(InputError, match="strategies: 'core'"):
+        CompareCadcConfig(strategies=("core",))

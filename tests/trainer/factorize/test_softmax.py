@@ -1,6 +1,8 @@
 """`factorize --method softmax`: the artifact, cross-fitted factors, resuming, bad input."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, ContrastiveConfig
 from recpress.modules.contrastive.factorization import Run
 from recpress.trainer.artifacts.factors import open_factors
+from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig
-from recpress.trainer.errors import Preempted, Signalled
+from recpress.trainer.errors import PREEMPTED_STATUS, Preempted, Signalled
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from tests.ranks import run_on_ranks
@@ -85,6 +88,30 @@ def test_a_stopped_run_resumes_to_the_same_factors(log, tmp_path, monkeypatch):
         factorize(other)
     result = factorize(config(log, tmp_path / "f", checkpoint=saving))
     assert len(result.sweeps) == SETTINGS.epochs
+    for resumed, whole in zip(tables(tmp_path / "f", log), tables(tmp_path / "whole", log), strict=True):
+        np.testing.assert_array_equal(resumed, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "whole"]
+
+
+def test_a_signal_saves_a_checkpoint_after_the_epoch(log, tmp_path, monkeypatch):
+    command = ["factorize", "--data", log, "--out", str(tmp_path / "f"), "--method", "softmax"]
+    command += ["--softmax.factors", "8", "--softmax.temperature", "0.1", "--softmax.epochs", "12"]
+    command += ["--softmax.batch-users", "16", "--softmax.negatives", "32"]
+    factorize(config(log, tmp_path / "whole"))
+    trained = Run._train_epoch
+
+    def train_epoch(self):
+        if self.epoch == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trained(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train_epoch", train_epoch)
+        assert main(command) == PREEMPTED_STATUS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.checkpoints", "whole"]
+    (saved,) = (tmp_path / "f.checkpoints").glob("step-*")
+    assert saved.name == "step-00000005"
+    assert main(command) == 0
     for resumed, whole in zip(tables(tmp_path / "f", log), tables(tmp_path / "whole", log), strict=True):
         np.testing.assert_array_equal(resumed, whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "whole"]

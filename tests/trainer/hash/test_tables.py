@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,16 @@ def test_embeddings_of_the_wrong_length_or_with_nan_are_refused(log: str, tmp_pa
         with pytest.raises(ValueError, match=message):
             make_maps(HashStageConfig(data=log, out=str(tmp_path / "maps"), embedding=files, rows=4))
     assert not (tmp_path / "maps").exists()
+
+
+def test_the_warm_up_refuses_lists(log: str, tmp_path: Path) -> None:
+    path = Path(log) / "train.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("label", pa.array([0, 1] * 3 + [1])), path)
+    schema = Schema(label="label", categorical=("kind",))
+    stage = HashStageConfig(data=log, out=str(tmp_path / "maps"), schema=schema, features=("kind",), rows=2)
+    with pytest.raises(InputError, match=r"features: 'kind' is a list; .*--embedding kind=FILE, or a --method"):
+        make_maps(stage)
+    np.save(tmp_path / "kind.npy", np.eye(3, dtype=np.float32))
+    for more in ({"method": "frequency"}, {"embedding": (f"kind={tmp_path}/kind.npy",)}):
+        assert make_maps(replace(stage, out=str(tmp_path / next(iter(more))), **more)).tables[0].rows == 2
