@@ -192,12 +192,9 @@ def test_the_latest_examples_of_a_log_without_times_are_skipped_with_a_note(tmp_
     assert any("recent-sample was not run" in note and "time column" in note for note in _notes(config, log, None))
 
 
-@pytest.mark.parametrize(
-    ("strategies", "message"), [(("cadc",), "'random-all' is missing"), (("random-all", "cadc", "magic"), "'magic'")]
-)
-def test_strategies_that_cannot_be_compared_are_refused(strategies, message):
-    with pytest.raises(InputError, match=message):
-        CompareCadcConfig(strategies=strategies)
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(InputError, match="'magic'"):
+        CompareCadcConfig(strategies=("random-all", "cadc", "magic"))
 
 
 def test_the_strategies_of_the_configuration_are_those_that_exist():
