@@ -220,7 +220,7 @@ def _with_config(args: tuple[str, ...], config: str | None) -> tuple[str, tuple[
     """A shell command that writes the config file as it is now on the node, and the arguments with that file.
 
     Pods do not see this machine's disk, and a job that is queued or requeued reads what was checked. A file that does
-    not exist here is on the cluster alone; it stays a path. Comments are left behind: they are no business of the job.
+    not exist here is on the cluster alone; it stays a path. Comments are dropped: the job does not need them.
     """
     if config is None or not Path(config).exists():
         return "", args

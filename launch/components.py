@@ -67,7 +67,7 @@ def hash(*args: str, **options: Any) -> specs.AppDef:
 
 @shares_options(run)
 def train(*args: str, **options: Any) -> specs.AppDef:
-    """Train the two-tower network: `recpress train` on every process."""
+    """Train a network: `recpress train` on every process."""
     return run("train", *args, **options)
 
 

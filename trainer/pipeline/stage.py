@@ -107,7 +107,7 @@ def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks
 
 
 def _evaluated(stage: EvaluateConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """The metrics of each method that `_evaluate` wrote; empty on other ranks than 0. Collective."""
+    """The metrics of each method that `_evaluate` wrote; {} on ranks other than 0. Collective."""
     with raise_on_all_ranks():
         content = _written(str(stage.out)) if ranks.rank == 0 else {}
     for warning in content.get("warnings", []):

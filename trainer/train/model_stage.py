@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torchrec.datasets.utils import Batch
 
 from recpress.data.dataset import artifact
@@ -192,7 +193,9 @@ def _open(config: TrainModelConfig) -> _Inputs:
 
 
 def _check_labels(log: Log, builder: FeatureBatches) -> None:
-    """Raise InputError if train has one label only. All of train is read only if its sampled rows have one label."""
+    """Raise InputError, on rank 0, if train has one label only. Reads all of train only if a sample of it has one."""
+    if dist.get_rank():
+        return
     seen: set[float] = set()
     for rows in sampled_rows(log, [builder.label]):
         seen.update(builder.labels(torch.from_numpy(np.array(rows[builder.label]))).unique().tolist())
