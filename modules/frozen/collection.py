@@ -8,7 +8,7 @@ and do not change. `sequence.FrozenEmbeddingCollection` gives one vector per id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -170,12 +170,49 @@ class _Frozen(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTensor]):
             return self._inner.wait()
 
 
-class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCollection):
-    """TorchRec's sharded collection: its exchanges of ids and vectors, with frozen look-ups between them."""
+class ShardedFrozenTables(HasFrozenTables):
+    """What both sharded frozen collections have in common: TorchRec's exchanges, without autograd."""
 
     _lookups: list[Any]
+    _specs: list[FrozenTable]
+    _awaitable: Callable[[Any], Any]
+    """Waits for an exchange without autograd."""
+
+    def tables(self) -> list[FrozenTable]:
+        return self._specs
+
+    def kernels(self) -> Iterator[FrozenKernel]:
+        for lookup in self._lookups:
+            yield from lookup._kernels
+
+    def init_data_parallel(self) -> None:
+        """Nothing to do: replicas do not change."""
+
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        """Nothing to do: there are no parameters or buffers."""
+
+    def compute(self, ctx: Any, dist_input: KJTList) -> list[torch.Tensor]:
+        base: Any = super()
+        with torch.no_grad():
+            return base.compute(ctx, dist_input)
+
+    def output_dist(self, ctx: Any, output: list[torch.Tensor]) -> Any:
+        base: Any = super()
+        with torch.no_grad():
+            return self._awaitable(base.output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
+        base: Any = super()
+        with torch.no_grad():
+            return self._awaitable(base.compute_and_output_dist(ctx, input))
+
+
+class ShardedFrozenEmbeddingBagCollection(ShardedFrozenTables, ShardedEmbeddingBagCollection):
+    """TorchRec's sharded collection: its exchanges of ids and vectors, with frozen look-ups between them."""
+
     _embedding_shardings: list[Any]
     _device: torch.device | None
+    _awaitable = _Frozen
 
     def __init__(self, module: FrozenEmbeddingBagCollection, *args: Any, **kwargs: Any) -> None:
         self._specs = module.tables()
@@ -186,50 +223,52 @@ class ShardedFrozenEmbeddingBagCollection(HasFrozenTables, ShardedEmbeddingBagCo
         self._optim = CombinedOptimizer([])
         self.init_checks()
 
-    def tables(self) -> list[FrozenTable]:
-        return self._specs
-
-    def kernels(self) -> Iterator[FrozenKernel]:
-        for lookup in self._lookups:
-            yield from lookup._kernels
-
     def _create_lookups(self) -> None:
         for sharding in self._embedding_shardings:
             groups = sharding._grouped_embedding_configs_per_rank[sharding._env.rank]
             self._lookups.append(_FrozenLookup(groups, self._device or torch.device("cpu")))
-
-    def init_data_parallel(self) -> None:
-        """Nothing to do: replicas do not change."""
-
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        """Nothing to do: there are no parameters or buffers."""
 
     def input_dist(self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor) -> Any:
         """Call `check_batch` before TorchRec's exchange, which would change ids that are out of range."""
         self.check_batch(features)
         return super().input_dist(ctx, with_one_stride(features))
 
-    def compute(self, ctx: EmbeddingBagCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return super().compute(ctx, dist_input)
-
-    def output_dist(self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]) -> _Frozen:
-        with torch.no_grad():
-            return _Frozen(super().output_dist(ctx, output))
-
-    def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> _Frozen:
-        with torch.no_grad():
-            return _Frozen(super().compute_and_output_dist(ctx, input))
-
 
 class FrozenTableSharder:
-    """What the sharders of both frozen collections have in common: what the planner sees.
+    """What the sharders of both frozen collections have in common.
 
     Args:
         planned_device: device to plan for, "cpu" or "cuda": CUDA pads int4 rows. Default: CUDA if this machine has it.
     """
 
     planned_device: str
+    fused_params: dict[str, Any] | None
+    qcomm_codecs_registry: Any
+    sharded_module_type: Any
+
+    def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planned_device = planned_device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def shard(
+        self,
+        module: Any,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> Any:
+        sharded = self.sharded_module_type(
+            module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,
+            device=device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+        sharded.load_pending(module.pending)
+        return sharded
 
     def shardable_parameters(self, module: Any) -> dict[str, nn.Parameter]:
         """Table shapes and row bytes for the planner, on the device "meta"."""
@@ -244,36 +283,8 @@ class FrozenTableSharder:
         return ["dense" if sharding_type == ShardingType.DATA_PARALLEL.value else "fused"]
 
 
-def planned_on(device_type: str) -> str:
-    return device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class FrozenEmbeddingBagCollectionSharder(FrozenTableSharder, EmbeddingBagCollectionSharder):
     """Shards frozen tables in all ways of TorchRec. Part of `recpress.modules.sharders()`."""
-
-    def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.planned_device = planned_on(planned_device)
-
-    def shard(
-        self,
-        module: FrozenEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedFrozenEmbeddingBagCollection:
-        sharded = ShardedFrozenEmbeddingBagCollection(
-            module,
-            table_name_to_parameter_sharding=params,
-            env=env,
-            fused_params=self.fused_params,
-            device=device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-        )
-        sharded.load_pending(module.pending)
-        return sharded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [t.value for t in ShardingType]

@@ -13,12 +13,11 @@ from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
     ShardedEmbeddingCollection,
 )
-from torchrec.distributed.embedding_types import KJTList
-from torchrec.distributed.types import LazyAwaitable, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import LazyAwaitable, ShardingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 
-from recpress.modules.frozen.collection import FrozenTableSharder, check_tables, planned_on, shard_of
+from recpress.modules.frozen.collection import FrozenTableSharder, ShardedFrozenTables, check_tables, shard_of
 from recpress.modules.frozen.kernel import (
     STORAGE_OF,
     FrozenKernel,
@@ -142,12 +141,12 @@ class _FrozenSequences(LazyAwaitable[dict[str, JaggedTensor]]):
             return self._inner.wait()
 
 
-class ShardedFrozenEmbeddingCollection(HasFrozenTables, ShardedEmbeddingCollection):
+class ShardedFrozenEmbeddingCollection(ShardedFrozenTables, ShardedEmbeddingCollection):
     """TorchRec's sharded collection: its exchanges of ids and vectors, with frozen look-ups between them."""
 
-    _lookups: list[Any]
     _sharding_type_to_sharding: dict[str, Any]
     _device: torch.device | None
+    _awaitable = _FrozenSequences
 
     def __init__(self, module: FrozenEmbeddingCollection, *args: Any, **kwargs: Any) -> None:
         self._specs = module.tables()
@@ -156,68 +155,19 @@ class ShardedFrozenEmbeddingCollection(HasFrozenTables, ShardedEmbeddingCollecti
         self._optim = CombinedOptimizer([])
         self.init_checks()
 
-    def tables(self) -> list[FrozenTable]:
-        return self._specs
-
-    def kernels(self) -> Iterator[FrozenKernel]:
-        for lookup in self._lookups:
-            yield from lookup._kernels
-
     def _create_lookups(self) -> None:
         for sharding in self._sharding_type_to_sharding.values():
             groups = sharding._grouped_embedding_configs_per_rank[sharding._env.rank]
             self._lookups.append(_FrozenSequenceLookup(groups, self._device or torch.device("cpu")))
-
-    def init_data_parallel(self) -> None:
-        """Nothing to do: replicas do not change."""
-
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        """Nothing to do: there are no parameters or buffers."""
 
     def input_dist(self, ctx: EmbeddingCollectionContext, features: KeyedJaggedTensor) -> Any:
         """Call `check_batch` before TorchRec's exchange, which would change ids that are out of range."""
         self.check_batch(features)
         return super().input_dist(ctx, features)
 
-    def compute(self, ctx: EmbeddingCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return super().compute(ctx, dist_input)
-
-    def output_dist(self, ctx: EmbeddingCollectionContext, output: list[torch.Tensor]) -> _FrozenSequences:
-        with torch.no_grad():
-            return _FrozenSequences(super().output_dist(ctx, output))
-
-    def compute_and_output_dist(self, ctx: EmbeddingCollectionContext, input: KJTList) -> _FrozenSequences:
-        with torch.no_grad():
-            return _FrozenSequences(super().compute_and_output_dist(ctx, input))
-
 
 class FrozenEmbeddingCollectionSharder(FrozenTableSharder, EmbeddingCollectionSharder):
     """Shards frozen tables of sequences row-wise, table-wise, column-wise or as replicas."""
-
-    def __init__(self, *args: Any, planned_device: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.planned_device = planned_on(planned_device)
-
-    def shard(
-        self,
-        module: FrozenEmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedFrozenEmbeddingCollection:
-        sharded = ShardedFrozenEmbeddingCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-        )
-        sharded.load_pending(module.pending)
-        return sharded
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = (ShardingType.DATA_PARALLEL, ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, ShardingType.ROW_WISE)
