@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from torchrec.streamable import Pipelineable
 from recpress.data.dataset.side_table import JaggedColumn, SideTable
 from recpress.data.errors import InputError
 from recpress.data.negatives.samplers import InBatchNegatives, Negatives
+from recpress.data.stream.keyed_features import KeyedFeatures
 from recpress.data.stream.loader import Interactions
 
 USER, ITEM = "user", "item"
@@ -104,7 +104,7 @@ class BatchBuilder:
         self._popularity = None if item_counts is None else InBatchNegatives(item_counts)
         self._user_table = None if user_table is None else user_table.to(self.device)
         self._item_table = None if item_table is None else item_table.to(self.device)
-        self._shapes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._keyed = KeyedFeatures(self.device)
 
     def __call__(self, rows: Interactions) -> Batch:
         assert rows.user is not None
@@ -164,35 +164,6 @@ class BatchBuilder:
         if key in found:
             raise InputError(f"a feature of the {key}s is called '{key}', which is the key of their id; rename it")
         return features | found, floats
-
-    def _keyed(self, features: Mapping[str, torch.Tensor | JaggedColumn], stride: int) -> KeyedJaggedTensor:
-        """Lengths and offsets of batches without lists are made once for each shape: they cost more than the
-        rest. Nothing is read back from the device."""
-        parts = list(features.values())
-        values = [part.values if isinstance(part, JaggedColumn) else part for part in parts]
-        if not any(isinstance(part, JaggedColumn) for part in parts):
-            lengths, offsets = self._ones(len(parts), stride)
-        else:
-            one, _ = self._ones(1, stride)
-            lengths = torch.cat([part.lengths if isinstance(part, JaggedColumn) else one for part in parts])
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        return KeyedJaggedTensor(
-            keys=list(features),
-            values=torch.cat(values) if len(values) > 1 else values[0],
-            lengths=lengths,
-            offsets=offsets,
-            stride=stride,
-            length_per_key=[len(part) for part in values],
-        )
-
-    def _ones(self, keys: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self._shapes.get((keys, stride))  # once: another thread may clear it
-        if found is None:
-            if len(self._shapes) > 16:  # sizes of all kinds, as an evaluation may have
-                self._shapes.clear()
-            lengths = torch.ones(keys * stride, dtype=torch.int64, device=self.device)
-            found = self._shapes[keys, stride] = lengths, torch.arange(keys * stride + 1, device=self.device)
-        return found
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)

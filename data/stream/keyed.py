@@ -14,6 +14,7 @@ from torchrec.streamable import Pipelineable
 
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.errors import InputError
+from recpress.data.stream.keyed_features import KeyedFeatures
 from recpress.data.stream.loader import Interactions, InteractionStream, ResumableDataset
 
 Part = TypeVar("Part")
@@ -102,7 +103,7 @@ class Keyed:
                 raise InputError(
                     f"the transform of column '{name}' is a {type(transform).__name__}, expected a function"
                 )
-        self._ones: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shapes = KeyedFeatures()
 
     def __call__(self, rows: Interactions) -> KeyedBatch:
         batch = KeyedBatch(self._dense(rows), self._features(rows), rows.label)
@@ -134,7 +135,7 @@ class Keyed:
         values: list[torch.Tensor] = []
         weights: list[torch.Tensor | None] = []
         lengths: list[torch.Tensor] = []
-        ones = self._of_ones(rows.size)[0][: rows.size]
+        ones = self._shapes.ones(1, rows.size)[0]
         each_one = True
         for name in self.keys:
             ids, per_row = (lists[name].values, lists[name].lengths) if name in lists else (columns[name], ones)
@@ -161,7 +162,7 @@ class Keyed:
 
     def _of_scalars(self, size: int, values: torch.Tensor) -> KeyedJaggedTensor:
         """Of (keys * B,) ids, key by key, one per row."""
-        lengths, offsets = self._of_ones(size)
+        lengths, offsets = self._shapes.ones(len(self.keys), size)
         return KeyedJaggedTensor(
             keys=self.keys,
             values=values,
@@ -204,15 +205,6 @@ class Keyed:
                 f"the transform of column '{name}' made {made} of {tuple(ids.shape)} ids, expected (n,) or (n, k)"
             )
         return rows.to(torch.int64), weights
-
-    def _of_ones(self, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths and offsets of batches with one id per row and key."""
-        if stride not in self._ones:
-            if len(self._ones) > 16:
-                self._ones.clear()
-            total = len(self.keys) * stride
-            self._ones[stride] = torch.ones(total, dtype=torch.int64), torch.arange(total + 1)
-        return self._ones[stride]
 
 
 class KeyedBatches(ResumableDataset):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torchrec import KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 
 from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.errors import InputError
+from recpress.data.stream.keyed_features import KeyedFeatures
 from recpress.data.stream.loader import Interactions
 from recpress.trainer.features.resolve import Feature, FeatureSet
 
@@ -38,6 +38,7 @@ class FeatureBatches:
         self._floats = [feature for feature in features.features if feature.kind == "float"]
         self._id_of: dict[Side, str] = {side: log.column(side) for side in SIDES}
         self._where = log.path
+        self._keyed_features = KeyedFeatures()
 
     def __call__(self, rows: Interactions) -> Batch:
         columns: dict[str, torch.Tensor | JaggedColumn] = dict(rows.categorical)
@@ -48,15 +49,8 @@ class FeatureBatches:
 
     def make(self, columns: Columns, label: torch.Tensor) -> Batch:
         """A batch of these columns. Raises InputError if a label is not 0 or 1."""
-        keyed = [self._column(feature, columns) for feature in self._keyed]
-        parts = [p if isinstance(p, JaggedColumn) else JaggedColumn(p, torch.ones_like(p)) for p in keyed]
-        features = KeyedJaggedTensor(
-            keys=self.features.keys,
-            values=torch.cat([part.values for part in parts]),
-            lengths=torch.cat([part.lengths for part in parts]),
-            stride=len(label),
-            length_per_key=[len(part.values) for part in parts],
-        )
+        keyed = {feature.name: self._column(feature, columns) for feature in self._keyed}
+        features = self._keyed_features(keyed, len(label))
         floats = [self._column(feature, columns) for feature in self._floats]
         dense = torch.stack(floats, 1) if floats else torch.zeros(len(label), 0)  # type: ignore[arg-type]
         batch = Batch(dense_features=dense, sparse_features=features, labels=self.labels(label))

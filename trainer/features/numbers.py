@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from recpress.data.stream.float_transform import FloatTransform
 from recpress.trainer.features.config import FeatureConfig
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """How the numbers of a column become a float or a bucket. JSON values only."""
+    """How the numbers of a column become a float or a bucket. `asdict` of it is JSON."""
 
-    log1p: bool = False
-    missing: float | None = None
-    mean: float = 0.0
-    deviation: float = 1.0
+    transform: FloatTransform = field(default_factory=FloatTransform)
     boundaries: tuple[float, ...] = ()
     """Of a `bucketized` feature; empty: a float."""
 
@@ -30,13 +29,14 @@ class Numbers:
             found = config.boundaries or (np.unique(np.quantile(known, steps)).tolist() if len(known) else (0.0,))
             return cls(boundaries=tuple(float(boundary) for boundary in found))
         transform = ("log1p", "standardize") if config.transform is None else config.transform
-        log1p = "log1p" in transform
-        if log1p:
-            known = np.sign(known) * np.log1p(np.abs(known))
-        if "standardize" not in transform or not len(known):
-            return cls(log1p=log1p, missing=config.missing)
-        constant = known.min() == known.max()  # its computed deviation may be some rounding instead of 0
-        return cls(log1p, config.missing, float(known.mean()), 1.0 if constant else float(known.std()))
+        found = FloatTransform(log1p="log1p" in transform)
+        if "standardize" in transform and len(known):
+            known = found(torch.from_numpy(known)).numpy()
+            constant = known.min() == known.max()  # its computed deviation may be some rounding instead of 0
+            found = replace(found, mean=float(known.mean()), std=1.0 if constant else float(known.std()))
+        if config.missing is not None:  # given as the columns are, before the transform
+            found = replace(found, missing=float(found(torch.tensor([config.missing], dtype=torch.float64))))
+        return cls(found)
 
     @property
     def num_buckets(self) -> int:
@@ -46,13 +46,7 @@ class Numbers:
     def values(self, column: torch.Tensor) -> torch.Tensor:
         """(B,) floats, NaN or infinite if missing -> (B,) float32 without missing ones."""
         x = column.double()
-        gone = ~torch.isfinite(x)
-        if self.missing is not None:
-            x = x.masked_fill(gone, self.missing)
-        if self.log1p:
-            x = x.sign() * x.abs().log1p()
-        x = (x - self.mean) / self.deviation
-        return (x if self.missing is not None else x.masked_fill(gone, 0.0)).float()
+        return self.transform(x.masked_fill(~torch.isfinite(x), math.nan)).float()
 
     def buckets(self, column: torch.Tensor) -> torch.Tensor:
         """(B,) floats -> (B,) int64 buckets."""

@@ -39,7 +39,7 @@ def test_rounding_is_no_deviation(transform):
     column = np.full(100, 0.1)
     assert column.std() > 0  # the mean is rounded
     numbers = Numbers.fit(FeatureConfig(kind="float", transform=transform), column)
-    assert numbers.deviation == 1
+    assert numbers.transform.std == 1
     assert abs(float(numbers.values(torch.tensor([0.2])))) < 0.2
 
 
