@@ -9,6 +9,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
+from enum import EnumMeta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _CLASSES = {
     "torch.serialization": ("_get_layout",),
     "torch": ("Size",),
     "pathlib": ("Path", "PosixPath", "WindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "WindowsPath"),
     "collections": ("OrderedDict",),
 }  # fmt: skip
 """Classes that the metadata of a checkpoint may contain, by module."""
@@ -234,7 +236,16 @@ class _Metadata(pickle.Unpickler):
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         raise pickle.UnpicklingError(f"the metadata of the checkpoint has the unexpected class {module}.{name}")
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    """What Python before 3.11.4 pickles as `getattr(kind, name)`."""
+    if not isinstance(kind, EnumMeta):
+        raise pickle.UnpicklingError(f"the metadata of the checkpoint reads the attribute {name!r} of {kind!r}")
+    return kind[name]
 
 
 def _metadata(folder: Path) -> Any:

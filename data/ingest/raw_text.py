@@ -235,7 +235,9 @@ class _QuotesChecked(io.RawIOBase):
         self._delimiter = dialect.delimiter.encode()
         d = re.escape(self._delimiter)
         quoted, plain = rb'"[^"]*+(?:""[^"]*+)*+"', rb'(?!")[^%b\r\n]*+' % d
-        self._whole = re.compile(rb"(?:(?:%b|%b)(?:%b|\r\n?|\n))*+" % (quoted, plain, d))
+        # Bounded, and matched again and again, because Python before 3.11.5 matches a possessive repetition of
+        # alternatives incorrectly (https://github.com/python/cpython/issues/106052); a plain one would fill the memory.
+        self._fields = re.compile(rb"(?:(?:%b|%b)(?:%b|\r\n?|\n)){1,4096}" % (quoted, plain, d))
         self._begun = re.compile(rb'(?:"[^"]*+(?:""[^"]*+)*+"?+|%b)\Z' % plain)
         self._last = re.compile(rb"(?:%b|%b)\Z" % (quoted, plain))
         self._rest = b""
@@ -252,8 +254,9 @@ class _QuotesChecked(io.RawIOBase):
             self._at_start, text = False, data.removeprefix(codecs.BOM_UTF8)
         text = self._rest + text
         if b'"' in text:
-            whole = self._whole.match(text)
-            end = whole.end() if whole else 0
+            end = 0
+            while fields := self._fields.match(text, end):
+                end = fields.end()
         else:
             end = max(text.rfind(mark) for mark in (self._delimiter, b"\n", b"\r")) + 1
         self._lines += text.count(b"\n", 0, end)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed import checkpoint
 
 from recpress.modules.compression.sharders import sharders
-from recpress.modules.row_files import RowFile, open_rows
+from recpress.modules.row_files import RowFile, _metadata, open_rows
 from recpress.modules.row_source import load_rows
 from tests.modules.compression.model_cases import Train, dlrm, source
 from tests.ranks import run_on_ranks
@@ -105,7 +105,19 @@ def test_damaged_and_malicious_checkpoints(files: dict[str, RowFile], tmp_path: 
     (folder / ".metadata").write_bytes(b"ctorch.distributed.checkpoint.metadata\nos.getcwd\n)R.")
     with pytest.raises(ValueError, match="unexpected class"):
         open_rows(folder, "t")
+    # members of an enum may be attributes, others not
+    (folder / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(cpathlib\nPath\nVcwd\ntR)R.")
+    with pytest.raises(ValueError, match="the attribute 'cwd'"):
+        open_rows(folder, "t")
     assert tmp_path.is_dir()
+
+
+def test_members_of_an_enum_as_every_python_pickles_them(tmp_path: Path) -> None:
+    """Python before 3.11.4 pickles a member as an attribute of its class, later ones as a call of the class."""
+    kind = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    for pickled in (b"cbuiltins\ngetattr\n(%bVTORCH_CHANNELS_LAST\ntR.", b"%b(I1\ntR."):
+        (tmp_path / ".metadata").write_bytes(pickled % kind)
+        assert _metadata(tmp_path).name == "TORCH_CHANNELS_LAST"
 
 
 def save_sharded(folder: str) -> None:
