@@ -87,7 +87,7 @@ class Encoder:
         for name, entry in log.manifest["features"].items():
             owner, same = entry.get("same"), self._same.get(name)
             if same not in (None, owner) or (owner and name in self._same.values()):
-                has = f"shares the vocabulary of '{owner}'" if owner else "has a vocabulary of its own"
+                has = f"shares the vocabulary of '{owner}'" if owner else "has its own vocabulary"
                 raise InputError(
                     f"same: column '{name}' {has} in {log.path}, which is extended; expected the same here"
                 )

@@ -89,7 +89,7 @@ def test_the_next_day_extends_a_shared_vocabulary(tmp_path):
         "a7": 4, "b2": 1, "c9": 2, "x1": 1, "n1": 0, "n2": 1
     }  # fmt: skip
     ingest(IngestConfig(input=path, categorical=("history",)), tmp_path / "own")
-    with pytest.raises(InputError, match="'history' has a vocabulary of its own"):
+    with pytest.raises(InputError, match="'history' has its own vocabulary"):
         ingest(config(path, extend=str(tmp_path / "own")), tmp_path / "out")
 
 
