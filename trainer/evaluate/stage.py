@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -37,8 +39,9 @@ def _evaluate(
 ) -> dict[str, float]:
     """`evaluate` within its process group, which must outlive the model: see `process_group`."""
     with raise_on_all_ranks():
-        kind = kind_of(config.model)
+        _check_that_it_ranks(config.model)
         log = open_log(config.data, chosen_schema(config.schema))
+        kind = kind_of(config.model)
     heldout = load_heldout(log, config.evaluation)
     if kind == FACTORS:
         with raise_on_all_ranks():
@@ -60,17 +63,23 @@ def _evaluate(
 
 
 def kind_of(path: str) -> str:
-    """Kind of the artifact at `path`: `factors` or `model`. Raises InputError if it is neither, or does not rank."""
-    manifest = artifact.read_manifest(path)
-    kind = str(manifest.get("kind"))
+    """Kind of the artifact at `path`: `factors` or `model`. Raises InputError if it is neither."""
+    kind = str(artifact.read_manifest(path).get("kind"))
     if kind not in (FACTORS, MODEL):
         raise InputError(
             f"{path}: an artifact of kind '{kind}'; expected factors of `recpress factorize` or a model of "
             "`recpress train`"
         )
-    if kind == MODEL and (name := manifest["model"].get("name")) is not None:
-        raise InputError(f"{path}: a model of --model {name}, which does not rank; its manifest has its metrics")
     return kind
+
+
+def _check_that_it_ranks(path: str) -> None:
+    """Raise InputError for a model of labels, whose log may lack what a ranking needs. Other errors are `kind_of`'s."""
+    manifest: dict[str, Any] = {}
+    with suppress(InputError):
+        manifest = artifact.read_manifest(path)
+    if manifest.get("kind") == MODEL and (name := manifest["model"].get("name")) is not None:
+        raise InputError(f"{path}: a model of --model {name}, which does not rank; its manifest has its metrics")
 
 
 def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHeldout:
