@@ -126,6 +126,11 @@ COMMANDS = {
         "rank held-out rows with a model or with factors",
         main="data model out evaluation.protocol evaluation.k device",
     ),
+    "export": Command(
+        "recpress.trainer.export.config:ExportConfig",
+        "recpress.trainer.export.stage:export",
+        "write a model as programs that serve without recpress, with vocabularies, item vectors and an index",
+    ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",
