@@ -98,10 +98,15 @@ class ServedBags(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         values = []
         for output in self.outputs:
-            table, bags = self.tables[self._index[output.table]], features[output.feature]
+            table, bags = self._table(output.table), features[output.feature]
             weights = bags.weights_or_none() if self.weighted else None
             if output.single and weights is None:
                 values.append(table(bags.values()))
             else:
                 values.append(table.pooled(bags.values(), bags.lengths(), weights, output.most))
         return KeyedTensor(self._keys, self._dims, torch.cat(values, 1))
+
+    def _table(self, name: str) -> ServedTable:
+        table = self.tables[self._index[name]]
+        assert isinstance(table, ServedTable)
+        return table

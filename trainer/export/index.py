@@ -109,7 +109,7 @@ def _faiss(
 
     dim, file = queries.shape[1], "items.faiss"
     flat = num_items < FLAT
-    index = faiss.IndexFlatIP(dim)
+    index: Any = faiss.IndexFlatIP(dim)
     if not flat:
         lists = min(_MOST_LISTS, int(4 * num_items**0.5))
         index = faiss.IndexIVFFlat(index, dim, lists, faiss.METRIC_INNER_PRODUCT)
@@ -138,7 +138,7 @@ def _usearch(
     from usearch.index import Index
 
     dim, file, first = queries.shape[1], "items.usearch", 0
-    index = Index(ndim=dim, metric="ip", dtype="f32", connectivity=32, expansion_add=256)
+    index: Any = Index(ndim=dim, metric="ip", dtype="f32", connectivity=32, expansion_add=256)
     for block in vectors():
         index.add(np.arange(first, first + len(block)), block.numpy())
         first += len(block)

@@ -8,15 +8,19 @@
 `python load.py` runs all programs on the golden batch and compares the results.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def load(folder, name, *, aot=False):
+def load(folder: str | Path, name: str, *, aot: bool = False) -> Callable[..., torch.Tensor]:
     """The program `name` of the export in `folder`: a function from tensors to a tensor.
 
     Raises ValueError for a missing program and, when called, for inputs that do not fit the manifest.
@@ -31,12 +35,13 @@ def load(folder, name, *, aot=False):
         raise ValueError(f"{folder}: program {name!r} is not compiled; export it with --aot")
     device = torch.device(compiled["device"] if aot else "cpu")
     large = [_mapped(folder / part["file"], part).to(device) for part in spec["large"]]
+    run: Callable[..., torch.Tensor]
     if aot:
         run = torch._inductor.aoti_load_package(str(folder / compiled["file"]))
     else:
         run = torch.export.load(str(folder / spec["file"])).module()
 
-    def program(*given):
+    def program(*given: Any) -> torch.Tensor:
         named = given[0] if len(given) == 1 and isinstance(given[0], dict) else None
         inputs = _checked(name, spec, given if named is None else [named.get(part["name"]) for part in spec["inputs"]])
         with torch.no_grad():
@@ -45,7 +50,7 @@ def load(folder, name, *, aot=False):
     return program
 
 
-def _mapped(path, part):
+def _mapped(path: Path, part: dict[str, Any]) -> torch.Tensor:
     """A tensor in a file, as a memory map."""
     dtype = getattr(torch, part["dtype"])
     if not path.is_file() or path.stat().st_size != math.prod(part["shape"]) * dtype.itemsize:
@@ -54,9 +59,10 @@ def _mapped(path, part):
     return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(part["shape"])
 
 
-def _checked(name, spec, given):
+def _checked(name: str, spec: dict[str, Any], given: Sequence[Any]) -> Sequence[torch.Tensor]:
     """The inputs, if their number, types and shapes fit."""
-    wanted, sizes = spec["inputs"], {}
+    wanted = spec["inputs"]
+    sizes: dict[str, int] = {}
     if len(given) != len(wanted):
         raise ValueError(f"{name}: {len(given)} inputs, expected {', '.join(part['name'] for part in wanted)}")
     for tensor, part in zip(given, wanted, strict=True):
@@ -79,7 +85,7 @@ def _checked(name, spec, given):
     return given
 
 
-def replay(folder):
+def replay(folder: str | Path) -> tuple[dict[str, float], float]:
     """Run all programs on the golden batch; the largest differences by name, relative to the largest output."""
     folder = Path(folder)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -115,9 +115,8 @@ def check(path: str) -> None:
 def _open_log(config: ExportConfig, manifest: dict[str, Any]) -> Log:
     """The log of the model. Raises InputError if it has other ids."""
     path = config.data or manifest["log"]["path"]
-    columns = {key: tuple(value) if isinstance(value, list) else value for key, value in _schema(manifest).items()}
     try:
-        log = open_log(path, chosen_schema(Schema(**columns)), pairs=False)
+        log = open_log(path, chosen_schema(_schema(manifest)), pairs=False)
     except InputError as error:
         hint = "" if config.data else "; --data names the log if it has moved"
         raise InputError(f"{error}{hint}") from error
@@ -156,9 +155,11 @@ def _shown_index(out: str, entry: dict[str, Any]) -> str:
     return f"{out}/{entry['file']}: {how}; {name} {value:.4f} against exact search, for {entry['queries']} users"
 
 
-def _schema(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The schema that the model was made with; {} for the default."""
-    return manifest.get("config", {}).get("schema") or {}
+def _schema(manifest: dict[str, Any]) -> Schema:
+    """The schema that the model was made with."""
+    saved: dict[str, Any] = manifest.get("config", {}).get("schema") or {}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return Schema(**values)
 
 
 def _towers(config: ExportConfig, manifest: dict[str, Any], log: Log, folder: Path) -> list[Program]:

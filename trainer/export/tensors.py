@@ -90,7 +90,7 @@ class _Writer:
             self._tensor[self._filled : self._filled + len(rows)] = rows
             self._filled += len(rows)
         else:
-            rest = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+            rest = rows.contiguous().view(-1).view(torch.uint8).numpy().data
             while rest:
                 rest = rest[self._file.write(rest) :]
 

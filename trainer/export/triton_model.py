@@ -1,30 +1,36 @@
 """Runs a program of the export that contains this folder, in the Python backend of Triton."""
 
-import importlib.util
+from __future__ import annotations
+
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton_python_backend_utils as pb_utils
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # of Triton
 
 EXPORT = Path(__file__).resolve().parents[3]
 """`triton/NAME/1/model.py` is in it."""
 
 
 class TritonPythonModel:
-    def initialize(self, args):
-        name = args["model_name"]
-        spec = importlib.util.spec_from_file_location("recpress_load", EXPORT / "load.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        programs = json.loads((EXPORT / "manifest.json").read_text())["programs"]
-        self.names = [part["name"] for part in programs[name]["inputs"]]
-        self.program = module.load(EXPORT, name, aot=programs[name]["aot"] is not None)
+    """One program. Triton calls its methods."""
 
-    def execute(self, requests):
+    def initialize(self, args: dict[str, Any]) -> None:
+        sys.path.insert(0, str(EXPORT))
+        from load import load  # type: ignore[import-not-found]
+
+        name = args["model_name"]
+        spec = json.loads((EXPORT / "manifest.json").read_text())["programs"][name]
+        self.names = [part["name"] for part in spec["inputs"]]
+        self.program = load(EXPORT, name, aot=spec["aot"] is not None)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self.respond(request) for request in requests]
 
-    def respond(self, request):
+    def respond(self, request: Any) -> Any:
         given = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.names}
         try:
             output = self.program({name: torch.from_numpy(array.copy()) for name, array in given.items()})
