@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torchrec import KeyedJaggedTensor, KeyedTensor
+from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from recpress.modules.serving.row_index import RowIndex
 from recpress.modules.serving.rows import ServedRows
@@ -98,7 +98,7 @@ class ServedBags(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         values = []
         for output in self.outputs:
-            table, bags = self._table(output.table), features[output.feature]
+            table, bags = self._table(output.table), _bags(features, output.feature)
             weights = bags.weights_or_none() if self.weighted else None
             if output.single and weights is None:
                 values.append(table(bags.values()))
@@ -110,3 +110,19 @@ class ServedBags(nn.Module):
         table = self.tables[self._index[name]]
         assert isinstance(table, ServedTable)
         return table
+
+
+def remember_parts(features: KeyedJaggedTensor, parts: Mapping[str, JaggedTensor]) -> None:
+    """Let `ServedBags` take the features of `parts` from there, and not out of the joined values.
+
+    Joining and cutting costs time, and the tracer of torch.export loses track of sizes that add up.
+    """
+    setattr(features, _PARTS, parts)
+
+
+_PARTS = "_served_parts"
+
+
+def _bags(features: KeyedJaggedTensor, key: str) -> JaggedTensor:
+    parts: Mapping[str, JaggedTensor] = getattr(features, _PARTS, {})
+    return parts[key] if key in parts else features[key]

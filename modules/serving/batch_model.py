@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torchrec import KeyedJaggedTensor
+from torchrec import JaggedTensor, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 
+from recpress.modules.serving.bags import remember_parts
 from recpress.modules.serving.tensors import Holder, LargeTensors, Stored
 from recpress.modules.serving.tower import PerId
 
@@ -33,7 +35,7 @@ class PerIdLists(Holder):
         starts = offsets[known]
         lengths = offsets[known + 1] - starts
         ends = lengths.cumsum(0)
-        total = int(lengths.sum())
+        total: Any = lengths.sum().item()  # int() would need the number while tracing
         torch._check(total >= 0)
         shift = torch.repeat_interleave(starts - (ends - lengths), lengths, output_size=total)
         return self.held("values")[shift + torch.arange(total, device=ids.device)].long(), lengths
@@ -91,6 +93,8 @@ class ServedModel(nn.Module):
             length_per_key=counts,
             offset_per_key=offsets,
         )
+        parts = zip(keys, values, lengths, strict=True)
+        remember_parts(features, {key: JaggedTensor(value, lengths=of_key) for key, value, of_key in parts})
         dense = torch.stack(floats, 1) if floats else labels.new_zeros(size, 0)
         _, predictions = self.model(Batch(dense_features=dense, sparse_features=features, labels=labels))
         return predictions.float()
