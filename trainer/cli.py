@@ -126,6 +126,12 @@ COMMANDS = {
         "rank held-out rows with a model or with factors",
         main="data model out evaluation.protocol evaluation.k device",
     ),
+    "recommend": Command(
+        "recpress.trainer.recommend.config:RecommendConfig",
+        "recpress.trainer.recommend.stage:recommend",
+        "write the best items of each user, with raw ids",
+        main="model data out k exclude-seen on-unknown users-per-part device overwrite",
+    ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",
