@@ -250,7 +250,7 @@ def _state_memory(
         "mapped factors": mapped,
         "seen items": seen.nbytes if seen is not None else 0,
         "raw ids": items.nbytes + users.nbytes,
-        "scores": TopItems.nbytes(config.k, CHUNK, dim, shard, ranks.device)
+        "scores": TopItems.nbytes(config.k, dim, shard, ranks.device)
         + 3 * ranks.world_size * CHUNK * (4 * dim + 12 * config.k),
         "a part": int(per_part * (8 + 2 * (width + 12))),
         "other": _OTHER_BYTES,
@@ -269,7 +269,7 @@ class _Blocks:
         self.user, self.k, self.ranks = user, k, ranks
         with activity("computing item vectors"):
             self.shard = ItemShard(item, num_items, ITEM_CHUNK, ranks.device)
-        self.top_items = TopItems(self.shard, k, CHUNK)
+        self.top_items = TopItems(self.shard, k)
 
     @torch.no_grad()
     def top(self, ids: np.ndarray, seen: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,8 @@
 A score is a float64 dot product rounded to float32, as in `evaluate`; equal scores are ordered by item id. So the
 result does not depend on the device, the blocks or the world size. Almost all of the work is in float32:
 
-1. A block of scores (users x items) is one matrix product. Its largest values, a group of columns at a time, are
-   compared with the score that a user's item must exceed to be a candidate. Few groups pass; only those are compared
-   item by item, and merged into the user's candidates.
+1. A block of scores (users x items) is one matrix product. Scores above a limit, the lowest score of the user's best
+   candidates so far, are new candidates: few after the first blocks.
 2. The candidates, a few more than K, get their float64 scores.
 3. The rounding error of float32 is bounded. If an item outside of the candidates could belong to the top K (it never
    does but for ties), the user is scored again in float64.
@@ -18,17 +17,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from recpress.trainer.evaluate.ranking import ItemShard
 
-LANES = 16
-"""Columns per group of a block of scores."""
-COLUMNS = {"cpu": 4096, "cuda": 65_536}
-"""Items of a block of scores, by type of the device; a multiple of LANES."""
-_EXACT_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+BLOCK = {"cpu": (256, 8192), "cuda": (1024, 65_536)}
+"""Users and items of a block of scores, by type of the device. On the CPU it stays in the cache."""
+_GROUP = 16
+_ROOM = 3
+"""Room for new candidates, as a multiple of those that remain of them."""
+_EXACT_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Memory for float64 vectors of candidates."""
 _AGAIN = 16
 """Users that are scored again together."""
+_FEW_THREADS = 4
+"""Up to as many threads, one thread of numpy finds the scores above a limit sooner than those of torch."""
 
 
 class Pairs(NamedTuple):
@@ -56,44 +59,51 @@ class TopItems:
     Args:
         shard: the item vectors of this rank.
         k: items per user; fewer are found if the shard has fewer.
-        rows: users of a block.
-        columns: items of a block of scores, a multiple of LANES.
+        block: users and items of a block of scores.
     """
 
-    def __init__(self, shard: ItemShard, k: int, rows: int, columns: int | None = None) -> None:
-        self.shard, self.rows = shard, rows
+    def __init__(self, shard: ItemShard, k: int, block: tuple[int, int] | None = None) -> None:
+        device = shard.vectors.device
+        self.shard = shard
         self.count = shard.stop - shard.start
         self.k = min(k, self.count)
-        self.width = min(k + max(16, k // 8), self.count)  # candidates
-        device = shard.vectors.device
-        self.columns = min(columns or COLUMNS[device.type], len(shard.vectors))
-        self._scores = torch.empty(rows, self.columns, device=device)
-        self._pending = _Pending(rows, 2 * self.width, device)
+        self.width = min(_width(k), self.count)  # candidates
+        self.rows, columns = block or BLOCK[device.type]
+        self.columns = min(columns, len(shard.vectors))
+        self._scores = torch.empty(self.rows * self.columns, device=device)
+        self._above = _Above(self.rows * self.columns, device)
+        self._pending = _Pending(self.rows, _ROOM * self.width, device)
 
     @staticmethod
-    def nbytes(k: int, rows: int, dim: int, items: int, device: torch.device) -> int:
+    def nbytes(k: int, dim: int, items: int, device: torch.device) -> int:
         """Peak memory in bytes of one object and its calls, without the vectors of the shard of `items` items."""
-        width, columns = k + max(16, k // 8), min(COLUMNS[device.type], -(-items // 4096) * 4096)
-        block = rows * columns * 4
-        groups = rows * columns // LANES
-        first = rows * width * 24 * 4  # a block that fills all candidates
-        exact = 3 * _EXACT_BYTES[device.type] + rows * dim * 8
-        again = min(_AGAIN, rows) * columns * 40 + columns * dim * 8
-        return block + 2 * groups * 5 + rows * width * 12 * 8 + first + exact + again
+        rows, columns = BLOCK[device.type]
+        columns = min(columns, items)
+        candidates = rows * _width(k) * 12 * (3 * _ROOM + 4)
+        again = _AGAIN * columns * 40 + columns * dim * 8
+        return rows * columns * 5 + candidates + 3 * _EXACT_BYTES[device.type] + again
 
     @torch.no_grad()
     def __call__(self, users: Tensor, seen: Pairs) -> tuple[Tensor, Tensor]:
         """The top K of each user, best first.
 
         Args:
-            users: vectors (rows, D) float32, finite, with finite scores.
+            users: vectors (n, D) float32, finite, with finite scores.
             seen: items to omit.
 
         Returns:
-            (scores (rows, K) float32, item ids (rows, K) int64). Places without an item have the score -inf.
+            (scores (n, K) float32, item ids (n, K) int64). Places without an item have the score -inf.
         """
+        scores = users.new_full((len(users), self.k), -torch.inf)
+        items = torch.zeros(len(users), self.k, dtype=torch.int64, device=users.device)
         if self.k == 0:
-            return users.new_empty(len(users), 0), torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
+            return scores, items
+        for first in range(0, len(users), self.rows):
+            rows = torch.arange(first, min(first + self.rows, len(users)), device=users.device)
+            scores[rows], items[rows] = self._block(users[rows], seen.of_rows(rows, len(users)))
+        return scores, items + self.shard.start
+
+    def _block(self, users: Tensor, seen: Pairs) -> tuple[Tensor, Tensor]:
         approximate, places = self._candidates(users, seen)
         lowest = approximate.amin(1)
         scores, places = self._exact(users, approximate, places)
@@ -102,28 +112,40 @@ class TopItems:
             for first in range(0, len(doubtful), _AGAIN):
                 rows = doubtful[first : first + _AGAIN]
                 scores[rows], places[rows] = self._again(users[rows], seen.of_rows(rows, len(users)), scores[rows, -1])
-        return scores, places + self.shard.start
+        return scores, places
 
     def _candidates(self, users: Tensor, seen: Pairs) -> tuple[Tensor, Tensor]:
-        """(float32 scores (rows, width), places in the shard): no other item has a higher float32 score."""
+        """(float32 scores (n, width), places in the shard): no other item has a higher float32 score."""
         best = users.new_empty(len(users), 0)
         places = torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
         limit = users.new_full((len(users),), -torch.inf)
         for first in range(0, self.count, self.columns):
             vectors = self.shard.vectors[first : first + self.columns]
-            scores = self._scores[: len(users), : len(vectors)]
+            scores = self._scores[: len(users) * len(vectors)].view(len(users), len(vectors))
             torch.mm(users, vectors.T, out=scores)
             self._mask(scores, first, seen)
-            if best.shape[1] == self.width:
-                if self._pending.add(scores, first, limit):
-                    continue
-                best, places, limit = self._merged(best, places, *self._pending.take(len(users)))
-                if self._pending.add(scores, first, limit):
-                    continue
-            top = scores.topk(min(self.width, len(vectors)), sorted=False)  # most of the block is a candidate
-            best, places, limit = self._merged(best, places, top.values, top.indices + first)
-        best, places, _ = self._merged(best, places, *self._pending.take(len(users)))
-        return best, places
+            if first == 0:
+                limit = self._first_limit(scores)
+            if self._pending.add(scores, self._above(scores, limit), first):
+                continue
+            best, places, limit = self._merged(best, places, *self._pending.take(len(users)), limit)
+            if self._pending.add(scores, self._above(scores, limit), first):
+                continue
+            top = scores.topk(min(self.width, len(vectors)), sorted=False)  # most of the block is above the limit
+            best, places, limit = self._merged(best, places, top.values, top.indices + first, limit)
+        best, places, _ = self._merged(best, places, *self._pending.take(len(users)), limit)
+        missing = (0, self.width - best.shape[1])  # users who have seen almost all
+        return pad(best, missing, value=-torch.inf), pad(places, missing)
+
+    def _first_limit(self, scores: Tensor) -> Tensor:
+        """A limit (n,) that at least `width` scores exceed: just below the width-th largest of the largest scores of
+        groups. -inf if there are fewer groups."""
+        groups = scores.shape[1] // _GROUP
+        if groups < self.width:
+            return scores.new_full((len(scores),), -torch.inf)
+        largest = scores[:, : groups * _GROUP].view(len(scores), _GROUP, groups).amax(1)
+        lowest = largest.topk(self.width, sorted=False).values.amin(1)
+        return torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
 
     def _mask(self, scores: Tensor, first: int, seen: Pairs) -> None:
         """Set the scores of seen items and of columns beyond the items to -inf."""
@@ -132,13 +154,15 @@ class TopItems:
         pairs = seen.of_items(start, start + scores.shape[1])
         scores[pairs.rows, pairs.items - start] = -torch.inf
 
-    def _merged(self, best: Tensor, places: Tensor, more: Tensor, more_places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(scores, places, lowest score), each of the `width` best candidates or of all, if there are fewer."""
+    def _merged(
+        self, best: Tensor, places: Tensor, more: Tensor, more_places: Tensor, limit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(scores, places, limit): the `width` best candidates, or all if there are fewer, and their lowest score."""
         best, places = torch.cat([best, more], 1), torch.cat([places, more_places], 1)
         if best.shape[1] > self.width:
             best, chosen = best.topk(self.width, sorted=False)
             places = places.gather(1, chosen)
-        return best, places, best.amin(1)
+        return best, places, torch.maximum(limit, best.amin(1)) if best.shape[1] == self.width else limit
 
     def _exact(self, users: Tensor, approximate: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """The K best candidates by float64 scores, rounded to float32, and then by place: (rows, K) each."""
@@ -148,7 +172,8 @@ class TopItems:
         size = max(1, _EXACT_BYTES[users.device.type] // (8 * self.shard.dim * places.shape[1]))
         for first in range(0, len(users), size):
             rows = slice(first, first + size)
-            vectors = self.shard.vectors[places[rows]].double()  # (size, width, D)
+            vectors = self.shard.vectors.index_select(0, places[rows].reshape(-1)).double()
+            vectors = vectors.view(-1, places.shape[1], self.shard.dim)
             scores[rows] = torch.bmm(vectors, users[rows, :, None].double())[:, :, 0].float()
         scores[masked] = -torch.inf
         scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -187,6 +212,22 @@ class TopItems:
         return best, best_places
 
 
+class _Above:
+    """Finds scores above a limit per row."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        few = device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS
+        self._mask = np.empty(size, dtype=bool) if few else None
+
+    def __call__(self, scores: Tensor, limit: Tensor) -> Tensor:
+        """Flat places of the scores above the `limit` of their row, ascending."""
+        if self._mask is None:
+            return (scores > limit[:, None]).view(-1).nonzero()[:, 0]
+        mask = self._mask[: scores.numel()]
+        np.greater(scores.numpy(), limit.numpy()[:, None], out=mask.reshape(scores.shape))
+        return torch.from_numpy(np.flatnonzero(mask))
+
+
 class _Pending:
     """Candidates of each user that were found since the last merge."""
 
@@ -195,28 +236,25 @@ class _Pending:
         self._places = torch.zeros(rows, room, dtype=torch.int64, device=device)
         self._counts = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def add(self, scores: Tensor, first: int, limit: Tensor) -> bool:
-        """Add what is above the `limit` of its row; False, and nothing is added, if there is no room for it.
+    def add(self, scores: Tensor, chosen: Tensor, first: int) -> bool:
+        """Add some scores; False, and nothing is added, if there is no room for them.
 
         Args:
-            scores: (rows, columns) of the places from `first` on.
+            scores: (n, columns) of the places from `first` on.
+            chosen: flat places in `scores`, ascending.
         """
         size, columns = scores.shape
-        lanes = scores.view(size, LANES, columns // LANES)  # a group has every (columns / LANES)-th column
-        rows, groups = (lanes.amax(1) > limit[:, None]).nonzero(as_tuple=True)
-        if len(rows) > size * self._scores.shape[1]:
+        if len(chosen) > size * self._scores.shape[1]:
             return False
-        values = lanes[rows, :, groups]
-        hits, lane = (values > limit[rows, None]).nonzero(as_tuple=True)
-        rows, found = rows[hits], values[hits, lane]
-        places = first + lane * (columns // LANES) + groups[hits]
+        rows = chosen // columns
         more = torch.bincount(rows, minlength=size)
         counts = self._counts[:size] + more
         if int(counts.max()) > self._scores.shape[1]:
             return False
-        column = self._counts[rows] + torch.arange(len(rows), device=rows.device) - (more.cumsum(0) - more)[rows]
-        self._scores[rows, column] = found
-        self._places[rows, column] = places
+        start = rows * self._scores.shape[1] + (self._counts[:size] - more.cumsum(0) + more)[rows]
+        target = start + torch.arange(len(rows), device=rows.device)
+        self._scores.view(-1)[target] = scores.view(-1)[chosen]
+        self._places.view(-1)[target] = chosen - rows * columns + first
         self._counts[:size] = counts
         return True
 
@@ -227,6 +265,11 @@ class _Pending:
         self._scores[:rows, :used] = -torch.inf
         self._counts.zero_()
         return scores, places
+
+
+def _width(k: int) -> int:
+    """Number of candidates for K items."""
+    return k + max(16, k // 8)
 
 
 def sorted_pairs(rows: np.ndarray, items: np.ndarray, device: torch.device) -> Pairs:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from recpress.trainer.evaluate.ranking import ItemShard, vectors_from_factors
 from recpress.trainer.recommend.top_items import Pairs, TopItems, sorted_pairs
 
-CHUNK, COLUMNS = 64, 128
+CHUNK, BLOCK = 64, (7, 128)
 
 
 def shard_of(items):
@@ -25,9 +25,7 @@ def expected(users, items, seen, k):
 
 
 def check(users, items, seen, k):
-    found = TopItems(shard_of(items), k, len(users) + 3, COLUMNS)(
-        torch.from_numpy(users), sorted_pairs(*seen, torch.device("cpu"))
-    )
+    found = TopItems(shard_of(items), k, BLOCK)(torch.from_numpy(users), sorted_pairs(*seen, torch.device("cpu")))
     scores, order = expected(users, items, seen, k)
     present = scores > -np.inf
     np.testing.assert_array_equal(found[0].numpy(), scores)
@@ -85,7 +83,7 @@ def test_pairs_of_some_rows_and_items():
 
 @pytest.mark.parametrize("k", [10, 1000])
 def test_more_items_than_there_are(k):
-    top = TopItems(shard_of(np.eye(8, dtype=np.float32)), k, 1)
+    top = TopItems(shard_of(np.eye(8, dtype=np.float32)), k)
     scores, items = top(torch.ones(1, 8), sorted_pairs(np.array([0]), np.array([4]), torch.device("cpu")))
     assert items[0, :7].tolist() == [0, 1, 2, 3, 5, 6, 7]
     assert scores[0].tolist() == [1.0] * 7 + [-torch.inf]
