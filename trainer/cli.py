@@ -22,9 +22,11 @@ from types import FrameType
 from typing import NamedTuple
 
 from recpress.data.errors import InputError
+from recpress.trainer.config import TrainConfig
 from recpress.trainer.errors import (
     CHECKPOINT_THREAD,
     PREEMPTED_STATUS,
+    OutOfMemory,
     Preempted,
     Signalled,
     explain,
@@ -125,6 +127,17 @@ COMMANDS = {
         "recpress.trainer.evaluate.stage:evaluate",
         "rank held-out rows with a model or with factors",
         main="data model out evaluation.protocol evaluation.k device",
+    ),
+    "export": Command(
+        "recpress.trainer.export.config:ExportConfig",
+        "recpress.trainer.export.stage:export",
+        "write a model as programs that serve without recpress, with vocabularies, item vectors and an index",
+    ),
+    "recommend": Command(
+        "recpress.trainer.recommend.config:RecommendConfig",
+        "recpress.trainer.recommend.stage:recommend",
+        "write the best items of each user, with raw ids",
+        main="model data out k exclude-seen on-unknown users-per-part device overwrite",
     ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
@@ -252,7 +265,20 @@ def _main(arguments: list[str]) -> int:
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _stdout_is_broken():
                 raise
+            if isinstance(error, OutOfMemory) and name == "train":
+                error = _with_plan(error, config)
             return _failed(error)
+
+
+def _with_plan(error: OutOfMemory, config: object) -> OutOfMemory:
+    """The error with what `recpress plan` predicts, if it plans such a run."""
+    if not isinstance(config, TrainConfig):
+        return error
+    from recpress.trainer.plan.predict import predicted
+
+    device = "cuda" if "cuda" in str(error).lower() else "cpu"
+    text = predicted(config, int(os.environ.get("WORLD_SIZE", "1")), device)
+    return OutOfMemory(f"{error}; {text}") if text else error
 
 
 def _stdout_is_broken() -> bool:

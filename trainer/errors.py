@@ -26,6 +26,10 @@ class RankFailed(RuntimeError):
     """Another rank failed; the message says which and why."""
 
 
+class OutOfMemory(InputError):
+    """A training step ran out of memory; the message says where, and what makes it smaller."""
+
+
 class Preempted(RuntimeError):
     """A signal stopped the run; the message says where the same command resumes.
 
@@ -73,6 +77,23 @@ _DEVICES = (
 )
 
 
+_NCCL = ("no socket interface found", "failed to open libnccl", "network is unreachable", "nccl_socket_ifname")
+
+
+def _installed_set(text: str) -> str | None:
+    """What is wrong with the installed set of torch, torchrec and fbgemm, if this error comes of it."""
+    low = text.lower()
+    if "fbgemm" not in low:
+        return None
+    if "undefined symbol" in low or "has no attribute" in low or "does not exist" in low:
+        return f"fbgemm does not match torch: {text}; expected the versions of one set: scripts/install.sh"
+    if "from the 'cuda' backend" in low or "'cuda' backend" in low:
+        return (
+            f"fbgemm is a CPU build: {text}; expected fbgemm-gpu of the CUDA set: RECPRESS_SET=cuda scripts/install.sh"
+        )
+    return None
+
+
 def explain(error: BaseException) -> str | None:
     """The error in one line if a user can fix its cause; None if it is a bug of recpress.
 
@@ -82,11 +103,18 @@ def explain(error: BaseException) -> str | None:
     text = one_line(error)
     if isinstance(error, (InputError, RankFailed, Preempted)):
         return text
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in _MEMORY):
+    if is_out_of_memory(error):
         return f"out of memory: {text}; expected more memory, fewer rows a batch, or more processes"
     if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in _SET:
         return (
             f"{error.name} is not installed; expected a matching set of torch, torchrec and fbgemm: scripts/install.sh"
+        )
+    if isinstance(error, (OSError, ImportError, AttributeError, RuntimeError)) and (found := _installed_set(text)):
+        return found
+    if isinstance(error, RuntimeError) and "nccl" in text.lower() and any(words in text.lower() for words in _NCCL):
+        return (
+            f"NCCL finds no network: {text}; expected NCCL_SOCKET_IFNAME to name an interface of `ip link`, lo for "
+            "ranks of one machine"
         )
     if isinstance(error, OSError):
         return text
@@ -104,6 +132,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and _raised_by_us(error.__traceback__):
         return text
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a GPU has no memory left."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY)
 
 
 def status_of(error: BaseException) -> int:

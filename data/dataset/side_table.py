@@ -87,6 +87,11 @@ class SideTable:
         flat = {name: data[0] if isinstance(data, tuple) else data for name, data in self.categorical.items()}
         return {name: int(data.max()) + 1 if len(data) else 1 for name, data in flat.items()}
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether a feature is a list of ids."""
+        return any(isinstance(data, tuple) for data in self.categorical.values())
+
     def to(self, device: torch.device | str) -> SideTable:
         moved = {
             name: (data[0].to(device), data[1].to(device)) if isinstance(data, tuple) else data.to(device)
@@ -96,7 +101,10 @@ class SideTable:
         return SideTable(self.rows, moved, self.float_names, floats)
 
     def gather(self, ids: torch.Tensor) -> tuple[dict[str, torch.Tensor | JaggedColumn], torch.Tensor | None]:
-        """Features of some ids, (B,) int64: categorical by name, and floats (B, F) or None."""
+        """Features of some ids, (B,) int64: categorical by name, and floats (B, F) or None.
+
+        With lists on CUDA, the host waits for the number of their values.
+        """
         found = {name: self.gather_one(name, ids) for name in self.categorical}
         return found, None if self.floats is None else self.floats[ids]
 

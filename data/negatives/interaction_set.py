@@ -65,8 +65,12 @@ class InteractionSet:
     def among(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Whether each user has each item: users (B,), items (N,) -> bool (B, N).
 
-        Goes over the users' own items, not over all B * N pairs. Takes no memory that grows with `num_items`.
+        On a CPU it goes over the users' own items, not over all B * N pairs. How many there are depends on the data, so
+        on CUDA, where the host would wait for that number, it searches for each pair. Takes no memory that grows with
+        `num_items`.
         """
+        if not on_host(users):
+            return self.contains(users[:, None], items)
         users, row = torch.unique(users, return_inverse=True)  # active users have many rows of a batch
         if not len(items):
             return torch.zeros(len(row), 0, dtype=torch.bool, device=row.device)
@@ -80,7 +84,7 @@ class InteractionSet:
         own = self.keys[place].sub_(base[owner])
         low_bits = torch.zeros(_SLOTS, dtype=torch.bool, device=items.device)
         low_bits[distinct & (_SLOTS - 1)] = True
-        maybe = low_bits[own & (_SLOTS - 1)].nonzero().squeeze(1)  # on CUDA this waits for the device
+        maybe = low_bits[own & (_SLOTS - 1)].nonzero().squeeze(1)
         owner, own = owner[maybe], own[maybe]
         found = torch.searchsorted(distinct, own)
         # An item above all of `distinct` is found beyond its end.
@@ -117,6 +121,11 @@ def _keys(users: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
     if len(users) and int(users.max()) >= (2**63 - 1) // num_items:
         raise InputError(f"pairs of {int(users.max()) + 1} users and {num_items} items do not fit in 63 bits")
     return users * np.int64(num_items) + items
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether sizes may depend on the numbers of the tensor: on a GPU the host would wait for them."""
+    return tensor.device.type == "cpu"
 
 
 def mix(bits: torch.Tensor) -> torch.Tensor:

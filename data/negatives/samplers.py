@@ -11,12 +11,14 @@ import torch
 
 from recpress.data.config import NegativesConfig
 from recpress.data.errors import InputError
-from recpress.data.negatives.interaction_set import InteractionSet, mix, shift, signed
+from recpress.data.negatives.interaction_set import InteractionSet, mix, on_host, shift, signed
 from recpress.data.seeds import key
 
 _ATTEMPTS = 16
 """Redraws of a negative that is one of the user's positives. For a user who has half of the items, one in
 2 ** 17 is kept; for one who has them all, all are."""
+_REDRAWN = 1 << 24
+"""Most negatives to redraw at once on CUDA: 128 MiB for each intermediate tensor."""
 
 
 class Negatives:
@@ -31,8 +33,13 @@ class Negatives:
         if num_items < 1 or count < 0:
             raise InputError(f"{count} negatives of {num_items} items; expected at least 0 of at least 1")
         self.num_items, self.count, self.seed, self.reject = num_items, count, seed, reject
-        self.kept_positives = 0
-        """Negatives so far that are positives of their user, since no other item was found."""
+        self._kept: int | torch.Tensor = 0
+        self._redraws: tuple[int, torch.Tensor] | None = None  # epoch, its keys on the device
+
+    @property
+    def kept_positives(self) -> int:
+        """Negatives so far that are positives of their user, since no other item was found. Waits for the device."""
+        return int(self._kept)
 
     def items(self, uniform: torch.Tensor) -> torch.Tensor:
         """Items of uniform numbers: float64 in [0, 1) -> int64 of the same shape."""
@@ -61,14 +68,39 @@ class Negatives:
             self.reject = self.reject.to(users.device)
         owners = users.unsqueeze(1).expand_as(items).reshape(-1)
         flat, counters = items.reshape(-1), counter.reshape(-1)
+        if not on_host(users):
+            return self._redrawn(flat, counters, owners, self.reject, epoch).view_as(items)
         bad = self.reject.contains(owners, flat).nonzero().squeeze(1)
         for attempt in range(1, _ATTEMPTS + 1):
-            if not len(bad):  # on CUDA this waits for the device
+            if not len(bad):
                 break
             flat[bad] = self.items(self._uniform(counters[bad], epoch, attempt))
             bad = bad[self.reject.contains(owners[bad], flat[bad])]
-        self.kept_positives += len(bad)
+        self._kept += len(bad)
         return flat.view_as(items)
+
+    def _redrawn(
+        self, items: torch.Tensor, counter: torch.Tensor, owners: torch.Tensor, reject: InteractionSet, epoch: int
+    ) -> torch.Tensor:
+        """The same as the redraws on a CPU, several at once for all items: how many are rejected, only the device
+        knows, and the host does not wait for it. All (n,).
+        """
+        if self._redraws is None or self._redraws[0] != epoch:  # copies to the device, which waits
+            keys = [self._key(epoch, attempt) for attempt in range(1, _ATTEMPTS + 1)]
+            self._redraws = epoch, torch.tensor(keys, device=items.device).T[..., None].contiguous()
+        start, step = self._redraws[1]  # (_ATTEMPTS, 1) each
+        rejected = reject.contains(owners, items)
+        at_once = min(_ATTEMPTS, max(1, _REDRAWN // len(items)))
+        for first in range(0, _ATTEMPTS, at_once):
+            some = slice(first, first + at_once)
+            drawn = self.items(_uniform(counter * step[some] + start[some]))
+            free = ~reject.contains(owners, drawn)
+            found = free.any(0)
+            choice = torch.where(found, free.to(torch.uint8).argmax(0), len(drawn) - 1)  # the first, or the last draw
+            items = torch.where(rejected, drawn.gather(0, choice[None])[0], items)
+            rejected = rejected & ~found
+        self._kept = self._kept + rejected.sum()
+        return items
 
     def draw_shared(self, users: torch.Tensor, epoch: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Negatives that the rows at `position`, `position + 1`, … share. They depend on the place of the first row,
@@ -85,9 +117,18 @@ class Negatives:
         return items, self.reject.among(users, items)
 
     def _uniform(self, counter: torch.Tensor, epoch: int, attempt: int) -> torch.Tensor:
-        """Float64 in [0, 1) with 53 random bits: a hash of the counters (splitmix64, Steele et al. 2014)."""
+        start, step = self._key(epoch, attempt)
+        return _uniform(counter * step + start)
+
+    def _key(self, epoch: int, attempt: int) -> tuple[int, int]:
+        """(start, step) of the counters of the draws."""
         start, step = (signed(key("negatives", self.seed, epoch, attempt) >> shift) for shift in (0, 64))
-        return shift(mix(counter * (step | 1) + start), 11).double() * 2.0**-53
+        return start, step | 1
+
+
+def _uniform(counter: torch.Tensor) -> torch.Tensor:
+    """Float64 in [0, 1) with 53 random bits: a hash of int64 counters (splitmix64, Steele et al. 2014)."""
+    return shift(mix(counter), 11).double() * 2.0**-53
 
 
 class UniformNegatives(Negatives):

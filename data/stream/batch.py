@@ -88,6 +88,7 @@ class BatchBuilder:
         shared: whether all rows of a batch have the same.
         item_counts: occurrences of each item, for the `log_q` of positives.
         device: where batches are made. Ids move there first, negatives and features are made there.
+        pin_memory: page-locked results, from which CUDA copies during the computation.
     """
 
     def __init__(
@@ -99,14 +100,37 @@ class BatchBuilder:
         user_table: SideTable | None = None,
         item_table: SideTable | None = None,
         device: torch.device | str = "cpu",
+        pin_memory: bool = False,
     ) -> None:
-        self.negatives, self.device, self._shared = negatives, torch.device(device), shared
+        self.negatives, self.device, self._shared, self._pin = negatives, torch.device(device), shared, pin_memory
+        tables = (user_table, item_table)
+        self._on_host: BatchBuilder | None = None
+        if self.device.type != "cpu" and any(table is not None and table.has_lists for table in tables):
+            self._on_host = BatchBuilder(
+                negatives,
+                shared=shared,
+                item_counts=item_counts,
+                user_table=user_table,
+                item_table=item_table,
+                pin_memory=True,
+            )
         self._popularity = None if item_counts is None else InBatchNegatives(item_counts)
         self._user_table = None if user_table is None else user_table.to(self.device)
         self._item_table = None if item_table is None else item_table.to(self.device)
         self._keyed = KeyedFeatures(self.device)
 
+    def for_training(self) -> BatchBuilder:
+        """This builder, or on CUDA with lists of ids one that builds on the host.
+
+        On the device, the host would wait in each step for the number of values of the lists.
+        """
+        return self._on_host or self
+
     def __call__(self, rows: Interactions) -> Batch:
+        batch = self._build(rows)
+        return batch.pin_memory() if self._pin else batch
+
+    def _build(self, rows: Interactions) -> Batch:
         assert rows.user is not None
         assert rows.item is not None
         users, positives = self._move(rows.user), self._move(rows.item)

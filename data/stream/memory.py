@@ -15,11 +15,11 @@ from recpress.data.stream.read_plan import ReadPlan
 _PAGE = 1 << 20
 """Bytes of a page of a column chunk, as writers make them."""
 # Measured, as are the three after it: docs/how/stream.md has the peaks.
-KEPT = 32 << 20
+KEPT = 16 << 20
 """Permutations, addresses, and what libraries keep from their first use on."""
 _THREAD = 12 << 20
 """What the allocators keep for a thread that decodes and the one that writes for it."""
-_ROUNDED = 1.7
+_ROUNDED = 1.35
 """What allocators take for the columns of row groups, over what they are asked for: most where these are many."""
 _SCATTERED = 2
 """The same for parts of lists, which come and go in all sizes."""

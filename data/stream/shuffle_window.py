@@ -72,8 +72,14 @@ class BufferPool:
         except IndexError:
             memory = _mapped(size)
         owner = memory[:]
-        weakref.finalize(owner, free.append, memory).atexit = False
+        weakref.finalize(owner, _give_back, weakref.ref(free), memory).atexit = False
         return torch.from_numpy(owner).view(dtype)
+
+
+def _give_back(free: weakref.ref[deque[np.ndarray]], memory: np.ndarray) -> None:
+    """Return memory to its pool, or to the system if the pool is gone: a kept batch must not keep all of the pool."""
+    if (left := free()) is not None:
+        left.append(memory)
 
 
 def _mapped(size: int) -> np.ndarray:

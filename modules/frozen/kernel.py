@@ -22,6 +22,7 @@ from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
 from recpress.modules.fingerprints import Fingerprinted, empty_rows_fingerprint, rows_fingerprint, unique_names
+from recpress.modules.id_check import ChecksIds, IdCheck, host_reads
 from recpress.modules.row_source import PendingRows, RowSource, blocks, check_source
 
 Storage = Literal["fp32", "fp16", "int8", "int4"]
@@ -247,7 +248,7 @@ def _tables_of_features(shards: list[TableShard]) -> list[int]:
     return [index for index, shard in enumerate(shards) for _ in range(shard.features)]
 
 
-class HasFrozenTables(Fingerprinted):
+class HasFrozenTables(Fingerprinted, ChecksIds):
     """Base of the plain and the sharded collection: loads and reads the rows of this rank, and checks batches."""
 
     pending: PendingRows | None = None
@@ -261,6 +262,7 @@ class HasFrozenTables(Fingerprinted):
             for feature in table.features:
                 smallest = self._rows_of.get(feature, (table.name, table.rows))
                 self._rows_of[feature] = min(smallest, (table.name, table.rows), key=lambda found: found[1])
+        self._id_check = IdCheck({feature: rows for feature, (_, rows) in self._rows_of.items()})
         unique_names((t.name for t in self.tables()), "frozen tables")
         self.init_fingerprints({t.name: empty_rows_fingerprint(t.rows) for t in self.tables()})
 
@@ -283,15 +285,33 @@ class HasFrozenTables(Fingerprinted):
 
     @torch.compiler.disable
     def check_batch(self, features: KeyedJaggedTensor) -> None:
-        """Reject batches that would give wrong vectors. On CUDA this synchronizes, as the exchange of ids does.
+        """Reject batches that would give wrong vectors.
+
+        On CUDA it does not wait for the ids: an id out of range looks up row 0, and `check_ids` raises.
 
         Raises:
             ValueError: a table was never loaded, or not with the rows of the checkpoint; a feature is missing; its ids
-                are not integers, or out of the table's range.
+                are not integers, or, on a CPU, out of the table's range.
         """
         self.check_loaded()
         self.check_fingerprints()
-        _check_ids(features, self._rows_of)
+        _check_features(features, self._rows_of)
+        ids, keys, lengths = features.values(), features.keys(), features.length_per_key()
+        if not host_reads(ids):
+            self._id_check.out_of_range(ids, keys, lengths)
+        elif (
+            first := _first_out_of_range(dict(zip(keys, ids.split(lengths), strict=True)), self._rows_of)
+        ) is not None:
+            raise self._id_error(*first)
+
+    def check_ids(self) -> None:
+        """Raise ValueError if an id was out of the range of its table. Waits for the device."""
+        if (first := self._id_check.first()) is not None:
+            raise self._id_error(*first)
+
+    def _id_error(self, feature: str, found: int) -> ValueError:
+        table, rows = self._rows_of[feature]
+        return ValueError(f"table {table!r}: feature {feature!r} has the id {found}, expected 0 to {rows - 1}")
 
     def load_pending(self, pending: PendingRows | None) -> None:
         """Load the rows that wait for this collection to be sharded."""
@@ -360,8 +380,8 @@ class HasFrozenTables(Fingerprinted):
         return [(k, i) for k in self.kernels() for i, shard in enumerate(k.shards) if shard.table == table]
 
 
-def _check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]]) -> None:
-    """Raise ValueError if a feature is missing, or its ids are not integers or out of range.
+def _check_features(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int]]) -> None:
+    """Raise ValueError if a feature is missing, or its ids are not integers.
 
     rows_of: feature -> (table, number of rows).
     """
@@ -374,13 +394,17 @@ def _check_ids(features: KeyedJaggedTensor, rows_of: Mapping[str, tuple[str, int
         raise ValueError(
             f"table {table!r}: the ids of feature {feature!r} are {values.dtype}, expected torch.int64 or torch.int32"
         )
-    parts = dict(zip(keys, values.split(features.length_per_key()), strict=True))
-    checked = [(feature, *of) for feature, of in rows_of.items() if parts[feature].numel()]
+
+
+def _first_out_of_range(
+    ids: Mapping[str, torch.Tensor], rows_of: Mapping[str, tuple[str, int]]
+) -> tuple[str, int] | None:
+    """(feature, id) of the first id on the host that its table does not have."""
+    checked = [(feature, rows) for feature, (_, rows) in rows_of.items() if ids[feature].numel()]
     if not checked:
-        return
-    ranges = torch.stack([torch.stack(torch.aminmax(parts[feature])) for feature, _, _ in checked]).tolist()
-    for (feature, table, rows), (low, high) in zip(checked, ranges, strict=True):
+        return None
+    ranges = torch.stack([torch.stack(torch.aminmax(ids[feature])) for feature, _ in checked]).tolist()
+    for (feature, rows), (low, high) in zip(checked, ranges, strict=True):
         if low < 0 or high >= rows:
-            raise ValueError(
-                f"table {table!r}: feature {feature!r} has the id {low if low < 0 else high}, expected 0 to {rows - 1}"
-            )
+            return feature, low if low < 0 else high
+    return None

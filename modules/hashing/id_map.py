@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from recpress.modules.id_check import host_reads
+
 Unknown = Literal["hash", "error"]
 """What to do with an id that a map does not cover: use the rows of `IdMap.hashed`, or raise an error."""
 
@@ -23,7 +25,7 @@ class Lookup(NamedTuple):
     weights: torch.Tensor | None
     """(n, rows_per_id) float32; None if the map has none."""
     unknown: torch.Tensor | None
-    """Which ids the map does not cover, (n,) bool; None if it covers all of them."""
+    """Which ids the map does not cover, (n,) bool; None if it is known that it covers all of them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -117,14 +119,12 @@ class IdMap:
         Modules that apply maps use this, except `LearnedHash`, which looks up all features of a batch in one kernel.
 
         Args:
-            rows: `self.rows` on the device of the ids. On CUDA a look-up synchronizes.
+            rows: `self.rows` on the device of the ids. On CUDA nothing is read from the device: `unknown` is a mask.
         """
         unknown, known = None, ids
-        if len(ids):
-            low, high = torch.aminmax(ids)
-            if int(low) < 0 or int(high) >= self.num_ids:
-                unknown = (ids < 0) | (ids >= self.num_ids)
-                known = ids.masked_fill(unknown, 0)
+        if not host_reads(ids) or _has_unknown(ids, self.num_ids):
+            unknown = (ids < 0) | (ids >= self.num_ids)
+            known = ids.masked_fill(unknown, 0)
 
         def gather(table: torch.Tensor) -> torch.Tensor:
             columns = [table[:, column].index_select(0, known) for column in range(self.rows_per_id)]
@@ -193,14 +193,27 @@ def universal_hash(ids: torch.Tensor, num_rows: int, seed: int, rows_per_id: int
     Adds an offset drawn from (seed, column), applies the finalizer of MurmurHash3 (Appleby), a bijection of 64 bits,
     and takes the remainder. It spreads ids but does not resist an adversary.
     """
-    columns = []
-    for column in range(rows_per_id):
-        offset = int(np.random.Philox(key=[seed % 2**64, column]).random_raw())
-        x = ids.long() + _signed(offset)
-        for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)):
-            x = (x ^ _logical_shift(x, shift)) * _signed(factor)
-        columns.append(_logical_shift(x, 1).remainder(num_rows).to(torch.int32))
-    return torch.stack(columns, 1)
+    columns = [mixed(ids.long() + hash_offset(seed, column)).remainder(num_rows) for column in range(rows_per_id)]
+    return torch.stack(columns, 1).to(torch.int32)
+
+
+def hash_offset(seed: int, column: int) -> int:
+    """The int64 to add to an id before `mixed`."""
+    return _signed(int(np.random.Philox(key=[seed % 2**64, column]).random_raw()))
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    """The finalizer of MurmurHash3 of int64, without the lowest bit: int64 from 0."""
+    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)):
+        x = (x ^ _logical_shift(x, shift)) * _signed(factor)
+    return _logical_shift(x, 1)
+
+
+def _has_unknown(ids: torch.Tensor, num_ids: int) -> bool:
+    if not len(ids):
+        return False
+    low, high = torch.aminmax(ids)
+    return int(low) < 0 or int(high) >= num_ids
 
 
 def _signed(value: int) -> int:

@@ -15,8 +15,9 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from recpress.modules.fingerprints import Fingerprinted
-from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
+from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint, mixed
 from recpress.modules.hashing.map_buffers import BatchLayout, MapSlot, pack, unpack
+from recpress.modules.id_check import ChecksIds, IdCheck, host_reads, per_id
 from recpress.modules.stack import on_stack
 
 _CHUNK = 1 << 16
@@ -26,7 +27,7 @@ _PIPELINE_CHECKS = 10
 """Forwards in training that check for a pipeline, which may start after some steps without it."""
 
 
-class LearnedHash(Fingerprinted):
+class LearnedHash(Fingerprinted, ChecksIds):
     """Replaces the ids of some features by the rows of smaller tables. Other features pass unchanged.
 
     An id becomes `rows_per_id` entries: with two, lengths double, and sum pooling adds the two rows. Per-sample weights
@@ -39,13 +40,14 @@ class LearnedHash(Fingerprinted):
     Args:
         maps: feature key -> its map.
         unknown: what to do with an id that is negative or not below the map's `num_ids`: use the rows of
-            `IdMap.hashed` with weight 1 ("hash"), or raise ValueError ("error").
+            `IdMap.hashed` with weight 1 ("hash"), or raise ValueError ("error"). The host does not wait for a GPU: on
+            CUDA and in a compiled model "error", too, uses hashed rows, and `check_ids` raises.
         packed: bit-pack the maps to `IdMap.bits` bits per entry. Smaller but slower.
 
     Raises:
-        ValueError: there is no map. In forward: the batch lacks a feature that has a map, or, with `unknown="error"`,
-            a map does not cover an id. When loading a checkpoint, or at the latest in the next forward: the checkpoint
-            was saved with other maps.
+        ValueError: there is no map. In forward: the batch lacks a feature that has a map, or, with `unknown="error"`
+            on a CPU, a map does not cover an id. When loading a checkpoint, or at the latest in the next forward: the
+            checkpoint was saved with other maps.
 
     Example:
         >>> id_map = IdMap(rows=torch.tensor([[0], [1], [0]], dtype=torch.int32), num_rows=2)
@@ -82,9 +84,9 @@ class LearnedHash(Fingerprinted):
         rows = pack(placed) if packed else torch.cat([m.rows.reshape(-1) for m in placed])
         weights = [m.weights.reshape(-1) for m in placed if m.weights is not None]
         # Not buffers, which DistributedDataParallel would broadcast in every forward.
-        self.rows = rows
+        self.rows = rows if len(rows) else torch.zeros(1, dtype=torch.int32)
         self.weights = torch.cat(weights) if weights else torch.ones(1)
-        self._unknown = torch.zeros(len(self._slots), dtype=torch.int64)
+        self._check = IdCheck({key: slot.num_ids for key, slot in self._slots.items()})
         self._layouts: dict[tuple[str, ...], BatchLayout] = {}
         prints = {id_map: map_fingerprint(id_map) for id_map in placed}
         self.init_fingerprints({key: prints[id_map] for key, id_map in maps.items()})
@@ -97,7 +99,6 @@ class LearnedHash(Fingerprinted):
         device = fn(torch.empty(0, device=self.rows.device)).device
         if device.type != "meta":
             self.rows, self.weights = self.rows.to(device), self.weights.to(device)
-            self._unknown = self._unknown.to(device)
         return super()._apply(fn, recurse)
 
     def _check_pipeline(self) -> None:
@@ -124,12 +125,22 @@ class LearnedHash(Fingerprinted):
     def unknown_counts(self) -> dict[str, int]:
         """Feature key -> ids that the map did not cover, since construction or `reset_unknown_counts`.
 
-        Counts this rank only, and not the calls of a program made by torch.export.
+        Counts this rank only, and not the calls of a program made by torch.export. Waits for the device.
         """
-        return dict(zip(self._slots, self._unknown.tolist(), strict=True))
+        return self._check.counts()
 
     def reset_unknown_counts(self) -> None:
-        self._unknown.zero_()
+        self._check.reset()
+
+    def check_ids(self) -> None:
+        """With `unknown="error"`, raise ValueError if a map did not cover an id. Waits for the device."""
+        if self.unknown == "error" and (first := self._check.first()) is not None:
+            raise self._unknown_error(*first)
+
+    def _unknown_error(self, key: str, found: int) -> ValueError:
+        return ValueError(
+            f"learned hash: feature {key!r} has the id {found}, expected 0 to {self._slots[key].num_ids - 1}"
+        )
 
     def nbytes(self) -> int:
         """Bytes of the maps and their weights on this rank."""
@@ -151,25 +162,51 @@ class LearnedHash(Fingerprinted):
         ids, weights = features.values(), features.weights_or_none()
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"learned hash: the ids of the batch are {ids.dtype}, expected torch.int64 or torch.int32")
+        rows, of_map = (self._on_host if host_reads(ids) else self._on_device)(ids, layout, lengths)
+        if layout.max_rows_per_id > 1 and weights is not None:
+            weights = layout.repeat(weights, lengths)
+        if of_map is not None:
+            weights = of_map if weights is None else of_map.to(weights.dtype) * weights
+        return _rebuilt(features, rows.to(ids.dtype), weights, layout.entry_lengths(lengths), layout)
+
+    def _on_device(
+        self, ids: torch.Tensor, layout: BatchLayout, lengths: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(rows, weights of the maps or None), one per entry: a few operations for all features, and no waiting."""
+        if torch.compiler.is_exporting() and self.unknown == "error":
+            raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
+        unknown = layout.repeat(self._check.out_of_range(ids, layout.keys, lengths), lengths)
+        ids = layout.repeat(ids, lengths)
+        of = layout.numbers(lengths, ids.device)
+        mapped = of.start >= 0
+        known = mapped & ~unknown
+        at = torch.where(known, of.start + of.step * ids + of.place, 0)
+        rows = unpack(self.rows, at, of.mask) if self.packed else self.rows.index_select(0, at).long()
+        rows = torch.where(unknown, mixed(ids.long() + of.offset).remainder(of.num_rows), rows)
+        rows = torch.where(mapped, rows, ids)
+        if not layout.weighted:
+            return rows, None
+        has_weight = known & (of.weight_start >= 0)
+        at = torch.where(has_weight, of.weight_start + of.rows_per_id * ids + of.column, 0)
+        return rows, torch.where(has_weight, self.weights.index_select(0, at).float(), 1.0)
+
+    def _on_host(
+        self, ids: torch.Tensor, layout: BatchLayout, lengths: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_on_device`, with the least work for a CPU."""
+        entries = layout.entry_lengths(lengths)
         unknown, how_many = self._unknown_ids(ids, layout, lengths)
         known = ids if unknown is None else ids.masked_fill(unknown, 0)  # every map has an id 0
-        entries = lengths  # of each key
         if layout.max_rows_per_id > 1:
             known = layout.entries(known, lengths)
-            entries = [length * count for length, count in zip(lengths, layout.rows_per_id, strict=True)]
-            weights = None if weights is None else layout.repeat(weights, lengths)
-        if self.packed:
-            rows = self._unpack(known, layout, entries)
-        elif ids.is_cuda or torch.compiler.is_exporting():
-            rows = self._gather(known, layout, entries)
-        else:
-            rows = self._gather_cpu(known, layout, entries)
+        rows = (self._unpack if self.packed else self._gather)(known, layout, entries)
+        weights = None
         if layout.weighted:
             again = None if unknown is None else layout.repeat(unknown, lengths)
-            weights = self._weigh(known, again, weights, layout, entries)
+            weights = self._weigh(known, again, layout, entries)
         if unknown is not None:
             self._hash(rows, ids, unknown, how_many, layout, lengths)
-        return _rebuilt(features, rows.to(ids.dtype), weights, entries, layout)
+        return rows, weights
 
     def _layout(self, keys: list[str]) -> BatchLayout:
         found = self._layouts.get(tuple(keys))
@@ -179,7 +216,7 @@ class LearnedHash(Fingerprinted):
                 raise ValueError(
                     f"learned hash: the batch has no feature {missing[0]!r}, which has a map; it has {keys}"
                 )
-            found = self._layouts[tuple(keys)] = BatchLayout(keys, self._slots)
+            found = self._layouts[tuple(keys)] = BatchLayout(keys, self._slots, self.packed)
         return found
 
     def _unknown_ids(
@@ -187,34 +224,20 @@ class LearnedHash(Fingerprinted):
     ) -> tuple[torch.Tensor | None, list[int]]:
         """(which ids of mapped features their map does not cover, (n,) bool, or None; how many of each key).
 
-        Adds them to the counts. On CUDA this synchronizes, as the exchange of ids does. During export the numbers are
-        not known: -1.
+        Adds them to the counts.
         """
-        exporting = torch.compiler.is_exporting()
-        if exporting and self.unknown == "error":
-            raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
-        if ids.is_cuda or exporting:
-            sizes = layout.per_id("sizes", lengths, ids)
-            bad = (sizes >= 0) & ((ids < 0) | (ids >= sizes))
-            if exporting:
-                return bad, [-1] * len(lengths)
-            found = bool(bad.any())
-        else:
-            bad, found = _unknown_on_cpu(ids, layout, lengths)
+        bad, found = _unknown_on_host(ids, layout, lengths)
         if not found:
             return None, []
         if self.unknown == "error":
             position = int(bad.nonzero()[0])
             key = layout.keys[int(np.searchsorted(np.cumsum(lengths), position, side="right"))]
-            raise ValueError(
-                f"learned hash: feature {key!r} has the id {int(ids[position])}, expected 0 to "
-                f"{self._slots[key].num_ids - 1}"
-            )
-        per_key = torch.stack([part.sum() for part in bad.split(lengths)]).cpu()
-        self._unknown += per_key[layout.positions].to(self._unknown.device)
+            raise self._unknown_error(key, int(ids[position]))
+        per_key = torch.stack([part.sum() for part in bad.split(lengths)])
+        self._check.add(per_key[layout.positions])
         return bad, per_key.tolist()
 
-    def _gather_cpu(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
+    def _gather(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
         """One fbgemm call per run of features whose maps have ascending positions; usually one call in all."""
         parts: list[torch.Tensor] = []
         at = first = 0
@@ -227,25 +250,22 @@ class LearnedHash(Fingerprinted):
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _gather(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
-        starts = layout.per_id("starts", lengths, known)
-        mapped = starts >= 0
-        rows = self.rows[torch.where(mapped, starts + known, 0)]
-        return torch.where(mapped, rows.to(known.dtype), known)
-
     def _unpack(self, known: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for key, part in zip(layout.keys, known.split(lengths), strict=True):
             slot = self._slots.get(key)
-            chunks = [part] if slot is None or part.is_cuda or torch.compiler.is_exporting() else part.split(_CHUNK)
-            parts += chunks if slot is None else [unpack(self.rows, slot, c).to(known.dtype) for c in chunks]
+            if slot is None:
+                parts.append(part)
+                continue
+            for chunk in part.split(_CHUNK):
+                bit = chunk.long() * slot.bits + slot.start
+                parts.append(unpack(self.rows, bit, (1 << slot.bits) - 1).to(known.dtype))
         return torch.cat(parts)
 
     def _weigh(
         self,
         known: torch.Tensor,
         unknown: torch.Tensor | None,
-        weights: torch.Tensor | None,
         layout: BatchLayout,
         lengths: list[int],
     ) -> torch.Tensor:
@@ -258,8 +278,7 @@ class LearnedHash(Fingerprinted):
             of_map = self.weights[slot.weight_start : slot.weight_start + slot.num_ids * slot.rows_per_id]
             parts.append(of_map.index_select(0, part).float())
         own = torch.cat(parts) if len(parts) > 1 else parts[0]
-        own = own if unknown is None else own.masked_fill(unknown, 1.0)
-        return own if weights is None else own.to(weights.dtype) * weights
+        return own if unknown is None else own.masked_fill(unknown, 1.0)
 
     def _hash(
         self,
@@ -271,21 +290,17 @@ class LearnedHash(Fingerprinted):
         lengths: list[int],
     ) -> None:
         """Overwrite the rows of unknown ids by hashed rows."""
-        entries = [length * count for length, count in zip(lengths, layout.rows_per_id, strict=True)]
-        split = rows.split(entries), ids.split(lengths), unknown.split(lengths)
+        split = rows.split(layout.entry_lengths(lengths)), ids.split(lengths), unknown.split(lengths)
         for key, number, row, part, bad in zip(layout.keys, how_many, *split, strict=True):
             slot = self._slots.get(key)
             if slot is None or not number:
                 continue
             row = row.view(-1, slot.rows_per_id)
-            if number < 0 or row.is_cuda:  # hash all ids, so that no size depends on data
-                row.copy_(torch.where(bad[:, None], slot.hashed(part).to(row.dtype), row))
-            else:
-                where = bad.nonzero()[:, 0]
-                row.index_copy_(0, where, slot.hashed(part.index_select(0, where)).to(row.dtype))
+            where = bad.nonzero()[:, 0]
+            row.index_copy_(0, where, slot.hashed(part.index_select(0, where)).to(row.dtype))
 
 
-def _unknown_on_cpu(ids: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
+def _unknown_on_host(ids: torch.Tensor, layout: BatchLayout, lengths: list[int]) -> tuple[torch.Tensor, bool]:
     """(which ids their map does not cover, whether there are any). The first is empty if there are none.
 
     The smallest and largest id of a feature cost a tenth of its look-up; they tell whether a mask is needed.
@@ -313,9 +328,7 @@ def _rebuilt(
     """`features` with other values, and with everything that it has already computed."""
     lengths, offsets = features.lengths_or_none(), features.offsets_or_none()
     if layout.max_rows_per_id > 1:
-        strides = features.stride_per_key()
-        of_key = torch.tensor(layout.rows_per_id, device=values.device)
-        counts = torch.repeat_interleave(of_key, torch.tensor(strides, device=values.device), output_size=sum(strides))
+        counts = per_id(layout.key_rows_per_id(values.device), features.stride_per_key())[0]
         lengths, offsets = features.lengths() * counts.to(features.lengths().dtype), None
     variable = features.variable_stride_per_key()
     return KeyedJaggedTensor(

@@ -11,12 +11,13 @@ from torchrec.modules.mc_modules import ManagedCollisionModule
 
 from recpress.modules.fingerprints import Fingerprinted
 from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
+from recpress.modules.id_check import ChecksIds, IdCheck, host_reads
 
 _PARTS = 2**10 * 3**3 * 5**2 * 7
 """Divisible by most numbers of ranks, for plans of clusters other than this one."""
 
 
-class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
+class LearnedCollisionModule(Fingerprinted, ChecksIds, ManagedCollisionModule):
     """Replaces the ids of one table by the rows of its map, before they are sent to the rank that owns the row.
 
     TorchRec shards collision modules row-wise only, does not let two tables share a feature, and drops per-sample
@@ -25,7 +26,8 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
 
     Args:
         id_map: one unweighted row per id. The table behind it has `id_map.num_rows` rows.
-        unknown: what to do with an id that the map does not cover: use the row of `IdMap.hashed`, or raise ValueError.
+        unknown: what to do with an id that the map does not cover: use the row of `IdMap.hashed`, or raise ValueError
+            (on CUDA only when `id_check.check_ids` is called).
 
     Raises:
         ValueError: the map has several rows per id, or weights.
@@ -58,7 +60,7 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         # Not persistent, because TorchRec makes a ShardedTensor of any other buffer, and the map is not sharded.
         self.register_buffer("_rows", id_map.rows.to(device), persistent=False)
         self.register_buffer("_segments", self._output_segments_tensor.clone(), persistent=False)
-        self._unknown_count = 0
+        self._check, self._table = IdCheck({"id": id_map.num_ids}), ""
         self.init_fingerprints({"map": map_fingerprint(id_map)})
         self._rows: torch.Tensor
         self._segments: torch.Tensor
@@ -71,7 +73,12 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
 
     def unknown_count(self) -> int:
         """Ids that the map did not cover, on this rank, since construction."""
-        return self._unknown_count
+        return self._check.counts()["id"]
+
+    def check_ids(self) -> None:
+        """With `unknown="error"`, raise ValueError if the map did not cover an id. Waits for the device."""
+        if self.unknown == "error" and (first := self._check.first()) is not None:
+            raise ValueError(f"table {self._table!r}: the id {first[1]}, expected 0 to {self._id_map.num_ids - 1}")
 
     def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         """Ids -> rows of the whole table. Runs on the rank that has the ids."""
@@ -80,10 +87,11 @@ class LearnedCollisionModule(Fingerprinted, ManagedCollisionModule):
         for name, feature in features.items():
             rows, _, unknown = self._id_map.look_up(feature.values(), self._rows)
             if unknown is not None:
-                if self.unknown == "error":
-                    first = int(feature.values()[int(unknown.nonzero()[0])])
-                    raise ValueError(f"table {name!r}: the id {first}, expected 0 to {self._id_map.num_ids - 1}")
-                self._unknown_count += int(unknown.sum())
+                ids = feature.values()
+                self._table = name
+                self._check.out_of_range(ids, ["id"], [len(ids)])
+                if host_reads(ids):
+                    self.check_ids()
             found[name] = JaggedTensor(
                 values=rows[:, 0],
                 lengths=feature.lengths(),

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from recpress.modules.hashing.id_map import IdMap, universal_hash
+from recpress.modules.hashing.id_map import IdMap, hash_offset, universal_hash
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,48 @@ def pack(maps: Mapping[IdMap, MapSlot]) -> torch.Tensor:
     return torch.from_numpy(words.view(np.int32))
 
 
-def unpack(words: torch.Tensor, slot: MapSlot, entries: torch.Tensor) -> torch.Tensor:
-    """The numbers at positions `entries` (n,) of a packed map: (n,) int64. A number has at most 31 bits."""
-    shift = entries.long() * slot.bits + slot.start
-    word = shift >> 5
-    shift &= 31
+def unpack(words: torch.Tensor, bit: torch.Tensor, mask: int | torch.Tensor) -> torch.Tensor:
+    """The numbers of a packed map that start at `bit` (n,) int64: (n,) int64. A number has at most 31 bits.
+
+    Args:
+        mask: 2**bits - 1, of all numbers or of each.
+    """
+    word = bit >> 5
+    shift = bit & 31
     high = words.index_select(0, word + 1).long()
     low = words.index_select(0, word).long()
     low &= 0xFFFFFFFF
     high <<= 32
     low |= high
     low >>= shift
-    low &= (1 << slot.bits) - 1
+    low &= mask
     return low
+
+
+class EntryNumbers(NamedTuple):
+    """For each entry of a batch, the numbers of its feature's map: (entries,) int64 each."""
+
+    start: torch.Tensor
+    """First entry of the map in `rows`, or first bit in the packed words; -1 for a feature without a map."""
+    step: torch.Tensor
+    """Entries, or bits, of an id."""
+    place: torch.Tensor
+    """Position of this entry among those of its id, in entries or bits."""
+    mask: torch.Tensor
+    """2**bits - 1."""
+    num_rows: torch.Tensor
+    offset: torch.Tensor
+    """`hash_offset`"""
+    weight_start: torch.Tensor
+    """-1 if the map has no weights."""
+    rows_per_id: torch.Tensor
+    column: torch.Tensor
 
 
 class BatchLayout:
     """What depends only on the order of a batch's keys, computed once for each order."""
 
-    def __init__(self, keys: list[str], slots: Mapping[str, MapSlot]) -> None:
+    def __init__(self, keys: list[str], slots: Mapping[str, MapSlot], packed: bool) -> None:
         maps = [slots.get(key) for key in keys]
         self.keys = list(keys)
         self.rows_per_id = [1 if m is None else m.rows_per_id for m in maps]
@@ -83,12 +107,17 @@ class BatchLayout:
         self.positions = [keys.index(key) for key in slots]
         self.num_ids = [None if m is None else m.num_ids for m in maps]
         self.weighted = any(m is not None and m.weight_start >= 0 for m in maps)
-        self._per_key = {
-            "sizes": [-1 if m is None else m.num_ids for m in maps],
-            "starts": [-1 if m is None else m.start for m in maps],
+        columns = [(m, column) for m, count in zip(maps, self.rows_per_id, strict=True) for column in range(count)]
+        self._constants = {
+            "entries": list(zip(*(_numbers(m, column, packed) for m, column in columns), strict=True)),
+            "rows per id": [self.rows_per_id],
         }
         self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
         self.runs = _runs(maps)
+
+    def entry_lengths(self, lengths: list[int]) -> list[int]:
+        """Entries of each key, of its number of ids."""
+        return [length * count for length, count in zip(lengths, self.rows_per_id, strict=True)]
 
     def entries(self, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Positions in the rows of their maps, `rows_per_id` for each id."""
@@ -111,16 +140,44 @@ class BatchLayout:
             return [(values, self.max_rows_per_id)]
         return list(zip(values.split(lengths), self.rows_per_id, strict=True))
 
-    def per_id(self, name: str, lengths: list[int], like: torch.Tensor) -> torch.Tensor:
-        """A number of each key, repeated for each of its ids: (n,) int64."""
-        if torch.compiler.is_exporting():  # a tensor made during export must not outlive it
-            values = torch.tensor(self._per_key[name], device=like.device)
-        else:
-            if (name, like.device) not in self._tensors:
-                self._tensors[name, like.device] = torch.tensor(self._per_key[name], device=like.device)
-            values = self._tensors[name, like.device]
-        counts = torch.tensor(lengths, device=like.device)
-        return torch.repeat_interleave(values, counts, output_size=like.numel())
+    def numbers(self, lengths: list[int], device: torch.device) -> EntryNumbers:
+        """Those of each entry of a batch with `lengths[k]` ids of key k. Nothing is read from the device."""
+        table = self._tensor("entries", device)
+        parts, at = [], 0
+        for count, length in zip(self.rows_per_id, lengths, strict=True):
+            of_key = table[:, None, at : at + count]
+            parts.append(of_key.expand(-1, length, -1).reshape(len(table), length * count))
+            at += count
+        return EntryNumbers(*(parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unbind())
+
+    def key_rows_per_id(self, device: torch.device) -> torch.Tensor:
+        """`rows_per_id` as (1, keys) int64."""
+        return self._tensor("rows per id", device)
+
+    def _tensor(self, name: str, device: torch.device) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # a tensor made while tracing must not outlive it
+            return torch.tensor(self._constants[name], device=device)
+        if (name, device) not in self._tensors:
+            self._tensors[name, device] = torch.tensor(self._constants[name], device=device)
+        return self._tensors[name, device]
+
+
+def _numbers(slot: MapSlot | None, column: int, packed: bool) -> list[int]:
+    """The `EntryNumbers` of one column of a map."""
+    if slot is None:
+        return [-1, 0, 0, 0, 1, 0, -1, 1, 0]
+    size = slot.bits if packed else 1
+    return [
+        slot.start,
+        size * slot.rows_per_id,
+        size * column,
+        (1 << slot.bits) - 1,
+        slot.num_rows,
+        hash_offset(slot.seed, column),
+        slot.weight_start,
+        slot.rows_per_id,
+        column,
+    ]
 
 
 def _runs(maps: list[MapSlot | None]) -> list[tuple[int, torch.Tensor]]:

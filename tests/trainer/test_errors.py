@@ -37,6 +37,32 @@ def ours() -> None:
         (MemoryError("Unable to allocate 7.28 TiB"), "out of memory: Unable to allocate"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (RuntimeError("CUDA error: invalid device ordinal"), "device cannot be used"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "device cannot be used"),
+        (
+            RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update"),
+            "device cannot be used: The NVIDIA driver on your system is too old",
+        ),
+        (
+            OSError("/site/fbgemm_gpu/fbgemm_gpu_config.so: undefined symbol: _ZN3c105ErrorC2E"),
+            "fbgemm does not match torch",
+        ),
+        (
+            AttributeError("'_OpNamespace' 'fbgemm' object has no attribute 'pruned_array_lookup'"),
+            "expected the versions of one set",
+        ),
+        (
+            NotImplementedError(
+                "Could not run 'fbgemm::permute_2D_sparse_data' with arguments from the 'CUDA' backend."
+            ),
+            "fbgemm is a CPU build",
+        ),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp, unhandled system error. Last error:\nBootstrap : no socket "
+                "interface found"
+            ),
+            "NCCL finds no network",
+        ),
         (RuntimeError("bind: Address already in use"), "another port"),
         (RuntimeError("Connection closed by peer [127.0.0.1]:4"), "another rank is lost"),
         (pa.ArrowInvalid("not a Parquet file"), "not a Parquet file"),

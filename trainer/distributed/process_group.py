@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,10 @@ from recpress.trainer.distributed.heartbeat import barrier, heartbeat
 from recpress.trainer.distributed.watchdog import NO_TIMEOUT, Watchdog
 from recpress.trainer.errors import Preempted
 
+logger = logging.getLogger(__name__)
+
 STALL_SECONDS = 600.0
+_GPU = Path("/dev/nvidia0")
 _JOIN_SECONDS = 630.0  # how long a rank waits for the others at the start
 
 
@@ -53,7 +57,7 @@ def process_group(device: str = "auto", stall_seconds: float | None = None) -> I
             block.
 
     Raises:
-        InputError: `cuda` without a CUDA device for this process.
+        InputError: `cuda` without a CUDA device for this process, with the reason.
         RankFailed: on the other ranks, if one raises inside the block.
     """
     global _watchdog
@@ -87,9 +91,14 @@ def process_group(device: str = "auto", stall_seconds: float | None = None) -> I
 
 
 def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, and torch sees no CUDA device; expected cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device("cpu")
+    problem = _cuda_problem()
+    if name == "cuda" and problem:
+        raise InputError(f"device is cuda: {problem}; or expected cpu or auto")
+    if problem:
+        if _GPU.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            logger.warning("computing on the CPU, although this machine has a GPU: %s", problem)
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
@@ -98,6 +107,20 @@ def _device(name: str) -> torch.device:
             "expected no more processes than devices, or --device cpu"
         )
     return torch.device("cuda", local)
+
+
+def _cuda_problem() -> str | None:
+    """Why torch cannot use CUDA here, and the fix; None if it can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build; expected the CUDA set: RECPRESS_SET=cuda scripts/install.sh"
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
+        text = " ".join(str(error).split()).partition(" Please check")[0]
+        return f"{text}; expected a driver for CUDA {torch.version.cuda} and a GPU, see `nvidia-smi`"
+    return "torch sees no CUDA device; expected a GPU, see `nvidia-smi`"
 
 
 def _join(device: torch.device) -> None:

@@ -34,6 +34,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recpress.data.errors import InputError
 from recpress.modules.hashing.learned_hash import LearnedHash
+from recpress.modules.id_check import check_ids
 from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.allocator import RetainFreedMemory, malloc_trim
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
@@ -43,6 +44,7 @@ from recpress.trainer.loop import run_state
 from recpress.trainer.loop.best import BestModel
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.out_of_memory import in_step
 from recpress.trainer.loop.stopping import DelayedFlags, StopSignal
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.observability.interval import Interval
@@ -245,6 +247,10 @@ class TrainLoop:
             loss = self.pipeline.progress(iterator)  # forward, backward and both optimizers; see the top of this file
         except StopIteration:
             return False
+        except (RuntimeError, MemoryError) as error:
+            if (out_of_memory := in_step(error, self.result.steps + 1)) is not None:
+                raise out_of_memory from error
+            raise
         rows = self.in_pipeline.popleft()
         self.interval.add(loss, rows)
         self.result.rows += rows
@@ -286,6 +292,7 @@ class TrainLoop:
             return
         last, steps = self.result.steps, len(self.interval.losses)
         found = self.interval.end()
+        check_ids(self.model)
         if self.config.on_nonfinite == "stop" and found.first_bad is not None:
             raise InputError(
                 f"non-finite loss {found.first_bad[1]} at step {last - steps + 1 + found.first_bad[0]}, epoch "

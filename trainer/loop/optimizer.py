@@ -63,14 +63,17 @@ class TrainOptimizer:
         if self.dense is not None:
             if self.config.clip_norm:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-            if not self.skip_nonfinite or self._finite():
-                self.dense.step()
+            if self.skip_nonfinite:
+                # The fused kernel skips the update if this is 1, so the host does not wait for the gradients.
+                self.dense.found_inf = self._nonfinite()  # type: ignore[attr-defined]
+            self.dense.step()
         self.steps += 1
         self._schedule()
 
-    def _finite(self) -> bool:
+    def _nonfinite(self) -> torch.Tensor:
+        """(1,) float32: 1 if a gradient is NaN or infinite, else 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        return (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float().reshape(1)
 
     def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name of a parameter, its state) of the dense part. Not copied; zeros before the first step."""

@@ -71,6 +71,5 @@ def make_batches(stream: InteractionStream, model: ShardedTwoTower, epoch: int, 
     On CUDA the main thread builds them, because their kernels belong to the CUDA stream of the pipeline.
     """
     stream.set_epoch(epoch, step)
-    if model.builder.device.type == "cuda":
-        return map(model.builder, stream)
-    return stream.map(model.builder)
+    builder = model.builder.for_training()
+    return map(builder, stream) if builder.device.type == "cuda" else stream.map(builder)

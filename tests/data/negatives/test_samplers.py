@@ -19,6 +19,7 @@ from recpress.data.negatives.samplers import (
     alias_table,
     make_negatives,
 )
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda, without_waiting
 
 COUNTS = np.array([5, 0, 1, 100, 20, 0])
 
@@ -102,20 +103,56 @@ def test_draws_depend_on_the_place_alone(position, rows, count, epoch, reject):
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_draws_are_the_same_on_cuda():
+@pytest.mark.parametrize("redrawn", [1 << 24, 30_000])
+def test_draws_are_the_same_on_a_gpu(device, monkeypatch, redrawn):
     users = torch.arange(5000) % 90
     rng = np.random.default_rng(0)
-    pairs = InteractionSet.of_pairs(rng.integers(0, 90, 4000), rng.integers(0, 100, 4000), 100)
+    full = np.full(100, 7), np.arange(100)
+    owner, owned = (
+        np.concatenate(p) for p in ((rng.integers(0, 90, 4000), full[0]), (rng.integers(0, 100, 4000), full[1]))
+    )
+    pairs = InteractionSet.of_pairs(owner, owned, 100)
+    monkeypatch.setattr("recpress.data.negatives.samplers._REDRAWN", redrawn)
     for make in (
         lambda: UniformNegatives(100, 4, 3, pairs),
         lambda: PopularityNegatives(np.arange(100), 4, 0.75, 3, pairs),
     ):
-        host, device = make(), make()
-        assert torch.equal(host.draw(users, 1, 10), device.draw(users.cuda(), 1, 10).cpu())
+        host, other = make(), make()
+        for epoch in (1, 2):
+            monkeypatch.setattr("recpress.data.negatives.samplers.on_host", lambda users: True)
+            want = host.draw(users, epoch, 10)
+            monkeypatch.setattr("recpress.data.negatives.samplers.on_host", lambda users: False)
+            assert torch.equal(want, other.draw(users.to(device), epoch, 10).cpu())
         items = torch.arange(100)
-        assert torch.equal(host.log_q(items), device.log_q(items.cuda()).cpu())
-        assert host.kept_positives == device.kept_positives
+        assert torch.equal(host.log_q(items), other.log_q(items.to(device)).cpu())
+        assert host.kept_positives == other.kept_positives > 0
+
+
+def test_shared_negatives_are_the_same_on_a_gpu(device, monkeypatch):
+    rng = np.random.default_rng(0)
+    pairs = InteractionSet.of_pairs(rng.integers(0, 90, 4000), rng.integers(0, 100, 4000), 100)
+    users = torch.from_numpy(rng.integers(0, 95, 50))
+    want = UniformNegatives(100, 40, 3, pairs).draw_shared(users, 1, 10)
+    monkeypatch.setattr("recpress.data.negatives.interaction_set.on_host", lambda users: False)
+    found = UniformNegatives(100, 40, 3, pairs).draw_shared(users.to(device), 1, 10)
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(want, found, strict=True))
+    assert 0 < int(want[1].sum()) < want[1].numel()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_on_cuda_no_draw_waits(shared):
+    pairs = InteractionSet.of_pairs(np.arange(50) % 9, np.arange(50), 100)
+    with fake_cuda():
+        on_device = InteractionSet(torch.empty(len(pairs), dtype=torch.int64, device=CUDA), 100)
+        uniform = UniformNegatives(100, 4, reject=on_device)
+        users = cuda_ids(8)
+        if shared:
+            items, excluded = without_waiting(lambda: uniform.draw_shared(users, 0, 16))
+            assert (items.shape, excluded.shape) == ((4,), (8, 4))
+        else:
+            items = without_waiting(lambda: uniform.draw(users, 0, 16))
+            assert items.shape == (8, 4)
+        assert items.device == CUDA
 
 
 def test_own_positives_are_rejected():

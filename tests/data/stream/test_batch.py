@@ -13,11 +13,12 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase
 
 from recpress.data.config import Schema, StreamConfig
 from recpress.data.dataset.log import open_log
-from recpress.data.dataset.side_table import SideTable
+from recpress.data.dataset.side_table import JaggedColumn, SideTable
 from recpress.data.errors import InputError
 from recpress.data.negatives.samplers import InBatchNegatives, InteractionSet, PopularityNegatives, UniformNegatives
 from recpress.data.stream.batch import Batch, BatchBuilder
-from recpress.data.stream.loader import InteractionStream
+from recpress.data.stream.loader import Interactions, InteractionStream
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda, without_waiting
 
 USERS, ITEMS = 30, 12
 SCHEMA = Schema(label="rating", categorical=("device", "queries"), floats=("hour",))
@@ -173,13 +174,6 @@ class Model(nn.Module):
         return loss, loss.detach()
 
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_pipeline_trains_on_it(log, tables, device):
     torch.manual_seed(0)
     model = Model().to(device)
@@ -202,20 +196,61 @@ def test_a_pipeline_trains_on_it(log, tables, device):
     assert np.mean(losses[-12:]) < 0.3 * np.mean(losses[:12])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_built_on_the_device_or_moved_there(log, tables):
+def test_built_on_the_device_or_moved_there(log, tables, device):
     kwargs = {"user_table": tables[0], "item_table": tables[1], "item_counts": log.counts("item")}
     rows = next(iter(rows_of(log)))
-    host = BatchBuilder(UniformNegatives(ITEMS, 2), **kwargs)(rows).pin_memory()
-    moved = host.to(torch.device("cuda"), non_blocking=True)
-    moved.record_stream(torch.cuda.current_stream())
-    built = BatchBuilder(UniformNegatives(ITEMS, 2), device="cuda", **kwargs)(rows)
-    for one, other in ((moved, built), (built, moved)):
-        assert one.label.is_cuda
-        assert torch.equal(one.user_features.values(), other.user_features.values())
-        assert torch.equal(one.item_features.lengths(), other.item_features.lengths())
-        assert torch.equal(one.item_floats, other.item_floats)
-        torch.testing.assert_close(one.log_q, other.log_q)
+    moved = BatchBuilder(UniformNegatives(ITEMS, 2), **kwargs)(rows)
+    if device.type == "cuda":
+        moved = moved.pin_memory().to(device, non_blocking=True)
+        moved.record_stream(torch.cuda.current_stream())
+    built = BatchBuilder(UniformNegatives(ITEMS, 2), device=device, **kwargs)(rows)
+    assert moved.label.device.type == built.label.device.type == device.type
+    assert torch.equal(moved.user_features.values(), built.user_features.values())
+    assert torch.equal(moved.item_features.lengths(), built.item_features.lengths())
+    assert torch.equal(moved.item_floats, built.item_floats)
+    torch.testing.assert_close(moved.log_q, built.log_q)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("popular", [False, True])
+def test_on_cuda_no_batch_waits(log, popular, shared):
+    pairs = InteractionSet.of([log.train], "user_id", "item_id", ITEMS)
+    counts = log.counts("item")
+    negatives = PopularityNegatives(counts, 2, reject=pairs) if popular else UniformNegatives(ITEMS, 2, reject=pairs)
+    with fake_cuda():
+        rows = Interactions(
+            user=torch.empty(8, dtype=torch.int64),
+            item=torch.empty(8, dtype=torch.int64),
+            label=torch.empty(8),
+            time=None,
+            categorical={
+                "device": torch.empty(8, dtype=torch.int64),
+                "queries": JaggedColumn(torch.empty(11, dtype=torch.int64), torch.empty(8, dtype=torch.int64)),
+            },
+            floats=torch.empty(8, 1),
+            epoch=0,
+            step=1,
+            position=8,
+            size=8,
+        )
+        users = SideTable(USERS, {"age": cuda_ids(USERS)}, [], None)
+        items = SideTable(ITEMS, {}, ["price"], torch.empty(ITEMS, 1, device=CUDA))
+        build = BatchBuilder(negatives, shared=shared, user_table=users, item_table=items, device=CUDA)
+        assert build.for_training() is build
+        batch = without_waiting(lambda: build(rows))
+        assert batch.user_features.keys() == ["user", "age", "device", "queries"]
+        assert batch.item_features.device() == batch.log_q.device == CUDA
+        assert batch.item_floats.shape == (10 if shared else 24, 1)
+
+
+def test_lists_on_cuda_are_built_on_the_host(log, tables):
+    """On the device, the host would wait in each step for the number of their values."""
+    with fake_cuda():
+        users = SideTable(USERS, {"age": torch.empty(USERS, dtype=torch.int64)}, [], None)
+        items = SideTable(ITEMS, {"genres": (torch.empty(9), torch.empty(ITEMS + 1))}, [], None)
+        build = BatchBuilder(UniformNegatives(ITEMS, 2), user_table=users, item_table=items, device=CUDA)
+        assert build.for_training().device.type == "cpu"
+        assert build.for_training() is build.for_training()
 
 
 def test_the_data_layer_imports_no_torchrec():

@@ -1,5 +1,7 @@
 """Shuffle windows: which row goes where, and when memory is free."""
 
+import weakref
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +50,18 @@ def test_the_pool_reuses_memory_once_no_view_is_left():
     again = pool.take(torch.float32, 2000)  # of another type, and as many bytes
     assert (again.data_ptr(), again.dtype, len(again)) == (place, torch.float32, 2000)
     assert len(pool.take(torch.int64, 0)) == 0
+
+
+def test_a_batch_that_outlives_its_stream_keeps_only_its_own_window():
+    pool = BufferPool()
+    kept, other = pool.take(torch.int64, 1000), pool.take(torch.int64, 1000)
+    del other
+    (free,) = pool._free.values()
+    returned = weakref.ref(free[0])
+    del free, pool
+    assert returned() is None
+    kept.fill_(7)  # still its own memory
+    assert kept.sum() == 7000
 
 
 def test_steady_state_takes_no_new_memory(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import FrozenTable
+from recpress.modules.id_check import check_ids
 from tests.modules.frozen.table_cases import STORAGES, check, features, load, tables
 from tests.ranks import run_on_ranks
 
@@ -224,3 +225,18 @@ def test_in_a_model_of_torchrec(kind):
     names = [[(c.name, c.feature_names) for c in t.embedding_bag_configs()] for t in (plain, frozen)]
     assert names[0] == names[1]
     assert not frozen.is_weighted()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_on_a_gpu_an_id_out_of_range_is_found_later(storage, monkeypatch):
+    """There it looks up row 0 until `check_ids` raises, so that no step waits for the ids."""
+    monkeypatch.setattr("recpress.modules.frozen.kernel.host_reads", lambda ids: False)
+    collection = FrozenEmbeddingBagCollection(tables(storage))
+    load(collection)
+    check(collection(features()), storage)
+    check_ids(collection)
+    bad = KeyedJaggedTensor(["y", "x"], torch.tensor([6, 1, 2, 7]), lengths=torch.ones(4, dtype=torch.int32))
+    found = collection(bad)
+    assert torch.equal(found["x@b"][1], collection.decoded("b")[0][1][0])
+    with pytest.raises(ValueError, match="table 'b': feature 'x' has the id 7, expected 0 to 6"):
+        check_ids(collection)

@@ -16,6 +16,8 @@ from torchrec.inference.modules import quantize_inference_model
 
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.learned_hash import LearnedHash
+from recpress.modules.id_check import check_ids
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda, without_waiting
 from tests.modules.hashing.keyed_cases import batch, id_map
 from tests.ranks import run_on_ranks
 
@@ -308,3 +310,64 @@ def test_the_maps_are_no_buffers_but_move_with_the_module() -> None:
     hashes.to("meta")
     assert hashes.rows.tolist() == [1, 0]
     assert copy.deepcopy(hashes).rows.tolist() == [1, 0]
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=cases(), packed=st.booleans(), narrow=st.booleans())
+def test_the_way_of_a_device_gives_the_same(
+    case: tuple[dict[str, IdMap], KeyedJaggedTensor], packed: bool, narrow: bool
+) -> None:
+    maps, features = case
+    if narrow:
+        small = features.values().clamp(-(2**30), 2**30).int()
+        features = KeyedJaggedTensor(features.keys(), small, features.weights_or_none(), lengths=features.lengths())
+    host, device = LearnedHash(maps, packed=packed), LearnedHash(maps, packed=packed)
+    want = host(features)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recpress.modules.hashing.learned_hash.host_reads", lambda ids: False)
+        found = device(features)
+    check(maps, features, found)
+    assert torch.equal(found.values(), want.values())
+    assert found.values().dtype == want.values().dtype
+    assert device.unknown_counts() == host.unknown_counts()
+
+
+def test_on_a_device_unknown_ids_are_found_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recpress.modules.hashing.learned_hash.host_reads", lambda ids: False)
+    maps = {"a": id_map(10, 4, rows_per_id=2), "b": id_map(20, 7)}
+    model = nn.ModuleDict({"hashes": LearnedHash(maps, unknown="error")})
+    strict: Any = model["hashes"]
+    strict(batch({"b": [[19]], "x": [[77]], "a": [[0]]}))
+    check_ids(model)
+    bad = batch({"b": [[0, 3], [], [-1]], "x": [[-8], [8], []], "a": [[9, 10], [50], []]})
+    check(maps, bad, strict(bad))
+    strict(batch({"b": [[99]], "a": [[-7]]}))
+    with pytest.raises(ValueError, match=r"feature 'b' has the id -1, expected 0 to 19"):
+        check_ids(model)
+    assert strict.unknown_counts() == {"a": 3, "b": 2}
+    strict.reset_unknown_counts()
+    strict(batch({"b": [[0]], "a": [[9, 10]]}))
+    with pytest.raises(ValueError, match=r"feature 'a' has the id 10, expected 0 to 9"):
+        check_ids(model)
+    lenient = LearnedHash(maps)
+    lenient(bad)
+    check_ids(lenient)
+    assert lenient.unknown_counts() == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows_per_id", [1, 2])
+@pytest.mark.parametrize("unknown", ["hash", "error"])
+def test_on_cuda_no_step_waits(packed: bool, weighted: bool, rows_per_id: int, unknown: Any) -> None:
+    maps = {"a": id_map(10, 4, rows_per_id, weighted), "b": id_map(20, 7)}
+    hashes = LearnedHash(maps, packed=packed, unknown=unknown)
+    with fake_cuda():
+        hashes.to(CUDA)
+        for lengths in ([4, 2, 3], [5, 0, 5]):
+            features = KeyedJaggedTensor(
+                ["b", "x", "a"], cuda_ids(sum(lengths)), lengths=cuda_ids(9), length_per_key=lengths, stride=3
+            )
+            found = without_waiting(lambda features=features: hashes(features))
+            assert found.values().device == CUDA
+            assert len(found.values()) == lengths[0] + lengths[1] + rows_per_id * lengths[2]

@@ -24,12 +24,13 @@ def test_packed_numbers_are_the_rows(sizes: list[tuple[int, int]]) -> None:
     words = pack(slots)
     assert words.numel() == -(-start // 32) + 1
     for one, slot in slots.items():
-        assert torch.equal(unpack(words, slot, torch.arange(one.rows.numel())), one.rows.reshape(-1).long())
+        bit = slot.start + slot.bits * torch.arange(one.rows.numel())
+        assert torch.equal(unpack(words, bit, (1 << slot.bits) - 1), one.rows.reshape(-1).long())
 
 
 def test_a_layout_splits_keys_into_runs_of_ascending_maps() -> None:
     first, second = slot_of(id_map(10, 4), 0), slot_of(id_map(20, 7, rows_per_id=2), 10)
-    layout = BatchLayout(["x", "a", "b", "y", "a2"], {"a": first, "b": second, "a2": first})
+    layout = BatchLayout(["x", "a", "b", "y", "a2"], {"a": first, "b": second, "a2": first}, packed=False)
     assert layout.rows_per_id == [1, 1, 2, 1, 1]
     assert layout.positions == [1, 2, 4]
     assert [end for end, _ in layout.runs] == [4, 5]  # the map of `a` begins a new run
@@ -37,4 +38,7 @@ def test_a_layout_splits_keys_into_runs_of_ascending_maps() -> None:
     ids = torch.tensor([5, 6, 7, 8, 9])
     assert layout.entries(ids, [1, 1, 1, 1, 1]).tolist() == [5, 6, 14, 15, 8, 9]
     assert layout.repeat(ids, [1, 1, 1, 1, 1]).tolist() == [5, 6, 7, 7, 8, 9]
-    assert layout.per_id("starts", [1, 1, 1, 1, 1], ids).tolist() == [-1, 0, 10, -1, 0]
+    numbers = layout.numbers([1, 2, 1, 1, 0], ids.device)
+    assert numbers.start.tolist() == [-1, 0, 0, 10, 10, -1]
+    assert numbers.place.tolist() == [0, 0, 0, 0, 1, 0]
+    assert layout.key_rows_per_id(ids.device).tolist() == [[1, 1, 2, 1, 1]]

@@ -1,5 +1,6 @@
 """One failing rank ends all of them, soon, with its message."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -76,7 +77,31 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert not dist.is_initialized()
 
 
-def test_an_absent_device_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("version", "problem", "words"),
+    [
+        (None, None, "is a CPU build; expected the CUDA set"),
+        ("13.0", RuntimeError("Found no NVIDIA driver on your system. Please check that"), "Found no NVIDIA driver"),
+        ("13.0", RuntimeError("The NVIDIA driver on your system is too old (found 11040)"), "driver for CUDA 13.0"),
+        ("13.0", None, "torch sees no CUDA device"),
+    ],
+)
+def test_an_absent_device_is_refused_with_the_reason(monkeypatch, caplog, version, problem, words):
+    def init():
+        if problem:
+            raise problem
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(InputError, match="device is cuda"), process_group("cuda"):
+    monkeypatch.setattr("torch.version.cuda", version)
+    monkeypatch.setattr("torch.cuda.init", init)
+    with pytest.raises(InputError, match=f"device is cuda: .*{re.escape(words)}") as raised, process_group("cuda"):
         pass
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr("recpress.trainer.distributed.process_group._GPU", Path(__file__))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with process_group("auto") as ranks:
+        assert ranks.device.type == "cpu"
+    assert words in caplog.text
+    assert "although this machine has a GPU" in caplog.text
