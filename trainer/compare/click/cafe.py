@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recpress.trainer.compare.click.tables import embedding
+from recpress.trainer.compare.click.tables import IdTable, embedding
 
 SLOTS = 4
 SLOT_BYTES = 12
@@ -79,7 +79,7 @@ class HotRows(nn.Module):
         self.total = 0.0
 
 
-class CafeTable(nn.Module):
+class CafeTable(IdTable):
     """One table: hot ids have a row of `hot`, the others share `rows` rows by modulo.
 
     The score of an access is the norm of the gradient of its vector, in units of the mean of the batch. An id that

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from recpress.modules.hashing.k_means import k_means
-from recpress.trainer.compare.click.tables import embedding
+from recpress.trainer.compare.click.tables import IdTable, embedding
 
 ITERATIONS = 10
 
 
-class ClusteredTable(nn.Module):
+class ClusteredTable(IdTable):
     """The vector of an id has `chunks` parts. Each is the sum of two rows, one of a main and one of a helper table.
 
     Both rows are random at first. `after_epoch` clusters the parts of all ids by k-means: the main row of an id is its

@@ -18,6 +18,7 @@ from recpress.data.errors import InputError
 from recpress.modules.hashing.warm_up import factor
 from recpress.trainer.compare.click.data import ClickLog
 from recpress.trainer.compare.click.methods import NAMES, WARM, ClickSetting, Compressor, Full, Size, axes
+from recpress.trainer.compare.click.tables import MappedTable
 from recpress.trainer.compare.click.training import Report, Trained, Trainer
 from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash_result import FULL, HashMethodResult, HashResult, Ranking
@@ -127,10 +128,8 @@ class _Clicks:
             self._measure(runs, _Run(trained, size, 0.0), label)
             by_access = self.trainer.curvature(trained)
             names = self.compressor.names
-            weights = {
-                name: table.rows.weight.detach().clone()  # type: ignore[union-attr]
-                for name, table in zip(names, trained.tables.tables, strict=True)
-            }
+            tables = [table for table in trained.tables.in_order if isinstance(table, MappedTable)]
+            weights = {name: table.rows.weight.detach().clone() for name, table in zip(names, tables, strict=True)}
             scaled = {name: weight @ factor(by_access[name]) for name, weight in weights.items()}
         return trained, Full(weights, scaled)
 

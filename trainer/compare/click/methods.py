@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 from torchrec import EmbeddingBagConfig
 
 from recpress.modules.config import HashConfig, HashMethod
@@ -18,7 +17,7 @@ from recpress.modules.hashing.table_stats import TableStats
 from recpress.trainer.compare.click.cafe import SLOT_BYTES, SLOTS, CafeTable, HotRows
 from recpress.trainer.compare.click.cce import ClusteredTable
 from recpress.trainer.compare.click.robe import RobeArray, RobeTable
-from recpress.trainer.compare.click.tables import MappedTable, Tables
+from recpress.trainer.compare.click.tables import IdTable, MappedTable, Tables
 
 NAMES = {
     "universal": ("Hashing trick", "One hashed row per id (Weinberger et al.)."),
@@ -147,8 +146,8 @@ class Compressor:
 
     def full(self) -> Tables:
         """One row per id."""
-        modules = {name: MappedTable(ids, self.dim) for name, ids in zip(self.names, self.ids, strict=True)}
-        return Tables(self.configs, modules, self.lists)
+        tables = {name: MappedTable(ids, self.dim) for name, ids in zip(self.names, self.ids, strict=True)}
+        return Tables(self.configs, tables, self.lists)
 
     def rows(self, setting: ClickSetting, full: Full, budget: int, seed: int) -> list[int]:
         """Rows of each table. Raises ValueError if the method cannot use the budget."""
@@ -202,7 +201,7 @@ class Compressor:
         """The tables. Raises ValueError if the method cannot use the rows."""
         torch.manual_seed(seed)
         firsts = dict(zip(self.names, torch.tensor([0, *self.ids[:-1]]).cumsum(0).tolist(), strict=True))
-        modules: dict[str, nn.Module] = {}
+        modules: dict[str, IdTable] = {}
         array = None
         if setting.method == "robe":
             array = RobeArray(self.dim * sum(rows), self.dim, min(setting.block, self.dim), seed)

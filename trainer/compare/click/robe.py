@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recpress.trainer.compare.click.tables import embedding
+from recpress.trainer.compare.click.tables import IdTable, embedding
 
 PRIME = 2038074743
 
@@ -36,7 +36,7 @@ class RobeArray(nn.Module):
         return self.numbers(positions).view(len(keys), self.dim)
 
 
-class RobeTable(nn.Module):
+class RobeTable(IdTable):
     """One table of a RobeArray: the key of an id is `first` plus the id."""
 
     def __init__(self, array: RobeArray, first: int) -> None:

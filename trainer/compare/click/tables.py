@@ -1,8 +1,4 @@
-"""Embedding tables in memory, full or compressed, as the collection of a TorchRec model on one process.
-
-A compressed table is a module that maps ids (n,) int64 to vectors (n, dim). It may have two hooks: `after_backward()`,
-called before each step of the optimizer, and `after_epoch()`.
-"""
+"""Embedding tables in memory, full or compressed, as the collection of a TorchRec model on one process."""
 
 from __future__ import annotations
 
@@ -26,7 +22,17 @@ def embedding(rows: int, dim: int, bound: float) -> nn.Embedding:
     return made
 
 
-class MappedTable(nn.Module):
+class IdTable(nn.Module):
+    """Maps ids (n,) int64 to vectors (n, dim)."""
+
+    def after_backward(self) -> None:
+        """Called between each backward pass and the step of the optimizer."""
+
+    def after_epoch(self) -> None:
+        """Called before each further epoch."""
+
+
+class MappedTable(IdTable):
     """A table with the rows of an id map, or with one row per id.
 
     Args:
@@ -70,16 +76,17 @@ class Tables(nn.Module):
 
     Args:
         configs: of all tables, with their features.
-        modules: table -> module that maps ids (n,) to vectors (n, dim).
+        tables: by name.
         lists: features with a list of ids per row; the others have one id per row.
     """
 
     def __init__(
-        self, configs: list[EmbeddingBagConfig], modules: Mapping[str, nn.Module], lists: Collection[str]
+        self, configs: list[EmbeddingBagConfig], tables: Mapping[str, IdTable], lists: Collection[str]
     ) -> None:
         super().__init__()
         self._configs, self._lists = configs, frozenset(lists)
-        self.tables = nn.ModuleList(modules[config.name] for config in configs)
+        self.in_order = [tables[config.name] for config in configs]
+        self.tables = nn.ModuleList(self.in_order)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         return self._configs
@@ -87,7 +94,7 @@ class Tables(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         parts = features.to_dict()
         names, values = [], []
-        for config, table in zip(self._configs, self.tables, strict=True):
+        for config, table in zip(self._configs, self.in_order, strict=True):
             for name in config.feature_names:
                 vectors = table(parts[name].values())
                 if name in self._lists:
@@ -97,16 +104,12 @@ class Tables(nn.Module):
         return KeyedTensor(names, [value.shape[1] for value in values], torch.cat(values, 1))
 
     def after_backward(self) -> None:
-        """Call this between the backward pass and the step of the optimizer."""
-        for table in self.tables:
-            if hasattr(table, "after_backward"):
-                table.after_backward()
+        for table in self.in_order:
+            table.after_backward()
 
     def after_epoch(self) -> None:
-        """Call this before each further epoch."""
-        for table in self.tables:
-            if hasattr(table, "after_epoch"):
-                table.after_epoch()
+        for table in self.in_order:
+            table.after_epoch()
 
 
 def _pooled(vectors: torch.Tensor, lengths: torch.Tensor, pooling: PoolingType) -> torch.Tensor:
