@@ -253,7 +253,8 @@ class CompareHashConfig:
     page."""
 
     data: str | None = None
-    """The log, with test rows and, to choose settings on, val rows. Default: a synthetic log."""
+    """The log, with test rows and, to choose settings on, val rows. Default: a synthetic log; `dlrm` and `dcn-v2` need
+    one with labels."""
     out: str = "runs/compare-hash"
     """Folder of the report and the results as JSON. Must not exist, except with --overwrite."""
     schema: Schema = field(default_factory=Schema)

@@ -20,7 +20,7 @@ from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.features.resolve import open_with_features, resolve_features
 
 HELD_OUT = 0.1
-"""Share of train that is held out as validation rows if the log has none."""
+"""Share of train that is held out as test rows, and as validation rows, if the log has none: random rows."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class ClickLog:
     """The features and rows of a log. One process, in a process group.
 
     Raises:
-        InputError: no label, or labels of one kind in a part; no test rows; a column is missing in a part; a feature
-            has an option that the comparison sets itself.
+        InputError: no label, or labels of one kind in a part; a column is missing in a part; a feature has an option
+            that the comparison sets itself.
     """
 
     def __init__(
@@ -64,23 +64,25 @@ class ClickLog:
         label = self.log.schema.label
         if not label:
             raise InputError(f"{path}: no label; expected --schema.label, a column of 0 and 1, or of ratings")
-        if self.log.test is None:
-            raise InputError(f"{path}: no test rows, which a comparison needs")
         self.features = resolve_features(self.log, features, maps=None, dim=dim, label=label)
         self.label = label
         self.batches = FeatureBatches(self.features, self.log, label, threshold)
         self.train = self._read("train", self.log.train)
-        self.test = self._read("test", self.log.test)
-        if self.log.val is not None:
-            self.val = self._read("val", self.log.val)
-        else:
-            held = np.random.default_rng(0).random(len(self.train)) < HELD_OUT
-            self.val, self.train = self.train.take(held.nonzero()[0]), self.train.take((~held).nonzero()[0])
+        self.test = self._held_out("test", self.log.test)
+        self.val = self._held_out("val", self.log.val)
         for part in ("train", "val", "test"):
             found = getattr(self, part).labels.unique()
             if len(found) < 2:
                 only = f"only the label {float(found[0]):g}" if len(found) else "no rows"
                 raise InputError(f"{path}: its {part} part has {only}, expected 0 and 1 (--label-threshold)")
+
+    def _held_out(self, part: str, rows: ParquetSplit | None) -> Rows:
+        """The part, by default random rows, which leave train."""
+        if rows is not None:
+            return self._read(part, rows)
+        held = np.random.default_rng(len(part)).random(len(self.train)) < HELD_OUT
+        found, self.train = self.train.take(held.nonzero()[0]), self.train.take((~held).nonzero()[0])
+        return found
 
     def _read(self, part: str, rows: ParquetSplit) -> Rows:
         columns = [self.label, *self.features.columns(self.log)]

@@ -1,5 +1,6 @@
 """`compare hash --backbone dlrm`, small: what it finds, writes and refuses."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -11,9 +12,11 @@ import pytest
 from recpress.data.config import Schema
 from recpress.data.errors import InputError
 from recpress.trainer.cli import main
+from recpress.trainer.compare.click.data import ClickLog
 from recpress.trainer.compare.config import CLICK_METHODS, ClickConfig, CompareHashConfig
 from recpress.trainer.compare.hash import compare_hash
 from recpress.trainer.compare.hash_result import format_hash_tables
+from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.features.config import FeatureConfig
 
 pytestmark = pytest.mark.slow  # trains models
@@ -114,6 +117,17 @@ def test_what_cannot_be_compared_is_refused(clicks, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         compare_hash(replace(config(clicks, tmp_path / "out"), **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_a_log_does_not_have_are_held_out_of_train(tmp_path):
+    rng = np.random.default_rng(0)
+    pq.write_table(pa.table({"C1": np.arange(2_000), "label": rng.integers(0, 2, 2_000)}), tmp_path / "train.parquet")
+    schema = Schema(user="", item="", label="label", categorical=("C1",))
+    with process_group("cpu"):
+        log = ClickLog(str(tmp_path), schema, {}, dim=8, threshold=None)
+    ids = [part.columns["C1"].tolist() for part in (log.train, log.val, log.test)]
+    assert sorted(itertools.chain(*ids)) == list(range(2_000))
+    assert 150 < len(log.val) < 250 > len(log.test) > 150
 
 
 def test_a_log_of_one_label_is_refused(tmp_path):
