@@ -82,18 +82,23 @@ class ParquetSplit:
         """A file, as errors name it."""
         return shown(self.filesystem, self.files[ordinal].path)
 
-    def read_table(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+    def read_table(self, group: RowGroup, columns: Sequence[str], dictionaries: Sequence[str] = ()) -> pa.Table:
         """The given columns of one row group as they are stored, read by the calling thread alone.
+
+        Text of the columns `dictionaries` stays in the dictionary of its column chunk.
 
         Raises InputError if the file is damaged.
         """
         file = self.files[group.file]
         stored = [name for name in columns if name not in file.constants]
+        kept = [name for name in dictionaries if name not in file.constants]
+        paths = [file.metadata.schema.column(place).path for place in leaves(file.metadata, kept)]
 
         def read() -> pa.Table:
             ranges = fetch(self.filesystem, file.path, file.metadata, group.group, stored)
             places = leaves(file.metadata, stored)
-            with pq.ParquetFile(pa.PythonFile(ranges, mode="r"), metadata=file.metadata, pre_buffer=False) as parquet:
+            source = pa.PythonFile(ranges, mode="r")
+            with pq.ParquetFile(source, metadata=file.metadata, pre_buffer=False, read_dictionary=paths) as parquet:
                 # By ordinals: `columns=["a.b"]` would be a column of that name and part of a struct `a`.
                 return parquet.reader.read_row_group(group.group, column_indices=places, use_threads=False)
 
@@ -120,7 +125,8 @@ class ParquetSplit:
             if name not in self.columns:
                 known = ", ".join(self.columns)
                 raise InputError(f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}")
-        table = self.read_table(group, columns)
+        hashed = [name for name in columns if self.columns[name].hashed]
+        table = self.read_table(group, columns, hashed)
         where = self.where(group)
         return {name: decode(self.columns[name], table.column(name), where) for name in columns}
 
