@@ -128,6 +128,17 @@ COMMANDS = {
         "rank held-out rows with a model or with factors",
         main="data model out evaluation.protocol evaluation.k device",
     ),
+    "export": Command(
+        "recpress.trainer.export.config:ExportConfig",
+        "recpress.trainer.export.stage:export",
+        "write a model as programs that serve without recpress, with vocabularies, item vectors and an index",
+    ),
+    "recommend": Command(
+        "recpress.trainer.recommend.config:RecommendConfig",
+        "recpress.trainer.recommend.stage:recommend",
+        "write the best items of each user, with raw ids",
+        main="model data out k exclude-seen on-unknown users-per-part device overwrite",
+    ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",

@@ -142,7 +142,7 @@ def resolve_features(
     numbers = _numbers(log, features, sides)
     found: FeatureSet | None = None
     with raise_on_all_ranks():
-        used = {side: _side_columns(log, side, table, features) for side, table in sides.items()}
+        used = {side: side_columns(log, side, table, features) for side, table in sides.items()}
         held = {side: columns for side, columns in used.items() if columns is not None}
         tables = _Tables(log, features, numbers, held, maps, dim)
         found = FeatureSet(features, tables.build(), numbers, held, tables.dim)
@@ -252,7 +252,8 @@ def _floats(table: pa.Table, name: str, where: str) -> np.ndarray:
     return found
 
 
-def _side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Feature]) -> SideColumns | None:
+def side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Feature]) -> SideColumns | None:
+    """The columns of a side table that are features; None if none is."""
     mine = [feature for feature in features if feature.source == side]
     if not mine:
         return None
