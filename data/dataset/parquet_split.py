@@ -19,6 +19,9 @@ from recpress.data.dataset.partitions import Constants, constants
 from recpress.data.dataset.schema import unify
 from recpress.data.errors import InputError
 
+_REPEATED = 6
+"""Bytes per value, dictionary included, below which a column chunk is places in a dictionary."""
+
 
 @dataclass(frozen=True)
 class SplitFile:
@@ -125,10 +128,18 @@ class ParquetSplit:
             if name not in self.columns:
                 known = ", ".join(self.columns)
                 raise InputError(f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}")
-        hashed = [name for name in columns if self.columns[name].hashed]
-        table = self.read_table(group, columns, hashed)
+        table = self.read_table(group, columns, [name for name in columns if self._is_repeated(group, name)])
         where = self.where(group)
         return {name: decode(self.columns[name], table.column(name), where) for name in columns}
+
+    def _is_repeated(self, group: RowGroup, name: str) -> bool:
+        """Whether to hash the dictionary of a column chunk instead of its rows. A chunk without one has more bytes per
+        value, and Arrow would make a dictionary for it, which takes longer than hashing."""
+        file = self.files[group.file]
+        if not self.columns[name].hashed or name in file.constants:
+            return False
+        chunk = file.metadata.row_group(group.group).column(leaves(file.metadata, [name])[0])
+        return chunk.has_dictionary_page and chunk.total_uncompressed_size < _REPEATED * chunk.num_values
 
     def read_or_skip(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged] | None:
         """As `read`; None for a row group that is skipped because it cannot be read."""
