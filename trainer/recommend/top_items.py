@@ -1,10 +1,11 @@
-"""The exact top K items of blocks of users, over the items of this rank.
+"""The exact top K items of users, over the items of this rank.
 
 A score is a float64 dot product rounded to float32, as in `evaluate`; equal scores are ordered by item id. So the
 result does not depend on the device, the blocks or the world size. Almost all of the work is in float32:
 
 1. A block of scores (users x items) is one matrix product. Scores above a limit, the lowest score of the user's best
-   candidates so far, are new candidates: few after the first blocks.
+   candidates so far, are new candidates. Items with long vectors are first, so the limit is soon high, and new
+   candidates are few. The search ends when no item is long enough.
 2. The candidates, a few more than K, get their float64 scores.
 3. The rounding error of float32 is bounded. If an item outside of the candidates could belong to the top K (it never
    does but for ties), the user is scored again in float64.
@@ -12,7 +13,9 @@ result does not depend on the device, the blocks or the world size. Almost all o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,110 +23,152 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recpress.trainer.evaluate.ranking import ItemShard
+from recpress.trainer.model.vectors import VectorFn
 
-BLOCK = {"cpu": (256, 8192), "cuda": (1024, 65_536)}
-"""Users and items of a block of scores, by type of the device. On the CPU it stays in the cache."""
+BLOCK = {"cpu": (128, 8192), "cuda": (1024, 65_536)}
+"""Users and items of a block of scores, by type of the device. On the CPU a block stays in the cache of a core."""
 _GROUP = 16
 _ROOM = 3
 """Room for new candidates, as a multiple of those that remain of them."""
 _EXACT_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 """Memory for float64 vectors of candidates."""
-_AGAIN = 16
-"""Users that are scored again together."""
-_FEW_THREADS = 4
-"""Up to as many threads, one thread of numpy finds the scores above a limit sooner than those of torch."""
+_AGAIN_BYTES = 1 << 24
+"""Memory for the scores of users that are scored again."""
 
 
-class Pairs(NamedTuple):
-    """Pairs (row of a block of users, item), sorted by item."""
+class ItemsByNorm(ItemShard):
+    """The item vectors of this rank, by falling norm."""
 
-    rows: Tensor
-    items: Tensor
+    def __init__(self, item_vectors: VectorFn, num_items: int, item_chunk: int, device: torch.device) -> None:
+        super().__init__(item_vectors, num_items, item_chunk, device)
+        self.count = self.stop - self.start
+        norms = torch.cat([part.double().norm(dim=1).float() for part in self.vectors.split(item_chunk)])[: self.count]
+        self.norms, order = norms.sort(descending=True, stable=True)
+        self.ids = order + self.start
+        """Item of each place, (count,) int64."""
+        self.places = torch.empty(self.count, dtype=torch.int32, device=device)
+        """Place of each item from `start` on, (count,) int32."""
+        self.places[order] = torch.arange(self.count, dtype=torch.int32, device=device)
+        with torch.no_grad():  # the vectors again, because a sorted copy would take twice their memory
+            for first in range(0, len(self.vectors), item_chunk):
+                ids = torch.arange(self.start + first, self.start + first + item_chunk, device=device)
+                part = item_vectors(ids.clamp_(max=num_items - 1)).detach().to(device, torch.float32)
+                places = self.places[first : first + item_chunk].long()
+                self.vectors[places] = part[: len(places)]
 
-    def of_items(self, start: int, stop: int) -> Pairs:
-        """The pairs with an item in [start, stop)."""
-        first, last = torch.searchsorted(self.items, torch.tensor([start, stop], device=self.items.device)).tolist()
-        return Pairs(self.rows[first:last], self.items[first:last])
-
-    def of_rows(self, rows: Tensor, size: int) -> Pairs:
-        """The pairs of these rows of `size`, which become rows 0, 1, ..."""
-        place = torch.full((size,), -1, device=rows.device)
-        place[rows] = torch.arange(len(rows), device=rows.device)
-        here = place[self.rows]
-        return Pairs(here[here >= 0], self.items[here >= 0])
+    @staticmethod
+    def nbytes(items: int, dim: int) -> int:
+        """Memory of the vectors of this many items, and of their order."""
+        return items * (4 * dim + 32)
 
 
 class TopItems:
-    """Finds the top K among the items of a shard.
+    """Finds the top K among the items of a rank, on the CPU with as many threads as torch has.
 
     Args:
-        shard: the item vectors of this rank.
-        k: items per user; fewer are found if the shard has fewer.
+        items: of this rank.
+        k: items per user.
         block: users and items of a block of scores.
     """
 
-    def __init__(self, shard: ItemShard, k: int, block: tuple[int, int] | None = None) -> None:
-        device = shard.vectors.device
-        self.shard = shard
-        self.count = shard.stop - shard.start
-        self.k = min(k, self.count)
-        self.width = min(_width(k), self.count)  # candidates
-        self.rows, columns = block or BLOCK[device.type]
-        self.columns = min(columns, len(shard.vectors))
-        self._scores = torch.empty(self.rows * self.columns, device=device)
-        self._above = _Above(self.rows * self.columns, device)
-        self._pending = _Pending(self.rows, _ROOM * self.width, device)
+    def __init__(self, items: ItemsByNorm, k: int, block: tuple[int, int] | None = None) -> None:
+        device = items.vectors.device
+        self.k, (self.rows, columns) = k, block or BLOCK[device.type]
+        self.threads = _threads(device)
+        self._finders = [_Finder(items, k, self.rows, columns) for _ in range(self.threads)]
+        self._pool = ThreadPoolExecutor(self.threads, initializer=partial(torch.set_num_threads, 1))
 
     @staticmethod
     def nbytes(k: int, dim: int, items: int, device: torch.device) -> int:
-        """Peak memory in bytes of one object and its calls, without the vectors of the shard of `items` items."""
+        """Peak memory in bytes of one object and its calls, without the vectors of `items` items."""
         rows, columns = BLOCK[device.type]
-        columns = min(columns, items)
+        block = rows * min(columns, items) * 5
         candidates = rows * _width(k) * 12 * (3 * _ROOM + 4)
-        again = _AGAIN * columns * 40 + columns * dim * 8
-        return rows * columns * 5 + candidates + 3 * _EXACT_BYTES[device.type] + again
+        again = 8 * max(_AGAIN_BYTES, 4 * items) + min(columns, items) * dim * 8
+        return _threads(device) * (block + candidates + 3 * _EXACT_BYTES[device.type] + again)
 
-    @torch.no_grad()
-    def __call__(self, users: Tensor, seen: Pairs) -> tuple[Tensor, Tensor]:
+    def __call__(self, users: Tensor, lengths: np.ndarray, seen: np.ndarray) -> tuple[Tensor, Tensor]:
         """The top K of each user, best first.
 
         Args:
             users: vectors (n, D) float32, finite, with finite scores.
-            seen: items to omit.
+            lengths, seen: (n,) number of items to omit of each user, and these items.
 
         Returns:
             (scores (n, K) float32, item ids (n, K) int64). Places without an item have the score -inf.
         """
         scores = users.new_full((len(users), self.k), -torch.inf)
         items = torch.zeros(len(users), self.k, dtype=torch.int64, device=users.device)
-        if self.k == 0:
-            return scores, items
-        for first in range(0, len(users), self.rows):
-            rows = torch.arange(first, min(first + self.rows, len(users)), device=users.device)
-            scores[rows], items[rows] = self._block(users[rows], seen.of_rows(rows, len(users)))
-        return scores, items + self.shard.start
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
 
-    def _block(self, users: Tensor, seen: Pairs) -> tuple[Tensor, Tensor]:
-        approximate, places = self._candidates(users, seen)
+        def find(finder: _Finder, blocks: Iterator[int]) -> None:
+            for first in blocks:
+                last = min(first + self.rows, len(users))
+                rows = np.repeat(np.arange(last - first), lengths[first:last])
+                best = finder(users[first:last], rows, seen[bounds[first] : bounds[last]])
+                for all_users, found in zip((scores, items), best, strict=True):
+                    all_users[first:last, : found.shape[1]] = found
+
+        starts = range(0, len(users), self.rows)
+        if self.threads == 1:
+            find(self._finders[0], iter(starts))
+        else:
+            shared = iter(starts)  # `next` of a range iterator is atomic
+            for done in [self._pool.submit(find, finder, shared) for finder in self._finders]:
+                done.result()
+        return scores, items
+
+
+class _Finder:
+    """Finds the top K of one block of users at a time, in its own memory."""
+
+    def __init__(self, items: ItemsByNorm, k: int, rows: int, columns: int) -> None:
+        device = items.vectors.device
+        self.items, self.count = items, items.count
+        self.k = min(k, self.count)
+        self.width = min(_width(k), self.count)  # candidates
+        self.columns = min(columns, len(items.vectors))
+        self._scores = torch.empty(rows * self.columns, device=device)
+        self._above = _Above(rows * self.columns, device)
+        self._pending = _Pending(rows, _ROOM * self.width, device)
+
+    @torch.no_grad()
+    def __call__(self, users: Tensor, rows: np.ndarray, seen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(scores, item ids), (n, K) each. Row rows[j] omits the item seen[j]."""
+        if self.k == 0:
+            return users.new_empty(len(users), 0), torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
+        here = (seen >= self.items.start) & (seen < self.items.stop)
+        omitted = torch.from_numpy(np.stack([rows[here], seen[here] - self.items.start])).to(users.device)
+        approximate, places = self._candidates(users, omitted)
         lowest = approximate.amin(1)
-        scores, places = self._exact(users, approximate, places)
+        scores, ids = self._exact(users, approximate, places)
         if self.width < self.count:
             doubtful = self._doubtful(users, lowest, scores[:, -1])
-            for first in range(0, len(doubtful), _AGAIN):
-                rows = doubtful[first : first + _AGAIN]
-                scores[rows], places[rows] = self._again(users[rows], seen.of_rows(rows, len(users)), scores[rows, -1])
-        return scores, places
+            step = max(1, _AGAIN_BYTES // (4 * self.count))
+            for first in range(0, len(doubtful), step):
+                again = doubtful[first : first + step]
+                scores[again], ids[again] = self._again(users, again, omitted, scores[again, -1])
+        return scores, ids
 
-    def _candidates(self, users: Tensor, seen: Pairs) -> tuple[Tensor, Tensor]:
-        """(float32 scores (n, width), places in the shard): no other item has a higher float32 score."""
+    def _candidates(self, users: Tensor, omitted: Tensor) -> tuple[Tensor, Tensor]:
+        """(float32 scores (n, width), places): no other item has a higher float32 score."""
         best = users.new_empty(len(users), 0)
         places = torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
         limit = users.new_full((len(users),), -torch.inf)
-        for first in range(0, self.count, self.columns):
-            vectors = self.shard.vectors[first : first + self.columns]
+        norms = users.norm(dim=1) * (1 + 1e-5)  # of float32, rounded up
+        rows, omitted_places = omitted[0], self.items.places[omitted[1]].long()
+        omitted_places, order = omitted_places.sort()
+        rows = rows[order]
+        starts = torch.arange(0, self.count + self.columns, self.columns, device=users.device)
+        bounds = torch.searchsorted(omitted_places, starts).tolist()
+        for number, first in enumerate(range(0, self.count, self.columns)):
+            if first and bool((limit >= norms * self.items.norms[first]).all()):
+                break  # by Cauchy-Schwarz, no further item is above the limit
+            vectors = self.items.vectors[first : min(first + self.columns, self.count)]
             scores = self._scores[: len(users) * len(vectors)].view(len(users), len(vectors))
             torch.mm(users, vectors.T, out=scores)
-            self._mask(scores, first, seen)
+            of_block = slice(bounds[number], bounds[number + 1])
+            scores[rows[of_block], omitted_places[of_block] - first] = -torch.inf
             if first == 0:
                 limit = self._first_limit(scores)
             if self._pending.add(scores, self._above(scores, limit), first):
@@ -147,13 +192,6 @@ class TopItems:
         lowest = largest.topk(self.width, sorted=False).values.amin(1)
         return torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
 
-    def _mask(self, scores: Tensor, first: int, seen: Pairs) -> None:
-        """Set the scores of seen items and of columns beyond the items to -inf."""
-        scores[:, max(0, self.count - first) :] = -torch.inf
-        start = self.shard.start + first
-        pairs = seen.of_items(start, start + scores.shape[1])
-        scores[pairs.rows, pairs.items - start] = -torch.inf
-
     def _merged(
         self, best: Tensor, places: Tensor, more: Tensor, more_places: Tensor, limit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,59 +203,62 @@ class TopItems:
         return best, places, torch.maximum(limit, best.amin(1)) if best.shape[1] == self.width else limit
 
     def _exact(self, users: Tensor, approximate: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The K best candidates by float64 scores, rounded to float32, and then by place: (rows, K) each."""
-        places, order = places.sort(1)  # the sort by score is stable
+        """The K best candidates by float64 scores, rounded to float32, and then by id: (scores, ids), (n, K) each."""
+        ids, order = self.items.ids[places].sort(1)  # the sort by score is stable
+        places = places.gather(1, order)
         masked = approximate.gather(1, order) == -torch.inf
         scores = torch.empty_like(approximate)
-        size = max(1, _EXACT_BYTES[users.device.type] // (8 * self.shard.dim * places.shape[1]))
+        size = max(1, _EXACT_BYTES[users.device.type] // (8 * self.items.dim * places.shape[1]))
         for first in range(0, len(users), size):
             rows = slice(first, first + size)
-            vectors = self.shard.vectors.index_select(0, places[rows].reshape(-1)).double()
-            vectors = vectors.view(-1, places.shape[1], self.shard.dim)
+            vectors = self.items.vectors.index_select(0, places[rows].reshape(-1)).double()
+            vectors = vectors.view(-1, places.shape[1], self.items.dim)
             scores[rows] = torch.bmm(vectors, users[rows, :, None].double())[:, :, 0].float()
         scores[masked] = -torch.inf
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        return scores[:, : self.k].contiguous(), places.gather(1, order[:, : self.k])
+        return scores[:, : self.k].contiguous(), ids.gather(1, order[:, : self.k])
 
     def _doubtful(self, users: Tensor, lowest: Tensor, last: Tensor) -> Tensor:
         """Rows of users with a possible item outside of the candidates: none of those has a float32 score above
         `lowest`, and the K-th candidate has the score `last`."""
         # |float32 score - score| <= D u / (1 - D u) |user| |item|, with u = 2**-24, in any order of addition (Higham,
         # Accuracy and Stability of Numerical Algorithms, 3.1); 8 more for the float64 scores and the norms.
-        bound = (self.shard.dim + 8) * 2.0**-24
-        error = bound / (1 - bound) * users.double().norm(dim=1) * self.shard.largest_norm
+        bound = (self.items.dim + 8) * 2.0**-24
+        error = bound / (1 - bound) * users.double().norm(dim=1) * self.items.largest_norm
         error += 2.0**-23 * last.double().abs()  # a score just below `last` rounds to it
         certain = (last.double() - lowest.double() > error) | (lowest == -torch.inf)
         return (~certain).nonzero()[:, 0]
 
-    def _again(self, users: Tensor, seen: Pairs, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """(scores, places), (n, K) each, in float64 from the start. `limit` is at most the K-th best score."""
-        exact = users.double()
-        ties = torch.zeros(len(users), dtype=torch.int64, device=users.device)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+    def _again(self, users: Tensor, again: Tensor, omitted: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores, ids), (len(again), K) each, of these rows, in float64 from the start.
+
+        Args:
+            limit: at most the K-th best score, (len(again),).
+        """
+        exact = users[again].double()
+        scores = users.new_empty(len(again), self.count)  # by id
         for first in range(0, self.count, self.columns):
-            scores = (exact @ self.shard.vectors[first : first + self.columns].double().T).float()
-            self._mask(scores, first, seen)
-            tied = scores == limit[:, None]
-            tied &= tied.cumsum(1) <= (self.k - ties)[:, None]  # the first ones, by id
-            ties += tied.sum(1)
-            rows, columns = (tied | (scores > limit[:, None])).nonzero(as_tuple=True)
-            found.append((rows, columns + first, scores[rows, columns]))
-        rows, places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        best, best_places = users.new_empty(len(users), self.k), ties.new_empty(len(users), self.k)
-        for row in range(len(users)):
-            mine = rows == row
-            ordered, order = values[mine].sort(descending=True, stable=True)  # `mine` is by rising place
-            best[row], best_places[row] = ordered[: self.k], places[mine][order[: self.k]]
-        return best, best_places
+            vectors = self.items.vectors[first : min(first + self.columns, self.count)]
+            ids = self.items.ids[first : first + len(vectors)] - self.items.start
+            scores[:, ids] = (exact @ vectors.double().T).float()
+        row_of = torch.full((len(users),), -1, device=users.device)
+        row_of[again] = torch.arange(len(again), device=users.device)
+        rows = row_of[omitted[0]]
+        scores[rows[rows >= 0], omitted[1][rows >= 0]] = -torch.inf
+        best, best_ids = users.new_empty(len(again), self.k), again.new_empty(len(again), self.k)
+        for row, of_row in enumerate(scores):
+            above, tied = (of_row > limit[row]).nonzero()[:, 0], (of_row == limit[row]).nonzero()[:, 0]
+            ids = torch.cat([above, tied[: self.k]]).sort().values
+            ordered, order = of_row[ids].sort(descending=True, stable=True)
+            best[row], best_ids[row] = ordered[: self.k], ids[order[: self.k]] + self.items.start
+        return best, best_ids
 
 
 class _Above:
-    """Finds scores above a limit per row."""
+    """Finds scores above a limit per row. numpy skips a mask without hits faster than torch does."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        few = device.type == "cpu" and torch.get_num_threads() <= _FEW_THREADS
-        self._mask = np.empty(size, dtype=bool) if few else None
+        self._mask = np.empty(size, dtype=bool) if device.type == "cpu" else None
 
     def __call__(self, scores: Tensor, limit: Tensor) -> Tensor:
         """Flat places of the scores above the `limit` of their row, ascending."""
@@ -243,18 +284,21 @@ class _Pending:
             scores: (n, columns) of the places from `first` on.
             chosen: flat places in `scores`, ascending.
         """
-        size, columns = scores.shape
-        if len(chosen) > size * self._scores.shape[1]:
+        (size, columns), room = scores.shape, self._scores.shape[1]
+        if len(chosen) > size * room:
             return False
-        rows = chosen // columns
-        more = torch.bincount(rows, minlength=size)
+        rows = torch.arange(size + 1, device=chosen.device)
+        bounds = torch.searchsorted(chosen, rows * columns)
+        more = bounds.diff()
         counts = self._counts[:size] + more
-        if int(counts.max()) > self._scores.shape[1]:
+        if int(counts.max()) > room:
             return False
-        start = rows * self._scores.shape[1] + (self._counts[:size] - more.cumsum(0) + more)[rows]
-        target = start + torch.arange(len(rows), device=rows.device)
+        start = rows[:-1] * room + self._counts[:size] - bounds[:-1]
+        target = start.repeat_interleave(more, output_size=len(chosen))
+        target += torch.arange(len(chosen), device=chosen.device)
         self._scores.view(-1)[target] = scores.view(-1)[chosen]
-        self._places.view(-1)[target] = chosen - rows * columns + first
+        offset = rows[:-1] * columns - first
+        self._places.view(-1)[target] = chosen - offset.repeat_interleave(more, output_size=len(chosen))
         self._counts[:size] = counts
         return True
 
@@ -267,15 +311,10 @@ class _Pending:
         return scores, places
 
 
+def _threads(device: torch.device) -> int:
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def _width(k: int) -> int:
     """Number of candidates for K items."""
     return k + max(16, k // 8)
-
-
-def sorted_pairs(rows: np.ndarray, items: np.ndarray, device: torch.device) -> Pairs:
-    """Pairs of arrays, (n,) each."""
-    order = np.argsort(items, kind="stable")
-    return Pairs(
-        torch.from_numpy(rows[order].astype(np.int64)).to(device),
-        torch.from_numpy(items[order].astype(np.int64)).to(device),
-    )
