@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recpress.trainer.evaluate.ranking import vectors_from_factors
+from recpress.trainer.recommend import top_items
 from recpress.trainer.recommend.top_items import ItemsByNorm, TopItems, _Finder
 
 CHUNK, BLOCK = 64, (7, 128)
@@ -81,3 +82,31 @@ def test_more_items_than_there_are(k):
     scores, items = top(torch.ones(1, 8), np.array([1]), np.array([4]))
     assert items[0, :7].tolist() == [0, 1, 2, 3, 5, 6, 7]
     assert scores[0].tolist() == [1.0] * 7 + [-torch.inf] * (k - 7)
+
+
+def test_threads_find_the_same_and_leave_the_number_of_threads():
+    rng = np.random.default_rng(2)
+    users, items = (torch.from_numpy(rng.normal(size=(n, 8)).astype(np.float32)) for n in (50, 500))
+    nothing = np.zeros(50, int), np.empty(0, int)
+    alone = TopItems(shard_of(items), 9, BLOCK)(users, *nothing)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = TopItems(shard_of(items), 9, BLOCK)(users, *nothing)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, torch.float32]])
+def test_every_precision_gives_the_same(dtypes, monkeypatch):
+    """Also where bfloat16 is given up, because it cannot tell apart the items of most users."""
+    monkeypatch.setattr(top_items, "_dtypes", lambda device: dtypes)
+    monkeypatch.setattr(top_items, "_TRIES", 20)
+    rng = np.random.default_rng(3)
+    users, items = (rng.normal(size=(n, 16)).astype(np.float32) for n in (64, 900))
+    seen = np.nonzero(rng.random((64, 900)) < 0.1)
+    check(users, items, seen, 20)
+    check(users, 1 + items * np.float32(1e-4), seen, 20)
