@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             raise InputError(f"{path}: {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
         tensor.copy_(saved[name])
     for name, parts in [*_trainable(model), *_frozen(model)]:
-        files = _files(folder / "tables" / name)
+        files = shard_files(folder / "tables" / name)
         for rectangle, part in parts:
             _fill(part, rectangle, files, folder / "tables" / name)
     for module in model.modules():
@@ -142,7 +142,8 @@ def _file_name(rectangle: Rectangle) -> str:
     return f"rows-{r0}-{r1}-columns-{c0}-{c1}.npy"
 
 
-def _files(folder: Path) -> list[tuple[Rectangle, Path]]:
+def shard_files(folder: Path) -> list[tuple[Rectangle, Path]]:
+    """The shards of a table that `save_weights` wrote, by the rectangle that each covers."""
     found = []
     for path in sorted(folder.glob("*.npy")):
         match = re.fullmatch(r"rows-(\d+)-(\d+)-columns-(\d+)-(\d+)\.npy", path.name)
