@@ -423,11 +423,15 @@ def _config(name: str, rest: list[str]) -> object:
         main = main_options(config)
         if known.config is not None and content is not None:
             named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
+    elif name == "compare hash" and known.config is not None and content is not None:
+        named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
     if known.config is not None:
         rest = config_file.arguments(known.config, config, rest, name, content)
     made = parse(config, rest, prog=prog, summary=command.summary, main=main)
     if isinstance(made, TrainModelConfig):
         return completed(made, model, named)
+    if named:
+        return replace(made, features=named)
     return replace(made, args=tuple(passed)) if passed else made
 
 

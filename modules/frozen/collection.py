@@ -29,6 +29,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.optim.keyed import CombinedOptimizer
 
+from recpress.modules.frozen import operators
 from recpress.modules.frozen.kernel import (
     DTYPE,
     STORAGE_OF,
@@ -39,8 +40,10 @@ from recpress.modules.frozen.kernel import (
     TableShard,
     stored_row_bytes,
 )
+from recpress.modules.frozen.quantized import QuantizedFrozenBags, register_quantized
 from recpress.modules.frozen.unsharded import Unsharded
 from recpress.modules.frozen.variable_batch import with_one_stride
+from recpress.modules.id_check import is_traced
 
 
 class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagCollection):
@@ -111,16 +114,34 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Keys of the result: `feature`, or `feature@table` if several tables share it, as in TorchRec."""
-        if not torch.compiler.is_exporting():
-            self.check_sharding()
-            self.check_batch(features)
-            features = with_one_stride(features)
+        if is_traced(features):
+            return self._traced(features)
+        self.check_sharding()
+        self.check_batch(features)
+        features = with_one_stride(features)
         keys = features.keys()
         values = [
             kernel(features.permute([keys.index(feature) for feature in table.features]))
             for table, kernel in zip(self._tables, self._plain, strict=True)
         ]
         return KeyedTensor(self._names, self._dims, torch.cat(values, 1) if len(values) > 1 else values[0])
+
+    def _traced(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        self.check_loaded()
+        batch = features.to_dict()
+        values = []
+        for table, kernel in zip(self._tables, self._plain, strict=True):
+            rows = kernel.stored(0)
+            if table.storage == "fp16" and rows.device.type == "cpu":
+                rows = rows.view(torch.uint8)
+            for feature in table.features:
+                bags = batch[feature]
+                weights = bags.weights() if self.weighted else None
+                values.append(operators.pooled(rows, bags.values(), bags.offsets(), weights, table.storage, table.dim))
+        return KeyedTensor(self._names, self._dims, torch.cat(values, 1))
+
+
+register_quantized(FrozenEmbeddingBagCollection, QuantizedFrozenBags)
 
 
 def check_tables(tables: list[FrozenTable]) -> None:

@@ -92,7 +92,8 @@ class RowIndex(Holder):
             return _by_formula(known, plan.formula, plan.num_rows, plan.remainders)
         count = plan.rows_per_id
         entries = known[:, None] * count + torch.arange(count, device=known.device)
-        return unpack(self.held("words"), plan.slot, entries.flatten()).view(-1, count)
+        bit = entries.flatten() * plan.slot.bits + plan.slot.start
+        return unpack(self.held("words"), bit, torch.tensor((1 << plan.slot.bits) - 1)).view(-1, count)
 
 
 def _by_formula(ids: torch.Tensor, formula: Formula, num_rows: int, remainders: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import CHUNK, SEEN, ceil_div
-from recpress.trainer.evaluate.ranking import ITEM_CHUNK, ItemShard, check_users
+from recpress.trainer.evaluate.ranking import ITEM_CHUNK, check_users
 from recpress.trainer.evaluate.stage import check_that_it_ranks, kind_of, load_vectors
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.observability.progress import Progress
@@ -45,7 +45,7 @@ from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.recommend.config import RecommendConfig
 from recpress.trainer.recommend.parts import UNKNOWN, Output, Share, part_name
 from recpress.trainer.recommend.seen import SeenItems
-from recpress.trainer.recommend.top_items import TopItems, sorted_pairs
+from recpress.trainer.recommend.top_items import ItemsByNorm, TopItems
 from recpress.trainer.recommend.users import Users, all_users, is_file_of_users, users_of_file
 from recpress.trainer.report.numbers import format_bytes, format_seconds
 
@@ -246,7 +246,7 @@ def _state_memory(
     width = items.nbytes / len(items) + 8
     mapped = 4 * dim * (min(shard, log.num_items) + min(share.slots, len(users))) if kind == FACTORS else 0
     pieces = {
-        "item vectors": 4 * dim * shard,
+        "item vectors": ItemsByNorm.nbytes(shard, dim),
         "mapped factors": mapped,
         "seen items": seen.nbytes if seen is not None else 0,
         "raw ids": items.nbytes + users.nbytes,
@@ -268,8 +268,8 @@ class _Blocks:
     def __init__(self, user: VectorFn, item: VectorFn, num_items: int, k: int, ranks: Ranks) -> None:
         self.user, self.k, self.ranks = user, k, ranks
         with activity("computing item vectors"):
-            self.shard = ItemShard(item, num_items, ITEM_CHUNK, ranks.device)
-        self.top_items = TopItems(self.shard, k)
+            self.items = ItemsByNorm(item, num_items, ITEM_CHUNK, ranks.device)
+        self.top_items = TopItems(self.items, k)
 
     @torch.no_grad()
     def top(self, ids: np.ndarray, seen: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
@@ -297,8 +297,8 @@ class _Blocks:
         padded = torch.zeros(CHUNK, dtype=torch.int64)
         padded[: len(ids)] = torch.from_numpy(ids)
         vectors = self.user(padded.to(self.ranks.device)).detach().to(self.ranks.device, torch.float32).clone()
-        if vectors.shape != (CHUNK, self.shard.dim):
-            raise ValueError(f"user vectors {tuple(vectors.shape)}; expected ({CHUNK}, {self.shard.dim}) as for items")
+        if vectors.shape != (CHUNK, self.items.dim):
+            raise ValueError(f"user vectors {tuple(vectors.shape)}; expected ({CHUNK}, {self.items.dim}) as for items")
         vectors[len(ids) :] = 0
         return vectors
 
@@ -307,10 +307,8 @@ class _Blocks:
         scores = vectors.new_full((CHUNK, self.k), -torch.inf)
         found = torch.zeros(CHUNK, self.k, dtype=torch.int64, device=vectors.device)
         if len(ids):
-            check_users(vectors, ids, self.shard.largest_norm)
-            seen = sorted_pairs(np.repeat(np.arange(len(ids)), lengths), items, vectors.device)
-            top = self.top_items(vectors[: len(ids)], seen)
-            scores[: len(ids), : top[0].shape[1]], found[: len(ids), : top[1].shape[1]] = top
+            check_users(vectors, ids, self.items.largest_norm)
+            scores[: len(ids)], found[: len(ids)] = self.top_items(vectors[: len(ids)], lengths, items)
         return [scores, found]
 
     def _exchanged(self, lists: Tensor) -> Tensor:
