@@ -181,6 +181,41 @@ def test_sampled_agrees_with_counting_in_any_order(seed, chunk, item_chunk):
     assert result["AUC"] == pytest.approx(np.mean(1 - ahead / (negatives != what[:, None]).sum(1)), abs=1e-9)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+def test_scores_in_float32_give_the_same_counts(seed, ties, close):
+    """As on a GPU: float32 decides, except where a score is so close to the target's that float64 must."""
+    heldout, seen, users, items = made_log(seed, ties=ties)
+    if close:  # many scores that differ in the last bits only
+        items = (items[:1] * (1 + 1e-7 * np.arange(len(items)))[:, None]).astype(np.float32)
+    prepared = ho.full_from_pairs(heldout, seen, num_users=37, num_items=53, chunk=11)
+    arguments = (prepared, vectors_from_factors(users), vectors_from_factors(items), (5,))
+    want_cases, found_cases = {}, {}
+    want = evaluate_full(*arguments, item_chunk=20, per_case=want_cases)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recpress.trainer.evaluate.ranking.in_float64", lambda device: False)
+        patch.setattr("recpress.trainer.evaluate.ranking._PAIRS_ON_DEVICE", 7)
+        found = evaluate_full(*arguments, item_chunk=20, per_case=found_cases)
+    assert found == want
+    assert all(torch.equal(found_cases[name], want_cases[name]) for name in want_cases)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_metrics_are_those_of_a_cpu(device, full):
+    heldout, seen, users, items = made_log(3, ties=True)
+    if full:
+        prepared, evaluate = ho.full_from_pairs(heldout, seen, num_users=37, num_items=53, chunk=11), evaluate_full
+    else:
+        rng = np.random.default_rng(0)
+        negatives = rng.integers(0, 53, (len(heldout[0]), 12))
+        prepared = ho.sampled_from_arrays(*heldout, negatives, num_users=37, num_items=53, chunk=11)
+        evaluate = evaluate_sampled
+    want = evaluate(prepared, vectors_from_factors(users), vectors_from_factors(items), (5,), item_chunk=20)
+    on_device = [torch.from_numpy(table).to(device) for table in (users, items)]
+    found = evaluate(prepared, *map(vectors_from_factors, on_device), (5,), item_chunk=20, device=device)
+    assert found == want
+
+
 def sharded_lookup(block, num_rows):
     """Rows of a table that is sharded over the ranks by `RowBlocks`. Collective."""
     rank, world = rank_and_world()
