@@ -17,7 +17,8 @@ from recpress.data.errors import InputError
 from recpress.modules.als.factors import RowBlocks
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.evaluate import heldout as ho
-from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.evaluate.ranking import _ItemShard, evaluate_full, evaluate_sampled, vectors_from_factors
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda
 from tests.ranks import run_on_ranks
 
 DATA = Path(os.environ.get("RECPRESS_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
@@ -214,6 +215,21 @@ def test_metrics_are_those_of_a_cpu(device, full):
     on_device = [torch.from_numpy(table).to(device) for table in (users, items)]
     found = evaluate(prepared, *map(vectors_from_factors, on_device), (5,), item_chunk=20, device=device)
     assert found == want
+
+
+def test_on_cuda_scores_do_not_mix_devices(monkeypatch):
+    """Evaluation may wait for the device, as here for the number of scores that float64 decides."""
+    monkeypatch.setattr("recpress.trainer.evaluate.ranking._PAIRS_ON_DEVICE", 4)
+    with fake_cuda():
+        monkeypatch.setattr(torch.Tensor, "nonzero", lambda tensor, as_tuple: (cuda_ids(9), cuda_ids(9)))
+        items = object.__new__(_ItemShard)
+        items.vectors, items.start, items.stop, items.chunk = torch.empty(60, 8, device=CUDA), 0, 53, 20
+        users = torch.empty(5, 8, device=CUDA)
+        rows, wanted = np.array([0, 0, 3]), np.array([52, 3, 9])
+        mine, scores = items.pair_scores(users, rows, wanted)
+        assert len(mine) == len(scores) == 3
+        found = items.count_ahead(users, rows, scores, np.array([1, 4]), np.array([50, 2]))
+        assert (found.device, found.dtype, len(found)) == (CUDA, torch.int64, 3)
 
 
 def sharded_lookup(block, num_rows):
