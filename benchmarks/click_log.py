@@ -1,7 +1,8 @@
 """MovieLens-1M as a click log: a rating of 4 or 5 is a click; random 80/10/10 split; features of users and items.
 
-Used by `click_cadc.py`. Reads `ratings.parquet`, `users.parquet` and `items.parquet`. From the public files,
-`recpress ingest` makes a log with the same features, and `recpress train --label-threshold 4` makes the clicks.
+Used by `click_cadc.py` and `click_hash.py`. Reads `ratings.parquet`, `users.parquet` and `items.parquet`. From the
+public files, `recpress ingest` makes a log with the same features, and `recpress train --label-threshold 4` makes the
+clicks.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ node away (`SBATCH_SIGNAL`), would otherwise kill torchrun itself."""
 SCRIPT = "script"
 """Stands before the user's script, where a command of recpress would be."""
 
-RESTARTS = {"train": 3, "pipeline": 3, SCRIPT: 3}
-"""Default of max_restarts for what resumes from a checkpoint; 0 for other commands."""
+RESTARTS = {"train": 3, "pipeline": 3, "recommend": 3, SCRIPT: 3}
+"""Default of max_restarts for what resumes; 0 for other commands."""
 
 LARGEST_CONFIG = 64 * 1024
 """Bytes of a config file that become part of a job's command."""

@@ -43,7 +43,7 @@ def run(
         image: container image with recpress; required if the scheduler runs containers
         env: environment variables, A=1,B=2; a value may contain `=`
         mounts: shared storage in containers, as type=volume,src=CLAIM,dst=/data or type=bind,src=/data,dst=/data
-        max_restarts: how often torchrun restarts failed workers; by default 3 for train, pipeline and script, else 0
+        max_restarts: how often torchrun restarts failed workers; 3 for train, pipeline, recommend and script, else 0
         max_retries: how often the scheduler restarts the whole job after it failed
         rdzv_port: port on the first node at which the nodes meet
         rdzv_timeout: seconds that a node waits for the others, at the start and after a restart
@@ -75,6 +75,12 @@ def train(*args: str, **options: Any) -> specs.AppDef:
 def evaluate(*args: str, **options: Any) -> specs.AppDef:
     """Rank held-out rows: `recpress evaluate` on every process."""
     return run("evaluate", *args, **options)
+
+
+@shares_options(run)
+def recommend(*args: str, **options: Any) -> specs.AppDef:
+    """Write the best items of each user: `recpress recommend` on every process. Skips parts that are complete."""
+    return run("recommend", *args, **options)
 
 
 @shares_options(run)

@@ -259,6 +259,9 @@ class HashConfig:
     rows_per_id: Literal[1, 2] = 1
     """`learned`: rows per id. With 2, an id is the weighted sum of two rows, much closer to the embedding, at the price
     of a larger map and two look-ups (`hashing.two_row`)."""
+    row_weights: bool = True
+    """`learned` with two rows per id: weigh each row. Without weights, an id is the sum of two rows, and the map takes
+    less than half of the bytes (`hashing.additive`)."""
     iterations: int = 15
     """Passes of the clustering over the ids."""
     seed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,19 @@ def check_ids(model: nn.Module) -> None:
 def host_reads(tensor: torch.Tensor) -> bool:
     """Whether the host may read the numbers of a tensor: on a CPU, unless torch.compile or torch.export trace."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_traced(features: Any) -> bool:
+    """Whether torch.fx, torch.export or torch.compile trace a forward with these features."""
+    return isinstance(features, torch.fx.Proxy) or torch.compiler.is_compiling()
+
+
+def require(condition: torch.Tensor, message: str) -> None:
+    """Raise an error if `condition` () is false, in traced code. On CUDA that ends the process, as in torch."""
+    if torch.jit.is_scripting():
+        assert bool(condition), message  # TorchScript would drop the operator below, because nothing uses its result
+    else:
+        torch._assert_async(condition, message)
 
 
 def per_id(numbers: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

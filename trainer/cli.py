@@ -128,6 +128,17 @@ COMMANDS = {
         "rank held-out rows with a model or with factors",
         main="data model out evaluation.protocol evaluation.k device",
     ),
+    "export": Command(
+        "recpress.trainer.export.config:ExportConfig",
+        "recpress.trainer.export.stage:export",
+        "write a model as programs that serve without recpress, with vocabularies, item vectors and an index",
+    ),
+    "recommend": Command(
+        "recpress.trainer.recommend.config:RecommendConfig",
+        "recpress.trainer.recommend.stage:recommend",
+        "write the best items of each user, with raw ids",
+        main="model data out k exclude-seen on-unknown users-per-part device overwrite",
+    ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",
@@ -412,11 +423,15 @@ def _config(name: str, rest: list[str]) -> object:
         main = main_options(config)
         if known.config is not None and content is not None:
             named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
+    elif name == "compare hash" and known.config is not None and content is not None:
+        named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
     if known.config is not None:
         rest = config_file.arguments(known.config, config, rest, name, content)
     made = parse(config, rest, prog=prog, summary=command.summary, main=main)
     if isinstance(made, TrainModelConfig):
         return completed(made, model, named)
+    if named:
+        return replace(made, features=named)
     return replace(made, args=tuple(passed)) if passed else made
 
 

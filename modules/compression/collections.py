@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.quant_state import ShardedQuantEmbeddingModuleState
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
@@ -87,7 +88,8 @@ class Compressed(FusedOptimizerModule):
 
     def check_rows(self) -> None:
         """Raise ValueError if the rows to start from were lost in sharding."""
-        if self._must_load and isinstance(self.trainable, ShardedModule):
+        quantized = isinstance(self.trainable, ShardedQuantEmbeddingModuleState)  # after it was loaded
+        if self._must_load and isinstance(self.trainable, ShardedModule) and not quantized:
             tables = self.tables_module()
             if not getattr(tables, LOADED, False):
                 name = next(c.name for c in self._configs if c.name not in self.frozen_tables())
@@ -255,8 +257,20 @@ class CompressedEmbeddingCollection(Compressed, EmbeddingCollection):
         mapped = features if self.hashes is None else self.hashes(features)
         frozen = None if self.frozen is None else self.frozen(mapped)
         trained = None if self.trainable is None else self.trainable(mapped)
-        weighted = isinstance(self.hashes, UnweightedHash)
-        return _join_sequences(frozen, trained, features, mapped, self._outputs, weighted, self._need_indices)
+        return join_sequences(frozen, trained, features, mapped, *self.join_options())
+
+    def join_options(
+        self, all_trainable: bool = False
+    ) -> tuple[list[tuple[str, int, bool, str, str, int]], bool, bool]:
+        """The arguments of `join_sequences` after the parts.
+
+        Args:
+            all_trainable: for one collection of all tables, in which none is frozen.
+        """
+        outputs = self._outputs
+        if all_trainable:
+            outputs = [(name, dim, False, name, feature, count) for name, dim, _, _, feature, count in outputs]
+        return outputs, isinstance(self.hashes, UnweightedHash), self._need_indices
 
     @property
     def embeddings(self) -> nn.ModuleDict:
@@ -328,20 +342,7 @@ def _refuse_fusing(module: Any) -> None:
 class UnweightedHash(LearnedHash):
     """For unweighted collections behind a weighted map: ignores the weights of the batch, and uses those of the map."""
 
-    def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        if features.weights_or_none() is not None:
-            variable = features.variable_stride_per_key()
-            features = KeyedJaggedTensor(
-                keys=features.keys(),
-                values=features.values(),
-                lengths=features.lengths_or_none(),
-                offsets=features.offsets_or_none(),
-                stride=None if variable else features.stride(),
-                stride_per_key_per_rank=features.stride_per_key_per_rank() if variable else None,
-                length_per_key=features.length_per_key_or_none(),
-                inverse_indices=features.inverse_indices_or_none(),
-            )
-        return super().forward(features)
+    uses_batch_weights = False
 
 
 @torch.fx.wrap
@@ -351,23 +352,26 @@ def _join(
     features: KeyedJaggedTensor,
     outputs: list[tuple[str, int, bool, str, str]],
 ) -> KeyedTensor:
-    """Columns of both parts in the order of `outputs`. A leaf of torch.fx, so that pipelines can trace the model."""
-    values = []
-    divided = any(output[4] for output in outputs)
-    features = with_one_stride(features) if divided and not torch.compiler.is_exporting() else features
+    """Columns of both parts in the order of `outputs`. A leaf of torch.fx that TorchScript compiles."""
+    values: list[torch.Tensor] = []
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and any(output[4] for output in outputs):
+        features = with_one_stride(features)
     for _, dim, is_frozen, name, divide in outputs:
-        part = frozen if is_frozen else trained
-        assert part is not None
-        value = part[name]
-        value = value if value.shape[1] == dim else value[:, :dim]  # the dimension of a frozen table is padded
-        if divide:
-            value = value / features[divide].lengths().clamp_min(1)[:, None]
+        if is_frozen:
+            value = frozen[name]
+        else:
+            assert trained is not None
+            value = trained[name]
+        if value.shape[1] != dim:  # the dimension of a frozen table is padded
+            value = value[:, :dim]
+        if divide != "":
+            value = value / features.to_dict()[divide].lengths().clamp_min(1)[:, None]
         values.append(value)
     return KeyedTensor([o[0] for o in outputs], [o[1] for o in outputs], torch.cat(values, 1))
 
 
 @torch.fx.wrap
-def _join_sequences(
+def join_sequences(
     frozen: dict[str, JaggedTensor] | None,
     trained: dict[str, JaggedTensor] | None,
     features: KeyedJaggedTensor,
@@ -376,16 +380,26 @@ def _join_sequences(
     weighted: bool,
     need_indices: bool,
 ) -> dict[str, JaggedTensor]:
-    """One vector per id of `features`, from the rows that `mapped` looked up. A leaf of torch.fx, as `_join`."""
-    found = {}
+    """One vector per id of `features`, from the rows that `mapped` looked up. As `_join`."""
+    found: dict[str, JaggedTensor] = {}
+    batch = features.to_dict()
+    entries = mapped.to_dict() if weighted else batch
     for name, dim, is_frozen, part_name, feature, rows_per_id in outputs:
-        part = frozen if is_frozen else trained
-        assert part is not None
-        rows, ids = part[part_name].values(), features[feature]
-        rows = rows if rows.shape[1] == dim else rows[:, :dim]
+        if is_frozen:
+            assert frozen is not None
+            rows = frozen[part_name].values()
+        else:
+            assert trained is not None
+            rows = trained[part_name].values()
+        ids = batch[feature]
+        if rows.shape[1] != dim:
+            rows = rows[:, :dim]
         if weighted:  # by the maps; those of the batch are ignored, as in an EmbeddingCollection
-            rows = rows * mapped[feature].weights()[:, None]
+            rows = rows * entries[feature].weights()[:, None]
         if rows_per_id > 1:
             rows = rows.view(-1, rows_per_id, dim).sum(1)
-        found[name] = JaggedTensor(rows, lengths=ids.lengths(), weights=ids.values() if need_indices else None)
+        indices: torch.Tensor | None = None
+        if need_indices:
+            indices = ids.values()
+        found[name] = JaggedTensor(rows, lengths=ids.lengths(), weights=indices)
     return found

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from recpress.modules.compression.bake import bake
 from recpress.modules.compression.collections import Compressed
 from recpress.modules.fingerprints import is_fingerprint
 from recpress.modules.row_source import RowSource
@@ -73,6 +74,28 @@ class CompressReport:
                 key = ".".join(part for part in (path, module._group, table.name, "weight") if part)
                 found[key] = module.frozen.whole(table.name, dims[table.name])
         return found
+
+    def bake(self, model: nn.Module) -> nn.Module:
+        """A copy of `model` that needs neither this report nor files: plain TorchRec collections with all rows.
+
+        For other tools: quantization, export, serving. Frozen rows are float32 parameters that need no gradient, and
+        `state_dict` is complete. A collection without maps is again an EmbeddingBagCollection or EmbeddingCollection;
+        one with maps is a module of two parts: `maps`, with the maps as buffers, and `tables`, the plain collection.
+
+        Needs memory for a second model, with frozen rows in 32 bits.
+
+        Raises:
+            ValueError: the model has no compressed collection, or is sharded; rows were never loaded.
+
+        Example:
+            >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+            >>> from recpress.modules import compress
+            >>> table = EmbeddingBagConfig(name="t", num_embeddings=6, embedding_dim=4, feature_names=["f"])
+            >>> model, report = compress(EmbeddingBagCollection([table]), {}, {"t": torch.ones(6, 4)}, storage="int8")
+            >>> report.bake(model).state_dict()["embedding_bags.t.weight"].shape
+            torch.Size([6, 4])
+        """
+        return bake(model, _compressed(model))
 
     def __str__(self) -> str:
         head = ("table", "what", "rows", "", "bytes", "", "map bytes")

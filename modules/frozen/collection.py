@@ -29,6 +29,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.optim.keyed import CombinedOptimizer
 
+from recpress.modules.frozen import operators
 from recpress.modules.frozen.kernel import (
     DTYPE,
     STORAGE_OF,
@@ -39,9 +40,10 @@ from recpress.modules.frozen.kernel import (
     TableShard,
     stored_row_bytes,
 )
+from recpress.modules.frozen.quantized import QuantizedFrozenBags, register_quantized
 from recpress.modules.frozen.unsharded import Unsharded
 from recpress.modules.frozen.variable_batch import with_one_stride
-from recpress.modules.id_check import host_reads
+from recpress.modules.id_check import host_reads, is_traced
 
 
 class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagCollection):
@@ -113,10 +115,11 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Keys of the result: `feature`, or `feature@table` if several tables share it, as in TorchRec."""
-        if not torch.compiler.is_exporting():
-            self.check_sharding()
-            self.check_batch(features)
-            features = with_one_stride(features)
+        if is_traced(features):
+            return self._traced(features)
+        self.check_sharding()
+        self.check_batch(features)
+        features = with_one_stride(features)
         values = [
             kernel(features.permute(*order)) for order, kernel in zip(self._orders(features), self._plain, strict=True)
         ]
@@ -125,13 +128,30 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
     def _orders(self, features: KeyedJaggedTensor) -> list[tuple[list[int], torch.Tensor | None]]:
         """The places of each table's features in the batch. On CUDA also as tensors, copied there once."""
         keys, device = features.keys(), features.device()
-        if host_reads(features.values()) or torch.compiler.is_compiling():
+        if host_reads(features.values()):
             return [([keys.index(feature) for feature in table.features], None) for table in self._tables]
         known = (tuple(keys), device)
         if known not in self._places:
             places = [[keys.index(feature) for feature in table.features] for table in self._tables]
             self._places[known] = [(order, torch.tensor(order, dtype=torch.int32, device=device)) for order in places]
         return self._places[known]
+
+    def _traced(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        self.check_loaded()
+        batch = features.to_dict()
+        values = []
+        for table, kernel in zip(self._tables, self._plain, strict=True):
+            rows = kernel.read(0)
+            if table.storage == "fp16" and rows.device.type == "cpu":
+                rows = rows.view(torch.uint8)
+            for feature in table.features:
+                bags = batch[feature]
+                weights = bags.weights() if self.weighted else None
+                values.append(operators.pooled(rows, bags.values(), bags.offsets(), weights, table.storage, table.dim))
+        return KeyedTensor(self._names, self._dims, torch.cat(values, 1))
+
+
+register_quantized(FrozenEmbeddingBagCollection, QuantizedFrozenBags)
 
 
 def check_tables(tables: list[FrozenTable]) -> None:

@@ -190,11 +190,12 @@ class FrozenKernel(nn.Module):
         # In a tuple, so that nn.Module does not register it: DistributedDataParallel broadcasts every parameter,
         # which would overwrite each rank's shard by that of rank 0.
         self._kernel = (make(self.shards, self.storage, self.device),)
+        self._stored = [self._view(index) for index in range(len(self.shards))]
 
     def __getstate__(self) -> dict[str, Any]:
         """The rows in place of fbgemm's kernel, which cannot be pickled."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_kernel"}
-        return state | {"stored": [self.stored(index).clone() for index in range(len(self.shards))]}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_kernel", "_stored")}
+        return state | {"stored": [rows.clone() for rows in self._stored]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         stored = state.pop("stored")
@@ -230,6 +231,10 @@ class FrozenKernel(nn.Module):
         Scale and offset are last for int8 and first for int4, as in fbgemm's kernels; on CUDA first, see
         `to_half_scale`.
         """
+        return self._stored[index]
+
+    def _view(self, index: int) -> torch.Tensor:
+        """Its rows in the memory of fbgemm's kernel."""
         shard = self.shards[index]
         rows, width = shard.rows[1] - shard.rows[0], shard.columns[1] - shard.columns[0]
         if self.storage == "int4" or self.half_scale:

@@ -17,6 +17,7 @@ from torchrec.distributed.types import LazyAwaitable, ShardingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 
+from recpress.modules.frozen import operators
 from recpress.modules.frozen.collection import FrozenTableSharder, ShardedFrozenTables, check_tables, shard_of
 from recpress.modules.frozen.kernel import (
     STORAGE_OF,
@@ -25,7 +26,9 @@ from recpress.modules.frozen.kernel import (
     HasFrozenTables,
     TableShard,
 )
+from recpress.modules.frozen.quantized import QuantizedFrozenSequences, register_quantized
 from recpress.modules.frozen.unsharded import Unsharded
+from recpress.modules.id_check import is_traced
 
 
 class FrozenEmbeddingCollection(Unsharded, HasFrozenTables, EmbeddingCollection):
@@ -97,15 +100,25 @@ class FrozenEmbeddingCollection(Unsharded, HasFrozenTables, EmbeddingCollection)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Keys of the result: `feature`, or `feature@table` if several tables share it, as in TorchRec."""
-        if not torch.compiler.is_exporting():
+        traced = is_traced(features)
+        if traced:
+            self.check_loaded()
+        else:
             self.check_sharding()
             self.check_batch(features)
         found, given = {}, features.to_dict()
         for table, names, kernel in zip(self._tables, self._names, self._plain, strict=True):
             for feature, name in zip(table.features, names, strict=True):
                 ids = given[feature]
-                found[name] = JaggedTensor(kernel.each(ids.values()), lengths=ids.lengths())
+                if traced:
+                    rows = operators.vectors(kernel.read(0), ids.values(), table.storage)
+                else:
+                    rows = kernel.each(ids.values())
+                found[name] = JaggedTensor(rows, lengths=ids.lengths())
         return found
+
+
+register_quantized(FrozenEmbeddingCollection, QuantizedFrozenSequences)
 
 
 class _FrozenSequenceLookup(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from recpress.modules.frozen.kernel import FrozenTable
@@ -22,7 +21,6 @@ class Unsharded(nn.Module):
     def tables(self) -> list[FrozenTable]:
         raise NotImplementedError
 
-    @torch.compiler.disable
     def check_sharding(self) -> None:
         """Raise ValueError if this collection is in a DistributedModelParallel, or on the device "meta"."""
         if self._checked:

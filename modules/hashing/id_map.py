@@ -199,14 +199,19 @@ def universal_hash(ids: torch.Tensor, num_rows: int, seed: int, rows_per_id: int
 
 def hash_offset(seed: int, column: int) -> int:
     """The int64 to add to an id before `mixed`."""
-    return _signed(int(np.random.Philox(key=[seed % 2**64, column]).random_raw()))
+    drawn = int(np.random.Philox(key=[seed % 2**64, column]).random_raw())
+    return drawn - (1 << 64) if drawn >= 1 << 63 else drawn
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of MurmurHash3 of int64, without the lowest bit: int64 from 0."""
-    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)):
-        x = (x ^ _logical_shift(x, shift)) * _signed(factor)
-    return _logical_shift(x, 1)
+    """The finalizer of MurmurHash3 of int64, without the lowest bit: int64 from 0. TorchScript compiles it.
+
+    The masks make shifts logical: torch shifts the sign in.
+    """
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * -49064778989728563  # 0xFF51AFD7ED558CCD as int64
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * -4265267296055464877  # 0xC4CEB9FE1A85EC53
+    x = x ^ ((x >> 33) & 0x7FFFFFFF)
+    return (x >> 1) & 0x7FFFFFFFFFFFFFFF
 
 
 def _has_unknown(ids: torch.Tensor, num_ids: int) -> bool:
@@ -214,16 +219,6 @@ def _has_unknown(ids: torch.Tensor, num_ids: int) -> bool:
         return False
     low, high = torch.aminmax(ids)
     return int(low) < 0 or int(high) >= num_ids
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned integer."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift zeros in; torch shifts the sign in."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def map_fingerprint(id_map: IdMap) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from recpress.modules.config import HashConfig
+from recpress.modules.hashing.additive import additive_rows
 from recpress.modules.hashing.frequency import exclusive_rows, most_frequent
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.k_means import k_means
@@ -24,7 +25,8 @@ def learned(table: TableStats, rows: int, config: HashConfig) -> IdMap:
     join it. A `config.exclusive_share` >= 0 sets the share by hand: the floor(exclusive_share * rows) most frequent
     ids get exclusive rows, and the rest is clustered.
 
-    With `config.rows_per_id` 2, an id is the weighted sum of two rows (`two_row_dictionary`).
+    With `config.rows_per_id` 2, an id is the weighted sum of two rows (`two_row_dictionary`), or, without
+    `config.row_weights`, their sum (`additive_rows`).
     """
     counts, embedding = require_counts(table, "learned"), require_embedding(table, "learned")
     weights = counts.float() ** config.count_exponent
@@ -75,19 +77,22 @@ def _two_rows(table: TableStats, embedding: RowSource, weights: torch.Tensor, ro
         raise ValueError(
             f"table {table.name!r}: exclusive_share is {config.exclusive_share}, expected -1 with two rows per id"
         )
-    found = two_row_dictionary(
-        embedding,
-        weights,
-        rows,
-        seed=config.seed,
-        iterations=config.iterations,
-        name=table.name,
-        progress=table.progress,
-    )
+    settings: Any = {
+        "seed": config.seed,
+        "iterations": config.iterations,
+        "name": table.name,
+        "progress": table.progress,
+    }
+    found_weights = None
+    if config.row_weights:
+        pairs = two_row_dictionary(embedding, weights, rows, **settings)
+        found_rows, found_weights = pairs.rows, pairs.weights
+    else:
+        found_rows = additive_rows(embedding, weights, rows, **settings).rows
     return IdMap(
-        rows=found.rows,
+        rows=found_rows,
         num_rows=rows,
-        weights=found.weights,
+        weights=found_weights,
         method="learned",
         vocabulary=table.vocabulary,
         seed=config.seed,

@@ -15,10 +15,13 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from recpress.modules.fingerprints import Fingerprinted
-from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint, mixed
-from recpress.modules.hashing.map_buffers import BatchLayout, MapSlot, pack, unpack
-from recpress.modules.id_check import ChecksIds, IdCheck, host_reads, per_id
+from recpress.modules.hashing.id_map import IdMap, Unknown, map_fingerprint
+from recpress.modules.hashing.map_buffers import BatchLayout, MapSlot, column_numbers, pack, unpack
+from recpress.modules.hashing.map_ids import map_entries, map_ids
+from recpress.modules.id_check import ChecksIds, IdCheck, host_reads, is_traced, per_id
 from recpress.modules.stack import on_stack
+
+torch.fx.wrap("map_ids")  # a leaf where this module calls it
 
 _CHUNK = 1 << 16
 """Ids of a packed map to unpack at once on a CPU, so that the intermediate tensors stay in its cache."""
@@ -56,6 +59,9 @@ class LearnedHash(Fingerprinted, ChecksIds):
         tensor([0, 1])
     """
 
+    uses_batch_weights = True
+    """Whether the per-sample weights of the batch count."""
+
     def __init__(self, maps: Mapping[str, IdMap], *, unknown: Unknown = "hash", packed: bool = False) -> None:
         super().__init__()
         if not maps:
@@ -86,6 +92,10 @@ class LearnedHash(Fingerprinted, ChecksIds):
         # Not buffers, which DistributedDataParallel would broadcast in every forward.
         self.rows = rows if len(rows) else torch.zeros(1, dtype=torch.int32)
         self.weights = torch.cat(weights) if weights else torch.ones(1)
+        self._columns = {
+            key: [column_numbers(slot, column, packed) for column in range(slot.rows_per_id)]
+            for key, slot in self._slots.items()
+        }
         self._check = IdCheck({key: slot.num_ids for key, slot in self._slots.items()})
         self._layouts: dict[tuple[str, ...], BatchLayout] = {}
         prints = {id_map: map_fingerprint(id_map) for id_map in placed}
@@ -151,15 +161,22 @@ class LearnedHash(Fingerprinted, ChecksIds):
         """Entries per id of this feature."""
         return self._slots[key].rows_per_id if key in self._slots else 1
 
+    def options(self) -> tuple[dict[str, int], dict[str, list[list[int]]], bool, bool, bool]:
+        """The arguments of `map_ids` after its tensors, without `reject`."""
+        weighted = any(slot.weight_start >= 0 for slot in self._slots.values())
+        return self._check.sizes, self._columns, self.packed, weighted, self.uses_batch_weights
+
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The same keys, stride and order, with rows in place of ids. Rows have the dtype of the ids."""
-        if not torch.compiler.is_compiling():
-            self.check_fingerprints()
-            if self._checks_left and self.training:
-                self._check_pipeline()
+        if is_traced(features):
+            return self._traced(features)
+        self.check_fingerprints()
+        if self._checks_left and self.training:
+            self._check_pipeline()
         layout = self._layout(features.keys())
         lengths = features.length_per_key()
-        ids, weights = features.values(), features.weights_or_none()
+        ids = features.values()
+        weights = features.weights_or_none() if self.uses_batch_weights else None
         if ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"learned hash: the ids of the batch are {ids.dtype}, expected torch.int64 or torch.int32")
         rows, of_map = (self._on_host if host_reads(ids) else self._on_device)(ids, layout, lengths)
@@ -169,26 +186,22 @@ class LearnedHash(Fingerprinted, ChecksIds):
             weights = of_map if weights is None else of_map.to(weights.dtype) * weights
         return _rebuilt(features, rows.to(ids.dtype), weights, layout.entry_lengths(lengths), layout)
 
+    def _traced(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Programs of torch.compile count unknown ids, as on a GPU; other programs have no state, so they raise."""
+        counts = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if counts:
+            self._check.out_of_range(features.values(), features.keys(), features.length_per_key())
+        reject = self.unknown == "error" and not counts
+        return map_ids(features, self.rows, self.weights, *self.options(), reject)
+
     def _on_device(
         self, ids: torch.Tensor, layout: BatchLayout, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(rows, weights of the maps or None), one per entry: a few operations for all features, and no waiting."""
-        if torch.compiler.is_exporting() and self.unknown == "error":
-            raise ValueError("learned hash: unknown='error' cannot be exported; use unknown='hash'")
-        unknown = layout.repeat(self._check.out_of_range(ids, layout.keys, lengths), lengths)
-        ids = layout.repeat(ids, lengths)
-        of = layout.numbers(lengths, ids.device)
-        mapped = of.start >= 0
-        known = mapped & ~unknown
-        at = torch.where(known, of.start + of.step * ids + of.place, 0)
-        rows = unpack(self.rows, at, of.mask) if self.packed else self.rows.index_select(0, at).long()
-        rows = torch.where(unknown, mixed(ids.long() + of.offset).remainder(of.num_rows), rows)
-        rows = torch.where(mapped, rows, ids)
-        if not layout.weighted:
-            return rows, None
-        has_weight = known & (of.weight_start >= 0)
-        at = torch.where(has_weight, of.weight_start + of.rows_per_id * ids + of.column, 0)
-        return rows, torch.where(has_weight, self.weights.index_select(0, at).float(), 1.0)
+        unknown = self._check.out_of_range(ids, layout.keys, lengths)
+        numbers = layout.numbers(lengths, ids.device)
+        ids, unknown = layout.repeat(ids, lengths), layout.repeat(unknown, lengths)
+        return map_entries(ids, unknown, numbers, self.rows, self.weights, self.packed, layout.weighted)
 
     def _on_host(
         self, ids: torch.Tensor, layout: BatchLayout, lengths: list[int]
@@ -257,9 +270,10 @@ class LearnedHash(Fingerprinted, ChecksIds):
             if slot is None:
                 parts.append(part)
                 continue
+            mask = torch.tensor((1 << slot.bits) - 1)
             for chunk in part.split(_CHUNK):
                 bit = chunk.long() * slot.bits + slot.start
-                parts.append(unpack(self.rows, bit, (1 << slot.bits) - 1).to(known.dtype))
+                parts.append(unpack(self.rows, bit, mask).to(known.dtype))
         return torch.cat(parts)
 
     def _weigh(

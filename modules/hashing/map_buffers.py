@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,11 +57,11 @@ def pack(maps: Mapping[IdMap, MapSlot]) -> torch.Tensor:
     return torch.from_numpy(words.view(np.int32))
 
 
-def unpack(words: torch.Tensor, bit: torch.Tensor, mask: int | torch.Tensor) -> torch.Tensor:
+def unpack(words: torch.Tensor, bit: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The numbers of a packed map that start at `bit` (n,) int64: (n,) int64. A number has at most 31 bits.
 
     Args:
-        mask: 2**bits - 1, of all numbers or of each.
+        mask: 2**bits - 1 as int64, of all numbers () or of each (n,).
     """
     word = bit >> 5
     shift = bit & 31
@@ -74,26 +73,6 @@ def unpack(words: torch.Tensor, bit: torch.Tensor, mask: int | torch.Tensor) -> 
     low >>= shift
     low &= mask
     return low
-
-
-class EntryNumbers(NamedTuple):
-    """For each entry of a batch, the numbers of its feature's map: (entries,) int64 each."""
-
-    start: torch.Tensor
-    """First entry of the map in `rows`, or first bit in the packed words; -1 for a feature without a map."""
-    step: torch.Tensor
-    """Entries, or bits, of an id."""
-    place: torch.Tensor
-    """Position of this entry among those of its id, in entries or bits."""
-    mask: torch.Tensor
-    """2**bits - 1."""
-    num_rows: torch.Tensor
-    offset: torch.Tensor
-    """`hash_offset`"""
-    weight_start: torch.Tensor
-    """-1 if the map has no weights."""
-    rows_per_id: torch.Tensor
-    column: torch.Tensor
 
 
 class BatchLayout:
@@ -109,7 +88,7 @@ class BatchLayout:
         self.weighted = any(m is not None and m.weight_start >= 0 for m in maps)
         columns = [(m, column) for m, count in zip(maps, self.rows_per_id, strict=True) for column in range(count)]
         self._constants = {
-            "entries": list(zip(*(_numbers(m, column, packed) for m, column in columns), strict=True)),
+            "entries": list(zip(*(column_numbers(m, column, packed) for m, column in columns), strict=True)),
             "rows per id": [self.rows_per_id],
         }
         self._tensors: dict[tuple[str, torch.device], torch.Tensor] = {}
@@ -140,37 +119,38 @@ class BatchLayout:
             return [(values, self.max_rows_per_id)]
         return list(zip(values.split(lengths), self.rows_per_id, strict=True))
 
-    def numbers(self, lengths: list[int], device: torch.device) -> EntryNumbers:
-        """Those of each entry of a batch with `lengths[k]` ids of key k. Nothing is read from the device."""
+    def numbers(self, lengths: list[int], device: torch.device) -> torch.Tensor:
+        """`column_numbers` of each entry of a batch with `lengths[k]` ids of key k: (9, entries) int64.
+
+        Nothing is read from the device.
+        """
         table = self._tensor("entries", device)
         parts, at = [], 0
         for count, length in zip(self.rows_per_id, lengths, strict=True):
             of_key = table[:, None, at : at + count]
             parts.append(of_key.expand(-1, length, -1).reshape(len(table), length * count))
             at += count
-        return EntryNumbers(*(parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unbind())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def key_rows_per_id(self, device: torch.device) -> torch.Tensor:
         """`rows_per_id` as (1, keys) int64."""
         return self._tensor("rows per id", device)
 
     def _tensor(self, name: str, device: torch.device) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # a tensor made while tracing must not outlive it
-            return torch.tensor(self._constants[name], device=device)
         if (name, device) not in self._tensors:
             self._tensors[name, device] = torch.tensor(self._constants[name], device=device)
         return self._tensors[name, device]
 
 
-def _numbers(slot: MapSlot | None, column: int, packed: bool) -> list[int]:
-    """The `EntryNumbers` of one column of a map."""
+def column_numbers(slot: MapSlot | None, column: int, packed: bool) -> list[int]:
+    """What `map_ids.map_entries` must know of one column of a map, or of a feature without a map."""
     if slot is None:
         return [-1, 0, 0, 0, 1, 0, -1, 1, 0]
     size = slot.bits if packed else 1
     return [
-        slot.start,
-        size * slot.rows_per_id,
-        size * column,
+        slot.start,  # in `rows`, or in the bits of the packed words
+        size * slot.rows_per_id,  # entries, or bits, of an id
+        size * column,  # before this column
         (1 << slot.bits) - 1,
         slot.num_rows,
         hash_offset(slot.seed, column),

@@ -142,7 +142,7 @@ def warm_up(
     for part, matrix, count in parts:
         share = count.double() / count.sum()
         part[count == 0] = (share @ part.double()).float()
-        embeddings.append(part @ _factor(matrix))
+        embeddings.append(part @ factor(matrix))
     return WarmUp(
         embeddings=embeddings,
         counts=[part.clone() for part in counts.split(sizes)],
@@ -151,9 +151,9 @@ def warm_up(
     )
 
 
-def _factor(matrix: torch.Tensor) -> torch.Tensor:
-    """L with L L' = matrix, a symmetric matrix that may be singular: (d, d) float64 -> float32."""
-    floor = 1e-9 * matrix.diagonal().mean()
+def factor(matrix: torch.Tensor) -> torch.Tensor:
+    """L with L L' = matrix, which is positive semidefinite: (d, d) float64 -> float32."""
+    floor = max(1e-9 * float(matrix.diagonal().mean()), 1e-30)
     return torch.linalg.cholesky(matrix + floor * torch.eye(len(matrix), dtype=matrix.dtype)).float()
 
 

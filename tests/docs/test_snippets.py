@@ -127,7 +127,19 @@ def _of_compress(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-OF_DOCUMENT = {"README.md": _of_readme, "get-started.md": _of_readme, "compress.md": _of_compress}
+def _of_recommend(given: dict[str, Any]) -> dict[str, Any]:
+    Path("runs/best/recommendations").mkdir(parents=True)
+    columns = {"user": [7], "items": [[14, 0]], "scores": [[0.5, 0.25]]}
+    pq.write_table(pa.table(columns), "runs/best/recommendations/part-00000.parquet")
+    return {}
+
+
+OF_DOCUMENT = {
+    "README.md": _of_readme,
+    "get-started.md": _of_readme,
+    "compress.md": _of_compress,
+    "recommend.md": _of_recommend,
+}
 """What single documents say that the reader has."""
 
 
@@ -216,10 +228,12 @@ SHOWN = [
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if "```toml" in path.read_text()], ids=document_id)
 def test_options_of_files_exist(path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for block in re.findall(r"^```toml\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL):
-        command = re.match(r"# (\w+)\.toml", block)
+        command = re.match(r"# ([\w-]+)\.toml", block)
         assert command, f"{path}: a block of TOML; expected '# COMMAND.toml' in its first line"
         (tmp_path / "options.toml").write_text(block)
-        assert main(["check", command[1], "--config", str(tmp_path / "options.toml")]) == 0, capfd.readouterr().err
+        assert main(["check", *command[1].split("-"), "--config", str(tmp_path / "options.toml")]) == 0, (
+            capfd.readouterr().err
+        )
 
 
 def test_commands_are_found() -> None:

@@ -17,7 +17,7 @@ from recpress.launch import components
 from recpress.launch.resources import RESOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["factorize", "hash", "train", "evaluate", "pipeline"]
+STAGES = ["factorize", "hash", "train", "evaluate", "recommend", "pipeline"]
 COMPONENTS = ["run", *STAGES, "bench", "script"]
 
 
@@ -40,6 +40,8 @@ def installed(tmp_path):
 
 
 def arguments(stage):
+    if stage == "recommend":
+        return ("--model", "a", "--out", "b")
     return ("--data", "a", "--model" if stage == "evaluate" else "--out", "b")
 
 

@@ -26,6 +26,7 @@ RUNS = {
     "hash": ("-j", "1x1", "--", "--data", "/data/log", "--factors", "/data/factors", "--out", "/data/maps"),
     "train": ("-j", "2x8", "-h", "h100_x8", "--max_retries", "3", "--", "--data", "/data/log", "--out", "/data/model"),
     "evaluate": ("-j", "1x8", "-h", "a100_x8", "--", "--data", "/data/log", "--model", "/data/model"),
+    "recommend": ("-j", "1x8", "-h", "a100_x8", "--", "--model", "/data/model", "--out", "/data/best"),
     "pipeline": ("-j", "1:2x8", "-h", "h200_x8", "--", "--config", "/data/pipeline.toml"),
     "script": (
         *("-j", "2x8", "-h", "h100_x8", "--grace", "120", "--metadata", "team=ads,kubernetes=tests/launch/pod.yaml"),

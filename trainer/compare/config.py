@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from tyro.conf import Suppress
 
 from recpress.data.config import NegativesConfig, Schema, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, ContrastiveConfig, HashConfig, LogisticConfig, LossConfig
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
+from recpress.trainer.features.config import FeatureConfig
+from recpress.trainer.model.config import DCNConfig, DLRMConfig
 
 
 def _frozen_network() -> NetworkConfig:
@@ -191,42 +196,99 @@ class LightGCNConfig:
                 raise InputError(f"lightgcn.{name}: {getattr(self, name)}, expected a positive number")
 
 
+CLICK_METRICS = ("AUC", "LogLoss", "NE")
+CLICK_METHODS = (
+    "universal", "double", "quotient-remainder", "frequency", "hybrid", "robe", "cce", "cafe", "cluster", "learned",
+    "learned-2",
+)  # fmt: skip
+HASH_METHODS = (
+    "modulo", "double", "frequency", "hybrid", "quotient-remainder", "louvain", "co-cluster", "cluster", "learned",
+    "learned-2",
+)  # fmt: skip
+"""Those of the other backbones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClickConfig:
+    """How the models of clicks are trained, `dlrm` and `dcn-v2`."""
+
+    network: DCNConfig = field(default_factory=DCNConfig)
+    """Their layers; `dlrm` has no cross layers."""
+    dim: int = 16
+    """Dimension of all tables."""
+    label_threshold: float | None = None
+    """Labels from here on are 1, others 0; by default labels must be 0 or 1."""
+    epochs: int = 5
+    """Maximum of passes over train."""
+    patience: int = 1
+    """Epochs without improvement on the validation rows after which training stops. The best weights are measured."""
+    batch_size: int = 2048
+    """Rows of a step."""
+    learning_rate: float = 1e-3
+    """Of Adam, for the network."""
+    table_learning_rate: float = 0.05
+    """Of Adagrad, for the tables."""
+
+    def __post_init__(self) -> None:
+        at_least(1, **{f"click.{name}": getattr(self, name) for name in ("epochs", "patience", "batch_size", "dim")})
+        if self.dim % 4:
+            raise InputError(f"click.dim is {self.dim}, expected a multiple of 4")
+        for name in ("learning_rate", "table_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"click.{name}: {getattr(self, name)}, expected a positive number")
+        if self.label_threshold is not None and not math.isfinite(self.label_threshold):
+            raise InputError(f"click.label_threshold is {self.label_threshold}, expected a finite number")
+
+    def network_of(self, model: str) -> DLRMConfig:
+        """The options of a model."""
+        layers = self.network
+        if model == "dcn-v2":
+            return layers
+        return DLRMConfig(dense_layers=layers.dense_layers, over_layers=layers.over_layers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareHashConfig:
     """Compare all hashing methods with one backbone and one budget of embedding rows, over several seeds, with a report
     page."""
 
     data: str | None = None
-    """The log, with test rows and, to choose settings on, val rows. Default: a synthetic log."""
+    """The log, with test rows and, to choose settings on, val rows. Default: a synthetic log; `dlrm` and `dcn-v2` need
+    one with labels."""
     out: str = "runs/compare-hash"
     """Folder of the report and the results as JSON. Must not exist, except with --overwrite."""
     schema: Schema = field(default_factory=Schema)
     synth: SynthConfig = field(default_factory=SynthConfig)
-    methods: tuple[str, ...] = (
-        "modulo", "double", "frequency", "hybrid", "quotient-remainder", "louvain", "co-cluster", "cluster", "learned",
-        "learned-2",
-    )  # fmt: skip
-    """Methods; `learned-2`: learned with two weighted rows per id."""
+    methods: tuple[str, ...] = ()
+    """Methods; default: all of the backbone. `learned-2`: learned with two weighted rows per id."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed has its own factorization and its own maps."""
+    """Each seed has its own factorization, or full tables, and its own maps."""
     share: float = 0.2
-    """Budget of embedding rows of users and items together, as a share of the ids."""
+    """Budget of embedding rows of all tables together, as a share of the ids."""
     rows: int = 0
     """Budget as a number of rows; 0: use --share."""
-    backbone: Literal["als", "softmax", "lightgcn"] = "als"
+    backbone: Literal["als", "softmax", "lightgcn", "dlrm", "dcn-v2"] = "als"
     """What is trained with one row per id and with the rows of each map. `als`: weighted least squares. `softmax`: the
     contrastive factorization, whose vectors maps are then learned from. `lightgcn`: as
-    GraphHash and BACO do; takes minutes to hours for each run, and resumes after a stop."""
+    GraphHash and BACO do; takes minutes to hours for each run, and resumes after a stop. `dlrm`, `dcn-v2`: a model of
+    the labels of the log, with tables of all its features."""
     als: ALSConfig = field(default_factory=ALSConfig)
     """The factorization: the backbone `als`, and the embedding from which maps are learned. Settings that are not given
     are chosen on held-out examples of train."""
     softmax: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     """The backbone `softmax`. Temperature and epochs that are not given are chosen on held-out examples of train."""
     lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
+    click: ClickConfig = field(default_factory=ClickConfig)
+    """`dlrm`, `dcn-v2`."""
+    features: Suppress[Mapping[str, FeatureConfig]] = field(default_factory=dict)
+    """`dlrm`, `dcn-v2`: the features, from a TOML file; empty: all columns of the schema."""
     checkpoints: str | None = None
     """`lightgcn`: folder of the checkpoints; default: --out plus `.checkpoints`. Removed at the end."""
     equal_bytes: bool = True
     """Rank methods at equal bytes, too; otherwise at equal rows alone, with half of the runs."""
+    equal_rows: bool = True
+    """`dlrm`, `dcn-v2`: rank methods at equal rows, too; otherwise at equal bytes alone. The other backbones always
+    do, because they choose the settings there."""
     hash: HashConfig = field(default_factory=HashConfig)
     """Settings that all methods share, unless they are chosen per method."""
     trials: int = 10
@@ -243,8 +305,8 @@ class CompareHashConfig:
     """`softmax`: numbers of epochs with shared rows to try."""
     choose_users: int = 4000
     """Number of users whose validation examples choose the settings."""
-    metric: str = "Recall@10"
-    """Metric that chooses the settings."""
+    metric: str = ""
+    """Metric that chooses the settings: by default Recall@10; with `dlrm` and `dcn-v2` AUC (or LogLoss, NE)."""
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
     overwrite: bool = False
     """Replace an existing --out."""
@@ -259,8 +321,25 @@ class CompareHashConfig:
         if self.evaluation.protocol == "sampled":
             raise InputError("evaluation.protocol: 'sampled', expected full: compare hash ranks all items")
         names = [f"{name}@{k}" for k in self.evaluation.k for name in ("Recall", "NDCG", "HR")] + ["MRR", "AUC"]
+        names = [*CLICK_METRICS] if self.of_clicks else names
+        object.__setattr__(self, "metric", self.metric or ("AUC" if self.of_clicks else "Recall@10"))
         if self.metric not in names:
             raise InputError(f"metric: {self.metric!r}, expected one of {', '.join(names)}")
+        known = CLICK_METHODS if self.of_clicks else (*HASH_METHODS, "universal")
+        object.__setattr__(self, "methods", self.methods or (CLICK_METHODS if self.of_clicks else HASH_METHODS))
+        if unknown := [name for name in self.methods if name not in known]:
+            raise InputError(f"methods: {unknown[0]!r}, expected some of {', '.join(known)} with {self.backbone}")
+        if self.features and not self.of_clicks:
+            raise InputError(f"features: backbone {self.backbone} has users and items only, expected dlrm or dcn-v2")
+        if not self.equal_rows and not self.of_clicks:
+            raise InputError(f"equal_rows: backbone {self.backbone} chooses settings at equal rows, so ranks there")
+        if not self.equal_rows and not self.equal_bytes:
+            raise InputError("equal_rows, equal_bytes: expected at least one ranking")
+
+    @property
+    def of_clicks(self) -> bool:
+        """Whether the backbone learns labels."""
+        return self.backbone in ("dlrm", "dcn-v2")
 
 
 @dataclass(frozen=True, kw_only=True)

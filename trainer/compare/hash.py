@@ -19,6 +19,7 @@ from recpress.data.dataset import artifact
 from recpress.data.errors import InputError
 from recpress.modules.als.factors import Factors
 from recpress.modules.hashing.id_map import IdMap
+from recpress.trainer.compare.click.comparison import compare_clicks
 from recpress.trainer.compare.config import CompareHashConfig
 from recpress.trainer.compare.hash_backbone import Backbone, MapStats, Report
 from recpress.trainer.compare.hash_light_gcn import LightGCNBackbone
@@ -67,18 +68,16 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare hash runs on one process: start it without torchrun")
-    unknown = [name for name in config.methods if name not in NAMES]
-    if unknown:
-        raise InputError(f"methods: {unknown[0]!r}, expected some of {', '.join(NAMES)}")
     if not config.seeds or not config.sweeps:
         raise InputError("seeds and sweeps: expected at least one of each")
     meta: dict[str, Any] = {"config": asdict(config)}
     with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data or ""]) as tmp:
-        comparison = _Comparison(config, tmp)
-        result = comparison.run()
+        comparison = None if config.of_clicks else _Comparison(config, tmp)
+        result = compare_clicks(config) if comparison is None else comparison.run()
         result.save(tmp / "result.json")
         hash_report(result).write(tmp / "report.html")
-    comparison.backbone.finish()
+    if comparison is not None:
+        comparison.backbone.finish()
     print(f"\n{format_hash_tables(result)}\n\nreport: {config.out}/report.html")
     return result
 

@@ -18,6 +18,8 @@ from recpress.trainer.report.page import Cell, Report, Section, Table
 
 FULL = "full"
 """Key of the full table."""
+SMALLER = ("LogLoss", "NE")
+"""Metrics of which the smaller is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,12 @@ class HashMethodResult:
     metrics: tuple[dict[str, float], ...]
     """Of the test examples, one for each seed."""
     rows: int
-    """Embedding rows of both tables; mean over the seeds."""
+    """Embedding rows of all tables; mean over the seeds."""
     row_bytes: int
     map_bytes: int
-    """Of the id maps, bit-packed, with their weights; 0 if a formula computes them."""
+    """Of the id maps or whatever else finds rows, as stored; 0 for a formula."""
     serving_map_bytes: int = 0
-    """Of the id maps as `LearnedHash` serves them: int32 row numbers and the weights; 0 for a formula."""
+    """The same with int32 row numbers, as `LearnedHash` serves maps; 0 for a formula."""
     map_seconds: tuple[float, ...] = ()
     train_seconds: tuple[float, ...] = ()
 
@@ -107,8 +109,8 @@ class Ranking:
 class HashResult(Result):
     """The whole comparison. Methods are ranked by the first of `metrics`."""
 
-    rows: Ranking
-    """At the same number of embedding rows."""
+    rows: Ranking | None
+    """At the same number of embedding rows; None if that was not compared."""
     bytes: Ranking | None
     """At the same bytes, maps included; None if that was not compared."""
     byte_budget: int
@@ -122,16 +124,22 @@ class HashResult(Result):
 
     @property
     def rankings(self) -> dict[str, Ranking]:
-        """`equal rows` and, if it was compared, `equal bytes`."""
-        return {"equal rows": self.rows} | ({} if self.bytes is None else {"equal bytes": self.bytes})
+        """`equal rows`, `equal bytes`: those that were compared, at least one."""
+        both = {"equal rows": self.rows, "equal bytes": self.bytes}
+        return {name: ranking for name, ranking in both.items() if ranking is not None}
+
+    @property
+    def main(self) -> Ranking:
+        """At equal rows, if that was compared."""
+        return next(iter(self.rankings.values()))
 
     @property
     def methods(self) -> tuple[HashMethodResult, ...]:
-        """Those at the same number of rows."""
-        return self.rows.methods
+        """Those of the main ranking."""
+        return self.main.methods
 
     def method(self, key: str) -> HashMethodResult:
-        return self.rows.method(key)
+        return self.main.method(key)
 
     def of_full(self, method: HashMethodResult) -> float:
         """Share of the full table's first metric; NaN if that is 0."""
@@ -156,7 +164,9 @@ class HashResult(Result):
         for budget, ranking in self.rankings.items():
             if ranking.has("learned") and ranking.has("cluster"):
                 found.append(self._verdict(ranking, "learned", "cluster", budget, ("Learned, one row,", "clusters")))
-            others = [m for m in ranking.methods if m.key not in (self.full, self.ours, "learned")]
+            others = [
+                m for m in ranking.methods if m.key not in (self.full, self.ours) and not m.key.startswith("learned")
+            ]
             if ranking.has(self.ours) and others:
                 best = max(others, key=lambda method: method.mean(self.metrics[0]))
                 found.append(self._verdict(ranking, self.ours, best.key, budget))
@@ -192,9 +202,11 @@ class HashResult(Result):
 def format_hash_tables(result: HashResult) -> str:
     """Both rankings, one method per row, then the verdicts and warnings."""
     parts = [
-        f"Equal rows: {result.data.get('budget of rows', 0):,}",
-        _format_table(result, result.rows),
-        "",
+        *(
+            [f"Equal rows: {result.data.get('budget of rows', 0):,}", _format_table(result, result.rows), ""]
+            if result.rows is not None
+            else []
+        ),
         *(
             [f"Equal bytes, map included: {format_bytes(result.byte_budget)}", _format_table(result, result.bytes), ""]
             if result.bytes is not None
@@ -246,13 +258,17 @@ def hash_report(result: HashResult) -> Report:
     ]
     if others:
         best = max(others, key=lambda method: method.mean(metric))
-        pair = difference(result.rows.differences, ours.key, best.key)
+        pair = difference(result.main.differences, ours.key, best.key)
         tie = ", within noise" if pair.level else ""
-        tiles.append((f"{pair.mean:+.4f}", f"{metric} against {best.name}, equal rows{tie}"))
+        tiles.append((f"{pair.mean:+.4f}", f"{metric} against {best.name}, {next(iter(result.rankings))}{tie}"))
     return result.to_report(
         tiles,
         [
-            Section(title="Results at equal rows", table=_table(result, result.rows)),
+            *(
+                [Section(title="Results at equal rows", table=_table(result, result.rows))]
+                if result.rows is not None
+                else []
+            ),
             *(
                 [
                     Section(
@@ -282,7 +298,10 @@ def _described(method: HashMethodResult) -> str:
 def _table(result: HashResult, ranking: Ranking) -> Table:
     full, place = ranking.method(result.full), ranking.places()
     methods = result.ordered(ranking)
-    best = {metric: max((m.mean(metric) for m in methods[1:]), default=math.nan) for metric in result.metrics}
+    best = {
+        metric: (min if metric in SMALLER else max)((m.mean(metric) for m in methods[1:]), default=math.nan)
+        for metric in result.metrics
+    }
     rows: list[list[Cell | str]] = []
     for method in methods:
         of_map = f", map {format_bytes(method.map_bytes)}" if method.map_bytes else ""
@@ -315,7 +334,7 @@ def _table(result: HashResult, ranking: Ranking) -> Table:
 
 def _chart(result: HashResult) -> Chart:
     metric, full = result.metrics[0], result.method(result.full)
-    methods = [m for m in result.ordered(result.rows) if m is not full]
+    methods = [m for m in result.ordered(result.main) if m is not full]
     rankings = result.rankings
 
     def values(ranking: Ranking, of: str) -> list[float | None]:
@@ -329,7 +348,7 @@ def _chart(result: HashResult) -> Chart:
         highlighted=result.method(result.ours).name,
         level=("Full table", full.mean(metric)),
     )
-    budgets = "equal rows" if len(rankings) == 1 else "equal rows (full color) and at equal bytes (pale)"
+    budgets = next(iter(rankings)) if len(rankings) == 1 else "equal rows (full color) and at equal bytes (pale)"
     return Chart(
         title="Quality by method",
         caption=f"{metric} at {budgets}; dashed: one row per id. Bars: standard deviation over seeds.",

@@ -67,7 +67,9 @@ def run_facts(title: str, config: Any, log: Log, **data: str | int) -> dict[str,
         data: further facts of the log; underscores of their names become blanks.
     """
     name = Path(config.data).name if config.data else "synthetic, by recpress synth"
-    facts: dict[str, str | int] = {"log": name, "users": log.num_users, "items": log.num_items}
+    facts: dict[str, str | int] = {"log": name}
+    if log.schema.user and log.schema.item:
+        facts |= {"users": log.num_users, "items": log.num_items}
     facts |= {"train examples": log.train.num_rows, "seeds": ", ".join(map(str, config.seeds))}
     return {
         "title": f"{title} on {name if config.data else 'a synthetic log'}",

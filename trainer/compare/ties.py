@@ -1,4 +1,4 @@
-"""Which differences between methods are significant: a paired test over the ranked users and the seeds.
+"""Which differences between methods are significant: a paired test over the ranked users or rows, and the seeds.
 
 The two-sided test is Student's, at 5 % for each pair; p-values are not corrected for the number of pairs.
 """
@@ -75,6 +75,27 @@ def paired_difference(first: Sequence[np.ndarray], second: Sequence[np.ndarray])
     inverse = sum((part / error**2) ** 2 / (number - 1) for part, number in parts if number > 1)
     freedom = max(1, math.floor(1 / inverse + 1e-9))
     return mean, _critical(freedom) * error, student_p(mean / error, freedom)
+
+
+def auc_by_row(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A value for each row whose mean is the AUC, and whose variance over n is that of DeLong et al. (1988): (n,).
+
+    For a positive, the AUC plus n / positives times its difference from the share of negatives below it; likewise for
+    a negative. Ties count one half. So a paired test of two models over rows is DeLong's, up to n / (n - 1).
+
+    Args:
+        labels: (n,), 0 or 1, both present.
+    """
+    positive = labels > 0
+    n, found = len(labels), np.empty(len(labels))
+    auc = 0.0
+    for mine in (positive, ~positive):
+        others = np.sort(scores[~mine])
+        below = (np.searchsorted(others, scores[mine], "left") + np.searchsorted(others, scores[mine], "right")) / 2
+        won = below / len(others) if mine is positive else 1 - below / len(others)
+        auc = won.mean()
+        found[mine] = auc + n / len(won) * (won - auc)
+    return found
 
 
 def student_p(t: float, freedom: int) -> float:

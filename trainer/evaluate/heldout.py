@@ -28,6 +28,8 @@ from recpress.trainer.distributed.collectives import (
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
 CHUNK = 1024
+SEEN = ("train", "val")
+"""Parts of a log whose items are masked in a ranking of all items."""
 Pairs = tuple[np.ndarray, np.ndarray]  # users, items
 
 

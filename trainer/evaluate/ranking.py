@@ -146,7 +146,7 @@ class _Ranker:
         self.heldout = heldout
         self.user_vectors = user_vectors
         self.device = device
-        self.items = _ItemShard(item_vectors, heldout.num_items, item_chunk, self.device)
+        self.items = ItemShard(item_vectors, heldout.num_items, item_chunk, self.device)
 
     @torch.no_grad()
     def run(
@@ -174,7 +174,8 @@ class _Ranker:
             vectors = self._user_chunk(heldout.users[start:stop])
             targets = [heldout.targets.lengths[start:stop], _values(heldout.targets, start, stop)]
             known = all_gather_arrays([heldout.users[start:stop], *targets, *arrays_of(start, stop)])
-            self._check_users(vectors, [arrays[0] for arrays in known])
+            for of_rank, arrays in zip(vectors, known, strict=True):
+                check_users(of_rank, arrays[0], self.items.largest_norm)
             scores = all_reduce(torch.cat([self._target_scores(v, a) for v, a in zip(vectors, known, strict=True)]))
             sizes = [len(arrays[2]) for arrays in known]
             per_rank = scores.split(sizes)
@@ -221,15 +222,6 @@ class _Ranker:
         vectors[len(users) :] = 0
         return all_gather(vectors)
 
-    def _check_users(self, vectors: list[Tensor], users: list[np.ndarray]) -> None:
-        for of_rank, ids in zip(vectors, users, strict=True):
-            norm = of_rank.double().norm(dim=1)
-            bad = ~(norm * self.items.largest_norm < _LARGEST)  # others cannot overflow (Cauchy-Schwarz)
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                why = "is too large" if norm[row].isfinite() else "is not finite"
-                raise InputError(f"user {ids[row]}: its scores are not finite, because its vector {why}")
-
     def _target_scores(self, vectors: Tensor, arrays: Sequence[np.ndarray]) -> Tensor:
         """Scores of the targets among the items of this rank, (T,); the others are 0."""
         _, lengths, items, *_ = arrays
@@ -239,8 +231,29 @@ class _Ranker:
         return result
 
 
-class _ItemShard:
-    """The item vectors of this rank: whole chunks, so that a block of scores is the same on any rank."""
+def check_users(vectors: Tensor, ids: np.ndarray, largest_norm: float) -> None:
+    """Raise InputError, naming the user, if a score could be infinite or NaN.
+
+    Args:
+        vectors: (n, D); rows beyond the ids are zero.
+        largest_norm: of the items.
+    """
+    norm = vectors.double().norm(dim=1)
+    bad = ~(norm * largest_norm < _LARGEST)  # others cannot overflow (Cauchy-Schwarz)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        why = "is too large" if norm[row].isfinite() else "is not finite"
+        raise InputError(f"user {ids[row]}: its scores are not finite, because its vector {why}")
+
+
+class ItemShard:
+    """The item vectors of this rank: whole chunks, so that a block of scores is the same on any rank.
+
+    It has the items [start, stop). `largest_norm` is that of all items.
+
+    Raises:
+        InputError: an item vector is not finite. On every rank.
+    """
 
     def __init__(self, item_vectors: VectorFn, num_items: int, item_chunk: int, device: torch.device):
         rank, world = rank_and_world()
@@ -248,15 +261,18 @@ class _ItemShard:
         self.chunk = item_chunk
         self.start = min(rank * chunks * item_chunk, num_items)
         self.stop = min(self.start + chunks * item_chunk, num_items)
-        parts: list[Tensor] = []
         norms_of: list[Tensor] = []  # a chunk at a time: in float64 all vectors at once would take twice their memory
         with torch.no_grad():
-            for first in range(rank * chunks * item_chunk, (rank + 1) * chunks * item_chunk, item_chunk):
+            for number in range(chunks):
+                first = (rank * chunks + number) * item_chunk
                 ids = torch.arange(first, first + item_chunk, device=device)
                 ids[ids >= num_items] = 0
-                parts.append(item_vectors(ids).detach().to(device, torch.float32))
-                norms_of.append(parts[-1].double().norm(dim=1))
-        self.vectors = torch.cat(parts)  # (chunks * item_chunk, D); rows beyond the items hold item 0
+                part = item_vectors(ids).detach().to(device, torch.float32)
+                if number == 0:
+                    self.vectors = part.new_empty(chunks * item_chunk, part.shape[1])
+                    """(chunks * item_chunk, D) float32; rows beyond the items hold item 0."""
+                self.vectors[number * item_chunk : (number + 1) * item_chunk] = part
+                norms_of.append(part.double().norm(dim=1))
         self.dim = self.vectors.shape[1]
         norms = torch.cat(norms_of)[: self.stop - self.start]
         bad = (~norms.isfinite()).nonzero()

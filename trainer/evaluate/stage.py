@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from recpress.data.dataset import artifact, object_store
-from recpress.data.dataset.log import Log, open_log
+from recpress.data.dataset.log import SIDES, Log, open_log
 from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import FACTORS, MODEL, open_factors
 from recpress.trainer.config import EvaluationConfig, chosen_schema
 from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import EvaluateConfig
-from recpress.trainer.evaluate.heldout import FullHeldout, SampledHeldout, full_from_log, sampled_from_log
+from recpress.trainer.evaluate.heldout import SEEN, FullHeldout, SampledHeldout, full_from_log, sampled_from_log
 from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
 from recpress.trainer.model.vectors import VectorFn
 
@@ -39,19 +39,11 @@ def _evaluate(
 ) -> dict[str, float]:
     """`evaluate` within its process group, which must outlive the model: see `process_group`."""
     with raise_on_all_ranks():
-        _check_that_it_ranks(config.model)
+        check_that_it_ranks(config.model)
         log = open_log(config.data, chosen_schema(config.schema))
         kind = kind_of(config.model)
     heldout = load_heldout(log, config.evaluation)
-    if kind == FACTORS:
-        with raise_on_all_ranks():
-            factors = open_factors(config.model, log)
-            user, item = (vectors_from_factors(factors.table(side)) for side in ("user", "item"))
-    else:
-        from recpress.trainer.model.two_tower import load_model  # imports torchrec, which factors do not need
-
-        model = load_model(config.model, log, ranks)
-        user, item = model.vectors("user"), model.vectors("item")
+    user, item = load_vectors(config.model, kind, log, ranks)
     metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device, per_case)
     if ranks.rank == 0:
         print(f"{config.model}: {show(metrics)}")
@@ -73,7 +65,24 @@ def kind_of(path: str) -> str:
     return kind
 
 
-def _check_that_it_ranks(path: str) -> None:
+def load_vectors(path: str, kind: str, log: Log, ranks: Ranks) -> tuple[VectorFn, VectorFn]:
+    """The vectors of users and of items of the factors or the model at `path`. Collective.
+
+    Raises:
+        InputError: it is corrupt, or of another vocabulary than that of `log`. On every rank.
+    """
+    if kind == FACTORS:
+        with raise_on_all_ranks():
+            factors = open_factors(path, log)
+            tables = [factors.table(side) for side in SIDES]
+        return vectors_from_factors(tables[0]), vectors_from_factors(tables[1])
+    from recpress.trainer.model.two_tower import load_model  # imports torchrec, which factors do not need
+
+    model = load_model(path, log, ranks)
+    return model.vectors("user"), model.vectors("item")
+
+
+def check_that_it_ranks(path: str) -> None:
     """Raise InputError for a model of labels, whose log may lack what a ranking needs. Other errors are `kind_of`'s."""
     manifest: dict[str, Any] = {}
     with suppress(InputError):
@@ -97,8 +106,7 @@ def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHel
             f"{log.path}: a sample of {log.sample_of['log']}, so not all items that a user has seen could be masked; "
             "for the protocol 'full' expected that log (ids are the same)"
         )
-    masked = ("train",) if log.val is None else ("train", "val")
-    return full_from_log(log, masked=masked)
+    return full_from_log(log, masked=SEEN)
 
 
 def rank_heldout(

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from recpress.data.config import Schema
 from recpress.data.dataset import artifact
 from recpress.data.dataset.columns import Column, Jagged, check_type, decode, is_list
 from recpress.data.dataset.log import SIDES, Log, Side
@@ -30,6 +31,7 @@ from recpress.trainer.artifacts.id_maps import HashArtifact
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.features.config import FeatureConfig, Kind
 from recpress.trainer.features.numbers import Numbers
+from recpress.trainer.open_log import open_on_all_ranks
 
 DIM = 16
 """Dimension of tables by default."""
@@ -142,7 +144,7 @@ def resolve_features(
     numbers = _numbers(log, features, sides)
     found: FeatureSet | None = None
     with raise_on_all_ranks():
-        used = {side: _side_columns(log, side, table, features) for side, table in sides.items()}
+        used = {side: side_columns(log, side, table, features) for side, table in sides.items()}
         held = {side: columns for side, columns in used.items() if columns is not None}
         tables = _Tables(log, features, numbers, held, maps, dim)
         found = FeatureSet(features, tables.build(), numbers, held, tables.dim)
@@ -150,7 +152,26 @@ def resolve_features(
     return found
 
 
-def unread_columns(log: Log, given: Mapping[str, FeatureConfig]) -> dict[str, Literal["categorical", "floats"]]:
+def open_with_features(path: str, schema: Schema | None, given: Mapping[str, FeatureConfig], *, skip: bool) -> Log:
+    """The log, which reads columns of features even if its schema does not name them. Collective.
+
+    Args:
+        skip: skip corrupt files and row groups.
+
+    Raises:
+        InputError: the log cannot be opened. On every rank.
+    """
+    log = open_on_all_ranks(path, schema, skip=skip, pairs=False)
+    if more := _unread_columns(log, given):
+        schema = log.schema
+        categorical = [name for name, role in more.items() if role == "categorical"]
+        floats = [name for name, role in more.items() if role == "floats"]
+        schema = replace(schema, categorical=(*schema.categorical, *categorical), floats=(*schema.floats, *floats))
+        log = open_on_all_ranks(path, schema, skip=skip, pairs=False)
+    return log
+
+
+def _unread_columns(log: Log, given: Mapping[str, FeatureConfig]) -> dict[str, Literal["categorical", "floats"]]:
     """Columns of features that the files of the log have, but its schema does not name -> their role."""
     kinds = _arrow(log)
     found: dict[str, Literal["categorical", "floats"]] = {}
@@ -252,7 +273,8 @@ def _floats(table: pa.Table, name: str, where: str) -> np.ndarray:
     return found
 
 
-def _side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Feature]) -> SideColumns | None:
+def side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Feature]) -> SideColumns | None:
+    """The columns of a side table that are features; None if none is."""
     mine = [feature for feature in features if feature.source == side]
     if not mine:
         return None
@@ -361,7 +383,9 @@ class _Tables:
         )
 
     def _vocabulary(self, feature: Feature) -> str | None:
-        """Fingerprint of the vocabulary that numbered the column; None if unknown."""
+        """Fingerprint of the vocabulary that numbered the column, or of its hash; None if unknown."""
+        if feature.source == "log" and (hashed := self.log.hash_fingerprint(feature.column)) is not None:
+            return hashed
         known = (self.log.manifest or {}).get("features", {})
         if feature.source == "log" and feature.column in known and known[feature.column].get("vocabulary"):
             return artifact.fingerprint(f"{self.log.root}/{known[feature.column]['vocabulary']}", self.log.filesystem)
@@ -375,10 +399,12 @@ class _Tables:
         if len({(feature.source, feature.column) for feature in features}) == 1:
             return
         found = {feature.column: self._vocabulary(feature) for feature in features}
-        if len({value for value in found.values() if value is not None}) > 1:
+        numbered = {value for value in found.values() if value is not None}
+        if len(numbered) > 1 or (None in found.values() and any(map(self.log.hash_fingerprint, found))):
             raise InputError(
-                f"table '{name}': columns {', '.join(found)} share it, but each was numbered by a vocabulary of its "
-                "own, so that an id means different things; expected one table per column, or one vocabulary"
+                f"table '{name}': columns {', '.join(found)} share it, but each was numbered or hashed in a way of its "
+                "own, so that an id means different things; expected one table per column, one vocabulary, or one "
+                "number of ids in schema.hashed"
             )
 
     def _map_name(self, feature: Feature) -> str:

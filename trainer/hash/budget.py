@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.hashing.budget import split_rows
+from recpress.modules.hashing.budget import split_by_ids, split_rows
 from recpress.modules.hashing.methods import FROM_EMBEDDING
 from recpress.modules.hashing.table_stats import TableStats, require_embedding
 from recpress.modules.row_source import LARGEST, RowSource, blocks
@@ -49,7 +49,7 @@ def rows_of_tables(config: HashStageConfig, tables: list[TableStats]) -> list[in
     if learned and config.split == "distortion" and len(rest) > 1:
         shares = split_rows(_comparable(config, rest), min(left, sum(t.num_ids for t in rest)), config)
     else:
-        shares = _by_ids([table.num_ids for table in rest], left)
+        shares = split_by_ids([table.num_ids for table in rest], left)
     found = fixed | {table.name: rows for table, rows in zip(rest, shares, strict=True)}
     return [found[name] for name in names]
 
@@ -72,21 +72,6 @@ def _comparable(config: HashStageConfig, tables: list[TableStats]) -> list[Table
         replace(table, embedding=_Turned(table.embedding, root(gram)))  # type: ignore[arg-type]
         for table, gram in zip(tables, reversed(grams), strict=True)
     ]
-
-
-def _by_ids(ids: list[int], budget: int) -> list[int]:
-    """Rows in proportion to the ids: at least 1, at most the ids, together the budget if possible."""
-    rows = [1] * len(ids)
-    left = min(budget, sum(ids)) - len(ids)
-    total = sum(ids)
-    for index, number in sorted(enumerate(ids), key=lambda pair: pair[1]):
-        take = min(number - 1, left, round(left * number / total)) if total else 0
-        rows[index] += take
-        left, total = left - take, total - number
-    for index, number in sorted(enumerate(ids), key=lambda pair: -pair[1]):  # the remainder of rounding
-        take = min(left, number - rows[index])
-        rows[index], left = rows[index] + take, left - take
-    return rows
 
 
 def _number(name: str, text: str) -> int:

@@ -131,8 +131,8 @@ def build(
     with raise_on_all_ranks():
         module = TwoTower(
             config,
-            _spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
-            _spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
+            side_spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
+            side_spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
             tables_device="meta",
         )
     dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
@@ -169,17 +169,8 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
     with raise_on_all_ranks():
         manifest = artifact.read_manifest(path, MODEL)
         check_vocabulary(path, manifest, log)
-        try:
-            model = manifest["model"]
-            parts = current_names(model["two_tower"])
-            parts["towers"]["hidden"] = tuple(parts["towers"]["hidden"])
-            config = TwoTowerConfig(
-                tables=TablesConfig(**parts["tables"]),
-                towers=TowersConfig(**parts["towers"]),
-                loss=LossConfig(**parts["loss"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
+        model = manifest["model"]
+        config = saved_config(path, model)
         features = Features.of(log, model["user_features"], model["item_features"])
         folder = artifact.fetch(path, manifest, f"{WEIGHTS}/*", f"{MAPS}/*")
         maps = load_maps(folder / MAPS, model.get("maps", ()), log)
@@ -201,6 +192,20 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
     return sharded
 
 
+def saved_config(path: str, model: Mapping[str, Any]) -> TwoTowerConfig:
+    """The configuration in the manifest entry of `describe_model`. Raises InputError if there is none."""
+    try:
+        parts = current_names(model["two_tower"])
+        parts["towers"]["hidden"] = tuple(parts["towers"]["hidden"])
+        return TwoTowerConfig(
+            tables=TablesConfig(**parts["tables"]),
+            towers=TowersConfig(**parts["towers"]),
+            loss=LossConfig(**parts["loss"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
+
+
 def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
     if not names:
         return None
@@ -214,8 +219,9 @@ def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
     )
 
 
-def _spec(
+def side_spec(
     key: str, rows: int, dim: int | None, table: SideTable | None, counted: bool, id_map: IdMap | None
 ) -> SideSpec:
+    """The sizes of one side, with the features of its table."""
     spec = SideSpec(key=key, rows=rows, dim=dim, counted=counted, map=id_map)
     return spec if table is None else replace(spec, categorical=table.num_values(), floats=len(table.float_names))

@@ -109,7 +109,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def _fill_all(parts: Iterable[tuple[Rectangle, torch.Tensor]], place: Path) -> None:
-    files = _files(place)
+    files = shard_files(place)
     for rectangle, part in parts:
         _fill(part, rectangle, files, place)
 
@@ -145,7 +145,8 @@ def _file_name(rectangle: Rectangle) -> str:
     return f"rows-{r0}-{r1}-columns-{c0}-{c1}.npy"
 
 
-def _files(folder: Path) -> list[tuple[Rectangle, Path]]:
+def shard_files(folder: Path) -> list[tuple[Rectangle, Path]]:
+    """The shards of a table that `save_weights` wrote, by the rectangle that each covers."""
     found = []
     for path in sorted(folder.glob("*.npy")):
         match = re.fullmatch(r"rows-(\d+)-(\d+)-columns-(\d+)-(\d+)\.npy", path.name)

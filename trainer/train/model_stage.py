@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,13 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.labelled import Chunk, evaluate_rows, held_out_rows, part_rows
 from recpress.trainer.evaluate.stage import show
 from recpress.trainer.features.batches import FeatureBatches
-from recpress.trainer.features.resolve import FeatureSet, resolve_features, sampled_rows, unread_columns
+from recpress.trainer.features.resolve import FeatureSet, open_with_features, resolve_features, sampled_rows
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.trained import ShardedModel, build_model
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
 from recpress.trainer.model.weights import save_weights
-from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.train.config import TrainModelConfig
 from recpress.trainer.train.resume import checkpoint_folder, digest, keep_global_batch, open_checkpoints
 from recpress.trainer.train.run import run_fit
@@ -170,13 +169,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
 def _open(config: TrainModelConfig) -> _Inputs:
     """Open the log and resolve the features. Collective."""
     skip = config.stream.on_bad_file == "skip"
-    log = open_on_all_ranks(config.data, chosen_schema(config.schema), skip=skip, pairs=False)
-    if more := unread_columns(log, config.features):
-        schema = log.schema
-        categorical = [name for name, role in more.items() if role == "categorical"]
-        floats = [name for name, role in more.items() if role == "floats"]
-        schema = replace(schema, categorical=(*schema.categorical, *categorical), floats=(*schema.floats, *floats))
-        log = open_on_all_ranks(config.data, schema, skip=skip, pairs=False)
+    log = open_with_features(config.data, chosen_schema(config.schema), config.features, skip=skip)
     label, maps = log.schema.label, None
     with raise_on_all_ranks():
         if not label:

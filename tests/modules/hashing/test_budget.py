@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recpress.modules.config import HashConfig
-from recpress.modules.hashing.budget import distortions, split_rows
+from recpress.modules.hashing.budget import DistortionSplit, distortions, split_by_cap, split_by_ids, split_rows
 from recpress.modules.hashing.table_stats import TableStats
 
 CONFIG = HashConfig(count_exponent=1.0)
@@ -118,3 +118,40 @@ def test_bad_input():
         split_rows([table(vectors, name="x")], 2, CONFIG)
     with pytest.raises(ValueError, match="'x': method 'split' needs the counts"):
         split_rows([TableStats(name="x", num_ids=2, embedding=torch.ones(2, 1))], 1, CONFIG)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.floats(0, 1))
+def test_a_common_cap_and_shares_by_ids_use_the_budget(ids, share):
+    budget = len(ids) + round(share * (sum(ids) - len(ids)))
+    for split in (split_by_cap, split_by_ids):
+        rows = split(ids, budget)
+        assert sum(rows) == budget
+        assert all(1 <= number <= size for number, size in zip(rows, ids, strict=True))
+
+
+def test_a_cap_leaves_small_tables_full():
+    assert split_by_cap([1000, 5, 400, 20], 225) == [100, 5, 100, 20]
+    assert split_by_ids([1000, 10], 101) == [99, 2]
+    with pytest.raises(ValueError, match="expected at least 1 row each"):
+        split_by_cap([10, 10], 1)
+
+
+def test_rows_within_bytes_pay_for_their_map():
+    """A map of 600 ids of table a takes bits; table b is full and needs none."""
+    random = torch.Generator().manual_seed(0)
+    tables = [table(torch.randn(600, 4, generator=random), name="a"), table(points(4, 4), name="b")]
+    split = DistortionSplit(tables, CONFIG)
+
+    def size(place, rows):
+        ids = tables[place].num_ids
+        return 16 * rows + (0 if rows == ids else ids * max(1, (rows - 1).bit_length()) // 8)
+
+    sizes = {}
+    for limit in (700, 1500, 4000, 9_600 + 64):
+        rows = split.rows_within(size, limit)
+        sizes[limit] = sum(size(place, number) for place, number in enumerate(rows))
+        assert 0.85 * limit <= sizes[limit] <= limit
+        assert rows[1] == 4
+    assert rows == [600, 4]
+    with pytest.raises(ValueError, match="does not fit"):
+        split.rows_within(size, 50)

@@ -25,7 +25,7 @@ def test_packed_numbers_are_the_rows(sizes: list[tuple[int, int]]) -> None:
     assert words.numel() == -(-start // 32) + 1
     for one, slot in slots.items():
         bit = slot.start + slot.bits * torch.arange(one.rows.numel())
-        assert torch.equal(unpack(words, bit, (1 << slot.bits) - 1), one.rows.reshape(-1).long())
+        assert torch.equal(unpack(words, bit, torch.tensor((1 << slot.bits) - 1)), one.rows.reshape(-1).long())
 
 
 def test_a_layout_splits_keys_into_runs_of_ascending_maps() -> None:
@@ -39,6 +39,6 @@ def test_a_layout_splits_keys_into_runs_of_ascending_maps() -> None:
     assert layout.entries(ids, [1, 1, 1, 1, 1]).tolist() == [5, 6, 14, 15, 8, 9]
     assert layout.repeat(ids, [1, 1, 1, 1, 1]).tolist() == [5, 6, 7, 7, 8, 9]
     numbers = layout.numbers([1, 2, 1, 1, 0], ids.device)
-    assert numbers.start.tolist() == [-1, 0, 0, 10, 10, -1]
-    assert numbers.place.tolist() == [0, 0, 0, 0, 1, 0]
+    assert numbers[0].tolist() == [-1, 0, 0, 10, 10, -1]  # starts
+    assert numbers[2].tolist() == [0, 0, 0, 0, 1, 0]  # places among the entries of an id
     assert layout.key_rows_per_id(ids.device).tolist() == [[1, 1, 2, 1, 1]]

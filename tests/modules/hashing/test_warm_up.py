@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recpress.modules.hashing.warm_up import FactorizationMachine, _factor, warm_up
+from recpress.modules.hashing.warm_up import FactorizationMachine, factor, warm_up
 
 SIZES = [40, 6, 200]
 
@@ -84,7 +84,7 @@ def test_distance_is_twice_the_rise_of_the_loss_when_an_id_gets_the_vector_of_an
     logits, by_rows = model(torch.zeros(len(ids), 0), ids)
     p = logits.detach().sigmoid()
     curvature = torch.einsum("b,bi,bj->ij", p * (1 - p), by_rows[:, 0], by_rows[:, 0]) / len(ids)
-    scaled = model.table.weight.detach()[:30] @ _factor(curvature.double())
+    scaled = model.table.weight.detach()[:30] @ factor(curvature.double())
     shift = torch.roll(torch.arange(30), 1)
     swapped = ids.clone()
     swapped[:, 0] = shift[ids[:, 0]]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from recpress.trainer.compare.ties import all_differences, difference, paired_difference, places, student_p
+from recpress.trainer.compare.ties import all_differences, auc_by_row, difference, paired_difference, places, student_p
+from recpress.trainer.evaluate.metrics import pointwise_auc
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,15 @@ def test_methods_within_noise_share_a_place() -> None:
         {"best": [base + 1], "x": [base], "y": [base + 0.1 * rng.standard_normal(1000)], "last": [base - 1]}
     )
     assert places(["x", "last", "best", "y"], found) == {"best": "1", "x": "2=", "y": "2=", "last": "4"}
+
+
+def test_auc_by_row_has_the_mean_and_the_variance_of_delong() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(60) < 0.3).astype(np.float32)
+    scores = np.round(rng.random(60) + 0.3 * labels, 1)  # with ties
+    found = auc_by_row(scores, labels)
+    assert found.mean() == pytest.approx(pointwise_auc(torch.from_numpy(scores), torch.from_numpy(labels)))
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    won = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    delong = won.mean(1).var() / len(positive) + won.mean(0).var() / len(negative)
+    assert found.var() / len(found) == pytest.approx(delong)

@@ -1,0 +1,142 @@
+"""`recpress export` of models of labels: a DLRM, a DCN-v2 and a model of one's own give the trainer's predictions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recpress.data.config import Schema, StreamConfig
+from recpress.data.dataset.parquet_split import iter_row_groups
+from recpress.trainer.cli import main
+from recpress.trainer.export.config import ExportConfig
+from recpress.trainer.export.loader import load
+from recpress.trainer.export.stage import export
+from recpress.trainer.features.config import FeatureConfig, FeatureHash
+from recpress.trainer.model.config import DCNConfig, DLRMConfig
+from recpress.trainer.model.factory import config_of
+from recpress.trainer.train import model_stage
+from recpress.trainer.train.config import TrainModelConfig
+from recpress.trainer.train.model_stage import train_model
+from tests.trainer.export.models import write_factors
+
+pytestmark = pytest.mark.slow
+USERS, ITEMS, ROWS = 60, 40, 3_000
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A history, a number and side tables with a category, a number and a list."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("shop")
+    user, item = rng.integers(0, USERS, ROWS), rng.integers(0, ITEMS, ROWS)
+    like = rng.random(ROWS) < np.where((user + item) % 2 == 0, 0.85, 0.15)
+    history = [rng.integers(0, ITEMS, n).tolist() for n in rng.integers(0, 6, ROWS)]
+    columns = {
+        "user_id": user,
+        "item_id": item,
+        "click": like.astype(np.int8),
+        "history": pa.array(history, pa.list_(pa.int64())),
+        "price": pa.array(rng.lognormal(3, 1, ROWS).astype(np.float32), mask=rng.random(ROWS) < 0.1),
+    }
+    pq.write_table(pa.table(columns), folder / "train.parquet")
+    pq.write_table(pa.table({"age": rng.integers(0, 7, USERS), "income": rng.random(USERS)}), folder / "users.parquet")
+    genres = pa.array([list(range(k % 4)) for k in range(ITEMS)], pa.list_(pa.int64()))
+    pq.write_table(pa.table({"genres": genres}), folder / "items.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def factors(shop, tmp_path_factory):
+    return write_factors(shop, tmp_path_factory.mktemp("factors") / "factors")
+
+
+def config(shop, out, factory, model, features):
+    return TrainModelConfig(
+        data=shop,
+        out=str(out),
+        factory=factory,
+        model=model,
+        features=features,
+        schema=Schema(label="click", floats=("price",)),
+        stream=StreamConfig(batch_size=500),
+        epochs=1,
+        tensorboard=False,
+    )
+
+
+def every_kind(factors):
+    """One feature of each kind; a frozen, a hashed and a shared table."""
+    return {
+        "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), storage="fp16"),
+        "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20), pooling="mean", dimension=12),
+        "history": FeatureConfig(kind="sequence", max_length=3, table="item_id"),
+        "age": FeatureConfig(),
+        "income": FeatureConfig(kind="bucketized", buckets=8),
+        "genres": FeatureConfig(pooling="mean", dimension=8),
+        "price": FeatureConfig(),
+        "price_bucket": FeatureConfig(column="price", kind="bucketized", buckets=8),
+    }
+
+
+def trained(config, monkeypatch):
+    """Train, and return the probabilities of the trained model for all rows of train."""
+    found = []
+    test = model_stage._test
+
+    def predict(config, inputs, model, ranks):
+        builder = model_stage.FeatureBatches(inputs.features, inputs.log, inputs.label)
+        chunks = [rows for _, rows in iter_row_groups(inputs.log.train, inputs.columns)]
+        from recpress.trainer.evaluate.labelled import _batches
+
+        for batch, count in _batches(chunks, builder, 500):
+            with torch.no_grad():
+                found.append(model.dmp(batch.to(ranks.device))[1][:count])
+        return test(config, inputs, model, ranks)
+
+    monkeypatch.setattr(model_stage, "_test", predict)
+    train_model(config)
+    return torch.cat(found)
+
+
+def log_columns(shop):
+    """All rows of train, as a client passes them."""
+    table = pq.read_table(Path(shop) / "train.parquet")
+    history = table["history"].combine_chunks()
+    return {
+        "user_id": torch.from_numpy(table["user_id"].to_numpy()),
+        "item_id": torch.from_numpy(table["item_id"].to_numpy()),
+        "history.values": torch.from_numpy(history.flatten().to_numpy().copy()),
+        "history.lengths": torch.from_numpy(history.value_lengths().to_numpy().astype(np.int64)),
+        "price": torch.from_numpy(table["price"].to_numpy().astype(np.float32)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("factory", "model"),
+    [("dlrm", DLRMConfig()), ("dcn-v2", DCNConfig()), ("examples.own_model:make", None)],
+)
+def test_programs_give_the_predictions_of_the_trainer(shop, factors, factory, model, tmp_path, monkeypatch, capfd):
+    model = model or config_of(factory)()
+    own = ":" in factory
+    features = every_kind(factors)
+    if own:  # its first-order tables and vectors of one dimension
+        features = {
+            name: FeatureConfig(kind=f.kind, column=f.column, max_length=f.max_length, buckets=f.buckets)
+            for name, f in features.items()
+        }
+    expected = trained(config(shop, tmp_path / "model", factory, model, features), monkeypatch)
+    out = str(tmp_path / "fp32")
+    if own:
+        assert main(["export", "--model", str(tmp_path / "model"), "--out", out]) == 2
+        assert f"pass --factory {factory}" in capfd.readouterr().err
+    for storage, tolerance in (("fp32", 1e-5), ("int8", 1e-2))[: 1 + (factory == "dlrm")]:
+        out = str(tmp_path / storage)
+        export(ExportConfig(model=str(tmp_path / "model"), out=out, storage=storage, factory=factory if own else ""))
+        program = load(out, "model")
+        spec = json.loads((Path(out) / "manifest.json").read_text())["programs"]["model"]
+        given = log_columns(shop)
+        found = program({part["name"]: given[part["name"]] for part in spec["inputs"]})
+        assert float((found - expected).abs().max()) < tolerance

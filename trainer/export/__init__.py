@@ -1,0 +1,1 @@
+"""`recpress export`: programs, vocabularies, item vectors and an index, for serving without recpress."""

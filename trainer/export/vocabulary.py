@@ -1,0 +1,41 @@
+"""Vocabularies for serving: raw id -> dense id, as Parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recpress.data.dataset.log import SIDES, Log
+from recpress.data.dataset.parquet_split import read_whole
+
+FOLDER = "vocabulary"
+
+
+def write_vocabularies(log: Log, folder: Path) -> dict[str, Any]:
+    """Write the vocabularies of the log's ids and features; their entries of the manifest, by column.
+
+    Each has the columns `raw` and `id`. A column without an entry has dense ids already.
+    """
+    found: dict[str, Any] = {}
+    for side in SIDES:
+        column = log.column(side)
+        if column and (table := log.vocabulary(side)) is not None:
+            entry = _write(folder, side, table)
+            found[column] = {**entry, "side": side, "fingerprint": log.vocabulary_fingerprint(side)}
+    for column, known in ((log.manifest or {}).get("features") or {}).items():
+        if name := known.get("vocabulary"):
+            found[column] = _write(folder, column, read_whole(log.filesystem, f"{log.root}/{name}"))
+    return found
+
+
+def _write(folder: Path, name: str, vocabulary: pa.Table) -> dict[str, Any]:
+    raw = vocabulary.column("raw")
+    ids = pa.array(np.arange(len(raw), dtype=np.int64))
+    path = folder / FOLDER / f"{name}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"raw": raw, "id": ids}), path)
+    return {"file": f"{FOLDER}/{name}.parquet", "ids": len(raw), "raw": str(raw.type)}
