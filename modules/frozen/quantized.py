@@ -23,7 +23,7 @@ from torchrec.quant.embedding_modules import (
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
-from recpress.modules.frozen.kernel import DATA_TYPE, INT4_SCALE_BYTES, FrozenKernel, decode_rows
+from recpress.modules.frozen.kernel import DATA_TYPE, HALF_SCALE_BYTES, FrozenKernel, decode_rows
 from recpress.modules.row_source import BLOCK_BYTES
 
 _SCALE_BYTES = 4
@@ -80,7 +80,7 @@ def _encoded(kernel: FrozenKernel, kind: DataType) -> tuple[torch.Tensor, torch.
     stored = kernel.read(0)
     if DATA_TYPE[kernel.storage] == kind:
         if kind == DataType.INT4:
-            return stored[:, INT4_SCALE_BYTES:], stored[:, :INT4_SCALE_BYTES]
+            return stored[:, HALF_SCALE_BYTES:], stored[:, :HALF_SCALE_BYTES]
         if kind in (DataType.FP32, DataType.FP16):
             return stored.view(torch.uint8), None
     rows, width = len(stored), kernel.shards[0].columns[1] - kernel.shards[0].columns[0]
