@@ -128,7 +128,7 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
 
     def _traced(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_loaded()
-        batch = features.to_dict()
+        batch = operators.one_stride(features).to_dict()
         values = []
         for table, kernel in zip(self._tables, self._plain, strict=True):
             rows = kernel.stored(0)
