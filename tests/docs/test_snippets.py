@@ -138,7 +138,15 @@ def _of_recommend(given: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _of_serve(given: dict[str, Any]) -> dict[str, Any]:
+    from tests.docs.served import exported
+
+    Path("runs/export").symlink_to(exported() / "export")
+    return {}
+
+
 OF_DOCUMENT = {
+    "serve.md": _of_serve,
     "README.md": _of_readme,
     "get-started.md": _of_readme,
     "compress.md": _of_compress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -49,7 +50,8 @@ class ProgramTensors:
             part: _Writer(self, f"{name}.{part}", (num_rows + 1, columns), dtype)
             for part, (columns, dtype) in parts_of(storage, dim).items()
         }
-        for block in (*_counted(blocks, name, num_rows), encoded_parts(torch.zeros(1, dim), storage, name)):
+        unknown = encoded_parts(torch.zeros(1, dim), storage, name)
+        for block in chain(_counted(blocks, name, num_rows), [unknown]):  # a block at a time
             for part, rows in block.items():
                 writers[part].append(rows)
         stored = {part: writer.end() for part, writer in writers.items()}
