@@ -23,7 +23,7 @@ from torchrec.quant.embedding_modules import (
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
-from recpress.modules.frozen.kernel import DATA_TYPE, INT4_SCALE_BYTES, FrozenKernel, decode_rows
+from recpress.modules.frozen.kernel import DATA_TYPE, HALF_SCALE_BYTES, FrozenKernel, decode_rows
 from recpress.modules.row_source import BLOCK_BYTES
 
 _SCALE_BYTES = 4
@@ -77,10 +77,10 @@ def _converted(module: Any, configs: list[Any]) -> tuple[list[Any], dict[str, An
 
 def _encoded(kernel: FrozenKernel, kind: DataType) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(codes, scales and offsets) of a table as TorchRec stores them: uint8; a float table has no second part."""
-    stored = kernel.stored(0)
+    stored = kernel.read(0)
     if DATA_TYPE[kernel.storage] == kind:
         if kind == DataType.INT4:
-            return stored[:, INT4_SCALE_BYTES:], stored[:, :INT4_SCALE_BYTES]
+            return stored[:, HALF_SCALE_BYTES:], stored[:, :HALF_SCALE_BYTES]
         if kind in (DataType.FP32, DataType.FP16):
             return stored.view(torch.uint8), None
     rows, width = len(stored), kernel.shards[0].columns[1] - kernel.shards[0].columns[0]

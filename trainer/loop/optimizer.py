@@ -71,9 +71,9 @@ class TrainOptimizer:
         self._schedule()
 
     def _nonfinite(self) -> torch.Tensor:
-        """(1,) float32: 1 if a gradient is NaN or infinite, else 0."""
+        """float32, on the device: 1 if a gradient is NaN or infinite, else 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float().reshape(1)
+        return (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float()
 
     def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name of a parameter, its state) of the dense part. Not copied; zeros before the first step."""

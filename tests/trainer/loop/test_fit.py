@@ -2,17 +2,41 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
+from recpress.data.negatives.samplers import UniformNegatives
+from recpress.data.stream.batch import BatchBuilder
+from recpress.data.stream.loader import Interactions
+from recpress.modules.config import LossConfig
+from recpress.modules.two_tower.model import TwoTower
+from recpress.trainer.config import MetricsConfig, OptimizerConfig
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
 from recpress.trainer.observability.metrics_log import MetricsLog
+from recpress.trainer.observability.rec_metrics import RecMetrics
+from tests.fake_cuda import CUDA, backward, fake_rank, ready, without_waiting
+from tests.modules.hashing.keyed_cases import id_map
 from tests.ranks import run_on_ranks
-from tests.trainer.small import CPU, batches, digest, frozen_bits, sharded
+from tests.trainer.small import (
+    CPU,
+    ITEMS,
+    NEGATIVES,
+    ROWS,
+    USERS,
+    batches,
+    config,
+    digest,
+    frozen_bits,
+    sharded,
+    sides,
+)
 
 
 def train(strategy, kind="residual", **settings):
@@ -197,3 +221,46 @@ def without_labels():
 
 def test_labels_that_are_all_zero_are_refused():
     run_on_ranks(without_labels, 1)
+
+
+@pytest.mark.parametrize("loss", [LossConfig(kind="bce"), LossConfig(kind="softmax", in_batch=True)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "storage", "hashed"),
+    [
+        ("random", "fp32", False),
+        ("random", "fp32", True),
+        ("frozen", "int8", True),
+        ("frozen", "int4", False),
+        ("frozen+residual", "fp16", False),
+    ],
+)
+def test_on_cuda_no_step_of_the_two_tower_waits(monkeypatch, strategy, storage, hashed, shared, loss):
+    """Batch, forward, backward, optimizers, metrics. Only the pipeline, which needs CUDA streams, is not part of it."""
+    monkeypatch.setattr("recpress.modules.hashing.learned_hash.map_fingerprint", lambda _: torch.zeros(16))  # of numpy
+    network = config(strategy)
+    network = replace(network, tables=replace(network.tables, storage=storage), loss=loss)
+    maps = [id_map(count, 5, rows_per_id=2, weighted=True) if hashed else None for count in (USERS, ITEMS)]
+    with fake_rank():
+        model = TwoTower(
+            network, *(replace(s, map=m) for s, m in zip(sides(), maps, strict=True)), tables_device="meta"
+        )
+        model.skip_nonfinite = True
+        dmp = ready(shard(model, CUDA, batch_size=ROWS))
+        optimizer = TrainOptimizer(dmp, OptimizerConfig(clip_norm=1.0), 9)
+        optimizer.skip_nonfinite = True
+        metrics = RecMetrics(MetricsConfig(window=100, negatives=1), model.loss, rows=ROWS, device=CUDA)
+        build = BatchBuilder(UniformNegatives(ITEMS, NEGATIVES), shared=shared, device=CUDA)
+        ids = torch.empty(ROWS, dtype=torch.int64, device="cpu")
+        rows = Interactions(ids, ids, None, None, {}, None, epoch=0, step=1, position=ROWS, size=ROWS)
+
+        def step():
+            batch = build(rows)
+            optimizer.zero_grad()
+            found, _ = dmp(batch)
+            backward(found, dmp)
+            optimizer.step()
+            return found
+
+        assert without_waiting(step).device == CUDA
+        assert metrics._window.device == CUDA
