@@ -32,6 +32,7 @@ def pooled(
 
     Args:
         rows: as `FrozenKernel.stored` gives them; float16 on a CPU as bytes, because TorchScript cannot see it so.
+        storage: `FrozenKernel.layout`.
         ids, offsets: as for torch.nn.EmbeddingBag with `include_last_offset`.
         weights: per-sample weights of the ids.
 
@@ -89,6 +90,7 @@ def vectors(rows: torch.Tensor, ids: torch.Tensor, storage: str) -> torch.Tensor
     found = rows[ids.long()]
     if storage == "int8":
         return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(found)
-    if storage == "int4":  # the operator expects scale and offset after the codes
-        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(torch.cat([found[:, 4:], found[:, :4]], 1), 4)
+    if storage in ("int4", "int8, half scale"):  # the operator expects scale and offset after the codes
+        bits = 4 if storage == "int4" else 8
+        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(torch.cat([found[:, 4:], found[:, :4]], 1), bits)
     return found.float()
