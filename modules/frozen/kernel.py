@@ -225,6 +225,11 @@ class FrozenKernel(nn.Module):
         dtype = torch.int32 if small else torch.int64
         return self._kernel[0](ids.to(dtype), offsets.to(dtype), weights)
 
+    @property
+    def layout(self) -> str:
+        """How rows are stored, for `operators`."""
+        return f"{self.storage}, half scale" if self.half_scale else self.storage
+
     def stored(self, index: int) -> torch.Tensor:
         """The stored rows of a shard: (rows, width), or (rows, `row_bytes`) uint8 if quantized.
 

@@ -125,6 +125,19 @@ class TopItems:
                 done.result()
         return scores, items
 
+    def among(self, users: Tensor, lengths: np.ndarray, items: np.ndarray) -> tuple[Tensor, Tensor]:
+        """As a call, but of the given items of each user, (lengths, items), those of this rank are the only ones."""
+        scores = users.new_full((len(users), self.k), -torch.inf)
+        ids = torch.zeros(len(users), self.k, dtype=torch.int64, device=users.device)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        for first in range(0, len(users), self.rows):
+            last = min(first + self.rows, len(users))
+            rows = np.repeat(np.arange(last - first), lengths[first:last])
+            best = self._finders[0].among(users[first:last], rows, items[bounds[first] : bounds[last]])
+            for all_users, found in zip((scores, ids), best, strict=True):
+                all_users[first:last, : found.shape[1]] = found
+        return scores, ids
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -198,6 +211,22 @@ class _Finder:
             of_some = _of_rows(omitted, some, len(users))
             scores[some], ids[some] = self._again(users[some], of_some, scores[some, -1])
         return scores, ids
+
+    @torch.no_grad()
+    def among(self, users: Tensor, rows: np.ndarray, items: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(scores, item ids), (n, up to K) each, of the pairs (row, item), by row, with an item of this rank."""
+        here = (items >= self.items.start) & (items < self.items.stop)
+        rows, items = rows[here], items[here] - self.items.start
+        if not len(rows):
+            return users.new_empty(len(users), 0), torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
+        counts = np.bincount(rows, minlength=len(users))
+        columns = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        cells = torch.from_numpy(rows).to(users.device), torch.from_numpy(columns).to(users.device)
+        approximate = users.new_full((len(users), int(counts.max())), -torch.inf)
+        places = torch.zeros(approximate.shape, dtype=torch.int64, device=users.device)
+        approximate[cells] = 0.0
+        places[cells] = self.items.places[torch.from_numpy(items).to(users.device)].long()
+        return self._exact(users, approximate, places)
 
     def _best(self, users: Tensor, omitted: Tensor, using: _Pass) -> tuple[Tensor, Tensor, Tensor]:
         """(scores, item ids, rows for which they may be wrong)."""
