@@ -138,7 +138,7 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
 
     def _traced(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_loaded()
-        batch = features.to_dict()
+        batch = operators.one_stride(features).to_dict()
         values = []
         for table, kernel in zip(self._tables, self._plain, strict=True):
             rows = kernel.read(0)
@@ -147,7 +147,7 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
             for feature in table.features:
                 bags = batch[feature]
                 weights = bags.weights() if self.weighted else None
-                values.append(operators.pooled(rows, bags.values(), bags.offsets(), weights, table.storage, table.dim))
+                values.append(operators.pooled(rows, bags.values(), bags.offsets(), weights, kernel.layout, table.dim))
         return KeyedTensor(self._names, self._dims, torch.cat(values, 1))
 
 

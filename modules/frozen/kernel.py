@@ -111,12 +111,12 @@ def to_half_scale(rows: torch.Tensor, table: str = "") -> torch.Tensor:
     Raises:
         ValueError: a value is too large for float16.
     """
-    codes, scale, offset = rows[:, :-8], *rows[:, -8:].clone().view(torch.float32).split(1, 1)
-    values = codes * scale + offset
+    scales = rows[:, -8:].clone().view(torch.float32)  # (b, 2): scale and offset
+    values = rows[:, :-8] * scales[:, :1] + scales[:, 1:]
     if rows.numel() and float(values.abs().max()) > torch.finfo(torch.float16).max:
         raise ValueError(f"table {table!r}: a value of {float(values.abs().max()):.4g} is too large for int8 on CUDA")
-    halves = torch.cat([scale, offset], 1).half()
-    step, least = halves.float().split(1, 1)
+    halves = scales.half()
+    step, least = halves[:, :1].float(), halves[:, 1:].float()
     codes = torch.where(step > 0, (values - least) / step, 0.0).round().clamp(0, 255).to(torch.uint8)
     return torch.cat([halves.view(torch.uint8), codes], 1)
 
@@ -224,6 +224,11 @@ class FrozenKernel(nn.Module):
         small = self.device.type == "cuda" and self.storage in QUANTIZED
         dtype = torch.int32 if small else torch.int64
         return self._kernel[0](ids.to(dtype), offsets.to(dtype), weights)
+
+    @property
+    def layout(self) -> str:
+        """How rows are stored, for `operators`."""
+        return f"{self.storage}, half scale" if self.half_scale else self.storage
 
     def stored(self, index: int) -> torch.Tensor:
         """The stored rows of a shard: (rows, width), or (rows, `row_bytes`) uint8 if quantized.

@@ -65,7 +65,7 @@ class TrainOptimizer:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
             if self.skip_nonfinite:
                 # The fused kernel skips the update if this is 1, so the host does not wait for the gradients.
-                self.dense.found_inf = self._nonfinite()  # type: ignore[attr-defined]
+                self.dense.found_inf = self._nonfinite()
             self.dense.step()
         self.steps += 1
         self._schedule()

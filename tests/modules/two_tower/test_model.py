@@ -330,3 +330,28 @@ def test_no_number_is_read_in_forward_and_backward(kind, loss, shared, hashed):
     found, _ = model(batch)
     found.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("strategy", ["random", "frozen", "frozen+residual"])
+def test_a_step_on_a_device_is_that_of_a_cpu(strategy, device):
+    if strategy == "random":
+        model = build(strategy).to(device)
+    else:
+        tables = TablesConfig(strategy=strategy, dim=8, residual_dim=4)
+        network = TwoTowerConfig(tables=tables, towers=TowersConfig(hidden=(10,), dim=5), loss=LossConfig())
+        specs = [SideSpec(key=k, rows=n, dim=DIM) for k, n in (("user", USERS), ("item", ITEMS))]
+        model = TwoTower(network, *specs, tables_device=device).to(device)
+        model.load_factors(*factors())
+    batch = Rows(model)
+    losses = []
+    for where in (device, torch.device("cpu")):
+        if where.type == "cpu" and strategy != "random":
+            plain = TwoTower(network, *specs)
+            plain.load_factors(*factors())
+            plain.load_state_dict(model.state_dict(), strict=False)
+            model = plain
+        model.to(where)
+        for name in ("user_features", "item_features", "label", "log_q"):
+            setattr(batch, name, getattr(batch, name).to(where))
+        losses.append(float(model(batch)[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

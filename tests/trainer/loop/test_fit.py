@@ -14,7 +14,10 @@ from recpress.data.stream.batch import BatchBuilder
 from recpress.data.stream.loader import Interactions
 from recpress.modules.config import LossConfig
 from recpress.modules.two_tower.model import TwoTower
-from recpress.trainer.config import MetricsConfig, OptimizerConfig
+from recpress.trainer.checkpoint.checkpoints import Checkpoints
+from recpress.trainer.config import CheckpointConfig, MetricsConfig, OptimizerConfig
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.loop import run_state
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
@@ -221,6 +224,29 @@ def without_labels():
 
 def test_labels_that_are_all_zero_are_refused():
     run_on_ranks(without_labels, 1)
+
+
+def test_training_on_a_device_ends_as_on_a_cpu(device, tmp_path):
+    """With the pipeline, its streams, and a checkpoint that another model continues from."""
+    losses, describe = {}, {"config": {}, "inputs": {}}
+    for name in dict.fromkeys(("cpu", device.type)):
+        with process_group(name) as ranks:
+            dmp, optimizer = sharded("frozen+residual", device=ranks.device)
+            result = fit(
+                dmp, optimizer, batches, FitConfig(epochs=2, log_every=3), device=ranks.device, show_progress=False
+            )
+            losses[name] = result.losses
+            saved = tmp_path / name
+            with Checkpoints(CheckpointConfig(steps=1), saved, describe) as checkpoints:
+                checkpoints.save(run_state.collect(dmp, optimizer, None, ranks.device), {"world": 1}, 12)
+            with Checkpoints(CheckpointConfig(steps=1), saved, describe) as checkpoints:
+                other, again = sharded("frozen+residual", device=ranks.device)
+                assert digest(other) != digest(dmp)
+                run_state.load(checkpoints.start, other, again, None, ranks.device, checkpoints.group)
+                assert digest(other) == digest(dmp)
+            del dmp, other, optimizer, again
+    assert losses[device.type] == pytest.approx(losses["cpu"], rel=1e-3)
+    assert losses["cpu"][-1] < losses["cpu"][0]
 
 
 @pytest.mark.parametrize("loss", [LossConfig(kind="bce"), LossConfig(kind="softmax", in_batch=True)])
