@@ -26,6 +26,7 @@ import torch
 from recpress.benchmarks.common import machine, settings_of, write
 from recpress.benchmarks.on_gpu import factorization, feeding, remapping, training
 from recpress.benchmarks.on_gpu.device import Ceilings, ceilings
+from recpress.data.errors import InputError
 from recpress.trainer.distributed.process_group import process_group
 
 NEEDS = "a GPU; writes one file a question: bash benchmarks/gpu.sh"
@@ -131,4 +132,8 @@ def _number(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except InputError as problem:  # no GPU, and why
+        print(f"gpu: error: {problem}", file=sys.stderr)
+        sys.exit(2)

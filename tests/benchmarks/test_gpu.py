@@ -57,6 +57,14 @@ def test_when_the_time_is_over_what_is_known_is_written(tmp_path):
     assert (tmp_path / "out" / "gpu_ceilings.json").exists()
 
 
+def test_without_a_gpu_one_line_says_why(tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu: error: device is cuda: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_summary_is_cut_at_a_line():
     rows = {"remap": [{"what": "x" * 50, "M ids/s": 1.5}] * 400}
     text = summary(rows, ["failed: train (RuntimeError: no)"], "H200")

@@ -226,6 +226,24 @@ def test_labels_that_are_all_zero_are_refused():
     run_on_ranks(without_labels, 1)
 
 
+def finds_a_bad_id_where_it_logs():
+    def with_a_bad_id(epoch, first):
+        found = batches(epoch, first)
+        found[1].user_features.values()[3] = USERS
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recpress.modules.frozen.kernel.host_reads", lambda ids: False)  # as on CUDA
+        dmp, optimizer = sharded("frozen", layout="table_wise")
+        with pytest.raises(ValueError, match=f"feature 'user' has the id {USERS}, expected 0 to {USERS - 1}"):
+            fit(dmp, optimizer, with_a_bad_id, FitConfig(epochs=1, log_every=3), device=CPU, show_progress=False)
+    return optimizer.steps
+
+
+def test_an_id_out_of_range_that_no_step_waits_for_ends_the_run_at_the_next_log_line():
+    assert run_on_ranks(finds_a_bad_id_where_it_logs, 1) == [3]
+
+
 def test_training_on_a_device_ends_as_on_a_cpu(device, tmp_path):
     """With the pipeline, its streams, and a checkpoint that another model continues from."""
     losses, describe = {}, {"config": {}, "inputs": {}}
