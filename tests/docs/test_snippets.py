@@ -127,6 +127,10 @@ def _of_compress(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_tools(given: dict[str, Any]) -> dict[str, Any]:
+    return {"rows": torch.rand(IDS, 4)}
+
+
 def _of_recommend(given: dict[str, Any]) -> dict[str, Any]:
     Path("runs/best/recommendations").mkdir(parents=True)
     columns = {"user": [7], "items": [[14, 0]], "scores": [[0.5, 0.25]]}
@@ -147,6 +151,7 @@ OF_DOCUMENT = {
     "get-started.md": _of_readme,
     "compress.md": _of_compress,
     "recommend.md": _of_recommend,
+    "tools.md": _of_tools,
 }
 """What single documents say that the reader has."""
 
