@@ -69,8 +69,20 @@ def publish(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [[row.get(column, "") for column in columns] for row in rows]
     print(_drawn(columns, table), flush=True)
-    if out is None:
-        return
+    if out is not None:
+        write(question, rows, out=out, settings=settings, device=device, plots=plots)
+
+
+def write(
+    question: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    out: str | Path,
+    settings: dict[str, Any],
+    device: torch.device | str = "cpu",
+    plots: Sequence[dict[str, Any]] = (),
+) -> None:
+    """The JSON file of `publish`."""
     result = {
         "format": FORMAT,
         "benchmark": Path(sys.argv[0]).stem,

@@ -33,7 +33,7 @@ from recpress.benchmarks.measure import Cost, alone, cost, in_turns, ratio
 from recpress.benchmarks.synthetic_logs import SyntheticLog
 from recpress.data.config import SampleConfig, StreamConfig
 
-CASES = ("narrow", "narrow-1m", "uniform", "uniform-1m", "block", "wide", "lists")
+CASES = ("narrow", "narrow-1m", "uniform", "uniform-1m", "block", "wide", "lists", "raw", "text")
 LOGS = {name: name for name in CASES} | {"uniform": "narrow", "uniform-1m": "narrow-1m", "block": "narrow"}
 SMALL = ("--cases", "narrow", "wide", "--rows", "500000", "--wide-rows", "50000", "--rounds", "1", "--seconds", "0.2")
 
@@ -52,6 +52,8 @@ def write_log(name: str, folder: Path, args: argparse.Namespace) -> SyntheticLog
         return synthetic_logs.wide(folder, args.wide_rows)
     if name == "lists":
         return synthetic_logs.with_lists(folder, args.wide_rows)
+    if name in ("raw", "text"):
+        return synthetic_logs.narrow(folder, args.rows, raw="text" if name == "text" else "integers")
     return synthetic_logs.narrow(folder, args.rows, 1_000_000 if name == "narrow-1m" else None)
 
 
@@ -61,6 +63,8 @@ def make_case(name: str, made: SyntheticLog) -> Case:
         "narrow-1m": "2 ids, pyarrow's layout",
         "wide": "26 ids, 13 floats",
         "lists": "2 ids, 1 list",
+        "raw": "2 raw ids of 64 bits, hashed",
+        "text": "2 raw ids of 16 letters, hashed",
     }
     if name in titles:
         return Case(titles[name], made)

@@ -2,7 +2,7 @@
 
 Takes 20 s small, 15 minutes full, alone on two cores.
 
-    python benchmarks/recommend.py --users 1000000 --rounds 1
+    python benchmarks/recommend.py --users 1000000 --peer-users 100000 --rounds 1
 
 The same random vectors for all. `recpress recommend` is the whole command: it opens the log, reads seen items, omits
 them, and writes Parquet. faiss (IndexFlatIP) and implicit (with its filter of seen items) have all arrays in memory
@@ -33,7 +33,7 @@ from recpress.trainer.recommend.config import RecommendConfig
 from recpress.trainer.recommend.stage import recommend
 
 SMALL = ("--users", "4000", "--items", "5000", "--k", "20", "--rounds", "1")
-FULL = ("--users", "1000000", "--rounds", "1")
+FULL = ("--users", "1000000", "--peer-users", "100000", "--rounds", "1")
 
 BATCH = 8192
 """Users per call of a peer."""
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {"users": 50_000, "items": 100_000, "dim": 64, "k": 100, "seen": 20, "threads": 2, "rounds": 3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--peer-users", type=int, help="users of the peers; default: all")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         rows = measured(args, Path(folder))
@@ -64,6 +65,8 @@ def measured(args: Any, folder: Path) -> list[dict[str, Any]]:
     seen[0][-1], seen[1][-1] = args.users - 1, args.items - 1  # the log has all ids
     write_inputs(folder, users, items, seen)
     stated: list[int] = []
+    count = min(args.peer_users or args.users, args.users)
+    some, seen_of_some = users[:count], tuple(column[: count * args.seen] for column in seen)
 
     def of_recpress() -> Cost:
         found, memory = alone(run_recpress, folder, args)
@@ -72,9 +75,9 @@ def measured(args: Any, folder: Path) -> list[dict[str, Any]]:
 
     runs: dict[str, Callable[[], Cost]] = {"recpress recommend": of_recpress}
     if installed("faiss"):
-        runs["faiss"] = lambda: alone(run_faiss, users, items, args)
+        runs["faiss"] = lambda: alone(run_faiss, some, items, args)
     if installed("implicit"):
-        runs["implicit"] = lambda: alone(run_implicit, users, items, seen, args)
+        runs["implicit"] = lambda: alone(run_implicit, some, items, seen_of_some, args)
     found = in_turns(runs, args.rounds)
     ours = found["recpress recommend"]
     rows: list[dict[str, Any]] = []
@@ -83,7 +86,13 @@ def measured(args: Any, folder: Path) -> list[dict[str, Any]]:
             rows.append({"program": name, "note": MISSING})
             continue
         median = sorted(found[name], key=lambda one: one.wall)[len(found[name]) // 2]
-        row = {"program": name, "users/s": median.done / median.wall, "s": median.wall, "CPU s": median.cpu}
+        row = {
+            "program": name,
+            "users": int(median.done),
+            "users/s": median.done / median.wall,
+            "s": median.wall,
+            "CPU s": median.cpu,
+        }
         row |= {"time / recpress": ratio(found[name], ours, "wall"), "CPU / recpress": ratio(found[name], ours, "cpu")}
         row |= {"peak MB": max(one.peak for one in found[name]) / 1e6}
         if name not in ("faiss", "implicit"):

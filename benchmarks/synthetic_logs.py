@@ -46,9 +46,9 @@ class SyntheticLog:
         return sum(Path(file).stat().st_size for file in self.files)
 
 
-def narrow(folder: Path, rows: int, group: int | None = None) -> SyntheticLog:
+def narrow(folder: Path, rows: int, group: int | None = None, *, raw: str = "") -> SyntheticLog:
     """User, item, label and time, which is not read. With `group`, pyarrow's row groups of that size
-    (zstd); otherwise our layout."""
+    (zstd); otherwise our layout. `raw`: ids are keys of 64 bits, `integers`, or `text` of 16 digits."""
 
     def piece(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
         return {
@@ -58,9 +58,18 @@ def narrow(folder: Path, rows: int, group: int | None = None) -> SyntheticLog:
             "time": rng.integers(0, 10**8, count),
         }
 
-    return SyntheticLog(
-        str(folder), _written(folder, rows, piece, group), Schema(label="label"), ("user_id", "item_id")
-    )
+    def raw_piece(rng: np.random.Generator, count: int) -> dict[str, np.ndarray | pa.Array]:
+        columns: dict[str, np.ndarray | pa.Array] = dict(piece(rng, count))
+        for name in keys:
+            numbers = np.asarray(columns[name]).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            columns[name] = numbers.view(np.int64)
+            if raw == "text":
+                columns[name] = pa.array([f"{number:016x}" for number in numbers.tolist()])
+        return columns
+
+    keys, hashed = ("user_id", "item_id"), ("user_id=1000000", "item_id=100000")
+    size = _written(folder, rows, raw_piece if raw else piece, group)
+    return SyntheticLog(str(folder), size, Schema(label="label", hashed=hashed if raw else ()), keys)
 
 
 def wide(folder: Path, rows: int) -> SyntheticLog:

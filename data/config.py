@@ -8,6 +8,9 @@ from typing import Literal
 
 from recpress.data.errors import InputError
 
+MOST_HASHED = 1 << 31
+"""Largest number of ids of a hashed column: 32 bits of the hash choose one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
@@ -25,6 +28,25 @@ class Schema:
     """Further categorical columns: integers, or lists of integers."""
     floats: tuple[str, ...] = ()
     """Further float columns."""
+    hashed: tuple[str, ...] = ()
+    """COLUMN=IDS: a column of raw ids (integers, text or bytes) that are hashed into so many ids while reading. A raw
+    id becomes the same id in all columns with the same number. A column that the schema does not name is
+    categorical."""
+
+    @property
+    def hash_sizes(self) -> dict[str, int]:
+        """`hashed` as column -> number of ids. Raises InputError if an entry cannot be used."""
+        sizes: dict[str, int] = {}
+        for entry in self.hashed:
+            name, _, size = entry.rpartition("=")
+            if not (size.isascii() and size.isdigit() and 0 < int(size) <= MOST_HASHED):
+                raise InputError(f"schema.hashed: {entry!r}; expected COLUMN=IDS, with 1 to {MOST_HASHED:,} ids")
+            if name in (self.label, self.time, *self.floats):
+                raise InputError(f"schema.hashed: {name!r} is no column of ids: the schema has it as numbers")
+            if name in sizes:
+                raise InputError(f"schema.hashed: {name!r} occurs twice")
+            sizes[name] = int(size)
+        return sizes
 
 
 @dataclass(frozen=True, kw_only=True)

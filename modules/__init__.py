@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from recpress.modules.hashing.mapped_hash import MappedHash
     from recpress.modules.hashing.methods import build_map
     from recpress.modules.hashing.table_stats import TableStats
+    from recpress.modules.id_check import check_ids
     from recpress.modules.row_files import open_rows
     from recpress.modules.two_tower.model import SideSpec, TwoTower
 
@@ -53,6 +54,7 @@ __all__ = [
     "TwoTower",
     "TwoTowerConfig",
     "build_map",
+    "check_ids",
     "compress",
     "extend_map",
     "fold_in",
@@ -79,6 +81,7 @@ _MODULES = {
     "hashing.mapped_hash": ("MappedHash",),
     "hashing.methods": ("build_map",),
     "hashing.table_stats": ("TableStats",),
+    "id_check": ("check_ids",),
     "row_files": ("open_rows",),
     "two_tower.model": ("SideSpec", "TwoTower"),
 }

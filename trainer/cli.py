@@ -137,7 +137,7 @@ COMMANDS = {
         "recpress.trainer.recommend.config:RecommendConfig",
         "recpress.trainer.recommend.stage:recommend",
         "write the best items of each user, with raw ids",
-        main="model data out k exclude-seen on-unknown users-per-part device overwrite",
+        main="model data out k exclude-seen index on-unknown users-per-part device overwrite",
     ),
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,29 +58,26 @@ def fit(log: tuple[np.ndarray, np.ndarray], size: Size, dim: int, device: torch.
     return statistics.median(found[2:-1]), int(factors.user_counts.sum(dtype=torch.float64))
 
 
-def rows(device: torch.device, best: Ceilings, tiny: bool) -> list[dict[str, Any]]:
+def rows(device: torch.device, best: Ceilings, tiny: bool) -> Iterator[dict[str, Any]]:
     size = Size(300, 200, 5000) if tiny else Size(1_000_000, 200_000, 40_000_000)
-    log, table = made(size), []
-    for dim in (8, 16) if tiny else (64, 128):
+    log = made(size)
+    for dim in (16, 8) if tiny else (128, 64):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         took, distinct = fit(log, size, dim, device)
         moved, flop = work(distinct, size, dim)
-        table.append(
-            {
-                "users": size.users,
-                "items": size.items,
-                "interactions": distinct,
-                "factors": dim,
-                "sweeps/s": 1 / took,
-                "GB/s": moved / took / 1e9,
-                "of copy %": 100 * moved / took / best.copy,
-                "TFLOP/s": flop / took / 1e12,
-                "of fp32 matmul %": 100 * flop / took / best.fp32,
-                "peak MB": torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None,
-            }
-        )
-    return table
+        yield {
+            "users": size.users,
+            "items": size.items,
+            "interactions": distinct,
+            "factors": dim,
+            "sweeps/s": 1 / took,
+            "GB/s": moved / took / 1e9,
+            "of copy %": 100 * moved / took / best.copy,
+            "TFLOP/s": flop / took / 1e12,
+            "of fp32 matmul %": 100 * flop / took / best.fp32,
+            "peak MB": torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None,
+        }
 
 
 def profiled(device: torch.device, tiny: bool) -> list[dict[str, Any]]:

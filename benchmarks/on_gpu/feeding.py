@@ -38,11 +38,11 @@ class Clocked:
             yield batch
 
 
-def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     """Three times over the same steps: batches that lie on the device already, and the stream with ordinary and with
     pinned memory. `waiting %` is the host's time for the next batch (decoding that is not ahead, and assembly), and
     `slower %` what the stream adds to the steps' wall time: the device waits only as far as that is above zero."""
-    table, steps, batch = [], 8 if tiny else 300, case_of("trained", tiny).batch
+    steps, batch = 8 if tiny else 300, case_of("trained", tiny).batch
     with tempfile.TemporaryDirectory() as folder:
         made = synthetic_logs.narrow(Path(folder), max(batch * steps, 1000))
         log = open_log(folder, made.schema)
@@ -60,21 +60,18 @@ def rows(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
             ready = list(stream(2, False))
             subject.train(ready[:3])  # warms up
             alone = timed(subject.train, ready, device)
-            table.append({"tables": tables, "batches": "ready on the device", "ms a step": 1e3 * alone / steps})
+            yield {"tables": tables, "batches": "ready on the device", "ms a step": 1e3 * alone / steps}
             del ready
             for threads in (1,) if tiny else (1, 2, 4):
                 for pin in (False, True) if device.type == "cuda" else (False,):
                     batches = Clocked(stream(threads, pin))
                     took = timed(subject.train, batches, device)
-                    table.append(
-                        {
-                            "tables": tables,
-                            "batches": f"stream, {threads} threads{', pinned' if pin else ''}",
-                            "ms a step": 1e3 * took / steps,
-                            "M rows/s": batch * steps / took / 1e6,
-                            "waiting %": 100 * batches.seconds / took,
-                            "slower %": 100 * (took / alone - 1),
-                        }
-                    )
+                    yield {
+                        "tables": tables,
+                        "batches": f"stream, {threads} threads{', pinned' if pin else ''}",
+                        "ms a step": 1e3 * took / steps,
+                        "M rows/s": batch * steps / took / 1e6,
+                        "waiting %": 100 * batches.seconds / took,
+                        "slower %": 100 * (took / alone - 1),
+                    }
             subject.close()
-    return table

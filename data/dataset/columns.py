@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recpress.data.dataset.files import first_line
+from recpress.data.dataset.hashed_ids import hash_ids, raw_kind
 from recpress.data.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Column:
     role: Role
     limit: int | None = None
     """Ids must be smaller than this; None if it is not known."""
+    hashed: bool = False
+    """Raw ids of any type, hashed into `limit` ids."""
     within: tuple[float, float] | None = None
     """The smallest and the largest label that are allowed; None: any."""
     time: str | None = None
@@ -92,30 +95,38 @@ def check_type(column: Column, schema: pa.Schema, where: str) -> None:
         many = f"{len(found)} columns" if found else "no column"
         raise InputError(f"{where}: {many} '{column.name}'; expected {_EXPECTED[column.role]}, found {names}")
     kind = schema.field(found[0]).type
-    if not _fits(column.role, kind):
-        advice = "; `recpress ingest` numbers other ids" if column.role in ("id", "ids", "categorical") else ""
-        raise InputError(f"{where}, column '{column.name}': type {kind}; expected {_EXPECTED[column.role]}{advice}")
+    if not _fits(column, kind):
+        expected, advice = _EXPECTED[column.role], ""
+        if column.hashed:
+            expected = expected.replace("integers", "integers, text or bytes")
+        elif column.role in ("id", "ids", "categorical"):
+            advice = "; `recpress ingest` numbers other ids, and --schema.hashed hashes them"
+        raise InputError(f"{where}, column '{column.name}': type {kind}; expected {expected}{advice}")
 
 
-def _fits(role: Role, kind: pa.DataType) -> bool:
+def _fits(column: Column, kind: pa.DataType) -> bool:
     kind = _plain(kind)
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     value = _plain(kind.value_type) if is_list(kind) else None
     # A writer without a value does not know the type: all lists are empty, or all floats are missing.
-    ids = value is not None and (pa.types.is_integer(value) or pa.types.is_null(value))
-    match role:
+    ids = value is not None and (_is_id(column, value) or pa.types.is_null(value))
+    match column.role:
         case "id":
-            return pa.types.is_integer(kind)
+            return _is_id(column, kind)
         case "ids":
             return ids
         case "categorical":
-            return ids or pa.types.is_integer(kind)
+            return ids or _is_id(column, kind)
         case "time":
             return number or pa.types.is_timestamp(kind) or pa.types.is_date(kind)
         case "label":
             return number or pa.types.is_boolean(kind)
         case "float":
             return number or pa.types.is_null(kind)
+
+
+def _is_id(column: Column, kind: pa.DataType) -> bool:
+    return raw_kind(kind) is not None if column.hashed else pa.types.is_integer(kind)
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
@@ -218,8 +229,8 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
             that is infinite as float32, a label that is not `within` its limits, a row without negatives.
     """
     where = f"{where}, column '{column.name}'"
-    if pa.types.is_dictionary(data.type):
-        data = data.cast(data.type.value_type)
+    if pa.types.is_dictionary(data.type):  # a hash is taken once for each entry
+        data = data.unify_dictionaries() if column.hashed else data.cast(data.type.value_type)
     array = data.combine_chunks() if data.num_chunks != 1 else data.chunk(0)
     if isinstance(array, pa.ChunkedArray):  # no chunks at all
         array = pa.array([], data.type)
@@ -228,6 +239,8 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
     if array.null_count and column.role != "float":
         row = int(np.argmax(pc.is_null(array).to_numpy(zero_copy_only=False)))
         raise InputError(f"{where}, row {row}: null; expected {_EXPECTED[column.role]}")
+    if column.hashed:
+        return hash_ids(array, column.limit or 1)
     if column.role in ("id", "categorical"):
         return _integers(array, column.limit, where)
     if column.role == "time":
@@ -276,6 +289,8 @@ def _decode_lists(column: Column, array: pa.Array, where: str) -> Jagged:
     if flat.null_count:
         row = row_of(int(np.argmax(pc.is_null(flat).to_numpy(zero_copy_only=False))))
         raise InputError(f"{where}, row {row}: a null in the list; expected integers")
+    if column.hashed:
+        return Jagged(hash_ids(flat, column.limit or 1), offsets)
     values = _cast(flat, pa.int64(), where).to_numpy(zero_copy_only=False)
     check_ids(values, column.limit, where, row_of)
     return Jagged(values, offsets)

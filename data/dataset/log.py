@@ -39,7 +39,7 @@ from recpress.data.dataset.files import (
 )
 from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups, largest_id, open_split, read_whole
 from recpress.data.dataset.partitions import is_partition, partition_root
-from recpress.data.dataset.schema import common_time
+from recpress.data.dataset.schema import check_raw_kinds, common_time
 from recpress.data.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -109,10 +109,19 @@ class Log:
         return self._side_table(f"vocabulary/{side}.parquet", side, columns)
 
     def vocabulary_fingerprint(self, side: Side) -> str:
-        """Equal if dense ids mean the same: of the raw ids in order, else of the number of ids alone."""
+        """Equal if dense ids mean the same: of the raw ids in order, of the hash, else of the number of ids alone."""
+        if (hashed := self.hash_fingerprint(self.column(side))) is not None:
+            return hashed
         if self.manifest is not None and side in (known := self.manifest.get("vocabularies", {})):
             return str(known[side]["fingerprint"])
         return hashlib.sha256(f"{side}: {self.num_ids(side)} dense ids".encode()).hexdigest()[:32]
+
+    def hash_fingerprint(self, column: str) -> str | None:
+        """As `vocabulary_fingerprint`, of a column whose raw ids are hashed while they are read; None of others."""
+        read = self.train.columns.get(column)
+        if read is None or not read.hashed:
+            return None
+        return hashlib.sha256(f"raw ids hashed into {read.limit}".encode()).hexdigest()[:32]
 
     def features(self, side: Side) -> pa.Table | None:
         """Side table of the users or the items, row k is dense id k; None if there is none."""
@@ -216,8 +225,11 @@ def open_log(
             f"{path}: the log has no {'item' if schema.user else 'user'} column, which this command needs "
             "(open_log(..., pairs=False) reads a log of features alone)"
         )
+    hashed = _hashed(path, schema, manifest)
+    unnamed = [name for name in hashed if name not in (schema.user, schema.item, *schema.categorical)]
+    schema = replace(schema, categorical=(*schema.categorical, *unnamed))
     opened = {
-        part: _open_part(filesystem, part, files, schema, skip_bad, skipped, folders.get(part))
+        part: _open_part(filesystem, part, files, schema, skip_bad, skipped, folders.get(part), hashed)
         for part, files in parts.items()
         if files
     }
@@ -225,9 +237,10 @@ def open_log(
         if rows.num_rows == 0:
             raise InputError(f"{rows.files[0].path}: no rows in {part}; expected at least one")
     opened = _same_times(opened, schema)
-    users, items = _sizes(opened, schema, manifest)
+    _check_hashed(opened, schema, hashed)
+    users, items = _sizes(opened, schema, manifest, hashed)
     features = {name: entry["num_ids"] for name, entry in (manifest or {}).get("features", {}).items()}
-    limits = features | {schema.user: users, schema.item: items}
+    limits = features | hashed | {schema.user: users, schema.item: items}
     held_out = {NEGATIVES.user: users, NEGATIVES.item: items, "negatives": items}
     opened = {
         part: _limited(rows, held_out, NEGATIVES) if part == "test_negatives" else _limited(rows, limits, schema)
@@ -251,7 +264,7 @@ def open_log(
 
 def schema_from_manifest(manifest: dict[str, Any]) -> Schema:
     fields = manifest["schema"]
-    lists = {name: tuple(fields[name]) for name in ("categorical", "floats")}
+    lists = {name: tuple(fields.get(name, ())) for name in ("categorical", "floats", "hashed")}
     return Schema(**{**fields, **lists})
 
 
@@ -386,20 +399,47 @@ def _open_part(
     skip: bool,
     bad: dict[str, str],
     folders: str | None,
+    hashed: Mapping[str, int],
 ) -> ParquetSplit:
+    user, item = schema.user in hashed, schema.item in hashed
     if part == "test_negatives":
-        columns = [Column(NEGATIVES.user, "id"), Column(NEGATIVES.item, "id"), Column("negatives", "ids")]
+        columns = [Column(NEGATIVES.user, "id", hashed=user)]
+        columns += [Column(NEGATIVES.item, "id", hashed=item), Column("negatives", "ids", hashed=item)]
         return open_split(filesystem, files, columns)
-    ids = [Column(name, "id") for name in (schema.user, schema.item) if name]
+    ids = [Column(name, "id", hashed=name in hashed) for name in (schema.user, schema.item) if name]
     rest = [Column(schema.label, "label")] if schema.label else []
     rest += [Column(schema.time, "time")] if schema.time else []
-    rest += [Column(name, "categorical") for name in schema.categorical]
+    rest += [Column(name, "categorical", hashed=name in hashed) for name in schema.categorical]
     rest += [Column(name, "float") for name in schema.floats]
     if part == "train":
         return open_split(filesystem, files, ids + rest, skip=skip, bad=bad, folders=folders)
     return open_split(
         filesystem, files, ids, rest, folders=folders
     )  # held-out rows may lack columns that only training needs
+
+
+def _hashed(path: str | Path, schema: Schema, manifest: dict[str, Any] | None) -> dict[str, int]:
+    """`Schema.hash_sizes`. Raises InputError if a column has a vocabulary, which numbers its ids already."""
+    sizes = schema.hash_sizes
+    known = {schema.user: "user", schema.item: "item"}
+    numbered = set((manifest or {}).get("vocabularies", {})) | set((manifest or {}).get("features", {}))
+    for name in sizes:
+        if name in numbered or known.get(name) in numbered:
+            raise InputError(f"schema.hashed: {path} has a vocabulary for '{name}', which numbers its ids already")
+    return sizes
+
+
+def _check_hashed(opened: dict[str, ParquetSplit], schema: Schema, hashed: Mapping[str, int]) -> None:
+    """Raise InputError if a hashed column is integers in one part and text in another."""
+    for name in hashed:
+        own = {NEGATIVES.user: schema.user, NEGATIVES.item: schema.item, "negatives": schema.item}
+        kinds = []
+        for part, rows in opened.items():
+            there = [key for key, value in own.items() if value == name] if part == "test_negatives" else [name]
+            file = next(place for place, file in enumerate(rows.files) if file.metadata)
+            schemas = rows.files[file].schema
+            kinds += [(rows.where_file(file), schemas.field(key).type) for key in there if key in rows.columns]
+        check_raw_kinds(name, kinds)
 
 
 def _same_times(opened: dict[str, ParquetSplit], schema: Schema) -> dict[str, ParquetSplit]:
@@ -415,19 +455,23 @@ def _same_times(opened: dict[str, ParquetSplit], schema: Schema) -> dict[str, Pa
     }
 
 
-def _sizes(opened: dict[str, ParquetSplit], schema: Schema, manifest: dict[str, Any] | None) -> tuple[int, int]:
-    if manifest is not None:
-        return manifest["num_users"], manifest["num_items"]
-    total = sum(rows.num_rows for part, rows in opened.items() if part != "test_negatives")
-    users, items = 0, 0
-    for part, rows in opened.items():
-        if part == "test_negatives":
-            total = max(total, rows.num_rows)
-            users = max(users, _num_dense(rows, NEGATIVES.user, total))
-            items = max(items, _num_dense(rows, NEGATIVES.item, total), _num_dense(rows, "negatives", total))
-        else:
-            users = max(users, _num_dense(rows, schema.user, total) if schema.user else 0)
-            items = max(items, _num_dense(rows, schema.item, total) if schema.item else 0)
+def _sizes(
+    opened: dict[str, ParquetSplit], schema: Schema, manifest: dict[str, Any] | None, hashed: Mapping[str, int]
+) -> tuple[int, int]:
+    """Number of users and of items: of the hash, of the manifest, else of the largest id."""
+    negatives = opened["test_negatives"].num_rows if "test_negatives" in opened else 0
+    total = max(negatives, sum(rows.num_rows for part, rows in opened.items() if part != "test_negatives"))
+
+    def size(column: str, known: str, in_negatives: Sequence[str]) -> int:
+        if column in hashed:
+            return hashed[column]
+        if manifest is not None:
+            return int(manifest[known])
+        names = {part: in_negatives if part == "test_negatives" else [column] for part in opened}
+        return max(_num_dense(rows, name, total) for part, rows in opened.items() for name in names[part] if name)
+
+    users = size(schema.user, "num_users", [NEGATIVES.user]) if schema.user or manifest else 0
+    items = size(schema.item, "num_items", [NEGATIVES.item, "negatives"]) if schema.item or manifest else 0
     return users, items
 
 

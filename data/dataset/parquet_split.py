@@ -19,6 +19,9 @@ from recpress.data.dataset.partitions import Constants, constants
 from recpress.data.dataset.schema import unify
 from recpress.data.errors import InputError
 
+_REPEATED = 6
+"""Bytes per value, dictionary included, below which a column chunk is places in a dictionary."""
+
 
 @dataclass(frozen=True)
 class SplitFile:
@@ -82,18 +85,23 @@ class ParquetSplit:
         """A file, as errors name it."""
         return shown(self.filesystem, self.files[ordinal].path)
 
-    def read_table(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+    def read_table(self, group: RowGroup, columns: Sequence[str], dictionaries: Sequence[str] = ()) -> pa.Table:
         """The given columns of one row group as they are stored, read by the calling thread alone.
+
+        Text of the columns `dictionaries` stays in the dictionary of its column chunk.
 
         Raises InputError if the file is damaged.
         """
         file = self.files[group.file]
         stored = [name for name in columns if name not in file.constants]
+        kept = [name for name in dictionaries if name not in file.constants]
+        paths = [file.metadata.schema.column(place).path for place in leaves(file.metadata, kept)]
 
         def read() -> pa.Table:
             ranges = fetch(self.filesystem, file.path, file.metadata, group.group, stored)
             places = leaves(file.metadata, stored)
-            with pq.ParquetFile(pa.PythonFile(ranges, mode="r"), metadata=file.metadata, pre_buffer=False) as parquet:
+            source = pa.PythonFile(ranges, mode="r")
+            with pq.ParquetFile(source, metadata=file.metadata, pre_buffer=False, read_dictionary=paths) as parquet:
                 # By ordinals: `columns=["a.b"]` would be a column of that name and part of a struct `a`.
                 return parquet.reader.read_row_group(group.group, column_indices=places, use_threads=False)
 
@@ -120,9 +128,18 @@ class ParquetSplit:
             if name not in self.columns:
                 known = ", ".join(self.columns)
                 raise InputError(f"{self.files[0].path}: column '{name}' is not in the schema; it names {known}")
-        table = self.read_table(group, columns)
+        table = self.read_table(group, columns, [name for name in columns if self._is_repeated(group, name)])
         where = self.where(group)
         return {name: decode(self.columns[name], table.column(name), where) for name in columns}
+
+    def _is_repeated(self, group: RowGroup, name: str) -> bool:
+        """Whether to hash the dictionary of a column chunk instead of its rows. A chunk without one has more bytes per
+        value, and Arrow would make a dictionary for it, which takes longer than hashing."""
+        file = self.files[group.file]
+        if not self.columns[name].hashed or name in file.constants:
+            return False
+        chunk = file.metadata.row_group(group.group).column(leaves(file.metadata, [name])[0])
+        return chunk.has_dictionary_page and chunk.total_uncompressed_size < _REPEATED * chunk.num_values
 
     def read_or_skip(self, group: RowGroup, columns: Sequence[str]) -> dict[str, np.ndarray | Jagged] | None:
         """As `read`; None for a row group that is skipped because it cannot be read."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from recpress.data.dataset.columns import Column, check_type, is_list
+from recpress.data.dataset.hashed_ids import raw_kind
 from recpress.data.errors import InputError
 
 _UNITS = ("s", "ms", "us", "ns")  # from coarse to fine
@@ -43,6 +44,8 @@ def unify(columns: Sequence[Column], schemas: Sequence[tuple[str, pa.Schema]]) -
         kinds = [(path, schema.field(column.name).type) for path, schema in schemas]
         if column.role == "categorical":
             _check_lists(column, kinds)
+        if column.hashed:
+            check_raw_kinds(column.name, kinds)
         if column.role == "time":
             column = replace(column, time=_times(column, kinds))
         found.append(column)
@@ -68,7 +71,9 @@ def _common(column: Column, kind: pa.DataType) -> pa.DataType:
             if unit:
                 return pa.timestamp(unit, "UTC" if zone == "UTC" else None)
             return pa.int64() if zone == "integer" else pa.float64()
-    return pa.list_(pa.int64()) if is_list(kind) else pa.int64()
+    raw = raw_kind(kind.value_type if is_list(kind) else kind)
+    value = pa.binary() if column.hashed and raw == "text" else pa.int64()
+    return pa.list_(value) if is_list(kind) else value
 
 
 def common_time(name: str, times: Sequence[tuple[str, str]]) -> str:
@@ -89,6 +94,17 @@ def common_time(name: str, times: Sequence[tuple[str, str]]) -> str:
                 )
             kind = f"{zone} {max(unit, other_unit, key=_UNITS.index)}"
     return kind
+
+
+def check_raw_kinds(name: str, kinds: Sequence[tuple[str, pa.DataType]]) -> None:
+    """Raise InputError if a column of raw ids is integers in one file and text in another: their hashes differ."""
+    first, kind = kinds[0]
+    for path, other in kinds[1:]:
+        if len({raw_kind(each.value_type if is_list(each) else each) for each in (kind, other)}) > 1:
+            raise InputError(
+                f"{path}, column '{name}': type {other}, but {kind} in {first}; expected integers in all files, or "
+                "text in all, because the ids are hashed"
+            )
 
 
 def _times(column: Column, kinds: Sequence[tuple[str, pa.DataType]]) -> str:

@@ -16,6 +16,10 @@ _SLOTS = 1 << 16
 """Slots of the filter that `InteractionSet.among` makes of the low bits of the items: small enough for a cache."""
 
 
+AT_ONCE = 1 << 21
+"""Pairs to search, or negatives to redraw, at once on a GPU: 16 MiB for each intermediate tensor."""
+
+
 class InteractionSet:
     """The set of (user, item) pairs of a log, to look pairs up in. About 10 bytes a pair, on each rank.
 
@@ -70,7 +74,8 @@ class InteractionSet:
         `num_items`.
         """
         if not on_host(users):
-            return self.contains(users[:, None], items)
+            step = max(1, AT_ONCE // max(1, len(items)))
+            return torch.cat([self.contains(part[:, None], items) for part in users.split(step)])
         users, row = torch.unique(users, return_inverse=True)  # active users have many rows of a batch
         if not len(items):
             return torch.zeros(len(row), 0, dtype=torch.bool, device=row.device)

@@ -11,14 +11,12 @@ import torch
 
 from recpress.data.config import NegativesConfig
 from recpress.data.errors import InputError
-from recpress.data.negatives.interaction_set import InteractionSet, mix, on_host, shift, signed
+from recpress.data.negatives.interaction_set import AT_ONCE, InteractionSet, mix, on_host, shift, signed
 from recpress.data.seeds import key
 
 _ATTEMPTS = 16
 """Redraws of a negative that is one of the user's positives. For a user who has half of the items, one in
 2 ** 17 is kept; for one who has them all, all are."""
-_REDRAWN = 1 << 24
-"""Most negatives to redraw at once on CUDA: 128 MiB for each intermediate tensor."""
 
 
 class Negatives:
@@ -90,7 +88,7 @@ class Negatives:
             self._redraws = epoch, torch.tensor(keys, device=items.device).T[..., None].contiguous()
         start, step = self._redraws[1]  # (_ATTEMPTS, 1) each
         rejected = reject.contains(owners, items)
-        at_once = min(_ATTEMPTS, max(1, _REDRAWN // len(items)))
+        at_once = min(_ATTEMPTS, max(1, AT_ONCE // len(items)))
         for first in range(0, _ATTEMPTS, at_once):
             some = slice(first, first + at_once)
             drawn = self.items(_uniform(counter * step[some] + start[some]))

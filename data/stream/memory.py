@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from recpress.data.dataset.column_chunks import leaves
+from recpress.data.dataset.hashed_ids import raw_kind
 from recpress.data.dataset.parquet_split import ParquetSplit
 from recpress.data.stream.order import TILE_ROWS
 from recpress.data.stream.read_plan import ReadPlan
@@ -84,14 +85,22 @@ def _decoding(rows: ParquetSplit, group: int, columns: Sequence[str]) -> int:
     for name in columns:
         kind = schema.field(name).type
         nested = pa.types.is_nested(kind)
-        width = max(1, (kind.value_type if nested else kind).bit_width // 8)
+        value = kind.value_type if nested else kind
         wanted = 8 if nested else _width(rows, name)
         for chunk in _chunks(rows, place.file, place.group, name):
+            width = max(1, _bits(value, chunk) // 8)
             grown = 3 << (chunk.num_values - 1).bit_length() >> 1 if nested else chunk.num_values
-            converted = 0 if width == wanted else wanted
+            converted = 0 if width == wanted and not rows.columns[name].hashed else wanted
             total += grown * width + chunk.num_values * converted + chunk.total_compressed_size
             total += 2 * min(_PAGE, chunk.total_uncompressed_size)
     return total
+
+
+def _bits(kind: pa.DataType, chunk: Any) -> int:
+    """Of a decoded value; of text the mean of a column chunk, with its offset, or its place in a dictionary."""
+    if raw_kind(kind) != "text":
+        return int(kind.bit_width)
+    return 8 * (4 + -(-chunk.total_uncompressed_size // max(1, chunk.num_values)))
 
 
 def _chunks(rows: ParquetSplit, file: int, group: int, name: str) -> list[Any]:

@@ -17,6 +17,7 @@ from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.interactions import CSR
 from recpress.modules.als.solvers import Chunk, HeavyRow, Scratch, SharedTerms, SingularRow, loss_of, preconditioner
 from recpress.modules.config import ALSParameters
+from recpress.modules.id_check import host_reads
 from recpress.modules.memory_hook import memory_freed
 
 Solver = Callable[[Chunk, SharedTerms], tuple[torch.Tensor, torch.Tensor]]
@@ -137,6 +138,8 @@ class Scales:
 GATHERED = 64 << 20
 """Bytes of a table that each rank may gather, even if its part of the log is smaller."""
 _SUMMED = 1024  # rows of a block; float32 sums within it, float64 between blocks
+_AT_ONCE = 1 << 24  # numbers of the matrices of blocks that a GPU sums at once
+_AHEAD = 64  # chunks that the host prepares before a GPU has solved the one before them
 FAR = Limits(interactions=1 << 18, rows=16384)
 """Few large chunks, if rows are fetched from other ranks, or on CUDA."""
 
@@ -203,6 +206,10 @@ class HalfSweep:
 
     def summary(self, rows: torch.Tensor) -> SideSums:
         """Sums over this side's rows (local, d)."""
+        if not host_reads(rows):
+            both, terms = self._sums_on_device(rows)
+            both = self.exchange.sum(both)
+            return SideSums(both[0], both[1].div_(max(self.nnz, 1)), float(terms))
         both = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
         penalty = 0.0
         # float32 within a block, float64 between them
@@ -213,6 +220,26 @@ class HalfSweep:
             penalty += penalty_block
         both = self.exchange.sum(both)
         return SideSums(both[0], both[1].div_(max(self.nnz, 1)), penalty)
+
+    def _sums_on_device(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sums of this rank (2, d, d) and the penalty, many blocks in one product. Does not wait."""
+        both = rows.new_zeros((2, rows.shape[1], rows.shape[1]), dtype=torch.float64)
+        penalty = both.new_zeros(())
+        step = _SUMMED * max(1, _AT_ONCE // rows.shape[1] ** 2)
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            last = first + len(part)
+            weight = (
+                self.degree[first:last] * self.config.confidence if self.weight is None else self.weight[first:last]
+            )
+            plain, weighted = (
+                torch.nn.functional.pad(x, (0, 0, 0, -len(part) % _SUMMED)).view(-1, _SUMMED, rows.shape[1])
+                for x in (part, part * weight[:, None])
+            )
+            both[0] += torch.bmm(plain.mT, plain).sum(0, dtype=torch.float64)
+            both[1] += torch.bmm(plain.mT, weighted).sum(0, dtype=torch.float64)
+            penalty += (part.square().sum(1) * self._reg(first, last)).sum(dtype=torch.float64)
+        return both, penalty
 
     def _summary_block(self, rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         part, penalty, at = rows[first:last], 0.0, first
@@ -250,9 +277,10 @@ class HalfSweep:
         shared = SharedTerms(gramian, w0, basis, scale, self.workers.scratch)
         if not self.fetches:
             others = self.exchange.gather(others, self.other_blocks)
-        total, singular = 0.0, None
+        total: float | torch.Tensor = 0.0
+        singular = None
         for loss, row in self.workers.map(self._solve_chunk, self._chunks(rows, others, shared, solver)):
-            total += loss
+            total = total + loss
             singular = row if singular is None else singular
         # tell all ranks after the last chunk, so that none waits for a rank that failed
         worst = self.exchange.max(-1 if singular is None else singular)
@@ -261,14 +289,16 @@ class HalfSweep:
                 f"als: the normal equations of {self.name} {worst} are not positive definite in float32: "
                 "expected a larger regularization, or solver = 'cg'"
             )
-        return total
+        return float(total)
 
     def _chunks(
         self, rows: torch.Tensor, others: torch.Tensor, shared: SharedTerms, solver: Solver
     ) -> Iterator[tuple[Any, ...]]:
         """Arguments of `_solve_chunk`, one per round. Sums rows in pieces."""
-        heavy = HeavyRow(shared, 0.0)
+        heavy = HeavyRow(shared, self._reg(0, 0))
         for k in range(self.rounds):
+            if self.device.type == "cuda" and k and k % _AHEAD == 0:
+                torch.cuda.current_stream().synchronize()  # bounds the pinned memory of the chunks
             first, last, start, stop = self.pieces[k] if k < len(self.pieces) else (0, 0, 0, 0)
             chunk = self._chunk(first, last, start, stop, rows, others)
             whole = start == int(self.csr.indptr[first]) and stop == int(self.csr.indptr[last])
@@ -276,15 +306,15 @@ class HalfSweep:
                 yield first, rows, chunk, shared, solver
             elif first < last:
                 if start == int(self.csr.indptr[first]):
-                    heavy = HeavyRow(shared, float(self._reg(first, last)))
+                    heavy = HeavyRow(shared, self._reg(first, last))
                 heavy.add(chunk)
                 if stop == int(self.csr.indptr[last]):
                     yield first, rows, heavy, shared, solver
 
     def _solve_chunk(
         self, first: int, rows: torch.Tensor, chunk: Chunk | HeavyRow, shared: SharedTerms, solver: Solver
-    ) -> tuple[float, int | None]:
-        """Loss of the chunk, and the global number of a row that cannot be solved, or None."""
+    ) -> tuple[float | torch.Tensor, int | None]:
+        """`loss_of` the chunk, and the global number of a row that cannot be solved, or None."""
         try:
             if isinstance(chunk, HeavyRow):
                 rows[first], loss = chunk.solve()
@@ -299,15 +329,22 @@ class HalfSweep:
     def _chunk(self, first: int, last: int, start: int, stop: int, rows: torch.Tensor, others: torch.Tensor) -> Chunk:
         """Rows first..last-1 with interactions start..stop-1, and a table that contains the vectors that they need."""
         indptr = np.clip(self.csr.indptr[first : last + 1], start, stop) - start
-        indices = torch.from_numpy(self.csr.indices[start:stop]).to(self.device)
+        indices = self._to_device(self.csr.indices[start:stop])
         weights: torch.Tensor | float = self.config.confidence
         if self.weight is not None:
-            weights = torch.from_numpy(self._weights(start, stop, first, last)).to(self.device) * self.config.confidence
+            weights = self._to_device(self._weights(start, stop, first, last)) * self.config.confidence
         if self.fetches:
             ids, indices = torch.unique(indices, return_inverse=True)
             others, indices = self.exchange.fetch_rows(others, ids, self.other_blocks), indices.to(torch.int32)
-        offsets = torch.from_numpy(indptr.astype(np.int32)).to(self.device)
+        offsets = self._to_device(indptr.astype(np.int32))
         return Chunk(offsets, indices, weights, others, self._reg(first, last), rows[first:last])
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        """On CUDA copied from pinned memory, so that the host prepares the next chunks in the meantime."""
+        tensor = torch.from_numpy(array)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _row_sums(

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from recpress.modules.id_check import host_reads
+
 with warnings.catch_warnings():  # torch warns once per process that CSR tensors are in beta
     warnings.simplefilter("ignore")
     torch.eye(1).to_sparse_csr()
@@ -217,13 +219,14 @@ class SingularRow(ValueError):
 class HeavyRow:
     """Normal equations of a row with too many interactions for a chunk, summed in pieces and solved in float64."""
 
-    def __init__(self, shared: SharedTerms, reg: float) -> None:
+    def __init__(self, shared: SharedTerms, reg: torch.Tensor) -> None:
+        """reg: regularization of the row, (1,), or (0,) for no row."""
         self.shared = shared
         self.common = shared.gramian.double()
-        self.common.diagonal().add_(reg)
+        self.common.diagonal().add_(reg.sum())
         self.matrix = self.common.clone()
         self.target = self.common.new_zeros(len(self.common))
-        self.total = 0.0
+        self.total = self.common.new_zeros(())
 
     def add(self, piece: Chunk) -> None:
         """Add some interactions of the row, as a chunk of one row."""
@@ -234,20 +237,25 @@ class HeavyRow:
             self.matrix += (part * w[:, None]).T @ part
             w = w + self.shared.unobserved_weight
             self.target += w @ part
-            self.total += float(w.sum(dtype=torch.float64))
+            self.total += w.sum(dtype=torch.float64)
 
     def solve(self) -> tuple[torch.Tensor, float]:
-        """The row (d,), and its loss as in `loss_of`."""
+        """The row (d,), and its loss as in `loss_of`. Waits for the device."""
         lower, info = torch.linalg.cholesky_ex(self.matrix)
         if int(info):
             raise SingularRow(0)
         x = torch.cholesky_solve(self.target[:, None], lower)[:, 0]
         # sum w (1 - s)^2 + w_0 (1 - 2 s) = sum (w + w_0) - 2 x.b + x'(sum w y y')x, where A x = b
-        return x.float(), self.total - float(x @ self.target) - float(x @ self.common @ x)
+        return x.float(), float(self.total) - float(x @ self.target) - float(x @ self.common @ x)
 
 
-def loss_of(scores: torch.Tensor, weights: torch.Tensor | float, w0: float) -> float:
-    """Loss of the interactions minus their part of sum_all w_0 s^2: sum w (1 - s)^2 + w_0 (1 - 2 s)."""
+def loss_of(scores: torch.Tensor, weights: torch.Tensor | float, w0: float) -> float | torch.Tensor:
+    """Loss of the interactions minus their part of sum_all w_0 s^2: sum w (1 - s)^2 + w_0 (1 - 2 s).
+
+    On CUDA a tensor, for which the host does not wait.
+    """
     error = (1 - scores).square_().mul_(weights).add_(scores, alpha=-2 * w0)
+    if not host_reads(scores):
+        return error.sum(dtype=torch.float64) + w0 * len(scores)
     # in parts, because torch casts a copy of what it sums
     return float(sum(part.sum(dtype=torch.float64) for part in error.split(1 << 13))) + w0 * len(scores)

@@ -11,6 +11,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import DataType
+from torchrec.quant import embedding_modules as quantized
 
 from recpress.modules.compression.collections import (
     CompressedEmbeddingBagCollection,
@@ -79,8 +80,22 @@ def bake(model: nn.Module, collections: list[tuple[str, Any]]) -> nn.Module:
                 "save `model.state_dict()` by torch.distributed.checkpoint, then, in one process, build and compress "
                 "the model again without DistributedModelParallel, load the checkpoint and bake that model"
             )
+    for path, module in collections:
+        _check(path or "the model", module)
     baked = {id(module): _baked(module) for _, module in collections}
     return copy.deepcopy(model, baked)  # takes what it finds there in place of a copy
+
+
+def _check(path: str, module: Any) -> None:
+    """Raise ValueError if not all rows of a collection are there."""
+    for part in (module.trainable, module.frozen):
+        if part is not None and type(part).__module__ == quantized.__name__:
+            raise ValueError(f"bake: {path} is quantized; bake the model before, and quantize the copy")
+    if module.frozen is not None:
+        module.frozen.check_loaded()
+    for table in module.tables():
+        if table not in module.frozen_tables() and module.weight(table).device.type == "meta":
+            raise ValueError(f"bake: table {table!r}: its rows are on the device 'meta'; load them first")
 
 
 def _baked(module: Any) -> nn.Module:
@@ -109,13 +124,9 @@ def _configs(module: Any) -> list[Any]:
 def _fill(tables: Any, by_name: nn.ModuleDict, module: Any) -> None:
     """Copy all rows, frozen ones decoded."""
     tables._device = module.device
-    if module.frozen is not None:
-        module.frozen.check_loaded()
     frozen = set(module.frozen_tables())
     for config in module._configs:
         name = config.name
         rows = module.frozen.whole(name, config.embedding_dim) if name in frozen else module.weight(name)
-        if rows.device.type == "meta":
-            raise ValueError(f"bake: table {name!r}: its rows are on the device 'meta'; load them first")
         table: Any = by_name[name]
         table.weight = nn.Parameter(rows.detach().clone(memory_format=torch.contiguous_format), name not in frozen)

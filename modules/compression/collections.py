@@ -17,8 +17,8 @@ from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.operators import one_stride
 from recpress.modules.frozen.sequence import FrozenEmbeddingCollection
-from recpress.modules.frozen.variable_batch import with_one_stride
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.row_source import RowSource, load_rows
 
@@ -354,8 +354,9 @@ def _join(
 ) -> KeyedTensor:
     """Columns of both parts in the order of `outputs`. A leaf of torch.fx that TorchScript compiles."""
     values: list[torch.Tensor] = []
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and any(output[4] for output in outputs):
-        features = with_one_stride(features)
+    divided = [output[4] != "" for output in outputs]
+    if any(divided):
+        features = one_stride(features)
     for _, dim, is_frozen, name, divide in outputs:
         if is_frozen:
             value = frozen[name]

@@ -43,7 +43,7 @@ from recpress.modules.frozen.kernel import (
 from recpress.modules.frozen.quantized import QuantizedFrozenBags, register_quantized
 from recpress.modules.frozen.unsharded import Unsharded
 from recpress.modules.frozen.variable_batch import with_one_stride
-from recpress.modules.id_check import is_traced
+from recpress.modules.id_check import host_reads, is_traced
 
 
 class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagCollection):
@@ -93,6 +93,7 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
         ]
         self._dims = [table.dim for table in self._tables for _ in table.features]
         self._configs = [table.config() for table in self._tables]
+        self._places: dict[Any, list[tuple[list[int], torch.Tensor | None]]] = {}
         self.init_checks()
 
     def tables(self) -> list[FrozenTable]:
@@ -119,25 +120,34 @@ class FrozenEmbeddingBagCollection(Unsharded, HasFrozenTables, EmbeddingBagColle
         self.check_sharding()
         self.check_batch(features)
         features = with_one_stride(features)
-        keys = features.keys()
         values = [
-            kernel(features.permute([keys.index(feature) for feature in table.features]))
-            for table, kernel in zip(self._tables, self._plain, strict=True)
+            kernel(features.permute(*order)) for order, kernel in zip(self._orders(features), self._plain, strict=True)
         ]
         return KeyedTensor(self._names, self._dims, torch.cat(values, 1) if len(values) > 1 else values[0])
 
+    def _orders(self, features: KeyedJaggedTensor) -> list[tuple[list[int], torch.Tensor | None]]:
+        """The places of each table's features in the batch. On CUDA also as tensors, copied there once."""
+        keys, device = features.keys(), features.device()
+        if host_reads(features.values()):
+            return [([keys.index(feature) for feature in table.features], None) for table in self._tables]
+        known = (tuple(keys), device)
+        if known not in self._places:
+            places = [[keys.index(feature) for feature in table.features] for table in self._tables]
+            self._places[known] = [(order, torch.tensor(order, dtype=torch.int32, device=device)) for order in places]
+        return self._places[known]
+
     def _traced(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_loaded()
-        batch = features.to_dict()
+        batch = operators.one_stride(features).to_dict()
         values = []
         for table, kernel in zip(self._tables, self._plain, strict=True):
-            rows = kernel.stored(0)
+            rows = kernel.read(0)
             if table.storage == "fp16" and rows.device.type == "cpu":
                 rows = rows.view(torch.uint8)
             for feature in table.features:
                 bags = batch[feature]
                 weights = bags.weights() if self.weighted else None
-                values.append(operators.pooled(rows, bags.values(), bags.offsets(), weights, table.storage, table.dim))
+                values.append(operators.pooled(rows, bags.values(), bags.offsets(), weights, kernel.layout, table.dim))
         return KeyedTensor(self._names, self._dims, torch.cat(values, 1))
 
 

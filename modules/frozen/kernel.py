@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,19 +37,22 @@ STORAGE_OF: dict[DataType, Storage] = {
 }
 DATA_TYPE = {storage: data for data, storage in STORAGE_OF.items()}
 DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.uint8, "int4": torch.uint8}
-INT4_SCALE_BYTES = 4
-"""Bytes of an int4 row's scale and offset."""
+_ROWS_AT_ONCE = 1 << 20
+HALF_SCALE_BYTES = 4
+"""Bytes of a row's scale and offset in float16: of int4, and on CUDA of int8."""
 
 
 def row_bytes(storage: Storage, dim: int) -> int:
-    """Bytes of a row of `dim` values, with scale and offset."""
+    """Bytes of a row of `dim` values, with scale and offset, on a CPU and in files."""
     return {"fp32": 4 * dim, "fp16": 2 * dim, "int8": dim + 8, "int4": dim // 2 + 4}[storage]
 
 
 def stored_row_bytes(storage: Storage, dim: int, device_type: str) -> int:
-    """Bytes of a row in the kernel's memory: on CUDA, fbgemm pads int4 rows to 16 bytes."""
-    size = row_bytes(storage, dim)
-    return -(-size // 16) * 16 if storage == "int4" and device_type == "cuda" else size
+    """Bytes of a row in the kernel's memory: on CUDA, fbgemm pads quantized rows to 16 bytes."""
+    if device_type != "cuda" or storage not in QUANTIZED:
+        return row_bytes(storage, dim)
+    size = HALF_SCALE_BYTES + (dim if storage == "int8" else dim // 2)
+    return -(-size // 16) * 16
 
 
 class PlannedTable(nn.Parameter):
@@ -86,7 +89,7 @@ def encode_rows(block: torch.Tensor, storage: Storage, table: str = "") -> torch
     if block.numel() and storage != "fp32" and float(block.abs().max()) > torch.finfo(torch.float16).max:
         raise ValueError(f"table {table!r}: a value of {float(block.abs().max()):.4g} is too large for {storage}")
     if storage == "int4":
-        return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(block, 4).roll(INT4_SCALE_BYTES, 1)
+        return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(block, 4).roll(HALF_SCALE_BYTES, 1)
     return block.to(DTYPE[storage])
 
 
@@ -95,16 +98,41 @@ def decode_rows(stored: torch.Tensor, storage: Storage) -> torch.Tensor:
     if storage == "int8":
         return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
     if storage == "int4":
-        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored.roll(-INT4_SCALE_BYTES, 1), 4)
+        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored.roll(-HALF_SCALE_BYTES, 1), 4)
     return stored.float()
+
+
+def to_half_scale(rows: torch.Tensor, table: str = "") -> torch.Tensor:
+    """int8 rows of a CPU (b, dim + 8) -> of CUDA (b, 4 + dim): first scale and offset in float16, then the codes.
+
+    The codes are those of the same values for the rounded scale and offset. The error of a value is at most about
+    (max - min) / 400 + |min| / 2000 of its row. A row that `from_half_scale` made does not change.
+
+    Raises:
+        ValueError: a value is too large for float16.
+    """
+    scales = rows[:, -8:].clone().view(torch.float32)  # (b, 2): scale and offset
+    values = rows[:, :-8] * scales[:, :1] + scales[:, 1:]
+    if rows.numel() and float(values.abs().max()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"table {table!r}: a value of {float(values.abs().max()):.4g} is too large for int8 on CUDA")
+    halves = scales.half()
+    step, least = halves[:, :1].float(), halves[:, 1:].float()
+    codes = torch.where(step > 0, (values - least) / step, 0.0).round().clamp(0, 255).to(torch.uint8)
+    return torch.cat([halves.view(torch.uint8), codes], 1)
+
+
+def from_half_scale(rows: torch.Tensor) -> torch.Tensor:
+    """int8 rows of CUDA -> of a CPU, without loss: see `to_half_scale`."""
+    scales = rows[:, :HALF_SCALE_BYTES].clone().view(torch.float16).float()
+    return torch.cat([rows[:, HALF_SCALE_BYTES:], scales.view(torch.uint8)], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenTable:
     """One frozen table.
 
-    `int8` stores a row as 8-bit codes with a float32 scale and offset per row, `int4` as 4-bit codes with a float16
-    scale and offset per row.
+    `int8` stores a row as 8-bit codes with a float32 scale and offset per row (on CUDA float16, see `to_half_scale`),
+    `int4` as 4-bit codes with a float16 scale and offset per row.
     """
 
     name: str
@@ -152,8 +180,13 @@ class FrozenKernel(nn.Module):
         self.shards, self.storage, self.device, self.weighted = shards, storage, device, weighted
         self._make()
 
+    @property
+    def half_scale(self) -> bool:
+        """Whether int8 rows have scale and offset in float16."""
+        return self.storage == "int8" and self.device.type == "cuda"
+
     def _make(self) -> None:
-        make = _int4_kernel if self.storage == "int4" else _kernel
+        make = _inference_kernel if self.storage == "int4" or self.half_scale else _kernel
         # In a tuple, so that nn.Module does not register it: DistributedDataParallel broadcasts every parameter,
         # which would overwrite each rank's shard by that of rank 0.
         self._kernel = (make(self.shards, self.storage, self.device),)
@@ -179,17 +212,29 @@ class FrozenKernel(nn.Module):
             raise ValueError(f"table {self.shards[0].table!r}: the features lack per-sample weights")
         weights = None if weights is None else weights.float()
         # The collection has rejected ids that are not integers or out of range, so these casts lose nothing.
-        return self._kernel[0](features.values().long(), features.offsets().long(), weights)
+        return self._look_up(features.values(), features.offsets(), weights)
 
     @torch.no_grad()
     def each(self, ids: torch.Tensor) -> torch.Tensor:
         """The row of each id (n,), of a kernel with one shard and one feature: (n, width) float32."""
-        return self._kernel[0](ids.long(), torch.arange(len(ids) + 1, device=ids.device), None)
+        return self._look_up(ids, torch.arange(len(ids) + 1, device=ids.device), None)
+
+    def _look_up(self, ids: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        # fbgemm's inference kernel for CUDA takes 32 bits only in some versions
+        small = self.device.type == "cuda" and self.storage in QUANTIZED
+        dtype = torch.int32 if small else torch.int64
+        return self._kernel[0](ids.to(dtype), offsets.to(dtype), weights)
+
+    @property
+    def layout(self) -> str:
+        """How rows are stored, for `operators`."""
+        return f"{self.storage}, half scale" if self.half_scale else self.storage
 
     def stored(self, index: int) -> torch.Tensor:
         """The stored rows of a shard: (rows, width), or (rows, `row_bytes`) uint8 if quantized.
 
-        Scale and offset are last for int8 and first for int4, as in fbgemm's kernels.
+        Scale and offset are last for int8 and first for int4, as in fbgemm's kernels; on CUDA first, see
+        `to_half_scale`.
         """
         return self._stored[index]
 
@@ -197,21 +242,32 @@ class FrozenKernel(nn.Module):
         """Its rows in the memory of fbgemm's kernel."""
         shard = self.shards[index]
         rows, width = shard.rows[1] - shard.rows[0], shard.columns[1] - shard.columns[0]
-        if self.storage == "int4":
+        if self.storage == "int4" or self.half_scale:
             weights = self._kernel[0].split_embedding_weights(split_scale_shifts=False)[index][0]
-            return weights[:rows, : row_bytes("int4", width)]  # CUDA pads rows to 16 bytes
+            size = HALF_SCALE_BYTES + width if self.half_scale else row_bytes("int4", width)
+            return weights[:rows, :size]  # CUDA pads rows to 16 bytes
         return self._kernel[0].split_embedding_weights()[index].detach()[:rows]
 
     def load(self, index: int, source: RowSource) -> None:
         """Load a shard from the same rectangle of `source`, block by block."""
-        shard, stored = self.shards[index], self.stored(index)
+        shard = self.shards[index]
         for first, block in blocks(source, shard.table, shard.rows, shard.columns):
-            start = first - shard.rows[0]
-            stored[start : start + block.shape[0]].copy_(encode_rows(block, self.storage, shard.table))
+            self.write(index, first - shard.rows[0], encode_rows(block, self.storage, shard.table))
+
+    def write(self, index: int, start: int, rows: torch.Tensor) -> None:
+        """Write rows as a CPU stores them (b, width or `row_bytes`) to a shard, from its row `start` on."""
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            block = rows[first : first + _ROWS_AT_ONCE]
+            encoded = to_half_scale(block, self.shards[index].table) if self.half_scale else block
+            self.stored(index)[start + first : start + first + len(block)].copy_(encoded)
+
+    def read(self, index: int) -> torch.Tensor:
+        """A shard's rows as a CPU stores them: `stored` itself, except for int8 on CUDA."""
+        return from_half_scale(self.stored(index)) if self.half_scale else self.stored(index)
 
     def decode(self, index: int) -> torch.Tensor:
         """A shard's rows as float32 (rows, width)."""
-        return decode_rows(self.stored(index), self.storage)
+        return decode_rows(self.read(index), self.storage)
 
 
 def _kernel(shards: list[TableShard], storage: Storage, device: torch.device) -> Any:
@@ -231,18 +287,24 @@ def _kernel(shards: list[TableShard], storage: Storage, device: torch.device) ->
     )
 
 
-def _int4_kernel(shards: list[TableShard], storage: Storage, device: torch.device) -> Any:
-    """The inference kernel, because the training kernel has no 4-bit rows."""
+def _inference_kernel(shards: list[TableShard], storage: Storage, device: torch.device) -> Any:
+    """The inference kernel, because the training kernel has no 4-bit rows, and on CUDA no 8-bit rows."""
     location = EmbeddingLocation.DEVICE if device.type == "cuda" else EmbeddingLocation.HOST
     kernel = IntNBitTableBatchedEmbeddingBagsCodegen(
         [
-            (s.table, max(1, s.rows[1] - s.rows[0]), s.columns[1] - s.columns[0], SparseType.INT4, location)
+            (
+                s.table,
+                max(1, s.rows[1] - s.rows[0]),
+                s.columns[1] - s.columns[0],
+                SparseType.INT4 if storage == "int4" else SparseType.INT8,
+                location,
+            )
             for s in shards
         ],
         feature_table_map=_tables_of_features(shards),
         output_dtype=SparseType.FP32,
         pooling_mode=PoolingMode.SUM,
-        scale_bias_size_in_bytes=INT4_SCALE_BYTES,
+        scale_bias_size_in_bytes=HALF_SCALE_BYTES,
         device=device,
     )
     kernel.initialize_weights()
@@ -354,8 +416,15 @@ class HasFrozenTables(Fingerprinted, ChecksIds):
         self._loaded.add(table)
 
     def shards(self, table: str) -> list[tuple[TableShard, torch.Tensor]]:
-        """This rank's shards of a table, as views of the stored rows (`FrozenKernel.stored`) that can be written."""
-        return [(kernel.shards[index], kernel.stored(index)) for kernel, index in self._find(table)]
+        """This rank's shards of a table, with the rows as a CPU stores them (`FrozenKernel.read`)."""
+        return [(kernel.shards[index], kernel.read(index)) for kernel, index in self._find(table)]
+
+    def write(self, table: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write what `shards` returned, filled. Mark the table as loaded; such rows have no fingerprint."""
+        for (kernel, index), rows in zip(self._find(table), parts, strict=True):
+            if rows.data_ptr() != kernel.stored(index).data_ptr():
+                kernel.write(index, 0, rows)
+        self.filled(table)
 
     def decoded(self, table: str) -> list[tuple[TableShard, torch.Tensor]]:
         """This rank's shards of a table, as float32."""

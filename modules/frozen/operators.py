@@ -8,8 +8,20 @@ from __future__ import annotations
 import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 import torch
 from torch.nn import functional as F
+from torchrec import KeyedJaggedTensor
 
+from recpress.modules.frozen.variable_batch import with_one_stride
 from recpress.modules.id_check import require
+
+
+@torch.fx.wrap
+def one_stride(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """`with_one_stride`; in TorchScript an error for a variable batch."""
+    if torch.jit.is_scripting():
+        assert not features.variable_stride_per_key(), "frozen tables: no variable batch in TorchScript"
+        return features
+    else:  # TorchScript would compile it without `else`
+        return with_one_stride(features)
 
 
 @torch.fx.wrap
@@ -20,6 +32,7 @@ def pooled(
 
     Args:
         rows: as `FrozenKernel.stored` gives them; float16 on a CPU as bytes, because TorchScript cannot see it so.
+        storage: `FrozenKernel.layout`.
         ids, offsets: as for torch.nn.EmbeddingBag with `include_last_offset`.
         weights: per-sample weights of the ids.
 
@@ -39,7 +52,8 @@ def pooled(
         return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             rows, ids, offsets, False, 0, False, weights, None, True
         )
-    require(((ids >= 0) & (ids < rows.size(0))).all(), "frozen table: an id is out of range")
+    num_rows = rows.size(0)
+    require(((ids >= 0) & (ids < num_rows)).all(), f"frozen table: an id is not in 0 to {num_rows - 1}")
     half = storage == "fp16"
     nothing = torch.empty(0, dtype=torch.uint8)
     return torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
@@ -76,6 +90,7 @@ def vectors(rows: torch.Tensor, ids: torch.Tensor, storage: str) -> torch.Tensor
     found = rows[ids.long()]
     if storage == "int8":
         return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(found)
-    if storage == "int4":  # the operator expects scale and offset after the codes
-        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(torch.cat([found[:, 4:], found[:, :4]], 1), 4)
+    if storage in ("int4", "int8, half scale"):  # the operator expects scale and offset after the codes
+        bits = 4 if storage == "int4" else 8
+        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(torch.cat([found[:, 4:], found[:, :4]], 1), bits)
     return found.float()

@@ -23,11 +23,8 @@ from torchrec.quant.embedding_modules import (
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
-from recpress.modules.frozen.kernel import DATA_TYPE, INT4_SCALE_BYTES, FrozenKernel, decode_rows
+from recpress.modules.frozen.kernel import DATA_TYPE, HALF_SCALE_BYTES, FrozenKernel, decode_rows, from_half_scale
 from recpress.modules.row_source import BLOCK_BYTES
-
-_SCALE_BYTES = 4
-"""Bytes of the scale and offset of a quantized row of TorchRec, two float16."""
 
 
 class QuantizedFrozenBags(nn.Module):
@@ -79,15 +76,16 @@ def _encoded(kernel: FrozenKernel, kind: DataType) -> tuple[torch.Tensor, torch.
     """(codes, scales and offsets) of a table as TorchRec stores them: uint8; a float table has no second part."""
     stored = kernel.stored(0)
     if DATA_TYPE[kernel.storage] == kind:
-        if kind == DataType.INT4:
-            return stored[:, INT4_SCALE_BYTES:], stored[:, :INT4_SCALE_BYTES]
+        if kind == DataType.INT4 or kernel.half_scale:
+            return stored[:, HALF_SCALE_BYTES:], stored[:, :HALF_SCALE_BYTES]
         if kind in (DataType.FP32, DataType.FP16):
             return stored.view(torch.uint8), None
     rows, width = len(stored), kernel.shards[0].columns[1] - kernel.shards[0].columns[0]
     parts = []
     step = max(1, BLOCK_BYTES // (4 * width))
     for first in range(0, rows, step):
-        block = decode_rows(stored[first : first + step], kernel.storage)
+        part = stored[first : first + step]
+        block = decode_rows(from_half_scale(part) if kernel.half_scale else part, kernel.storage)
         if kind == DataType.FP16:
             parts.append(block.half().view(torch.uint8))
         else:
@@ -96,4 +94,4 @@ def _encoded(kernel: FrozenKernel, kind: DataType) -> tuple[torch.Tensor, torch.
     encoded = torch.cat(parts)
     if kind == DataType.FP16:
         return encoded, None
-    return encoded[:, :-_SCALE_BYTES], encoded[:, -_SCALE_BYTES:]
+    return encoded[:, :-HALF_SCALE_BYTES], encoded[:, -HALF_SCALE_BYTES:]

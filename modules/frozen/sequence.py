@@ -111,7 +111,7 @@ class FrozenEmbeddingCollection(Unsharded, HasFrozenTables, EmbeddingCollection)
             for feature, name in zip(table.features, names, strict=True):
                 ids = given[feature]
                 if traced:
-                    rows = operators.vectors(kernel.stored(0), ids.values(), table.storage)
+                    rows = operators.vectors(kernel.read(0), ids.values(), kernel.layout)
                 else:
                     rows = kernel.each(ids.values())
                 found[name] = JaggedTensor(rows, lengths=ids.lengths())

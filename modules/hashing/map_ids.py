@@ -86,7 +86,9 @@ def map_ids(
         if key in num_ids:
             unknown = (part < 0) | (part >= num_ids[key])
             if reject:
-                require(~unknown.any(), f"learned hash: feature '{key}' has an id that its map does not cover")
+                require(
+                    ~unknown.any(), f"learned hash: feature '{key}' has an id that is not in 0 to {num_ids[key] - 1}"
+                )
         numbers = torch.tensor(of_key, device=ids.device).t()[:, None, :]
         number_parts.append(numbers.expand(-1, lengths[index], -1).reshape(9, -1))
         id_parts.append(part[:, None].expand(-1, count).reshape(-1))

@@ -126,5 +126,5 @@ class _HalfSweep:
         inverse = 1 / self.shared.collapse(diagonal, squared=True).clamp_min(TINY)
         rows = conjugate_gradients(rows, target - image(rows), image, inverse, steps)
         vectors = self.shared.expand(rows)
-        objective = loss_of(chunk.dots(vectors), w, w0) + float((vectors.square().sum(1) * self.reg).sum())
+        objective = float(loss_of(chunk.dots(vectors), w, w0)) + float((vectors.square().sum(1) * self.reg).sum())
         return rows, objective + float((vectors.T @ vectors * gramian).sum())

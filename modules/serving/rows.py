@@ -6,8 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from recpress.modules.frozen.kernel import INT4_SCALE_BYTES, QUANTIZED, Storage, encode_rows
+from recpress.modules.frozen.kernel import HALF_SCALE_BYTES, QUANTIZED, Storage, encode_rows
 from recpress.modules.serving.tensors import Holder, LargeTensors, Stored
+
+_BITS: dict[Storage, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+
+
+def narrower(stored: Storage, wanted: Storage) -> Storage:
+    """The storage with fewer bits: a table is never served in more bits than it has."""
+    return min(stored, wanted, key=lambda storage: _BITS[storage])
 
 
 def parts_of(storage: Storage, dim: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -27,7 +34,7 @@ def parts_of_encoded(encoded: torch.Tensor, storage: Storage) -> dict[str, torch
         codes, scales = encoded.split([encoded.shape[1] - 8, 8], 1)
         return {"codes": codes.contiguous(), "scales": scales.contiguous().view(torch.float32)}
     if storage == "int4":  # scale and offset precede the codes
-        scales, codes = encoded.split([INT4_SCALE_BYTES, encoded.shape[1] - INT4_SCALE_BYTES], 1)
+        scales, codes = encoded.split([HALF_SCALE_BYTES, encoded.shape[1] - HALF_SCALE_BYTES], 1)
         return {"codes": codes.contiguous(), "scales": scales.contiguous().view(torch.float16)}
     return {"values": encoded}
 

@@ -127,6 +127,10 @@ def _of_compress(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_tools(given: dict[str, Any]) -> dict[str, Any]:
+    return {"rows": torch.rand(IDS, 4)}
+
+
 def _of_recommend(given: dict[str, Any]) -> dict[str, Any]:
     Path("runs/best/recommendations").mkdir(parents=True)
     columns = {"user": [7], "items": [[14, 0]], "scores": [[0.5, 0.25]]}
@@ -134,11 +138,20 @@ def _of_recommend(given: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _of_serve(given: dict[str, Any]) -> dict[str, Any]:
+    from tests.docs.served import exported
+
+    Path("runs/export").symlink_to(exported() / "export")
+    return {}
+
+
 OF_DOCUMENT = {
+    "serve.md": _of_serve,
     "README.md": _of_readme,
     "get-started.md": _of_readme,
     "compress.md": _of_compress,
     "recommend.md": _of_recommend,
+    "tools.md": _of_tools,
 }
 """What single documents say that the reader has."""
 

@@ -64,13 +64,14 @@ def sharded(
     kind: str = "residual",
     layout: str = "row_wise",
     total_steps: int = 12,
+    device: torch.device = CPU,
     **opt: object,
 ):
     """(DistributedModelParallel with factors loaded, its optimizer)."""
     torch.manual_seed(7)
     model = TwoTower(config(strategy, kind), *sides(), tables_device="meta")
     names = ("user", "item", "user_plus", "item_plus")
-    dmp = shard(model, CPU, batch_size=ROWS, learning_rate=0.1, sharding_types=dict.fromkeys(names, layout))
+    dmp = shard(model, device, batch_size=ROWS, learning_rate=0.1, sharding_types=dict.fromkeys(names, layout))
     if strategy != "random":
         dmp.module.load_factors(*factors())
     return dmp, TrainOptimizer(dmp, OptimizerConfig(**{"learning_rate": 0.01, **opt}), total_steps)

@@ -9,24 +9,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 
 def rank_and_world() -> tuple[int, int]:
     """Rank and world size of the default process group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def communication_device() -> torch.device:
-    """The device of the tensors of collectives: the CPU, unless the backend is nccl alone."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def communication_device(device: torch.device = _CPU) -> torch.device:
+    """Where a collective of a tensor on `device` runs: there with NCCL on CUDA, else on the CPU with gloo.
+
+    A group with a backend per device is named "cpu:gloo,cuda:nccl"; one with nccl alone has no collectives on the CPU.
+    """
+    backend = dist.get_backend() if dist.is_initialized() else ""
+    if "nccl" not in backend:
+        return _CPU
+    if device.type == "cuda":
+        return device
+    return _CPU if "cpu:" in backend else torch.device("cuda", torch.cuda.current_device())
 
 
 def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The tensor reduced over the ranks, on its device. May overwrite the argument."""
     if rank_and_world()[1] == 1:
         return tensor
-    moved = tensor.to(communication_device()).contiguous()
+    moved = tensor.to(communication_device(tensor.device)).contiguous()
     dist.all_reduce(moved, op)
     return moved.to(tensor.device)
 
@@ -36,7 +44,7 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
     _, world = rank_and_world()
     if world == 1:
         return [tensor]
-    moved = tensor.to(communication_device()).contiguous()
+    moved = tensor.to(communication_device(tensor.device)).contiguous()
     out = [torch.empty_like(moved) for _ in range(world)]
     dist.all_gather(out, moved)
     return [part.to(tensor.device) for part in out]

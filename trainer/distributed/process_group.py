@@ -25,7 +25,7 @@ from recpress.trainer.errors import Preempted
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 600.0
-_GPU = Path("/dev/nvidia0")
+GPU = Path("/dev/nvidia0")
 _JOIN_SECONDS = 630.0  # how long a rank waits for the others at the start
 
 
@@ -93,11 +93,11 @@ def process_group(device: str = "auto", stall_seconds: float | None = None) -> I
 def _device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
-    problem = _cuda_problem()
+    problem = cuda_problem()
     if name == "cuda" and problem:
         raise InputError(f"device is cuda: {problem}; or expected cpu or auto")
     if problem:
-        if _GPU.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        if GPU.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
             logger.warning("computing on the CPU, although this machine has a GPU: %s", problem)
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -109,7 +109,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _cuda_problem() -> str | None:
+def cuda_problem() -> str | None:
     """Why torch cannot use CUDA here, and the fix; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU build; expected the CUDA set: RECPRESS_SET=cuda scripts/install.sh"

@@ -91,6 +91,8 @@ def _packages() -> str:
 def _devices() -> str:
     import torch
 
+    from recpress.trainer.distributed.process_group import GPU, cuda_problem
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     found = [f"cpu: {cores} cores, {memory:.1f} GiB"]
@@ -99,6 +101,9 @@ def _devices() -> str:
         torch.ones(1, device=f"cuda:{index}").add_(1)  # a driver that is too old fails here
         found.append(f"cuda:{index}: {device.name}, {device.total_memory / GIB:.1f} GiB")
     if len(found) == 1:
+        problem = cuda_problem()
+        if problem and GPU.exists():
+            raise UserWarning(f"{found[0]}; a GPU that torch cannot use: {problem}")
         found.append("no CUDA device")
     return "; ".join(found)
 

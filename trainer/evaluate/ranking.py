@@ -5,7 +5,8 @@ items that score at least as high as the held-out items, and the counts are all-
 the world size, the chunks, or the order of addition:
 
 - users and items pass through the model in chunks of fixed content and shape;
-- a score is a float64 dot product rounded to float32, so that the order of addition does not break a tie;
+- a score is a float64 dot product rounded to float32, so that the order of addition does not break a tie (a GPU adds in
+  float32, and in float64 again where the order could matter);
 - metrics of users are added as integers, in units of 2**-32.
 
 Ties count against the model. Memory per rank: its share of the item vectors (float32), one user chunk of every rank,
@@ -14,7 +15,8 @@ and a block of scores (chunk x item_chunk); never users x items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from recpress.trainer.model.vectors import VectorFn
 CPU = torch.device("cpu")
 ITEM_CHUNK = 4096
 _PAIRS = 1 << 10  # pairs scored together, padded to this number: one shape, one order of addition
+_PAIRS_ON_DEVICE = 1 << 16  # the same on a GPU, which few pairs do not fill
 _UNIT = 1 << 32
 _LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -283,17 +286,20 @@ class ItemShard:
     def pair_scores(self, vectors: Tensor, rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Which of the pairs (row item) have their item here, and the scores of those, float32."""
         mine = np.flatnonzero((items >= self.start) & (items < self.stop))
-        scores = torch.empty(len(mine), dtype=torch.float32, device=vectors.device)
+        size = _PAIRS if vectors.device.type == "cpu" else _PAIRS_ON_DEVICE
+        places = np.zeros((2, -(-len(mine) // size) * size), dtype=np.int64)
+        places[0, : len(mine)] = rows[mine]
+        places[1, : len(mine)] = items[mine] - self.start
+        row_parts, item_parts = (part.split(size) for part in torch.from_numpy(places).to(vectors.device))
         users = vectors.double()
-        for first in range(0, len(mine), _PAIRS):
-            pairs = mine[first : first + _PAIRS]
-            places = np.zeros((2, _PAIRS), dtype=np.int64)
-            places[0, : len(pairs)] = rows[pairs]
-            places[1, : len(pairs)] = items[pairs] - self.start
-            row, item = torch.from_numpy(places).to(vectors.device)
-            products = users[row] * self.vectors[item]  # (_PAIRS, D) float64, exact
-            scores[first : first + len(pairs)] = products.sum(dim=1)[: len(pairs)].float()
-        return mine, scores
+        scores = [self._pairs(users, *part) for part in zip(row_parts, item_parts, strict=True) if len(part[0])]
+        found = torch.cat(scores) if scores else vectors.new_empty(0, dtype=torch.float32)
+        return mine, found[: len(mine)]
+
+    def _pairs(self, users: Tensor, rows: Tensor, items: Tensor) -> Tensor:
+        """Scores of pairs of a row of `users`, float64, and an item of this rank: float32."""
+        products = users[rows] * self.vectors[items]  # float64, exact
+        return products.sum(dim=1).float()
 
     def count_ahead(
         self,
@@ -327,17 +333,60 @@ class ItemShard:
         here = np.flatnonzero((hidden_items >= self.start) & (hidden_items < self.stop))
         here = here[np.argsort(hidden_items[here], kind="stable")]
         hidden = np.stack([place_of_row[hidden_rows[here]], hidden_items[here] - self.start])
-        users = vectors[torch.from_numpy(order).to(device)].double()
+        users = vectors[torch.from_numpy(order).to(device)]
+        exact = users.double()
         for first in range(0, self.stop - self.start, self.chunk):
-            scores = (users @ self.vectors[first : first + self.chunk].double().T).float()  # (B, chunk)
+            block = self.vectors[first : first + self.chunk]
+            if in_float64(device):
+                scores = (exact @ block.double().T).float()  # (B, chunk)
+            else:
+                with _without_tf32():
+                    scores = users @ block.T
             scores[:, self.stop - self.start - first :] = -torch.inf
             low, high = np.searchsorted(hidden[1], (first, first + self.chunk))
             rows, items = torch.from_numpy(hidden[:, low:high]).to(device)
             scores[rows, items - first] = -torch.inf
             for j, stop in enumerate(prefix):
-                ahead = (scores[:stop] >= thresholds[j, :stop]).view(torch.uint8)  # bytes add up faster than bools
-                counts[j, :stop] += ahead.sum(dim=1, dtype=torch.int32)
+                if in_float64(device):
+                    counts[j, :stop] += _at_least(scores[:stop], thresholds[j, :stop])
+                else:
+                    counts[j, :stop] += self._recounted(exact[:stop], scores[:stop], first, thresholds[j, :stop])
         return counts[cells[1], cells[0]]
+
+    def _recounted(self, users: Tensor, scores: Tensor, first: int, thresholds: Tensor) -> Tensor:
+        """`_at_least` of the float64 scores, (B,) int64, from float32 scores of the items from `first` on.
+
+        A float32 dot product in any order of addition is off by about D 2**-24 |u| |v| at most (Higham, Accuracy and
+        Stability of Numerical Algorithms, section 3.1). Scores within twice that of the threshold are computed again.
+        """
+        norms = users.norm(dim=1, keepdim=True) * self.vectors[first : first + self.chunk].double().norm(dim=1).max()
+        near = ((users.shape[1] + 8) * (2.0**-23 * norms + 2.0**-126)).float()
+        counts = _at_least(scores, thresholds + near).long()
+        rows, items = ((scores >= thresholds - near) & (scores < thresholds + near)).nonzero(as_tuple=True)
+        for some_rows, some_items in zip(rows.split(_PAIRS_ON_DEVICE), items.split(_PAIRS_ON_DEVICE), strict=True):
+            ahead = self._pairs(users, some_rows, some_items + first) >= thresholds[some_rows, 0]
+            counts.index_add_(0, some_rows, ahead.long())
+        return counts
+
+
+def in_float64(device: torch.device) -> bool:
+    """Whether to compute all scores in float64, which most GPUs do at a fraction of their speed."""
+    return device.type == "cpu"
+
+
+def _at_least(scores: Tensor, thresholds: Tensor) -> Tensor:
+    """How many scores (B, items) reach the threshold of their row (B, 1): (B,) int32."""
+    return (scores >= thresholds).view(torch.uint8).sum(dim=1, dtype=torch.int32)  # bytes add up faster than bools
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _nothing(heldout: Heldout) -> str:

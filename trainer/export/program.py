@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +118,8 @@ class Program:
         given = tuple(tensor.to(device) for tensor in (*self.golden, *large))
         module = _WithLargeTensors(self.module, self.tensors.large, len(self.inputs))
         try:
-            return torch.export.export(module.to(device), given, dynamic_shapes=(tuple(shapes),), strict=False)
+            with _quiet():
+                return torch.export.export(module.to(device), given, dynamic_shapes=(tuple(shapes),), strict=False)
         except Exception as error:
             raise InputError(f"torch.export cannot trace the program '{self.name}': {_first_line(error)}") from error
         finally:
@@ -128,11 +132,26 @@ class Program:
         file = f"{self.name}.aot.pt2"
         exported = self._exported(torch.device(device))
         try:
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / file))
+            with _quiet():
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / file))
         except Exception as error:
             raise InputError(f"AOTInductor cannot compile the program '{self.name}': {_first_line(error)}") from error
         processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
         return {"file": file, "device": device, "processor": processor}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says about its own code."""
+    tracer = logging.getLogger("torch.fx._symbolic_trace")
+    level = tracer.level
+    tracer.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        tracer.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from recpress.modules.frozen.kernel import Storage
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.serving.row_index import RowIndex
 from recpress.modules.serving.rows import ServedRows, encoded_parts, parts_of
 from recpress.modules.serving.tensors import LargeTensors, Stored
 
@@ -33,6 +36,8 @@ class ProgramTensors:
         self.large = LargeTensors()
         self.nbytes = 0
         """Of all tensors so far."""
+        self.indexes: dict[IdMap, RowIndex] = {}
+        """The indexes of the maps so far."""
         self.tables: dict[str, dict[str, int | str]] = {}
         """Storage, rows, dimension and bytes of each table so far."""
 
@@ -49,7 +54,8 @@ class ProgramTensors:
             part: _Writer(self, f"{name}.{part}", (num_rows + 1, columns), dtype)
             for part, (columns, dtype) in parts_of(storage, dim).items()
         }
-        for block in (*_counted(blocks, name, num_rows), encoded_parts(torch.zeros(1, dim), storage, name)):
+        unknown = encoded_parts(torch.zeros(1, dim), storage, name)
+        for block in chain(_counted(blocks, name, num_rows), [unknown]):  # a block at a time
             for part, rows in block.items():
                 writers[part].append(rows)
         stored = {part: writer.end() for part, writer in writers.items()}

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDER = "triton"
+FOLDER = "model_repository"
+"""Not `triton`: next to `load.py` it would hide the package of that name."""
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 _PYTHON_MODEL = Path(__file__).with_name("triton_model.py")
 

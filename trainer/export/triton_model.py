@@ -12,7 +12,7 @@ import torch
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # of Triton
 
 EXPORT = Path(__file__).resolve().parents[3]
-"""`triton/NAME/1/model.py` is in it."""
+"""`model_repository/NAME/1/model.py` is in it."""
 
 
 class TritonPythonModel:

@@ -383,7 +383,9 @@ class _Tables:
         )
 
     def _vocabulary(self, feature: Feature) -> str | None:
-        """Fingerprint of the vocabulary that numbered the column; None if unknown."""
+        """Fingerprint of the vocabulary that numbered the column, or of its hash; None if unknown."""
+        if feature.source == "log" and (hashed := self.log.hash_fingerprint(feature.column)) is not None:
+            return hashed
         known = (self.log.manifest or {}).get("features", {})
         if feature.source == "log" and feature.column in known and known[feature.column].get("vocabulary"):
             return artifact.fingerprint(f"{self.log.root}/{known[feature.column]['vocabulary']}", self.log.filesystem)
@@ -397,10 +399,12 @@ class _Tables:
         if len({(feature.source, feature.column) for feature in features}) == 1:
             return
         found = {feature.column: self._vocabulary(feature) for feature in features}
-        if len({value for value in found.values() if value is not None}) > 1:
+        numbered = {value for value in found.values() if value is not None}
+        if len(numbered) > 1 or (None in found.values() and any(map(self.log.hash_fingerprint, found))):
             raise InputError(
-                f"table '{name}': columns {', '.join(found)} share it, but each was numbered by a vocabulary of its "
-                "own, so that an id means different things; expected one table per column, or one vocabulary"
+                f"table '{name}': columns {', '.join(found)} share it, but each was numbered or hashed in a way of its "
+                "own, so that an id means different things; expected one table per column, one vocabulary, or one "
+                "number of ids in schema.hashed"
             )
 
     def _map_name(self, feature: Feature) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
 from recpress.data.dataset.columns import is_dense, is_list
+from recpress.data.dataset.hashed_ids import shared_ids
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.dataset.parquet_split import SplitFile
 from recpress.data.errors import InputError
@@ -29,6 +30,8 @@ from recpress.trainer.hash.embeddings import read_embedding
 from recpress.trainer.observability.progress import Progress
 
 logger = logging.getLogger(__name__)
+MOST_SHARED = 0.5
+"""Share of raw ids that collide in the hash of --schema.hashed, above which a warning says so."""
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -106,7 +109,23 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
     total = {}
     for (name, array), size in zip(counted.items(), sizes, strict=True):
         total[name] = all_reduce(torch.from_numpy(np.pad(array, (0, size - len(array))))).numpy()
+    if rank == 0:
+        _report_collisions(log, total)
     return total
+
+
+def _report_collisions(log: Log, counts: dict[str, np.ndarray]) -> None:
+    for name, of_id in counts.items():
+        if log.hash_fingerprint(name) is None:
+            continue
+        distinct, shared = shared_ids(of_id)
+        level = logging.WARNING if shared > MOST_SHARED else logging.INFO
+        advice = "; a larger number in --schema.hashed makes them fewer" if shared > MOST_SHARED else ""
+        logger.log(
+            level,
+            "column '%s': about %s raw ids, hashed into %s: %.0f %% of them share an id with another%s",
+            *(name, f"{distinct:,}", f"{len(of_id):,}", 100 * shared, advice),
+        )
 
 
 def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) -> list[TableStats]:
@@ -118,8 +137,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
             f"it has {', '.join(log.schema.categorical) or 'none'}"
         )
     known = (log.manifest or {}).get("features", {})
-    sizes = {name: int(known[name]["num_ids"]) if name in known else 0 for name in config.features}
-    counted = _count(log, sizes)
+    counted = _count(log, {name: log.train.columns[name].limit or 0 for name in config.features})
     bare = [name for name in config.features if name not in given] if config.method in FROM_EMBEDDING else []
     lists = [name for name in bare if any(_is_list(file, name) for file in log.train.files)]
     if lists:
@@ -138,7 +156,7 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
     tables = []
     with raise_on_all_ranks():
         for name in config.features:
-            vocabulary = None
+            vocabulary = log.hash_fingerprint(name)
             if name in known:
                 vocabulary = artifact.fingerprint(f"{log.root}/{known[name]['vocabulary']}", log.filesystem)
             tables.append(

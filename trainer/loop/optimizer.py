@@ -65,15 +65,15 @@ class TrainOptimizer:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
             if self.skip_nonfinite:
                 # The fused kernel skips the update if this is 1, so the host does not wait for the gradients.
-                self.dense.found_inf = self._nonfinite()  # type: ignore[attr-defined]
+                self.dense.found_inf = self._nonfinite()
             self.dense.step()
         self.steps += 1
         self._schedule()
 
     def _nonfinite(self) -> torch.Tensor:
-        """(1,) float32: 1 if a gradient is NaN or infinite, else 0."""
+        """float32, on the device: 1 if a gradient is NaN or infinite, else 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float().reshape(1)
+        return (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float()
 
     def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name of a parameter, its state) of the dense part. Not copied; zeros before the first step."""

@@ -135,6 +135,9 @@ def planner(
         types = list(SHARDING_TYPES)
         if name in (sharding_types or {}):
             types = [(sharding_types or {})[name]]
+        elif cluster.world_size == 1 and cluster.compute_device == "cuda":
+            # sharded by rows, TorchRec's exchange of ids waits for the GPU in each step, even with a single rank
+            types = [ShardingType.TABLE_WISE.value]
         elif table.nbytes > most and cluster.world_size > 1:
             local = cluster.local_world_size
             types = [_ROW_WISE] + [_NODE_WISE] * (local < cluster.world_size and table.nbytes <= most * local)

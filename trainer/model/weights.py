@@ -9,7 +9,7 @@ loading its `.metadata` file executes a pickle.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     if dist.get_rank() == 0:
         torch.save({name: tensor.detach().cpu() for name, tensor in _dense(model)}, folder / "dense.pt")
-    for name, parts in [*_trainable(model), *_frozen(model)]:
+    for name, parts in [*_trainable(model), *((name, parts) for name, _, _, parts in _frozen(model))]:
         place = folder / "tables" / name
         place.mkdir(parents=True, exist_ok=True)
         for rectangle, part in parts:
@@ -101,14 +101,17 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         if tensor.shape != saved[name].shape:
             raise InputError(f"{path}: {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
         tensor.copy_(saved[name])
-    for name, parts in [*_trainable(model), *_frozen(model)]:
-        files = shard_files(folder / "tables" / name)
-        for rectangle, part in parts:
-            _fill(part, rectangle, files, folder / "tables" / name)
-    for module in model.modules():
-        if isinstance(module, HasFrozenTables):
-            for table in module.tables():
-                module.filled(table.name)
+    for name, parts in _trainable(model):
+        _fill_all(parts, folder / "tables" / name)
+    for name, module, table, parts in _frozen(model):
+        _fill_all(parts, folder / "tables" / name)
+        module.write(table, [part for _, part in parts])
+
+
+def _fill_all(parts: Iterable[tuple[Rectangle, torch.Tensor]], place: Path) -> None:
+    files = shard_files(place)
+    for rectangle, part in parts:
+        _fill(part, rectangle, files, place)
 
 
 def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path]], place: Path) -> None:
@@ -171,7 +174,8 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, to
             yield name, local_shards(value)
 
 
-def _frozen(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch.Tensor]]]]:
+def _frozen(model: nn.Module) -> Iterator[tuple[str, HasFrozenTables, str, list[tuple[Rectangle, torch.Tensor]]]]:
+    """(name, collection, its table, parts as a CPU stores them)."""
     for path, module in model.named_modules():
         if isinstance(module, (FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection)):
             short = ".".join(p for p in path.split(".") if p not in ("_dmp_wrapped_module", "module"))
@@ -181,4 +185,4 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch
                     ((s.rows, (0, t.shape[1]) if table.storage in QUANTIZED else s.columns), t)
                     for s, t in module.shards(table.name)
                 ]
-                yield f"{short}.{table.name}.frozen", parts
+                yield f"{short}.{table.name}.frozen", module, table.name, parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from recpress.data.negatives.interaction_set import AT_ONCE
 from recpress.data.stream.memory import KEPT
 from recpress.modules.row_source import BLOCK_BYTES
 from recpress.trainer.plan.job import Job
@@ -124,6 +125,10 @@ def _negatives_lines(job: Job, device: Place) -> list[Line]:
             Line("collecting pairs", collecting, "8 B x 5 per row + a byte per bit", "host", "setup"),
             Line(MARKS, marks, "2 x batch x negatives", device, "train"),
         ]
+        if device == "device":
+            drawn = batch * negatives.count
+            working = 25 * min(drawn, AT_ONCE) if negatives.shared else 48 * max(drawn, min(16 * drawn, AT_ONCE))
+            lines.append(Line("rejecting positives", working, "25 or 48 B per pair searched at once", device, "train"))
     return lines
 
 

@@ -30,6 +30,9 @@ class RecommendConfig:
     """Items per user."""
     exclude_seen: bool = True
     """Omit items that the user has in the `train` and `val` rows of the log."""
+    index: str | None = None
+    """An export of the model (`recpress export`): its index proposes items, which are then scored exactly. Faster among
+    millions of items, but it may miss some; the manifest has the recall. Default: exact."""
     on_unknown: Literal["stop", "skip"] = "stop"
     """A user without an id in the log: `stop` ends the command; `skip` writes it to unknown_users.parquet."""
     users_per_part: int = 16_384

@@ -69,7 +69,8 @@ class SeenItems:
         for rows in self._splits():
             mine = iter_columns(rows, [schema.user, schema.item], rank=rank, world=world)
             for _ in range(-(-len(rows.groups) // world)):
-                slots, items, owner = (np.empty(0, dtype) for dtype in (np.int64, np.int32, np.int64))
+                slots, owner = np.empty(0, np.int64), np.empty(0, np.int64)
+                items = np.empty(0, np.int32)
                 with raise_on_all_ranks():
                     if (data := next(mine, None)) is not None:
                         user, item = data[schema.user], data[schema.item]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,20 +37,22 @@ from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.heldout import CHUNK, SEEN, ceil_div
-from recpress.trainer.evaluate.ranking import ITEM_CHUNK, ItemShard, check_users
+from recpress.trainer.evaluate.ranking import ITEM_CHUNK, check_users
 from recpress.trainer.evaluate.stage import check_that_it_ranks, kind_of, load_vectors
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.recommend.config import RecommendConfig
+from recpress.trainer.recommend.index import ExportIndex
 from recpress.trainer.recommend.parts import UNKNOWN, Output, Share, part_name
 from recpress.trainer.recommend.seen import SeenItems
-from recpress.trainer.recommend.top_items import TopItems, sorted_pairs
+from recpress.trainer.recommend.top_items import ItemsByNorm, TopItems
 from recpress.trainer.recommend.users import Users, all_users, is_file_of_users, users_of_file
 from recpress.trainer.report.numbers import format_bytes, format_seconds
 
 logger = logging.getLogger(__name__)
 
+Best = Callable[[Tensor, np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
 _OTHER_BYTES = 96 << 20
 """Memory of threads, allocators and libraries that `_memory` does not count."""
 
@@ -75,14 +77,15 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
         kind, manifest = kind_of(config.model), artifact.read_manifest(config.model)
         path = _log_path(config, manifest)
     log = open_on_all_ranks(path, chosen_schema(config.schema), skip=False)
-    users, items = None, None
+    users, items, index = None, None, None
     with raise_on_all_ranks():
         _check(config, manifest, log)
+        index = ExportIndex(config.index, manifest) if config.index is not None else None
         items = _raw_items(log)
         users = _users(config, log)
     assert users is not None
     assert items is not None
-    inputs = [given for given in (config.model, config.data, path) if given]
+    inputs = [given for given in (config.model, config.data, path, config.index) if given]
     with claimed(config.out):
         run: dict[str, Any] = {}
         with raise_on_all_ranks(), activity("taking fingerprints"):
@@ -94,10 +97,10 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
         done = len(users) - int(np.sum(np.array(sizes)[remain]))
         if ranks.rank == 0 and done:
             logger.info("resuming: %s of %s parts are complete", f"{len(sizes) - len(remain):,}", f"{len(sizes):,}")
-        memory = 0
+        made: dict[str, Any] = {}
         if len(remain):
             share = Share(remain, config.users_per_part, len(users), ranks.rank, ranks.world_size)
-            memory = _write_parts(config, kind, log, users, items, share, output, ranks, done)
+            made = _write_parts(config, kind, log, users, items, index, share, output, ranks, done)
         facts = users.facts | {"written": len(users)}
         meta: dict[str, Any] = {}
         with raise_on_all_ranks():
@@ -110,14 +113,15 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
                     "config": asdict(config),
                     "users": facts,
                     "parts": len(sizes),
-                    "memory": memory,
+                    **made,
                 }
         output.finish(meta, overwrite=config.overwrite)
     if ranks.rank == 0:
-        unknown = f"; {facts['unknown']:,} users are not in the log: {UNKNOWN}" if facts.get("unknown") else ""
+        how = f"; recall {made['index']['recall']:.4f} against exact search" if "index" in made else ""
+        unknown = f"; users that are not in the log: {facts['unknown']:,} ({UNKNOWN})" if facts.get("unknown") else ""
         took = format_seconds(time.monotonic() - began)
-        print(f"{config.out}: {config.k:,} items for each of {len(users):,} users, {took}{unknown}")
-    return {"users": facts, "parts": len(sizes), "memory": memory}
+        print(f"{config.out}: {config.k:,} items for each of {len(users):,} users, {took}{how}{unknown}")
+    return {"users": facts, "parts": len(sizes), **made}
 
 
 def _log_path(config: RecommendConfig, manifest: dict[str, Any]) -> str:
@@ -174,6 +178,7 @@ def _run(config: RecommendConfig, manifest: dict[str, Any], log: Log, users: Use
         "model": _digest(manifest),
         "log": _digest(used),
         "users": users.fingerprint,
+        "index": None if config.index is None else _digest(artifact.read_manifest(config.index)),
     }
 
 
@@ -187,18 +192,25 @@ def _write_parts(
     log: Log,
     users: Users,
     items: pa.Array,
+    index: ExportIndex | None,
     share: Share,
     output: Output,
     ranks: Ranks,
     done: int,
-) -> int:
-    """Write the parts that remain. Returns the peak memory that was stated, in bytes. Collective."""
+) -> dict[str, Any]:
+    """Write the parts that remain. Returns entries of the manifest: the `memory` that was stated, in bytes, and what is
+    known of the `index`. Collective."""
     seen = SeenItems(log, users, share) if config.exclude_seen else None
     if seen is not None:
         with activity("counting seen items"):
             seen.count()
     user, item = load_vectors(config.model, kind, log, ranks)
-    stated = _state_memory(config, kind, log, users, items, share, seen, item, ranks)
+    made: dict[str, Any] = {
+        "memory": _state_memory(config, kind, log, users, items, index, share, seen, item, ranks),
+    }
+    with raise_on_all_ranks():
+        if index is not None:
+            index.open()
     if seen is not None:
         with activity("reading seen items"):
             seen.read()
@@ -214,7 +226,10 @@ def _write_parts(
                 ids = users.dense_ids(start + first, start + last) if first < size else np.empty(0, np.int64)
                 slot = round * config.users_per_part + first
                 lists = seen.of(slot, slot + len(ids)) if seen is not None else None
-                scores, found = blocks.top(ids, lists)
+                scores, found = blocks.top(ids, lists, index)
+                if index is not None and round == first == 0:
+                    recall, asked = blocks.recall(found, ids, lists)
+                    made["index"] = {"path": config.index, "library": index.library, "recall": recall, "users": asked}
                 best[0][first:last], best[1][first:last] = scores.numpy(), found.numpy()
             if round == 0:
                 output.begin()
@@ -223,7 +238,7 @@ def _write_parts(
                 if part is not None:
                     output.write(part_name(part), _table(users.raw(start, start + size), items, *best))
             progress.update(sum(sizes))
-    return stated
+    return made
 
 
 def _state_memory(
@@ -232,6 +247,7 @@ def _state_memory(
     log: Log,
     users: Users,
     items: pa.Array,
+    index: ExportIndex | None,
     share: Share,
     seen: SeenItems | None,
     item: VectorFn,
@@ -242,13 +258,14 @@ def _state_memory(
     with torch.no_grad():
         dim = item(ids).shape[1]
     shard = ceil_div(ceil_div(log.num_items, ITEM_CHUNK), ranks.world_size) * ITEM_CHUNK
-    per_part = share.users_per_part * config.k
+    per_part = min(share.users_per_part, len(users)) * config.k
     width = items.nbytes / len(items) + 8
     mapped = 4 * dim * (min(shard, log.num_items) + min(share.slots, len(users))) if kind == FACTORS else 0
     pieces = {
-        "item vectors": 4 * dim * shard,
+        "item vectors": ItemsByNorm.nbytes(shard, dim),
         "mapped factors": mapped,
         "seen items": seen.nbytes if seen is not None else 0,
+        "index": index.nbytes if index is not None else 0,
         "raw ids": items.nbytes + users.nbytes,
         "scores": TopItems.nbytes(config.k, dim, shard, ranks.device)
         + 3 * ranks.world_size * CHUNK * (4 * dim + 12 * config.k),
@@ -268,20 +285,28 @@ class _Blocks:
     def __init__(self, user: VectorFn, item: VectorFn, num_items: int, k: int, ranks: Ranks) -> None:
         self.user, self.k, self.ranks = user, k, ranks
         with activity("computing item vectors"):
-            self.shard = ItemShard(item, num_items, ITEM_CHUNK, ranks.device)
-        self.top_items = TopItems(self.shard, k)
+            self.items = ItemsByNorm(item, num_items, ITEM_CHUNK, ranks.device)
+        self.top_items = TopItems(self.items, k)
 
     @torch.no_grad()
-    def top(self, ids: np.ndarray, seen: Sequence[np.ndarray] | None) -> tuple[Tensor, Tensor]:
+    def top(
+        self, ids: np.ndarray, seen: Sequence[np.ndarray] | None, index: ExportIndex | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(scores (n, k) float32, item ids), best first, on the CPU. Places without an item have -inf. Collective.
 
         Args:
             ids: users of this rank, (n,), n at most CHUNK.
             seen: (number of seen items of each, these items).
+            index: proposes the items; by default all are considered.
         """
-        arrays = [ids, *(seen if seen is not None else [np.zeros(len(ids), np.int64), np.empty(0, np.int32)])]
+        nothing = [np.zeros(len(ids), np.int64), np.empty(0, np.int32)]
+        lists: list[np.ndarray] = list(seen) if seen is not None else nothing
         vectors = self._user_vectors(ids)
-        tops = [self._of_shard(v, *a) for v, a in zip(all_gather(vectors), all_gather_arrays(arrays), strict=True)]
+        if index is not None:
+            lists = index.search(vectors[: len(ids)], lists[0], lists[1], self.k)
+        best = self.top_items if index is None else self.top_items.among
+        everyone = zip(all_gather(vectors), all_gather_arrays([ids, *lists]), strict=True)
+        tops = [self._of_shard(best, of_rank, *arrays) for of_rank, arrays in everyone]
         if len(tops) == 1:
             scores, items = tops[0]
         else:
@@ -292,25 +317,35 @@ class _Blocks:
             scores, items = scores[:, : self.k], items.gather(1, order[:, : self.k])
         return scores[: len(ids)].cpu(), items[: len(ids)].cpu()
 
+    def recall(self, found: Tensor, ids: np.ndarray, seen: Sequence[np.ndarray] | None) -> tuple[float, int]:
+        """(share of the items of the exact lists that are in `found` (n, k), users of all ranks). Collective."""
+        scores, exact = self.top(ids, seen)
+        present = scores > -torch.inf
+        hits = torch.zeros_like(present)
+        for row in range(len(ids)):
+            hits[row] = torch.isin(exact[row], found[row]) & present[row]
+        sums = all_reduce(torch.tensor([int(hits.sum()), int(present.sum()), len(ids)])).tolist()
+        return sums[0] / max(1, sums[1]), sums[2]
+
     def _user_vectors(self, ids: np.ndarray) -> Tensor:
         """(CHUNK, D) float32; rows beyond the users are zero. Every call has the same shape, as in `evaluate`."""
         padded = torch.zeros(CHUNK, dtype=torch.int64)
         padded[: len(ids)] = torch.from_numpy(ids)
         vectors = self.user(padded.to(self.ranks.device)).detach().to(self.ranks.device, torch.float32).clone()
-        if vectors.shape != (CHUNK, self.shard.dim):
-            raise ValueError(f"user vectors {tuple(vectors.shape)}; expected ({CHUNK}, {self.shard.dim}) as for items")
+        if vectors.shape != (CHUNK, self.items.dim):
+            raise ValueError(f"user vectors {tuple(vectors.shape)}; expected ({CHUNK}, {self.items.dim}) as for items")
         vectors[len(ids) :] = 0
         return vectors
 
-    def _of_shard(self, vectors: Tensor, ids: np.ndarray, lengths: np.ndarray, items: np.ndarray) -> list[Tensor]:
+    def _of_shard(
+        self, best: Best, vectors: Tensor, ids: np.ndarray, lengths: np.ndarray, items: np.ndarray
+    ) -> list[Tensor]:
         """[scores, item ids], (CHUNK, k) each, of the items of this rank."""
         scores = vectors.new_full((CHUNK, self.k), -torch.inf)
         found = torch.zeros(CHUNK, self.k, dtype=torch.int64, device=vectors.device)
         if len(ids):
-            check_users(vectors, ids, self.shard.largest_norm)
-            seen = sorted_pairs(np.repeat(np.arange(len(ids)), lengths), items, vectors.device)
-            top = self.top_items(vectors[: len(ids)], seen)
-            scores[: len(ids), : top[0].shape[1]], found[: len(ids), : top[1].shape[1]] = top
+            check_users(vectors, ids, self.items.largest_norm)
+            scores[: len(ids)], found[: len(ids)] = best(vectors[: len(ids)], lengths, items)
         return [scores, found]
 
     def _exchanged(self, lists: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_draws_depend_on_the_place_alone(position, rows, count, epoch, reject):
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("redrawn", [1 << 24, 30_000])
+@pytest.mark.parametrize("redrawn", [1 << 21, 30_000])
 def test_draws_are_the_same_on_a_gpu(device, monkeypatch, redrawn):
     users = torch.arange(5000) % 90
     rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_draws_are_the_same_on_a_gpu(device, monkeypatch, redrawn):
         np.concatenate(p) for p in ((rng.integers(0, 90, 4000), full[0]), (rng.integers(0, 100, 4000), full[1]))
     )
     pairs = InteractionSet.of_pairs(owner, owned, 100)
-    monkeypatch.setattr("recpress.data.negatives.samplers._REDRAWN", redrawn)
+    monkeypatch.setattr("recpress.data.negatives.samplers.AT_ONCE", redrawn)
     for make in (
         lambda: UniformNegatives(100, 4, 3, pairs),
         lambda: PopularityNegatives(np.arange(100), 4, 0.75, 3, pairs),
@@ -134,6 +134,7 @@ def test_shared_negatives_are_the_same_on_a_gpu(device, monkeypatch):
     users = torch.from_numpy(rng.integers(0, 95, 50))
     want = UniformNegatives(100, 40, 3, pairs).draw_shared(users, 1, 10)
     monkeypatch.setattr("recpress.data.negatives.interaction_set.on_host", lambda users: False)
+    monkeypatch.setattr("recpress.data.negatives.interaction_set.AT_ONCE", 7 * 40)
     found = UniformNegatives(100, 40, 3, pairs).draw_shared(users.to(device), 1, 10)
     assert all(torch.equal(one, other.cpu()) for one, other in zip(want, found, strict=True))
     assert 0 < int(want[1].sum()) < want[1].numel()

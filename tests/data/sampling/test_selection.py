@@ -174,7 +174,7 @@ def test_only_row_groups_that_are_drawn_are_read(tmp_path, monkeypatch, world):
     monkeypatch.setattr(
         type(log.train),
         "read_table",
-        lambda rows, group, names: read.append(group.group) or _table(rows, group, names),
+        lambda rows, group, names, _: read.append(group.group) or _table(rows, group, names),
     )
     sample = SampleConfig(kind="block", rate=0.11)
     for rank in range(world):

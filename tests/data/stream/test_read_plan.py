@@ -75,10 +75,10 @@ def test_an_error_of_a_thread_names_the_row_group_and_ends_all_threads(tmp_path,
     log = numbers(tmp_path, 20_000, 1000)
     read = ParquetSplit.read_table
 
-    def fails(self, group, columns):
+    def fails(self, group, *names):
         if group.group == 7:
             raise InputError("damaged")
-        return read(self, group, columns)
+        return read(self, group, *names)
 
     monkeypatch.setattr(ParquetSplit, "read_table", fails)
     with pytest.raises(InputError, match="damaged") as error:

@@ -97,6 +97,9 @@ def test_rows_that_were_never_loaded() -> None:
         report.bake(model)
     with pytest.raises(ValueError, match="no compressed collection"):
         report.bake(dlrm())
+    model, report = compress(dlrm(), {"t0": id_map()}, {"t2": source()})
+    with pytest.raises(ValueError, match="embedding_bag_collection is quantized"):
+        report.bake(quantize_inference_model(model))
 
 
 def compressed_dlrm(device: str = "cpu") -> Any:

@@ -132,6 +132,7 @@ def test_a_batch_with_another_stride_for_each_key(pooling: str, weighted: bool) 
     found = new(variable())
     assert found.keys() == want.keys()
     torch.testing.assert_close(found.values(), want.values())
+    torch.testing.assert_close(torch.fx.symbolic_trace(new)(variable()).values(), want.values())
 
 
 def test_sequences() -> None:

@@ -19,10 +19,11 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.global_settings import set_propogate_device
 from torchrec.inference.modules import quantize_inference_model, shard_quant_model
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.modules.feature_processor_ import PositionWeightedModule
+from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from recpress.modules.compression.replace import compress
+from recpress.modules.frozen.kernel import HasFrozenTables
 from tests.modules.compression.model_cases import FEATURES, IDS, collection, id_map, source
 
 KEYS = ["f3", "f1b", "f0", "f2", "f1"]
@@ -56,12 +57,17 @@ def sequences(storage: str, weighted_map: bool, **options: Any) -> Any:
 
 
 def positions() -> Any:
-    weights = {feature: PositionWeightedModule(8) for group in FEATURES.values() for feature in group}
+    weights = PositionWeightedModuleCollection({feature: 8 for group in FEATURES.values() for feature in group})
     with torch.no_grad():
-        for module in weights.values():
-            module.position_weight.copy_(torch.linspace(0.5, 1.5, 8))
+        for weight in weights.parameters():
+            weight.copy_(torch.linspace(0.5, 1.5, 8))
     tables = FeatureProcessedEmbeddingBagCollection(collection(is_weighted=True), weights)
     return compress(tables, {"t0": id_map(10)})
+
+
+def baked(made: Any) -> Any:
+    model, report = made
+    return report.bake(model), report
 
 
 KINDS: dict[str, Callable[[], Any]] = {
@@ -76,6 +82,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "sequences int8, weighted map": lambda: sequences("int8", True),
     "sequences int4": lambda: sequences("int4", False),
     "position weights": positions,
+    "baked": lambda: baked(bags("int8", weighted_map=True, packed=True)),
+    "baked sequences": lambda: baked(sequences("int4", True)),
 }
 
 
@@ -104,7 +112,7 @@ def tensors(model: FromTensors, seed: int = 0, rows: int = ROWS) -> tuple[torch.
     lengths = rng.integers(0, 4, (len(KEYS), rows))
     lengths[:, 0] = 2
     values = [rng.integers(0, IDS, int(n.sum())) for n in lengths]
-    for feature in [] if model.tables.hashes is None else model.tables.hashes.unknown_counts():
+    for feature in mapped(model.tables):
         values[KEYS.index(feature)][:2] = [-4, IDS + 3]
     ids = torch.from_numpy(np.concatenate(values))
     return (
@@ -112,6 +120,12 @@ def tensors(model: FromTensors, seed: int = 0, rows: int = ROWS) -> tuple[torch.
         torch.from_numpy(lengths.reshape(-1).astype(np.int32)),
         torch.from_numpy(rng.uniform(0.5, 1.5, len(ids)).astype(np.float32)),
     )
+
+
+def mapped(tables: Any) -> list[str]:
+    """The features that have a map."""
+    maps = getattr(tables, "maps", None) or tables.hashes
+    return [] if maps is None else list(maps._options[0] if hasattr(maps, "_options") else maps.unknown_counts())
 
 
 def check(found: list[torch.Tensor], want: list[torch.Tensor], bound: float = 1e-5) -> None:
@@ -148,8 +162,18 @@ def scripted(model: FromTensors, args: Any) -> Callable[..., Any]:
     return torch.jit.script(torchrec.fx.symbolic_trace(model))
 
 
+PROGRAMS: dict[FromTensors, Any] = {}
+"""What was exported; a second test uses it."""
+
+
+def program_of(model: FromTensors, args: Any) -> Any:
+    if model not in PROGRAMS:
+        PROGRAMS[model] = export(model, args, strict=False)
+    return PROGRAMS[model]
+
+
 def exported(model: FromTensors, args: Any) -> Callable[..., Any]:
-    return export(model, args, strict=False).module()
+    return program_of(model, args).module()
 
 
 def exported_strictly(model: FromTensors, args: Any) -> Callable[..., Any]:
@@ -160,10 +184,12 @@ def compiled(model: FromTensors, args: Any) -> Callable[..., Any]:
     return torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
 
 
-SLOW = ("two weighted rows, packed", "fp16, weighted features", "int4, mean", "sequences int8, weighted map")
+STRICT = ["two weighted rows, packed", "fp16, weighted features", "int4, mean", "sequences int8, weighted map"]
+EXPORTED = [*STRICT, "fp32", "int8, weighted map, packed", "position weights", "baked"]
 """Kinds that contain all paths, for the tools that need seconds for each."""
-CASES = [(tool, kind) for tool in (traced, traced_by_torchrec, scripted, exported) for kind in KINDS]
-CASES += [(tool, kind) for tool in (exported_strictly, compiled) for kind in SLOW]
+CASES = [(tool, kind) for tool in (traced, traced_by_torchrec, scripted) for kind in KINDS]
+CASES += [(exported, kind) for kind in EXPORTED]
+CASES += [(tool, kind) for tool in (exported_strictly, compiled) for kind in STRICT]
 
 
 @pytest.fixture(autouse=True)
@@ -184,23 +210,25 @@ def test_equals_eager(tool: Callable[..., Any], kind: str, models: dict[str, Fro
         check(program(*args), model(*args))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "position weights"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantized(kind: str) -> None:
     """All tables become TorchRec's quantized ones, sharded or not, and TorchScript runs the result."""
     tables = KINDS[kind]()[0]
     model = FromTensors(tables).eval()
     args = tensors(model)
     want = model(*args)
-    bits = {t.name: t.storage for t in tables.frozen.tables()} if tables.frozen is not None else {}
     quantized = quantize_inference_model(copy.deepcopy(model))
-    parts = [p for p in (quantized.tables.trainable, quantized.tables.frozen) if p is not None]
-    assert all(type(part).__module__ == "torchrec.quant.embedding_modules" for part in parts)
-    assert {c.name: c.data_type.name for c in _configs(quantized.tables.frozen)} == {
-        name: "INT4" if storage == "int4" else "INT8" for name, storage in bits.items()
-    }
+    found = _data_types(quantized)
+    if kind.startswith("baked"):
+        assert found == dict.fromkeys(FEATURES, "INT8")
+    else:
+        frozen = {} if tables.frozen is None else {t.name: t.storage for t in tables.frozen.tables()}
+        assert found == {t: "INT4" if frozen.get(t) == "int4" else "INT8" for t in tables.tables()}
     # a row of normal numbers spans up to 5: int8 errs by 5 / 510 of each entry, and a bag has up to 6
     check(quantized(*args), want, 0.08)
     check(torch.jit.script(torchrec.fx.symbolic_trace(quantized))(*args), quantized(*args))
+    if kind == "position weights":  # TorchRec shards a quantized FeatureProcessedEmbeddingBagCollection on CUDA only
+        return
     set_propogate_device(True)  # TorchRec would use CUDA
     try:
         sharded, plan = shard_quant_model(quantized, world_size=2, compute_device="cpu", sharding_device="cpu")
@@ -211,10 +239,17 @@ def test_quantized(kind: str) -> None:
         set_propogate_device(False)
 
 
-def _configs(frozen: Any) -> list[Any]:
-    if frozen is None:
-        return []
-    return frozen.embedding_bag_configs() if hasattr(frozen, "embedding_bag_configs") else frozen.embedding_configs()
+def _data_types(model: nn.Module) -> dict[str, str]:
+    """Table -> its data type in TorchRec's quantized collections; these are all that hold tables."""
+    found = {}
+    for module in model.modules():
+        if type(module).__module__ != "torchrec.quant.embedding_modules":
+            assert not isinstance(module, nn.EmbeddingBag | nn.Embedding | HasFrozenTables)
+        elif hasattr(module, "embedding_bag_configs"):
+            found |= {c.name: c.data_type.name for c in module.embedding_bag_configs()}
+        elif hasattr(module, "embedding_configs"):
+            found |= {c.name: c.data_type.name for c in module.embedding_configs()}
+    return found
 
 
 LOADER = """
@@ -237,9 +272,9 @@ for path in sorted(__import__("pathlib").Path(folder).glob("*.pt2")):
 def test_exported_programs_need_no_recpress(tmp_path: Path, models: dict[str, FromTensors]) -> None:
     """Nor TorchRec. The batch has other sizes, and ids that no map covers."""
     names = []
-    for place, kind in enumerate(("fp32", "fp16, weighted features", "int8, weighted map, packed", "int4, mean")):
+    for place, kind in enumerate((*STRICT[1:], "fp32")):
         model = model_of(kind, models)
-        torch.export.save(export(model, tensors(model), strict=False), tmp_path / f"{place}.pt2")
+        torch.export.save(program_of(model, tensors(model)), tmp_path / f"{place}.pt2")
         args = tensors(model, 1, 7)
         torch.save((args, model(*args)), tmp_path / f"{place}.pt")
         names.append(str(place))
@@ -249,9 +284,12 @@ def test_exported_programs_need_no_recpress(tmp_path: Path, models: dict[str, Fr
     assert loaded.stdout.split() == names, loaded.stderr
 
 
-@pytest.mark.parametrize("tool", [traced, exported, compiled], ids=lambda tool: tool.__name__)
-@pytest.mark.parametrize("storage", ["fp32", "fp16", "int8", "int4"])
-def test_an_id_that_a_frozen_table_does_not_have(storage: str, tool: Callable[..., Any]) -> None:
+WRONG = [(traced, storage) for storage in ("fp32", "fp16", "int8", "int4")]
+WRONG += [(scripted, "int4"), (exported, "fp16"), (compiled, "int4")]
+
+
+@pytest.mark.parametrize(("tool", "storage"), WRONG, ids=[f"{tool.__name__}-{storage}" for tool, storage in WRONG])
+def test_an_id_that_a_frozen_table_does_not_have(tool: Callable[..., Any], storage: str) -> None:
     model = FromTensors(bags(storage, maps="", frozen="t2")[0])
     ids, lengths, weights = tensors(model)
     program = tool(model, (ids, lengths, weights))
@@ -259,7 +297,7 @@ def test_an_id_that_a_frozen_table_does_not_have(storage: str, tool: Callable[..
     for bad in (IDS, -1):
         wrong = ids.clone()
         wrong[first] = bad
-        with pytest.raises((RuntimeError, IndexError)):
+        with pytest.raises((RuntimeError, IndexError, torch.jit.Error)):
             program(wrong, lengths, weights)
 
 

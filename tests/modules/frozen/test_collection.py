@@ -9,7 +9,9 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import FrozenTable
+from recpress.modules.frozen.sequence import FrozenEmbeddingCollection
 from recpress.modules.id_check import check_ids
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda, without_waiting
 from tests.modules.frozen.table_cases import STORAGES, check, features, load, tables
 from tests.ranks import run_on_ranks
 
@@ -240,3 +242,34 @@ def test_on_a_gpu_an_id_out_of_range_is_found_later(storage, monkeypatch):
     assert torch.equal(found["x@b"][1], collection.decoded("b")[0][1][0])
     with pytest.raises(ValueError, match="table 'b': feature 'x' has the id 7, expected 0 to 6"):
         check_ids(collection)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", ["pooled", "weighted", "sequence"])
+def test_on_cuda_no_lookup_waits(storage, kind):
+    given = tables(storage)
+    with fake_cuda():
+        if kind == "sequence":
+            collection = FrozenEmbeddingCollection(given[:1], device=CUDA)
+        else:
+            collection = FrozenEmbeddingBagCollection(given, device=CUDA, weighted=kind == "weighted")
+        collection._loaded = {table.name for table in given}
+        weights = torch.empty(9, device=CUDA) if kind == "weighted" else None
+        batch = KeyedJaggedTensor(
+            ["y", "x"], cuda_ids(9), weights, cuda_ids(8, torch.int32), stride=4, length_per_key=[4, 5]
+        )
+        found = without_waiting(lambda: collection(batch))
+        if kind == "sequence":
+            assert found["x"].values().shape == (5, 256)
+        else:
+            assert found["x@a"].shape == (4, 256)
+            assert found["y"].device == CUDA
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_lookups_on_a_device(storage, device):
+    collection = FrozenEmbeddingBagCollection(tables(storage), device=device)
+    load(collection)
+    found = collection(features().to(device))
+    check({key: found[key].cpu() for key in found.keys()}, storage)  # noqa: SIM118 (of a KeyedTensor)
+    check_ids(collection)

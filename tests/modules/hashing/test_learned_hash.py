@@ -368,3 +368,15 @@ def test_on_cuda_no_step_waits(packed: bool, weighted: bool, rows_per_id: int, u
             found = without_waiting(lambda features=features: hashes(features))
             assert found.values().device == CUDA
             assert len(found.values()) == lengths[0] + lengths[1] + rows_per_id * lengths[2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows_per_id", [1, 2])
+def test_rows_on_a_device(device: torch.device, packed: bool, rows_per_id: int) -> None:
+    maps = {"a": id_map(10, 4, rows_per_id, rows_per_id == 2), "b": id_map(20, 7, seed=1)}
+    features = batch({"b": [[1, 20], [3]], "x": [[500], [-7]], "a": [[9, 50], [0, -1, 2]]})
+    hashes = LearnedHash(maps, packed=packed).to(device)
+    found = hashes(features.to(device))
+    assert found.values().device.type == device.type
+    check(maps, features, found.to(torch.device("cpu")))
+    assert hashes.unknown_counts() == {"a": 2, "b": 1}

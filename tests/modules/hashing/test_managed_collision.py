@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.inference.modules import quantize_inference_model
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.modules.mc_modules import ManagedCollisionCollection
@@ -17,6 +17,7 @@ from torchrec.modules.mc_modules import ManagedCollisionCollection
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.managed_collision import LearnedCollisionModule
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda, without_waiting
 from tests.ranks import run_on_ranks
 
 DIM = 4
@@ -120,6 +121,16 @@ def test_maps_that_it_cannot_apply() -> None:
     features = KeyedJaggedTensor(keys=["a", "b", "c"], values=torch.tensor([1, 2, 50]), lengths=torch.ones(3).int())
     with pytest.raises(ValueError, match="table 't1': the id 50, expected 0 to 49"):
         strict(features)
+
+
+@pytest.mark.parametrize("unknown", ["hash", "error"])
+def test_on_cuda_no_batch_waits(unknown: Any) -> None:
+    module = LearnedCollisionModule(id_map("t0"), unknown=unknown)
+    with fake_cuda():
+        module.to(CUDA)
+        features = {"t0": JaggedTensor(cuda_ids(7), lengths=cuda_ids(3))}
+        found = without_waiting(lambda: module(features))
+        assert (found["t0"].values().device, len(found["t0"].values())) == (CUDA, 7)
 
 
 def on_ranks(folder: str, save: bool) -> None:

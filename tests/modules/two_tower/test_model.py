@@ -1,12 +1,16 @@
 """The two-tower module on its own, without ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torchrec import KeyedJaggedTensor
 
 from recpress.modules.als.exchange import Exchange
-from recpress.modules.config import TwoTowerConfig
+from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.hashing.shared_rows import IdVectors, shared_rows
 from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import CountCodes, MappedRows, SideSpec, TwoTower
@@ -292,3 +296,62 @@ def test_facts_of_a_part_of_the_rows_stay_small_where_all_rows_have_the_same():
     model.user_tower.fit_scale(directions)
     mean, spread = model.user_tower.length.tolist()
     assert abs(1.1 - mean) / spread < 50
+
+
+@pytest.mark.parametrize("loss", [LossConfig(kind="bce"), LossConfig(kind="softmax", in_batch=True)])
+@pytest.mark.parametrize("kind", ["mlp", "residual"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("hashed", [False, True])
+def test_no_number_is_read_in_forward_and_backward(kind, loss, shared, hashed):
+    """On the device "meta" there are none; on CUDA the host would wait for them."""
+    network = TwoTowerConfig(
+        tables=TablesConfig(strategy="random", dim=8), towers=TowersConfig(kind=kind, hidden=(10,), dim=5), loss=loss
+    )
+    maps = [id_map(count, rows_per_id=2, weighted=True) if hashed else None for count in (USERS, ITEMS)]
+    specs = [SideSpec(key=k, rows=n, map=m) for k, n, m in zip(("user", "item"), (USERS, ITEMS), maps, strict=True)]
+    model = TwoTower(network, *specs, tables_device="meta").to("meta")
+    for module in model.modules():
+        if isinstance(module, LearnedHash):
+            module.rows, module.weights = module.rows.to("meta"), module.weights.to("meta")
+    model.skip_nonfinite = True
+    rows, count = 4, 3 if shared else 12
+
+    def keyed_on_meta(key, size):
+        ids, ones = (torch.empty(size, dtype=torch.int64, device="meta") for _ in range(2))
+        return KeyedJaggedTensor([key], ids, lengths=ones, stride=size, length_per_key=[size])
+
+    batch = SimpleNamespace(
+        user_features=keyed_on_meta("user", rows),
+        item_features=keyed_on_meta("item", rows + count),
+        label=torch.empty(rows, device="meta"),
+        log_q=torch.empty(rows + count, device="meta"),
+        excluded=torch.empty(rows, count, dtype=torch.bool, device="meta") if shared else None,
+    )
+    found, _ = model(batch)
+    found.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("strategy", ["random", "frozen", "frozen+residual"])
+def test_a_step_on_a_device_is_that_of_a_cpu(strategy, device):
+    if strategy == "random":
+        model = build(strategy).to(device)
+    else:
+        tables = TablesConfig(strategy=strategy, dim=8, residual_dim=4)
+        network = TwoTowerConfig(tables=tables, towers=TowersConfig(hidden=(10,), dim=5), loss=LossConfig())
+        specs = [SideSpec(key=k, rows=n, dim=DIM) for k, n in (("user", USERS), ("item", ITEMS))]
+        model = TwoTower(network, *specs, tables_device=device).to(device)
+        model.load_factors(*factors())
+    batch = Rows(model)
+    losses = []
+    for where in (device, torch.device("cpu")):
+        if where.type == "cpu" and strategy != "random":
+            plain = TwoTower(network, *specs)
+            plain.load_factors(*factors())
+            plain.load_state_dict(model.state_dict(), strict=False)
+            model = plain
+        model.to(where)
+        for name in ("user_features", "item_features", "label", "log_q"):
+            setattr(batch, name, getattr(batch, name).to(where))
+        losses.append(float(model(batch)[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

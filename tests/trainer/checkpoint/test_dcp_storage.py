@@ -1,9 +1,11 @@
 """States of any shapes and dtypes, cut and joined again by DCP, on plain files."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from recpress.trainer.checkpoint import dcp_storage
+from recpress.trainer.checkpoint import staged as staged_module
 from recpress.trainer.checkpoint.file_bytes import PAGE, describe
 from recpress.trainer.checkpoint.staged import Staged
 from tests.ranks import run_on_ranks
@@ -204,3 +207,43 @@ def test_the_checksum_made_while_copying_is_that_of_what_was_copied(monkeypatch,
     for name, value in state.items():
         begin, length = ranges[name, (0,)]
         assert bytes(staged.content[begin : begin + length]) == value.numpy().tobytes()
+
+
+class Queue:
+    """A CUDA stream that copies only when someone waits for it, and the events on it."""
+
+    def __init__(self, *_):
+        self.waits = 0
+
+    def wait_stream(self, stream):
+        self.waits += 1
+
+    def record(self, stream):
+        self.recorded = True
+
+    def synchronize(self):
+        assert self.recorded
+
+
+@pytest.mark.parametrize("sizes", [[5], [100, 3, 250], [100] * 7])
+def test_blocks_of_a_gpu_go_through_two_buffers(device, monkeypatch, sizes):
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "Stream", Queue)
+        monkeypatch.setattr(torch.cuda, "Event", Queue)
+        monkeypatch.setattr(torch.cuda, "current_stream", Queue)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        plain = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: plain(*size, **options))
+    monkeypatch.setattr(staged_module, "_STAGE", 100)
+    parts = {f"t{k}": torch.randint(256, (size,), dtype=torch.uint8).to(device) for k, size in enumerate(sizes)}
+    begins = np.cumsum([0, *sizes])
+    ranges = {(name, (0,)): (int(begins[k]), sizes[k]) for k, name in enumerate(parts)}
+    staged = Staged()
+    monkeypatch.setattr(staged_module, "_BLOCK", 100)
+    if device.type == "cpu":
+        staged._memory = torch.zeros(int(begins[-1]), dtype=torch.uint8)
+        staged._copy_from_device(list(staged_module._blocks(parts, ranges)))
+    else:
+        staged.copy(parts, ranges)
+    found = staged._memory[: begins[-1]]
+    assert torch.equal(found, torch.cat([part.cpu() for part in parts.values()]))

@@ -97,7 +97,7 @@ def test_an_absent_device_is_refused_with_the_reason(monkeypatch, caplog, versio
     with pytest.raises(InputError, match=f"device is cuda: .*{re.escape(words)}") as raised, process_group("cuda"):
         pass
     assert "\n" not in str(raised.value)
-    monkeypatch.setattr("recpress.trainer.distributed.process_group._GPU", Path(__file__))
+    monkeypatch.setattr("recpress.trainer.distributed.process_group.GPU", Path(__file__))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,15 @@ def test_a_mismatched_set_fails_and_little_space_warns(no_ranks, monkeypatch, ca
     assert "error    versions: versions do not match" in out
     assert "warning  current folder" in out
     assert "error    collectives: not measured" in out
+
+
+def test_a_gpu_that_torch_cannot_use_is_a_warning_with_the_reason(no_ranks, monkeypatch, capsys):
+    monkeypatch.setattr("recpress.trainer.distributed.process_group.GPU", Path(__file__))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.version.cuda", None)
+    main(["doctor"])
+    assert "a GPU that torch cannot use: torch" in capsys.readouterr().out
 
 
 def checks_of_ranks():

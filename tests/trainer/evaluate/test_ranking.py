@@ -17,7 +17,8 @@ from recpress.data.errors import InputError
 from recpress.modules.als.factors import RowBlocks
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.evaluate import heldout as ho
-from recpress.trainer.evaluate.ranking import evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.evaluate.ranking import _ItemShard, evaluate_full, evaluate_sampled, vectors_from_factors
+from tests.fake_cuda import CUDA, cuda_ids, fake_cuda
 from tests.ranks import run_on_ranks
 
 DATA = Path(os.environ.get("RECPRESS_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
@@ -179,6 +180,56 @@ def test_sampled_agrees_with_counting_in_any_order(seed, chunk, item_chunk):
     assert result["HR@3"] == pytest.approx(np.mean(ahead < 3), abs=1e-9)
     assert result["MRR"] == pytest.approx(np.mean(1 / (ahead + 1)), abs=1e-9)
     assert result["AUC"] == pytest.approx(np.mean(1 - ahead / (negatives != what[:, None]).sum(1)), abs=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+def test_scores_in_float32_give_the_same_counts(seed, ties, close):
+    """As on a GPU: float32 decides, except where a score is so close to the target's that float64 must."""
+    heldout, seen, users, items = made_log(seed, ties=ties)
+    if close:  # many scores that differ in the last bits only
+        items = (items[:1] * (1 + 1e-7 * np.arange(len(items)))[:, None]).astype(np.float32)
+    prepared = ho.full_from_pairs(heldout, seen, num_users=37, num_items=53, chunk=11)
+    arguments = (prepared, vectors_from_factors(users), vectors_from_factors(items), (5,))
+    want_cases, found_cases = {}, {}
+    want = evaluate_full(*arguments, item_chunk=20, per_case=want_cases)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recpress.trainer.evaluate.ranking.in_float64", lambda device: False)
+        patch.setattr("recpress.trainer.evaluate.ranking._PAIRS_ON_DEVICE", 7)
+        found = evaluate_full(*arguments, item_chunk=20, per_case=found_cases)
+    assert found == want
+    assert all(torch.equal(found_cases[name], want_cases[name]) for name in want_cases)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_metrics_are_those_of_a_cpu(device, full):
+    heldout, seen, users, items = made_log(3, ties=True)
+    if full:
+        prepared, evaluate = ho.full_from_pairs(heldout, seen, num_users=37, num_items=53, chunk=11), evaluate_full
+    else:
+        rng = np.random.default_rng(0)
+        negatives = rng.integers(0, 53, (len(heldout[0]), 12))
+        prepared = ho.sampled_from_arrays(*heldout, negatives, num_users=37, num_items=53, chunk=11)
+        evaluate = evaluate_sampled
+    want = evaluate(prepared, vectors_from_factors(users), vectors_from_factors(items), (5,), item_chunk=20)
+    on_device = [torch.from_numpy(table).to(device) for table in (users, items)]
+    found = evaluate(prepared, *map(vectors_from_factors, on_device), (5,), item_chunk=20, device=device)
+    assert found == want
+
+
+def test_on_cuda_scores_do_not_mix_devices(monkeypatch):
+    """Evaluation may wait for the device, as here for the number of scores that float64 decides."""
+    monkeypatch.setattr("recpress.trainer.evaluate.ranking._PAIRS_ON_DEVICE", 4)
+    with fake_cuda():
+        monkeypatch.setattr(torch.Tensor, "nonzero", lambda tensor, as_tuple: (cuda_ids(9), cuda_ids(9)))
+        items = object.__new__(_ItemShard)
+        items.vectors, items.start, items.stop, items.chunk = torch.empty(60, 8, device=CUDA), 0, 53, 20
+        users = torch.empty(5, 8, device=CUDA)
+        rows, wanted = np.array([0, 0, 3]), np.array([52, 3, 9])
+        mine, scores = items.pair_scores(users, rows, wanted)
+        assert len(mine) == len(scores) == 3
+        found = items.count_ahead(users, rows, scores, np.array([1, 4]), np.array([50, 2]))
+        assert (found.device, found.dtype, len(found)) == (CUDA, torch.int64, 3)
 
 
 def sharded_lookup(block, num_rows):

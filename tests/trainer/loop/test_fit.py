@@ -2,17 +2,44 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
+from recpress.data.negatives.samplers import UniformNegatives
+from recpress.data.stream.batch import BatchBuilder
+from recpress.data.stream.loader import Interactions
+from recpress.modules.config import LossConfig
+from recpress.modules.two_tower.model import TwoTower
+from recpress.trainer.checkpoint.checkpoints import Checkpoints
+from recpress.trainer.config import CheckpointConfig, MetricsConfig, OptimizerConfig
+from recpress.trainer.distributed.process_group import process_group
+from recpress.trainer.loop import run_state
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
+from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.model.sharding import shard
 from recpress.trainer.observability.metrics_log import MetricsLog
+from recpress.trainer.observability.rec_metrics import RecMetrics
+from tests.fake_cuda import CUDA, backward, fake_rank, ready, without_waiting
+from tests.modules.hashing.keyed_cases import id_map
 from tests.ranks import run_on_ranks
-from tests.trainer.small import CPU, batches, digest, frozen_bits, sharded
+from tests.trainer.small import (
+    CPU,
+    ITEMS,
+    NEGATIVES,
+    ROWS,
+    USERS,
+    batches,
+    config,
+    digest,
+    frozen_bits,
+    sharded,
+    sides,
+)
 
 
 def train(strategy, kind="residual", **settings):
@@ -197,3 +224,87 @@ def without_labels():
 
 def test_labels_that_are_all_zero_are_refused():
     run_on_ranks(without_labels, 1)
+
+
+def finds_a_bad_id_where_it_logs():
+    def with_a_bad_id(epoch, first):
+        found = batches(epoch, first)
+        found[1].user_features.values()[3] = USERS
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recpress.modules.frozen.kernel.host_reads", lambda ids: False)  # as on CUDA
+        dmp, optimizer = sharded("frozen", layout="table_wise")
+        with pytest.raises(ValueError, match=f"feature 'user' has the id {USERS}, expected 0 to {USERS - 1}"):
+            fit(dmp, optimizer, with_a_bad_id, FitConfig(epochs=1, log_every=3), device=CPU, show_progress=False)
+    return optimizer.steps
+
+
+def test_an_id_out_of_range_that_no_step_waits_for_ends_the_run_at_the_next_log_line():
+    assert run_on_ranks(finds_a_bad_id_where_it_logs, 1) == [3]
+
+
+def test_training_on_a_device_ends_as_on_a_cpu(device, tmp_path):
+    """With the pipeline, its streams, and a checkpoint that another model continues from."""
+    losses, describe = {}, {"config": {}, "inputs": {}}
+    for name in dict.fromkeys(("cpu", device.type)):
+        with process_group(name) as ranks:
+            dmp, optimizer = sharded("frozen+residual", device=ranks.device)
+            result = fit(
+                dmp, optimizer, batches, FitConfig(epochs=2, log_every=3), device=ranks.device, show_progress=False
+            )
+            losses[name] = result.losses
+            saved = tmp_path / name
+            with Checkpoints(CheckpointConfig(steps=1), saved, describe) as checkpoints:
+                checkpoints.save(run_state.collect(dmp, optimizer, None, ranks.device), {"world": 1}, 12)
+            with Checkpoints(CheckpointConfig(steps=1), saved, describe) as checkpoints:
+                other, again = sharded("frozen+residual", device=ranks.device)
+                assert digest(other) != digest(dmp)
+                run_state.load(checkpoints.start, other, again, None, ranks.device, checkpoints.group)
+                assert digest(other) == digest(dmp)
+            del dmp, other, optimizer, again
+    assert losses[device.type] == pytest.approx(losses["cpu"], rel=1e-3)
+    assert losses["cpu"][-1] < losses["cpu"][0]
+
+
+@pytest.mark.parametrize("loss", [LossConfig(kind="bce"), LossConfig(kind="softmax", in_batch=True)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "storage", "hashed"),
+    [
+        ("random", "fp32", False),
+        ("random", "fp32", True),
+        ("frozen", "int8", True),
+        ("frozen", "int4", False),
+        ("frozen+residual", "fp16", False),
+    ],
+)
+def test_on_cuda_no_step_of_the_two_tower_waits(monkeypatch, strategy, storage, hashed, shared, loss):
+    """Batch, forward, backward, optimizers, metrics. Only the pipeline, which needs CUDA streams, is not part of it."""
+    monkeypatch.setattr("recpress.modules.hashing.learned_hash.map_fingerprint", lambda _: torch.zeros(16))  # of numpy
+    network = config(strategy)
+    network = replace(network, tables=replace(network.tables, storage=storage), loss=loss)
+    maps = [id_map(count, 5, rows_per_id=2, weighted=True) if hashed else None for count in (USERS, ITEMS)]
+    with fake_rank():
+        model = TwoTower(
+            network, *(replace(s, map=m) for s, m in zip(sides(), maps, strict=True)), tables_device="meta"
+        )
+        model.skip_nonfinite = True
+        dmp = ready(shard(model, CUDA, batch_size=ROWS))
+        optimizer = TrainOptimizer(dmp, OptimizerConfig(clip_norm=1.0), 9)
+        optimizer.skip_nonfinite = True
+        metrics = RecMetrics(MetricsConfig(window=100, negatives=1), model.loss, rows=ROWS, device=CUDA)
+        build = BatchBuilder(UniformNegatives(ITEMS, NEGATIVES), shared=shared, device=CUDA)
+        ids = torch.empty(ROWS, dtype=torch.int64, device="cpu")
+        rows = Interactions(ids, ids, None, None, {}, None, epoch=0, step=1, position=ROWS, size=ROWS)
+
+        def step():
+            batch = build(rows)
+            optimizer.zero_grad()
+            found, _ = dmp(batch)
+            backward(found, dmp)
+            optimizer.step()
+            return found
+
+        assert without_waiting(step).device == CUDA
+        assert metrics._window.device == CUDA

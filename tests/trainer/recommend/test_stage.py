@@ -25,6 +25,8 @@ from recpress.trainer.config import EvaluationConfig, TrainConfig
 from recpress.trainer.evaluate import metrics as ranking_metrics
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
+from recpress.trainer.export.config import ExportConfig
+from recpress.trainer.export.stage import export
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.recommend.config import RecommendConfig
@@ -330,3 +332,48 @@ def test_a_vector_that_is_not_finite_is_named_on_every_rank(log, factors, tmp_pa
         run_on_ranks(recommend, 2, settings(broken, tmp_path / "best", users_per_part=300))
     assert not (tmp_path / "best").exists()
     assert not (tmp_path / "best.unfinished").exists()
+
+
+@pytest.fixture(scope="module")
+def exports(factors, tmp_path_factory):
+    """Exports of the factors, with an index by faiss and by usearch, and without."""
+    folder = tmp_path_factory.mktemp("exports")
+    for library in ("faiss", "usearch", "none"):
+        export(ExportConfig(model=factors, out=str(folder / library), index=library))
+    return folder
+
+
+@pytest.mark.parametrize(("library", "ranks"), [("faiss", 1), ("usearch", 2)])
+def test_an_index_proposes_items(library, ranks, factors, best, exports, tmp_path):
+    """The index finds all items of this small log; its quantized vectors only propose, so that scores are exact."""
+    pytest.importorskip(library)
+    out = tmp_path / "best"
+    run_on_ranks(recommend, ranks, settings(factors, out, index=str(exports / library)))
+    found, exact = read(out), read(best)
+    assert found["user"] == exact["user"]
+    hits = [len(set(mine) & set(all_items)) for mine, all_items in zip(found["items"], exact["items"], strict=True)]
+    manifest = json.loads((out / "manifest.json").read_text())["index"]
+    first = 64 * ranks  # each rank asks for its first block
+    assert manifest["recall"] == pytest.approx(sum(hits[:first]) / (first * K))
+    assert manifest["recall"] > 0.98
+    assert {len(items) for items in found["items"]} == {K}
+    for mine, scores, all_items, all_scores in zip(
+        found["items"], found["scores"], exact["items"], exact["scores"], strict=True
+    ):
+        known = dict(zip(all_items, all_scores, strict=True))
+        assert all(known.get(item, score) == score for item, score in zip(mine, scores, strict=True))
+
+
+def test_an_export_without_an_index_or_of_another_model(model, factors, exports, tmp_path, capsys, monkeypatch):
+    command = ["recommend", "--model", factors, "--out", str(tmp_path / "best"), "--index"]
+    for changed, words in (
+        ([str(exports / "none")], "has no index"),
+        ([factors], "kind 'factors'"),
+        ([str(exports / "faiss"), "--model", model], "an export of another model"),
+    ):
+        assert main([*command, *changed]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*command, str(exports / "faiss")]) == 2
+    assert "pip install faiss-cpu" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -6,14 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recpress.trainer.evaluate.ranking import ItemShard, vectors_from_factors
-from recpress.trainer.recommend.top_items import Pairs, TopItems, sorted_pairs
+from recpress.trainer.evaluate.ranking import vectors_from_factors
+from recpress.trainer.recommend import top_items
+from recpress.trainer.recommend.top_items import ItemsByNorm, TopItems, _Finder
 
 CHUNK, BLOCK = 64, (7, 128)
 
 
 def shard_of(items):
-    return ItemShard(vectors_from_factors(items), len(items), CHUNK, torch.device("cpu"))
+    return ItemsByNorm(vectors_from_factors(items), len(items), CHUNK, torch.device("cpu"))
 
 
 def expected(users, items, seen, k):
@@ -25,7 +26,9 @@ def expected(users, items, seen, k):
 
 
 def check(users, items, seen, k):
-    found = TopItems(shard_of(items), k, BLOCK)(torch.from_numpy(users), sorted_pairs(*seen, torch.device("cpu")))
+    rows, omitted = seen  # by row
+    lengths = np.bincount(rows, minlength=len(users))
+    found = TopItems(shard_of(items), k, BLOCK)(torch.from_numpy(users), lengths, omitted)
     scores, order = expected(users, items, seen, k)
     present = scores > -np.inf
     np.testing.assert_array_equal(found[0].numpy(), scores)
@@ -60,30 +63,50 @@ def test_items_that_float32_cannot_tell_apart(monkeypatch):
     items[:, 1:] += rng.integers(-4, 5, (1000, 7)) * np.float32(2**-11)
     items[:, 0] = 8192 - items[:, 1]  # sums differ by less than float32 resolves
     again = []
-    score_again = TopItems._again
-    monkeypatch.setattr(TopItems, "_again", lambda self, *args: again.append(1) or score_again(self, *args))
+    score_again = _Finder._again
+    monkeypatch.setattr(_Finder, "_again", lambda self, *args: again.append(1) or score_again(self, *args))
     check(users, items, (np.array([0, 2]), np.array([3, 999])), 10)
     assert again
 
 
 def test_usual_scores_need_no_second_time(monkeypatch):
-    monkeypatch.delattr(TopItems, "_again")
+    monkeypatch.delattr(_Finder, "_again")
     rng = np.random.default_rng(1)
     users, items = (rng.normal(size=(n, 16)).astype(np.float32) for n in (40, 900))
     check(users, items, np.nonzero(rng.random((40, 900)) < 0.05), 20)
 
 
-def test_pairs_of_some_rows_and_items():
-    pairs = sorted_pairs(np.array([0, 2, 1, 2]), np.array([7, 5, 9, 5]), torch.device("cpu"))
-    assert [part.tolist() for part in pairs] == [[2, 2, 0, 1], [5, 5, 7, 9]]
-    assert [part.tolist() for part in pairs.of_items(6, 9)] == [[0], [7]]
-    assert [part.tolist() for part in pairs.of_rows(torch.tensor([2, 1]), 3)] == [[0, 0, 1], [5, 5, 9]]
-    assert isinstance(pairs.of_items(0, 0), Pairs)
-
-
 @pytest.mark.parametrize("k", [10, 1000])
 def test_more_items_than_there_are(k):
     top = TopItems(shard_of(np.eye(8, dtype=np.float32)), k)
-    scores, items = top(torch.ones(1, 8), sorted_pairs(np.array([0]), np.array([4]), torch.device("cpu")))
+    scores, items = top(torch.ones(1, 8), np.array([1]), np.array([4]))
     assert items[0, :7].tolist() == [0, 1, 2, 3, 5, 6, 7]
-    assert scores[0].tolist() == [1.0] * 7 + [-torch.inf]
+    assert scores[0].tolist() == [1.0] * 7 + [-torch.inf] * (k - 7)
+
+
+def test_threads_find_the_same_and_leave_the_number_of_threads():
+    rng = np.random.default_rng(2)
+    users, items = (torch.from_numpy(rng.normal(size=(n, 8)).astype(np.float32)) for n in (50, 500))
+    nothing = np.zeros(50, int), np.empty(0, int)
+    alone = TopItems(shard_of(items), 9, BLOCK)(users, *nothing)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = TopItems(shard_of(items), 9, BLOCK)(users, *nothing)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, torch.float32]])
+def test_every_precision_gives_the_same(dtypes, monkeypatch):
+    """Also where bfloat16 is given up, because it cannot tell apart the items of most users."""
+    monkeypatch.setattr(top_items, "_dtypes", lambda device: dtypes)
+    monkeypatch.setattr(top_items, "_TRIES", 20)
+    rng = np.random.default_rng(3)
+    users, items = (rng.normal(size=(n, 16)).astype(np.float32) for n in (64, 900))
+    seen = np.nonzero(rng.random((64, 900)) < 0.1)
+    check(users, items, seen, 20)
+    check(users, 1 + items * np.float32(1e-4), seen, 20)

@@ -37,9 +37,9 @@ def test_row_groups_that_are_read(tmp_path, monkeypatch, items, sample, reject, 
     read = []
     original = ParquetSplit.read_table
 
-    def counted(self, group, columns):
+    def counted(self, group, *names):
         read.append((group.file, group.group))
-        return original(self, group, columns)
+        return original(self, group, *names)
 
     monkeypatch.setattr(ParquetSplit, "read_table", counted)
     tables = TablesConfig(strategy="random", dim=4)

@@ -1,0 +1,141 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recpress.data.config import Schema, StreamConfig
+from recpress.data.dataset.hashed_ids import hash_ids, shared_ids
+from recpress.data.dataset.log import open_log
+from recpress.data.errors import InputError
+from recpress.data.stream.keyed import KeyedBatches
+from recpress.data.stream.loader import InteractionStream
+
+MASK = (1 << 64) - 1
+
+
+def _splitmix(word: int) -> int:
+    word = (word + 0x9E3779B97F4A7C15) & MASK
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & MASK
+    return word ^ word >> 31
+
+
+def _expected(value: int | bytes, size: int) -> int:
+    if isinstance(value, int):
+        word = _splitmix(value & MASK)
+    else:
+        word = _splitmix(len(value))
+        for first in range(0, len(value), 8):
+            word = _splitmix(word ^ int.from_bytes(value[first : first + 8], "little"))
+    return (word >> 32) * size >> 32
+
+
+def test_splitmix_is_the_published_one():
+    assert _splitmix(0) == 0xE220A8397B1DCDAF  # the first output of the reference code with seed 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)), st.integers(1, 1 << 31))
+def test_integers(values, size):
+    assert hash_ids(pa.array(values, pa.int64()), size).tolist() == [_expected(value, size) for value in values]
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=40)), st.integers(0, 3), st.integers(1, 1 << 31))
+def test_bytes_in_every_type_and_slice(values, skipped, size):
+    expected = [_expected(value, size) for value in values[skipped:]]
+    for kind in (pa.binary(), pa.large_binary()):
+        array = pa.array(values, kind)
+        assert hash_ids(array[skipped:], size).tolist() == expected
+        assert hash_ids(array[skipped:].dictionary_encode(), size).tolist() == expected
+
+
+def test_equal_ids_of_all_types_are_one_id():
+    size = 10**6
+    signed = [hash_ids(pa.array([-1, 5], kind), size).tolist() for kind in (pa.int8(), pa.int32(), pa.int64())]
+    assert signed[0] == signed[1] == signed[2]
+    assert hash_ids(pa.array([5, 2**64 - 1], pa.uint64()), size).tolist() == signed[0][::-1]  # the same 64 bits
+    text = hash_ids(pa.array(["id\u00e9", ""]), size).tolist()
+    assert text == hash_ids(pa.array(["id\u00e9".encode(), b""]), size).tolist()
+    assert hash_ids(pa.array([b"0123456789abcdef"], pa.binary(16)), size) == hash_ids(
+        pa.array(["0123456789abcdef"]), size
+    )
+
+
+def test_ids_are_spread_evenly_and_collisions_are_estimated():
+    size = 1 << 16
+    for array in (pa.array(np.arange(size) * 1000), pa.array([f"user-{number}" for number in range(size)])):
+        counts = np.bincount(hash_ids(array, size), minlength=size)
+        alone = int((counts == 1).sum())
+        assert abs(alone / size - np.exp(-1)) < 0.01
+        distinct, shared = shared_ids(counts)
+        assert abs(distinct / size - 1) < 0.02
+        assert abs(shared - (1 - alone / size)) < 0.01
+    assert shared_ids(np.array([3, 1]))[0] >= 2  # all are taken: a lower bound
+
+
+def _write(path, users, items, **more):
+    pq.write_table(pa.table({"user": users, "item": items, **more}), path, row_group_size=40)
+
+
+def test_a_stream_of_raw_ids(tmp_path):
+    users = [f"u{number % 17}" for number in range(100)]
+    items = (np.arange(100) % 23 - 11) * 2**55
+    history = [[str(number), "x"] for number in range(100)]
+    (tmp_path / "log").mkdir()
+    _write(tmp_path / "log" / "train.parquet", users, items, history=history, label=np.ones(100, np.float32))
+    _write(tmp_path / "log" / "test.parquet", pa.array(users[:3], pa.large_string()), items[:3].astype(object))
+    schema = Schema(user="user", item="item", label="label", hashed=("user=50", "item=1000", "history=50"))
+    log = open_log(tmp_path / "log", schema)
+    assert (log.num_users, log.num_items) == (50, 1000)
+    assert log.schema.categorical == ("history",)
+    test = log.test.read(log.test.groups[0], ["user", "item"])
+    assert test["user"].tolist() == [_expected(user.encode(), 50) for user in users[:3]]
+    assert log.counts("user").sum() == 100
+    stream = InteractionStream(log.train, log.schema, StreamConfig(batch_size=100, shuffle=False))
+    (batch,) = KeyedBatches(stream, ["user", "item", "history"])
+    found = batch.sparse_features.to_dict()
+    assert found["user"].values().tolist() == [_expected(user.encode(), 50) for user in users]
+    assert found["item"].values().tolist() == [_expected(int(item), 1000) for item in items]
+    assert found["history"].values().tolist() == [_expected(part.encode(), 50) for row in history for part in row]
+    assert log.hash_fingerprint("user") == log.hash_fingerprint("history") != log.hash_fingerprint("item")
+    assert log.vocabulary_fingerprint("user") == log.hash_fingerprint("user")
+    assert stream.memory_bound() > 0
+
+
+@pytest.mark.parametrize(
+    ("hashed", "words"),
+    [
+        (("user",), "COLUMN=IDS"),
+        (("user=0",), "1 to"),
+        (("user=5", "user=6"), "twice"),
+        (("label=5",), "no column of ids"),
+        (("nothing=5",), "no column 'nothing'"),
+        (("weight=5",), "integers, text or bytes"),
+        (("item=5",), "null"),
+    ],
+)
+def test_bad_input(tmp_path, hashed, words):
+    _write(tmp_path / "train.parquet", ["a", "b"], pa.array([1, None]), weight=[0.5, 1.5], label=[1.0, 0.0])
+    hashed = hashed if any(entry.startswith("user=") for entry in hashed) else ("user=9", *hashed)
+    schema = Schema(user="user", item="item", label="label", hashed=hashed)
+    with pytest.raises(InputError, match=words):
+        _read(tmp_path / "train.parquet", schema)
+
+
+def _read(path, schema):
+    log = open_log(path, schema)
+    log.train.read(log.train.groups[0], ["item"])
+
+
+def test_one_kind_of_ids_in_all_files_and_parts(tmp_path):
+    schema = Schema(user="user", item="item", hashed=("user=9",))
+    _write(tmp_path / "train-0.parquet", ["1"], [0])
+    _write(tmp_path / "train-1.parquet", [1], [0])
+    with pytest.raises(InputError, match=r"train-1.*int64.*string.*train-0"):
+        open_log(tmp_path, schema)
+    (tmp_path / "train-1.parquet").rename(tmp_path / "test.parquet")
+    with pytest.raises(InputError, match=r"test\.parquet.*int64.*string"):
+        open_log(tmp_path, schema)
