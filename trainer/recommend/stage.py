@@ -118,7 +118,7 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
         output.finish(meta, overwrite=config.overwrite)
     if ranks.rank == 0:
         how = f"; recall {made['index']['recall']:.4f} against exact search" if "index" in made else ""
-        unknown = f"; {facts['unknown']:,} users are not in the log: {UNKNOWN}" if facts.get("unknown") else ""
+        unknown = f"; users that are not in the log: {facts['unknown']:,} ({UNKNOWN})" if facts.get("unknown") else ""
         took = format_seconds(time.monotonic() - began)
         print(f"{config.out}: {config.k:,} items for each of {len(users):,} users, {took}{how}{unknown}")
     return {"users": facts, "parts": len(sizes), **made}
@@ -258,7 +258,7 @@ def _state_memory(
     with torch.no_grad():
         dim = item(ids).shape[1]
     shard = ceil_div(ceil_div(log.num_items, ITEM_CHUNK), ranks.world_size) * ITEM_CHUNK
-    per_part = share.users_per_part * config.k
+    per_part = min(share.users_per_part, len(users)) * config.k
     width = items.nbytes / len(items) + 8
     mapped = 4 * dim * (min(shard, log.num_items) + min(share.slots, len(users))) if kind == FACTORS else 0
     pieces = {

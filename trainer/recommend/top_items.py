@@ -14,7 +14,7 @@ bfloat16 on a CPU that multiplies it in hardware (AMX):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -104,38 +104,34 @@ class TopItems:
         Returns:
             (scores (n, K) float32, item ids (n, K) int64). Places without an item have the score -inf.
         """
-        scores = users.new_full((len(users), self.k), -torch.inf)
-        items = torch.zeros(len(users), self.k, dtype=torch.int64, device=users.device)
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-
-        def find(finder: _Finder, blocks: Iterator[int]) -> None:
-            for first in blocks:
-                last = min(first + self.rows, len(users))
-                rows = np.repeat(np.arange(last - first), lengths[first:last])
-                best = finder(users[first:last], rows, seen[bounds[first] : bounds[last]])
-                for all_users, found in zip((scores, items), best, strict=True):
-                    all_users[first:last, : found.shape[1]] = found
-
-        starts = range(0, len(users), self.rows)
-        if self.threads == 1:
-            find(self._finders[0], iter(starts))
-        else:
-            shared = iter(starts)  # `next` of a range iterator is atomic
-            for done in [self._pool.submit(find, finder, shared) for finder in self._finders]:
-                done.result()
-        return scores, items
+        return self._in_blocks(_Finder.__call__, self._finders, users, lengths, seen)
 
     def among(self, users: Tensor, lengths: np.ndarray, items: np.ndarray) -> tuple[Tensor, Tensor]:
         """As a call, but of the given items of each user, (lengths, items), those of this rank are the only ones."""
+        return self._in_blocks(_Finder.among, self._finders[:1], users, lengths, items)
+
+    def _in_blocks(
+        self, find: Find, finders: list[_Finder], users: Tensor, lengths: np.ndarray, items: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """What `find` gives for blocks of users; each finder has a thread."""
         scores = users.new_full((len(users), self.k), -torch.inf)
         ids = torch.zeros(len(users), self.k, dtype=torch.int64, device=users.device)
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        for first in range(0, len(users), self.rows):
-            last = min(first + self.rows, len(users))
-            rows = np.repeat(np.arange(last - first), lengths[first:last])
-            best = self._finders[0].among(users[first:last], rows, items[bounds[first] : bounds[last]])
-            for all_users, found in zip((scores, ids), best, strict=True):
-                all_users[first:last, : found.shape[1]] = found
+        starts = iter(range(0, len(users), self.rows))  # shared by the threads; its `next` is atomic
+
+        def work(finder: _Finder) -> None:
+            for first in starts:
+                last = min(first + self.rows, len(users))
+                rows = np.repeat(np.arange(last - first), lengths[first:last])
+                best = find(finder, users[first:last], rows, items[bounds[first] : bounds[last]])
+                for all_users, found in zip((scores, ids), best, strict=True):
+                    all_users[first:last, : found.shape[1]] = found
+
+        if len(finders) == 1:
+            work(finders[0])
+        else:
+            for done in [self._pool.submit(work, finder) for finder in finders]:
+                done.result()
         return scores, ids
 
 
@@ -266,9 +262,8 @@ class _Finder:
             best, places, limit = self._merged(best, places, *self._pending.take(len(users)), limit)
             if self._pending.add(scores, self._above(scores, limit), first):
                 continue
-            top = scores.float().topk(
-                min(self.width, scores.shape[1]), sorted=False
-            )  # most of the block is above the limit
+            # Most of the block is above the limit.
+            top = scores.float().topk(min(self.width, scores.shape[1]), sorted=False)
             best, places, limit = self._merged(best, places, top.values, top.indices + first, limit)
         best, places, _ = self._merged(best, places, *self._pending.take(len(users)), limit)
         missing = (0, self.width - best.shape[1])  # users who have seen almost all
@@ -389,6 +384,10 @@ class _Pending:
         self._scores[:rows, :used] = -torch.inf
         self._counts.zero_()
         return scores, places
+
+
+Find = Callable[[_Finder, Tensor, np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
+"""(finder, users (n, D), rows, items: pairs by row) -> (scores, item ids)."""
 
 
 def _of_rows(pairs: Tensor, rows: Tensor, size: int) -> Tensor:
