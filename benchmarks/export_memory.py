@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import open_log
+from recpress.data.dataset.log import SIDES, open_log
 from recpress.modules.config import TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, describe_log
@@ -47,10 +47,10 @@ def write_model(folder: Path, rows: int, dim: int) -> str:
     config = TwoTowerConfig(
         tables=TablesConfig(strategy="random", dim=dim), towers=TowersConfig(kind="mlp", hidden=(128,), dim=dim)
     )
-    sides = [SideSpec(key=side, rows=log.num_ids(side)) for side in ("user", "item")]
+    user, item = (SideSpec(key=side, rows=log.num_ids(side)) for side in SIDES)
     dense = {
         name: tensor
-        for name, tensor in TwoTower(config, *sides, tables_device="meta").state_dict().items()
+        for name, tensor in TwoTower(config, user, item, tables_device="meta").state_dict().items()
         if ".embedding_bags." not in name
     }
     manifest = {"log": describe_log(log), "config": {}, "model": describe_model(config, None, (), ())}

@@ -9,6 +9,13 @@ import torch
 from recpress.modules.frozen.kernel import HALF_SCALE_BYTES, QUANTIZED, Storage, encode_rows
 from recpress.modules.serving.tensors import Holder, LargeTensors, Stored
 
+_BITS: dict[Storage, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+
+
+def narrower(stored: Storage, wanted: Storage) -> Storage:
+    """The storage with fewer bits: a table is never served in more bits than it has."""
+    return min(stored, wanted, key=lambda storage: _BITS[storage])
+
 
 def parts_of(storage: Storage, dim: int) -> dict[str, tuple[int, torch.dtype]]:
     """Name -> (columns, dtype) of the tensors that hold the rows of a table."""

@@ -27,6 +27,7 @@ QUERIES = 500
 FLAT = 20_000
 """With fewer items faiss searches all of them."""
 _PER_LIST = 64  # vectors per list that train the lists
+_ITERATIONS = 10  # of k-means
 _MOST_LISTS = 1 << 14
 _LARGEST_EXPANSION = 1 << 13
 
@@ -113,6 +114,7 @@ def _faiss(
     if not flat:
         lists = min(_MOST_LISTS, int(4 * num_items**0.5))
         index = faiss.IndexIVFFlat(index, dim, lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.niter = _ITERATIONS
         index.train(_sample(vectors, num_items, lists * _PER_LIST))
     for block in vectors():
         index.add(block.numpy())

@@ -22,10 +22,11 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import round_up
 from recpress.modules.serving.bags import BagOutput, ServedBags, ServedTable
 from recpress.modules.serving.batch_model import PerIdLists, ServedColumn, ServedModel
+from recpress.modules.serving.rows import narrower
 from recpress.modules.serving.tower import PerId
 from recpress.trainer.artifacts.id_maps import load_maps
 from recpress.trainer.export.program import GOLDEN_ROWS, Input, Program, golden_ids
-from recpress.trainer.export.shards import SavedTable, narrower
+from recpress.trainer.export.shards import SavedTable
 from recpress.trainer.export.tensors import ProgramTensors
 from recpress.trainer.export.towers import dense_state, row_index
 from recpress.trainer.features.config import FeatureConfig, FeatureHash

@@ -16,7 +16,6 @@ from recpress.trainer.model.weights import Rectangle, shard_files
 
 BLOCK_BYTES = 8 << 20
 """Bytes of a block of rows, as float32."""
-_BITS: dict[Storage, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 
 
 class SavedTable:
@@ -100,8 +99,3 @@ class _Shard:
         if len(found) != count:
             raise InputError(f"{self.path}: ends too early")
         return found.reshape(last - first, width)
-
-
-def narrower(stored: Storage, wanted: Storage) -> Storage:
-    """The storage with fewer bits: a table is never stored in more bits than it has."""
-    return min(stored, wanted, key=lambda storage: _BITS[storage])

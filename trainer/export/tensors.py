@@ -11,6 +11,8 @@ from typing import IO
 import torch
 
 from recpress.modules.frozen.kernel import Storage
+from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.serving.row_index import RowIndex
 from recpress.modules.serving.rows import ServedRows, encoded_parts, parts_of
 from recpress.modules.serving.tensors import LargeTensors, Stored
 
@@ -34,6 +36,8 @@ class ProgramTensors:
         self.large = LargeTensors()
         self.nbytes = 0
         """Of all tensors so far."""
+        self.indexes: dict[IdMap, RowIndex] = {}
+        """The indexes of the maps so far."""
         self.tables: dict[str, dict[str, int | str]] = {}
         """Storage, rows, dimension and bytes of each table so far."""
 

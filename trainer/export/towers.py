@@ -21,13 +21,13 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import blocks, round_up
 from recpress.modules.serving.bags import ServedTable
 from recpress.modules.serving.row_index import IndexPlan, RowIndex, packed_words
-from recpress.modules.serving.rows import encoded_parts
+from recpress.modules.serving.rows import encoded_parts, narrower
 from recpress.modules.serving.tower import LookUp, PerId, ServedCounts, ServedFeature, ServedTower
 from recpress.modules.two_tower.model import SideSpec, make_side
 from recpress.modules.two_tower.towers import ResidualTower, Tower
 from recpress.trainer.artifacts.factors import FactorsArtifact
 from recpress.trainer.artifacts.id_maps import load_maps
-from recpress.trainer.export.shards import SavedTable, narrower
+from recpress.trainer.export.shards import SavedTable
 from recpress.trainer.export.tensors import Parts, ProgramTensors
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, Features, saved_config, side_spec
 
@@ -115,13 +115,15 @@ def served_factors(factors: FactorsArtifact, side: Side, tensors: ProgramTensors
 
 
 def row_index(num_ids: int, id_map: IdMap | None, tensors: ProgramTensors, name: str) -> RowIndex:
-    """How the ids of a table become rows."""
-    plan, words, weights = IndexPlan.of(num_ids, id_map), None, None
-    if id_map is not None and plan.needs_words:
-        words = tensors.add(f"{name}.map", packed_words(id_map, plan))
-    if id_map is not None and id_map.weights is not None:
-        weights = tensors.add(f"{name}.map_weights", id_map.weights)
-    return RowIndex(plan, tensors.large, words, weights)
+    """How the ids of a table become rows. Tables with the same map share it."""
+    plan = IndexPlan.of(num_ids, id_map)
+    if id_map is None:
+        return RowIndex(plan, tensors.large)
+    if id_map not in tensors.indexes:
+        words = tensors.add(f"{name}.map", packed_words(id_map, plan)) if plan.needs_words else None
+        weights = None if id_map.weights is None else tensors.add(f"{name}.map_weights", id_map.weights)
+        tensors.indexes[id_map] = RowIndex(plan, tensors.large, words, weights)
+    return tensors.indexes[id_map]
 
 
 class _Side:

@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from recpress.trainer.plan.config import ClusterConfig
+from recpress.trainer.plan.export_size import export_bytes
 from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.memory import Place, gib, peaks
 from recpress.trainer.plan.meta_model import MetaTowers, tables_of
@@ -56,6 +57,7 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
         )
     if job.network.negatives.reject_positives != "no" and not job.rows:
         print("\nnot counted: 8 bytes per interaction on every rank if positives are rejected; set --rows")
+    print(f"\nrecpress export, with its default storage (int8): {gib(export_bytes(job, model))} GiB")
     print(f"\n{'fits' if need.problem is None else 'DOES NOT FIT: ' + need.problem}")
     if compared:
         print(f"\nThe same run with other tables, GiB; the smallest number of {unit}s in whole nodes")

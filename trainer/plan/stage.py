@@ -11,6 +11,7 @@ from recpress.modules.config import TwoTowerConfig
 from recpress.trainer.config import network_for
 from recpress.trainer.distributed.process_group import silence_library_warnings
 from recpress.trainer.plan.config import ClusterConfig, PlanConfig
+from recpress.trainer.plan.export_size import export_bytes
 from recpress.trainer.plan.job import Job, job_of
 from recpress.trainer.plan.memory import peaks
 from recpress.trainer.plan.meta_model import MetaTowers, activation_bytes, tables_of
@@ -38,6 +39,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "lines": [asdict(line) for line in need.lines],
         "peaks": {place: peaks(need.lines, place) for place in ("device", "host")},
         "tables": layout_rows(model, need),
+        "export_bytes": export_bytes(job, model),
         "variants": {name: row for name, (row, _) in compared.items()},
     }
     show(job, model, need, compared)

@@ -16,6 +16,8 @@ from recpress.trainer.config import EvaluationConfig
 from recpress.trainer.export.config import ExportConfig
 from recpress.trainer.export.loader import load
 from recpress.trainer.export.stage import export
+from recpress.trainer.plan.config import PlanConfig
+from recpress.trainer.plan.stage import plan
 from recpress.trainer.train.stage import train
 from tests.ranks import run_on_ranks
 from tests.trainer.export.models import (
@@ -158,6 +160,20 @@ def test_vocabularies_and_item_vectors_have_raw_ids(exported, log):
     assert items["raw"].to_pylist() == open_log(log).vocabulary("item")["raw"].to_pylist()
     vectors = torch.tensor(items["vector"].to_pylist())
     assert distance(vectors, exported_vectors(exported)["item"]) < 1e-6
+
+
+def test_plan_predicts_the_size(log, factors, tmp_path):
+    maps = {"user": random_map(USERS, 30, 2, weighted=True), "item": random_map(ITEMS, 40)}
+    for hashed in (None, write_maps(log, tmp_path / "maps", maps)):
+        run = two_tower(log, tmp_path / f"model{hashed is None}", factors, "frozen+residual", hash=hashed)
+        train(run)
+        out = tmp_path / f"export{hashed is None}"
+        export(ExportConfig(model=run.out, out=str(out), index="none"))
+        planned = plan(PlanConfig(data=log, factors=factors, hash=hashed, model=run.model))["export_bytes"]
+        programs = json.loads((out / "manifest.json").read_text())["programs"].values()
+        towers = torch.load(Path(run.out) / "weights" / "dense.pt", weights_only=True)
+        dense = sum(tensor.nbytes for name, tensor in towers.items() if "_counts." not in name)
+        assert planned == pytest.approx(dense + sum(program["bytes"] for program in programs), rel=0.05)
 
 
 def test_random_tables_and_multilayer_towers(log, tmp_path):
