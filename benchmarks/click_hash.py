@@ -107,7 +107,8 @@ def main() -> None:
                 )
             found = json.loads((out / "result.json").read_text(encoding="utf-8"))["bytes"]["methods"]
             full = next(method for method in found if method["key"] == "full")
-            rows += [row(share, full, method) for method in sorted(found, key=lambda m: (m["place"] or "0").zfill(4))]
+            others = sorted((row(share, full, m) for m in found if m is not full), key=lambda r: -r["AUC"])
+            rows += [row(share, full, full), *others]
     publish(
         "A DLRM of clicks with fewer bytes of tables",
         rows,

@@ -216,8 +216,6 @@ class ClickConfig:
     """Their layers; `dlrm` has no cross layers."""
     dim: int = 16
     """Dimension of all tables."""
-    label_threshold: float | None = None
-    """Labels from here on are 1, others 0; by default labels must be 0 or 1."""
     epochs: int = 5
     """Maximum of passes over train."""
     patience: int = 1
@@ -236,8 +234,6 @@ class ClickConfig:
         for name in ("learning_rate", "table_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"click.{name}: {getattr(self, name)}, expected a positive number")
-        if self.label_threshold is not None and not math.isfinite(self.label_threshold):
-            raise InputError(f"click.label_threshold is {self.label_threshold}, expected a finite number")
 
     def network_of(self, model: str) -> DLRMConfig:
         """The options of a model."""
@@ -260,7 +256,7 @@ class CompareHashConfig:
     schema: Schema = field(default_factory=Schema)
     synth: SynthConfig = field(default_factory=SynthConfig)
     methods: tuple[str, ...] = ()
-    """Methods; default: all of the backbone. `learned-2`: learned with two weighted rows per id."""
+    """Methods; default: all of the backbone. `learned-2`: learned with two rows per id."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed has its own factorization, or full tables, and its own maps."""
     share: float = 0.2
@@ -280,6 +276,8 @@ class CompareHashConfig:
     lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
     click: ClickConfig = field(default_factory=ClickConfig)
     """`dlrm`, `dcn-v2`."""
+    label_threshold: float | None = None
+    """`dlrm`, `dcn-v2`: labels from here on are 1, others 0; by default labels must be 0 or 1."""
     features: Suppress[Mapping[str, FeatureConfig]] = field(default_factory=dict)
     """`dlrm`, `dcn-v2`: the features, from a TOML file; empty: all columns of the schema."""
     checkpoints: str | None = None
@@ -329,6 +327,8 @@ class CompareHashConfig:
         object.__setattr__(self, "methods", self.methods or (CLICK_METHODS if self.of_clicks else HASH_METHODS))
         if unknown := [name for name in self.methods if name not in known]:
             raise InputError(f"methods: {unknown[0]!r}, expected some of {', '.join(known)} with {self.backbone}")
+        if self.label_threshold is not None and not math.isfinite(self.label_threshold):
+            raise InputError(f"label_threshold is {self.label_threshold}, expected a finite number")
         if self.features and not self.of_clicks:
             raise InputError(f"features: backbone {self.backbone} has users and items only, expected dlrm or dcn-v2")
         if not self.equal_rows and not self.of_clicks:

@@ -80,7 +80,7 @@ class _Clicks:
             chosen_schema(config.schema),
             config.features,
             dim=clicks.dim,
-            threshold=clicks.label_threshold,
+            threshold=config.label_threshold,
         )
         self.trainer = Trainer(config.backbone, self.log, clicks, config.metric)
         inputs = self.trainer.inputs
@@ -115,8 +115,8 @@ class _Clicks:
                             self._choose(budget, method, trained, full)
                         elif method in self.runs[budget]:
                             self._test(budget, method, seed, trained, full)
-        if not any(len(found) > 1 for found in self.runs.values()):
-            raise InputError(f"no method can use this budget: {next(iter(self.excluded.values()))}")
+                if not any(len(found) > 1 for found in self.runs.values()):
+                    raise InputError(f"no method can use this budget: {next(iter(self.excluded.values()))}")
         return self._result(budgets)
 
     def _full(self, seed: int, runs: _Runs) -> tuple[Trained, Full]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recpress.trainer.compare.click.tables import IdTable, embedding
+from recpress.trainer.compare.click.tables import IdTable
 
 PRIME = 2038074743
 
@@ -25,15 +25,16 @@ class RobeArray(nn.Module):
         if dim % block or size < block:
             raise ValueError(f"blocks of {block} in an array of {size} numbers for vectors of {dim}")
         self.size, self.block, self.dim = size, block, dim
-        self.numbers = embedding(size, 1, dim**-0.5)
+        self.numbers = nn.Parameter(torch.empty(size).uniform_(-(dim**-0.5), dim**-0.5))
         self.a, self.b, self.c = np.random.default_rng(seed).integers(1, PRIME, 3).tolist()
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """(n,) int64 -> (n, dim)."""
         blocks = torch.arange(self.dim // self.block)
         start = (keys[:, None] * self.a % PRIME + blocks * self.b + self.c) % PRIME % self.size
-        positions = (start[:, :, None] + torch.arange(self.block)) % self.size
-        return self.numbers(positions).view(len(keys), self.dim)
+        positions = (start[:, :, None] + torch.arange(self.block)).flatten()
+        positions = torch.where(positions < self.size, positions, positions - self.size)
+        return self.numbers.index_select(0, positions).view(len(keys), self.dim)
 
 
 class RobeTable(IdTable):

@@ -130,6 +130,12 @@ def test_parts_that_a_log_does_not_have_are_held_out_of_train(tmp_path):
     assert 150 < len(log.val) < 250 > len(log.test) > 150
 
 
+def test_a_budget_that_no_method_can_use_is_refused(clicks, tmp_path):
+    little = {"methods": ("learned-2",), "rows": 4, "equal_rows": False}
+    with pytest.raises(InputError, match="no method can use this budget: does not fit"):
+        compare_hash(config(clicks, tmp_path / "out", click=replace(CLICK, epochs=1), **little))
+
+
 def test_a_log_of_one_label_is_refused(tmp_path):
     log = tmp_path / "log"
     log.mkdir()
@@ -148,6 +154,7 @@ def test_a_log_of_one_label_is_refused(tmp_path):
         ({"backbone": "als", "equal_rows": False}, "equal_rows: backbone als"),
         ({"equal_rows": False, "equal_bytes": False}, "at least one ranking"),
         ({"metric": "Recall@10"}, "expected one of AUC, LogLoss, NE"),
+        ({"label_threshold": float("nan")}, "label_threshold is nan"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(tmp_path, change, message):
