@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recpress.data.errors import InputError
-from recpress.modules.frozen.kernel import Storage, decode_rows
+from recpress.modules.frozen.kernel import QUANTIZED, Storage, decode_rows, row_bytes
 from recpress.modules.serving.rows import encoded_parts, parts_of_encoded
 from recpress.trainer.export.tensors import Parts
 from recpress.trainer.model.weights import Rectangle, shard_files
@@ -34,6 +34,10 @@ class SavedTable:
         self.folder, self.storage, self.rows, self.dim = folder, storage, rows, dim
         self._shards = [_Shard(rectangle, path) for rectangle, path in shard_files(folder)]
         self._width = max(shard.columns[1] for shard in self._shards)
+        width = row_bytes(storage, dim) if storage in QUANTIZED else dim
+        if self._width != width:
+            hint = "; rows of int8 and int4 that are sharded by column cannot be exported" * (storage in QUANTIZED)
+            raise InputError(f"{folder}: rows of {self._width} values, expected {width} of {storage} x {dim}{hint}")
         covered = sum(shard.size for shard in self._shards)
         if covered != rows * self._width:
             raise InputError(f"{folder}: holds {covered:,} of the {rows * self._width:,} values of {rows:,} rows")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from recpress.modules.frozen.kernel import Storage, row_bytes
 from recpress.modules.serving.rows import narrower
 from recpress.trainer.plan.job import Job, SideShape
@@ -18,7 +20,8 @@ def export_bytes(job: Job, model: MetaTowers, storage: Storage = "int8") -> int:
         if table.table == f"{table.side}_count":
             total += 4 * (table.rows + 1)
         else:
-            total += row_bytes(narrower(table.storage or "fp32", storage), table.width) * (table.rows + 1)
+            stored = cast(Storage, table.storage or "fp32")
+            total += row_bytes(narrower(stored, storage), table.width) * (table.rows + 1)
     return total + sum(_per_id(side, model.counted) for side in (job.user, job.item))
 
 

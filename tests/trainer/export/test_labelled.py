@@ -1,6 +1,7 @@
 """`recpress export` of models of labels: a DLRM, a DCN-v2 and a model of one's own give the trainer's predictions."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from recpress.data.config import Schema, StreamConfig
 from recpress.data.dataset.parquet_split import iter_row_groups
 from recpress.trainer.cli import main
 from recpress.trainer.export.config import ExportConfig
-from recpress.trainer.export.loader import load
+from recpress.trainer.export.loader import _checked, load
 from recpress.trainer.export.stage import export
 from recpress.trainer.features.config import FeatureConfig, FeatureHash
 from recpress.trainer.model.config import DCNConfig, DLRMConfig
@@ -133,10 +134,35 @@ def test_programs_give_the_predictions_of_the_trainer(shop, factors, factory, mo
         assert main(["export", "--model", str(tmp_path / "model"), "--out", out]) == 2
         assert f"pass --factory {factory}" in capfd.readouterr().err
     for storage, tolerance in (("fp32", 1e-5), ("int8", 1e-2))[: 1 + (factory == "dlrm")]:
-        out = str(tmp_path / storage)
-        export(ExportConfig(model=str(tmp_path / "model"), out=out, storage=storage, factory=factory if own else ""))
-        program = load(out, "model")
+        out, aot = str(tmp_path / storage), storage == "int8" and shutil.which("g++") is not None
+        settings = {"storage": storage, "aot": aot, "factory": factory if own else ""}
+        export(ExportConfig(model=str(tmp_path / "model"), out=out, **settings))
         spec = json.loads((Path(out) / "manifest.json").read_text())["programs"]["model"]
         given = log_columns(shop)
-        found = program({part["name"]: given[part["name"]] for part in spec["inputs"]})
-        assert float((found - expected).abs().max()) < tolerance
+        for compiled in (False, True)[: 1 + aot]:
+            found = load(out, "model", aot=compiled)({part["name"]: given[part["name"]] for part in spec["inputs"]})
+            assert float((found - expected).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [([1, 1], "adds up to 2, but there are 3 values"), ([3], "has 1 rows, other inputs 2")],
+)
+def test_lists_that_do_not_fit_are_refused(lengths, message):
+    spec = {
+        "inputs": [
+            {"name": "user_id", "dtype": "int64", "shape": ["batch"]},
+            {"name": "history.values", "dtype": "int64", "shape": ["history"]},
+            {"name": "history.lengths", "dtype": "int64", "shape": ["batch"], "values": "history"},
+        ],
+        "max": {"batch": 8, "history": 8},
+    }
+    with pytest.raises(ValueError, match=message):
+        _checked("model", spec, [torch.tensor([0, 1]), torch.tensor([4, 5, 6]), torch.tensor(lengths)])
+
+
+def test_a_model_of_labels_has_no_index(shop, tmp_path, capfd):
+    train_model(config(shop, tmp_path / "model", "dlrm", DLRMConfig(), {}))
+    arguments = ["export", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--index", "faiss"]) == 2
+    assert "has no item vectors" in capfd.readouterr().err
