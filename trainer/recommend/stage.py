@@ -299,8 +299,8 @@ class _Blocks:
             seen: (number of seen items of each, these items).
             index: proposes the items; by default all are considered.
         """
-        nothing = [np.zeros(len(ids), np.int64), np.empty(0, np.int32)]
-        lists: list[np.ndarray] = list(seen) if seen is not None else nothing
+        nothing: list[np.ndarray] = [np.zeros(len(ids), np.int64), np.empty(0, np.int32)]
+        lists = nothing if seen is None else [*seen]
         vectors = self._user_vectors(ids)
         if index is not None:
             lists = index.search(vectors[: len(ids)], lists[0], lists[1], self.k)
