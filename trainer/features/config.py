@@ -85,6 +85,11 @@ class FeatureConfig:
             raise InputError(f'{where}.boundaries: expected kind = "bucketized" and ascending numbers')
         if self.storage != "fp32" and not self.frozen:
             raise InputError(f"{where}.storage is {self.storage}: only frozen rows are stored in fewer bits")
+        if self.storage in ("int8", "int4") and self.sharding == "column_wise":
+            raise InputError(
+                f"{where}.sharding: rows of {self.storage} are stored whole and cannot be sharded by column; "
+                "expected table_wise or row_wise"
+            )
         if self.hash is not None and self.hash.rows < 1:
             raise InputError(f"{where}.hash.rows is {self.hash.rows}, expected at least 1")
         if self.hash is not None and self.hash.rows_per_id:

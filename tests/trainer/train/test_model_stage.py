@@ -114,7 +114,7 @@ def _run(data, out, factors):
     if factors is None:
         return config(data, out, epochs=3)
     features = {
-        "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), storage="int8", sharding="column_wise"),
+        "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), sharding="row_wise"),
         "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20)),
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
@@ -228,6 +228,11 @@ BAD = {
         {"item_id": FeatureConfig(hash=FeatureHash(rows=41))},
         {},
         "table 'item_id': hash.rows is 41, but the table has 40 ids",
+    ),
+    "layout": (
+        {"user_id": FeatureConfig(frozen="f", storage="int8", sharding="column_wise")},
+        {},
+        "features.user_id.sharding: rows of int8 .* cannot be sharded by column",
     ),
     "labels": ({}, {"schema": Schema(label="stars")}, "'stars'.*expected .*0.*1"),
     "one label": (
