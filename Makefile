@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 SET ?= cpu
+WORKERS ?= 2
 .PHONY: help install install-dev demo test test-fast test-cluster fuzz lint format docs lock wheel image clean
 
 help:            ## this list
@@ -18,8 +19,8 @@ install-dev:     ## the same, with the tools for tests, lint and docs
 demo: install    ## the main job on a synthetic log: table on the terminal, report page in runs/demo
 	$(BIN)/recpress compare cadc --config benchmarks/recipes/demo.toml
 
-test: install-dev lint  ## lint and tests
-	$(BIN)/python -m pytest
+test: install-dev lint  ## lint and tests, on WORKERS=2 processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: install-dev  ## the tests of one process that train no model, in under 3 minutes
 	$(BIN)/python -m pytest -m "not cluster and not slow"
