@@ -19,8 +19,10 @@ install-dev:     ## the same, with the tools for tests, lint and docs
 demo: install    ## the main job on a synthetic log: table on the terminal, report page in runs/demo
 	$(BIN)/recpress compare cadc --config benchmarks/recipes/demo.toml
 
+# The benchmarks fork, which a process whose libraries have threads must not do: first, and in a process of their own.
 test: install-dev lint  ## lint and tests, on WORKERS=2 processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests/benchmarks
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/benchmarks
 
 test-fast: install-dev  ## the tests of one process that train no model, in under 3 minutes
 	$(BIN)/python -m pytest -m "not cluster and not slow"

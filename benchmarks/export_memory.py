@@ -1,13 +1,13 @@
-"""Peak memory of `recpress export` for a model whose tables are shards of two ranks.
+"""How much memory does `recpress export` take for a model whose tables are shards of two ranks?
 
-python -m benchmarks.export_memory --rows 10000000 --dim 64
+Takes 30 s small, 5 minutes full, alone on two cores.
+
+    python benchmarks/export_memory.py --rows 10000000 --dim 64 --out runs/export-memory.json
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -20,12 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from recpress.benchmarks.common import arguments, publish, settings_of
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, open_log
 from recpress.modules.config import TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, describe_log
 from recpress.trainer.model.two_tower import WEIGHTS, describe_model
+
+SMALL = ("--rows", "200000", "--dim", "16")
+FULL = ("--rows", "10000000")
 
 RANKS, ITEMS = 2, 10_000
 RUN = """
@@ -74,7 +78,7 @@ def write_model(folder: Path, rows: int, dim: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--storage", default="int8")
@@ -82,18 +86,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="export-memory-") as name:
         folder = Path(name)
         model = write_model(folder, options.rows, options.dim)
-        arguments = ["export", "--model", model, "--out", str(folder / "export"), "--index", "none"]
+        words = ["export", "--model", model, "--out", str(folder / "export"), "--index", "none"]
         start = time.monotonic()
-        command = [sys.executable, "-c", RUN, *arguments, "--storage", options.storage]
+        command = [sys.executable, "-c", RUN, *words, "--storage", options.storage]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         seconds, peak = time.monotonic() - start, 1024 * int(said[-1])
         share = 4 * options.rows * options.dim // RANKS
         size = sum(file.stat().st_size for file in (folder / "export").rglob("*") if file.is_file())
         result = {
-            **vars(options), "seconds": seconds, "peak": peak, "share": share, "limit": share + 200 * 10**6,
-            "export": size, "load": os.getloadavg()[0],
+            "rows": options.rows, "storage": options.storage, "seconds": seconds, "peak MB": peak / 1e6,
+            "share of a rank MB": share / 1e6, "export MB": size / 1e6, "load": os.getloadavg()[0],
         }  # fmt: skip
-        print(json.dumps(result))
+        publish(str(__doc__).splitlines()[0], [result], out=options.out, settings=settings_of(vars(options)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Rows per second of the programs of an export: of torch.export in eager mode, and compiled by AOTInductor.
+"""How many rows per second do the programs of an export take in eager mode, and compiled by AOTInductor?
 
-recpress export --model MODEL --out EXPORT --aot && python -m benchmarks.export_speed EXPORT
+Needs an export: recpress export --model MODEL --out EXPORT --aot
+
+    python benchmarks/export_speed.py --export EXPORT --out runs/export-speed.json
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from recpress.benchmarks.common import arguments, publish, settings_of
 from recpress.trainer.export.loader import load
 
+NEEDS = "an export: --export FOLDER"
 SECONDS = 3.0
 
 
@@ -31,21 +34,23 @@ def per_second(program: Callable[..., torch.Tensor], inputs: dict[str, torch.Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("export")
+    parser = arguments(__doc__)
+    parser.add_argument("--export", required=True, help="folder of an export with --aot")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = Path(options.export)
     golden = torch.load(folder / "golden.pt", weights_only=True)
+    results = []
     for name in json.loads((folder / "manifest.json").read_text())["programs"]:
         times = -(-options.batch // len(golden[name]["output"]))
         inputs = {key: tensor.repeat(times) for key, tensor in golden[name]["inputs"].items()}
         rows = times * len(golden[name]["output"])
         eager, compiled = (per_second(load(folder, name, aot=aot), inputs, rows) for aot in (False, True))
-        result = {"program": name, "rows": rows, "eager": eager, "compiled": compiled, "speed-up": compiled / eager}
-        print(json.dumps({**result, "threads": options.threads, "load": os.getloadavg()[0]}))
+        result = {"program": name, "eager, rows/s": eager, "compiled, rows/s": compiled, "faster": compiled / eager}
+        results.append({**result, "load": os.getloadavg()[0]})
+    publish(str(__doc__).splitlines()[0], results, out=options.out, settings=settings_of(vars(options)))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class Schema:
         sizes: dict[str, int] = {}
         for entry in self.hashed:
             name, _, size = entry.rpartition("=")
+            if not name or "=" in name or "," in name:
+                raise InputError(f"schema.hashed: {entry!r}; expected COLUMN=IDS, one entry per column")
             if not (size.isascii() and size.isdigit() and 0 < int(size) <= MOST_HASHED):
                 raise InputError(f"schema.hashed: {entry!r}; expected COLUMN=IDS, with 1 to {MOST_HASHED:,} ids")
             if name in (self.label, self.time, *self.floats):

@@ -93,15 +93,18 @@ def check_type(column: Column, schema: pa.Schema, where: str) -> None:
     if len(found) != 1:
         names = ", ".join(schema.names)
         many = f"{len(found)} columns" if found else "no column"
-        raise InputError(f"{where}: {many} '{column.name}'; expected {_EXPECTED[column.role]}, found {names}")
+        raise InputError(f"{where}: {many} '{column.name}'; expected {_expected(column)}, found {names}")
     kind = schema.field(found[0]).type
     if not _fits(column, kind):
-        expected, advice = _EXPECTED[column.role], ""
-        if column.hashed:
-            expected = expected.replace("integers", "integers, text or bytes")
-        elif column.role in ("id", "ids", "categorical"):
+        advice = ""
+        if column.role in ("id", "ids", "categorical") and not column.hashed:
             advice = "; `recpress ingest` numbers other ids, and --schema.hashed hashes them"
-        raise InputError(f"{where}, column '{column.name}': type {kind}; expected {expected}{advice}")
+        raise InputError(f"{where}, column '{column.name}': type {kind}; expected {_expected(column)}{advice}")
+
+
+def _expected(column: Column) -> str:
+    expected = _EXPECTED[column.role]
+    return expected.replace("integers", "integers, text or bytes") if column.hashed else expected
 
 
 def _fits(column: Column, kind: pa.DataType) -> bool:
@@ -238,7 +241,7 @@ def decode(column: Column, data: pa.ChunkedArray, where: str) -> np.ndarray | Ja
         return _decode_lists(column, array, where)
     if array.null_count and column.role != "float":
         row = int(np.argmax(pc.is_null(array).to_numpy(zero_copy_only=False)))
-        raise InputError(f"{where}, row {row}: null; expected {_EXPECTED[column.role]}")
+        raise InputError(f"{where}, row {row}: null; expected {_expected(column)}")
     if column.hashed:
         return hash_ids(array, column.limit or 1)
     if column.role in ("id", "categorical"):

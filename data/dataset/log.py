@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 
 from recpress.data.config import Schema
 from recpress.data.dataset import artifact
-from recpress.data.dataset.columns import Column, is_dense
+from recpress.data.dataset.columns import Column, is_dense, is_list
 from recpress.data.dataset.files import (
     INGEST_HINT,
     expand,
@@ -37,6 +37,7 @@ from recpress.data.dataset.files import (
     split_glob,
     walk,
 )
+from recpress.data.dataset.hashed_ids import raw_kind
 from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups, largest_id, open_split, read_whole
 from recpress.data.dataset.partitions import is_partition, partition_root
 from recpress.data.dataset.schema import check_raw_kinds, common_time
@@ -121,7 +122,10 @@ class Log:
         read = self.train.columns.get(column)
         if read is None or not read.hashed:
             return None
-        return hashlib.sha256(f"raw ids hashed into {read.limit}".encode()).hexdigest()[:32]
+        schema = next(file.schema for file in self.train.files if file.metadata)
+        kind = schema.field(column).type
+        kind = raw_kind(kind.value_type if is_list(kind) else kind)  # 7 and "7" have different hashes
+        return hashlib.sha256(f"raw {kind} hashed into {read.limit}".encode()).hexdigest()[:32]
 
     def features(self, side: Side) -> pa.Table | None:
         """Side table of the users or the items, row k is dense id k; None if there is none."""
@@ -130,6 +134,11 @@ class Log:
         name = f"{side}s.parquet"
         if name not in list_folder(self.filesystem, self.root):
             return None
+        if self.hash_fingerprint(self.column(side)) is not None:
+            raise InputError(
+                f"{self.root}/{name}: row k is of dense id k, but --schema.hashed hashes the {side}s; expected a log "
+                "that `recpress ingest` numbered, or no such file"
+            )
         return self._side_table(name, side)
 
     @property

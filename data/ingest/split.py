@@ -64,6 +64,12 @@ def leave_one_out(
         raise InputError(f"{log.path}: the last interaction needs a time column; name it in the schema (schema.time)")
     if negatives < 0:
         raise InputError(f"negatives is {negatives}; expected at least 0")
+    if negatives and log.schema.hashed:  # positions of the hash would be written, and hashed again when they are read
+        raise InputError(
+            f"{log.path}: its ids are hashed while they are read, so that raw ids of negatives are not known; expected "
+            "no negatives, which ranks all items (--negatives 0, --evaluation.protocol full), or a log that `recpress "
+            "ingest` numbered"
+        )
     settings = {"log": log.path, "by": by, "seed": seed, "negatives": negatives, "max_users": max_users}
     own = {"made_by": "leave_one_out", "config": settings}
     meta: dict[str, Any] = {}

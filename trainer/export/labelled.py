@@ -172,14 +172,20 @@ class _Saved:
             elif feature.kind in ("float", "bucketized"):
                 found.setdefault(column, Input(column, torch.float32, "numbers as in the log; NaN if missing"))
             elif feature.kind == "id":
-                found.setdefault(column, Input(column, torch.int64, "dense ids"))
+                found.setdefault(column, Input(column, torch.int64, self._ids(column)))
             else:
                 last = f"; the last {feature.config.max_length} of a list count" if feature.config.max_length else ""
-                values = Input(f"{column}.values", torch.int64, f"dense ids of all lists{last}", size=column)
+                values = Input(f"{column}.values", torch.int64, f"{self._ids(column)} of all lists{last}", size=column)
                 lengths = Input(f"{column}.lengths", torch.int64, "length of each list", values=column)
                 found.setdefault(values.name, values)
                 found.setdefault(lengths.name, lengths)
         return list(found.values())
+
+    def _ids(self, column: str) -> str:
+        read = self.log.train.columns[column]
+        if not read.hashed:
+            return "dense ids"
+        return f"raw ids as recpress.data.dataset.hashed_ids.hash_ids maps them to {read.limit}"
 
     def golden(self, inputs: list[Input]) -> list[torch.Tensor]:
         """Random values for the inputs, with unknown ids, missing numbers and empty lists."""

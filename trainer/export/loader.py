@@ -79,7 +79,10 @@ def _checked(name: str, spec: dict[str, Any], given: Sequence[Any]) -> Sequence[
             raise ValueError(f"{where} has {size} values, expected at most {most}; split the batch")
     for part in wanted:
         if part["shape"][0] == "batch" and part.get("values"):
-            total, size = int(given[wanted.index(part)].sum()), sizes[part["values"]]
+            lengths = given[wanted.index(part)]
+            if lengths.numel() and int(lengths.min()) < 0:
+                raise ValueError(f"{name}: input {part['name']!r} has a negative length")
+            total, size = int(lengths.sum()), sizes[part["values"]]
             if total != size:
                 raise ValueError(f"{name}: input {part['name']!r} adds up to {total}, but there are {size} values")
     return given

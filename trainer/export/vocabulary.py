@@ -28,7 +28,9 @@ def write_vocabularies(log: Log, folder: Path) -> dict[str, Any]:
             found[column] = {**entry, "side": side, "fingerprint": log.vocabulary_fingerprint(side)}
     for column, known in ((log.manifest or {}).get("features") or {}).items():
         if name := known.get("vocabulary"):
-            found[column] = _write(folder, column, read_whole(log.filesystem, f"{log.root}/{name}"))
+            number = len(found)  # a column may have any name, of another vocabulary or with a slash
+            table = read_whole(log.filesystem, f"{log.root}/{name}")
+            found[column] = _write(folder, f"feature-{number}", table)
     return found
 
 

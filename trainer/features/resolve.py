@@ -328,6 +328,10 @@ class _Tables:
                 raise InputError(f"table '{name}': features that share it have another {option} ({each}); expected one")
             return values[0] if values else default
 
+        if "." in name:  # a table is a module, whose name has no dots
+            raise InputError(
+                f"table '{name}': its name has a dot; expected another name in features.'{features[0].name}'.table"
+            )
         folder, side = one("frozen", None), None
         factors = self.factors[folder] if folder else None
         ids = max(self._num_ids(feature) for feature in features)

@@ -96,7 +96,7 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
                 column = data[name]
                 ids = column if isinstance(column, np.ndarray) else column.values
                 largest = int(ids.max(initial=-1))
-                if not is_dense(largest, log.train.num_rows):
+                if log.hash_fingerprint(name) is None and not is_dense(largest, log.train.num_rows):
                     raise InputError(
                         f"{log.path}, column '{name}': id {largest} in a log of {log.train.num_rows} rows; expected "
                         "dense ids, numbered from 0; run `recpress ingest`, which numbers raw ids"

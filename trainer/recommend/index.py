@@ -45,6 +45,9 @@ class ExportIndex:
         self.file = artifact.fetch(path, manifest, self.entry["file"]) / self.entry["file"]
         if not self.file.is_file():
             raise InputError(f"{self.file}: missing; expected the index of the export")
+        known = {entry["name"]: entry["fingerprint"] for entry in manifest["contents"]}
+        if artifact.fingerprint(self.file) != known.get(self.entry["file"]):
+            raise InputError(f"{self.file}: changed since the export; expected the index that it wrote")
         self.nbytes = self.file.stat().st_size
         self._index: Any = None
 

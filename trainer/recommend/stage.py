@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import Log
+from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.trainer.artifacts.factors import FACTORS, check_vocabulary, claimed, describe_log, fingerprints_of
 from recpress.trainer.config import chosen_schema
@@ -79,6 +79,12 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
     log = open_on_all_ranks(path, chosen_schema(config.schema), skip=False)
     users, items, index = None, None, None
     with raise_on_all_ranks():
+        for side in SIDES:
+            if log.hash_fingerprint(log.column(side)) is not None:
+                raise InputError(
+                    f"{path}: its {side}s are hashed while they are read, so raw ids are not known; expected "
+                    "a log that `recpress ingest` numbered"
+                )
         _check(config, manifest, log)
         index = ExportIndex(config.index, manifest) if config.index is not None else None
         items = _raw_items(log)
@@ -120,7 +126,7 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
         how = f"; recall {made['index']['recall']:.4f} against exact search" if "index" in made else ""
         unknown = f"; users that are not in the log: {facts['unknown']:,} ({UNKNOWN})" if facts.get("unknown") else ""
         took = format_seconds(time.monotonic() - began)
-        print(f"{config.out}: {config.k:,} items for each of {len(users):,} users, {took}{how}{unknown}")
+        print(f"{config.out}: up to {config.k:,} items per user, users: {len(users):,}, {took}{how}{unknown}")
     return {"users": facts, "parts": len(sizes), **made}
 
 
@@ -325,7 +331,7 @@ class _Blocks:
         for row in range(len(ids)):
             hits[row] = torch.isin(exact[row], found[row]) & present[row]
         sums = all_reduce(torch.tensor([int(hits.sum()), int(present.sum()), len(ids)])).tolist()
-        return sums[0] / max(1, sums[1]), sums[2]
+        return sums[0] / sums[1] if sums[1] else 1.0, sums[2]
 
     def _user_vectors(self, ids: np.ndarray) -> Tensor:
         """(CHUNK, D) float32; rows beyond the users are zero. Every call has the same shape, as in `evaluate`."""

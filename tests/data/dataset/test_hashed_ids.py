@@ -9,6 +9,7 @@ from recpress.data.config import Schema, StreamConfig
 from recpress.data.dataset.hashed_ids import hash_ids, shared_ids
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
+from recpress.data.ingest.split import leave_one_out
 from recpress.data.stream.keyed import KeyedBatches
 from recpress.data.stream.loader import InteractionStream
 
@@ -109,6 +110,8 @@ def test_a_stream_of_raw_ids(tmp_path):
     ("hashed", "words"),
     [
         (("user",), "COLUMN=IDS"),
+        (("user=5,item=5",), "one entry per column"),
+        (("=5",), "one entry per column"),
         (("user=0",), "1 to"),
         (("user=5", "user=6"), "twice"),
         (("label=5",), "no column of ids"),
@@ -139,3 +142,38 @@ def test_one_kind_of_ids_in_all_files_and_parts(tmp_path):
     (tmp_path / "train-1.parquet").rename(tmp_path / "test.parquet")
     with pytest.raises(InputError, match=r"test\.parquet.*int64.*string"):
         open_log(tmp_path, schema)
+
+
+def test_what_writes_raw_ids_is_refused(tmp_path):
+    """Positions of the hash, written as raw ids, would be hashed again when they are read."""
+    users = np.arange(40) % 8
+    (tmp_path / "log").mkdir()
+    _write(tmp_path / "log" / "train.parquet", users, np.arange(40))
+    log = open_log(tmp_path / "log", Schema(user="user", item="item", hashed=("user=30", "item=90")))
+    with pytest.raises(InputError, match=r"negatives are not known.*ingest"):
+        leave_one_out(log, str(tmp_path / "out"), by="random", negatives=5)
+    assert not (tmp_path / "out").exists()
+    leave_one_out(log, str(tmp_path / "out"), by="random", negatives=0)
+    again = open_log(tmp_path / "out")
+    assert again.schema.hashed == log.schema.hashed
+    read = [part.read(part.groups[0], ["user"])["user"] for part in (again.train, again.test)]
+    assert sorted(np.concatenate(read)) == sorted(hash_ids(pa.array(users), 30))
+
+
+def test_side_tables_are_of_dense_ids(tmp_path):
+    _write(tmp_path / "train.parquet", [1, 2], [3, 4])
+    pq.write_table(pa.table({"age": [1, 2, 3]}), tmp_path / "users.parquet")
+    log = open_log(tmp_path, Schema(user="user", item="item", hashed=("user=3",)))
+    with pytest.raises(InputError, match=r"users\.parquet.*dense id"):
+        log.features("user")
+    assert log.features("item") is None
+
+
+def test_integers_and_text_are_other_vocabularies(tmp_path):
+    prints = []
+    for name, user in (("int", [1, 2]), ("text", ["1", "2"]), ("bytes", [b"1", b"2"])):
+        (tmp_path / name).mkdir()
+        _write(tmp_path / name / "train.parquet", user, [3, 4])
+        log = open_log(tmp_path / name, Schema(user="user", item="item", hashed=("user=3",)))
+        prints.append(log.vocabulary_fingerprint("user"))
+    assert prints[0] != prints[1] == prints[2]

@@ -17,7 +17,7 @@ from recpress.data.errors import InputError
 from recpress.modules.als.factors import RowBlocks
 from recpress.trainer.distributed.collectives import all_gather, all_reduce, rank_and_world
 from recpress.trainer.evaluate import heldout as ho
-from recpress.trainer.evaluate.ranking import _ItemShard, evaluate_full, evaluate_sampled, vectors_from_factors
+from recpress.trainer.evaluate.ranking import ItemShard, evaluate_full, evaluate_sampled, vectors_from_factors
 from tests.fake_cuda import CUDA, cuda_ids, fake_cuda
 from tests.ranks import run_on_ranks
 
@@ -222,7 +222,7 @@ def test_on_cuda_scores_do_not_mix_devices(monkeypatch):
     monkeypatch.setattr("recpress.trainer.evaluate.ranking._PAIRS_ON_DEVICE", 4)
     with fake_cuda():
         monkeypatch.setattr(torch.Tensor, "nonzero", lambda tensor, as_tuple: (cuda_ids(9), cuda_ids(9)))
-        items = object.__new__(_ItemShard)
+        items = object.__new__(ItemShard)
         items.vectors, items.start, items.stop, items.chunk = torch.empty(60, 8, device=CUDA), 0, 53, 20
         users = torch.empty(5, 8, device=CUDA)
         rows, wanted = np.array([0, 0, 3]), np.array([52, 3, 9])
