@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_when_the_time_is_over_what_is_known_is_written(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "out" / "summary.txt").read_text()
-    assert f"out of time after 0.001 minutes, in: {', '.join(list(QUESTIONS)[1:])}" in text
+    *_, left = re.findall("out of time after 0.001 minutes, in: (.+)", text)
+    questions = list(QUESTIONS)  # a fast machine answers one or two in that time
+    assert left.split(", ") == questions[-len(left.split(", ")) :]
     assert (tmp_path / "out" / "gpu_ceilings.json").exists()
 
 
