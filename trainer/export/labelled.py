@@ -182,8 +182,8 @@ class _Saved:
         return list(found.values())
 
     def _ids(self, column: str) -> str:
-        read = self.log.train.columns[column]
-        if not read.hashed:
+        read = self.log.train.columns.get(column)  # None: a column that only the features name, which is not hashed
+        if read is None or not read.hashed:
             return "dense ids"
         return f"raw ids as recpress.data.dataset.hashed_ids.hash_ids maps them to {read.limit}"
 

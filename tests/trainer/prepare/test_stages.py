@@ -27,7 +27,8 @@ def test_a_signal_leaves_nothing_behind(tmp_path):
         )
     deadline = time.monotonic() + 120
     for number, process in processes.items():
-        while not os.listdir(folders[number]) and time.monotonic() < deadline:
+        # until it writes: the lock alone comes before
+        while set(os.listdir(folders[number])) <= {".out.lock"} and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
