@@ -16,7 +16,7 @@ def python_defaults():
 
 
 def test_a_signal_leaves_nothing_behind(tmp_path):
-    (tmp_path / "a.csv").write_text("user_id,item_id\n" + "".join(f"u{k},{k % 999}\n" for k in range(800_000)))
+    (tmp_path / "a.csv").write_text("user_id,item_id\n" + "".join(f"u{k},{k % 999}\n" for k in range(2_000_000)))
     command = [sys.executable, "-m", "recpress.trainer.cli", "ingest", "--input", str(tmp_path / "a.csv")]
     folders = {number: tmp_path / number.name for number in STATUS}
     processes = {}
