@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """On a machine with a GPU, a test that is skipped for want of CUDA fails."""
+    """On a machine with a GPU, a test that skips because CUDA is missing fails."""
     report = yield
     if "cuda" in DEVICES and report.skipped and "cuda" in str(report.longrepr).lower():
         report.outcome, report.longrepr = "failed", f"{item.nodeid} is skipped although this machine has a GPU"

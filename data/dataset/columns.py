@@ -132,6 +132,11 @@ def _is_id(column: Column, kind: pa.DataType) -> bool:
     return raw_kind(kind) is not None if column.hashed else pa.types.is_integer(kind)
 
 
+def kind_of_values(kind: pa.DataType) -> str | None:
+    """`hashed_ids.raw_kind` of the values of a column, also of lists."""
+    return raw_kind(kind.value_type if is_list(kind) else kind)
+
+
 def plain_schema(schema: pa.Schema) -> pa.Schema:
     """The same with types that all of Arrow's functions take: no views."""
     return pa.schema([field.with_type(_without_views(field.type)) for field in schema], schema.metadata)

@@ -23,7 +23,7 @@ from pyarrow import fs as pafs
 
 from recpress.data.config import Schema
 from recpress.data.dataset import artifact
-from recpress.data.dataset.columns import Column, is_dense, is_list
+from recpress.data.dataset.columns import Column, is_dense, kind_of_values
 from recpress.data.dataset.files import (
     INGEST_HINT,
     expand,
@@ -37,10 +37,10 @@ from recpress.data.dataset.files import (
     split_glob,
     walk,
 )
-from recpress.data.dataset.hashed_ids import raw_kind
+from recpress.data.dataset.hashed_columns import check_hashed, hash_sizes
 from recpress.data.dataset.parquet_split import ParquetSplit, iter_row_groups, largest_id, open_split, read_whole
 from recpress.data.dataset.partitions import is_partition, partition_root
-from recpress.data.dataset.schema import check_raw_kinds, common_time
+from recpress.data.dataset.schema import common_time
 from recpress.data.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ class Log:
         if read is None or not read.hashed:
             return None
         schema = next(file.schema for file in self.train.files if file.metadata)
-        kind = schema.field(column).type
-        kind = raw_kind(kind.value_type if is_list(kind) else kind)  # 7 and "7" have different hashes
+        kind = kind_of_values(schema.field(column).type)  # 7 and "7" have different hashes
         return hashlib.sha256(f"raw {kind} hashed into {read.limit}".encode()).hexdigest()[:32]
 
     def features(self, side: Side) -> pa.Table | None:
@@ -234,7 +233,7 @@ def open_log(
             f"{path}: the log has no {'item' if schema.user else 'user'} column, which this command needs "
             "(open_log(..., pairs=False) reads a log of features alone)"
         )
-    hashed = _hashed(path, schema, manifest)
+    hashed = hash_sizes(str(path), schema, manifest)
     unnamed = [name for name in hashed if name not in (schema.user, schema.item, *schema.categorical)]
     schema = replace(schema, categorical=(*schema.categorical, *unnamed))
     opened = {
@@ -246,7 +245,7 @@ def open_log(
         if rows.num_rows == 0:
             raise InputError(f"{rows.files[0].path}: no rows in {part}; expected at least one")
     opened = _same_times(opened, schema)
-    _check_hashed(opened, schema, hashed)
+    check_hashed(opened, schema, NEGATIVES, hashed)
     users, items = _sizes(opened, schema, manifest, hashed)
     features = {name: entry["num_ids"] for name, entry in (manifest or {}).get("features", {}).items()}
     limits = features | hashed | {schema.user: users, schema.item: items}
@@ -425,30 +424,6 @@ def _open_part(
     return open_split(
         filesystem, files, ids, rest, folders=folders
     )  # held-out rows may lack columns that only training needs
-
-
-def _hashed(path: str | Path, schema: Schema, manifest: dict[str, Any] | None) -> dict[str, int]:
-    """`Schema.hash_sizes`. Raises InputError if a column has a vocabulary, which numbers its ids already."""
-    sizes = schema.hash_sizes
-    known = {schema.user: "user", schema.item: "item"}
-    numbered = set((manifest or {}).get("vocabularies", {})) | set((manifest or {}).get("features", {}))
-    for name in sizes:
-        if name in numbered or known.get(name) in numbered:
-            raise InputError(f"schema.hashed: {path} has a vocabulary for '{name}', which numbers its ids already")
-    return sizes
-
-
-def _check_hashed(opened: dict[str, ParquetSplit], schema: Schema, hashed: Mapping[str, int]) -> None:
-    """Raise InputError if a hashed column is integers in one part and text in another."""
-    for name in hashed:
-        own = {NEGATIVES.user: schema.user, NEGATIVES.item: schema.item, "negatives": schema.item}
-        kinds = []
-        for part, rows in opened.items():
-            there = [key for key, value in own.items() if value == name] if part == "test_negatives" else [name]
-            file = next(place for place, file in enumerate(rows.files) if file.metadata)
-            schemas = rows.files[file].schema
-            kinds += [(rows.where_file(file), schemas.field(key).type) for key in there if key in rows.columns]
-        check_raw_kinds(name, kinds)
 
 
 def _same_times(opened: dict[str, ParquetSplit], schema: Schema) -> dict[str, ParquetSplit]:

@@ -14,8 +14,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from recpress.data.dataset.columns import Column, check_type, is_list
-from recpress.data.dataset.hashed_ids import raw_kind
+from recpress.data.dataset.columns import Column, check_type, is_list, kind_of_values
 from recpress.data.errors import InputError
 
 _UNITS = ("s", "ms", "us", "ns")  # from coarse to fine
@@ -71,8 +70,7 @@ def _common(column: Column, kind: pa.DataType) -> pa.DataType:
             if unit:
                 return pa.timestamp(unit, "UTC" if zone == "UTC" else None)
             return pa.int64() if zone == "integer" else pa.float64()
-    raw = raw_kind(kind.value_type if is_list(kind) else kind)
-    value = pa.binary() if column.hashed and raw == "text" else pa.int64()
+    value = pa.binary() if column.hashed and kind_of_values(kind) == "text" else pa.int64()
     return pa.list_(value) if is_list(kind) else value
 
 
@@ -100,7 +98,7 @@ def check_raw_kinds(name: str, kinds: Sequence[tuple[str, pa.DataType]]) -> None
     """Raise InputError if a column of raw ids is integers in one file and text in another: their hashes differ."""
     first, kind = kinds[0]
     for path, other in kinds[1:]:
-        if len({raw_kind(each.value_type if is_list(each) else each) for each in (kind, other)}) > 1:
+        if kind_of_values(other) != kind_of_values(kind):
             raise InputError(
                 f"{path}, column '{name}': type {other}, but {kind} in {first}; expected integers in all files, or "
                 "text in all, because the ids are hashed"

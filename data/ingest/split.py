@@ -64,7 +64,8 @@ def leave_one_out(
         raise InputError(f"{log.path}: the last interaction needs a time column; name it in the schema (schema.time)")
     if negatives < 0:
         raise InputError(f"negatives is {negatives}; expected at least 0")
-    if negatives and log.schema.hashed:  # positions of the hash would be written, and hashed again when they are read
+    hashed = any(log.hash_fingerprint(log.column(side)) is not None for side in SIDES)
+    if negatives and hashed:  # positions of the hash would be written, and hashed again when they are read
         raise InputError(
             f"{log.path}: its ids are hashed while they are read, so that raw ids of negatives are not known; expected "
             "no negatives, which ranks all items (--negatives 0, --evaluation.protocol full), or a log that `recpress "

@@ -160,6 +160,20 @@ def test_what_writes_raw_ids_is_refused(tmp_path):
     assert sorted(np.concatenate(read)) == sorted(hash_ids(pa.array(users), 30))
 
 
+def test_negatives_of_dense_ids_next_to_a_hashed_column(tmp_path):
+    (tmp_path / "log").mkdir()
+    _write(tmp_path / "log" / "train.parquet", np.arange(40) % 8, np.arange(40), tag=["x", "y"] * 20)
+    log = open_log(tmp_path / "log", Schema(user="user", item="item", hashed=("tag=9",)))
+    leave_one_out(log, str(tmp_path / "out"), by="random", negatives=5)
+    again = open_log(tmp_path / "out")
+    pairs = [
+        {tuple(pair) for pair in zip(*(part.read(part.groups[0], names)[name].tolist() for name in names), strict=True)}
+        for part, names in ((again.test, ["user", "item"]), (again.test_negatives, ["user_id", "pos_item_id"]))
+    ]
+    assert pairs[0] == pairs[1]
+    assert len(pairs[0]) == 8
+
+
 def test_side_tables_are_of_dense_ids(tmp_path):
     _write(tmp_path / "train.parquet", [1, 2], [3, 4])
     pq.write_table(pa.table({"age": [1, 2, 3]}), tmp_path / "users.parquet")
