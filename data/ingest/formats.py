@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +87,7 @@ def movielens(config: IngestConfig, place: RawInput) -> RawLog:
             rows = read_delimited(
                 by_name["movies.csv"], Dialect(encoding=config.encoding), ("movieId", "title", "genres")
             )
-            table = pa.concat_tables([part for _, part in rows]).rename_columns(["raw", "title", "genres"])
+            table = _whole(by_name["movies.csv"], rows).rename_columns(["raw", "title", "genres"])
         year = pc.extract_regex(table.column("title"), r"\((?P<year>\d{4})\)\s*$")
         year = pc.struct_field(year, "year").cast(pa.float32())
         lists = pc.split_pattern(table.column("genres"), "|")
@@ -103,6 +104,14 @@ def movielens(config: IngestConfig, place: RawInput) -> RawLog:
         untyped=_UNTYPED,
         integer_ids=True,
     )
+
+
+def _whole(file: RawFile, parts: Iterable[tuple[Any, pa.Table]]) -> pa.Table:
+    """All rows of a file in one table. Raises InputError if there are none."""
+    tables = [table for _, table in parts]
+    if not tables:
+        raise InputError(f"{file.where}: no rows; expected at least one")
+    return pa.concat_tables(tables)
 
 
 def _double_colon(file: RawFile, fields: int) -> list[pa.ChunkedArray]:
@@ -134,8 +143,7 @@ def ncf(config: IngestConfig, place: RawInput) -> RawLog:
 
     def negatives() -> Iterator[Piece]:
         assert negative is not None
-        tests = [table for _, table in read_delimited(test, dialect, _EVENT, _EVENT)]
-        expected = pa.concat_tables(tests).select(["user_id", "item_id"])
+        expected = _whole(test, read_delimited(test, dialect, _EVENT, _EVENT)).select(["user_id", "item_id"])
         end = 0
         for rows, lines in read_lines(negative):
             first = rows.first

@@ -56,6 +56,21 @@ def test_movielens_csv(tmp_path):
     assert log.features("user") is None
 
 
+def test_companion_files_without_rows_are_refused(tmp_path):
+    movielens, ncf = tmp_path / "ml", tmp_path / "ncf"
+    movielens.mkdir()
+    (movielens / "ratings.csv").write_text("userId,movieId,rating,timestamp\n5,10,4.0,100\n")
+    (movielens / "movies.csv").write_text("movieId,title,genres\n")
+    ncf.mkdir()
+    (ncf / "x.train.rating").write_text("0\t10\t4\t100\n")
+    (ncf / "x.test.rating").write_text("")
+    (ncf / "x.test.negative").write_text("(0,12)\t13\t14\n")
+    for folder, name in ((movielens, "movies.csv"), (ncf, "x.test.rating")):
+        with pytest.raises(InputError, match=rf"{name}.*(no rows|Empty)"):
+            ingest(IngestConfig(input=str(folder)), tmp_path / "log")
+        assert not (tmp_path / "log").exists()
+
+
 def test_extend_keeps_numbers_and_adds_counts(tmp_path):
     write_movielens(tmp_path / "ml")
     old = open_log(ingest(IngestConfig(input=str(tmp_path / "ml")), tmp_path / "old"))
