@@ -34,10 +34,11 @@ def faults_and_memory(keep: bool, pipe: Any) -> None:  # in a process of its own
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         malloc_trim()
         given = resident() - start
+        larger = (held + 64 * MIB) // 4  # than any free part of the heap: such a part is used first, and stays
         with memory.suspended():
-            torch.ones(64 * MIB // 4)
+            torch.ones(larger)
             usual = resident() - start
-        torch.ones(64 * MIB // 4)  # and not given back
+        torch.ones(larger)  # not given back
     pipe.send((held, faults, given, usual, resident() - start))
 
 
