@@ -159,7 +159,7 @@ COMMANDS = {
     "plan": Command(
         "recpress.trainer.plan.config:PlanConfig",
         "recpress.trainer.plan.stage:plan",
-        "plan a training run on a cluster that need not exist: sharding, memory, smallest number of GPUs",
+        "plan a training run, also with --model, on a cluster that need not exist: sharding, memory, number of GPUs",
         main="data users items rows dim share compare json cluster.nodes cluster.ranks-per-node "
         "cluster.memory-gib cluster.device",
         with_model="recpress.trainer.plan.config:PlanModelConfig",
