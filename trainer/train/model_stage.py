@@ -287,10 +287,11 @@ def _fit(
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
+        TrainOptimizer(model.dmp, config.optimizer, config.total_steps(stream.steps_per_epoch, config.epochs)),
         batches,
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),
+            accumulate=config.accumulate,
             evaluate_every=evaluation.every if validation is not None else 0,
             evaluate_steps=evaluation.every_steps if validation is not None else 0,
             metric=evaluation.metric,

@@ -110,7 +110,7 @@ def test_patience_stops_the_run_and_the_best_weights_are_published(criteo, tmp_p
 
 
 def _run(data, out, factors):
-    """Of a Criteo log; or of the shop with frozen and hashed tables."""
+    """Of a Criteo log; or of the shop with frozen and hashed tables, in steps of two batches."""
     if factors is None:
         return config(data, out, epochs=3)
     features = {
@@ -119,7 +119,7 @@ def _run(data, out, factors):
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
     }
-    return of_shop(data, out, features=features, epochs=3, checkpoint=CheckpointConfig(steps=2))
+    return of_shop(data, out, features=features, epochs=3, checkpoint=CheckpointConfig(steps=2), accumulate=2)
 
 
 def _trained(data, out, factors=None):
