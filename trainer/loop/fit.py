@@ -5,7 +5,7 @@ fit
   for each epoch:
     train_epoch
       for each step:
-        train_step         `accumulate` calls of TorchRec's TrainPipelineSparseDist, which works on three batches at once
+        train_step         `accumulate` calls of TorchRec's TrainPipelineSparseDist, with three batches in flight
                              batch i + 2: get the batch, copy it to the device
                              batch i + 1: all-to-all of the ids to the ranks that hold their embedding rows
                              batch i:     lookup, all-to-all of the vectors, forward and loss, backward with the fused
@@ -281,9 +281,10 @@ class TrainLoop:
         check_ids(self.model)
         if self.config.on_nonfinite == "stop" and found.first_bad is not None:
             batch, loss = found.first_bad
+            step = last - steps + 1 + batch // accumulate
             raise InputError(
-                f"non-finite loss {loss} at step {last - steps + 1 + batch // accumulate}, epoch {self.epoch}; lower the "
-                "learning rate, or check labels, features and factors for NaN (--on-nonfinite skip skips such batches)"
+                f"non-finite loss {loss} at step {step}, epoch {self.epoch}; lower the learning rate, or check labels, "
+                "features and factors for NaN (--on-nonfinite skip skips such batches)"
             )
         found.reduce()
         self.result.train_seconds += found.seconds
