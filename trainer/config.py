@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
@@ -56,6 +56,10 @@ class OptimizerConfig:
         at_least(0, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, clip_norm=self.clip_norm)
 
 
+RankingMetric = Literal["HR", "NDCG", "Recall", "UncappedRecall"]
+"""Metrics with a cut-off."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How to rank held-out rows."""
@@ -64,15 +68,15 @@ class EvaluationConfig:
     """`sampled`: against the negatives in the log; `full`: against all items, masking items that the user has seen;
     `auto`: `sampled` if the log has negatives."""
     k: tuple[int, ...] = (10,)
-    """Cut-offs of HR@K, NDCG@K and Recall@K."""
+    """Cut-offs of HR@K, NDCG@K, Recall@K and UncappedRecall@K."""
     every: int | None = None
     """Epochs between evaluations on validation rows during training; by default 1, and 0 with --follow. If 0, with
     --evaluation.every-steps 0: no validation rows, no early stopping; the last weights are published."""
     every_steps: int = 0
     """Steps between further evaluations during training; 0: none."""
     metric: str = "NDCG@10"
-    """Metric on the validation rows that chooses the epoch and stops training early: HR@K, NDCG@K, Recall@K, MRR or
-    AUC."""
+    """Metric on the validation rows that chooses the epoch and stops training early: HR@K, NDCG@K, Recall@K,
+    UncappedRecall@K, MRR or AUC."""
     patience: int = 3
     """Stop after this many evaluations without improvement; 0: run all epochs. The best epoch is published in either
     case."""
@@ -83,9 +87,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         at_least(0, every=self.every, every_steps=self.every_steps, patience=self.patience)
-        if not re.fullmatch(r"(HR|NDCG|Recall)@[1-9][0-9]*|MRR|AUC", self.metric):
+        if not re.fullmatch(rf"({'|'.join(get_args(RankingMetric))})@[1-9][0-9]*|MRR|AUC", self.metric):
             raise InputError(
-                f"evaluation.metric is '{self.metric}', expected HR@K, NDCG@K or Recall@K, as in NDCG@10, or MRR or AUC"
+                f"evaluation.metric is '{self.metric}', expected HR@K, NDCG@K, Recall@K or UncappedRecall@K, as in "
+                "NDCG@10, or MRR or AUC"
             )
         if not self.k:
             raise InputError("evaluation.k: expected at least one cut-off")
@@ -384,6 +389,9 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
     """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
+    accumulate: int = 1
+    """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
+    every batch. All counts of steps are of such steps."""
     stop_after: int = 0
     """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
     seed: int = 0
@@ -394,6 +402,13 @@ class RunConfig:
     """Write TensorBoard scalars in addition to JSON lines."""
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        at_least(1, accumulate=self.accumulate)
+
+    def total_steps(self, batches_per_epoch: int, epochs: int) -> int:
+        """Steps of the dense part in all epochs. Each epoch ends with a step of the batches that are left."""
+        return -(-batches_per_epoch // self.accumulate) * epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +430,8 @@ class TrainConfig(NetworkConfig, RunConfig):
     """A loss that is NaN or infinite: `stop` ends the run and names the step; `skip` skips its batch and counts it."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        NetworkConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
         if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and "

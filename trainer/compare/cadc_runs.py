@@ -139,7 +139,7 @@ class CadcRuns:
 
     def __init__(self, config: CompareCadcConfig, folder: Path, path: str, log: Log, progress: UnitProgress) -> None:
         self.config, self.folder, self.path, self.log, self.progress = config, folder, path, log, progress
-        self.metrics = tuple(f"{name}@{config.evaluation.k[0]}" for name in ("HR", "NDCG"))
+        self.metrics = tuple(f"{name}@{config.evaluation.k[0]}" for name in config.metrics)
         self.strategies = runnable(config, log)
         self.warnings: list[str] = []
         """Of the factorizations, about themselves."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tyro.conf import Suppress
 
 from recpress.data.config import NegativesConfig, Schema, SynthConfig
 from recpress.data.errors import InputError
 from recpress.modules.config import ALSConfig, ContrastiveConfig, HashConfig, LogisticConfig, LossConfig
-from recpress.trainer.config import EvaluationConfig, NetworkConfig, at_least, network_for
+from recpress.trainer.config import EvaluationConfig, NetworkConfig, RankingMetric, at_least, network_for
 from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.model.config import DCNConfig, DLRMConfig
+
+_RANKING_METRICS = ", ".join(get_args(RankingMetric))
 
 
 def _frozen_network() -> NetworkConfig:
@@ -30,6 +32,11 @@ def _random_network() -> NetworkConfig:
 def _tuned_network() -> NetworkConfig:
     """On factors that are trained on: as on frozen ones, with small steps of the tables."""
     return network_for("warm-start", NetworkConfig())
+
+
+def _check_metrics(metrics: tuple[RankingMetric, ...]) -> None:
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise InputError(f"metrics: {' '.join(metrics) or 'none'}, expected some of {_RANKING_METRICS}, each once")
 
 
 def _between(low: float, high: float, **options: tuple[float, ...]) -> None:
@@ -141,6 +148,8 @@ class CompareCadcConfig:
     """Epochs without improvement after which a trial ends."""
     bpr: bool = True
     """Also fit Bayesian personalized ranking by the library `implicit`, on logs of up to 2,000,000 examples."""
+    metrics: tuple[RankingMetric, ...] = ("HR", "NDCG")
+    """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything runs."""
@@ -152,6 +161,7 @@ class CompareCadcConfig:
         known = (*STRATEGIES, *MORE_STRATEGIES)
         if unknown := [name for name in self.strategies if name not in (*known, "all")]:
             raise InputError(f"strategies: {unknown[0]!r}, expected some of {', '.join(known)}, or all")
+        _check_metrics(self.metrics)
         if not 1 <= self.trials <= MAX_TRIALS:
             raise InputError(f"trials is {self.trials}, expected 1 to {MAX_TRIALS}")
 
@@ -303,6 +313,9 @@ class CompareHashConfig:
     """`softmax`: numbers of epochs with shared rows to try."""
     choose_users: int = 4000
     """Number of users whose validation examples choose the settings."""
+    metrics: tuple[RankingMetric, ...] = ("Recall", "NDCG")
+    """Metrics of the table, at each --evaluation.k. Methods are ranked by the first one. `dlrm` and `dcn-v2` report
+    AUC, LogLoss and NE."""
     metric: str = ""
     """Metric that chooses the settings: by default Recall@10; with `dlrm` and `dcn-v2` AUC (or LogLoss, NE)."""
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(protocol="full", k=(10, 50)))
@@ -318,7 +331,7 @@ class CompareHashConfig:
             _between(0, 1, share=(self.share,))
         if self.evaluation.protocol == "sampled":
             raise InputError("evaluation.protocol: 'sampled', expected full: compare hash ranks all items")
-        names = [f"{name}@{k}" for k in self.evaluation.k for name in ("Recall", "NDCG", "HR")] + ["MRR", "AUC"]
+        names = [f"{name}@{k}" for k in self.evaluation.k for name in get_args(RankingMetric)] + ["MRR", "AUC"]
         names = [*CLICK_METRICS] if self.of_clicks else names
         object.__setattr__(self, "metric", self.metric or ("AUC" if self.of_clicks else "Recall@10"))
         if self.metric not in names:
@@ -331,6 +344,9 @@ class CompareHashConfig:
             raise InputError(f"label_threshold is {self.label_threshold}, expected a finite number")
         if self.features and not self.of_clicks:
             raise InputError(f"features: backbone {self.backbone} has users and items only, expected dlrm or dcn-v2")
+        _check_metrics(self.metrics)
+        if self.of_clicks and self.metrics != type(self).metrics:
+            raise InputError(f"metrics: backbone {self.backbone} reports {', '.join(CLICK_METRICS)}, expected no value")
         if not self.equal_rows and not self.of_clicks:
             raise InputError(f"equal_rows: backbone {self.backbone} chooses settings at equal rows, so ranks there")
         if not self.equal_rows and not self.equal_bytes:
@@ -370,7 +386,7 @@ class CompareBothConfig:
     choose: bool = True
     """Choose the number of epochs, from 0 (the factors' own ranking) to --frozen.epochs, on one held-out train example
     per user."""
-    metrics: tuple[Literal["HR", "NDCG", "Recall"], ...] = ("HR", "NDCG")
+    metrics: tuple[RankingMetric, ...] = ("HR", "NDCG")
     """Metrics of the table, at the first --evaluation.k; the last one is plotted."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -380,6 +396,7 @@ class CompareBothConfig:
 
     def __post_init__(self) -> None:
         _whole_log(frozen=self.frozen)
+        _check_metrics(self.metrics)
         for name in ("levels", "rates"):
             bad = [value for value in getattr(self, name) if not 0 < value <= 1]
             if bad:

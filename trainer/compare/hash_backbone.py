@@ -100,7 +100,7 @@ class Backbone:
         """Embedding rows of users and items together."""
         if not 2 <= self.budget <= self.ids:
             raise InputError(f"rows: a budget of {self.budget}, expected 2 to {self.ids}, the ids of the log")
-        self.metrics = tuple(f"{kind}@{k}" for k in config.evaluation.k for kind in ("Recall", "NDCG"))
+        self.metrics = tuple(f"{kind}@{k}" for k in config.evaluation.k for kind in config.metrics)
         self.dim = 0
         """Of the factors; known after the first factorization."""
         self.chosen_als: dict[str, Any] = {}

@@ -66,6 +66,15 @@ def recall(positions: Tensor, rows: Tensor, num_users: int, k: int) -> Tensor:
     return _nan_without_items(hits.double() / sizes.clamp(1, k), sizes)
 
 
+def uncapped_recall(positions: Tensor, rows: Tensor, num_users: int, k: int) -> Tensor:
+    """UncappedRecall@K: hits among the first k / number of held-out items of the user.
+
+    LightGCN, RecBole, Elliot, Recommenders and TorchMetrics call this Recall@K. It is at most k / that number.
+    """
+    hits, sizes = _hits(positions, rows, num_users, k)
+    return _nan_without_items(hits.double() / sizes.clamp(min=1), sizes)
+
+
 def ndcg(positions: Tensor, rows: Tensor, num_users: int, k: int) -> Tensor:
     """NDCG@K with binary relevance: DCG = sum over hits of 1 / log2(position + 1) (Järvelin & Kekäläinen
     2002).

@@ -58,7 +58,7 @@ def evaluate_sampled(
         per_case: filled with each metric per case of this rank, (len(heldout.users),) float64, NaN if undefined.
 
     Returns:
-        "HR@K", "NDCG@K", "Recall@K" for each K, "MRR", "AUC" (means over the cases), "cases" and
+        "HR@K", "NDCG@K", "Recall@K", "UncappedRecall@K" for each K, "MRR", "AUC" (means over the cases), "cases" and
         `heldout.facts`.
 
     Raises:
@@ -96,7 +96,8 @@ def evaluate_full(
     """Rank all items that the user has not seen. Collective; the same result on every rank.
 
     Held-out items of one user do not count against each other in AUC, and have different positions in the ranking.
-    Recall@K = hits / min(K, held-out items of the user); NDCG is normalized the same way. A user without competitors
+    Recall@K = hits / min(K, held-out items of the user), and NDCG is normalized the same way; UncappedRecall@K = hits /
+    held-out items of the user. A user without competitors
     (only seen and held-out items) has no AUC, and its mean is over the other users.
 
     Arguments, result and errors as in `evaluate_sampled`; means are over users with held-out items.
@@ -415,6 +416,7 @@ def user_metrics(
         values[f"HR@{k}"] = ranking_metrics.hit_rate(positions, rows, users, k)
         values[f"NDCG@{k}"] = ranking_metrics.ndcg(positions, rows, users, k)
         values[f"Recall@{k}"] = ranking_metrics.recall(positions, rows, users, k)
+        values[f"UncappedRecall@{k}"] = ranking_metrics.uncapped_recall(positions, rows, users, k)
     values["MRR"] = ranking_metrics.reciprocal_rank(positions, rows, users)
     values["AUC"] = ranking_metrics.ranking_auc(ahead, rows, competitors)
     return values

@@ -127,7 +127,11 @@ def test_a_method_that_cannot_use_the_budget_is_excluded_and_named(tmp_path: Pat
 
 def test_the_same_seeds_give_the_same_table(hashed, tmp_path: Path) -> None:
     _, result = hashed
-    again = compare_hash(hash_config(tmp_path / "again", methods=("modulo", "learned-2")))
+    again = compare_hash(
+        hash_config(tmp_path / "again", methods=("modulo", "learned-2"), metrics=("UncappedRecall", "HR"))
+    )
+    assert again.metrics[:2] == ("UncappedRecall@10", "HR@10")
+    assert "UncappedRecall@10" in (tmp_path / "again" / "report.html").read_text()
     for key in ("full", "modulo", "learned-2"):
         assert again.method(key).metrics == result.method(key).metrics
 
@@ -141,6 +145,9 @@ def test_the_same_seeds_give_the_same_table(hashed, tmp_path: Path) -> None:
         ({"trials": 0}, "trials is 0"),
         ({"share": 1.5}, "share: 1.5"),
         ({"metric": "Recall@20"}, "metric: 'Recall@20', expected one of"),
+        ({"metrics": ("HR", "HR")}, "metrics: HR HR, expected some of HR, NDCG, Recall, UncappedRecall, each once"),
+        ({"metrics": (), "backbone": "lightgcn"}, "metrics: none, expected"),
+        ({"metrics": ("HR",), "backbone": "dlrm"}, "backbone dlrm reports AUC, LogLoss, NE"),
         ({"evaluation": EvaluationConfig(protocol="sampled")}, "protocol: 'sampled', expected full"),
         ({"data": "nowhere"}, "nowhere"),
     ],

@@ -36,6 +36,7 @@ def test_known_answers_of_one_item_a_user():
     positions, rows = tensor([1, 3, 11]), torch.arange(3)
     assert rm.hit_rate(positions, rows, 3, 10).tolist() == [1, 1, 0]
     assert rm.recall(positions, rows, 3, 10).tolist() == [1, 1, 0]
+    assert rm.uncapped_recall(positions, rows, 3, 10).tolist() == [1, 1, 0]
     assert rm.ndcg(positions, rows, 3, 10).tolist() == [1, 0.5, 0]  # 1 / log2(3 + 1)
     assert rm.ndcg(positions, rows, 3, 2).tolist() == [1, 0, 0]
     assert rm.reciprocal_rank(positions, rows, 3).tolist() == pytest.approx([1, 1 / 3, 1 / 11])
@@ -47,6 +48,7 @@ def test_known_answers_of_several_items_a_user():
     positions, rows = tensor([4, 2, 1, 9]), tensor([0, 1, 0, 0])
     assert rm.hit_rate(positions, rows, 3, 2).tolist()[:2] == [1, 1]
     assert rm.recall(positions, rows, 3, 2).tolist()[:2] == [1 / 2, 1]  # one hit of min(2, 3)
+    assert rm.uncapped_recall(positions, rows, 3, 2).tolist()[:2] == pytest.approx([1 / 3, 1])  # one hit of 3
     assert rm.recall(positions, rows, 3, 5).tolist()[:2] == pytest.approx([2 / 3, 1])
     ideal = 1 + 1 / math.log2(3) + 1 / 2
     assert rm.ndcg(positions, rows, 3, 5).tolist()[:2] == pytest.approx(
@@ -109,9 +111,9 @@ def test_agrees_with_torchmetrics(ranking, k):
         theirs(RetrievalNormalizedDCG(top_k=k)), abs=1e-6
     )
     assert rm.reciprocal_rank(positions, rows, users).mean().item() == pytest.approx(theirs(RetrievalMRR()))
-    # Theirs divides by the number of relevant items, not by min(k, that number).
-    whole = rm.recall(positions, rows, users, k) * sizes.clamp(max=k) / sizes
-    assert whole.mean().item() == pytest.approx(theirs(RetrievalRecall(top_k=k)))
+    found = rm.uncapped_recall(positions, rows, users, k)
+    assert found.mean().item() == pytest.approx(theirs(RetrievalRecall(top_k=k)))
+    torch.testing.assert_close(found * sizes, rm.recall(positions, rows, users, k) * sizes.clamp(max=k))
     auc = rm.ranking_auc(ahead, rows, items - sizes)
     each = [auroc(scores[u] / items, target[u].long(), task="binary").item() for u in range(users)]
     assert auc.tolist() == pytest.approx(each, abs=1e-6)
@@ -123,7 +125,7 @@ def test_the_order_in_which_items_are_given_does_not_matter(ranking, random):
     scores, relevant = ranking
     shuffled = [random.sample(own, len(own)) for own in relevant]
     users = len(relevant)
-    for metric in (rm.hit_rate, rm.ndcg, rm.recall):
+    for metric in (rm.hit_rate, rm.ndcg, rm.recall, rm.uncapped_recall):
         positions, _, rows = ranked(scores, relevant)
         others, _, other_rows = ranked(scores, shuffled)
         torch.testing.assert_close(metric(positions, rows, users, 3), metric(others, other_rows, users, 3))

@@ -53,7 +53,9 @@ def test_sampled_known_answer():
             "HR@1": 0,
             "HR@2": 1 / 3,
             "Recall@1": 0,
+            "UncappedRecall@1": 0,
             "Recall@2": 1 / 3,
+            "UncappedRecall@2": 1 / 3,
             "NDCG@1": 0,
             "NDCG@2": 1 / math.log2(3) / 3,
             "MRR": (1 / 3 + 1 / 3 + 1 / 2) / 3,
@@ -82,9 +84,11 @@ def test_full_known_answer():
         {
             "HR@2": 1,
             "Recall@2": (1 / 2 + 1) / 2,
+            "UncappedRecall@2": (1 / 2 + 1) / 2,
             "NDCG@2": (1 / (1 + 1 / math.log2(3)) + 1 / math.log2(3)) / 2,
             "HR@4": 1,
             "Recall@4": 1,
+            "UncappedRecall@4": 1,
             "NDCG@4": ((1 + 1 / math.log2(5)) / (1 + 1 / math.log2(3)) + 1 / math.log2(3)) / 2,
             "MRR": (1 + 1 / 2) / 2,
             "AUC": ((3 / 3 + 1 / 3) / 2 + 5 / 6) / 2,  # user 0's competitors: 0, 2, 3
@@ -121,7 +125,7 @@ def made_log(seed, users=37, items=53, dim=4, ties=True):
 
 
 def plain_full(heldout, seen, users, items, k):
-    """HR@K, NDCG@K, Recall@K, MRR and AUC by sorting one user after the other."""
+    """All metrics by sorting one user after the other."""
     found = []
     for user in range(len(users)):
         masked = set(seen[1][seen[0] == user])
@@ -140,11 +144,12 @@ def plain_full(heldout, seen, users, items, k):
                 bool(hits),
                 sum(1 / math.log2(place + 1) for place in hits) / ideal,
                 len(hits) / min(k, len(own)),
+                len(hits) / len(own),
                 1 / places[0],
                 np.mean(below),
             )
         )
-    names = (f"HR@{k}", f"NDCG@{k}", f"Recall@{k}", "MRR", "AUC")
+    names = (f"HR@{k}", f"NDCG@{k}", f"Recall@{k}", f"UncappedRecall@{k}", "MRR", "AUC")
     return dict(zip(names, np.mean(found, axis=0), strict=True))
 
 

@@ -109,7 +109,7 @@ def dense(log, side, raw):
 
 
 def metrics_of(out, path, k):
-    """HR, NDCG and Recall at k of the test rows, from the Parquet files alone."""
+    """HR, NDCG, Recall and UncappedRecall at k of the test rows, from the Parquet files alone."""
     log, found = open_log(path), read(out)
     rows = {part: pq.read_table(Path(path) / part).select(["user_id", "item_id"]) for part in ("train", "test")}
     pairs = {
@@ -137,7 +137,12 @@ def metrics_of(out, path, k):
         positions += reached + [10**6] * (len(held_out) - len(own))
         of_row += [row] * len(held_out)
     given = torch.tensor(positions), torch.tensor(of_row), len(targets), k
-    metrics = {"HR": ranking_metrics.hit_rate, "NDCG": ranking_metrics.ndcg, "Recall": ranking_metrics.recall}
+    metrics = {
+        "HR": ranking_metrics.hit_rate,
+        "NDCG": ranking_metrics.ndcg,
+        "Recall": ranking_metrics.recall,
+        "UncappedRecall": ranking_metrics.uncapped_recall,
+    }
     unit = 1 << 32  # `evaluate` adds integers
     return {
         f"{name}@{k}": int((metric(*given) * unit).round().long().sum()) / (len(targets) * unit)

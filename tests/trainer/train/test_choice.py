@@ -204,6 +204,7 @@ def test_better_is_above_noise_and_not_worse_on_the_companion(gain, error, compa
         ("NDCG@10", False, "HR@10"),
         ("NDCG@20", True, "Recall@20"),
         ("HR@5", False, "NDCG@5"),
+        ("UncappedRecall@20", True, "NDCG@20"),
         ("MRR", False, "NDCG@10"),
     ],
 )
