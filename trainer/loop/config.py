@@ -11,6 +11,8 @@ class FitConfig:
     """How long to train, and how often to evaluate."""
 
     epochs: int = 1
+    accumulate: int = 1
+    """Batches per step of the dense part."""
     evaluate_every: int = 0
     """Epochs between evaluations; 0: none while training."""
     evaluate_steps: int = 0

@@ -28,9 +28,15 @@ from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import assert_same_across_ranks, raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.labelled import Chunk, evaluate_rows, held_out_rows, part_rows
-from recpress.trainer.evaluate.stage import show
+from recpress.trainer.evaluate.stage import show_predictions
 from recpress.trainer.features.batches import FeatureBatches
-from recpress.trainer.features.resolve import FeatureSet, open_with_features, resolve_features, sampled_rows
+from recpress.trainer.features.resolve import (
+    FeatureSet,
+    open_with_features,
+    resolve_features,
+    sampled_rows,
+    vocabulary_of,
+)
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.training_data import TrainingData
@@ -129,12 +135,13 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
         model.dmp.eval()
         metrics = _test(config, inputs, model, ranks)
         best = {name: value for name, value in (fitted.best or {}).items() if not name.islower()}
+        numbered = {f.name: found for f in features.features if (found := vocabulary_of(log, f)) is not None}
         maps = {table.name: table.id_map for table in features.tables if table.id_map is not None}
         map_bytes = sum(id_map.nbytes for id_map in maps.values())
         manifest = {
             "log": describe_log(log),
             "config": asdict(config),
-            "model": {"name": config.factory, "options": asdict(config.model), **described},
+            "model": {"name": config.factory, "options": asdict(config.model), **described, "vocabularies": numbered},
             "rows": data.num_rows,
             **data.describe(),
             "steps": fitted.steps,
@@ -157,7 +164,8 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
                     shutil.copytree(checkpoints.metrics, folder, dirs_exist_ok=True)
         checkpoints.finish()
     if ranks.rank == 0:
-        shown = f"test {_show(metrics)}" if metrics else f"validation {_show(best)}" if best else "no held-out rows"
+        measured = (("test", metrics), ("validation", best))
+        shown = next((f"{part} {show_predictions(found)}" for part, found in measured if found), "no held-out rows")
         print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown}")
         sizes = f"tables {sum(model.table_bytes.values()):,} bytes"
         print(sizes + (f", maps {map_bytes:,} bytes" if maps else ""))
@@ -287,10 +295,11 @@ def _fit(
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
+        TrainOptimizer(model.dmp, config.optimizer, config.total_steps(stream.steps_per_epoch, config.epochs)),
         batches,
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),
+            accumulate=config.accumulate,
             evaluate_every=evaluation.every if validation is not None else 0,
             evaluate_steps=evaluation.every_steps if validation is not None else 0,
             metric=evaluation.metric,
@@ -321,11 +330,6 @@ def _test(config: TrainModelConfig, inputs: _Inputs, model: ShardedModel, ranks:
     return evaluate_rows(
         model.dmp, part_rows(log.test, inputs.columns, ranks), builder, ranks, config.stream.batch_size
     )
-
-
-def _show(metrics: dict[str, float]) -> str:
-    """The metrics in one line, with those that rows of one label do not have."""
-    return show(metrics) + ("" if "NE" in metrics else ", AUC -, NE - (one label only)")
 
 
 def _log_settings(config: TrainModelConfig, inputs: _Inputs, stream: InteractionStream, validated: bool) -> None:

@@ -255,7 +255,7 @@ def _fit(
         model.dmp.eval()
         return choice.evaluate(model.vectors("user"), model.vectors("item"))
 
-    total_steps = 0 if config.follow.online else stream.steps_per_epoch * config.epochs
+    total_steps = 0 if config.follow.online else config.total_steps(stream.steps_per_epoch, config.epochs)
     evaluation = config.evaluation
     return run_fit(
         config,
@@ -264,6 +264,7 @@ def _fit(
         lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
         FitConfig(
             epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),
+            accumulate=config.accumulate,
             evaluate_every=evaluation.every or 0,
             evaluate_steps=evaluation.every_steps,
             evaluate_first=evaluation.while_training,
