@@ -155,6 +155,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             "steps": fitted.steps,
             "skipped": fitted.skipped,
             "best": fitted.best,
+            "evaluations": fitted.evaluations,
             **published,
             "metrics": metrics,
             "factorization_metrics": factorization,
