@@ -113,7 +113,7 @@ class _Saved:
         label = name if name not in tensors.tables else f"{place}.{name}"
         return ServedTable(
             row_index(config.num_embeddings, one, tensors, label),
-            tensors.rows(label, used, rows, table.dim, table.blocks(used)),
+            tensors.rows(label, used, rows, table.dim, table.blocks(used), table.take),
             mean=config.pooling == PoolingType.MEAN,
         )
 
@@ -172,10 +172,9 @@ class _Saved:
         return list(found.values())
 
     def _ids(self, column: str) -> str:
-        read = self.log.train.columns.get(column)  # None: a column that only the features name, which is not hashed
-        if read is None or not read.hashed:
+        if (found := self.log.hash_of(column)) is None:
             return "dense ids"
-        return f"raw ids as recpress.data.dataset.hashed_ids.hash_ids maps them to {read.limit}"
+        return f"raw ids as hash_ids.py maps them to {found[1]}"
 
     def golden(self, inputs: list[Input]) -> list[torch.Tensor]:
         """Random values for the inputs, with unknown ids, missing numbers and empty lists."""

@@ -28,7 +28,7 @@ from recpress.trainer.export.program import Input, Program, golden_ids, write_go
 from recpress.trainer.export.tensors import ProgramTensors
 from recpress.trainer.export.towers import SavedTwoTower, served_factors, served_tower
 from recpress.trainer.export.triton import write_repository
-from recpress.trainer.export.vocabulary import write_vocabularies
+from recpress.trainer.export.vocabulary import write_hash, write_vocabularies
 from recpress.trainer.features.saved import saved_schema
 from recpress.trainer.versions import versions
 
@@ -72,6 +72,7 @@ def export(config: ExportConfig) -> None:
         meta["programs"] = {program.name: program.write(folder, aot=config.aot) for program in programs}
         meta["golden"] = write_golden(folder, programs)
         meta["vocabularies"] = write_vocabularies(log, folder)
+        meta["hashed"] = write_hash(log, folder)
         meta["unknown_ids"] = UNKNOWN_IDS
         if has_items:
             meta["score"] = "dot product of a user vector and an item vector; larger is better"
@@ -83,7 +84,8 @@ def export(config: ExportConfig) -> None:
         meta["versions"] = versions()
         (folder / "load.py").write_bytes(Path(loader.__file__).read_bytes())
     for program in programs:
-        print(f"{config.out}/{program.name}.pt2: {_shown(program)}")
+        error = meta["programs"][program.name]["storage_error"]
+        print(f"{config.out}/{program.name}.pt2: {_shown(program)}; largest error from the storage {error:.2g}")
     if "index" in meta:
         print(_shown_index(config.out, meta["index"]))
 

@@ -70,6 +70,7 @@ class TrainModelConfig(RunConfig):
     metrics: WindowConfig = field(default_factory=WindowConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, epochs=self.epochs)
         at_least(0, dim=self.dim, stop_after=self.stop_after)
         if self.label_threshold is not None and not math.isfinite(self.label_threshold):

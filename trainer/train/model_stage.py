@@ -39,6 +39,7 @@ from recpress.trainer.features.resolve import (
 )
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.trained import ShardedModel, build_model
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
@@ -106,6 +107,8 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
     """`train_model` within its process group, which must outlive the model: see `process_group`."""
     start = time.monotonic()
     assert_same_across_ranks(configuration=digest(asdict(config)))
+    with raise_on_all_ranks():
+        check_precision(config.precision, ranks.device)
     inputs = _open(config)
     log, features = inputs.log, inputs.features
     held = hold_out(config, log)
@@ -295,10 +298,12 @@ def _fit(
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
+        TrainOptimizer(model.dmp, config.optimizer, config.total_steps(stream.steps_per_epoch, config.epochs)),
         batches,
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),
+            accumulate=config.accumulate,
+            precision=config.precision,
             evaluate_every=evaluation.every if validation is not None else 0,
             evaluate_steps=evaluation.every_steps if validation is not None else 0,
             metric=evaluation.metric,
