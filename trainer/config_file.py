@@ -272,6 +272,10 @@ def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> I
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: unknown key '{prefix}{raw}', nearest is '{prefix}{near[0]}'")
+        if name == "factory":
+            raise InputError(
+                f"{path}: '{prefix}{raw}': a module is imported only if the command line names it: --{prefix}{raw}"
+            )
         expected = known[name]
         section = _section(expected)
         if section is not None and isinstance(value, dict):
