@@ -391,6 +391,12 @@ class RunConfig:
     """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
     stop_after: int = 0
     """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
+    warm_start: str | None = None
+    """Folder of an earlier model, or of checkpoints, whose dense parameters and embedding rows (by id) are the initial
+    weights."""
+    warm_start_names: tuple[str, ...] = ()
+    """NEW=OLD: a table, a parameter, or the start of the names of parameters of this model, and its name in the earlier
+    model. NEW= omits it."""
     seed: int = 0
     """Seed of the network's initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -399,6 +405,23 @@ class RunConfig:
     """Write TensorBoard scalars in addition to JSON lines."""
     overwrite: bool = False
     """Replace an existing --out."""
+
+    def __post_init__(self) -> None:
+        if self.warm_start_names and self.warm_start is None:
+            raise InputError("warm_start_names: given without --warm-start, the earlier model")
+        if len(self.warm_start_pairs) < len(self.warm_start_names):
+            raise InputError(f"warm_start_names: {' '.join(self.warm_start_names)} names a parameter twice")
+
+    @property
+    def warm_start_pairs(self) -> dict[str, str]:
+        """New name -> earlier name, or "" to omit it. Raises InputError if one is not NEW=OLD."""
+        pairs = {}
+        for text in self.warm_start_names:
+            new, equals, old = text.partition("=")
+            if not equals or not new:
+                raise InputError(f"warm_start_names: '{text}', expected NEW=OLD, or NEW= to omit it")
+            pairs[new] = old
+        return pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +444,7 @@ class TrainConfig(NetworkConfig, RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        RunConfig.__post_init__(self)
         if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and "

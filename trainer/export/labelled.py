@@ -16,7 +16,6 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
-from recpress.data.stream.float_transform import FloatTransform
 from recpress.modules.frozen.kernel import STORAGE_OF, Storage
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import round_up
@@ -221,10 +220,7 @@ def _features(model: Mapping[str, Any], log: Log, dim: int) -> FeatureSet:
         values["transform"] = None if values["transform"] is None else tuple(values["transform"])
         values["boundaries"] = tuple(values["boundaries"])
         found.append(Feature(name, entry["column"], entry["source"], FeatureConfig(**values)))
-    numbers = {
-        name: Numbers(FloatTransform(**entry["transform"]), tuple(entry["boundaries"]))
-        for name, entry in model["numbers"].items()
-    }
+    numbers = {name: Numbers.of(entry) for name, entry in model["numbers"].items()}
     tables = []
     for name, entry in model["tables"].items():
         mean = any(feature.config.pooling == "mean" for feature in found if feature.table == name)

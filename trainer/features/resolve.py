@@ -6,7 +6,7 @@ tables `users.parquet` and `items.parquet`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -125,7 +125,13 @@ class FeatureSet:
 
 
 def resolve_features(
-    log: Log, given: Mapping[str, FeatureConfig], *, maps: HashArtifact | None, dim: int, label: str | None
+    log: Log,
+    given: Mapping[str, FeatureConfig],
+    *,
+    maps: HashArtifact | None,
+    dim: int,
+    label: str | None,
+    earlier: Callable[[str, FeatureConfig], Numbers | None] = lambda name, config: None,
 ) -> FeatureSet:
     """The features, by default those of the schema. Collective.
 
@@ -133,6 +139,8 @@ def resolve_features(
         maps: id maps of tables, by the column or the side that they map.
         dim: of tables without a dimension; 0: the default.
         label: the label, which is no feature.
+        earlier: (name, configuration) of a number -> its statistics in an earlier model, to use instead of those of
+            train.
 
     Raises:
         InputError: a feature, table, map or frozen rows do not fit the log or each other. On every rank.
@@ -141,7 +149,7 @@ def resolve_features(
     with raise_on_all_ranks():
         sides = {side: table for side in SIDES if (table := log.features(side)) is not None}
         features = _features(log, given, sides, label)
-    numbers = _numbers(log, features, sides)
+    numbers = _numbers(log, features, sides, earlier)
     found: FeatureSet | None = None
     with raise_on_all_ranks():
         used = {side: side_columns(log, side, table, features) for side, table in sides.items()}
@@ -238,9 +246,16 @@ def _kind(kind: pa.DataType) -> Kind | None:
     return "float" if pa.types.is_floating(kind) else None
 
 
-def _numbers(log: Log, features: Sequence[Feature], sides: Mapping[Side, pa.Table]) -> dict[str, Numbers]:
+def _numbers(
+    log: Log,
+    features: Sequence[Feature],
+    sides: Mapping[Side, pa.Table],
+    earlier: Callable[[str, FeatureConfig], Numbers | None],
+) -> dict[str, Numbers]:
     """Statistics of numbers, computed by rank 0. Collective."""
     numeric = [feature for feature in features if feature.kind in ("float", "bucketized")]
+    before = {f.name: numbers for f in numeric if (numbers := earlier(f.name, f.config)) is not None}
+    numeric = [feature for feature in numeric if feature.name not in before]
     found: list[dict[str, Numbers]] = [{}]
     with raise_on_all_ranks():
         if numeric and dist.get_rank() == 0:
@@ -253,7 +268,7 @@ def _numbers(log: Log, features: Sequence[Feature], sides: Mapping[Side, pa.Tabl
                     values = _floats(sides[feature.source], feature.column, f"{log.path}/{feature.source}s.parquet")
                 found[0][feature.name] = Numbers.fit(feature.config, values)
     dist.broadcast_object_list(found)
-    return found[0]
+    return before | found[0]
 
 
 def sampled_rows(log: Log, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -285,6 +300,22 @@ def side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Featu
         SideTable.from_arrow(table, ids, [], where) if ids else None,
         {name: torch.from_numpy(_floats(table, name, where).copy()) for name in floats},
     )
+
+
+def column_vocabulary(log: Log, feature: Feature) -> tuple[str | None, str | None]:
+    """Fingerprint of the vocabulary that numbered the column, or of its hash, None if unknown; and the file of the
+    vocabulary below the folder of the log, if there is one."""
+    if feature.source != "log":
+        return None, None
+    if (hashed := log.hash_fingerprint(feature.column)) is not None:
+        return hashed, None
+    known = (log.manifest or {}).get("features", {})
+    if feature.column in known and (file := known[feature.column].get("vocabulary")):
+        return artifact.fingerprint(f"{log.root}/{file}", log.filesystem), file
+    for side in SIDES:
+        if feature.column == log.column(side) and log.vocabulary(side) is not None:
+            return log.vocabulary_fingerprint(side), f"vocabulary/{side}.parquet"
+    return None, None
 
 
 class _Tables:
@@ -386,23 +417,11 @@ class _Tables:
             f"'{self.log.schema.user}' or '{self.log.schema.item}'"
         )
 
-    def _vocabulary(self, feature: Feature) -> str | None:
-        """Fingerprint of the vocabulary that numbered the column, or of its hash; None if unknown."""
-        if feature.source == "log" and (hashed := self.log.hash_fingerprint(feature.column)) is not None:
-            return hashed
-        known = (self.log.manifest or {}).get("features", {})
-        if feature.source == "log" and feature.column in known and known[feature.column].get("vocabulary"):
-            return artifact.fingerprint(f"{self.log.root}/{known[feature.column]['vocabulary']}", self.log.filesystem)
-        for side in SIDES:
-            if feature.source == "log" and feature.column == self.log.column(side):
-                return self.log.vocabulary_fingerprint(side) if self.log.vocabulary(side) is not None else None
-        return None
-
     def _check_vocabularies(self, name: str, features: Sequence[Feature]) -> None:
         """Raise InputError if columns that share a table were numbered separately: an id would mean two things."""
         if len({(feature.source, feature.column) for feature in features}) == 1:
             return
-        found = {feature.column: self._vocabulary(feature) for feature in features}
+        found = {feature.column: column_vocabulary(self.log, feature)[0] for feature in features}
         numbered = {value for value in found.values() if value is not None}
         if len(numbered) > 1 or (None in found.values() and any(map(self.log.hash_fingerprint, found))):
             raise InputError(
@@ -422,7 +441,7 @@ class _Tables:
         for feature in features:
             if self.maps is not None and self._map_name(feature) in self.maps.maps:
                 learned = self.maps.maps[self._map_name(feature)]
-                vocabulary = self._vocabulary(feature)
+                vocabulary = column_vocabulary(self.log, feature)[0]
                 if learned.vocabulary is not None and vocabulary is not None and learned.vocabulary != vocabulary:
                     raise InputError(
                         f"{self.maps.path}: the map of '{self._map_name(feature)}' was made for another vocabulary "

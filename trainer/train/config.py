@@ -15,7 +15,7 @@ from recpress.trainer.config import OptimizerConfig, RunConfig, WindowConfig, at
 from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.model.factory import MODELS, TWO_TOWER, config_of
 
-_MAIN = "data out maps dim label-threshold sample.rate epochs stream.batch-size evaluation.metric checkpoint.minutes"
+_MAIN = "data out maps warm-start dim label-threshold sample.rate epochs stream.batch-size evaluation.metric checkpoint.minutes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class TrainModelConfig(RunConfig):
     metrics: WindowConfig = field(default_factory=WindowConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, epochs=self.epochs)
         at_least(0, dim=self.dim, stop_after=self.stop_after)
         if self.label_threshold is not None and not math.isfinite(self.label_threshold):
