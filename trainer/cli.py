@@ -125,8 +125,8 @@ COMMANDS = {
     "evaluate": Command(
         "recpress.trainer.evaluate.config:EvaluateConfig",
         "recpress.trainer.evaluate.stage:evaluate",
-        "rank held-out rows with a model or with factors",
-        main="data model out evaluation.protocol evaluation.k device",
+        "rank held-out rows with a model or with factors; of a model of labels, measure its predictions",
+        main="data model out parts factory evaluation.protocol evaluation.k device",
     ),
     "export": Command(
         "recpress.trainer.export.config:ExportConfig",

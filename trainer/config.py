@@ -213,6 +213,7 @@ class ProfileConfig:
         at_least(0, steps=self.steps, start=self.start)
 
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
 # Frozen factors: towers start with the scores of the factors and can learn little. Trained factors: the same, with a
@@ -389,6 +390,12 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
     """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
+    precision: Precision = "fp32"
+    """Precision of the dense part while it trains. `tf32`: TF32 for float32 products, on CUDA only; `bf16`, `fp16`:
+    autocast, fp16 with a gradient scale. Weights, tables, losses and evaluations are fp32."""
+    accumulate: int = 1
+    """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
+    every batch. All counts of steps are of such steps."""
     stop_after: int = 0
     """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
     warm_start: str | None = None
@@ -407,6 +414,7 @@ class RunConfig:
     """Replace an existing --out."""
 
     def __post_init__(self) -> None:
+        at_least(1, accumulate=self.accumulate)
         if self.warm_start_names and self.warm_start is None:
             raise InputError("warm_start_names: given without --warm-start, the earlier model")
         if len(self.warm_start_pairs) < len(self.warm_start_names):
@@ -422,6 +430,10 @@ class RunConfig:
                 raise InputError(f"warm_start_names: '{text}', expected NEW=OLD, or NEW= to omit it")
             pairs[new] = old
         return pairs
+
+    def total_steps(self, batches_per_epoch: int, epochs: int) -> int:
+        """Steps of the dense part in all epochs. Each epoch ends with a step of the batches that are left."""
+        return -(-batches_per_epoch // self.accumulate) * epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,7 +455,7 @@ class TrainConfig(NetworkConfig, RunConfig):
     """A loss that is NaN or infinite: `stop` ends the run and names the step; `skip` skips its batch and counts it."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        NetworkConfig.__post_init__(self)
         RunConfig.__post_init__(self)
         if self.follow.online and self.optimizer.schedule not in ("constant", None):
             raise InputError(

@@ -119,12 +119,19 @@ class Log:
 
     def hash_fingerprint(self, column: str) -> str | None:
         """As `vocabulary_fingerprint`, of a column whose raw ids are hashed while they are read; None of others."""
+        if (found := self.hash_of(column)) is None:
+            return None
+        kind, size = found
+        return hashlib.sha256(f"raw {kind} hashed into {size}".encode()).hexdigest()[:32]
+
+    def hash_of(self, column: str) -> tuple[str | None, int | None] | None:
+        """(`integers` or `text`, number of ids) of a column whose raw ids are hashed while they are read; None of
+        others. 7 and "7" have different hashes."""
         read = self.train.columns.get(column)
         if read is None or not read.hashed:
             return None
         schema = next(file.schema for file in self.train.files if file.metadata)
-        kind = kind_of_values(schema.field(column).type)  # 7 and "7" have different hashes
-        return hashlib.sha256(f"raw {kind} hashed into {read.limit}".encode()).hexdigest()[:32]
+        return kind_of_values(schema.field(column).type), read.limit
 
     def features(self, side: Side) -> pa.Table | None:
         """Side table of the users or the items, row k is dense id k; None if there is none."""

@@ -41,22 +41,27 @@ class ServedTable(nn.Module):
     def pooled(
         self, ids: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None = None, most: int = 0
     ) -> torch.Tensor:
-        """The pooled vector of each list: ids (n,), lengths (B,) -> (B, dim) float32.
+        """The pooled vector of each list: ids (n,), lengths (B,) -> (B, dim) float32; NaN if a length is negative or
+        the lengths do not add up to n.
 
         Args:
             weights: (n,), of the ids.
             most: only the last `most` ids of a list count; 0: all.
         """
         batch, count = lengths.shape[0], ids.shape[0]
-        lengths = lengths.long()
-        bags = torch.arange(batch, device=ids.device).repeat_interleave(lengths, output_size=count)
+        lengths, place = lengths.long(), torch.arange(count, device=ids.device)
+        ends = lengths.cumsum(0)
+        # Not repeat_interleave, which writes beyond its output if lengths add up to more. `batch`: beyond the lists.
+        bags = torch.searchsorted(ends, place, right=True)
         vectors = self(ids)
         if weights is not None:
             vectors = vectors * weights[:, None]
         if most:
-            from_end = lengths.cumsum(0)[bags] - torch.arange(count, device=ids.device)
+            from_end = nn.functional.pad(ends, (0, 1))[bags] - place
             vectors = vectors * (from_end <= most)[:, None]
-        total = vectors.new_zeros(batch, vectors.shape[1]).index_add(0, bags, vectors)
+        total = vectors.new_zeros(batch + 1, vectors.shape[1]).index_add(0, bags, vectors)[:batch]
+        fits = (lengths >= 0).all() & (lengths.sum() == count)
+        total = torch.where(fits, total, torch.nan)
         if not self.mean:
             return total
         divisor = lengths.clamp(min=1, max=most) if most else lengths.clamp(min=1)

@@ -142,6 +142,9 @@ def _of_serve(given: dict[str, Any]) -> dict[str, Any]:
     from tests.docs.served import exported
 
     Path("runs/export").symlink_to(exported() / "export")
+    Path("runs/hashed").mkdir()
+    Path("runs/hashed/hash_ids.py").write_bytes((ROOT / "trainer" / "export" / "hash_ids.py").read_bytes())
+    Path("runs/hashed/manifest.json").write_text('{"hashed": {"user_id": {"kind": "text", "ids": 500}}}')
     return {}
 
 

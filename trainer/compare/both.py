@@ -6,7 +6,7 @@ choose the form of the tables for each level of bytes (`both_tables`), and rank 
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,23 +14,24 @@ import torch
 import torch.distributed as dist
 
 from recpress.data.errors import InputError
+from recpress.modules.config import ContrastiveConfig
 from recpress.modules.row_source import round_up
-from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors, shared_artifact
+from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors
 from recpress.trainer.compare.both_result import BothResult, Point, both_report, format_both_table
 from recpress.trainer.compare.both_tables import Form, FullTables
 from recpress.trainer.compare.config import CompareBothConfig
 from recpress.trainer.compare.result import run_facts
-from recpress.trainer.compare.setup import COMPARISON, prepare_log, quiet, split_validation, train_config
+from recpress.trainer.compare.resume import comparison_folder, factorize_once, train_once
+from recpress.trainer.compare.setup import prepare_log, quiet, split_validation, train_config
 from recpress.trainer.config import EvaluationConfig
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 from recpress.trainer.factorize.config import FactorizeConfig
-from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
-from recpress.trainer.train.stage import TrainResult, train
+from recpress.trainer.train.stage import TrainResult
 
 
 def compare_both(config: CompareBothConfig) -> BothResult:
@@ -38,16 +39,16 @@ def compare_both(config: CompareBothConfig) -> BothResult:
 
     Raises:
         InputError: the log has no held-out rows; settings that cannot be used; `out` exists.
+        Preempted: a signal stopped it. The same command loads the finished runs.
     """
     if not config.seeds or not config.levels:
         raise InputError("seeds and levels: expected at least one of each")
     with process_group(config.device) as ranks:
-        meta: dict[str, Any] = {"config": asdict(config)}
-        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
-            result = _Comparison(config, tmp).run()
+        with comparison_folder(config) as folder:
+            result = _Comparison(config, folder).run()
             if ranks.rank == 0:
-                result.save(tmp / "result.json")
-                both_report(result).write(tmp / "report.html")
+                result.save(folder / "result.json")
+                both_report(result).write(folder / "report.html")
         if ranks.rank == 0:
             print(f"\n{format_both_table(result)}\n\nreport: {config.out}/report.html")
     return result
@@ -122,7 +123,7 @@ class _Comparison:
     def _factorize(self, log: str, name: str, seed: int, rate: float) -> FactorsArtifact:
         path = str(self.folder / f"factors-{name}")
         with self.progress.unit("factorize", f"factorization, {name}"), quiet():
-            result = factorize(
+            result = factorize_once(
                 FactorizeConfig(
                     data=log,
                     out=path,
@@ -133,19 +134,22 @@ class _Comparison:
                     crossfit_rate=rate if rate < 1 else 0.0,
                     crossfit_seed=seed,
                     device=self.config.device,
-                )
+                ),
+                self.progress,
             )
         with raise_on_all_ranks():
             factors = open_factors(path, self.log)
         self.dim = factors.dim
-        if not self.chosen and result.auto is not None:  # once: all seeds and rates compare the same tables
+        if not self.chosen:  # once: all seeds and rates compare the same tables
             self.chosen, self.method = True, "softmax" if result.method == "softmax" else "als"
-            if result.method == "als" and self.als.auto:
+            if result.method == "softmax":
+                assert result.parameters is not None
+                self.softmax = ContrastiveConfig(**result.parameters)
+            elif result.auto is not None and self.als.auto:
                 self.als = replace(self.als, auto=False, **result.auto["settings"])
-            elif result.method == "softmax":
-                self.softmax = replace(self.softmax, **result.auto["settings"])
-            shown = ", ".join(f"{setting} {value:g}" for setting, value in result.auto["settings"].items())
-            self.progress.say(f"factorization: chose {result.method}, {shown}")
+            if result.auto is not None:
+                shown = ", ".join(f"{setting} {value:g}" for setting, value in result.auto["settings"].items())
+                self.progress.say(f"factorization: chose {result.method}, {shown}")
         self.warnings += [text for text in result.checks["warnings"] if text not in self.warnings]
         return factors
 
@@ -204,7 +208,7 @@ class _Comparison:
             device=self.config.device,
         )
         with quiet():
-            return train(config)
+            return train_once(config, self.progress)
 
     def _add(self, form: Form, rate: float, metrics: dict[str, float], **facts: int) -> None:
         """Add one seed's metrics to a point."""

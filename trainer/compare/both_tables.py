@@ -18,6 +18,7 @@ from recpress.modules.row_source import round_up
 from recpress.trainer.artifacts.factors import FactorsArtifact
 from recpress.trainer.artifacts.id_maps import open_maps
 from recpress.trainer.compare.config import CompareBothConfig
+from recpress.trainer.compare.resume import is_complete
 from recpress.trainer.compare.setup import quiet
 from recpress.trainer.hash.budget import root
 from recpress.trainer.hash.config import HashStageConfig
@@ -91,20 +92,21 @@ class FullTables:
             rows = int((limit - _MAP_BYTES * self.ids) // size)
             if storage in ("int8", "int4") and rows >= 2:
                 path = f"{folder}-{storage}"
-                with quiet():
-                    make_maps(
-                        HashStageConfig(
-                            data=self.path,
-                            out=path,
-                            factors=self.factors.path,
-                            schema=self.config.schema,
-                            rows=rows,
-                            method="learned",
-                            rows_per_id=2,
-                            count_exponent=self.config.count_exponent,
-                            seed=seed,
+                if not is_complete(path):
+                    with quiet():
+                        make_maps(
+                            HashStageConfig(
+                                data=self.path,
+                                out=path,
+                                factors=self.factors.path,
+                                schema=self.config.schema,
+                                rows=rows,
+                                method="learned",
+                                rows_per_id=2,
+                                count_exponent=self.config.count_exponent,
+                                seed=seed,
+                            )
                         )
-                    )
                 candidates.append(self._form(level, storage, path))
         if not candidates:
             raise InputError(f"levels: {level} of the full tables' bytes does not hold the maps; expected more")

@@ -7,16 +7,14 @@ result together (`cadc_result`). `cadc_runs` has the single runs.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
-from recpress.trainer.artifacts.factors import shared_artifact
 from recpress.trainer.compare import bpr
 from recpress.trainer.compare.bpr import BPRMethod
 from recpress.trainer.compare.cadc_choose import Chosen, Curves, choose
@@ -31,7 +29,8 @@ from recpress.trainer.compare.cadc_result import (
 from recpress.trainer.compare.cadc_runs import FACTORS, CadcRuns, FactorMethod, Ranked, Strategy, runnable
 from recpress.trainer.compare.config import CompareCadcConfig
 from recpress.trainer.compare.result import run_facts
-from recpress.trainer.compare.setup import COMPARISON, PerCase, gather_cases, prepare_log, rank_by_popularity
+from recpress.trainer.compare.resume import comparison_folder
+from recpress.trainer.compare.setup import PerCase, gather_cases, prepare_log, rank_by_popularity
 from recpress.trainer.compare.ties import Difference, all_differences
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.factorize.stage import FactorizeResult
@@ -62,16 +61,16 @@ def compare_cadc(config: CompareCadcConfig) -> CadcResult:
 
     Raises:
         InputError: the log has no held-out rows, or the settings cannot be used; `out` exists.
+        Preempted: a signal stopped it. The same command loads the finished runs.
     """
     if not config.seeds:
         raise InputError("seeds: expected at least one")
     with process_group(config.device) as ranks:
-        meta: dict[str, Any] = {"config": asdict(config)}
-        with shared_artifact(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data]) as tmp:
-            result = _compare(config, tmp)
+        with comparison_folder(config) as folder:
+            result = _compare(config, folder)
             if ranks.rank == 0:
-                result.save(tmp / "result.json")
-                cadc_report(result).write(tmp / "report.html")
+                result.save(folder / "result.json")
+                cadc_report(result).write(folder / "report.html")
         if ranks.rank == 0:
             print(f"\n{format_table(result)}\n\nreport: {config.out}/report.html")
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,16 +16,17 @@ from recpress.data.dataset.artifact import read_manifest
 from recpress.data.dataset.log import Log, open_log
 from recpress.data.sampling.subset import SubsetKind, choose_rows, write_subset
 from recpress.trainer.compare.config import CompareCadcConfig
+from recpress.trainer.compare.resume import factorize_once, train_once
 from recpress.trainer.compare.setup import PerCase, gather_cases, quiet, train_config
 from recpress.trainer.config import NetworkConfig, chosen_schema
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import EvaluateConfig
 from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
-from recpress.trainer.factorize.stage import FactorizeResult, factorize
+from recpress.trainer.factorize.stage import FactorizeResult
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
-from recpress.trainer.train.stage import TrainResult, train
+from recpress.trainer.train.stage import TrainResult
 
 FactorMethod = Literal["als", "logistic"]
 FACTORS: dict[FactorMethod, str] = {"als": "factors", "logistic": "logistic"}
@@ -170,7 +172,7 @@ class CadcRuns:
         cases: dict[str, torch.Tensor] = {}
         als = method == "als"
         with self.progress.unit(FACTORS[method], f"{part}: {name}"), quiet():
-            made = factorize(
+            made = factorize_once(
                 FactorizeConfig(
                     data=log,
                     out=out,
@@ -183,7 +185,8 @@ class CadcRuns:
                     crossfit_seed=seed,
                     crossfit_sweeps=self.config.crossfit_sweeps,
                     device=self.config.device,
-                )
+                ),
+                self.progress,
             )
             metrics = evaluate(
                 EvaluateConfig(
@@ -213,6 +216,7 @@ class CadcRuns:
             began = time.monotonic()
             with raise_on_all_ranks():
                 if dist.get_rank() == 0:
+                    shutil.rmtree(path, ignore_errors=True)  # of a stopped run; for the time
                     whole = open_log(log, chosen_schema(self.config.schema))
                     chosen = choose_rows(whole, kind, self.config.rate, seed)
                     write_subset(whole, path, chosen, made_by=f"compare cadc, {kind}")
@@ -253,4 +257,4 @@ class CadcRuns:
             device=config.device,
         )
         with quiet():
-            return train(settings)
+            return train_once(settings, self.progress, cases=not trial)

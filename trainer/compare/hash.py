@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from recpress.trainer.compare.hash_result import (
 from recpress.trainer.compare.hash_settings import NAMES, Setting, search_axes, setting_of
 from recpress.trainer.compare.hash_softmax import SoftmaxBackbone
 from recpress.trainer.compare.result import run_facts
-from recpress.trainer.compare.setup import COMPARISON
+from recpress.trainer.compare.resume import COMPARISON
 from recpress.trainer.compare.ties import all_differences
 from recpress.trainer.compare.trials import Choice, search
+from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.observability.progress import UnitProgress
 from recpress.trainer.report.numbers import format_metrics
 
@@ -65,13 +67,17 @@ def compare_hash(config: CompareHashConfig) -> HashResult:
 
     Raises:
         InputError: the log has no test rows; a budget or a method that cannot be used; `out` exists.
+        Preempted: a signal stopped the backbone `lightgcn`, whose runs the same command resumes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare hash runs on one process: start it without torchrun")
     if not config.seeds or not config.sweeps:
         raise InputError("seeds and sweeps: expected at least one of each")
     meta: dict[str, Any] = {"config": asdict(config)}
-    with artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data or ""]) as tmp:
+    with (
+        same_command_resumes() if config.backbone == "lightgcn" else nullcontext(),
+        artifact.writing(config.out, COMPARISON, meta, overwrite=config.overwrite, inputs=[config.data or ""]) as tmp,
+    ):
         comparison = None if config.of_clicks else _Comparison(config, tmp)
         result = compare_clicks(config) if comparison is None else comparison.run()
         result.save(tmp / "result.json")

@@ -20,15 +20,13 @@ from recpress.data.errors import InputError
 from recpress.data.ingest import split as holdout
 from recpress.data.synthetic import interactions as data_synth
 from recpress.trainer.compare.config import CompareBothConfig, CompareCadcConfig
+from recpress.trainer.compare.resume import check_same_comparison
 from recpress.trainer.config import EvaluationConfig, NetworkConfig, TrainConfig, chosen_schema
 from recpress.trainer.distributed.collectives import all_gather_arrays
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.ranking import vectors_from_factors
 from recpress.trainer.evaluate.stage import load_heldout, rank_heldout
 from recpress.trainer.observability.progress import comparisons
-
-COMPARISON = "comparison"
-"""Kind of the artifact that a comparison writes."""
 
 PerCase = dict[str, np.ndarray]
 """Metric -> its value for each held-out case, (cases,) float64; the same cases for all methods."""
@@ -52,15 +50,24 @@ def quiet() -> Iterator[None]:
 def prepare_log(config: CompareCadcConfig | CompareBothConfig, folder: Path) -> tuple[str, Log]:
     """(path, log) to compare on; a synthetic log is written into `folder` if the config names none. Collective.
 
+    Args:
+        folder: of all runs; created if it does not exist.
+
     Raises:
-        InputError: the log cannot be used, or has no held-out rows. On every rank.
+        InputError: the log cannot be used, or has no held-out rows; the folder has runs of another comparison. On
+            every rank.
     """
     path = config.data or str(folder / "log")
     with raise_on_all_ranks():
-        if config.data is None and dist.get_rank() == 0:
-            data_synth.synth(config.synth, path)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.data is None and not Path(path).exists():
+                data_synth.synth(config.synth, path)
     with raise_on_all_ranks():
-        return path, open_heldout(path, config)
+        log = open_heldout(path, config)
+        if dist.get_rank() == 0:
+            check_same_comparison(config, folder, log)
+    return path, log
 
 
 def open_heldout(path: str, config: CompareCadcConfig | CompareBothConfig) -> Log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,8 +25,10 @@ from recpress.trainer.model.vectors import VectorFn
 logger = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluateConfig, per_case: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
+def evaluate(config: EvaluateConfig, per_case: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """Rank the held-out rows of a log. The metrics do not depend on the world size. `per_case`: see `ranking`.
+
+    With a model of labels: part of the log -> metrics of its predictions.
 
     Raises:
         InputError: the log has no held-out rows, or the model is of another vocabulary. On every rank.
@@ -34,14 +37,35 @@ def evaluate(config: EvaluateConfig, per_case: dict[str, torch.Tensor] | None = 
         return _evaluate(config, ranks, per_case)
 
 
-def _evaluate(
-    config: EvaluateConfig, ranks: Ranks, per_case: dict[str, torch.Tensor] | None = None
-) -> dict[str, float]:
+def _evaluate(config: EvaluateConfig, ranks: Ranks, per_case: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """`evaluate` within its process group, which must outlive the model: see `process_group`."""
+    found: dict[str, Any]
     with raise_on_all_ranks():
-        check_that_it_ranks(config.model)
-        log = open_log(config.data, chosen_schema(config.schema))
         kind = kind_of(config.model)
+        manifest = artifact.read_manifest(config.model, kind)
+    if kind == MODEL and label_model(manifest):
+        from recpress.trainer.evaluate.predictions import evaluate_labelled  # imports torchrec, as below
+
+        found = evaluate_labelled(config, manifest, ranks)
+        if ranks.rank == 0:
+            for part, metrics in found.items():
+                print(f"{config.model}, {part}: {show_predictions(metrics)}")
+    else:
+        found = _rank(config, kind, ranks, per_case)
+    with raise_on_all_ranks():
+        if config.out is not None and ranks.rank == 0:
+            object_store.write_bytes(config.out, (json.dumps(found, indent=1) + "\n").encode())
+    return found
+
+
+def _rank(
+    config: EvaluateConfig, kind: str, ranks: Ranks, per_case: dict[str, torch.Tensor] | None
+) -> dict[str, float]:
+    with raise_on_all_ranks():
+        for option in ("parts", "factory"):
+            if getattr(config, option):
+                raise InputError(f"{option}: an option of models of labels, but {config.model} ranks; expected none")
+        log = open_log(config.data, chosen_schema(config.schema))
     heldout = load_heldout(log, config.evaluation)
     user, item = load_vectors(config.model, kind, log, ranks)
     metrics = rank_heldout(heldout, user, item, config.evaluation, ranks.device, per_case)
@@ -49,8 +73,6 @@ def _evaluate(
         print(f"{config.model}: {show(metrics)}")
         for line in notes(metrics, log, config.evaluation):
             logger.info("%s", line)
-        if config.out is not None:
-            object_store.write_bytes(config.out, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 
 
@@ -82,13 +104,19 @@ def load_vectors(path: str, kind: str, log: Log, ranks: Ranks) -> tuple[VectorFn
     return model.vectors("user"), model.vectors("item")
 
 
+def label_model(manifest: Mapping[str, Any]) -> str | None:
+    """The name of a model of labels, as `recpress train --model` has it; None: another artifact, which ranks."""
+    model = manifest.get("model")
+    return model.get("name") if isinstance(model, Mapping) else None
+
+
 def check_that_it_ranks(path: str) -> None:
     """Raise InputError for a model of labels, whose log may lack what a ranking needs. Other errors are `kind_of`'s."""
     manifest: dict[str, Any] = {}
     with suppress(InputError):
         manifest = artifact.read_manifest(path)
-    if manifest.get("kind") == MODEL and (name := manifest["model"].get("name")) is not None:
-        raise InputError(f"{path}: a model of --model {name}, which does not rank; its manifest has its metrics")
+    if manifest.get("kind") == MODEL and (name := label_model(manifest)) is not None:
+        raise InputError(f"{path}: a model of --model {name}, which does not rank; `recpress evaluate` measures it")
 
 
 def load_heldout(log: Log, config: EvaluationConfig) -> SampledHeldout | FullHeldout:
@@ -149,3 +177,8 @@ def show(metrics: dict[str, float]) -> str:
     counts = {name: int(value) for name, value in metrics.items() if name.islower() and (value or name == "cases")}
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.islower())
     return shown + "".join(f", {value:,} {name.replace('_', ' ')}" for name, value in counts.items())
+
+
+def show_predictions(metrics: dict[str, float]) -> str:
+    """The metrics of predictions in one line, with those that rows of one label do not have."""
+    return show(metrics) + ("" if "NE" in metrics else ", AUC -, NE - (one label only)")

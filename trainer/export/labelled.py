@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.modules.frozen.kernel import STORAGE_OF, Storage
 from recpress.modules.hashing.id_map import IdMap
-from recpress.modules.row_source import round_up
 from recpress.modules.serving.bags import BagOutput, ServedBags, ServedTable
 from recpress.modules.serving.batch_model import PerIdLists, ServedColumn, ServedModel
 from recpress.modules.serving.rows import narrower
@@ -28,11 +27,11 @@ from recpress.trainer.export.program import GOLDEN_ROWS, Input, Program, golden_
 from recpress.trainer.export.shards import SavedTable
 from recpress.trainer.export.tensors import ProgramTensors
 from recpress.trainer.export.towers import dense_state, row_index
-from recpress.trainer.features.config import FeatureConfig, FeatureHash
-from recpress.trainer.features.numbers import Numbers
-from recpress.trainer.features.resolve import DIM, Feature, FeatureSet, FeatureTable, side_columns
-from recpress.trainer.model.factory import MODELS, config_of, factory_of
+from recpress.trainer.features.resolve import Feature, FeatureSet, FeatureTable
+from recpress.trainer.features.saved import saved_features
+from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
+from recpress.trainer.model.saved import saved_options
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
 
 _PREFIX = "model."
@@ -51,13 +50,8 @@ def served_program(
         InputError: the factory is not given; files are missing or do not fit the model.
     """
     saved = _Saved.open(path, manifest, log)
-    name = saved.model["name"]
-    if name not in MODELS and factory != name:
-        raise InputError(
-            f"{path}: a model of --model {name}; pass --factory {name} to import it. A module is imported only if the "
-            "command line names it"
-        )
-    module = factory_of(name)(_options(path, name, saved.model["options"]), ModelInputs.of(saved.features))
+    name, options = saved_options(path, manifest, factory)
+    module = factory_of(name)(options, ModelInputs.of(saved.features))
     _load_dense(path, module, saved.dense)
     for place, found in list(module.named_modules()):
         if isinstance(found, EmbeddingBagCollection):
@@ -86,10 +80,7 @@ class _Saved:
         names = [found.parent.name for found in sorted((folder / MAPS).glob("*/map.json"))]
         maps = load_maps(folder / MAPS, names, None)
         model = manifest["model"]
-        try:
-            features = _features(model, log, int(manifest["config"]["dim"]))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: its manifest does not describe a model of this release: {error}") from error
+        features = saved_features(path, manifest, log)
         return cls(folder, model, log, features, maps, dense_state(folder / WEIGHTS))
 
     def bags(self, place: str, bags: EmbeddingBagCollection, tensors: ProgramTensors, storage: Storage) -> ServedBags:
@@ -122,7 +113,7 @@ class _Saved:
         label = name if name not in tensors.tables else f"{place}.{name}"
         return ServedTable(
             row_index(config.num_embeddings, one, tensors, label),
-            tensors.rows(label, used, rows, table.dim, table.blocks(used)),
+            tensors.rows(label, used, rows, table.dim, table.blocks(used), table.take),
             mean=config.pooling == PoolingType.MEAN,
         )
 
@@ -181,10 +172,9 @@ class _Saved:
         return list(found.values())
 
     def _ids(self, column: str) -> str:
-        read = self.log.train.columns.get(column)  # None: a column that only the features name, which is not hashed
-        if read is None or not read.hashed:
+        if (found := self.log.hash_of(column)) is None:
             return "dense ids"
-        return f"raw ids as recpress.data.dataset.hashed_ids.hash_ids maps them to {read.limit}"
+        return f"raw ids as hash_ids.py maps them to {found[1]}"
 
     def golden(self, inputs: list[Input]) -> list[torch.Tensor]:
         """Random values for the inputs, with unknown ids, missing numbers and empty lists."""
@@ -209,56 +199,6 @@ class _Saved:
 def _with_tables(features: FeatureSet) -> list[tuple[Feature, FeatureTable]]:
     of = {name: table for table in features.tables for name in table.features}
     return [(feature, of[feature.name]) for feature in features.features if feature.name in of]
-
-
-def _features(model: Mapping[str, Any], log: Log, dim: int) -> FeatureSet:
-    """The features that `FeatureSet.describe` described, without maps and frozen rows."""
-    found = []
-    for name, entry in model["features"].items():
-        values = {part.name: entry[part.name] for part in fields(FeatureConfig)}
-        values["hash"] = None if values["hash"] is None else FeatureHash(**values["hash"])
-        values["transform"] = None if values["transform"] is None else tuple(values["transform"])
-        values["boundaries"] = tuple(values["boundaries"])
-        found.append(Feature(name, entry["column"], entry["source"], FeatureConfig(**values)))
-    numbers = {name: Numbers.of(entry) for name, entry in model["numbers"].items()}
-    tables = []
-    for name, entry in model["tables"].items():
-        mean = any(feature.config.pooling == "mean" for feature in found if feature.table == name)
-        tables.append(
-            FeatureTable(
-                name=name,
-                num_ids=entry["num_ids"],
-                dim=entry["dim"],
-                pooling="mean" if mean else "sum",
-                features=tuple(entry["features"]),
-                id_map=None,
-                frozen=None,
-                side=None,
-                storage="fp32",
-                sharding="auto",
-            )
-        )
-    with_factors = {feature.table for feature in found if feature.config.frozen}
-    frozen = [table.dim for table in tables if table.name in with_factors]
-    sides = {}
-    for side in SIDES:
-        table = log.features(side)
-        if table is not None and (columns := side_columns(log, side, table, found)) is not None:
-            sides[side] = columns
-    if missing := [f for f in found if f.source != "log" and f.source not in sides]:
-        raise InputError(
-            f"{log.path}/{missing[0].source}s.parquet: missing; expected it for the feature '{missing[0].name}'"
-        )
-    return FeatureSet(found, tables, numbers, sides, dim or (round_up(max(frozen)) if frozen else DIM))
-
-
-def _options(path: str, name: str, given: Mapping[str, Any]) -> Any:
-    """The options of a model, from the manifest."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    try:
-        return config_of(name)(**values)
-    except TypeError as error:
-        raise InputError(f"{path}: its options do not fit --model {name} of this release: {error}") from error
 
 
 def _load_dense(path: str, module: nn.Module, dense: Mapping[str, torch.Tensor]) -> None:

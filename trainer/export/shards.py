@@ -52,6 +52,14 @@ class SavedTable:
             else:
                 yield encoded_parts(decode_rows(stored, self.storage), storage, self.folder.name)
 
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Some rows (n,) -> (n, dim) float32, for a few of them; the index `rows`, of unknown ids, has zeros."""
+        found = torch.zeros(len(index), self.dim)
+        for place, row in enumerate(index.tolist()):
+            if row < self.rows:
+                found[place] = decode_rows(self._read(row, row + 1), self.storage)[0]
+        return found
+
     def floats(self) -> torch.Tensor:
         """All rows, (rows, dim) float32: of small tables."""
         return decode_rows(self._read(0, self.rows), self.storage)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from recpress.data.config import Schema
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log, open_log
 from recpress.data.errors import InputError
@@ -29,7 +28,8 @@ from recpress.trainer.export.program import Input, Program, golden_ids, write_go
 from recpress.trainer.export.tensors import ProgramTensors
 from recpress.trainer.export.towers import SavedTwoTower, served_factors, served_tower
 from recpress.trainer.export.triton import write_repository
-from recpress.trainer.export.vocabulary import write_vocabularies
+from recpress.trainer.export.vocabulary import write_hash, write_vocabularies
+from recpress.trainer.features.saved import saved_schema
 from recpress.trainer.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def export(config: ExportConfig) -> None:
         meta["programs"] = {program.name: program.write(folder, aot=config.aot) for program in programs}
         meta["golden"] = write_golden(folder, programs)
         meta["vocabularies"] = write_vocabularies(log, folder)
+        meta["hashed"] = write_hash(log, folder)
         meta["unknown_ids"] = UNKNOWN_IDS
         if has_items:
             meta["score"] = "dot product of a user vector and an item vector; larger is better"
@@ -83,7 +84,8 @@ def export(config: ExportConfig) -> None:
         meta["versions"] = versions()
         (folder / "load.py").write_bytes(Path(loader.__file__).read_bytes())
     for program in programs:
-        print(f"{config.out}/{program.name}.pt2: {_shown(program)}")
+        error = meta["programs"][program.name]["storage_error"]
+        print(f"{config.out}/{program.name}.pt2: {_shown(program)}; largest error from the storage {error:.2g}")
     if "index" in meta:
         print(_shown_index(config.out, meta["index"]))
 
@@ -116,7 +118,7 @@ def _open_log(config: ExportConfig, manifest: dict[str, Any]) -> Log:
     """The log of the model. Raises InputError if it has other ids."""
     path = config.data or manifest["log"]["path"]
     try:
-        log = open_log(path, chosen_schema(_schema(manifest)), pairs=False)
+        log = open_log(path, chosen_schema(saved_schema(manifest)), pairs=False)
     except InputError as error:
         hint = "" if config.data else "; --data names the log if it has moved"
         raise InputError(f"{error}{hint}") from error
@@ -153,13 +155,6 @@ def _shown_index(out: str, entry: dict[str, Any]) -> str:
     effort = ", ".join(f"{key} {number}" for key, number in entry["effort"].items())
     how = f"{entry['kind']}{f', {effort}' if effort else ''}"
     return f"{out}/{entry['file']}: {how}; {name} {value:.4f} against exact search, for {entry['queries']} users"
-
-
-def _schema(manifest: dict[str, Any]) -> Schema:
-    """The schema that the model was made with."""
-    saved: dict[str, Any] = manifest.get("config", {}).get("schema") or {}
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-    return Schema(**values)
 
 
 def _towers(config: ExportConfig, manifest: dict[str, Any], log: Log, folder: Path) -> list[Program]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -20,6 +20,8 @@ FOLDER = "rows"
 """Of the large tensors, in the export."""
 Parts = Mapping[str, torch.Tensor]
 """Name -> some rows of each tensor of a table (`rows.parts_of`)."""
+Exact = Callable[[torch.Tensor], torch.Tensor]
+"""Index (n,) int64 -> rows (n, dim) float32."""
 
 
 class ProgramTensors:
@@ -40,6 +42,8 @@ class ProgramTensors:
         """The indexes of the maps so far."""
         self.tables: dict[str, dict[str, int | str]] = {}
         """Storage, rows, dimension and bytes of each table so far."""
+        self.exact: dict[ServedRows, Exact] = {}
+        """The rows of the model, of each table so far."""
 
     def add(self, name: str, tensor: torch.Tensor) -> Stored:
         """A tensor that is in memory."""
@@ -47,8 +51,14 @@ class ProgramTensors:
         writer.append(tensor)
         return writer.end()
 
-    def rows(self, name: str, storage: Storage, num_rows: int, dim: int, blocks: Iterable[Parts]) -> ServedRows:
-        """Rows of a table in blocks, in order. A row of zeros for unknown ids follows them."""
+    def rows(
+        self, name: str, storage: Storage, num_rows: int, dim: int, blocks: Iterable[Parts], exact: Exact
+    ) -> ServedRows:
+        """Rows of a table in blocks, in order. A row of zeros for unknown ids follows them.
+
+        Args:
+            exact: the same rows as the model has them, to measure what the storage loses.
+        """
         before = self.nbytes
         writers = {
             part: _Writer(self, f"{name}.{part}", (num_rows + 1, columns), dtype)
@@ -60,7 +70,9 @@ class ProgramTensors:
                 writers[part].append(rows)
         stored = {part: writer.end() for part, writer in writers.items()}
         self.tables[name] = {"storage": storage, "rows": num_rows, "dim": dim, "bytes": self.nbytes - before}
-        return ServedRows(storage, stored, self.large)
+        served = ServedRows(storage, stored, self.large)
+        self.exact[served] = exact
+        return served
 
 
 def _counted(blocks: Iterable[Parts], name: str, num_rows: int) -> Iterator[Parts]:

@@ -108,9 +108,14 @@ def served_factors(factors: FactorsArtifact, side: Side, tensors: ProgramTensors
         for _, block in blocks(source, side, (0, rows), (0, dim)):
             yield encoded_parts(block, storage, side)
 
-    table = ServedTable(
-        RowIndex(IndexPlan.of(rows, None), tensors.large), tensors.rows(side, storage, rows, dim, parts())
-    )
+    def exact(index: torch.Tensor) -> torch.Tensor:
+        known = index < rows
+        found = torch.zeros(len(index), dim)
+        found[known, : source.shape[1]] = torch.from_numpy(source[index[known].numpy()])
+        return found
+
+    held = tensors.rows(side, storage, rows, dim, parts(), exact)
+    table = ServedTable(RowIndex(IndexPlan.of(rows, None), tensors.large), held)
     return ServedTower([LookUp("frozen", side, table)], None).eval()
 
 
@@ -151,7 +156,7 @@ class _Side:
             return self._feature(feature, table)
         storage = narrower(table.storage, self.storage)
         index = row_index(self.spec.rows, self.spec.map, self.tensors, name)
-        rows = self.tensors.rows(name, storage, table.rows, table.dim, table.blocks(storage))
+        rows = self.tensors.rows(name, storage, table.rows, table.dim, table.blocks(storage), table.take)
         return ServedTable(index, rows)
 
     def count_codes(self) -> ServedCounts:
@@ -187,11 +192,20 @@ class _Side:
         values, storage = self.table.categorical[name], narrower(table.storage, self.storage)
         if isinstance(values, torch.Tensor):
             of_id = torch.cat([values, torch.tensor([table.rows])]).int()
-            rows = self.tensors.rows(f"{self.side}_{name}", storage, table.rows, table.dim, table.blocks(storage))
+            held = table.blocks(storage)
+            rows = self.tensors.rows(f"{self.side}_{name}", storage, table.rows, table.dim, held, table.take)
             return ServedFeature(self._per_id(name, of_id), rows)
-        ids, sums = self.spec.rows, _list_sums(*values, table.floats())
-        parts = (encoded_parts(block, storage, name) for block in sums)
-        rows = self.tensors.rows(f"{self.side}_{name}", storage, ids, table.dim, parts)
+        ids, floats = self.spec.rows, table.floats()
+        parts = (encoded_parts(block, storage, name) for block in _list_sums(*values, floats))
+
+        def exact(index: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros(len(index), table.dim)
+            for place, row in enumerate(index.tolist()):
+                if row < ids:
+                    found[place] = floats[values[0][values[1][row] : values[1][row + 1]]].sum(0)
+            return found
+
+        rows = self.tensors.rows(f"{self.side}_{name}", storage, ids, table.dim, parts, exact)
         return ServedTable(RowIndex(IndexPlan.of(ids, None), self.tensors.large), rows)
 
 

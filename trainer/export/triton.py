@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write_repository(folder: Path, programs: Mapping[str, Any]) -> dict[str, str
         version = folder / FOLDER / name / "1"
         version.mkdir(parents=True)
         if compiled:
-            os.link(folder / spec["aot"]["file"], version / "model.pt2")
+            _link(folder / spec["aot"]["file"], version / "model.pt2")
         else:
             (version / "model.py").write_bytes(_PYTHON_MODEL.read_bytes())
         cuda = spec["aot"] is not None and spec["aot"]["device"] == "cuda"
@@ -34,6 +35,13 @@ def write_repository(folder: Path, programs: Mapping[str, Any]) -> dict[str, str
         (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
         found[name] = "torch_aoti" if compiled else "python"
     return found
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # some filesystems have no hard links
+        shutil.copyfile(source, target)
 
 
 def _config(name: str, spec: Mapping[str, Any], compiled: bool, kind: str) -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.dataset.parquet_split import read_whole
+from recpress.trainer.export import hash_ids
 
 FOLDER = "vocabulary"
 
@@ -18,7 +19,7 @@ FOLDER = "vocabulary"
 def write_vocabularies(log: Log, folder: Path) -> dict[str, Any]:
     """Write the vocabularies of the log's ids and features; their entries of the manifest, by column.
 
-    Each has the columns `raw` and `id`. A column without an entry has dense ids already.
+    Each has the columns `raw` and `id`. A column without an entry is hashed, or has dense ids already.
     """
     found: dict[str, Any] = {}
     for side in SIDES:
@@ -31,6 +32,17 @@ def write_vocabularies(log: Log, folder: Path) -> dict[str, Any]:
             number = len(found)  # a column may have any name, of another vocabulary or with a slash
             table = read_whole(log.filesystem, f"{log.root}/{name}")
             found[column] = _write(folder, f"feature-{number}", table)
+    return found
+
+
+def write_hash(log: Log, folder: Path) -> dict[str, Any]:
+    """Write the hash function, if columns of the log are hashed while it is read; their entries of the manifest."""
+    found: dict[str, Any] = {}
+    for column in log.train.columns:
+        if (hashed := log.hash_of(column)) is not None:
+            found[column] = {"kind": hashed[0], "ids": hashed[1]}
+    if found:
+        (folder / "hash_ids.py").write_bytes(Path(hash_ids.__file__).read_bytes())
     return found
 
 

@@ -98,9 +98,8 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             begin = time.monotonic()
             made = _fit(config, log, ranks, checkpoints)
             factors = made.factors
-            result = FactorizeResult(
-                time.monotonic() - begin, 0.0, made.curve, made.parameters, made.auto, made.config.method
-            )
+            seconds = time.monotonic() - begin + made.seconds_before
+            result = FactorizeResult(seconds, 0.0, made.curve, made.parameters, made.auto, made.config.method)
             found = check_factors(factors, made.als, _FIX[made.config.method])
             unused = _unused_ids(log, factors)
             result.checks = {"ok": not found, "warnings": found}
@@ -108,9 +107,9 @@ def factorize(config: FactorizeConfig) -> FactorizeResult:
             if crossfit is not None:
                 begin = time.monotonic()
                 (tmp / CROSSFIT).mkdir(exist_ok=True)
-                without = _fit(made.config, log, ranks, checkpoints, without=crossfit, before=made).factors
-                without.save(tmp / CROSSFIT)
-                result.crossfit_seconds = time.monotonic() - begin
+                without = _fit(made.config, log, ranks, checkpoints, without=crossfit, before=made)
+                without.factors.save(tmp / CROSSFIT)
+                result.crossfit_seconds = time.monotonic() - begin + without.seconds_before
             meta |= {"dim": factors.dim, "seconds": asdict(result), **describe_lost(log)}
             meta |= {
                 "method": result.method,
@@ -173,6 +172,8 @@ class _Fitted:
     """With the method and its settings chosen, except those of `als`."""
     als: ALS | None = None
     choice: MethodChoice | None = None
+    seconds_before: float = 0.0
+    """Of the epochs of `softmax` that an earlier process ran."""
 
     @property
     def parameters(self) -> dict[str, Any] | None:
@@ -230,10 +231,11 @@ def _fit(
         if config.method == "softmax":
             with _stop_on_interrupt("epoch") as stop_requested:
                 start = None if before is None else before.factors
+                epochs = saved.start.run.get("epochs") if saved.start is not None else None
                 made = factorize_softmax(
                     config.softmax, log, ranks, pair, saved, start=start, stop_requested=stop_requested.is_set
                 )
-            return _Fitted(*made, config, choice=choice)
+            return _Fitted(*made, config, choice=choice, seconds_before=epochs[-1][1] if epochs else 0.0)
     else:
         choice = None
     return _fit_als(config, ranks, model, settings, pair, before, choice)

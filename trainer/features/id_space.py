@@ -20,8 +20,9 @@ from recpress.data.dataset.parquet_split import read_whole
 from recpress.data.errors import InputError
 from recpress.data.ingest.vocabulary import raw_fingerprint
 from recpress.modules.hashing.id_map import IdMap, map_fingerprint
+from recpress.trainer.artifacts.factors import FactorsArtifact
 from recpress.trainer.features.numbers import Numbers
-from recpress.trainer.features.resolve import Feature, FeatureSet, column_vocabulary
+from recpress.trainer.features.resolve import Feature, FeatureSet, vocabulary_of
 
 _BLOCK = 1 << 20  # ids of a map that are compared at a time
 
@@ -100,7 +101,7 @@ def table_spaces(log: Log, features: FeatureSet, looked_up: Mapping[str, Sequenc
         num_ids = max(of_feature[key].num_ids for key in keys)
         space = _column_space(log, [by_name[key] for key in keys], features.numbers, num_ids)
         if (table := next((table for table in features.tables if table.name == name), None)) is not None:
-            factors = None if table.frozen is None else table.frozen.fingerprint
+            factors = table.frozen.fingerprint if isinstance(table.frozen, FactorsArtifact) else None
             space = replace(with_map(space, name, table.id_map), factors=factors)
         found[name] = space
     return found
@@ -120,9 +121,8 @@ def _column_space(log: Log, features: Sequence[Feature], numbers: Mapping[str, N
         known = (log.manifest or {}).get("features", {}).get(feature.column, {})
         if feature.source == "log" and known.get("vocabulary") and known.get("fingerprint"):
             return IdSpace(num_ids=num_ids, vocabulary=known["fingerprint"], file=known["vocabulary"], in_order=True)
-        vocabulary, file = column_vocabulary(log, feature)
-        if vocabulary is not None:
-            return IdSpace(num_ids=num_ids, vocabulary=vocabulary, file=file)
+        if (vocabulary := vocabulary_of(log, feature)) is not None:
+            return IdSpace(num_ids=num_ids, vocabulary=vocabulary, file=known.get("vocabulary"))
     return IdSpace(num_ids=num_ids)
 
 

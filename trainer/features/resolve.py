@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ from recpress.modules.config import HashConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.methods import build_map
 from recpress.modules.hashing.table_stats import TableStats
-from recpress.trainer.artifacts.factors import FactorsArtifact, open_factors
+from recpress.trainer.artifacts.factors import open_factors
 from recpress.trainer.artifacts.id_maps import HashArtifact
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.features.config import FeatureConfig, Kind
@@ -61,6 +61,22 @@ class Feature:
         return self.config.table or self.name
 
 
+class FrozenRows(Protocol):
+    """The rows of frozen tables: a `FactorsArtifact`."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    def table(self, side: Side) -> Any:
+        """(ids, dim) float32."""
+
+    def counts(self, side: Side) -> Any:
+        """(ids, 1)."""
+
+
 @dataclass(frozen=True)
 class FeatureTable:
     """An embedding table."""
@@ -71,7 +87,7 @@ class FeatureTable:
     pooling: Literal["sum", "mean"]
     features: tuple[str, ...]
     id_map: IdMap | None
-    frozen: FactorsArtifact | None
+    frozen: FrozenRows | None
     side: Side | None
     """Of frozen rows."""
     storage: Literal["fp32", "fp16", "int8", "int4"]
@@ -302,20 +318,19 @@ def side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Featu
     )
 
 
-def column_vocabulary(log: Log, feature: Feature) -> tuple[str | None, str | None]:
-    """Fingerprint of the vocabulary that numbered the column, or of its hash, None if unknown; and the file of the
-    vocabulary below the folder of the log, if there is one."""
+def vocabulary_of(log: Log, feature: Feature) -> str | None:
+    """Fingerprint of the vocabulary that numbered the column, or of its hash; None if unknown."""
     if feature.source != "log":
-        return None, None
+        return None
     if (hashed := log.hash_fingerprint(feature.column)) is not None:
-        return hashed, None
+        return hashed
     known = (log.manifest or {}).get("features", {})
-    if feature.column in known and (file := known[feature.column].get("vocabulary")):
-        return artifact.fingerprint(f"{log.root}/{file}", log.filesystem), file
+    if feature.column in known and known[feature.column].get("vocabulary"):
+        return artifact.fingerprint(f"{log.root}/{known[feature.column]['vocabulary']}", log.filesystem)
     for side in SIDES:
-        if feature.column == log.column(side) and log.vocabulary(side) is not None:
-            return log.vocabulary_fingerprint(side), f"vocabulary/{side}.parquet"
-    return None, None
+        if feature.column == log.column(side):
+            return log.vocabulary_fingerprint(side) if log.vocabulary(side) is not None else None
+    return None
 
 
 class _Tables:
@@ -421,7 +436,7 @@ class _Tables:
         """Raise InputError if columns that share a table were numbered separately: an id would mean two things."""
         if len({(feature.source, feature.column) for feature in features}) == 1:
             return
-        found = {feature.column: column_vocabulary(self.log, feature)[0] for feature in features}
+        found = {feature.column: vocabulary_of(self.log, feature) for feature in features}
         numbered = {value for value in found.values() if value is not None}
         if len(numbered) > 1 or (None in found.values() and any(map(self.log.hash_fingerprint, found))):
             raise InputError(
@@ -441,7 +456,7 @@ class _Tables:
         for feature in features:
             if self.maps is not None and self._map_name(feature) in self.maps.maps:
                 learned = self.maps.maps[self._map_name(feature)]
-                vocabulary = column_vocabulary(self.log, feature)[0]
+                vocabulary = vocabulary_of(self.log, feature)
                 if learned.vocabulary is not None and vocabulary is not None and learned.vocabulary != vocabulary:
                     raise InputError(
                         f"{self.maps.path}: the map of '{self._map_name(feature)}' was made for another vocabulary "

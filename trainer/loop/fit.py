@@ -5,11 +5,12 @@ fit
   for each epoch:
     train_epoch
       for each step:
-        train_step         one call of TorchRec's TrainPipelineSparseDist, which works on three batches at a time
-                             step i + 2: get the batch, copy it to the device
-                             step i + 1: all-to-all of the ids to the ranks that hold their embedding rows
-                             step i:     lookup, all-to-all of the vectors, forward and loss, backward with the fused
-                                         optimizer of the tables, all-reduce of the dense gradients, dense optimizer
+        train_step         `accumulate` calls of TorchRec's TrainPipelineSparseDist, with three batches in flight
+                             batch i + 2: get the batch, copy it to the device
+                             batch i + 1: all-to-all of the ids to the ranks that hold their embedding rows
+                             batch i:     lookup, all-to-all of the vectors, forward and loss, backward with the fused
+                                          optimizer of the tables
+                           at the last: all-reduce of the dense gradients, dense optimizer
         log_interval       every `log_every` steps: mean loss, rows/s, metrics
         evaluate           every `evaluate_steps` steps and `evaluate_every` epochs; keeps the best weights
         save_checkpoint    if due, and before a stop by a signal
@@ -21,7 +22,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -30,12 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recpress.data.errors import InputError
-from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.id_check import check_ids
-from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.allocator import RetainFreedMemory, malloc_trim
 from recpress.trainer.checkpoint.checkpoints import Checkpoints
 from recpress.trainer.distributed.heartbeat import WAITING_FOR_DATA, heartbeat
@@ -45,6 +42,8 @@ from recpress.trainer.loop.best import BestModel
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.out_of_memory import in_step
+from recpress.trainer.loop.precision import matmul_precision
+from recpress.trainer.loop.step import StepPipeline
 from recpress.trainer.loop.stopping import DelayedFlags, StopSignal
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.observability.interval import Interval
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 
 Evaluate = Callable[[], Mapping[str, float]]
 Batches = Callable[[int, int], Iterable[Any]]
-"""(epoch, first step) -> the batches of the epoch from that step on. Both count from 0."""
+"""(epoch, position) -> the batches of the epoch from this one on. Both count from 0."""
 logger = logging.getLogger(__name__)
 
 
@@ -109,7 +108,8 @@ def fit(
             if checkpoints is not None:
                 loop.checkpoints, loop.flags = checkpoints, DelayedFlags()
                 loop.resume(checkpoints)
-            with loop.memory, profiler or nullcontext():
+            products = matmul_precision("high") if config.precision == "tf32" else nullcontext()
+            with loop.memory, products, profiler or nullcontext():
                 loop.run(batches)
         finally:
             loop.progress.close()
@@ -133,22 +133,12 @@ class TrainLoop:
         self, model: DistributedModelParallel, optimizer: TrainOptimizer, config: FitConfig, device: torch.device
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        # Without pipeline_postproc TorchRec silently leaves lookups behind an id map out of the pipeline.
-        mapped = any(isinstance(module, LearnedHash) for module in model.modules())
-        self.pipeline = TrainPipelineSparseDist(
-            model, optimizer, device, execute_all_batches=True, pipeline_postproc=mapped
-        )
-        if config.on_nonfinite == "skip":
-            optimizer.skip_nonfinite = True
-            for module in model.modules():
-                if isinstance(module, TwoTower):
-                    module.skip_nonfinite = True
+        self.pipeline = StepPipeline(model, optimizer, config, device)
         self.result = FitResult()
         self.best = BestModel(config)
         self.epoch = 0  # from 1 once training has begun
-        self.step = 0  # steps of the epoch that are done
+        self.position = 0  # batches of the epoch that are done
         self.evaluated_first = False
-        self.in_pipeline: deque[int] = deque()  # rows of the batches in the pipeline
         self.label_sum = torch.zeros(())  # of the epoch
         self.interval = Interval()
         self.saved_step = -1  # of the last checkpoint
@@ -167,7 +157,7 @@ class TrainLoop:
             self.best.take(self.model)
         run_state.load(found, self.model, self.optimizer, self.metrics, self.device, checkpoints.group)
         self.result = FitResult(**numbers["result"])
-        self.epoch, self.step, self.evaluated_first = numbers["epoch"], numbers["step"], True
+        self.epoch, self.position, self.evaluated_first = numbers["epoch"], numbers["step"], True
         self.best.worse = numbers["worse"]
         self.best.peak = -math.inf if numbers.get("peak") is None else numbers["peak"]
         self.saved_step = self.result.steps
@@ -186,11 +176,11 @@ class TrainLoop:
         self.evaluated_first = True
         self.epoch = max(self.epoch, 1)
         while not self.best.out_of_patience() and self.has_next_epoch():
-            if self.train_epoch(batches(self.epoch - 1, self.step)):
+            if self.train_epoch(batches(self.epoch - 1, self.position)):
                 break
             if self.config.evaluate_every and self.epoch % self.config.evaluate_every == 0 and self.evaluate():
                 break
-            self.epoch, self.step = self.epoch + 1, 0
+            self.epoch, self.position = self.epoch + 1, 0
         if self.checkpoints is not None and self.flags is not None:
             stop = self.flags.settle(stop=self.signal.name is not None)
             if stop or self.checkpoints.config.while_training:
@@ -220,7 +210,7 @@ class TrainLoop:
         self.model.train()
         self.interval.restart()
         self.label_sum = torch.zeros(())
-        first_step, iterator, stop = self.step, self.track_batches(batches), False
+        start, iterator, stop = self.position, self.track_batches(batches), False
         while not stop and self.train_step(iterator):
             if self.result.steps % self.config.log_every == 0:
                 self.log_interval()
@@ -235,31 +225,35 @@ class TrainLoop:
         heartbeat.outside_step()
         self.log_interval()
         if stop:
-            self.drop_pipeline()
-        elif self.epoch == 1 and first_step == 0:
+            self.pipeline.reset()
+            if self.data is not None:
+                self.data.batches_dropped()
+        elif self.epoch == 1 and start == 0:
             self.check_labels()
         return stop
 
     def train_step(self, iterator: Iterator[Any]) -> bool:
         """One step; return False at the end of the epoch. Does not wait for the device."""
         heartbeat.in_step(self.result.steps + 1)
-        try:
-            loss = self.pipeline.progress(iterator)  # forward, backward and both optimizers; see the top of this file
-        except StopIteration:
-            return False
-        except (RuntimeError, MemoryError) as error:
-            if (out_of_memory := in_step(error, self.result.steps + 1)) is not None:
-                raise out_of_memory from error
-            raise
-        rows = self.in_pipeline.popleft()
-        self.interval.add(loss, rows)
-        self.result.rows += rows
+        ended = False
+        while not ended:
+            try:
+                loss, rows = self.pipeline.train_batch(iterator)
+            except StopIteration:  # before the first batch of a step; the last step of an epoch may have fewer
+                return False
+            except (RuntimeError, MemoryError) as error:
+                if (out_of_memory := in_step(error, self.result.steps + 1)) is not None:
+                    raise out_of_memory from error
+                raise
+            self.interval.add(loss, rows)
+            self.result.rows += rows
+            self.position += 1
+            if self.data is not None:
+                self.data.batch_trained()
+            if self.metrics is not None:
+                self.metrics.step()
+            ended = self.pipeline.step_ended
         self.result.steps += 1
-        self.step += 1
-        if self.data is not None:
-            self.data.batch_trained()
-        if self.metrics is not None:
-            self.metrics.step()
         return True
 
     def track_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -273,31 +267,26 @@ class TrainLoop:
                 return
             heartbeat.in_step(self.result.steps + 1)
             labels = batch.labels
-            self.in_pipeline.append(labels.shape[0])
+            self.pipeline.taken(labels.shape[0])
             self.label_sum = self.label_sum.to(labels.device) + labels.detach().sum()
             if self.data is not None:
                 self.data.batch_taken(batch)
             yield batch
 
-    def drop_pipeline(self) -> None:
-        """Forget the batches that the pipeline has taken and not trained on."""
-        self.pipeline.reset()
-        self.in_pipeline.clear()
-        if self.data is not None:
-            self.data.batches_dropped()
-
     def log_interval(self) -> None:
         """Log the steps since the last call. This is the only place where a step waits for the device."""
         if not self.interval.losses:
             return
-        last, steps = self.result.steps, len(self.interval.losses)
+        last, accumulate = self.result.steps, self.config.accumulate
+        steps = -(-len(self.interval.losses) // accumulate)  # an interval ends with the epoch, as a shorter step does
         found = self.interval.end()
         check_ids(self.model)
         if self.config.on_nonfinite == "stop" and found.first_bad is not None:
+            batch, loss = found.first_bad
+            step = last - steps + 1 + batch // accumulate
             raise InputError(
-                f"non-finite loss {found.first_bad[1]} at step {last - steps + 1 + found.first_bad[0]}, epoch "
-                f"{self.epoch}; lower the learning rate, or check labels, features and factors for NaN (--on-nonfinite "
-                "skip skips such batches)"
+                f"non-finite loss {loss} at step {step}, epoch {self.epoch}; lower the learning rate, or check labels, "
+                "features and factors for NaN (--on-nonfinite skip skips such batches)"
             )
         found.reduce()
         self.result.train_seconds += found.seconds
@@ -308,6 +297,8 @@ class TrainLoop:
             text = "%s: skipped %d batches with a non-finite loss, %d in total"
             logger.warning(text, where, found.skipped, self.result.skipped)
         scalars = {"train/epoch": self.epoch, "train/learning_rate": self.optimizer.learning_rate, **found.scalars()}
+        if self.optimizer.scale is not None:
+            scalars["train/gradient_scale"] = self.optimizer.scale.check()
         if self.metrics is not None:
             scalars |= {f"train/{name}": value for name, value in self.metrics.compute().items()}
         if self.data is not None:
@@ -323,7 +314,7 @@ class TrainLoop:
             return False
         start = time.monotonic()
         heartbeat.outside_step()
-        with self.interval.pause(), self.memory.suspended():
+        with self.interval.pause(), self.memory.suspended(), matmul_precision("highest"):
             malloc_trim()  # make room for the vectors of all users and items
             self.pipeline.detach()
             self.model.eval()
@@ -354,7 +345,7 @@ class TrainLoop:
 
     def check_labels(self) -> None:
         """Raise InputError if all labels of the first epoch are 0: the loss then says nothing."""
-        total = torch.tensor([float(self.label_sum), float(self.step)])
+        total = torch.tensor([float(self.label_sum), float(self.position)])
         dist.all_reduce(total)
         if total[1] and not total[0]:
             raise InputError(
@@ -383,7 +374,7 @@ class TrainLoop:
         state = run_state.collect(self.model, self.optimizer, self.metrics, self.device)
         numbers = {
             "epoch": self.epoch,
-            "step": self.step,
+            "step": self.position,
             "world": dist.get_world_size(),
             "worse": self.best.worse,
             "peak": None if math.isinf(self.best.peak) else self.best.peak,

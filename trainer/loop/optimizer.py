@@ -12,6 +12,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 if TYPE_CHECKING:
     from recpress.trainer.config import OptimizerConfig
+    from recpress.trainer.loop.precision import GradientScale
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -30,13 +31,22 @@ class TrainOptimizer:
 
     The gradient norm is clipped over the dense part. It is replicated, so every rank computes the same norm without
     communication. Gradients of the tables are applied inside the backward pass, so their norm is never known.
+
+    Gradients of the dense part add up over the batches of a step, and `step` applies their mean. A step of the
+    schedule is one of the dense part.
     """
 
     def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
+        self.ends_step = True
+        """Whether the batch in progress is the last of its step."""
+        self.batches = 0
+        """Batches of the step in progress whose gradients have been added up."""
         self.skip_nonfinite = False
         """Skip the update of the dense part if a gradient is NaN or infinite. Gradients are means over the ranks, so
         that all ranks skip the same steps."""
+        self.scale: GradientScale | None = None
+        """Of the loss, in fp16."""
         self.fused = model.fused_optimizer
         self._named = [(n, p) for n, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
         self.parameters = [parameter for _, parameter in self._named]
@@ -56,24 +66,38 @@ class TrainOptimizer:
         return self.config.learning_rate * self._factor
 
     def zero_grad(self) -> None:
-        if self.dense is not None:
+        if self.dense is not None and not self.batches:
             self.dense.zero_grad(set_to_none=True)
 
     def step(self) -> None:
+        """After the backward pass of a batch: update the dense part, if the batch is the last of its step."""
+        self.batches += 1
+        if not self.ends_step:
+            return
         if self.dense is not None:
+            if self.scale is not None:
+                torch._foreach_mul_(self._gradients(), 1 / (self.scale.factor * self.batches))
+            elif self.batches > 1:
+                torch._foreach_div_(self._gradients(), self.batches)
             if self.config.clip_norm:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-            if self.skip_nonfinite:
+            if self.skip_nonfinite or self.scale is not None:
                 # The fused kernel skips the update if this is 1, so the host does not wait for the gradients.
                 self.dense.found_inf = self._nonfinite()
             self.dense.step()
+            if self.scale is not None:
+                self.scale.update(self.dense.found_inf)
+        self.batches = 0
         self.steps += 1
         self._schedule()
 
     def _nonfinite(self) -> torch.Tensor:
-        """float32, on the device: 1 if a gradient is NaN or infinite, else 0."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return (~torch.isfinite(torch.nn.utils.get_total_norm(gradients))).float()
+        """float32, on the device: 1 if a gradient is NaN or infinite, else 0. Collective with `scale`."""
+        found = ~torch.isfinite(torch.nn.utils.get_total_norm(self._gradients()))
+        return (found if self.scale is None else found | (self.scale.overflow() > 0)).float()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def dense_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name of a parameter, its state) of the dense part. Not copied; zeros before the first step."""

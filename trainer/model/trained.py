@@ -101,12 +101,14 @@ def build_model(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    rows_follow: bool = False,
 ) -> ShardedModel:
     """The model `name` with its tables hashed, frozen and sharded as the features say. Collective.
 
     Args:
         batch_size: rows of a batch per rank, for the planner.
         learning_rate: of the tables.
+        rows_follow: do not load frozen rows; the caller does.
 
     Raises:
         InputError: the factory does not return a model; its tables do not fit the features or the memory. On every
@@ -123,6 +125,10 @@ def build_model(
         looked_up = _check_tables(name, model, features)
         model, report = _compressed(name, model, features)
         size = _table_bytes(model)
+        if rows_follow:
+            for module in model.modules():
+                if isinstance(module, FrozenEmbeddingBagCollection):
+                    module.pending = None
     layouts = {table.name: table.sharding for table in features.tables if table.sharding != "auto"}
     dmp = shard(
         TrainedModel(model, name),
@@ -132,7 +138,7 @@ def build_model(
         sharding_types=layouts,
         seed=seed,
     )
-    if report is not None:
+    if report is not None and not rows_follow:
         with raise_on_all_ranks():
             report.load(dmp)
     return ShardedModel(dmp, size, looked_up)

@@ -168,11 +168,17 @@ class UnitProgress(Progress):
             self._kind, self._label, self._since = kind, label, time.monotonic()
         yield
         with self._lock:
-            self._seconds[kind].append(time.monotonic() - self._since)
+            if self._kind:
+                self._seconds[kind].append(time.monotonic() - self._since)
             self._todo[kind] = max(0, self._todo.get(kind, 0) - 1)
             self._kind = ""
             self.done += 1
             self._bar.update()
+
+    def loaded(self) -> None:
+        """The result of the running unit exists: its time says nothing of other units."""
+        with self._lock:
+            self._kind = ""
 
     def skip(self, kind: str, number: int) -> None:
         """Reduce the number of units of this kind that are still to do."""

@@ -21,8 +21,8 @@ class RecommendConfig:
     out: str
     """Folder of the recommendations; must not exist unless --overwrite."""
     data: str | None = None
-    """The users: a log, for all of its users, or a Parquet or CSV file with a column of raw user ids. Default: the log
-    that the model was trained on."""
+    """The users: a log, for all of its users, or Parquet or CSV (a file, a glob, a folder) with a column of user ids.
+    Default: the log that the model was trained on."""
     log: str | None = None
     """The log that has the raw ids and the items that a user has seen. Default: --data if that is a log, else the log
     that the model was trained on. Its ids must be those of the model."""

@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 import torch.distributed as dist
 
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.atomic import replacing
 from recpress.data.dataset.files import first_line, resolve, retried
 from recpress.data.errors import InputError
+from recpress.trainer.distributed.collectives import all_reduce
 from recpress.trainer.distributed.heartbeat import activity, barrier
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 
@@ -32,7 +35,9 @@ FOLDER = "recommendations"
 """Folder of the parts in the artifact: `pyarrow.parquet.read_table` reads all of it."""
 UNKNOWN = "unknown_users.parquet"
 RUN = "run.json"
-"""File with the settings and inputs of the run."""
+"""File with the settings and inputs of the run, and what it has measured."""
+MEASURED = "measured"
+_SHORT = ("short", "empty")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Share:
 
 
 class Output:
-    """The folder that the parts are written to. `open`, `begin` and `finish` are collective.
+    """The folder that the parts are written to. `open`, `begin`, `short_lists` and `finish` are collective.
 
     Args:
         path: of the artifact.
@@ -103,7 +108,10 @@ class Output:
         self.path, self.run, self.rows = path, json.loads(json.dumps(run)), rows
         self.remote = artifact.is_remote(path)
         self.folder = path if self.remote else f"{path.rstrip('/')}.unfinished"
+        self.measured: dict[str, Any] = {}
+        """What this run, or one that it resumes, has measured: entries of the manifest."""
         self._is_new = False
+        self._short = dict.fromkeys(_SHORT, 0)  # of the parts of this rank, and on rank 0 of those of earlier runs
 
     def open(self, *, overwrite: bool, inputs: Sequence[str]) -> np.ndarray:
         """The numbers of the parts that remain: all, or those that an earlier run did not write. Changes nothing.
@@ -114,12 +122,13 @@ class Output:
             InputError: `path` exists and `overwrite` is false; parts are of a run with other settings or inputs. On
                 every rank.
         """
-        remain: list[np.ndarray] = [np.empty(0)]
+        found: list[Any] = [np.empty(0), {}]
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
-                remain = [self._open(overwrite, inputs)]
-        dist.broadcast_object_list(remain)
-        return remain[0]
+                found = [self._open(overwrite, inputs), self.measured]
+        dist.broadcast_object_list(found)
+        remain, self.measured = found
+        return remain
 
     def _open(self, overwrite: bool, inputs: Sequence[str]) -> np.ndarray:
         found = object_store.list_files(self.folder)
@@ -130,7 +139,10 @@ class Output:
             if not self.remote and Path(self.folder).exists():
                 raise InputError(f"{self.folder}: exists, and has no {RUN}; remove it, or choose another --out")
             return self._all()
-        if changed := self._changes():
+        before = self._run_before()
+        self.measured = before.pop(MEASURED, {})
+        if changed := self._changes(before):
+            self.measured = {}
             if not overwrite:
                 raise InputError(
                     f"{self.folder}: has parts of a run with other settings or inputs ({changed}); to start again: "
@@ -139,12 +151,15 @@ class Output:
             return self._all()
         return np.array([part for part in range(len(self.rows)) if not self._is_complete(part, found)], dtype=np.int64)
 
-    def _changes(self) -> str:
-        """What differs from the run that the folder is of, in words."""
+    def _run_before(self) -> dict[str, Any]:
+        """What `begin` wrote for the run that the folder is of."""
         try:
-            before = json.loads(object_store.read_bytes(self._address(RUN)))
+            return dict(json.loads(object_store.read_bytes(self._address(RUN))))
         except ValueError:
-            before = {}
+            return {}
+
+    def _changes(self, before: dict[str, Any]) -> str:
+        """What differs from the run `before`, in words."""
         return "; ".join(
             f"{name}: {before.get(name)!r} -> {self.run.get(name)!r}"
             for name in sorted(before.keys() | self.run.keys())
@@ -155,15 +170,23 @@ class Output:
         self._is_new = True
         return np.arange(len(self.rows))
 
-    def begin(self) -> None:
-        """Create the folder, unless an earlier run has, and remove what it replaces. Before the first `write`."""
+    def begin(self, measured: Mapping[str, Any]) -> None:
+        """Create the folder, unless an earlier run has, and remove what it replaces. Before the first `write`.
+
+        Args:
+            measured: entries of the manifest, which a run that resumes after the last part could not measure.
+        """
+        self.measured = json.loads(json.dumps(measured))
         with raise_on_all_ranks():
-            if self._is_new:  # on rank 0
+            if dist.get_rank() != 0:
+                return
+            if self._is_new:
                 if self.remote:
                     artifact.prepare(self.path, overwrite=True)
                 else:
                     shutil.rmtree(self.folder, ignore_errors=True)
-                object_store.write_bytes(self._address(RUN), (json.dumps(self.run, indent=1) + "\n").encode())
+            text = json.dumps({**self.run, MEASURED: self.measured}, indent=1) + "\n"
+            object_store.write_bytes(self._address(RUN), text.encode())
 
     def _is_complete(self, part: int, found: Mapping[str, int]) -> bool:
         name = part_name(part)
@@ -171,14 +194,33 @@ class Output:
             return False
         filesystem, path = resolve(self._address(name))
 
-        def rows() -> int:
+        def footer() -> pq.FileMetaData:
             with filesystem.open_input_file(path) as source, pq.ParquetFile(source) as file:
-                return int(file.metadata.num_rows)
+                return file.metadata
 
         try:
-            return retried(filesystem, name, rows) == self.rows[part]
-        except (pa.ArrowException, OSError):
-            return False  # it is written again
+            read = retried(filesystem, name, footer)
+            short = {key: int(read.metadata[key.encode()]) for key in _SHORT}
+        except (pa.ArrowException, OSError, KeyError, TypeError):
+            return False  # corrupt, or of an earlier release: it is written again
+        if read.num_rows != self.rows[part]:
+            return False
+        self._add(short)
+        return True
+
+    def _add(self, short: Mapping[str, int]) -> None:
+        self._short = {key: self._short[key] + short[key] for key in _SHORT}
+
+    def write_part(self, part: int, table: pa.Table, k: int) -> None:
+        """Write a part: see `write`. Its footer counts the users with fewer than k items, and those without any."""
+        lengths = pc.list_value_length(table.column("items")).to_numpy()
+        short = {"short": int((lengths < k).sum()), "empty": int((lengths == 0).sum())}
+        self.write(part_name(part), table.replace_schema_metadata({key: str(count) for key, count in short.items()}))
+        self._add(short)
+
+    def short_lists(self) -> dict[str, int]:
+        """Users with fewer than K items (`short`), and those of them without any (`empty`), in all parts."""
+        return dict(zip(_SHORT, all_reduce(torch.tensor([self._short[key] for key in _SHORT])).tolist(), strict=True))
 
     def write(self, name: str, table: pa.Table) -> None:
         """Write one file, atomically and durably."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
+from recpress.data.ingest.raw_files import RawFile
 from recpress.trainer.artifacts.factors import FACTORS, check_vocabulary, claimed, describe_log, fingerprints_of
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.collectives import (
@@ -44,10 +45,10 @@ from recpress.trainer.observability.progress import Progress
 from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.recommend.config import RecommendConfig
 from recpress.trainer.recommend.index import ExportIndex
-from recpress.trainer.recommend.parts import UNKNOWN, Output, Share, part_name
+from recpress.trainer.recommend.parts import UNKNOWN, Output, Share
 from recpress.trainer.recommend.seen import SeenItems
 from recpress.trainer.recommend.top_items import ItemsByNorm, TopItems
-from recpress.trainer.recommend.users import Users, all_users, is_file_of_users, users_of_file
+from recpress.trainer.recommend.users import Users, all_users, files_of_users, users_of_files
 from recpress.trainer.report.numbers import format_bytes, format_seconds
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,12 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
     manifest: dict[str, Any] = {}
     kind = path = ""
+    files: list[RawFile] | None = None
     with raise_on_all_ranks():
         check_that_it_ranks(config.model)
         kind, manifest = kind_of(config.model), artifact.read_manifest(config.model)
-        path = _log_path(config, manifest)
+        files = None if config.data is None else files_of_users(config.data, config.schema.item)
+        path = _log_path(config, manifest, files)
     log = open_on_all_ranks(path, chosen_schema(config.schema), skip=False)
     users, items, index = None, None, None
     with raise_on_all_ranks():
@@ -88,7 +91,7 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
         _check(config, manifest, log)
         index = ExportIndex(config.index, manifest) if config.index is not None else None
         items = _raw_items(log)
-        users = _users(config, log)
+        users = _users(config, files, log)
     assert users is not None
     assert items is not None
     inputs = [given for given in (config.model, config.data, path, config.index) if given]
@@ -103,11 +106,11 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
         done = len(users) - int(np.sum(np.array(sizes)[remain]))
         if ranks.rank == 0 and done:
             logger.info("resuming: %s of %s parts are complete", f"{len(sizes) - len(remain):,}", f"{len(sizes):,}")
-        made: dict[str, Any] = {}
         if len(remain):
             share = Share(remain, config.users_per_part, len(users), ranks.rank, ranks.world_size)
-            made = _write_parts(config, kind, log, users, items, index, share, output, ranks, done)
-        facts = users.facts | {"written": len(users)}
+            _write_parts(config, kind, log, users, items, index, share, output, ranks, done)
+        measured = output.measured
+        facts = users.facts | {"written": len(users)} | output.short_lists()
         meta: dict[str, Any] = {}
         with raise_on_all_ranks():
             if ranks.rank == 0:
@@ -119,22 +122,24 @@ def _recommend(config: RecommendConfig, ranks: Ranks) -> dict[str, Any]:
                     "config": asdict(config),
                     "users": facts,
                     "parts": len(sizes),
-                    **made,
+                    **measured,
                 }
         output.finish(meta, overwrite=config.overwrite)
     if ranks.rank == 0:
-        how = f"; recall {made['index']['recall']:.4f} against exact search" if "index" in made else ""
+        how = f"; recall {measured['index']['recall']:.4f} against exact search" if "index" in measured else ""
         unknown = f"; users that are not in the log: {facts['unknown']:,} ({UNKNOWN})" if facts.get("unknown") else ""
+        short = f"; users with fewer items: {facts['short']:,}" if facts["short"] else ""
+        short += f" ({facts['empty']:,} with none)" if facts["empty"] else ""
         took = format_seconds(time.monotonic() - began)
-        print(f"{config.out}: up to {config.k:,} items per user, users: {len(users):,}, {took}{how}{unknown}")
-    return {"users": facts, "parts": len(sizes), **made}
+        print(f"{config.out}: up to {config.k:,} items per user, users: {len(users):,}, {took}{short}{how}{unknown}")
+    return {"users": facts, "parts": len(sizes), **measured}
 
 
-def _log_path(config: RecommendConfig, manifest: dict[str, Any]) -> str:
+def _log_path(config: RecommendConfig, manifest: dict[str, Any], files: list[RawFile] | None) -> str:
     """Path of the log with the vocabularies and the seen items."""
     if config.log is not None:
         return config.log
-    if config.data is not None and not is_file_of_users(config.data):
+    if config.data is not None and files is None:
         return config.data
     path = str(manifest["log"]["path"])
     if not artifact.is_remote(path) and not artifact.exists(*artifact.resolve(path)):
@@ -154,10 +159,10 @@ def _check(config: RecommendConfig, manifest: dict[str, Any], log: Log) -> None:
         )
 
 
-def _users(config: RecommendConfig, log: Log) -> Users:
-    if config.data is None or not is_file_of_users(config.data):
+def _users(config: RecommendConfig, files: list[RawFile] | None, log: Log) -> Users:
+    if config.data is None or files is None:
         return all_users(log)
-    return users_of_file(config.data, log, skip=config.on_unknown == "skip")
+    return users_of_files(config.data, files, log, skip=config.on_unknown == "skip")
 
 
 def _raw_items(log: Log) -> pa.Array:
@@ -203,15 +208,15 @@ def _write_parts(
     output: Output,
     ranks: Ranks,
     done: int,
-) -> dict[str, Any]:
-    """Write the parts that remain. Returns entries of the manifest: the `memory` that was stated, in bytes, and what is
-    known of the `index`. Collective."""
+) -> None:
+    """Write the parts that remain, and what is measured: the `memory` that was stated, in bytes, and the recall of the
+    `index`. Collective."""
     seen = SeenItems(log, users, share) if config.exclude_seen else None
     if seen is not None:
         with activity("counting seen items"):
             seen.count()
     user, item = load_vectors(config.model, kind, log, ranks)
-    made: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "memory": _state_memory(config, kind, log, users, items, index, share, seen, item, ranks),
     }
     with raise_on_all_ranks():
@@ -235,16 +240,20 @@ def _write_parts(
                 scores, found = blocks.top(ids, lists, index)
                 if index is not None and round == first == 0:
                     recall, asked = blocks.recall(found, ids, lists)
-                    made["index"] = {"path": config.index, "library": index.library, "recall": recall, "users": asked}
+                    measured["index"] = {
+                        "path": config.index,
+                        "library": index.library,
+                        "recall": recall,
+                        "users": asked,
+                    }
                 best[0][first:last], best[1][first:last] = scores.numpy(), found.numpy()
             if round == 0:
-                output.begin()
+                output.begin(measured)
             with raise_on_all_ranks():
                 part = share.part(round)
                 if part is not None:
-                    output.write(part_name(part), _table(users.raw(start, start + size), items, *best))
+                    output.write_part(part, _table(users.raw(start, start + size), items, *best), config.k)
             progress.update(sum(sizes))
-    return made
 
 
 def _state_memory(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -11,18 +11,20 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from recpress.data.dataset.files import expand, first_line, resolve, retried, shown
+from recpress.data.dataset.artifact import MANIFEST
+from recpress.data.dataset.files import first_line, retried, shown
 from recpress.data.dataset.log import Log
 from recpress.data.errors import InputError
+from recpress.data.ingest import raw_values
+from recpress.data.ingest.raw_files import RawFile, RowNumbers, has_suffix, open_input
+from recpress.data.ingest.raw_text import Dialect, choose_delimiter, header, read_delimited
 
 T = TypeVar("T")
 
 PARQUET = (".parquet", ".parq", ".pq")
-TEXT = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-_MOST_COLUMNS = 1000  # of a text file
+TEXT = (".csv", ".tsv", ".tab")  # also compressed
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,13 @@ def all_users(log: Log) -> Users:
     return Users(RawIds(log), facts={"given": log.num_users})
 
 
-def users_of_file(path: str, log: Log, *, skip: bool) -> Users:
-    """The users that a file names by raw ids, each once, in the order of the file.
+def users_of_files(path: str, files: Sequence[RawFile], log: Log, *, skip: bool) -> Users:
+    """The users that files name by raw ids, each once, in the order of the files.
 
     Args:
-        path: Parquet, CSV or TSV with a header; a glob reads several files. The ids are in its only column, or in the
-            one that has the name of the log's user column.
+        path: what the user gave, for errors.
+        files: Parquet, CSV or TSV with a header. The ids are in its only column, or in the one that has the name of the
+            log's user column.
         skip: leave out users that are not in the log, instead of raising.
 
     Raises:
@@ -177,7 +180,7 @@ def users_of_file(path: str, log: Log, *, skip: bool) -> Users:
             log; no user is.
     """
     raw_ids = RawIds(log)
-    values, headers = _read_ids(path, raw_ids)
+    values, headers = _read_ids(path, files, raw_ids)
     if len(values) == 0:
         raise InputError(f"{path}: no users; expected at least one")
     distinct = values.unique()
@@ -203,33 +206,54 @@ def users_of_file(path: str, log: Log, *, skip: bool) -> Users:
     return Users(raw_ids, dense[known], unknown, facts)
 
 
-def is_file_of_users(path: str) -> bool:
-    """Whether it is a file or a glob, and not the folder of a log."""
-    return path.lower().endswith((*PARQUET, *TEXT))
+def files_of_users(path: str, item: str) -> list[RawFile] | None:
+    """The files of users that `path` names; None if it is a log, which a folder is if it has a manifest or parts, or if
+    its Parquet files have the column `item`.
+
+    Raises InputError for a file that is neither Parquet nor text with columns.
+    """
+    place = open_input(path)
+    if not place.is_folder:
+        named = has_suffix(path, (*PARQUET, *TEXT))
+        if named or not place.files():
+            return list(place.files().values()) if named else None
+        raise InputError(f"{path}: expected users in Parquet or text ({', '.join((*PARQUET, *TEXT))}), or a log")
+    files = [file for name, file in place.files().items() if has_suffix(name, (*PARQUET, *TEXT))]
+    if not files or MANIFEST in place.files() or (_is_parquet(files[0]) and item in _open_parquet(files[0], _names)):
+        return None
+    return files
 
 
-def _read_ids(path: str, raw_ids: RawIds) -> tuple[pa.Array, pa.Array | None]:
+def _is_parquet(file: RawFile) -> bool:
+    return file.path.lower().endswith(PARQUET)
+
+
+def _open_parquet(file: RawFile, read: Callable[[pq.ParquetFile], T]) -> T:
+    def call() -> T:
+        with file.filesystem.open_input_file(file.path) as source, pq.ParquetFile(source) as reader:
+            return read(reader)
+
+    try:
+        return retried(file.filesystem, file.where, call)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file.where}: cannot be read: {first_line(error)}") from error
+
+
+def _names(reader: pq.ParquetFile) -> list[str]:
+    return list(reader.schema_arrow.names)
+
+
+def _read_ids(path: str, files: Sequence[RawFile], raw_ids: RawIds) -> tuple[pa.Array, pa.Array | None]:
     """(ids, headers of text files that could be ids)."""
-    filesystem, inner = resolve(path)
-    files = expand(filesystem, inner)
     if not files:
         raise InputError(f"{path}: no such file")
     parts, headers = [], []
     for file in files:
-        where = shown(filesystem, file)
-
-        def read(file: str = file, where: str = where) -> tuple[pa.Array, str | None]:
-            with filesystem.open_input_file(file) as source:
-                if file.lower().endswith(PARQUET):
-                    return _ids_of_parquet(source, where, raw_ids), None
-                return _ids_of_text(source, where, raw_ids)
-
-        try:
-            ids, header = retried(filesystem, where, read)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{where}: cannot be read: {first_line(error)}") from error
-        parts.append(ids)
-        if header is not None:
+        if _is_parquet(file):
+            parts.append(_ids_of_parquet(file, raw_ids))
+        else:
+            ids, header = _ids_of_text(file, raw_ids)
+            parts.append(ids)
             headers.append(header)
     try:
         return pa.concat_arrays(parts), pa.array(headers, pa.string()).cast(raw_ids.type) if headers else None
@@ -237,31 +261,22 @@ def _read_ids(path: str, raw_ids: RawIds) -> tuple[pa.Array, pa.Array | None]:
         return pa.concat_arrays(parts), None
 
 
-def _ids_of_parquet(source: pa.NativeFile, where: str, raw_ids: RawIds) -> pa.Array:
-    with pq.ParquetFile(source) as file:
-        name = _column(file.schema_arrow.names, where, raw_ids.column)
-        column = file.read(columns=[name]).column(name)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
-    if not any(is_kind(column.type) for is_kind in kinds):
-        raise InputError(f"{where}: column '{name}' has type {column.type}, expected integers or strings")
-    return _checked(column, where, name, raw_ids)
+def _ids_of_parquet(file: RawFile, raw_ids: RawIds) -> pa.Array:
+    name = _column(_open_parquet(file, _names), file.where, raw_ids.column)
+    column = _open_parquet(file, lambda reader: reader.read(columns=[name]).column(name))
+    return _checked(raw_values.plain(column), file.where, name, RowNumbers(), raw_ids)
 
 
-def _ids_of_text(source: pa.NativeFile, where: str, raw_ids: RawIds) -> tuple[pa.Array, str]:
-    """(ids, name of their column). All columns are read as strings: `007` is an id of its own."""
-    if where.lower().endswith(".gz"):
-        source = pa.CompressedInputStream(source, "gzip")
-    table = pacsv.read_csv(
-        source,
-        read_options=pacsv.ReadOptions(autogenerate_column_names=True),
-        parse_options=pacsv.ParseOptions(delimiter="\t" if ".tsv" in where.lower() else ","),
-        convert_options=pacsv.ConvertOptions(column_types={f"f{k}": pa.string() for k in range(_MOST_COLUMNS)}),
-    )
-    names = [str(column[0].as_py()) for column in table.columns]
-    name = _column(names, where, raw_ids.column)
-    return _checked(table.column(names.index(name)).slice(1), where, name, raw_ids), name
+def _ids_of_text(file: RawFile, raw_ids: RawIds) -> tuple[pa.Array, str]:
+    """(ids, name of their column). All columns are read as strings: `007` is not `7`."""
+    dialect = Dialect(delimiter="\t" if has_suffix(file.path, (".tsv", ".tab")) else ",")
+    dialect = choose_delimiter(file, dialect, [raw_ids.column])
+    name = _column([name.strip() for name in header(file, dialect)], file.where, raw_ids.column)
+    parts = [
+        _checked(raw_values.plain(table.column(name)), file.where, name, rows, raw_ids)
+        for rows, table in read_delimited(file, dialect, [name])
+    ]
+    return pa.concat_arrays([*parts, pa.array([], raw_ids.type)]), name
 
 
 def _column(names: list[str], where: str, wanted: str) -> str:
@@ -274,14 +289,17 @@ def _column(names: list[str], where: str, wanted: str) -> str:
     )
 
 
-def _checked(column: pa.ChunkedArray, where: str, name: str, raw_ids: RawIds) -> pa.Array:
-    if column.null_count:
-        row = int(np.flatnonzero(pc.is_null(column).to_numpy())[0])
-        raise InputError(f"{where}, row {row}: null in column '{name}', expected a raw user id")
+def _checked(values: pa.Array, where: str, name: str, rows: RowNumbers, raw_ids: RawIds) -> pa.Array:
+    """The ids in the type of the log's. Raises InputError if one is missing, or is not an id of that type."""
+    where = f"{where}, column '{name}'"
+    gone = raw_values.missing(values)
+    if gone.any():
+        raise InputError(f"{where}, {rows.name(int(np.argmax(gone)))}: null; expected a raw user id")
+    if raw_values.class_of(values) is None:
+        raise InputError(f"{where}: type {values.type}; expected integers or strings")
     try:
-        column = column.cast(raw_ids.type)
+        return raw_values.ids(values, where, rows).cast(raw_ids.type)
     except pa.ArrowException as error:
         raise InputError(
-            f"{where}: column '{name}' does not have ids of type {raw_ids.type}, as the log has: {first_line(error)}"
+            f"{where}: does not have ids of type {raw_ids.type}, as the log has: {first_line(error)}"
         ) from error
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

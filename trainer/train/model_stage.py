@@ -28,12 +28,19 @@ from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import assert_same_across_ranks, raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.labelled import Chunk, evaluate_rows, held_out_rows, part_rows
-from recpress.trainer.evaluate.stage import show
+from recpress.trainer.evaluate.stage import show_predictions
 from recpress.trainer.features.batches import FeatureBatches
 from recpress.trainer.features.id_space import table_spaces
-from recpress.trainer.features.resolve import FeatureSet, open_with_features, resolve_features, sampled_rows
+from recpress.trainer.features.resolve import (
+    FeatureSet,
+    open_with_features,
+    resolve_features,
+    sampled_rows,
+    vocabulary_of,
+)
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.trained import ShardedModel, build_model
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
@@ -102,6 +109,8 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
     """`train_model` within its process group, which must outlive the model: see `process_group`."""
     start = time.monotonic()
     assert_same_across_ranks(configuration=digest(asdict(config)))
+    with raise_on_all_ranks():
+        check_precision(config.precision, ranks.device)
     inputs = _open(config)
     log, features = inputs.log, inputs.features
     held = _hold_out(config, log)
@@ -162,7 +171,8 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
                     shutil.copytree(checkpoints.metrics, folder, dirs_exist_ok=True)
         checkpoints.finish()
     if ranks.rank == 0:
-        shown = f"test {_show(metrics)}" if metrics else f"validation {_show(best)}" if best else "no held-out rows"
+        measured = (("test", metrics), ("validation", best))
+        shown = next((f"{part} {show_predictions(found)}" for part, found in measured if found), "no held-out rows")
         print(f"{config.out}: {fitted.steps} steps in {fitted.train_seconds:.1f} s; {shown}")
         sizes = f"tables {sum(model.table_bytes.values()):,} bytes"
         print(sizes + (f", maps {map_bytes:,} bytes" if maps else ""))
@@ -195,10 +205,13 @@ def _open(config: TrainModelConfig) -> _Inputs:
 
 def _describe(config: TrainModelConfig, inputs: _Inputs, model: ShardedModel) -> dict[str, Any]:
     """Entries of a manifest about the model and what the rows of its tables are of."""
-    spaces = table_spaces(inputs.log, inputs.features, model.table_features)
+    log, features = inputs.log, inputs.features
+    spaces = table_spaces(log, features, model.table_features)
+    numbered = {f.name: found for f in features.features if (found := vocabulary_of(log, f)) is not None}
+    model_entry = {"name": config.factory, "options": asdict(config.model), **features.describe()}
     return {
-        "model": {"name": config.factory, "options": asdict(config.model), **inputs.features.describe()},
-        "ids": describe_spaces(inputs.log, spaces),
+        "model": {**model_entry, "vocabularies": numbered},
+        "ids": describe_spaces(log, spaces),
     }
 
 
@@ -312,10 +325,12 @@ def _fit(
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, stream.steps_per_epoch * config.epochs),
+        TrainOptimizer(model.dmp, config.optimizer, config.total_steps(stream.steps_per_epoch, config.epochs)),
         batches,
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),
+            accumulate=config.accumulate,
+            precision=config.precision,
             evaluate_every=evaluation.every if validation is not None else 0,
             evaluate_steps=evaluation.every_steps if validation is not None else 0,
             evaluate_first=validation is not None and config.warm_start is not None,  # training may not improve it
@@ -347,11 +362,6 @@ def _test(config: TrainModelConfig, inputs: _Inputs, model: ShardedModel, ranks:
     return evaluate_rows(
         model.dmp, part_rows(log.test, inputs.columns, ranks), builder, ranks, config.stream.batch_size
     )
-
-
-def _show(metrics: dict[str, float]) -> str:
-    """The metrics in one line, with those that rows of one label do not have."""
-    return show(metrics) + ("" if "NE" in metrics else ", AUC -, NE - (one label only)")
 
 
 def _log_settings(config: TrainModelConfig, inputs: _Inputs, stream: InteractionStream, validated: bool) -> None:

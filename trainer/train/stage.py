@@ -23,6 +23,7 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.stage import load_heldout, show
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, ShardedTwoTower
 from recpress.trainer.model.weights import save_weights
@@ -104,6 +105,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     """`train` within its process group, which must outlive the model: see `process_group`."""
     start = time.monotonic()
     assert_same_across_ranks(configuration=digest(asdict(config.resolved())))
+    with raise_on_all_ranks():
+        check_precision(config.precision, ranks.device)
     inputs = open_inputs(config, ranks)
     config, log, factors, maps = inputs.config, inputs.log, inputs.factors, inputs.maps
     artifacts = {"factors": config.factors, "hash": config.hash}
@@ -156,6 +159,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             "steps": fitted.steps,
             "skipped": fitted.skipped,
             "best": fitted.best,
+            "evaluations": fitted.evaluations,
             **published,
             "metrics": metrics,
             "factorization_metrics": factorization,
@@ -259,7 +263,7 @@ def _fit(
         model.dmp.eval()
         return choice.evaluate(model.vectors("user"), model.vectors("item"))
 
-    total_steps = 0 if config.follow.online else stream.steps_per_epoch * config.epochs
+    total_steps = 0 if config.follow.online else config.total_steps(stream.steps_per_epoch, config.epochs)
     evaluation = config.evaluation
     return run_fit(
         config,
@@ -268,6 +272,8 @@ def _fit(
         lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
         FitConfig(
             epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),
+            accumulate=config.accumulate,
+            precision=config.precision,
             evaluate_every=evaluation.every or 0,
             evaluate_steps=evaluation.every_steps,
             evaluate_first=evaluation.while_training,

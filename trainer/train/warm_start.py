@@ -28,7 +28,7 @@ from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.features.id_space import IdSpace, Match, match_ids, read_space, same_rows
 from recpress.trainer.features.numbers import Numbers
 from recpress.trainer.loop import run_state
-from recpress.trainer.model.saved import SavedTable, SavedWeights, open_saved, read_description
+from recpress.trainer.model.earlier import SavedTable, SavedWeights, open_saved, read_description
 from recpress.trainer.model.weights import Rectangle, dense_part, trainable_shards
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,8 @@ def warm_start(
             if name in plan.dense:
                 with torch.no_grad():
                     tensor.copy_(plan.dense[name])
-    complete, grown = [], []
+    complete: list[str] = []
+    grown: list[str] = []
     for name, parts in trainable_shards(model):
         if name in plan.tables:
             added = _load_table(parts, plan.tables[name])

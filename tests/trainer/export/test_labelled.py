@@ -1,11 +1,14 @@
 """`recpress export` of models of labels: a DLRM, a DCN-v2 and a model of one's own give the trainer's predictions."""
 
+import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -144,9 +147,64 @@ def test_programs_give_the_predictions_of_the_trainer(shop, factors, factory, mo
             assert float((found - expected).abs().max()) < tolerance
 
 
+def test_an_export_ships_the_hash_of_raw_ids(shop, tmp_path, monkeypatch):
+    table = pq.read_table(Path(shop) / "train.parquet")
+    texts = pa.array([f"item-{number}" for number in range(ITEMS)])
+    history = pa.ListArray.from_arrays(
+        table["history"].combine_chunks().offsets, texts.take(table["history"].combine_chunks().flatten())
+    )
+    columns = {"user_id": pc.multiply(table["user_id"], -(10**15)), "item_id": texts.take(table["item_id"])}
+    (tmp_path / "log").mkdir()
+    pq.write_table(pa.table({**columns, "history": history, "click": table["click"]}), tmp_path / "log/train.parquet")
+    hashed = ("user_id=500", "item_id=300", "history=300")
+    features = {"history": FeatureConfig(kind="list", table="item_id"), "item_id": FeatureConfig()}
+    run = config(str(tmp_path / "log"), tmp_path / "model", "dlrm", DLRMConfig(), features)
+    expected = trained(replace(run, schema=Schema(label="click", hashed=hashed)), monkeypatch)
+    out = tmp_path / "export"
+    export(ExportConfig(model=str(tmp_path / "model"), out=str(out), storage="fp32"))
+    spec = importlib.util.spec_from_file_location("shipped", out / "hash_ids.py")
+    shipped = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shipped)
+    raw = {
+        "user_id": columns["user_id"].to_numpy(),
+        "item_id": columns["item_id"].to_pylist(),
+        "history": history.flatten().to_pylist(),
+    }
+    given = {name: torch.from_numpy(shipped.hash_of(out, name)(values)) for name, values in raw.items()}
+    given["history.values"] = given.pop("history")
+    given["history.lengths"] = torch.from_numpy(history.value_lengths().to_numpy().astype(np.int64))
+    inputs = [part["name"] for part in json.loads((out / "manifest.json").read_text())["programs"]["model"]["inputs"]]
+    found = load(out, "model")({name: given[name] for name in inputs})
+    assert float((found - expected).abs().max()) < 1e-5
+    for values, message in ((["7"], "text, but the log has integers"), ([1.5], "1.5 .float.; expected an integer")):
+        with pytest.raises(ValueError, match=message):
+            shipped.hash_of(out, "user_id")(values)
+    with pytest.raises(ValueError, match="'click' is not hashed; hashed are: user_id, item_id, history"):
+        shipped.hash_of(out, "click")
+
+
+def test_a_program_gives_nan_for_lengths_that_do_not_fit(shop, tmp_path):
+    """The program itself: C++ and Triton call it without load.py."""
+    features = {"history": FeatureConfig(kind="sequence", max_length=3), "user_id": FeatureConfig()}
+    train_model(config(shop, tmp_path / "model", "dlrm", DLRMConfig(), features))
+    export(ExportConfig(model=str(tmp_path / "model"), out=str(tmp_path / "export")))
+    spec = json.loads((tmp_path / "export/manifest.json").read_text())["programs"]["model"]
+    program = torch.export.load(tmp_path / "export/model.pt2").module()
+    given = {part["name"]: torch.tensor([0, 1]) for part in spec["inputs"]}
+    given |= {"history.values": torch.tensor([4, 5, 6]), "price": torch.ones(2)}
+    for lengths, fits in (([1, 2], True), ([0, 3], True), ([4, -1], False), ([1, 1], False), ([9, 9], False)):
+        given["history.lengths"] = torch.tensor(lengths)
+        found = program(*(given[part["name"]] for part in spec["inputs"]))
+        assert torch.isnan(found).tolist() == [not fits] * 2, lengths
+
+
 @pytest.mark.parametrize(
     ("lengths", "message"),
-    [([1, 1], "adds up to 2, but there are 3 values"), ([3], "has 1 rows, other inputs 2")],
+    [
+        ([1, 1], "adds up to 2, but there are 3 values"),
+        ([3], "has 1 rows, other inputs 2"),
+        ([4, -1], "has a negative length"),
+    ],
 )
 def test_lists_that_do_not_fit_are_refused(lengths, message):
     spec = {

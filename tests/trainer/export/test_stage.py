@@ -93,13 +93,19 @@ def test_fp32_programs_give_the_vectors_of_the_trainer(exported, model, log):
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("fp16", 1e-3), ("int8", 1e-2), ("int4", 0.15)])
 def test_large_rows_in_fewer_bits_are_files_and_give_nearly_the_same_vectors(
-    exported, model, storage, tolerance, tmp_path
+    exported, model, storage, tolerance, tmp_path, capsys
 ):
     export(ExportConfig(model=model, out=str(tmp_path / "small"), storage=storage, inline_mb=0, index="none"))
     found, expected = exported_vectors(tmp_path / "small"), exported_vectors(exported)
     for side in SIDES:
         assert 0 < distance(found[side], expected[side]) < tolerance
     assert len(list((tmp_path / "small" / "rows").iterdir())) > 6
+    golden = [torch.load(folder / "golden.pt", weights_only=True) for folder in (tmp_path / "small", exported)]
+    programs = json.loads((tmp_path / "small" / "manifest.json").read_text())["programs"]
+    for side in SIDES:
+        loss = distance(golden[0][side]["output"], golden[1][side]["output"])
+        assert programs[side]["storage_error"] == pytest.approx(loss, rel=1e-3)
+    assert f"{programs['user']['storage_error']:.2g}" in capsys.readouterr().out
     state = torch.export.load(tmp_path / "small" / "item.pt2").state_dict
     assert not [name for name in state if ".rows." in name]
 

@@ -1,5 +1,6 @@
 """The model repository of Triton: its configuration against the schema, and its Python model."""
 
+import errno
 import importlib.util
 import json
 import sys
@@ -85,6 +86,18 @@ def test_compiled_programs_run_in_the_pytorch_backend_unless_they_have_large_ten
     assert [part.name for part in config.input] == ["INPUT__0", "INPUT__1"]
     assert (tmp_path / "model_repository" / "model" / "1" / "model.pt2").read_bytes() == b"program"
     assert parsed(tmp_path / "model_repository" / "large" / "config.pbtxt").input[0].name == 'a"b'
+
+
+def test_a_program_is_copied_where_the_filesystem_has_no_hard_links(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "model.aot.pt2").write_bytes(b"program")
+    output = {"dtype": "float32", "shape": ["batch"]}
+    spec = {"aot": {"file": "model.aot.pt2", "device": "cpu"}, "large": [], "inputs": [], "output": output}
+    write_repository(tmp_path, {"model": spec})
+    assert (tmp_path / "model_repository" / "model" / "1" / "model.pt2").read_bytes() == b"program"
 
 
 def test_the_python_model_answers_and_refuses_as_the_program(exported, monkeypatch):

@@ -42,7 +42,7 @@ def test_other_errors_stay_as_they_are():
 def test_train_adds_what_the_plan_predicts(tmp_path, monkeypatch, capsys):
     log = tmp_path / "log"
     assert main(["synth", "--users", "200", "--items", "200", "--rows", "3000", "--out", str(log)]) == 0
-    monkeypatch.setattr("recpress.trainer.loop.fit.TrainPipelineSparseDist.progress", exhausted)
+    monkeypatch.setattr("recpress.trainer.loop.step.StepPipeline.progress", exhausted)
     options = ["--data", str(log), "--out", str(tmp_path / "model"), "--device", "cpu", "--model.tables.dim", "8"]
     assert main(["train", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -31,11 +31,11 @@ def start(base, run, overwrite, parts):
     """Parts that remain; writes the first of them. Without `parts`, also the manifest."""
     output = Output(f"{base}/out", run, ROWS)
     remain = output.open(overwrite=overwrite, inputs=[])
-    output.begin()
+    output.begin({"memory": 7})
     for part in remain[:parts]:
-        output.write(part_name(part), TABLE.slice(0, ROWS[part]))
+        output.write_part(part, TABLE.slice(0, ROWS[part]), 1)
     if parts is None:
-        output.finish({"parts": len(ROWS)}, overwrite=overwrite)
+        output.finish({"parts": len(ROWS), **output.short_lists()}, overwrite=overwrite)
     return remain.tolist()
 
 
@@ -49,6 +49,7 @@ def test_a_run_that_stopped_resumes(base):
     assert run({"k": 1}, False, 0) == [2]
     assert run({"k": 1}, True, None) == [2]  # --overwrite does not discard parts of the same run
     manifest = artifact.read_manifest(f"{base}/out", "recommendations")
+    assert (manifest["short"], manifest["empty"]) == (2, 2)  # of all runs
     names = [*(part_name(part) for part in range(3)), "run.json"]
     assert [file["name"] for file in manifest["contents"]] == names
     assert sorted(object_store.list_files(f"{base}/out")) == ["manifest.json", *names]
@@ -58,7 +59,7 @@ def test_a_run_that_stopped_resumes(base):
     with pytest.raises(InputError, match="exists already"):
         run({"k": 1}, False, 1)
     assert run({"k": 2}, True, None) == [0, 1, 2]
-    assert json.loads(object_store.read_bytes(f"{base}/out/run.json")) == {"k": 2}
+    assert json.loads(object_store.read_bytes(f"{base}/out/run.json")) == {"k": 2, "measured": {"memory": 7}}
 
 
 def test_every_user_of_the_parts_that_remain_has_one_rank_and_slot():

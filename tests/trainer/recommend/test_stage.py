@@ -1,5 +1,6 @@
 """`recommend` on a log of raw ids: the metrics of `evaluate`, on any number of ranks; kill and resume; bad input."""
 
+import bz2
 import json
 import os
 import shutil
@@ -164,7 +165,7 @@ def test_the_metrics_are_those_of_evaluate(kind, log, factors, model, best, tmp_
 def test_what_the_output_has(log, best):
     manifest = json.loads((Path(best) / "manifest.json").read_text())
     assert manifest["kind"] == "recommendations"
-    assert manifest["users"] == {"given": USERS, "written": USERS}
+    assert manifest["users"] == {"given": USERS, "written": USERS, "short": 0, "empty": 0}
     assert manifest["parts"] == 5
     assert [file["name"] for file in manifest["contents"]] == [*(part_name(k) for k in range(5)), "run.json"]
     schema = pq.read_schema(Path(best) / part_name(0))
@@ -192,6 +193,31 @@ def test_seen_items_may_be_included_and_short_lists_are_short(log, factors, tmp_
     counts = np.bincount(pq.read_table(Path(log) / "train")["user_id"].to_numpy(), minlength=USERS)
     assert all(len(items) == ITEMS for items in everything["items"])
     assert [len(items) for items in rest["items"]] == (ITEMS - counts).tolist()
+
+
+def test_users_with_short_and_empty_lists_are_counted(tmp_path, capsys):
+    """Of 6 items, user 0 has seen all, user 1 five."""
+    rows = [(0, item) for item in range(6)] + [(1, item) for item in range(5)] + [(2, 0), (2, 3), (3, 1)]
+    pq.write_table(pa.table(dict(zip(("user_id", "item_id"), zip(*rows, strict=True), strict=True))), tmp_path / "a.pq")
+    log, factors, out = str(tmp_path / "log"), str(tmp_path / "factors"), tmp_path / "best"
+    assert main(["ingest", "--input", str(tmp_path / "a.pq"), "--out", log]) == 0
+    factorize(FactorizeConfig(data=log, out=factors, als=ALSConfig(factors=2, sweeps=2, auto=False)))
+    capsys.readouterr()
+    command = ["recommend", "--model", factors, "--k", "3", "--users-per-part", "1", "--out"]
+    assert main([*command, str(out)]) == 0
+    assert "users with fewer items: 2 (1 with none)" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["users"] == {
+        "given": 4,
+        "written": 4,
+        "short": 2,
+        "empty": 1,
+    }
+    assert [len(items) for items in read(out)["items"]] == [0, 1, 3, 3]
+    stopped = tmp_path / "again"  # before its last part
+    shutil.copytree(out, f"{stopped}.unfinished")
+    (tmp_path / "again.unfinished" / part_name(3)).unlink()
+    run_on_ranks(recommend, 2, settings(factors, stopped, k=3, users_per_part=1))
+    assert json.loads((stopped / "manifest.json").read_text())["users"]["short"] == 2
 
 
 KILLED = """
@@ -267,8 +293,26 @@ def test_users_of_a_file(factors, best, tmp_path, caplog):
         assert read(out)["items"] == [everyone[user] for user in read(out)["user"]]
         assert pq.read_table(out / "unknown_users.parquet").to_pydict() == {"user": ["nobody"]}
         counts = json.loads((out / "manifest.json").read_text())["users"]
-        assert counts == {"given": 5, "repeated": 1, "unknown": 1, "written": 3}
+        assert counts == {"given": 5, "repeated": 1, "unknown": 1, "written": 3, "short": 0, "empty": 0}
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
+
+
+def test_folders_of_users(factors, best, tmp_path):
+    """A folder is not taken for a log: Spark names it `x.parquet`; ids may be in any of the types that ingest reads."""
+    everyone = dict(zip(*(read(best)[name] for name in ("user", "items")), strict=True))
+    for name in ("users.parquet", "users", "text"):
+        (tmp_path / name).mkdir()
+    for folder in ("users.parquet", "users"):
+        (tmp_path / folder / "_SUCCESS").write_text("")
+        for part, users in enumerate([["u99"], ["u8", "u200"]]):
+            pq.write_table(pa.table({"user": pa.array(users, pa.string_view())}), tmp_path / folder / f"{part}.parquet")
+    (tmp_path / "text" / "a.csv").write_bytes(b"\xef\xbb\xbfuser_id;age\r\nu99;3\r\n")
+    (tmp_path / "text" / "b.csv.bz2").write_bytes(bz2.compress(b'user_id\n"u8"\nu200\n'))
+    for name in ("users.parquet", "users", "text"):
+        recommend(settings(factors, tmp_path / f"{name}-best", data=str(tmp_path / name)))
+        found = read(tmp_path / f"{name}-best")
+        assert found["user"] == ["u99", "u8", "u200"]
+        assert found["items"] == [everyone[user] for user in found["user"]]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(log, factors, tmp_path, capsys):
@@ -277,12 +321,16 @@ def test_bad_input_is_one_line_and_writes_nothing(log, factors, tmp_path, capsys
         "null": {"user": ["u8", None]},
         "floats": {"user": [1.5]},
         "none": {"user": ["x", "y"]},
+        "structs": {"user": [{"id": "u8"}]},
         "two": {"a": ["u8"], "b": ["u9"]},
     }
     for name, columns in tables.items():
         pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
     (tmp_path / "headless.csv").write_text("u8\nu9\n")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "users.json").write_text('["u8"]')
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages/1.csv").write_text("a,b\nu8,1\n")
     (tmp_path / "file").write_text("")
     (tmp_path / "left.unfinished").mkdir()
     incomplete, future = tmp_path / "incomplete", tmp_path / "future"
@@ -298,7 +346,10 @@ def test_bad_input_is_one_line_and_writes_nothing(log, factors, tmp_path, capsys
     cases = [
         (["--data", str(tmp_path / "empty.parquet")], "no users"),
         (["--data", str(tmp_path / "null.parquet")], "row 1: null"),
-        (["--data", str(tmp_path / "floats.parquet")], "type double"),
+        (["--data", str(tmp_path / "structs.parquet")], "expected integers or strings"),
+        (["--data", str(tmp_path / "users.json")], "expected users in Parquet or text"),
+        (["--data", str(tmp_path / "pages")], "columns a, b; expected a single column"),
+        (["--data", str(tmp_path / "floats.parquet")], "row 0: 1.5; expected an integer"),
         (["--data", str(tmp_path / "none.parquet")], "none of its 2 users"),
         (["--data", str(tmp_path / "two.parquet")], "single column of raw user ids"),
         (["--data", str(tmp_path / "headless.csv")], "expected a header"),
@@ -357,7 +408,8 @@ def test_an_index_proposes_items(library, ranks, factors, best, exports, tmp_pat
     found, exact = read(out), read(best)
     assert found["user"] == exact["user"]
     hits = [len(set(mine) & set(all_items)) for mine, all_items in zip(found["items"], exact["items"], strict=True)]
-    manifest = json.loads((out / "manifest.json").read_text())["index"]
+    whole = json.loads((out / "manifest.json").read_text())
+    manifest = whole["index"]
     first = 64 * ranks  # each rank asks for its first block
     assert manifest["recall"] == pytest.approx(sum(hits[:first]) / (first * K))
     assert manifest["recall"] > 0.98
@@ -367,6 +419,12 @@ def test_an_index_proposes_items(library, ranks, factors, best, exports, tmp_pat
     ):
         known = dict(zip(all_items, all_scores, strict=True))
         assert all(known.get(item, score) == score for item, score in zip(mine, scores, strict=True))
+    resumed = tmp_path / "resumed"  # after its last part: nothing remains to measure
+    shutil.copytree(out, f"{resumed}.unfinished")
+    (tmp_path / "resumed.unfinished" / "manifest.json").unlink()
+    run_on_ranks(recommend, ranks, settings(factors, resumed, index=str(exports / library)))
+    again = json.loads((resumed / "manifest.json").read_text())
+    assert (again["index"], again["memory"]) == (manifest, whole["memory"])
 
 
 def test_an_export_without_an_index_or_of_another_model(model, factors, exports, tmp_path, capsys, monkeypatch):

@@ -18,8 +18,6 @@ from recpress.modules.config import ALSConfig
 from recpress.trainer.cli import main
 from recpress.trainer.config import CheckpointConfig, OptimizerConfig
 from recpress.trainer.errors import Preempted
-from recpress.trainer.evaluate.config import EvaluateConfig
-from recpress.trainer.evaluate.stage import evaluate
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.features.batches import FeatureBatches
@@ -110,16 +108,18 @@ def test_patience_stops_the_run_and_the_best_weights_are_published(criteo, tmp_p
 
 
 def _run(data, out, factors):
-    """Of a Criteo log; or of the shop with frozen and hashed tables."""
+    """Of a Criteo log in fp16; or of the shop with frozen and hashed tables, in steps of two batches in bf16."""
     if factors is None:
-        return config(data, out, epochs=3)
+        return config(data, out, epochs=3, precision="fp16")
     features = {
         "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), sharding="row_wise"),
         "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20)),
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
     }
-    return of_shop(data, out, features=features, epochs=3, checkpoint=CheckpointConfig(steps=2))
+    return of_shop(
+        data, out, features=features, epochs=3, checkpoint=CheckpointConfig(steps=2), accumulate=2, precision="bf16"
+    )
 
 
 def _trained(data, out, factors=None):
@@ -179,13 +179,13 @@ def test_all_kinds_of_features(shop, factors, tmp_path):
     assert saved.shape == (60, 8)
 
 
-def test_without_a_configuration_all_columns_are_features(shop, tmp_path):
+def test_without_a_configuration_all_columns_are_features(shop, tmp_path, capsys):
     result = train_model(of_shop(shop, tmp_path / "model", epochs=1))
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert set(manifest["model"]["features"]) == {"user_id", "item_id", "price", "age", "income", "genres"}
     assert result.validation
-    with pytest.raises(InputError, match=r"a model of --model dlrm, which does not rank"):
-        evaluate(EvaluateConfig(data=str(tmp_path / "no log"), model=str(tmp_path / "model")))
+    assert main(["recommend", "--data", shop, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "best")]) == 2
+    assert "a model of --model dlrm, which does not rank" in capsys.readouterr().err
 
 
 def test_ratings_become_labels_at_the_threshold(shop, tmp_path):
