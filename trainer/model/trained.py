@@ -122,7 +122,7 @@ def build_model(
         model = factory_of(name)(config, ModelInputs.of(features))
         if not isinstance(model, nn.Module):
             raise InputError(f"--model {name}: returned {type(model).__name__}, expected an nn.Module")
-        looked_up = _check_tables(name, model, features)
+        looked_up = check_tables(name, model, features)
         model, report = _compressed(name, model, features)
         size = _table_bytes(model)
         if rows_follow:
@@ -164,7 +164,7 @@ def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.M
         raise InputError(f"--model {name}: {error}") from error
 
 
-def _check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str, list[str]]:
+def check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str, list[str]]:
     """The features of each table. Raises InputError if the tables of a model do not fit the features."""
     found: dict[str, list[str]] = {}
     ids = {feature: table.num_ids for table in features.tables for feature in table.features}
