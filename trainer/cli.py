@@ -156,8 +156,11 @@ COMMANDS = {
     ),
     "tune": Command(
         "recpress.trainer.tune.config:TuneConfig",
-        "recpress.trainer.tune.stage:tune",
-        "choose settings of the factorization and the network within a time budget, and write them as TOML",
+        "recpress.trainer.tune.stage:tune_any",
+        "choose settings of the factorization and the network, or of a --train.model, within a time budget, as TOML",
+        with_model="recpress.trainer.tune.config:TuneModelConfig",
+        main_with_model="data out minutes trials schema.label train.sample.rate train.evaluation.metric train.epochs "
+        "train.label-threshold train.dim seed device overwrite",
     ),
     "plan": Command(
         "recpress.trainer.plan.config:PlanConfig",
@@ -444,6 +447,7 @@ def _config(name: str, rest: list[str]) -> object:
         rest = config_file.arguments(known.config, config, rest, name, content)
     made = parse(config, rest, prog=prog, summary=command.summary, main=main)
     if model != TWO_TOWER:
+        assert base is not None
         return completed(made, base, model, named)
     if named:
         return replace(made, features=named)

@@ -158,6 +158,8 @@ def for_command(command: str, content: dict[str, Any], config: type) -> dict[str
         return content
     if command in _STAGES:
         return dict(content.get(command, {}))
+    if command == "plan":  # of a training run
+        return dict(content.get("train", {}))
     found: dict[str, Any] = {}
     if "als" in known and "als" in content.get("factorize", {}):
         found["als"] = content["factorize"]["als"]

@@ -33,7 +33,7 @@ def log(tmp_path_factory):
 def recipe(log, tmp_path_factory):
     """The file of the documentation, and the folder of its outputs."""
     folder = tmp_path_factory.mktemp("recipe")
-    text = re.search(r"```toml\n(# clicks.toml\n.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
+    text = re.search(r"```toml\n(# pipeline.toml\n.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
     text = text.replace('"runs/log"', f'"{log}"').replace('"runs/clicks"', f'"{folder / "out"}"')
     (folder / "clicks.toml").write_text(text)
     assert main(["pipeline", "--config", str(folder / "clicks.toml"), *FAST]) == 0
