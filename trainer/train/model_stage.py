@@ -111,7 +111,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
         check_precision(config.precision, ranks.device)
     inputs = _open(config)
     log, features = inputs.log, inputs.features
-    held = _hold_out(config, log)
+    held = hold_out(config, log)
     stream: InteractionStream | None = None
     with raise_on_all_ranks():
         stream = _stream(config, inputs, ranks, held)
@@ -217,8 +217,8 @@ def _check_labels(log: Log, builder: FeatureBatches) -> None:
         )
 
 
-def _hold_out(config: TrainModelConfig, log: Log) -> HoldOut | None:
-    """Which rows of the sample are held out. A pure function of the files and the configuration."""
+def hold_out(config: TrainModelConfig, log: Log) -> HoldOut | None:
+    """Which rows of the sample are held out; None: none. A pure function of the files and the configuration."""
     evaluation = config.evaluation
     if not evaluation.while_training or (evaluation.source == "auto" and log.val is not None):
         return None
