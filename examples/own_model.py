@@ -46,7 +46,7 @@ class DeepFM(nn.Module):
         pairs = (vectors.sum(1).square() - vectors.square().sum(1)).sum(1) / 2
         first = self.first(batch.sparse_features).values().sum(1)
         deep = self.deep(torch.cat([vectors.flatten(1), batch.dense_features], 1)).squeeze(1)
-        logits = self.bias + first + pairs + deep
+        logits = (self.bias + first + pairs + deep).float()  # --precision bf16 has the loss in float32, too
         return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits.sigmoid()
 
 

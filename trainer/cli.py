@@ -65,6 +65,10 @@ class Command(NamedTuple):
     """Options that its short `--help` lists; by default those that are in no section."""
     passes_on: bool = False
     """Whether what follows `--` goes to the processes that it starts, as the field `args`."""
+    with_model: str = ""
+    """Its configuration with --model of another model than the two-tower network, as `module:class`."""
+    main_with_model: str = ""
+    """Options that its short `--help` then lists before those of `train --model`."""
     clusters: bool = False
     """Whether it clusters ids, in many short parallel regions. On cores that other processes use too, OpenMP threads
     that spin while they wait made it twenty times slower, so they sleep unless the user sets OMP_WAIT_POLICY."""
@@ -121,6 +125,7 @@ COMMANDS = {
         "train the two-tower network, or another with --model, on a log or a sample of it",
         main="data out factors hash model.tables.strategy sample.rate epochs stream.batch-size "
         "evaluation.metric checkpoint.minutes device overwrite",
+        with_model="recpress.trainer.train.config:TrainModelConfig",
     ),
     "evaluate": Command(
         "recpress.trainer.evaluate.config:EvaluateConfig",
@@ -154,9 +159,12 @@ COMMANDS = {
     "plan": Command(
         "recpress.trainer.plan.config:PlanConfig",
         "recpress.trainer.plan.stage:plan",
-        "plan a training run on a cluster that need not exist: sharding, memory, smallest number of GPUs",
+        "plan a training run, also with --model, on a cluster that need not exist: sharding, memory, number of GPUs",
         main="data users items rows dim share compare json cluster.nodes cluster.ranks-per-node "
         "cluster.memory-gib cluster.device",
+        with_model="recpress.trainer.plan.config:PlanModelConfig",
+        main_with_model="rows list-length share compare json cluster.nodes cluster.ranks-per-node cluster.memory-gib "
+        "cluster.device",
     ),
     "compare cadc": Command(
         "recpress.trainer.compare.config:CompareCadcConfig",
@@ -415,12 +423,13 @@ def _config(name: str, rest: list[str]) -> object:
     if known.config is not None:
         content = config_file.for_command(name, config_file.read(known.config), config)
     model = TWO_TOWER
-    if name == "train":
+    base = _load(command.with_model) if command.with_model else None
+    if base is not None:
         model, rest = chosen_model(rest, content)
     main, prog, named = command.main.split(), f"recpress {name}", {}
-    if model != TWO_TOWER:
-        config, prog = model_options(model), f"{prog} --model {model}"
-        main = main_options(config)
+    if base is not None and model != TWO_TOWER:
+        config, prog = model_options(model, base), f"{prog} --model {model}"
+        main = main_options(config, command.main_with_model)
         if known.config is not None and content is not None:
             named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
     elif name == "compare hash" and known.config is not None and content is not None:
@@ -429,7 +438,7 @@ def _config(name: str, rest: list[str]) -> object:
         rest = config_file.arguments(known.config, config, rest, name, content)
     made = parse(config, rest, prog=prog, summary=command.summary, main=main)
     if isinstance(made, TrainModelConfig):
-        return completed(made, model, named)
+        return completed(made, base, model, named)
     if named:
         return replace(made, features=named)
     return replace(made, args=tuple(passed)) if passed else made

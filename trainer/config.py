@@ -213,6 +213,7 @@ class ProfileConfig:
         at_least(0, steps=self.steps, start=self.start)
 
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
 # Frozen factors: towers start with the scores of the factors and can learn little. Trained factors: the same, with a
@@ -389,6 +390,9 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     stall_seconds: float = 600.0
     """Time limit of a step, and of a rank without a heartbeat. A longer stall ends the run and names the rank."""
+    precision: Precision = "fp32"
+    """Precision of the dense part while it trains. `tf32`: TF32 for float32 products, on CUDA only; `bf16`, `fp16`:
+    autocast, fp16 with a gradient scale. Weights, tables, losses and evaluations are fp32."""
     accumulate: int = 1
     """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
     every batch. All counts of steps are of such steps."""

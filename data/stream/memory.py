@@ -48,7 +48,7 @@ def memory_bound(
     """
     lists = [name for name in columns if pa.types.is_nested(_type(rows, name))]
     dense = sum(_width(rows, name) for name in columns if name not in lists)
-    values = sum(_values_a_row(rows, name) for name in lists)
+    values = sum(values_per_row(rows, name) for name in lists)
     row = dense + _SCATTERED * 8 * (values + 2 * len(lists))  # values, offsets, and the place of a row in the window
     floats = 4 * sum(rows.columns[name].role == "float" for name in columns)
     decoding = max((_decoding(rows, read.group, columns) for read in plan.reads), default=0)
@@ -71,8 +71,8 @@ def _width(rows: ParquetSplit, name: str) -> int:
     return 4 if rows.columns[name].role in ("label", "float") else 8
 
 
-def _values_a_row(rows: ParquetSplit, name: str) -> float:
-    """Of a column of lists, the mean."""
+def values_per_row(rows: ParquetSplit, name: str) -> float:
+    """Mean length of a column of lists."""
     values = sum(chunk.num_values for group in rows.groups for chunk in _chunks(rows, group.file, group.group, name))
     return values / rows.num_rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,7 +108,8 @@ class TwoTower(nn.Module):
         if self.skip_nonfinite:
             users, items = _guard(users, finite), _guard(items, finite)
         ids = self.item_ids(batch.item_features)
-        loss = self.loss(users, items, batch.label, batch.log_q, ids, batch.excluded)
+        with _float32(users):
+            loss = self.loss(users.float(), items.float(), batch.label, batch.log_q, ids, batch.excluded)
         if self.config.towers.kind == "residual" and self.config.towers.penalty:
             loss = loss + self.config.towers.penalty * (user_penalty + item_penalty)
         if not self.skip_nonfinite:
@@ -195,6 +197,15 @@ class TwoTower(nn.Module):
             elif spec.counted:
                 assert frozen is not None
                 frozen.load(name, source)
+
+
+def _float32(vectors: torch.Tensor) -> AbstractContextManager[Any]:
+    """Turns autocast off. A train pipeline that traces the model has none."""
+    if isinstance(vectors, torch.fx.Proxy):
+        return nullcontext()
+    device = vectors.device.type
+    known = torch.amp.is_autocast_available(device)  # not on the device "meta"
+    return torch.autocast(device, enabled=False) if known and torch.is_autocast_enabled(device) else nullcontext()
 
 
 @torch.fx.wrap  # the train pipeline cannot trace this

@@ -145,9 +145,10 @@ class ResidualTower(nn.Module):
         e, count, others = self.given.gather(frozen, tables, floats, count)
         length = (e.norm(dim=1, keepdim=True) - self.length[0]) / self.length[1]
         facts = length if count is None else torch.cat([count, length], 1)
-        change = self.mlp(torch.cat([e / self.spread, facts, *others], 1))
+        # under autocast, the network may be in half precision, but not what it adds to
+        change = self.mlp(torch.cat([e / self.spread, facts, *others], 1)).float()
         delta, bias = change.split([self.given.dim, 1], 1)
-        moved = torch.addcmul(delta * self.spread, e, self.gate(facts).exp())
+        moved = torch.addcmul(delta * self.spread, e, self.gate(facts).float().exp())
         return torch.cat([moved, bias + self.start], 1), delta.square().mean()
 
 

@@ -46,8 +46,10 @@ def options() -> set[str]:
     """Options of all commands, of the TorchX components and of other programs."""
     found = set(OTHERS)
     places = [command.config.partition(":") for command in COMMANDS.values()]
+    bases = [command.with_model.partition(":") for command in COMMANDS.values() if command.with_model]
     configs = [getattr(importlib.import_module(module), attribute) for module, _, attribute in places]
-    for config in [*configs, *map(model_options, MODELS)]:
+    with_model = [getattr(importlib.import_module(module), attribute) for module, _, attribute in bases]
+    for config in [*configs, *(model_options(name, base) for name in MODELS for base in with_model)]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             parser = tyro.extras.get_parser(config)

@@ -15,8 +15,7 @@ and a block of scores (chunk x item_chunk); never users x items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from recpress.modules.als.factors import FactorTable
 from recpress.trainer.distributed.collectives import all_gather, all_gather_arrays, all_reduce, rank_and_world
 from recpress.trainer.evaluate import metrics as ranking_metrics
 from recpress.trainer.evaluate.heldout import FullHeldout, Heldout, SampledHeldout, ceil_div
+from recpress.trainer.loop.precision import matmul_precision
 from recpress.trainer.model.vectors import VectorFn
 
 CPU = torch.device("cpu")
@@ -341,7 +341,7 @@ class ItemShard:
             if in_float64(device):
                 scores = (exact @ block.double().T).float()  # (B, chunk)
             else:
-                with _without_tf32():
+                with matmul_precision("highest"):
                     scores = users @ block.T
             scores[:, self.stop - self.start - first :] = -torch.inf
             low, high = np.searchsorted(hidden[1], (first, first + self.chunk))
@@ -378,16 +378,6 @@ def in_float64(device: torch.device) -> bool:
 def _at_least(scores: Tensor, thresholds: Tensor) -> Tensor:
     """How many scores (B, items) reach the threshold of their row (B, 1): (B,) int32."""
     return (scores >= thresholds).view(torch.uint8).sum(dim=1, dtype=torch.int32)  # bytes add up faster than bools
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _nothing(heldout: Heldout) -> str:

@@ -303,6 +303,19 @@ def side_columns(log: Log, side: Side, table: pa.Table, features: Sequence[Featu
     )
 
 
+def shared_option(table: str, features: Sequence[Feature], option: str, default: Any) -> Any:
+    """The value of an option of a table, which features that share it may leave at its default.
+
+    Raises InputError if they differ.
+    """
+    said = {f.name: value for f in features if (value := getattr(f.config, option)) != default}
+    values = list(said.values())
+    if any(value != values[0] for value in values):
+        each = ", ".join(f"{feature}: {value}" for feature, value in said.items())
+        raise InputError(f"table '{table}': features that share it have another {option} ({each}); expected one")
+    return values[0] if values else default
+
+
 def vocabulary_of(log: Log, feature: Feature) -> str | None:
     """Fingerprint of the vocabulary that numbered the column, or of its hash; None if unknown."""
     if feature.source != "log":
@@ -351,13 +364,7 @@ class _Tables:
 
     def _table(self, name: str, features: list[Feature]) -> FeatureTable:
         def one(option: str, default: Any) -> Any:
-            """The value of an option of the table, which features that share it may leave at its default."""
-            said = {f.name: value for f in features if (value := getattr(f.config, option)) != default}
-            values = list(said.values())
-            if any(value != values[0] for value in values):
-                each = ", ".join(f"{feature}: {value}" for feature, value in said.items())
-                raise InputError(f"table '{name}': features that share it have another {option} ({each}); expected one")
-            return values[0] if values else default
+            return shared_option(name, features, option, default)
 
         if "." in name:  # a table is a module, whose name has no dots
             raise InputError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recpress.trainer.config import Precision
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -13,6 +15,8 @@ class FitConfig:
     epochs: int = 1
     accumulate: int = 1
     """Batches per step of the dense part."""
+    precision: Precision = "fp32"
+    """Of the forward and backward passes; evaluations are in fp32."""
     evaluate_every: int = 0
     """Epochs between evaluations; 0: none while training."""
     evaluate_steps: int = 0

@@ -42,6 +42,7 @@ from recpress.trainer.loop.best import BestModel
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.out_of_memory import in_step
+from recpress.trainer.loop.precision import matmul_precision
 from recpress.trainer.loop.step import StepPipeline
 from recpress.trainer.loop.stopping import DelayedFlags, StopSignal
 from recpress.trainer.loop.training_data import TrainingData
@@ -107,7 +108,8 @@ def fit(
             if checkpoints is not None:
                 loop.checkpoints, loop.flags = checkpoints, DelayedFlags()
                 loop.resume(checkpoints)
-            with loop.memory, profiler or nullcontext():
+            products = matmul_precision("high") if config.precision == "tf32" else nullcontext()
+            with loop.memory, products, profiler or nullcontext():
                 loop.run(batches)
         finally:
             loop.progress.close()
@@ -295,6 +297,8 @@ class TrainLoop:
             text = "%s: skipped %d batches with a non-finite loss, %d in total"
             logger.warning(text, where, found.skipped, self.result.skipped)
         scalars = {"train/epoch": self.epoch, "train/learning_rate": self.optimizer.learning_rate, **found.scalars()}
+        if self.optimizer.scale is not None:
+            scalars["train/gradient_scale"] = self.optimizer.scale.check()
         if self.metrics is not None:
             scalars |= {f"train/{name}": value for name, value in self.metrics.compute().items()}
         if self.data is not None:
@@ -310,7 +314,7 @@ class TrainLoop:
             return False
         start = time.monotonic()
         heartbeat.outside_step()
-        with self.interval.pause(), self.memory.suspended():
+        with self.interval.pause(), self.memory.suspended(), matmul_precision("highest"):
             malloc_trim()  # make room for the vectors of all users and items
             self.pipeline.detach()
             self.model.eval()

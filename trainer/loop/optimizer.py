@@ -12,6 +12,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 if TYPE_CHECKING:
     from recpress.trainer.config import OptimizerConfig
+    from recpress.trainer.loop.precision import GradientScale
 
 
 def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -44,6 +45,8 @@ class TrainOptimizer:
         self.skip_nonfinite = False
         """Skip the update of the dense part if a gradient is NaN or infinite. Gradients are means over the ranks, so
         that all ranks skip the same steps."""
+        self.scale: GradientScale | None = None
+        """Of the loss, in fp16."""
         self.fused = model.fused_optimizer
         self._named = [(n, p) for n, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad]
         self.parameters = [parameter for _, parameter in self._named]
@@ -72,21 +75,26 @@ class TrainOptimizer:
         if not self.ends_step:
             return
         if self.dense is not None:
-            if self.batches > 1:
+            if self.scale is not None:
+                torch._foreach_mul_(self._gradients(), 1 / (self.scale.factor * self.batches))
+            elif self.batches > 1:
                 torch._foreach_div_(self._gradients(), self.batches)
             if self.config.clip_norm:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-            if self.skip_nonfinite:
+            if self.skip_nonfinite or self.scale is not None:
                 # The fused kernel skips the update if this is 1, so the host does not wait for the gradients.
                 self.dense.found_inf = self._nonfinite()
             self.dense.step()
+            if self.scale is not None:
+                self.scale.update(self.dense.found_inf)
         self.batches = 0
         self.steps += 1
         self._schedule()
 
     def _nonfinite(self) -> torch.Tensor:
-        """float32, on the device: 1 if a gradient is NaN or infinite, else 0."""
-        return (~torch.isfinite(torch.nn.utils.get_total_norm(self._gradients()))).float()
+        """float32, on the device: 1 if a gradient is NaN or infinite, else 0. Collective with `scale`."""
+        found = ~torch.isfinite(torch.nn.utils.get_total_norm(self._gradients()))
+        return (found if self.scale is None else found | (self.scale.overflow() > 0)).float()
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -77,6 +77,8 @@ def trained(model: nn.Module, optimizer: TrainOptimizer) -> State:
         state |= {f"table-optimizer/{table}/{name}": value for name, value in values.items()}
     for parameter, values in optimizer.dense_state():
         state |= {f"dense-optimizer/{_plain(parameter)}/{name}": value for name, value in values.items()}
+    if optimizer.scale is not None:
+        state |= {f"gradient-scale/{name}": value for name, value in optimizer.scale.state().items()}
     return state
 
 

@@ -16,6 +16,7 @@ from recpress.modules.hashing.learned_hash import LearnedHash
 from recpress.modules.two_tower.model import TwoTower
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import GradientScale, autocast
 
 
 class StepPipeline(TrainPipelineSparseDist):
@@ -38,7 +39,10 @@ class StepPipeline(TrainPipelineSparseDist):
             pipeline_postproc=mapped,
             custom_model_fwd=self._forward,
         )
-        self._sharded, self._dense, self._accumulate = model, optimizer, config.accumulate
+        self._sharded, self._dense = model, optimizer
+        self._accumulate, self._precision = config.accumulate, config.precision
+        if config.precision == "fp16" and optimizer.dense is not None:
+            optimizer.scale = GradientScale(model, device)
         if config.on_nonfinite == "skip":
             optimizer.skip_nonfinite = True
             for module in model.modules():
@@ -73,8 +77,9 @@ class StepPipeline(TrainPipelineSparseDist):
     def _forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward pass of a batch. The pipeline then holds the next two batches, if the epoch has them."""
         self._dense.ends_step = self._dense.batches + 1 == self._accumulate or len(self._rows) == 1
-        with self._without_all_reduce():
-            return self._sharded(batch)
+        with self._without_all_reduce(), autocast(self._precision, self._device):
+            loss, output = self._sharded(batch)
+        return (loss if self._dense.scale is None else loss * self._dense.scale.factor), output
 
     def _without_all_reduce(self) -> AbstractContextManager[None]:
         """Gradients of the dense part stay on their rank until the last batch of the step."""

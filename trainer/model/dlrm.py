@@ -28,7 +28,7 @@ class ClickModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean loss, probabilities (B,))."""
         dense = batch.labels.unsqueeze(1) * 0 + 1 if self.constant else batch.dense_features
-        logits = self.network(dense, batch.sparse_features).squeeze(1)
+        logits = self.network(dense, batch.sparse_features).squeeze(1).float()
         return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits.sigmoid()
 
 

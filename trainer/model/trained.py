@@ -119,7 +119,7 @@ def build_model(
         model = factory_of(name)(config, ModelInputs.of(features))
         if not isinstance(model, nn.Module):
             raise InputError(f"--model {name}: returned {type(model).__name__}, expected an nn.Module")
-        _check_tables(name, model, features)
+        check_tables(name, model, features)
         model, report = _compressed(name, model, features)
         size = _table_bytes(model)
         if rows_follow:
@@ -161,7 +161,7 @@ def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.M
         raise InputError(f"--model {name}: {error}") from error
 
 
-def _check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:
+def check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:
     """Raise InputError if the tables of a model do not fit the features."""
     ids = {feature: table.num_ids for table in features.tables for feature in table.features}
     collections = 0

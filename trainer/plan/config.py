@@ -8,6 +8,7 @@ from typing import Literal
 
 from recpress.data.errors import InputError
 from recpress.trainer.config import TrainConfig, at_least
+from recpress.trainer.train.config import TrainModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +89,37 @@ class PlanConfig(TrainConfig):
             raise InputError("factors, hash: expected data, the log that they were made for")
         if not self.data and (self.user_features or self.item_features):
             raise InputError("user_features, item_features: expected data, a log that has them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanModelConfig(TrainModelConfig):
+    """Memory and sharding of `recpress train --model` with the same options, so that one TOML file serves both.
+
+    The log either exists (`--data`), or its features are described in the TOML file, with `num_ids`.
+    """
+
+    data: str = ""
+    """The log, if it exists; a part of it is read for the statistics of numbers."""
+    out: str = ""
+    """Folder of the model, as for `recpress train`; nothing is written there."""
+    json: str | None = None
+    """JSON file of all figures."""
+    rows: int = 0
+    """Number of rows of a described log; 0: unknown."""
+    list_length: float = 10.0
+    """Mean length of the lists of a described log."""
+    share: float = 0.25
+    """Compared tables: hashed to this share of their ids."""
+    compare: bool = True
+    """Compare with trainable and with hashed tables, with the smallest cluster for each."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, rows=self.rows, list_length=self.list_length)
+        if not 0 < self.share <= 1:
+            raise InputError(f"share is {self.share}, expected a number in (0, 1]")
+        if self.data and self.rows:
+            raise InputError(f"rows: set together with data, {self.data!r}; expected one of the two")
+        if not self.data and self.maps:
+            raise InputError("maps: expected data, the log that they were made for")

@@ -7,7 +7,7 @@ from typing import cast
 from recpress.modules.frozen.kernel import Storage, row_bytes
 from recpress.modules.serving.rows import narrower
 from recpress.trainer.plan.job import Job, SideShape
-from recpress.trainer.plan.meta_model import MetaTowers, tables_of
+from recpress.trainer.plan.meta_model import MetaTowers
 
 
 def export_bytes(job: Job, model: MetaTowers, storage: Storage = "int8") -> int:
@@ -16,7 +16,7 @@ def export_bytes(job: Job, model: MetaTowers, storage: Storage = "int8") -> int:
     Lists of a side table are counted as one value per id. Each table has one more row, for unknown ids.
     """
     total = sum(4 * parameter.numel() for parameter in model.dense())
-    for table in tables_of(model):
+    for table in model.table_shards():
         if table.table == f"{table.side}_count":
             total += 4 * (table.rows + 1)
         else:

@@ -97,6 +97,16 @@ class Job:
         return batch, batch + negatives.count * (1 if negatives.shared else batch)
 
     @property
+    def batch_size(self) -> int:
+        """Rows of a batch of one rank."""
+        return self.network.stream.batch_size
+
+    @property
+    def sharding_types(self) -> dict[str, str]:
+        """The planner chooses for all tables."""
+        return {}
+
+    @property
     def maps(self) -> list[MapShape]:
         return [side.map for side in (self.user, self.item) if side.map is not None]
 

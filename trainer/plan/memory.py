@@ -8,14 +8,18 @@ on, whose copy of the state stays for the next one).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from recpress.data.config import StreamConfig
 from recpress.data.negatives.interaction_set import AT_ONCE
 from recpress.data.stream.memory import KEPT
 from recpress.modules.row_source import BLOCK_BYTES
-from recpress.trainer.plan.job import Job
-from recpress.trainer.plan.meta_model import MetaTowers, Shard, tables_of
+from recpress.trainer.plan.job import Job, MapShape
+from recpress.trainer.plan.label_job import LabelJob
+from recpress.trainer.plan.meta_labelled import MetaLabelled
+from recpress.trainer.plan.meta_model import MetaTowers, Shard
 
 MIB, GIB = 1 << 20, 1 << 30
 PROCESS = 262 * MIB
@@ -65,25 +69,133 @@ def rank_lines(
         activations: `activation_bytes`, which does not depend on the ranks.
     """
     device: Place = "device" if cuda else "host"
+    lines = [
+        *_state_lines(
+            shards,
+            dense=sum(p.numel() for p in model.dense()),
+            maps=job.maps,
+            log_counts=sum(m.num_ids for m in job.maps) if model.counted else 0,
+            features=job.user.feature_bytes + job.item.feature_bytes,
+            keep_best=job.keep_best,
+            uploads=job.uploads,
+            metrics=job.metrics,
+            cuda=cuda,
+            context=context,
+        ),
+        *_negatives_lines(job, device),
+        *_step_lines(job, model, shards, world, device, activations),
+        *_stream_lines(
+            job.network.stream,
+            8 * 2 + (4 if job.network.use_label else 0),
+            rows=job.rows,
+            sampled=job.sampled,
+            group_rows=job.group_rows,
+            world=world,
+        ),
+    ]
+    return _with_retained(lines, cuda) + [line for line in _load_lines(job, model, shards, cuda) if line.bytes]
+
+
+def label_lines(
+    job: LabelJob, model: MetaLabelled, shards: list[Shard], *, world: int, cuda: bool, context: int
+) -> list[Line]:
+    """`rank_lines` of a model of labels."""
+    device: Place = "device" if cuda else "host"
+    batch, copies = job.batch_size, 1 if world == 1 else 2
+
+    def vectors(of: Iterable[Shard]) -> int:
+        return 4 * batch * sum(s.width * s.lookups for s in of)
+
+    looked_up = world * copies * (vectors(shards) + vectors(s for s in shards if s.storage is None))
+    looked_up += vectors(model.table_shards())
+    one = batch * (8 * (job.values + 2 * len(job.features.keys)) + 4 * (len(job.features.floats) + 1))
+    exchange = (
+        f"ranks x batch x widths of the shards x 4 B x {copies}, trained twice; + vectors that this rank receives"
+    )
+    frozen = [s for s in shards if s.storage is not None]
+    largest = max((4 * s.rows * s.width for s in frozen), default=0)
+    averaged = [model.maps[s.table] for s in frozen if s.table in model.maps]
+    entries = sum(one.num_ids * one.rows_per_id for one in averaged)
+    lines = [
+        *_state_lines(
+            shards,
+            dense=sum(p.numel() for p in model.dense()),
+            maps=list(model.maps.values()),
+            log_counts=0,
+            features=job.feature_bytes,
+            keep_best=job.keep_best,
+            uploads=job.uploads,
+            metrics=job.metrics,
+            cuda=cuda,
+            context=context,
+        ),
+        Line("activations", model.activations, "forward and backward of the dense part, measured", device, "train"),
+        Line("looked-up vectors", looked_up, exchange, device, "train"),
+        Line("batches", round(PIPELINE * one), f"{PIPELINE} x (ids, lengths, offsets, floats)", device, "train"),
+        Line("validation rows", job.validation_bytes // world, "rows / ranks x B per row", "host", "train"),
+        *_stream_lines(
+            job.config.stream,
+            job.row_bytes,
+            rows=job.rows,
+            sampled=job.sampled,
+            group_rows=job.group_rows,
+            world=world,
+        ),
+        Line("loading tables", 4 * min(BLOCK_BYTES, largest), "4 blocks of 32 MiB", "host", "load"),
+        Line("shared rows computed", 8 * entries, "frozen tables: 8 B per entry of the map", "host", "load"),
+    ]
+    return _with_retained(lines, cuda)
+
+
+def _with_retained(lines: list[Line], cuda: bool) -> list[Line]:
+    """The lines that are not empty, with what malloc retains."""
+    if not cuda:
+        step = sum(line.bytes for line in lines if line.name in STEP)
+        formula = f"as much again as {', '.join(STEP)}: glibc (measured)"
+        lines = [*lines, Line("retained between steps", step, formula, "host", "train")]
+    lines = [
+        *lines,
+        Line("freed, retained by malloc", ALLOCATOR, "glibc: a block of 32 MiB (measured)", "host", "always"),
+    ]
+    return [line for line in lines if line.bytes]
+
+
+def _state_lines(
+    shards: list[Shard],
+    *,
+    dense: int,
+    maps: Sequence[MapShape],
+    log_counts: int,
+    features: int,
+    keep_best: bool,
+    uploads: bool,
+    metrics: bool,
+    cuda: bool,
+    context: int,
+) -> list[Line]:
+    """The process, weights and optimizer states, and their copies.
+
+    Args:
+        dense: number of weights of the dense part.
+        log_counts, features: bytes.
+    """
+    device: Place = "device" if cuda else "host"
     trained = [s for s in shards if s.storage is None]
     trained_bytes, state = sum(s.nbytes(cuda) for s in trained), sum(4 * s.rows for s in trained)
     frozen_bytes = sum(s.nbytes(cuda) for s in shards if s.storage is not None)
-    log_counts = sum(m.num_ids for m in job.maps) if model.counted else 0
-    features = job.user.feature_bytes + job.item.feature_bytes
-    dense = sum(4 * p.numel() for p in model.dense())
-    staged = trained_bytes + state + 3 * dense
-    lines = [
+    staged = trained_bytes + state + 3 * 4 * dense
+    return [
         Line("process", PROCESS, "torch, torchrec and recpress imported (measured)", "host", "always"),
-        Line("metrics", METRICS * job.metrics, "torchmetrics imported (measured)", "host", "train"),
+        Line("metrics", METRICS * metrics, "torchmetrics imported (measured)", "host", "train"),
         Line("CUDA context", context * cuda, "--cluster.context-gib (assumed)", "device", "always"),
         Line("trainable tables", trained_bytes, "rows x dim x 4 B", device),
         Line("optimizer state", state, "row-wise Adagrad: 4 B per row", device),
         Line("frozen tables", frozen_bytes, "rows x bytes of a row, with scale", device),
-        Line("maps", sum(m.nbytes for m in job.maps), "every rank: ids x rows per id x (4 B + weight)", device),
+        Line("maps", sum(m.nbytes for m in maps), "every rank: ids x rows per id x (4 B + weight)", device),
         Line("log counts behind maps", log_counts, "every rank: ids x 1 B", device),
         Line("side features", features, "every rank: ids x 8 B per category, 4 B per float", device),
-        Line("dense part", 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"),
-        Line("best weights", (trained_bytes + dense) * job.keep_best, "a copy of trained weights", "host", "train"),
+        Line("dense part", 4 * 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"),
+        Line("best weights", (trained_bytes + 4 * dense) * keep_best, "a copy of trained weights", "host", "train"),
         Line(
             "copy for checkpoints",
             staged,
@@ -93,21 +205,12 @@ def rank_lines(
         ),
         Line(
             "upload of a checkpoint",
-            min(staged, UPLOAD) * job.uploads,
+            min(staged, UPLOAD) * uploads,
             f"at most {UPLOAD // MIB} MiB (measured) for any size",
             "host",
             "checkpoint",
         ),
-        *_negatives_lines(job, device),
-        *_step_lines(job, model, shards, trained, world, device, activations),
-        *_stream_lines(job, world),
-        Line("freed, retained by malloc", ALLOCATOR, "glibc: a block of 32 MiB (measured)", "host", "always"),
     ]
-    if not cuda:
-        step = sum(line.bytes for line in lines if line.name in STEP)
-        formula = f"as much again as {', '.join(STEP)}: glibc (measured)"
-        lines.append(Line("retained between steps", step, formula, "host", "train"))
-    return [line for line in lines + _load_lines(job, model, shards, cuda) if line.bytes]
 
 
 def _negatives_lines(job: Job, device: Place) -> list[Line]:
@@ -133,8 +236,9 @@ def _negatives_lines(job: Job, device: Place) -> list[Line]:
 
 
 def _step_lines(
-    job: Job, model: MetaTowers, shards: list[Shard], trained: list[Shard], world: int, device: Place, activations: int
+    job: Job, model: MetaTowers, shards: list[Shard], world: int, device: Place, activations: int
 ) -> list[Line]:
+    trained = [s for s in shards if s.storage is None]
     batch, items = job.strides
     strides, negatives = {"user": batch, "item": items}, job.network.negatives
 
@@ -142,7 +246,7 @@ def _step_lines(
         return sum(strides[s.side] * s.width for s in of) * 4
 
     copies = 1 if world == 1 else 2
-    looked_up = world * copies * (vectors(shards) + vectors(trained)) + vectors(list(tables_of(model)))
+    looked_up = world * copies * (vectors(shards) + vectors(trained)) + vectors(list(model.table_shards()))
     one = 3 * 8 * (batch + items) + 4 * (batch + items) + 4 * batch + batch * negatives.count * negatives.shared
     formula = f"ranks x batch x widths of the shards x 4 B x {copies}, trained twice; + vectors that this rank receives"
     return [
@@ -152,15 +256,19 @@ def _step_lines(
     ]
 
 
-def _stream_lines(job: Job, world: int) -> list[Line]:
-    """`data.stream.memory` without a log: shuffle windows, in full or in part, and decoded row groups."""
-    network = job.network
-    config, row = network.stream, 8 * 2 + (4 if network.use_label else 0)
-    rate = job.sampled / job.rows if job.rows else 1.0
-    ahead = rate * job.group_rows * config.interleave  # rows of all ranks that row groups add to a window
+def _stream_lines(
+    config: StreamConfig, row: int, *, rows: int, sampled: int, group_rows: int, world: int
+) -> list[Line]:
+    """`data.stream.memory` without a log: shuffle windows, in full or in part, and decoded row groups.
+
+    Args:
+        row: bytes of a row.
+    """
+    rate = sampled / rows if rows else 1.0
+    ahead = rate * group_rows * config.interleave  # rows of all ranks that row groups add to a window
     in_windows = 3 * config.buffer_rows + 2 * ahead
-    in_windows = min(in_windows, job.sampled or in_windows) / world
-    threads, group = config.chosen_threads, job.group_rows * row
+    in_windows = min(in_windows, sampled or in_windows) / world
+    threads, group = config.chosen_threads, group_rows * row
     decoding = round(threads * 4 * group + (2 * threads + 1) * rate * group)
     window = "(3 buffer_rows + 2 interleave x row group) / ranks x B per row"
     decoded = "(4 threads + (2 threads + 1) x rate) x row group x B per row"
@@ -178,7 +286,7 @@ def _load_lines(job: Job, model: MetaTowers, shards: list[Shard], cuda: bool) ->
     blocks = "4 blocks of 32 MiB: file, copy, this block and the last"
     lines = [Line("loading tables", 4 * min(BLOCK_BYTES, largest), blocks, "host", "load")]
     if job.maps and job.dim is not None and not job.row_vectors:
-        rows = {table.table: table.rows for table in tables_of(model)}
+        rows = {table.table: table.rows for table in model.table_shards()}
         computed = max(
             4 * job.dim * (rows[name] * 2 if side.map.rows_per_id == 1 else side.ids * 6)
             for name, side in (("user", job.user), ("item", job.item))

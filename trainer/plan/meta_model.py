@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,34 @@ from recpress.modules.two_tower.losses import make_loss
 from recpress.modules.two_tower.model import SideSpec, make_side
 from recpress.modules.two_tower.towers import TowerInput
 from recpress.trainer.plan.job import Job
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a table on one rank."""
+
+    table: str
+    side: Literal["user", "item", ""]
+    """Empty: a model of labels."""
+    rows: int
+    width: int
+    storage: str | None
+    """None: trainable."""
+    lookups: int = 1
+    """Features that look it up."""
+
+    def nbytes(self, cuda: bool) -> int:
+        """As stored; int4 rows on CUDA are padded to 16 bytes."""
+        if self.storage is None:
+            return self.rows * self.width * 4
+        return self.rows * stored_row_bytes(self.storage, self.width, "cuda" if cuda else "cpu")  # type: ignore[arg-type]
+
+
+class TableModel(Protocol):
+    """Tables without memory, for TorchRec's planner: MetaTowers or MetaLabelled, which are modules."""
+
+    def table_shards(self) -> Iterator[Shard]:
+        """Each table as a single shard."""
 
 
 class MetaTowers(nn.Module):
@@ -57,40 +85,22 @@ class MetaTowers(nn.Module):
         """Trained parameters that are replicated on every rank."""
         return [p for part in (self.user_tower, self.item_tower, self.loss) for p in part.parameters()]
 
-
-@dataclass(frozen=True)
-class Shard:
-    """The part of a table on one rank."""
-
-    table: str
-    side: Literal["user", "item"]
-    rows: int
-    width: int
-    storage: str | None
-    """None: trainable."""
-
-    def nbytes(self, cuda: bool) -> int:
-        """As stored; int4 rows on CUDA are padded to 16 bytes."""
-        if self.storage is None:
-            return self.rows * self.width * 4
-        return self.rows * stored_row_bytes(self.storage, self.width, "cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    def table_shards(self) -> Iterator[Shard]:
+        """Each table as a single shard."""
+        sides: tuple[Literal["user", "item"], ...] = ("user", "item")
+        for side in sides:
+            frozen, trained = getattr(self, f"{side}_frozen"), getattr(self, f"{side}_tables")
+            if isinstance(frozen, FrozenEmbeddingBagCollection):
+                for t in frozen.tables():
+                    yield Shard(t.name, side, t.rows, t.dim, t.storage)
+            if isinstance(trained, EmbeddingBagCollection):
+                for c in trained.embedding_bag_configs():
+                    yield Shard(c.name, side, c.num_embeddings, c.embedding_dim, None)
 
 
-def tables_of(model: MetaTowers) -> Iterator[Shard]:
-    """Each table as a single shard."""
-    for side in ("user", "item"):
-        frozen, trained = getattr(model, f"{side}_frozen"), getattr(model, f"{side}_tables")
-        if isinstance(frozen, FrozenEmbeddingBagCollection):
-            for t in frozen.tables():
-                yield Shard(t.name, side, t.rows, t.dim, t.storage)
-        if isinstance(trained, EmbeddingBagCollection):
-            for c in trained.embedding_bag_configs():
-                yield Shard(c.name, side, c.num_embeddings, c.embedding_dim, None)
-
-
-def shards_by_rank(model: MetaTowers, layout: ShardingPlan, world: int) -> list[list[Shard]]:
+def shards_by_rank(model: TableModel, layout: ShardingPlan, world: int) -> list[list[Shard]]:
     """The shards of each rank under a plan."""
-    tables = {table.table: table for table in tables_of(model)}
+    tables = {table.table: table for table in model.table_shards()}
     ranks: list[list[Shard]] = [[] for _ in range(world)]
     for module in layout.plan.values():
         for name, how in cast(Any, module).items():
@@ -100,12 +110,12 @@ def shards_by_rank(model: MetaTowers, layout: ShardingPlan, world: int) -> list[
     return ranks
 
 
-def even_shards(model: MetaTowers, world: int) -> list[Shard]:
+def even_shards(model: TableModel, world: int) -> list[Shard]:
     """The shards of a rank if each table is cut into equal blocks of rows."""
-    return [replace(table, rows=-(-table.rows // world)) for table in tables_of(model)]
+    return [replace(table, rows=-(-table.rows // world)) for table in model.table_shards()]
 
 
-class _PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """Tracks the bytes of live tensors; on the device "meta" nothing is computed."""
 
     def __init__(self) -> None:
@@ -156,7 +166,7 @@ def activation_bytes(job: Job, model: MetaTowers) -> int:
     label, log_q = torch.empty(batch, device="meta"), torch.empty(items, device="meta")
     ids = torch.empty(items, dtype=torch.int64, device="meta")
     mask = torch.empty(batch, negatives.count, dtype=torch.bool, device="meta") if negatives.shared else None
-    with _PeakBytes() as tracked:
+    with PeakBytes() as tracked:
         users, _ = cast(Any, model.user_tower)(*user_inputs)
         vectors, _ = cast(Any, model.item_tower)(*item_inputs)
         loss = model.loss(users, vectors, label, log_q, ids, mask)

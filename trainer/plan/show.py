@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from recpress.trainer.plan.config import ClusterConfig
-from recpress.trainer.plan.export_size import export_bytes
-from recpress.trainer.plan.job import Job
 from recpress.trainer.plan.memory import Place, gib, peaks
-from recpress.trainer.plan.meta_model import MetaTowers, tables_of
+from recpress.trainer.plan.meta_model import TableModel
 from recpress.trainer.plan.sizing import Need
 
 
-def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict[str, Any], Need]]) -> None:
-    """Print the cluster, the sharding plan, the memory of a rank and the comparison with other tables, if any."""
+def show(
+    described: str,
+    model: TableModel,
+    need: Need,
+    compared: dict[str, tuple[dict[str, Any], Need]],
+    notes: Sequence[str],
+) -> None:
+    """Print the cluster, the sharding plan, the memory of a rank and the comparison with other tables, if any.
+
+    Args:
+        described: the log and the batch, in one line.
+        notes: printed after the parts of the memory.
+    """
     cluster = need.cluster
     unit = "GPU" if cluster.device == "cuda" else "rank"
     memory = f"{cluster.memory_gib:g} GiB each, " if cluster.device == "cuda" else ""
     print(
         f"cluster: {cluster.nodes:,} x {cluster.ranks_per_node} = {cluster.world:,} {unit}s, {memory}"
-        f"{cluster.host_memory_gib:g} GiB per node\nlog: {job.user.ids:,} users, {job.item.ids:,} items, "
-        f"{f'{job.rows:,}' if job.rows else 'unknown'} rows; "
-        f"batch {job.strides[0]:,} users and {job.strides[1]:,} items"
+        f"{cluster.host_memory_gib:g} GiB per node\nlog: {described}"
     )
     print("\nSharding plan (TorchRec's planner)")
     if need.layout is None:
@@ -55,9 +63,8 @@ def show(job: Job, model: MetaTowers, need: Need, compared: dict[str, tuple[dict
             f"peak {gib(need.rank_bytes(place))} GiB (set up {at['setup']}, load {at['load']}, train {at['train']}, "
             f"checkpoint {at['checkpoint']})"
         )
-    if job.network.negatives.reject_positives != "no" and not job.rows:
-        print("\nnot counted: 8 bytes per interaction on every rank if positives are rejected; set --rows")
-    print(f"\nrecpress export, with its default storage (int8): {gib(export_bytes(job, model))} GiB")
+    for note in notes:
+        print(f"\n{note}")
     print(f"\n{'fits' if need.problem is None else 'DOES NOT FIT: ' + need.problem}")
     if compared:
         print(f"\nThe same run with other tables, GiB; the smallest number of {unit}s in whole nodes")
@@ -76,11 +83,11 @@ def _compared(name: str, row: dict[str, Any], cluster: ClusterConfig) -> dict[st
     return shown | {f"on {cluster.world:,}": "fits" if row["fits"] else "does not fit", "smallest": few}
 
 
-def layout_rows(model: MetaTowers, need: Need) -> list[dict[str, Any]]:
+def layout_rows(model: TableModel, need: Need) -> list[dict[str, Any]]:
     """A row per table of the plan, by printed column."""
     if need.layout is None:
         return []
-    tables = {table.table: table for table in tables_of(model)}
+    tables = {table.table: table for table in model.table_shards()}
     found = []
     for module in need.layout.plan.values():
         for name, how in module.items():

@@ -11,9 +11,12 @@ from torchrec.distributed.types import ShardingPlan
 from recpress.trainer.model.sharding import RESERVED, planner, sharders
 from recpress.trainer.plan.config import ClusterConfig
 from recpress.trainer.plan.job import Job
-from recpress.trainer.plan.memory import GIB, Line, Place, gib, peak, rank_lines
+from recpress.trainer.plan.label_job import LabelJob
+from recpress.trainer.plan.memory import GIB, Line, Place, gib, label_lines, peak, rank_lines
+from recpress.trainer.plan.meta_labelled import MetaLabelled
 from recpress.trainer.plan.meta_model import MetaTowers, Shard, even_shards, shards_by_rank
 
+PlannedModel = MetaTowers | MetaLabelled
 MOST_RANKS = 1 << 14
 """Limit of the search for the smallest cluster."""
 CHECKED_RANKS = 1 << 9
@@ -57,7 +60,7 @@ class Smallest:
     why: str = ""
 
 
-def assess(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: int) -> Need:
+def assess(job: Job | LabelJob, model: PlannedModel, cluster: ClusterConfig, activations: int) -> Need:
     """Plan by TorchRec's planner, and add up the memory of the rank that needs the most."""
     layout, problem = _layout(job, model, cluster)
     if layout is None:
@@ -73,9 +76,13 @@ def assess(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: int
 
 
 def _rank_lines(
-    job: Job, model: MetaTowers, shards: list[Shard], cluster: ClusterConfig, activations: int
+    job: Job | LabelJob, model: PlannedModel, shards: list[Shard], cluster: ClusterConfig, activations: int
 ) -> list[Line]:
     context, cuda = int(cluster.context_gib * GIB), cluster.device == "cuda"
+    if isinstance(job, LabelJob):
+        assert isinstance(model, MetaLabelled)
+        return label_lines(job, model, shards, world=cluster.world, cuda=cuda, context=context)
+    assert isinstance(model, MetaTowers)
     return rank_lines(job, model, shards, world=cluster.world, cuda=cuda, context=context, activations=activations)
 
 
@@ -97,14 +104,14 @@ def _capacity(cluster: ClusterConfig) -> float:
     return cluster.host_memory_gib * GIB / cluster.ranks_per_node
 
 
-def _layout(job: Job, model: MetaTowers, cluster: ClusterConfig) -> tuple[ShardingPlan | None, str | None]:
+def _layout(job: Job | LabelJob, model: PlannedModel, cluster: ClusterConfig) -> tuple[ShardingPlan | None, str | None]:
     speeds = {"intra_host_bw": cluster.intra_gb_s * 1e6, "inter_host_bw": cluster.inter_gb_s * 1e6}  # bytes a ms
     caps = {"ddr_cap": int(cluster.host_memory_gib * GIB / cluster.ranks_per_node)}
     if cluster.device == "cuda":
         caps["hbm_cap"] = int(cluster.memory_gib * GIB)
     ranks = Topology(cluster.world, cluster.device, local_world_size=cluster.ranks_per_node, **caps, **speeds)
     try:
-        chosen = planner(model, ranks, batch_size=job.network.stream.batch_size)
+        chosen = planner(model, ranks, batch_size=job.batch_size, sharding_types=job.sharding_types)
         return chosen.plan(model, sharders(device_type=cluster.device)), None
     except PlannerError:
         cap = gib(_capacity(cluster))
@@ -116,7 +123,7 @@ def _layout(job: Job, model: MetaTowers, cluster: ClusterConfig) -> tuple[Shardi
         )
 
 
-def smallest(job: Job, model: MetaTowers, cluster: ClusterConfig, activations: int) -> Smallest:
+def smallest(job: Job | LabelJob, model: PlannedModel, cluster: ClusterConfig, activations: int) -> Smallest:
     """The fewest ranks: any number on one node, then whole nodes. By bisection with evenly cut tables; at the end
     TorchRec's planner confirms the result, or that of up to three more steps."""
     node = cluster.ranks_per_node

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tyro.conf import Suppress
 
@@ -15,6 +15,7 @@ from recpress.trainer.config import OptimizerConfig, RunConfig, WindowConfig, at
 from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.model.factory import MODELS, TWO_TOWER, config_of
 
+Base = TypeVar("Base", bound="TrainModelConfig")
 _MAIN = "data out maps dim label-threshold sample.rate epochs stream.batch-size evaluation.metric checkpoint.minutes"
 
 
@@ -110,31 +111,32 @@ def chosen_model(arguments: Sequence[str], content: dict[str, Any] | None) -> tu
     return named or str(in_file), rest
 
 
-def model_options(name: str) -> type[TrainModelConfig]:
-    """`TrainModelConfig` with the options of this model, for the command line.
+def model_options(name: str, base: type[Base]) -> type[Base]:
+    """`base` with the options of this model, for the command line.
 
     Raises:
         InputError: there is no such model, or its factory cannot be used.
     """
     options = config_of(name)
     made = make_dataclass(
-        "TrainModelConfig",
+        base.__name__,
         [("model", options, field(default_factory=options))],
-        bases=(TrainModelConfig,),
+        bases=(base,),
         frozen=True,
         kw_only=True,
     )
-    made.__doc__ = TrainModelConfig.__doc__
+    made.__doc__ = base.__doc__
     return made
 
 
-def main_options(config: type[TrainModelConfig]) -> list[str]:
-    """Options that the short `--help` lists."""
+def main_options(config: type[TrainModelConfig], more: str = "") -> list[str]:
+    """Options that the short `--help` lists: those of `train --model`, and `more` before them."""
     options = fields(next(part.type for part in fields(config) if part.name == "model"))  # type: ignore[arg-type]
-    return [*_MAIN.split(), *(f"model.{part.name.replace('_', '-')}" for part in options), "device", "overwrite"]
+    names = [*more.split(), *_MAIN.split(), *(f"model.{part.name.replace('_', '-')}" for part in options)]
+    return [*names, "device", "overwrite"]
 
 
-def completed(parsed: TrainModelConfig, name: str, features: Mapping[str, FeatureConfig]) -> TrainModelConfig:
-    """What the command line gave, with the name of the model and the features of the file."""
-    values = {part.name: getattr(parsed, part.name) for part in fields(TrainModelConfig)}
-    return TrainModelConfig(**{**values, "factory": name, "features": dict(features)})
+def completed(parsed: TrainModelConfig, base: type[Base], name: str, features: Mapping[str, FeatureConfig]) -> Base:
+    """What the command line gave, as a `base`, with the name of the model and the features of the file."""
+    values = {part.name: getattr(parsed, part.name) for part in fields(base)}
+    return base(**{**values, "factory": name, "features": dict(features)})

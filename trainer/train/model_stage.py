@@ -39,6 +39,7 @@ from recpress.trainer.features.resolve import (
 )
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.trained import ShardedModel, build_model
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
@@ -106,9 +107,11 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
     """`train_model` within its process group, which must outlive the model: see `process_group`."""
     start = time.monotonic()
     assert_same_across_ranks(configuration=digest(asdict(config)))
+    with raise_on_all_ranks():
+        check_precision(config.precision, ranks.device)
     inputs = _open(config)
     log, features = inputs.log, inputs.features
-    held = _hold_out(config, log)
+    held = hold_out(config, log)
     stream: InteractionStream | None = None
     with raise_on_all_ranks():
         stream = _stream(config, inputs, ranks, held)
@@ -214,8 +217,8 @@ def _check_labels(log: Log, builder: FeatureBatches) -> None:
         )
 
 
-def _hold_out(config: TrainModelConfig, log: Log) -> HoldOut | None:
-    """Which rows of the sample are held out. A pure function of the files and the configuration."""
+def hold_out(config: TrainModelConfig, log: Log) -> HoldOut | None:
+    """Which rows of the sample are held out; None: none. A pure function of the files and the configuration."""
     evaluation = config.evaluation
     if not evaluation.while_training or (evaluation.source == "auto" and log.val is not None):
         return None
@@ -300,6 +303,7 @@ def _fit(
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),
             accumulate=config.accumulate,
+            precision=config.precision,
             evaluate_every=evaluation.every if validation is not None else 0,
             evaluate_steps=evaluation.every_steps if validation is not None else 0,
             metric=evaluation.metric,

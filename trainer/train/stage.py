@@ -23,6 +23,7 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.stage import load_heldout, show
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, ShardedTwoTower
 from recpress.trainer.model.weights import save_weights
@@ -103,6 +104,8 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     """`train` within its process group, which must outlive the model: see `process_group`."""
     start = time.monotonic()
     assert_same_across_ranks(configuration=digest(asdict(config.resolved())))
+    with raise_on_all_ranks():
+        check_precision(config.precision, ranks.device)
     inputs = open_inputs(config, ranks)
     config, log, factors, maps = inputs.config, inputs.log, inputs.factors, inputs.maps
     artifacts = {"factors": config.factors, "hash": config.hash}
@@ -265,6 +268,7 @@ def _fit(
         FitConfig(
             epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),
             accumulate=config.accumulate,
+            precision=config.precision,
             evaluate_every=evaluation.every or 0,
             evaluate_steps=evaluation.every_steps,
             evaluate_first=evaluation.while_training,

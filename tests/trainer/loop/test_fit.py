@@ -21,6 +21,7 @@ from recpress.trainer.loop import run_state
 from recpress.trainer.loop.config import FitConfig
 from recpress.trainer.loop.fit import fit
 from recpress.trainer.loop.optimizer import TrainOptimizer
+from recpress.trainer.loop.precision import GradientScale
 from recpress.trainer.model.sharding import shard
 from recpress.trainer.observability.metrics_log import MetricsLog
 from recpress.trainer.observability.rec_metrics import RecMetrics
@@ -292,7 +293,8 @@ def test_on_cuda_no_step_of_the_two_tower_waits(monkeypatch, strategy, storage, 
         model.skip_nonfinite = True
         dmp = ready(shard(model, CUDA, batch_size=ROWS))
         optimizer = TrainOptimizer(dmp, OptimizerConfig(clip_norm=1.0), 9)
-        optimizer.skip_nonfinite = True
+        optimizer.skip_nonfinite, optimizer.ends_step = True, False
+        optimizer.scale = GradientScale(dmp, CUDA)
         metrics = RecMetrics(MetricsConfig(window=100, negatives=1), model.loss, rows=ROWS, device=CUDA)
         build = BatchBuilder(UniformNegatives(ITEMS, NEGATIVES), shared=shared, device=CUDA)
         ids = torch.empty(ROWS, dtype=torch.int64, device="cpu")
@@ -302,8 +304,9 @@ def test_on_cuda_no_step_of_the_two_tower_waits(monkeypatch, strategy, storage, 
             batch = build(rows)
             optimizer.zero_grad()
             found, _ = dmp(batch)
-            backward(found, dmp)
+            backward(found * optimizer.scale.factor, dmp)
             optimizer.step()
+            optimizer.ends_step = not optimizer.ends_step  # steps of two batches
             return found
 
         assert without_waiting(step).device == CUDA
