@@ -174,6 +174,9 @@ class ContrastiveConfig:
     """Negatives are drawn in proportion to count ** exponent of the item; 0: uniformly."""
     user_exponent: float = 0.5
     """An interaction weighs 1 / count ** exponent of its user."""
+    popularity_exponent: float | None = None
+    """Length of an item's vector: count ** exponent. Of items with equal cosines, popular ones rank first. Default:
+    chosen among 0, 0.025, 0.05, 0.1 and 0.15 if temperature or epochs are chosen, otherwise 0.05."""
     seed: int = 0
     """Seed of the initial vectors, the order of users and the negatives."""
 

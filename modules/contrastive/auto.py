@@ -1,9 +1,10 @@
-"""Choice of temperature and epochs of a contrastive factorization, and between it and least squares.
+"""Choice of settings of a contrastive factorization, and between it and least squares.
 
 As in `als.auto`, one item of some users is hidden, each candidate factorizes the rest, and the hidden items are ranked.
 Successive halving: all temperatures for few epochs, the best two for more, the best one for many. Each run lowers its
-learning rate to the end, so that short runs compare. The subsample has at most `INTERACTIONS` interactions, so all of
-this costs at most that of `EPOCHS` epochs over them, whatever the size of the log.
+learning rate to the end, so that short runs compare. The vectors of the best run choose the popularity exponent. The
+subsample has at most `INTERACTIONS` interactions, so all of this costs at most that of `EPOCHS` epochs over them,
+whatever the size of the log.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from recpress.modules.als.auto import LEAST_USERS, Sample, hidden_ranker, take_sample
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.interactions import CSR, InteractionBuilder
 from recpress.modules.config import ContrastiveConfig
-from recpress.modules.contrastive.factorization import DEFAULTS, Run, with_defaults
+from recpress.modules.contrastive.factorization import DEFAULTS, Run, item_lengths, with_defaults
 
 TEMPERATURES = (0.1, 0.15, 0.2, 0.3)
 ROUNDS = ((12, 4), (40, 2), (120, 1))
 """Epochs and candidates of the rounds."""
+POPULARITY_EXPONENTS = (0.0, 0.025, 0.05, 0.1, 0.15)
+"""Of a length that is a power of the count, so they hold for counts of any size."""
 MORE = 1.25
 """Epochs of the factorization, in units of those of the best run: 15, 50 or 150."""
 EPOCHS = sum(epochs * candidates for epochs, candidates in ROUNDS)
@@ -44,7 +48,7 @@ class MethodChoice:
 
     method: Literal["softmax", "als"]
     settings: dict[str, Any]
-    """Temperature and epochs of `softmax`."""
+    """Temperature, epochs and popularity exponent of `softmax`."""
     metric: str
     rows: int = 0
     """Number of ranked hidden items. 0: there were too few to choose."""
@@ -55,7 +59,7 @@ class MethodChoice:
     noise: float = math.nan
     """Standard error of the difference between the methods."""
     trials: list[dict[str, Any]] = field(default_factory=list)
-    """Candidates of `softmax`, in the order of the rounds."""
+    """Candidates of `softmax`, in the order of the rounds, then popularity exponents of the best one."""
     runner_up: dict[str, Any] | None = None
     """The method or, if only one was compared, the temperature that is second."""
 
@@ -98,16 +102,22 @@ def choose(
         return choice
     rank_hidden = hidden_ranker(sample, metric, config.seed, exchange)
     pair = _interactions(sample, exchange)
+    counts = np.bincount(sample.items, minlength=sample.num_items)
     choice.rows, choice.interactions = len(sample.hidden_users), len(sample.users)
     gains: dict[tuple[float, int], np.ndarray] = {}
+    top = -1.0
+    vectors: tuple[torch.Tensor, torch.Tensor]  # of the best run
 
     def run(temperature: float, epochs: int) -> float:
+        nonlocal top, vectors
         tried = replace(config, temperature=temperature, epochs=epochs, patience=0)
         trained = Run(tried, *pair, sample.num_users, sample.num_items, exchange)
         trained.train()
         made = trained.factors()
         items = exchange.gather(made.items, RowBlocks(sample.num_items, exchange.world))
         gains[temperature, epochs] = gain = rank_hidden(made.users, items)
+        if gain.mean() > top:
+            top, vectors = float(gain.mean()), (made.users, items)
         choice.trials.append({"temperature": temperature, "epochs": epochs, "ndcg": round(float(gain.mean()), 6)})
         return float(gain.mean())
 
@@ -127,6 +137,18 @@ def choose(
     if config.epochs is None:
         settings["epochs"] = round(MORE * best[1])
     ours = gains[best]
+    if config.popularity_exponent is None and config.auto:
+        users, items = vectors
+        units = F.normalize(items)
+        for exponent in POPULARITY_EXPONENTS:
+            if exponent == DEFAULTS["popularity_exponent"]:
+                gain = gains[best]
+            else:
+                lengths = item_lengths(replace(config, popularity_exponent=exponent), counts, exchange.device)
+                gain = rank_hidden(users, units * lengths)
+            choice.trials.append({"popularity_exponent": exponent, "ndcg": round(float(gain.mean()), 6)})
+            if gain.mean() > ours.mean():
+                ours, settings["popularity_exponent"] = gain, exponent
     choice.ndcg["softmax"] = float(ours.mean())
     others = sorted(((float(gain.mean()), t) for t, gain in last.items() if t != best[0]), reverse=True)
     if others:

@@ -25,7 +25,7 @@ from recpress.modules.contrastive.item_table import ItemTable, Request
 from recpress.modules.contrastive.losses import Loss, Scores, make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
 
-DEFAULTS: dict[str, Any] = {"temperature": 0.1, "epochs": 150}
+DEFAULTS: dict[str, Any] = {"temperature": 0.1, "epochs": 150, "popularity_exponent": 0.05}
 """Settings that are not given. `auto.choose` chooses them by the interactions."""
 WARM_UP = 20
 """Steps at the start with a smaller learning rate."""
@@ -59,8 +59,9 @@ class Contrastive:
     """Factorizes the interactions of all ranks by a loss of cosines. Use it as `ALS`.
 
     Users and items are sharded in contiguous blocks (`RowBlocks`). A step takes users of every rank with all their
-    interactions; each rank fetches the items that its users need, and sends their gradients back. The vectors that
-    `fit` returns have length one, so the score of a pair is its cosine; ids without interactions have zero vectors.
+    interactions; each rank fetches the items that its users need, and sends their gradients back. `fit` returns users
+    of length one and items of length count ** popularity_exponent, so the score of a pair is its cosine times a power
+    of the item's count. Ids without interactions have zero vectors.
 
     Memory of a rank: its interactions, three times its block of vectors, 16 bytes per item of the log, and some batches
     of at most `batch_limit` interactions.
@@ -76,8 +77,8 @@ class Contrastive:
     Example:
         >>> model = Contrastive(ContrastiveConfig(factors=8, epochs=3), num_users=3, num_items=4)
         >>> model.add([0, 0, 1, 2], [0, 1, 1, 3])
-        >>> model.fit().items.norm(dim=1).round()
-        tensor([1., 1., 0., 1.])
+        >>> model.fit().users.norm(dim=1).round()
+        tensor([1., 1., 1.])
     """
 
     def __init__(
@@ -211,15 +212,16 @@ class Run:
         self.stopped, self.checks = position["stopped"], list(position["checks"])
 
     def factors(self) -> Factors:
-        """Unit vectors. Those of ids without interactions are zero."""
-        tables, all_counts = [], []
-        for adam, counts in ((self.users, self.user_counts), (self.items.adam, self.item_counts)):
-            unit = adam.units()
-            unit[torch.from_numpy(counts == 0).to(unit.device)] = 0
-            tables.append(unit)
-            all_counts.append(torch.from_numpy(counts.astype(np.float32)))
+        """The vectors. Those of ids without interactions are zero."""
+        tables = self.users.units(), self._item_vectors()
+        all_counts = self.user_counts, self.item_counts
+        for table, counts in zip(tables, all_counts, strict=True):
+            table[torch.from_numpy(counts == 0).to(table.device)] = 0
         size = self.num_users, self.num_items, self.exchange.rank, self.exchange.world
-        return Factors(tables[0], tables[1], *size, all_counts[0], all_counts[1])
+        return Factors(*tables, *size, *(torch.from_numpy(counts.astype(np.float32)) for counts in all_counts))
+
+    def _item_vectors(self) -> torch.Tensor:
+        return self.items.adam.units().mul_(item_lengths(self.config, self.item_counts, self.exchange.device))
 
     def _train_epoch(self) -> float:
         """Train one epoch; return the mean loss."""
@@ -253,7 +255,7 @@ class Run:
         """Check the held-out interactions, if it is time; lower the number of epochs if they do not improve."""
         if self._held_out is None or self._ending or self.epoch % CHECK_EVERY:
             return
-        self.checks.append(self._held_out.ndcg(self.users.units(), self.items.adam.units()))
+        self.checks.append(self._held_out.ndcg(self.users.units(), self._item_vectors()))
         if len(self.checks) - 1 - int(np.argmax(self.checks)) >= self.config.patience:
             self.stopped = self.epoch
             self.epochs = self.epoch + max(1, round(LAST_PART * self.epoch))
@@ -362,6 +364,12 @@ def aligned(factors: Factors, target: Factors, exchange: Exchange) -> Factors:
     return replace(factors, users=factors.users @ rotation, items=factors.items @ rotation)
 
 
+def item_lengths(config: ContrastiveConfig, counts: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
+    """Lengths (n, 1) of the vectors of items with these numbers of interactions, (n,)."""
+    exponent = with_defaults(config).popularity_exponent
+    return torch.from_numpy(np.maximum(counts, 1).astype(np.float32)[:, None] ** exponent).to(device)
+
+
 def _initial(config: ContrastiveConfig, num_users: int, num_items: int, exchange: Exchange) -> Factors:
     parameters = ALSParameters(factors=config.factors, seed=config.seed)
     return initial_factors(parameters, num_users, num_items, exchange.rank, exchange.world, exchange.device)
@@ -395,6 +403,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "negatives": (1, 1 << 20),
     "negative_exponent": (0.0, 1.0),
     "user_exponent": (0.0, 1.0),
+    "popularity_exponent": (0.0, 1.0),
 }
 
 

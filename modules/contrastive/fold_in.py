@@ -1,4 +1,4 @@
-"""Unit vectors of new users or items from their interactions, with the vectors of the other side fixed."""
+"""Vectors of new users or items from their interactions, with the vectors of the other side fixed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from recpress.modules.als.fold_in import known_interactions
 from recpress.modules.config import ContrastiveConfig
 from recpress.modules.contrastive.batches import BatchMaker, NegativeSampler
-from recpress.modules.contrastive.factorization import LAST_RATE, check, gradients, to_device, with_defaults
+from recpress.modules.contrastive.factorization import (
+    LAST_RATE,
+    check,
+    gradients,
+    item_lengths,
+    to_device,
+    with_defaults,
+)
 from recpress.modules.contrastive.losses import make_loss
 from recpress.modules.contrastive.row_adam import RowAdam
 
@@ -31,14 +38,14 @@ def fold_in(
     other_counts: np.ndarray,
     side: Literal["user", "item"] = "user",
 ) -> torch.Tensor:
-    """Unit vectors (rows, dim) of new users over the items' vectors, or of new items over the users' vectors.
+    """Vectors (rows, dim) of new users over the items' vectors, or of new items over the users' vectors.
 
     Minimizes the loss of the factorization over the new rows alone. A row depends on its own interactions and the seed
-    only.
+    only. As in a fit, users have length one and items have length count ** popularity_exponent.
 
     Args:
         config: settings of the fit.
-        others: unit vectors (num_others, dim) of the other side, on the device to use.
+        others: vectors (num_others, dim) of the other side, on the device to use. Only their directions count.
         indptr, indices, values: interactions of the new rows as CSR: (rows + 1,), (nnz,), and (nnz,) or None for ones.
             A negative index is an unknown id and is ignored. A row without known ids gets the zero vector.
         other_counts: interactions of each id of the other side in the fit (`Factors`), (num_others,).
@@ -70,7 +77,7 @@ def fold_in(
     for parts in maker.in_order():
         batch = maker.make(parts, np.random.default_rng([config.seed % 2**32, 1]))
         on = to_device(batch, others.device)
-        item = others.index_select(0, torch.from_numpy(batch.items).to(others.device)).float()
+        item = F.normalize(others.index_select(0, torch.from_numpy(batch.items).to(others.device)).float())
         mean = F.embedding_bag(on.positive, item, on.indptr, mode="mean", include_last_offset=True)
         adam = RowAdam(F.normalize(mean).mul_(0.1 * others.shape[1] ** 0.5))
         every = torch.arange(len(mean), device=others.device)
@@ -80,4 +87,4 @@ def fold_in(
             rate = config.learning_rate * (1 - (1 - LAST_RATE) * step / STEPS)
             adam.step(every, user, inverse, gradient, rate)
         rows.index_copy_(0, on.users, F.normalize(adam.rows))
-    return rows
+    return rows.mul_(item_lengths(config, np.diff(csr.indptr), others.device)) if side == "item" else rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from recpress.modules.als.exchange import Exchange
 from recpress.modules.als.interactions import CSR
 from recpress.modules.config import ContrastiveConfig
-from recpress.modules.contrastive.factorization import Run
+from recpress.modules.contrastive.factorization import Run, item_lengths
 from recpress.modules.contrastive.row_adam import RowAdam
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.hashing.map_matrix import MapMatrix
@@ -57,10 +58,10 @@ def fit_shared(
     epochs: int,
     rate: float = 0.5,
 ) -> SharedFactors:
-    """Train shared rows, from those that fit the unit vectors `users` and `items` (ids, d) best. One process.
+    """Train shared rows, from those that fit the directions of `users` and `items` (ids, d) best. One process.
 
-    The weights of the returned maps make the vectors unit vectors, so the score of a pair is again a dot product. An id
-    of a map without weights has a vector of the length that its rows give.
+    The weights of the returned maps give the vectors the lengths of a factorization with one row per id. Without
+    weights, a row has the mean length of its ids; an id with several rows has the length that their sum gives.
 
     Args:
         epochs: 0 returns the rows that fit best.
@@ -69,20 +70,23 @@ def fit_shared(
     tables = []
     for vectors, csr, id_map in ((users, by_user, user_map), (items, by_item, item_map)):
         degrees = torch.from_numpy(csr.indptr[1:] - csr.indptr[:-1]).float()
-        tables.append(MappedRows(MapMatrix(id_map).fit(vectors.float(), degrees.clamp_min(0.1)), id_map))
+        tables.append(MappedRows(MapMatrix(id_map).fit(F.normalize(vectors.float()), degrees.clamp_min(0.1)), id_map))
     if epochs:
         tuned = replace(config, epochs=epochs, patience=0, learning_rate=config.learning_rate * rate)
         exchange = Exchange(None, torch.device("cpu"))
         Run(tuned, by_user, by_item, len(users), len(items), exchange, tables=(tables[0], tables[1])).train()
-    return SharedFactors(tables[0].rows, tables[1].rows, *(_of_unit_length(table) for table in tables))
+    lengths = torch.ones(len(users), 1), item_lengths(config, np.diff(by_item.indptr))
+    maps = [_with_lengths(table, wanted) for table, wanted in zip(tables, lengths, strict=True)]
+    return SharedFactors(tables[0].rows, tables[1].rows, *maps)
 
 
-def _of_unit_length(table: MappedRows) -> IdMap:
-    """The map with weights that make the vectors of ids unit vectors; without weights, the rows themselves become
-    unit vectors."""
+def _with_lengths(table: MappedRows, lengths: torch.Tensor) -> IdMap:
+    """The map with weights that give the vectors of ids these lengths, (ids, 1); without weights, the rows change."""
+    matrix = MapMatrix(table.map)
     if table.map.weights is None:
-        table.rows.copy_(F.normalize(table.rows))
+        if table.map.rows_per_id == 1:
+            table.rows.copy_(F.normalize(table.rows).mul_(matrix.fit(lengths)))
         return table.map
-    length = MapMatrix(table.map).expand(table.rows).norm(dim=1, keepdim=True).clamp_min(1e-12)
-    weights = (table.map.weights.float() / length).clamp_(-6e4, 6e4)
+    length = matrix.expand(table.rows).norm(dim=1, keepdim=True).clamp_min(1e-12)
+    weights = (table.map.weights.float() / length * lengths).clamp_(-6e4, 6e4)
     return replace(table.map, weights=weights.to(table.map.weights.dtype))

@@ -44,7 +44,8 @@ _FACTORIZATIONS: dict[str, tuple[str, str]] = {
     ),
     "softmax": (
         "Factorization alone (MF)",
-        "A contrastive loss of cosines on all examples; the score is the cosine. No network.",
+        "A contrastive loss of cosines on all examples; the score is the cosine times a power of the item's count. "
+        "No network.",
     ),
     "logistic": (
         "Logistic factorization alone",

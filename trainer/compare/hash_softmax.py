@@ -20,12 +20,12 @@ from recpress.trainer.compare.hash_settings import Setting
 
 
 class SoftmaxBackbone(Backbone):
-    """Unit vectors of `factorize --method softmax`."""
+    """Vectors of `factorize --method softmax`."""
 
     NOTE = (
         "The backbone is a contrastive factorization with one row per id (full) or with the rows of the map: the map "
-        "is made, rows start nearest to the full factors, and epochs of the same loss follow. The score is the cosine, "
-        "which is the dot product of the vectors; an id has no other input than its row."
+        "is made, rows start nearest to the full factors, and epochs of the same loss follow. The score is the cosine "
+        "times a power of the item's count; an id has no other input than its row."
     )
     _chosen: ContrastiveConfig | None = None  # chosen with the first seed, the same for all
 

@@ -12,6 +12,7 @@ from recpress.modules.als.factors import RowBlocks
 from recpress.modules.als.interactions import InteractionBuilder
 from recpress.modules.config import ContrastiveConfig
 from recpress.modules.contrastive import auto
+from recpress.modules.contrastive.factorization import DEFAULTS
 from tests.ranks import run_on_ranks
 
 USERS, ITEMS, GROUPS = 200, 60, 4
@@ -57,13 +58,34 @@ def perfect(sample):
 def test_the_settings_are_chosen_by_halving(metric):
     choice = auto.choose(CONFIG, *by_user(), metric)
     assert choice.method == "softmax"
-    assert [t["epochs"] for t in choice.trials] == [3, 3, 3, 6, 6, 12]
-    best = max(choice.trials, key=lambda trial: trial["ndcg"])
+    runs, exponents = choice.trials[:6], choice.trials[6:]
+    assert [t["epochs"] for t in runs] == [3, 3, 3, 6, 6, 12]
+    best = max(runs, key=lambda trial: trial["ndcg"])
     assert choice.settings["temperature"] == best["temperature"]
     assert choice.settings["epochs"] == round(1.25 * best["epochs"])
     assert choice.runner_up["temperature"] != best["temperature"]
+    assert [t["popularity_exponent"] for t in exponents] == list(auto.POPULARITY_EXPONENTS)
+    assert best["ndcg"] in [t["ndcg"] for t in exponents]  # of the default
+    highest = max(exponents, key=lambda trial: trial["ndcg"])
+    assert choice.settings["popularity_exponent"] == highest["popularity_exponent"]
+    assert choice.ndcg["softmax"] == pytest.approx(highest["ndcg"], abs=1e-6)
     assert auto.choose(CONFIG, *by_user(), metric).describe() == choice.describe()
     assert f"{choice.rows:,} held-out examples; runner-up temperature" in choice.line()
+
+
+def test_popular_items_rank_first_where_that_is_so():
+    """Half of the items of a group are drawn ten times as often, and users have no other taste."""
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(400), 8)
+    popular = rng.random(len(users)) < 0.9
+    items = (rng.integers(0, 5, len(users)) + 5 * ~popular * rng.integers(1, 10, len(users))) * GROUPS + users % GROUPS
+    exchange = Exchange(None, torch.device("cpu"))
+    builder = InteractionBuilder(400, 50 * GROUPS, exchange)
+    builder.add(users, items)
+    choice = auto.choose(CONFIG, builder.build()[0], exchange, "full")
+    of = {t["popularity_exponent"]: t["ndcg"] for t in choice.trials if "popularity_exponent" in t}
+    assert choice.settings["popularity_exponent"] > 0
+    assert of[choice.settings["popularity_exponent"]] > of[0]
 
 
 def test_least_squares_stays_unless_softmax_is_clearly_better():
@@ -74,15 +96,15 @@ def test_least_squares_stays_unless_softmax_is_clearly_better():
 
 
 def test_given_settings_are_kept():
-    given = replace(CONFIG, temperature=0.25, epochs=6)
+    given = replace(CONFIG, temperature=0.25, epochs=6, popularity_exponent=0.3)
     choice = auto.choose(given, *by_user(), "full", useless)
-    assert choice.settings == {"temperature": 0.25, "epochs": 6}
+    assert choice.settings == {"temperature": 0.25, "epochs": 6, "popularity_exponent": 0.3}
     assert [(t["temperature"], t["epochs"]) for t in choice.trials] == [(0.25, 6)]
 
 
 def test_too_few_users_keep_the_defaults():
     choice = auto.choose(CONFIG, *by_user(users=30), "full", useless)
-    assert (choice.method, choice.settings, choice.rows) == ("als", {"temperature": 0.1, "epochs": 150}, 0)
+    assert (choice.method, choice.settings, choice.rows) == ("als", DEFAULTS, 0)
     assert "too few" in choice.line()
 
 

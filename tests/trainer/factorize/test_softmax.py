@@ -47,15 +47,15 @@ def tables(out, log, *, crossfit=False):
     return [opened.table(side, crossfit=crossfit)[0:100000] for side in ("user", "item")]
 
 
-def test_the_artifact_has_unit_rows_and_crossfitted_factors(log, tmp_path):
+def test_the_artifact_has_normalized_rows_and_crossfitted_factors(log, tmp_path):
     result = factorize(config(log, tmp_path / "f", crossfit_rate=0.2))
     assert len(result.sweeps) == SETTINGS.epochs
     assert result.sweeps[-1][0] < result.sweeps[0][0]
     assert result.checks["ok"]
     for crossfit in (False, True):
         users, items = tables(tmp_path / "f", log, crossfit=crossfit)
-        for table in (users, items):
-            np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(users, axis=1), 1, rtol=1e-5)
+        assert (np.linalg.norm(items, axis=1) > 1.05).all()  # a power of the count
         scores = users @ items.T
         own = np.arange(USERS)[:, None] % GROUPS == np.arange(ITEMS) % GROUPS
         assert scores[own].mean() > scores[~own].mean() + 0.5
@@ -151,7 +151,7 @@ def test_auto_keeps_least_squares_or_takes_softmax_and_says_so(log, tmp_path, ca
     assert manifest["method"] == result.method
     compared = manifest["auto"]["softmax"] if result.method == "als" else manifest["auto"]
     assert set(compared["ndcg"]) == {"als", "softmax"}
-    assert len(compared["trials"]) == 3
+    assert len([trial for trial in compared["trials"] if "epochs" in trial]) == 3
     assert compared["runner_up"]["method"] == ({"als", "softmax"} - {result.method}).pop()
     assert len([line for line in caplog.messages if line.startswith(f"auto: {result.method}")]) == 1
     assert manifest["parameters"]["factors"] == 8
