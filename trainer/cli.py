@@ -123,7 +123,7 @@ COMMANDS = {
         "recpress.trainer.config:TrainConfig",
         "recpress.trainer.train.stage:train_any",
         "train the two-tower network, or another with --model, on a log or a sample of it",
-        main="data out factors hash model.tables.strategy sample.rate epochs stream.batch-size "
+        main="data out factors hash warm-start model.tables.strategy sample.rate epochs stream.batch-size "
         "evaluation.metric checkpoint.minutes device overwrite",
         with_model="recpress.trainer.train.config:TrainModelConfig",
     ),

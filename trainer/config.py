@@ -396,8 +396,17 @@ class RunConfig:
     accumulate: int = 1
     """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
     every batch. All counts of steps are of such steps."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the dense weights, as in 0.999. Evaluations and the published
+    model have the average; by default there is none."""
     stop_after: int = 0
     """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
+    warm_start: str | None = None
+    """Folder of an earlier model, or of checkpoints, whose dense parameters and embedding rows (by id) are the initial
+    weights."""
+    warm_start_names: tuple[str, ...] = ()
+    """NEW=OLD: a table, a parameter, or the start of the names of parameters of this model, and its name in the earlier
+    model. NEW= omits it."""
     seed: int = 0
     """Seed of the network's initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -409,6 +418,23 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(1, accumulate=self.accumulate)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"ema is {self.ema}, expected a number in (0, 1), such as 0.999")
+        if self.warm_start_names and self.warm_start is None:
+            raise InputError("warm_start_names: given without --warm-start, the earlier model")
+        if len(self.warm_start_pairs) < len(self.warm_start_names):
+            raise InputError(f"warm_start_names: {' '.join(self.warm_start_names)} names a parameter twice")
+
+    @property
+    def warm_start_pairs(self) -> dict[str, str]:
+        """New name -> earlier name, or "" to omit it. Raises InputError if one is not NEW=OLD."""
+        pairs = {}
+        for text in self.warm_start_names:
+            new, equals, old = text.partition("=")
+            if not equals or not new:
+                raise InputError(f"warm_start_names: '{text}', expected NEW=OLD, or NEW= to omit it")
+            pairs[new] = old
+        return pairs
 
     def total_steps(self, batches_per_epoch: int, epochs: int) -> int:
         """Steps of the dense part in all epochs. Each epoch ends with a step of the batches that are left."""

@@ -376,11 +376,20 @@ class Encoder:
                 for side, vocabulary in self.sides.items()
             },
             "features": {
-                name: {"num_ids": len(vocabulary), "vocabulary": _feature_file(name)}
+                name: {
+                    "num_ids": len(vocabulary),
+                    "vocabulary": _feature_file(name),
+                    "fingerprint": vocabulary.fingerprint(),
+                }
                 for name, vocabulary in self._features.items()
             }
             | {
-                name: {"num_ids": len(self._owner(name)), "vocabulary": _feature_file(name), "same": owner}
+                name: {
+                    "num_ids": len(self._owner(name)),
+                    "vocabulary": _feature_file(name),
+                    "fingerprint": self._owner(name).fingerprint(),
+                    "same": owner,
+                }
                 for name, owner in self._same.items()
             },
         }

@@ -86,15 +86,7 @@ class Vocabulary:
 
     def fingerprint(self) -> str:
         """sha256 of the raw ids in their order (not of the counts)."""
-        lengths = hashlib.sha256(f"{self.kind} {self._size}".encode())
-        values = hashlib.sha256()  # separate, so that the fingerprint does not depend on the chunks
-        for chunk in self._raw:
-            if self.kind == "int":
-                values.update(chunk.to_numpy().astype("<i8").tobytes())
-            else:
-                lengths.update(pc.binary_length(chunk).to_numpy().astype("<i8").tobytes())
-                values.update(_characters(chunk))
-        return hashlib.sha256(lengths.digest() + values.digest()).hexdigest()[:32]
+        return _fingerprint(self._raw, self.kind)
 
     def encode(
         self,
@@ -251,6 +243,24 @@ class Vocabulary:
             confirm.append(second)
             start += len(chunk)
         self._confirm = np.concatenate(confirm)
+
+
+def raw_fingerprint(raw: pa.ChunkedArray) -> str:
+    """`Vocabulary.fingerprint` of the vocabulary with these raw ids, integers or strings in dense order."""
+    kind = Vocabulary.kind_of(raw.type, "raw ids")
+    return _fingerprint(raw.cast(pa.int64() if kind == "int" else pa.large_string()).chunks, kind)
+
+
+def _fingerprint(chunks: Sequence[pa.Array], kind: Kind) -> str:
+    lengths = hashlib.sha256(f"{kind} {sum(map(len, chunks))}".encode())
+    values = hashlib.sha256()  # separate, so that the fingerprint does not depend on the chunks
+    for chunk in chunks:
+        if kind == "int":
+            values.update(chunk.to_numpy().astype("<i8").tobytes())
+        else:
+            lengths.update(pc.binary_length(chunk).to_numpy().astype("<i8").tobytes())
+            values.update(_characters(chunk))
+    return hashlib.sha256(lengths.digest() + values.digest()).hexdigest()[:32]
 
 
 def grown(array: np.ndarray, size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -31,6 +32,7 @@ from recpress.trainer.checkpoint import file_bytes
 from recpress.trainer.checkpoint.staged import Part, Staged, State
 
 TENSORS = "tensors.json"
+_NUMPY = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _BLOCK = 4 << 20  # bytes that are read at a time
 _ALIGN = 64  # alignment of a part in a file, in bytes: any dtype, a cache line
 
@@ -90,6 +92,26 @@ def names(folder: Path) -> dict[str, tuple[int, ...]]:
         ValueError, OSError: `tensors.json` is missing or damaged.
     """
     return {name: tuple(entry["size"]) for name, entry in _read(folder).items()}
+
+
+def open_tensors(folder: Path) -> dict[str, list[tuple[tuple[int, ...], np.ndarray]]]:
+    """Name -> (offsets, memory map) of each part of a tensor. Reads nothing of the tensors.
+
+    Raises:
+        ValueError, OSError, KeyError, TypeError: a file is missing or damaged.
+    """
+    found: dict[str, list[tuple[tuple[int, ...], np.ndarray]]] = {}
+    for name, entry in _read(folder).items():
+        if entry["dtype"] not in _NUMPY:  # numpy has no bfloat16
+            continue
+        found[name] = [
+            (
+                tuple(chunk["offsets"]),
+                np.memmap(folder / chunk["file"], entry["dtype"], "r", chunk["at"], tuple(chunk["sizes"])),
+            )
+            for chunk in entry["chunks"]
+        ]
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,11 @@ class Numbers:
         if config.missing is not None:  # given as the columns are, before the transform
             found = replace(found, missing=float(found(torch.tensor([config.missing], dtype=torch.float64))))
         return cls(found)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Numbers:
+        """What `asdict` wrote."""
+        return cls(FloatTransform(**values["transform"]), tuple(values["boundaries"]))
 
     @property
     def num_buckets(self) -> int:

@@ -6,7 +6,7 @@ tables `users.parquet` and `items.parquet`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -141,7 +141,13 @@ class FeatureSet:
 
 
 def resolve_features(
-    log: Log, given: Mapping[str, FeatureConfig], *, maps: HashArtifact | None, dim: int, label: str | None
+    log: Log,
+    given: Mapping[str, FeatureConfig],
+    *,
+    maps: HashArtifact | None,
+    dim: int,
+    label: str | None,
+    earlier: Callable[[str, FeatureConfig], Numbers | None] = lambda name, config: None,
 ) -> FeatureSet:
     """The features, by default those of the schema. Collective.
 
@@ -149,6 +155,8 @@ def resolve_features(
         maps: id maps of tables, by the column or the side that they map.
         dim: of tables without a dimension; 0: the default.
         label: the label, which is no feature.
+        earlier: (name, configuration) of a number -> its statistics in an earlier model, to use instead of those of
+            train.
 
     Raises:
         InputError: a feature, table, map or frozen rows do not fit the log or each other. On every rank.
@@ -157,7 +165,7 @@ def resolve_features(
     with raise_on_all_ranks():
         sides = {side: table for side in SIDES if (table := log.features(side)) is not None}
         features = _features(log, given, sides, label)
-    numbers = _numbers(log, features, sides)
+    numbers = _numbers(log, features, sides, earlier)
     found: FeatureSet | None = None
     with raise_on_all_ranks():
         used = {side: side_columns(log, side, table, features) for side, table in sides.items()}
@@ -254,9 +262,16 @@ def _kind(kind: pa.DataType) -> Kind | None:
     return "float" if pa.types.is_floating(kind) else None
 
 
-def _numbers(log: Log, features: Sequence[Feature], sides: Mapping[Side, pa.Table]) -> dict[str, Numbers]:
+def _numbers(
+    log: Log,
+    features: Sequence[Feature],
+    sides: Mapping[Side, pa.Table],
+    earlier: Callable[[str, FeatureConfig], Numbers | None],
+) -> dict[str, Numbers]:
     """Statistics of numbers, computed by rank 0. Collective."""
     numeric = [feature for feature in features if feature.kind in ("float", "bucketized")]
+    before = {f.name: numbers for f in numeric if (numbers := earlier(f.name, f.config)) is not None}
+    numeric = [feature for feature in numeric if feature.name not in before]
     found: list[dict[str, Numbers]] = [{}]
     with raise_on_all_ranks():
         if numeric and dist.get_rank() == 0:
@@ -269,7 +284,7 @@ def _numbers(log: Log, features: Sequence[Feature], sides: Mapping[Side, pa.Tabl
                     values = _floats(sides[feature.source], feature.column, f"{log.path}/{feature.source}s.parquet")
                 found[0][feature.name] = Numbers.fit(feature.config, values)
     dist.broadcast_object_list(found)
-    return found[0]
+    return before | found[0]
 
 
 def sampled_rows(log: Log, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

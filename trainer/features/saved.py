@@ -11,7 +11,6 @@ import numpy as np
 from recpress.data.config import Schema
 from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.errors import InputError
-from recpress.data.stream.float_transform import FloatTransform
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import round_up
 from recpress.trainer.features.config import FeatureConfig, FeatureHash
@@ -118,10 +117,7 @@ def _feature_set(
     maps: Mapping[str, IdMap] | None,
 ) -> FeatureSet:
     model, dim = manifest["model"], int(manifest["config"]["dim"])
-    numbers = {
-        name: Numbers(FloatTransform(**entry["transform"]), tuple(entry["boundaries"]))
-        for name, entry in model["numbers"].items()
-    }
+    numbers = {name: Numbers.of(entry) for name, entry in model["numbers"].items()}
     tables = []
     for name, entry in model["tables"].items():
         of_table = [feature.config for feature in features if feature.table == name]

@@ -83,6 +83,8 @@ class ShardedModel:
     dmp: DistributedModelParallel
     table_bytes: dict[str, int]
     """Of each embedding table as stored, without optimizer state."""
+    table_features: dict[str, list[str]]
+    """Table -> the features that look it up."""
 
     @property
     def module(self) -> TrainedModel:
@@ -115,11 +117,12 @@ def build_model(
     torch.manual_seed(seed)
     report: CompressReport | None = None
     size: dict[str, int] = {}
+    looked_up: dict[str, list[str]] = {}
     with raise_on_all_ranks():
         model = factory_of(name)(config, ModelInputs.of(features))
         if not isinstance(model, nn.Module):
             raise InputError(f"--model {name}: returned {type(model).__name__}, expected an nn.Module")
-        check_tables(name, model, features)
+        looked_up = check_tables(name, model, features)
         model, report = _compressed(name, model, features)
         size = _table_bytes(model)
         if rows_follow:
@@ -138,7 +141,7 @@ def build_model(
     if report is not None and not rows_follow:
         with raise_on_all_ranks():
             report.load(dmp)
-    return ShardedModel(dmp, size)
+    return ShardedModel(dmp, size, looked_up)
 
 
 def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.Module, CompressReport | None]:
@@ -161,8 +164,9 @@ def _compressed(name: str, model: nn.Module, features: FeatureSet) -> tuple[nn.M
         raise InputError(f"--model {name}: {error}") from error
 
 
-def check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:
-    """Raise InputError if the tables of a model do not fit the features."""
+def check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str, list[str]]:
+    """The features of each table. Raises InputError if the tables of a model do not fit the features."""
+    found: dict[str, list[str]] = {}
     ids = {feature: table.num_ids for table in features.tables for feature in table.features}
     collections = 0
     for module in model.modules():
@@ -173,6 +177,7 @@ def check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:
         collections += 1
         for table in module.embedding_bag_configs():
             where = f"--model {name}: table '{table.name}'"
+            found[table.name] = list(table.feature_names)
             if not table.feature_names:
                 raise InputError(f"{where} has no feature, expected at least one of {', '.join(ids)}")
             for feature in table.feature_names:
@@ -185,6 +190,7 @@ def check_tables(name: str, model: nn.Module, features: FeatureSet) -> None:
                     )
     if not collections:
         raise InputError(f"--model {name}: has no EmbeddingBagCollection, expected at least one embedding table")
+    return found
 
 
 def _table_bytes(model: nn.Module) -> dict[str, int]:

@@ -26,6 +26,7 @@ from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables
 from recpress.modules.row_source import local_shards
 from recpress.trainer.distributed.heartbeat import barrier
 
+DENSE = "dense.pt"
 Rectangle = tuple[tuple[int, int], tuple[int, int]]
 """(row range, column range), end-exclusive."""
 
@@ -42,22 +43,22 @@ class Snapshot:
     def take(model: nn.Module, before: Snapshot | None = None) -> Snapshot:
         """Copy the weights of the model, into the memory of `before` if given."""
         if before is not None:
-            for name, tensor in _dense(model):
+            for name, tensor in dense_part(model):
                 before.dense[name].copy_(tensor)
-            for name, parts in _trainable(model):
+            for name, parts in trainable_shards(model):
                 for (_, part), kept in zip(parts, before.shards[name], strict=True):
                     kept.copy_(part)
             return before
         return Snapshot(
-            {name: _on_host(tensor) for name, tensor in _dense(model)},
-            {name: [_on_host(part) for _, part in parts] for name, parts in _trainable(model)},
+            {name: _on_host(tensor) for name, tensor in dense_part(model)},
+            {name: [_on_host(part) for _, part in parts] for name, parts in trainable_shards(model)},
         )
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        for name, tensor in _dense(model):
+        for name, tensor in dense_part(model):
             tensor.copy_(self.dense[name])
-        for name, parts in _trainable(model):
+        for name, parts in trainable_shards(model):
             for (_, part), kept in zip(parts, self.shards[name], strict=True):
                 part.copy_(kept)
 
@@ -70,8 +71,8 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
     """Write all weights to `folder`, which must exist and which all ranks must see. Collective."""
     folder = Path(folder)
     if dist.get_rank() == 0:
-        torch.save({name: tensor.detach().cpu() for name, tensor in _dense(model)}, folder / "dense.pt")
-    for name, parts in [*_trainable(model), *((name, parts) for name, _, _, parts in _frozen(model))]:
+        torch.save({name: tensor.detach().cpu() for name, tensor in dense_part(model)}, folder / DENSE)
+    for name, parts in [*trainable_shards(model), *((name, parts) for name, _, _, parts in _frozen(model))]:
         place = folder / "tables" / name
         place.mkdir(parents=True, exist_ok=True)
         for rectangle, part in parts:
@@ -88,12 +89,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         InputError: a file or table is missing, corrupt, or of another shape or type than in the model.
     """
     folder = Path(folder)
-    path = folder / "dense.pt"
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path}: not the weights of a model ({type(error).__name__}: {error})") from error
-    dense = dict(_dense(model))
+    path, saved = folder / DENSE, load_dense(folder)
+    dense = dict(dense_part(model))
     if set(saved) != set(dense):
         odd = sorted(set(saved) ^ set(dense))
         raise InputError(f"{path}: tensor {odd[0]!r} is not in both the file and the model; another configuration?")
@@ -101,11 +98,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         if tensor.shape != saved[name].shape:
             raise InputError(f"{path}: {name!r} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
         tensor.copy_(saved[name])
-    for name, parts in _trainable(model):
+    for name, parts in trainable_shards(model):
         _fill_all(parts, folder / "tables" / name)
     for name, module, table, parts in _frozen(model):
         _fill_all(parts, folder / "tables" / name)
         module.write(table, [part for _, part in parts])
+
+
+def load_dense(folder: Path) -> dict[str, torch.Tensor]:
+    """The replicated part in a folder of `save_weights`. Raises InputError if it cannot be read."""
+    path = folder / DENSE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: not the weights of a model ({type(error).__name__}: {error})") from error
 
 
 def _fill_all(parts: Iterable[tuple[Rectangle, torch.Tensor]], place: Path) -> None:
@@ -120,13 +126,9 @@ def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path
         rows, columns = (_overlap(a, b) for a, b in zip(want, have, strict=True))
         if rows[0] >= rows[1] or columns[0] >= columns[1]:
             continue
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise InputError(f"{path}: not a shard of a table ({error})") from error
-        shape = tuple(stop - start for start, stop in have)
-        if array.shape != shape or torch.from_numpy(np.empty(0, array.dtype)).dtype != part.dtype:
-            raise InputError(f"{path}: holds {array.dtype} {array.shape}, expected {part.dtype} {shape}")
+        array = open_shard(path, have)
+        if torch.from_numpy(np.empty(0, array.dtype)).dtype != part.dtype:
+            raise InputError(f"{path}: holds {array.dtype}, expected {part.dtype}")
         (row, _), (column, _) = have
         block = np.array(array[rows[0] - row : rows[1] - row, columns[0] - column : columns[1] - column])
         (row, _), (column, _) = want
@@ -134,6 +136,18 @@ def _fill(part: torch.Tensor, want: Rectangle, files: list[tuple[Rectangle, Path
         filled += block.size
     if filled != part.numel():
         raise InputError(f"{place}: holds {filled} of the {part.numel()} values of {want}")
+
+
+def open_shard(path: Path, rectangle: Rectangle) -> np.ndarray:
+    """The shard in a file, memory-mapped. Raises InputError if it is damaged or does not have the rectangle's shape."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a shard of a table ({error})") from error
+    shape = tuple(stop - start for start, stop in rectangle)
+    if array.shape != shape:
+        raise InputError(f"{path}: holds {array.dtype} {array.shape}, expected {shape}")
+    return array
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
@@ -158,17 +172,24 @@ def shard_files(folder: Path) -> list[tuple[Rectangle, Path]]:
     return found
 
 
+def is_table(name: str) -> bool:
+    """Whether a key of a `state_dict` is an embedding table."""
+    return ".embedding_bags." in f".{name}"
+
+
 def _is_table(name: str, value: Any) -> bool:
-    return hasattr(value, "local_shards") or ".embedding_bags." in f".{name}"
+    return hasattr(value, "local_shards") or is_table(name)
 
 
-def _dense(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def dense_part(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name -> each replicated parameter and buffer."""
     for name, value in model.state_dict().items():
         if not _is_table(name, value) and not is_fingerprint(name):  # the manifest has the factors and id maps
             yield name, value
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch.Tensor]]]]:
+def trainable_shards(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectangle, torch.Tensor]]]]:
+    """(name, its shards on this rank) of each trainable table."""
     for name, value in model.state_dict().items():
         if _is_table(name, value):
             yield name, local_shards(value)

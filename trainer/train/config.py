@@ -15,8 +15,9 @@ from recpress.trainer.config import OptimizerConfig, RunConfig, WindowConfig, at
 from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.model.factory import MODELS, TWO_TOWER, config_of
 
+_MAIN = """data out maps warm-start dim label-threshold sample.rate epochs stream.batch-size evaluation.metric
+checkpoint.minutes"""
 Base = TypeVar("Base", bound="TrainModelConfig")
-_MAIN = "data out maps dim label-threshold sample.rate epochs stream.batch-size evaluation.metric checkpoint.minutes"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,14 @@ from recpress.trainer.artifacts.id_maps import HashArtifact, open_maps
 from recpress.trainer.config import TrainConfig, chosen_schema
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
+from recpress.trainer.features.id_space import IdSpace, side_space, with_map
 from recpress.trainer.model.two_tower import Features, describe_model
 from recpress.trainer.open_log import open_on_all_ranks
 from recpress.trainer.train.data import make_stream
 from recpress.trainer.train.online import first_round
 from recpress.trainer.train.resume import checkpoint_folder
 from recpress.trainer.train.validation import plan_hold_out
+from recpress.trainer.train.warm_start import NewTable, describe_spaces
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,31 @@ class Inputs:
         """ "user", "item" -> id map, of the sides that have one."""
         return {side: self.hashed.map(side) for side in SIDES if side in self.hashed.maps} if self.hashed else {}
 
+    def tables(self) -> dict[str, NewTable]:
+        """Name of each table of ids -> what its rows are of."""
+        found: dict[str, NewTable] = {}
+        strategy, factors = self.config.model.tables.strategy, self.factors
+        for side, features in zip(SIDES, (self.features.user, self.features.item), strict=True):
+            id_map = self.maps.get(side)
+            space = with_map(side_space(self.log, side), side, id_map)
+            found[side] = NewTable(space, id_map)
+            if factors is not None and strategy == "warm-start":
+                found[side] = NewTable(space, id_map, factors.table(side))
+            elif factors is not None:
+                found[side] = NewTable(replace(space, factors=factors.fingerprint), id_map)
+            if strategy == "frozen+residual":
+                found[f"{side}_plus"] = NewTable(space, id_map)
+            for name, values in (features.num_values() if features is not None else {}).items():
+                found[f"{side}_{name}"] = NewTable(IdSpace(num_ids=values))
+        return found
+
     def describe(self) -> dict[str, Any]:
         """Entries of the manifest."""
         config = self.config
         dim = self.factors.dim if self.factors else None
         return {
             "log": describe_log(self.log),
+            "ids": describe_spaces(self.log, {name: table.space for name, table in self.tables().items()}),
             "config": asdict(self.given),  # `recpress pipeline` compares it
             "resolved": asdict(config),
             "model": describe_model(config.model, dim, config.user_features, config.item_features, [*self.maps]),
@@ -85,7 +106,7 @@ def open_inputs(given: TrainConfig, ranks: Ranks) -> Inputs:
             crossfit=choose_crossfit(config, log, factors),
             hashed=choose_maps(config, log, factors),
         )
-        sources = [path for path in (config.data, config.factors, config.hash) if path]
+        sources = [path for path in (config.data, config.factors, config.hash, config.warm_start) if path]
         artifact.check_target(config.out, config.overwrite, MODEL, sources)
     if ranks.rank == 0:
         _log_settings(inputs)

@@ -30,6 +30,7 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.labelled import Chunk, evaluate_rows, held_out_rows, part_rows
 from recpress.trainer.evaluate.stage import show_predictions
 from recpress.trainer.features.batches import FeatureBatches
+from recpress.trainer.features.id_space import table_spaces
 from recpress.trainer.features.resolve import (
     FeatureSet,
     open_with_features,
@@ -47,6 +48,7 @@ from recpress.trainer.model.weights import save_weights
 from recpress.trainer.train.config import TrainModelConfig
 from recpress.trainer.train.resume import checkpoint_folder, digest, keep_global_batch, open_checkpoints
 from recpress.trainer.train.run import run_fit
+from recpress.trainer.train.warm_start import NewTable, describe_spaces, earlier_numbers, warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +119,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
         stream = _stream(config, inputs, ranks, held)
     assert stream is not None
     artifacts = {"maps": config.maps} | {f"factors of {t.name}": t.frozen.path for t in features.tables if t.frozen}
-    described = features.describe()
-    with open_checkpoints(config, log, stream.global_batch, artifacts, features=described) as checkpoints:
+    with open_checkpoints(config, log, stream.global_batch, artifacts, features=features.describe()) as checkpoints:
         stream = keep_global_batch(stream, checkpoints, ranks, lambda rows: _stream(config, inputs, ranks, held, rows))
         model = build_model(
             config.factory,
@@ -129,6 +130,10 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
             learning_rate=config.optimizer.table_learning_rate,
             seed=config.seed,
         )
+        described = _describe(config, inputs, model)
+        checkpoints.describe |= described  # a later run may start from a checkpoint, too
+        if config.warm_start is not None and checkpoints.start is None:
+            _warm_start(config, inputs, model)
         validation = _validation(config, inputs, stream, ranks)
         if ranks.rank == 0:
             _log_settings(config, inputs, stream, validation is not None)
@@ -138,13 +143,12 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
         model.dmp.eval()
         metrics = _test(config, inputs, model, ranks)
         best = {name: value for name, value in (fitted.best or {}).items() if not name.islower()}
-        numbered = {f.name: found for f in features.features if (found := vocabulary_of(log, f)) is not None}
         maps = {table.name: table.id_map for table in features.tables if table.id_map is not None}
         map_bytes = sum(id_map.nbytes for id_map in maps.values())
         manifest = {
             "log": describe_log(log),
             "config": asdict(config),
-            "model": {"name": config.factory, "options": asdict(config.model), **described, "vocabularies": numbered},
+            **described,
             "rows": data.num_rows,
             **data.describe(),
             "steps": fitted.steps,
@@ -181,19 +185,42 @@ def _open(config: TrainModelConfig) -> _Inputs:
     """Open the log and resolve the features. Collective."""
     skip = config.stream.on_bad_file == "skip"
     log = open_with_features(config.data, chosen_schema(config.schema), config.features, skip=skip)
-    label, maps = log.schema.label, None
+    label, maps, earlier = log.schema.label, None, None
     with raise_on_all_ranks():
         if not label:
             raise InputError(f"{log.path}: no label; expected --schema.label, a column of 0 and 1, or of ratings")
         maps = open_maps(config.maps, log) if config.maps else None
-        artifact.check_target(config.out, config.overwrite, MODEL, [p for p in (config.data, config.maps) if p])
+        sources = [path for path in (config.data, config.maps, config.warm_start) if path]
+        artifact.check_target(config.out, config.overwrite, MODEL, sources)
+        earlier = earlier_numbers(config)
     assert label
-    features = resolve_features(log, config.features, maps=maps, dim=config.dim, label=label)
+    assert earlier is not None
+    features = resolve_features(log, config.features, maps=maps, dim=config.dim, label=label, earlier=earlier)
     inputs = _Inputs(log, label, features, maps, [label, *features.columns(log)])
     with raise_on_all_ranks():
         builder = FeatureBatches(features, log, label, config.label_threshold)
         _check_labels(log, builder)
     return inputs
+
+
+def _describe(config: TrainModelConfig, inputs: _Inputs, model: ShardedModel) -> dict[str, Any]:
+    """Entries of a manifest about the model and what the rows of its tables are of."""
+    log, features = inputs.log, inputs.features
+    spaces = table_spaces(log, features, model.table_features)
+    numbered = {f.name: found for f in features.features if (found := vocabulary_of(log, f)) is not None}
+    model_entry = {"name": config.factory, "options": asdict(config.model), **features.describe()}
+    return {
+        "model": {**model_entry, "vocabularies": numbered},
+        "ids": describe_spaces(log, spaces),
+    }
+
+
+def _warm_start(config: TrainModelConfig, inputs: _Inputs, model: ShardedModel) -> None:
+    features = inputs.features
+    maps = {table.name: table.id_map for table in features.tables}
+    spaces = table_spaces(inputs.log, features, model.table_features)
+    tables = {name: NewTable(space, maps.get(name)) for name, space in spaces.items()}
+    warm_start(config, model.dmp, inputs.log, tables, features.keys, features.floats)
 
 
 def _check_labels(log: Log, builder: FeatureBatches) -> None:
@@ -295,10 +322,11 @@ def _fit(
         from recpress.trainer.observability.rec_metrics import RecMetrics  # slow to import: torchmetrics
 
         metrics = RecMetrics(config.metrics, model.module, rows=stream.global_batch, device=ranks.device)
+    total_steps = config.total_steps(stream.steps_per_epoch, config.epochs)
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, config.total_steps(stream.steps_per_epoch, config.epochs)),
+        TrainOptimizer(model.dmp, config.optimizer, total_steps, ema=config.ema),
         batches,
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),
@@ -306,6 +334,7 @@ def _fit(
             precision=config.precision,
             evaluate_every=evaluation.every if validation is not None else 0,
             evaluate_steps=evaluation.every_steps if validation is not None else 0,
+            evaluate_first=validation is not None and config.warm_start is not None,  # training may not improve it
             metric=evaluation.metric,
             smaller_is_better=evaluation.metric != "AUC",
             patience=evaluation.patience,

@@ -20,15 +20,16 @@ from recpress.trainer.train.inputs import Inputs
 logger = logging.getLogger(__name__)
 
 
-def choose_published(choice: Choice | None, fitted: FitResult) -> dict[str, Any]:
+def choose_published(choice: Choice | None, fitted: FitResult, *, warm_started: bool = False) -> dict[str, Any]:
     """The entries `best_epoch`, `fallback` and `validation` of the manifest; rank 0 logs them.
 
-    `fallback`: the factorization's own ranking is published, because no epoch is better.
+    `fallback`: the factorization's own ranking is published, because no epoch is better. A warm start makes a network
+    before the first step, which may be better.
     """
     if choice is None or fitted.best is None:
         return {"best_epoch": None, "fallback": False, "validation": {}}
     best, metric, start = fitted.best, choice.metric, choice.start
-    fallback = start is not None and best["step"] == 0
+    fallback = start is not None and best["step"] == 0 and not (warm_started and choice.accepts(best))
     last_best = max(fitted.evaluations[1:], key=lambda found: found[metric], default=None)
     published = start if fallback and start is not None else best
     validation = choice.describe() | {"published": published[metric], "network": last_best}

@@ -35,6 +35,7 @@ from recpress.trainer.train.outcome import choose_published, rank_test
 from recpress.trainer.train.resume import checkpoint_folder, digest, keep_global_batch, open_checkpoints
 from recpress.trainer.train.run import run_fit
 from recpress.trainer.train.validation import NoRows, ValidationRows, load_validation
+from recpress.trainer.train.warm_start import warm_start
 
 if TYPE_CHECKING:
     from recpress.trainer.observability.rec_metrics import RecMetrics
@@ -124,10 +125,13 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         malloc_trim()  # what reading the pairs used, before the tables are filled
         networks.load_factors(model, crossfit=inputs.crossfit)
         malloc_trim()
+        checkpoints.describe["ids"] = inputs.describe()["ids"]  # a later run may start from a checkpoint, too
         # Before `fit` loads a checkpoint, so that a resumed run compares with the same start.
         choice = _prepare_choice(networks, model, validation) if isinstance(validation, ValidationRows) else None
         if isinstance(validation, NoRows) and ranks.rank == 0:
             _warn_no_validation(config, validation, unproven)
+        if config.warm_start is not None and checkpoints.start is None:
+            warm_start(config, model.dmp, log, inputs.tables())
         setup_seconds = time.monotonic() - start
 
         nothing_to_prove = unproven or (choice is not None and choice.seen)
@@ -135,11 +139,11 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
 
         if inputs.crossfit:
             networks.load_factors(model, crossfit=False)
-        published = choose_published(choice, fitted)
+        published = choose_published(choice, fitted, warm_started=config.warm_start is not None)
         if unproven:
             published |= {"best_epoch": 0, "fallback": True}
         manifest = inputs.describe()
-        if published["fallback"] and config.model.towers.kind != "residual":
+        if published["fallback"] and (config.model.towers.kind != "residual" or config.warm_start is not None):
             model = networks.like_factorization(crossfit=False)
             manifest["model"]["two_tower"] = asdict(networks.residual())
         model.dmp.eval()
@@ -248,6 +252,7 @@ def _fit(
     residual = config.model.towers.kind == "residual"
     # With residual towers and before any step, the model ranks as the factorization does, which is already ranked.
     at_start = choice is not None and choice.start is not None and residual and checkpoints.start is None
+    at_start = at_start and config.warm_start is None
 
     def evaluate() -> dict[str, float]:
         nonlocal at_start
@@ -263,7 +268,7 @@ def _fit(
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, total_steps),
+        TrainOptimizer(model.dmp, config.optimizer, total_steps, ema=config.ema),
         lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
         FitConfig(
             epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),
