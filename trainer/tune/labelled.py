@@ -45,7 +45,7 @@ class LabelTrial:
 
     def applied(self, given: TrainModelConfig) -> TrainModelConfig:
         """The run with these settings."""
-        rates = {"learning_rate": self.learning_rate, "table_learning_rate": self.table_learning_rate}
+        rates: dict[str, Any] = {"learning_rate": self.learning_rate, "table_learning_rate": self.table_learning_rate}
         model = given.model if self.dropout is None else replace(given.model, dropout=self.dropout)
         return replace(given, epochs=self.epochs, optimizer=replace(given.optimizer, **rates), model=model)
 
