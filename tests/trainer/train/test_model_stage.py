@@ -113,11 +113,12 @@ def _run(data, out, factors):
         return config(data, out, epochs=3, precision="fp16", ema=0.9)
     features = {
         "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), sharding="row_wise"),
-        "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20)),
+        "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20), learning_rate=0.02),
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
     }
     settings = {"checkpoint": CheckpointConfig(steps=2), "accumulate": 2, "precision": "bf16", "ema": 0.9}
+    settings["optimizer"] = OptimizerConfig(tables="adagrad", schedule="linear")
     return of_shop(data, out, features=features, epochs=3, **settings)
 
 
