@@ -404,6 +404,8 @@ def test_a_configuration_file_has_features_and_names_no_module(shop, tmp_path, c
         ("[features.item_id]\nhash = {method = 'modulo'}", "'features.item_id.hash' has no 'rows'"),
         ("features = 3", "expected tables .features.NAME."),
         ("[features.item_id]\nmax_length = 3", "features.item_id.max_length: expected kind"),
+        ("[features.item_id]\nlearning_rate = -1.0", "features.item_id.learning_rate is -1.0, expected at least 0"),
+        ("[features.price]\nkind = 'float'\nlearning_rate = 0.0", "features.price.learning_rate: a float has no table"),
     ],
 )
 def test_bad_keys_of_features(shop, text, message, tmp_path, capsys):
