@@ -75,8 +75,8 @@ class FeatureConfig:
             if getattr(self, option) < least:
                 raise InputError(f"{where}.{option} is {getattr(self, option)}, expected at least {least}")
         if self.kind == "float":
-            of_table = ("table", "dimension", "num_ids", "hash", "frozen", "learning_rate")
-            if given := [option for option in of_table if getattr(self, option) not in ("", 0, None)]:
+            of_table = [name for name in ("table", "dimension", "num_ids", "hash", "frozen") if getattr(self, name)]
+            if given := of_table + ["learning_rate"] * (self.learning_rate is not None):
                 raise InputError(f'{where}.{given[0]}: a float has no table; expected kind = "bucketized"')
         if (self.transform is not None or self.missing is not None) and self.kind != "float":
             option = "transform" if self.transform is not None else "missing"
