@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+import torchrec.optim
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -18,12 +17,14 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import DataType
-from torchrec.optim import RowWiseAdagrad
 
 from recpress.data.errors import InputError
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
 from recpress.modules.frozen.kernel import QUANTIZED, PlannedTable, Storage, stored_row_bytes
+from recpress.trainer.config import TableOptimizer
+from recpress.trainer.model.table_optimizers import TABLE_OPTIMIZERS
 
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
@@ -37,6 +38,11 @@ an even share of all tables. TorchRec's planner would put it on one rank as long
 class TableSharder(EmbeddingBagCollectionSharder):
     """Trainable tables with a fused optimizer; row-wise sharding on CPU too."""
 
+    def __init__(self, optimizer: TableOptimizer, learning_rate: float, eps: float) -> None:
+        self.optimizer_class = getattr(torchrec.optim, TABLE_OPTIMIZERS[optimizer].torchrec)
+        kind = optimizer_type_to_emb_opt_type(self.optimizer_class)
+        super().__init__(fused_params={"optimizer": kind, "learning_rate": learning_rate, "eps": eps})
+
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [*SHARDING_TYPES, _NODE_WISE]
 
@@ -46,8 +52,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
         for name, weight in super().shardable_parameters(module).items():
             rows, dim = weight.shape
             table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
-            if (self.fused_params or {}).get("optimizer") == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
-                table._optimizer_classes = [RowWiseAdagrad]  # type: ignore[attr-defined]
+            table._optimizer_classes = [self.optimizer_class]  # type: ignore[attr-defined]
             found[name] = table
         return found
 
@@ -55,18 +60,22 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return ["fused"]
 
 
-def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8, device_type: str = "") -> list[ModuleSharder]:
-    """Row-wise Adagrad (available on CPU and CUDA) for trainable tables, no optimizer for frozen ones.
+def sharders(
+    learning_rate: float = 0.01,
+    optimizer: TableOptimizer = "row-wise-adagrad",
+    *,
+    eps: float = 1e-8,
+    device_type: str = "",
+) -> list[ModuleSharder]:
+    """An optimizer for trainable tables, none for frozen ones.
 
     Args:
         device_type: device to plan for; default: CUDA if this machine has it.
     """
-    fused: dict[str, Any] = {
-        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        "learning_rate": learning_rate,
-        "eps": eps,
-    }
-    return [TableSharder(fused_params=fused), FrozenEmbeddingBagCollectionSharder(planned_device=device_type)]
+    return [
+        TableSharder(optimizer, learning_rate, eps),
+        FrozenEmbeddingBagCollectionSharder(planned_device=device_type),
+    ]
 
 
 def topology(device: torch.device, batch_size: int) -> Topology:
@@ -183,14 +192,24 @@ def shard(
     *,
     batch_size: int,
     learning_rate: float = 0.01,
+    optimizer: TableOptimizer = "row-wise-adagrad",
+    learning_rates: Mapping[str, float] | None = None,
     sharding_types: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> DistributedModelParallel:
     """Shard the tables of `model` (on the device "meta") and replicate the rest.
 
     Initializes trainable tables by `seed` and rank.
+
+    Args:
+        learning_rates: table name -> learning rate, for tables with one that is not `learning_rate`.
     """
-    table_sharders = sharders(learning_rate)
+    table_sharders = sharders(learning_rate, optimizer)
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            for name in (learning_rates or {}).keys() & module.embedding_bags.keys():
+                weight = module.embedding_bags[name].weight
+                weight._optimizer_kwargs = [{"lr": (learning_rates or {})[name]}]  # type: ignore[union-attr]
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     torch.manual_seed(seed * 65_537 + dist.get_rank())
     # By default DDP rebuilds its buckets after the first step. With more than two ranks, sums then have another order,

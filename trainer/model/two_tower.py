@@ -21,6 +21,7 @@ from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
+from recpress.trainer.config import TableOptimizer
 from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -113,6 +114,7 @@ def build(
     item_counts: Any = None,
     batch_size: int,
     table_learning_rate: float,
+    table_optimizer: TableOptimizer = "row-wise-adagrad",
     seed: int,
     maps: Mapping[str, IdMap] | None = None,
 ) -> ShardedTwoTower:
@@ -135,7 +137,14 @@ def build(
             side_spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
             tables_device="meta",
         )
-    dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
+    dmp = shard(
+        module,
+        ranks.device,
+        batch_size=batch_size,
+        learning_rate=table_learning_rate,
+        optimizer=table_optimizer,
+        seed=seed,
+    )
     builder = BatchBuilder(
         negatives,
         shared=shared_negatives,
