@@ -160,6 +160,8 @@ def for_command(command: str, content: dict[str, Any], config: type) -> dict[str
         return dict(content.get(command, {}))
     if command == "plan":  # of a training run
         return dict(content.get("train", {}))
+    if command == "tune" and _names_model(content.get("train", {})):
+        return {"train": content["train"]}
     found: dict[str, Any] = {}
     if "als" in known and "als" in content.get("factorize", {}):
         found["als"] = content["factorize"]["als"]
@@ -168,6 +170,12 @@ def for_command(command: str, content: dict[str, Any], config: type) -> dict[str
     if "rate" in known and (rate := content.get("train", {}).get("sample", {}).get("rate")) is not None:
         found["rate"] = rate
     return found
+
+
+def _names_model(train: Mapping[str, Any]) -> bool:
+    """Whether the options of `train` are those of another model than the two-tower network."""
+    model = train.get("model", {})
+    return isinstance(model, str) or "name" in model or "features" in train
 
 
 _NETWORK = ("epochs", "optimizer", "model", "stream", "negatives")

@@ -95,6 +95,18 @@ def test_candidates_start_with_the_settings_as_given_and_repeat_none(log):
     assert label_candidates(config(log, "x", epochs=7, optimizer=fixed)) == [LabelTrial(7, 0.1, 0.3, None)]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_file_that_has_other_stages_too(log, own, tmp_path):
+    named = "" if own else 'model = "dlrm"\n'
+    (tmp_path / "run.toml").write_text(
+        f"[factorize]\nuse_label = true\n[train]\n{named}dim = 8\n[train.features.item_id]"
+    )
+    options = ["--config", str(tmp_path / "run.toml"), "--data", log, "--out", "x"]
+    run = _config("tune", [*options, *(["--train.model", OWN] if own else [])])
+    assert (run.train.factory, run.train.dim) == (OWN if own else "dlrm", 8)
+    assert set(run.train.features) == {"item_id"}
+
+
 def test_names_of_features_are_quoted(log, tmp_path):
     named = {"user id": FeatureConfig(column="user_id"), "item_id": FeatureConfig()}
     tune_model(config(log, tmp_path / "tuned.toml", trials=1, features=named))
