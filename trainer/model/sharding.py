@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,12 @@ from torchrec.optim import RowWiseAdagrad
 from recpress.data.errors import InputError
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
 from recpress.modules.frozen.kernel import QUANTIZED, PlannedTable, Storage, stored_row_bytes
+from recpress.trainer.config import CommunicationConfig
+from recpress.trainer.model.communication import bytes_per_vector, check_communication, codecs
 
+logger = logging.getLogger(__name__)
+
+FP32 = CommunicationConfig()
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
 RESERVED = 0.3
@@ -55,18 +61,29 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return ["fused"]
 
 
-def sharders(learning_rate: float = 0.01, *, eps: float = 1e-8, device_type: str = "") -> list[ModuleSharder]:
+def sharders(
+    learning_rate: float = 0.01,
+    *,
+    eps: float = 1e-8,
+    device_type: str = "",
+    communication: CommunicationConfig = FP32,
+) -> list[ModuleSharder]:
     """Row-wise Adagrad (available on CPU and CUDA) for trainable tables, no optimizer for frozen ones.
 
     Args:
         device_type: device to plan for; default: CUDA if this machine has it.
+        communication: precision between ranks.
     """
     fused: dict[str, Any] = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": learning_rate,
         "eps": eps,
     }
-    return [TableSharder(fused_params=fused), FrozenEmbeddingBagCollectionSharder(planned_device=device_type)]
+    registry = codecs(communication)
+    return [
+        TableSharder(fused_params=fused, qcomm_codecs_registry=registry),
+        FrozenEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
+    ]
 
 
 def topology(device: torch.device, batch_size: int) -> Topology:
@@ -185,13 +202,25 @@ def shard(
     learning_rate: float = 0.01,
     sharding_types: Mapping[str, str] | None = None,
     seed: int = 0,
+    communication: CommunicationConfig = FP32,
 ) -> DistributedModelParallel:
     """Shard the tables of `model` (on the device "meta") and replicate the rest.
 
     Initializes trainable tables by `seed` and rank.
+
+    Raises:
+        InputError: the tables do not fit in memory; the ranks cannot communicate in this precision.
     """
-    table_sharders = sharders(learning_rate)
+    if communication != FP32:
+        check_communication(communication, device)
+    table_sharders = sharders(learning_rate, communication=communication)
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
+    if communication != FP32 and dist.get_world_size() > 1 and dist.get_rank() == 0:
+        now, full = (bytes_per_vector(model, layout, each, dist.get_world_size()) for each in (communication, FP32))
+        logger.info(
+            f"vectors cross ranks in {communication.forward}, their gradients in {communication.backward}: "
+            f"{now:,.0f} bytes for a vector of each feature in place of {full:,.0f}"
+        )
     torch.manual_seed(seed * 65_537 + dist.get_rank())
     # By default DDP rebuilds its buckets after the first step. With more than two ranks, sums then have another order,
     # and the first step of a resumed run would differ in the last bit from that of an uninterrupted run.

@@ -23,12 +23,13 @@ from recpress.modules.compression.report import CompressReport
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import row_bytes
 from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
+from recpress.trainer.config import CommunicationConfig
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.features.resolve import FeatureSet
 from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
-from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.sharding import FP32, shard
 
 TOLERANCE = 1e-3
 """Probabilities may exceed [0, 1] by rounding."""
@@ -102,6 +103,7 @@ def build_model(
     learning_rate: float,
     seed: int,
     rows_follow: bool = False,
+    communication: CommunicationConfig = FP32,
 ) -> ShardedModel:
     """The model `name` with its tables hashed, frozen and sharded as the features say. Collective.
 
@@ -109,6 +111,7 @@ def build_model(
         batch_size: rows of a batch per rank, for the planner.
         learning_rate: of the tables.
         rows_follow: do not load frozen rows; the caller does.
+        communication: precision of vectors and gradients between ranks.
 
     Raises:
         InputError: the factory does not return a model; its tables do not fit the features or the memory. On every
@@ -137,6 +140,7 @@ def build_model(
         learning_rate=learning_rate,
         sharding_types=layouts,
         seed=seed,
+        communication=communication,
     )
     if report is not None and not rows_follow:
         with raise_on_all_ranks():

@@ -21,10 +21,11 @@ from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
+from recpress.trainer.config import CommunicationConfig
 from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.sharding import FP32, shard
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
 
@@ -115,6 +116,7 @@ def build(
     table_learning_rate: float,
     seed: int,
     maps: Mapping[str, IdMap] | None = None,
+    communication: CommunicationConfig = FP32,
 ) -> ShardedTwoTower:
     """A network with random weights, sharded by TorchRec's planner. Collective.
 
@@ -122,6 +124,7 @@ def build(
         dim: dimension of the factors; None for `random`.
         batch_size: rows of a batch per rank, for the planner.
         maps: "user", "item" -> id map of the tables of this side.
+        communication: precision of vectors and gradients between ranks.
 
     Raises:
         InputError: a strategy that needs factors without them; tables that do not fit in memory.
@@ -135,7 +138,14 @@ def build(
             side_spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
             tables_device="meta",
         )
-    dmp = shard(module, ranks.device, batch_size=batch_size, learning_rate=table_learning_rate, seed=seed)
+    dmp = shard(
+        module,
+        ranks.device,
+        batch_size=batch_size,
+        learning_rate=table_learning_rate,
+        seed=seed,
+        communication=communication,
+    )
     builder = BatchBuilder(
         negatives,
         shared=shared_negatives,

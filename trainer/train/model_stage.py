@@ -129,6 +129,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
             batch_size=config.stream.batch_size,
             learning_rate=config.optimizer.table_learning_rate,
             seed=config.seed,
+            communication=config.communication,
         )
         described = _describe(config, inputs, model)
         checkpoints.describe |= described  # a later run may start from a checkpoint, too

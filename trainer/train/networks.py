@@ -52,6 +52,7 @@ class Networks:
             table_learning_rate=config.optimizer.table_learning_rate,
             seed=config.seed,
             maps=self.inputs.maps,
+            communication=config.communication,
         )
 
     def load_factors(self, model: ShardedTwoTower, *, crossfit: bool) -> None:
