@@ -408,6 +408,9 @@ class RunConfig:
     accumulate: int = 1
     """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
     every batch. All counts of steps are of such steps."""
+    ema: float | None = None
+    """Decay per step of an exponential moving average of the dense weights, as in 0.999. Evaluations and the published
+    model have the average; by default there is none."""
     stop_after: int = 0
     """Stop after this many epochs, with the schedule of all epochs; 0: after the last."""
     warm_start: str | None = None
@@ -427,6 +430,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(1, accumulate=self.accumulate)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"ema is {self.ema}, expected a number in (0, 1), such as 0.999")
         if self.warm_start_names and self.warm_start is None:
             raise InputError("warm_start_names: given without --warm-start, the earlier model")
         if len(self.warm_start_pairs) < len(self.warm_start_names):

@@ -138,21 +138,23 @@ def kind_of_values(kind: pa.DataType) -> str | None:
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """The same with types that all of Arrow's functions take: no views."""
-    return pa.schema([field.with_type(_without_views(field.type)) for field in schema], schema.metadata)
+    """The same with types that all of Arrow's functions take: no views, and the storage of extension types."""
+    return pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
 
 
-def _without_views(kind: pa.DataType) -> pa.DataType:
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain_type(kind.storage_type)
     if pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_binary_view(kind):
         return pa.binary()
     if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind.fields])
     if pa.types.is_list_view(kind) or pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
     if pa.types.is_large_list_view(kind) or pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_without_views(kind.value_type)))
+        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
     return kind
 
 
@@ -171,6 +173,8 @@ def plain_table(table: pa.Table) -> pa.Table:
 def _plain_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if array.type.equals(kind):
         return array
+    if isinstance(array.type, pa.BaseExtensionType):
+        return _plain_array(array.storage, kind)
     if pa.types.is_struct(kind):
         parts = [_plain_array(part, field.type) for part, field in zip(array.flatten(), kind.fields, strict=True)]
         return pa.StructArray.from_arrays(parts, fields=kind.fields, mask=array.is_null())

@@ -9,7 +9,7 @@ different units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -59,6 +59,19 @@ def stored_as(columns: Sequence[Column], schemas: Sequence[pa.Schema]) -> pa.Sch
         same = all(kind == kinds[0] for kind in kinds)
         fields.append(pa.field(column.name, kinds[0] if same else _common(column, kinds[0])))
     return pa.schema(fields)
+
+
+def cast_rows(table: pa.Table, schema: pa.Schema, columns: Mapping[str, Column]) -> pa.Table:
+    """The columns of `schema` in its types, which are those of `stored_as`. Raises pa.ArrowException for a value that
+    does not fit.
+
+    Hashed integers may be signed in one file and unsigned in another: their 64 bits stay, which are what is hashed.
+    """
+    arrays = [
+        table.column(field.name).cast(field.type, safe=field.name not in columns or not columns[field.name].hashed)
+        for field in schema
+    ]
+    return pa.table(arrays, schema=schema)
 
 
 def _common(column: Column, kind: pa.DataType) -> pa.DataType:

@@ -140,7 +140,10 @@ def text(array: pa.Array) -> pa.Array:
         return _bytes_as_text(array)
     if pa.types.is_decimal(kind):
         strings = array.cast(pa.large_string())
-        strings = pc.replace_substring_regex(strings, r"^([^.E]*\.[^E]*?)0+$", r"\1")
+        if pc.any(pc.match_substring(strings, "E")).as_py():  # Arrow writes 0.00000001 as 1E-8
+            plain = [None if value is None else f"{value:f}" for value in array.to_pylist()]
+            strings = pa.array(plain, pa.large_string())
+        strings = pc.replace_substring_regex(strings, r"^([^.]*\..*?)0+$", r"\1")
         return pc.replace_substring_regex(strings, r"\.$", "")
     return array.cast(pa.large_string())
 

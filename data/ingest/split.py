@@ -21,7 +21,7 @@ from recpress.data.config import LayoutConfig
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import KIND, SIDES, Log, Side
 from recpress.data.dataset.parquet_split import RowGroup, read_whole
-from recpress.data.dataset.schema import stored_as
+from recpress.data.dataset.schema import cast_rows, stored_as
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.negatives.table import negatives_table
@@ -197,7 +197,7 @@ def _write_rows(log: Log, writer: LogWriter, held: np.ndarray) -> dict[Side, np.
     schema = _schema(log)
     for group, data in _scan(log, [user, item], "writing"):
         leaves = data[item] == held[data[user]]
-        table = log.train.read_table(group, schema.names).select(schema.names).cast(schema)
+        table = cast_rows(log.train.read_table(group, schema.names), schema, log.train.columns)
         writer.part("train").write(table.filter(pa.array(~leaves)))
         if leaves.any():
             tests.append(table.filter(pa.array(leaves)))

@@ -1,8 +1,8 @@
 """Writes a sample of a log as a new log, for many runs.
 
-Train is the sampled rows, in the order of the log or shuffled, with all columns of the log's first file and their
-types. Held-out splits, side tables and vocabularies are copied unchanged, so ids keep their meaning. The manifest's
-`sample_of` says what it is a sample of.
+Train is the sampled rows, in the order of the log or shuffled, with all columns of the log's first file, in types that
+all files fit. Held-out splits, side tables and vocabularies are copied unchanged, so ids keep their meaning. The
+manifest's `sample_of` says what it is a sample of.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from recpress.data.config import LayoutConfig, SampleConfig
 from recpress.data.dataset import artifact, object_store
 from recpress.data.dataset.files import first_line, list_files, shown
 from recpress.data.dataset.log import KIND, Log
-from recpress.data.dataset.parquet_split import ParquetSplit
+from recpress.data.dataset.parquet_split import ParquetSplit, RowGroup
+from recpress.data.dataset.schema import cast_rows, stored_as
 from recpress.data.dataset.writer import LogWriter
 from recpress.data.errors import InputError
 from recpress.data.sampling.bucket_shuffle import BucketShuffle
@@ -111,15 +112,17 @@ class Selected(Protocol):
 def selected_tables(log: Log, selection: Selected) -> Iterator[pa.Table]:
     """The selected rows of each row group that has some, with all columns; the next row group is read ahead."""
     rows = log.train
-    first = next(file for file in rows.files if file.metadata)
+    first, *others = [file for file in rows.files if file.metadata]
     schema = first.schema.remove_metadata()
     if twice := [name for name in schema.names if schema.names.count(name) > 1]:
         raise InputError(f"{shown(log.filesystem, first.path)}: two columns '{twice[0]}'; expected different names")
+    named = stored_as(list(rows.columns.values()), [schema, *(file.schema for file in others)])
+    schema = pa.schema([named.field(field.name) if field.name in named.names else field for field in schema])
 
     def read(place: int) -> pa.Table | None:
         group, chosen = rows.groups[place], selection.of(place)
         try:
-            table = _conformed(rows.read_table(group, schema.names), schema, rows.where(group))
+            table = _conformed(rows, group, schema)
         except InputError as error:
             if not isinstance(rows, TolerantSplit):
                 raise
@@ -138,16 +141,14 @@ def selected_tables(log: Log, selection: Selected) -> Iterator[pa.Table]:
                 yield table
 
 
-def _conformed(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The columns of the log's first file, with its types."""
+def _conformed(rows: ParquetSplit, group: RowGroup, schema: pa.Schema) -> pa.Table:
+    """A row group with the columns of the log's first file, in types that all files fit."""
+    table, where = rows.read_table(group, schema.names), rows.where(group)
     for name in schema.names:
         if name not in table.column_names:
             raise InputError(f"{where}: no column '{name}', which the first file of the log has")
-    table = table.select(schema.names).replace_schema_metadata(None)
-    if table.schema.equals(schema):
-        return table
     try:
-        return table.cast(schema)
+        return cast_rows(table, schema, rows.columns)
     except (pa.ArrowException, ValueError) as error:
         raise InputError(f"{where}: other types than the first file of the log: {first_line(error)}") from error
 

@@ -65,6 +65,7 @@ def sharded(
     layout: str = "row_wise",
     total_steps: int = 12,
     device: torch.device = CPU,
+    ema: float | None = None,
     **opt: object,
 ):
     """(DistributedModelParallel with factors loaded, its optimizer)."""
@@ -74,7 +75,7 @@ def sharded(
     dmp = shard(model, device, batch_size=ROWS, learning_rate=0.1, sharding_types=dict.fromkeys(names, layout))
     if strategy != "random":
         dmp.module.load_factors(*factors())
-    return dmp, TrainOptimizer(dmp, OptimizerConfig(**{"learning_rate": 0.01, **opt}), total_steps)
+    return dmp, TrainOptimizer(dmp, OptimizerConfig(**{"learning_rate": 0.01, **opt}), total_steps, ema=ema)
 
 
 def digest(dmp: torch.nn.Module) -> str:

@@ -10,6 +10,7 @@ from recpress.data.errors import InputError
 from recpress.modules.config import TablesConfig, TowersConfig
 from recpress.trainer.cli import _config
 from recpress.trainer.config import DEFAULTS, EvaluationConfig, FollowConfig, NetworkConfig, TrainConfig, network_for
+from recpress.trainer.train.config import TrainModelConfig
 from recpress.trainer.train.inputs import choose_sample
 
 FACTORS = SimpleNamespace(crossfit=None)
@@ -108,3 +109,23 @@ def test_a_file_may_set_what_is_left_out_by_default(tmp_path):
 def test_sections_may_be_given_plain():
     config = replace(asked(), model=replace(asked().model, towers=TowersConfig()), evaluation=EvaluationConfig())
     assert config.resolved().model.towers == TowersConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
+        ({"ema": 1.0}, r"ema is 1.0, expected a number in \(0, 1\)"),
+        ({"ema": 0.0}, r"ema is 0.0, expected a number in \(0, 1\)"),
+        ({"ema": float("nan")}, r"ema is nan, expected a number in \(0, 1\)"),
+    ],
+)
+def test_bad_settings_of_steps_are_refused_for_every_model(settings, message):
+    for kind in (TrainConfig, TrainModelConfig):
+        with pytest.raises(InputError, match=message):
+            kind(data="log", out="model", **settings)
+
+
+def test_steps_are_counted_by_epoch():
+    config = TrainConfig(data="log", out="model", accumulate=4)
+    assert [config.total_steps(batches, 3) for batches in (1, 4, 5, 8)] == [3, 3, 6, 6]

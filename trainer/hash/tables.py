@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
-from recpress.data.dataset.columns import is_dense, is_list
+from recpress.data.dataset.columns import is_dense, is_list, to_tensor
 from recpress.data.dataset.hashed_ids import shared_ids
 from recpress.data.dataset.log import SIDES, Log
 from recpress.data.dataset.parquet_split import SplitFile
@@ -28,8 +30,11 @@ from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.embeddings import read_embedding
 from recpress.trainer.observability.progress import Progress
+from recpress.trainer.report.numbers import format_bytes
 
 logger = logging.getLogger(__name__)
+_BYTES_PER_ID = 24
+"""Of memory, at least: counts as int64, of a rank and of all, and as float32; the map."""
 MOST_SHARED = 0.5
 """Share of raw ids that collide in the hash of --schema.hashed, above which a warning says so."""
 _Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -79,16 +84,19 @@ def read_tables(config: HashStageConfig, log: Log) -> list[TableStats]:
     return tables
 
 
-def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
+def _count(log: Log, columns: dict[str, int], per_id: int = _BYTES_PER_ID) -> dict[str, np.ndarray]:
     """Rows of train per id, by column. One rank reads each row group. Collective.
 
     Args:
         columns: name -> number of ids; the result has more if the log has a greater id.
+        per_id: bytes of memory that an id needs in all.
 
     Raises:
-        InputError: ids that are not dense. On every rank.
+        InputError: ids that are not dense, or too many for the memory. On every rank.
     """
     rank, world = rank_and_world()
+    with raise_on_all_ranks():
+        _check_memory(log, columns, per_id)
     counted = {name: np.zeros(size, np.int64) for name, size in columns.items()}
     with raise_on_all_ranks(), activity("counting ids"), Progress("counting ids", "row", show=rank == 0) as bar:
         for data in iter_columns(log.train, list(columns), rank=rank, world=world):
@@ -101,9 +109,13 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
                         f"{log.path}, column '{name}': id {largest} in a log of {log.train.num_rows} rows; expected "
                         "dense ids, numbered from 0; run `recpress ingest`, which numbers raw ids"
                     )
-                found = np.bincount(ids, minlength=len(counted[name]))
-                found[: len(counted[name])] += counted[name]
-                counted[name] = found
+                if largest >= len(counted[name]):
+                    counted[name] = np.pad(counted[name], (0, largest + 1 - len(counted[name])))
+                if len(counted[name]) > 16 * len(ids):  # a large hashed column
+                    distinct, times = np.unique(ids, return_counts=True)
+                    counted[name][distinct] += times
+                else:
+                    counted[name] += np.bincount(ids, minlength=len(counted[name]))
             bar.update(len(next(iter(data.values()))))
     sizes = torch.stack(all_gather(torch.tensor([len(array) for array in counted.values()]))).amax(0).tolist()
     total = {}
@@ -112,6 +124,21 @@ def _count(log: Log, columns: dict[str, int]) -> dict[str, np.ndarray]:
     if rank == 0:
         _report_collisions(log, total)
     return total
+
+
+def _check_memory(log: Log, columns: dict[str, int], per_id: int) -> None:
+    """Raises InputError if so many ids, of `per_id` bytes each, cannot fit the memory of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = ranks * per_id * sum(columns.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        name = max(columns, key=columns.__getitem__)
+        fix = "a smaller number in --schema.hashed" if log.hash_of(name) else "ids that `recpress ingest` numbers"
+        raise InputError(
+            f"{log.path}, column '{name}': {columns[name]:,} ids; the counts, vectors and maps of all tables need at "
+            f"least {format_bytes(needed)} for the {ranks} ranks of this machine, which has {format_bytes(memory)}; "
+            f"expected {fix}"
+        )
 
 
 def _report_collisions(log: Log, counts: dict[str, np.ndarray]) -> None:
@@ -137,8 +164,9 @@ def _feature_tables(config: HashStageConfig, log: Log, given: dict[str, str]) ->
             f"it has {', '.join(log.schema.categorical) or 'none'}"
         )
     known = (log.manifest or {}).get("features", {})
-    counted = _count(log, {name: log.train.columns[name].limit or 0 for name in config.features})
     bare = [name for name in config.features if name not in given] if config.method in FROM_EMBEDDING else []
+    per_id = _BYTES_PER_ID + (8 * (1 + config.warm_dim) if bare else 0)  # rows, and the optimizer's state
+    counted = _count(log, {name: log.train.columns[name].limit or 0 for name in config.features}, per_id)
     lists = [name for name in bare if any(_is_list(file, name) for file in log.train.files)]
     if lists:
         others = ", ".join(name for name in METHODS if name not in FROM_EMBEDDING)
@@ -181,7 +209,8 @@ def _warmed(config: HashStageConfig, log: Log, sizes: dict[str, int]) -> dict[st
     made = [torch.zeros(size, 1 + config.warm_dim) for size in sizes.values()]
     with raise_on_all_ranks(), activity("warm-up of the features' embeddings"):
         if rank == 0:
-            with Progress("warm-up", "row") as bar:
+            with Progress("warm-up", "row") as bar, warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch's, of layers without inputs and of sparse rows
                 warmed = warm_up(
                     _shown(_labelled(log, list(sizes), config.warm_rows, config.seed), bar),
                     list(sizes.values()),
@@ -209,9 +238,9 @@ def _labelled(log: Log, features: list[str], limit: int, seed: int, size: int = 
     assert schema.label
     sample = SampleConfig(rate=min(1.0, limit / log.train.num_rows), seed=seed)
     for data in iter_columns(log.train, [*features, *schema.floats, schema.label], sample=sample):
-        ids = torch.stack([torch.from_numpy(np.asarray(data[name])) for name in features], 1)
-        label = torch.from_numpy(np.asarray(data[schema.label])).float()
-        numbers = [torch.from_numpy(np.asarray(data[name])).float().nan_to_num(0.0) for name in schema.floats]
+        ids = torch.stack([to_tensor(np.asarray(data[name])) for name in features], 1)
+        label = to_tensor(np.asarray(data[schema.label])).float()
+        numbers = [to_tensor(np.asarray(data[name])).float().nan_to_num(0.0) for name in schema.floats]
         dense = torch.stack(numbers, 1) if numbers else torch.zeros(len(label), 0)
         dense = dense.sign() * dense.abs().log1p()  # Criteo's numbers are counts with long tails
         for first in range(0, len(label), size):

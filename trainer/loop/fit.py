@@ -188,6 +188,7 @@ class TrainLoop:
             if stop:
                 self.raise_preempted()
         self.pipeline.detach()
+        self.optimizer.publish_average()
         self.best.restore(self.model)
 
     def has_next_epoch(self) -> bool:
@@ -314,7 +315,8 @@ class TrainLoop:
             return False
         start = time.monotonic()
         heartbeat.outside_step()
-        with self.interval.pause(), self.memory.suspended(), matmul_precision("highest"):
+        averaged = self.optimizer.averaged
+        with self.interval.pause(), self.memory.suspended(), averaged(), matmul_precision("highest"):
             malloc_trim()  # make room for the vectors of all users and items
             self.pipeline.detach()
             self.model.eval()
@@ -338,9 +340,10 @@ class TrainLoop:
         if best is not None:
             self.result.best = best
             if self.config.keep_best:
-                self.best.take(self.model)
-                if self.checkpoints is not None:
-                    self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
+                with averaged():
+                    self.best.take(self.model)
+                    if self.checkpoints is not None:
+                        self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)
         return self.best.out_of_patience()
 
     def check_labels(self) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from recpress.trainer.loop.average import WeightAverage
 
 if TYPE_CHECKING:
     from recpress.trainer.config import OptimizerConfig
@@ -34,9 +37,14 @@ class TrainOptimizer:
 
     Gradients of the dense part add up over the batches of a step, and `step` applies their mean. A step of the
     schedule is one of the dense part.
+
+    Args:
+        ema: decay of an average of the dense weights; None: no average.
     """
 
-    def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int, *, ema: float | None = None
+    ) -> None:
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.ends_step = True
         """Whether the batch in progress is the last of its step."""
@@ -56,6 +64,7 @@ class TrainOptimizer:
             if self.parameters
             else None
         )
+        self.average = WeightAverage(self.parameters, ema) if ema is not None and self.parameters else None
         self._table_rates = [group["lr"] for group in self.fused.param_groups]
         self._factor = 0.0
         self._schedule()
@@ -89,6 +98,8 @@ class TrainOptimizer:
                 self.scale.update(self.dense.found_inf)
         self.batches = 0
         self.steps += 1
+        if self.average is not None:
+            self.average.update(self.steps)
         self._schedule()
 
     def _nonfinite(self) -> torch.Tensor:
@@ -110,6 +121,20 @@ class TrainOptimizer:
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             yield name, state
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the block, the model has the average of the dense weights, if there is one."""
+        return nullcontext() if self.average is None else self.average.in_model()
+
+    def publish_average(self) -> None:
+        """After the last step: the model has the average for good, if there is one."""
+        if self.average is not None:
+            self.average.publish()
+
+    def averages(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name of a parameter, its average) of the dense part. Not copied; none without `ema`."""
+        if self.average is not None:
+            yield from zip((name for name, _ in self._named), self.average.values, strict=True)
 
     def resume(self, steps: int) -> None:
         """Set the schedule to this step. Optimizer states do not hold learning rates."""

@@ -71,12 +71,13 @@ def weights(model: nn.Module) -> State:
 
 
 def trained(model: nn.Module, optimizer: TrainOptimizer) -> State:
-    """The weights and the states of both optimizers; the same names on every rank, on any number of ranks."""
+    """The weights, their average and the states of both optimizers; the same names on any number of ranks."""
     state = weights(model)
     for table, values in optimizer.fused.state_dict()["state"].items():
         state |= {f"table-optimizer/{table}/{name}": value for name, value in values.items()}
     for parameter, values in optimizer.dense_state():
         state |= {f"dense-optimizer/{_plain(parameter)}/{name}": value for name, value in values.items()}
+    state |= {f"dense-average/{_plain(parameter)}": value for parameter, value in optimizer.averages()}
     if optimizer.scale is not None:
         state |= {f"gradient-scale/{name}": value for name, value in optimizer.scale.state().items()}
     return state

@@ -323,10 +323,11 @@ def _fit(
         from recpress.trainer.observability.rec_metrics import RecMetrics  # slow to import: torchmetrics
 
         metrics = RecMetrics(config.metrics, model.module, rows=stream.global_batch, device=ranks.device)
+    total_steps = config.total_steps(stream.steps_per_epoch, config.epochs)
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, config.total_steps(stream.steps_per_epoch, config.epochs)),
+        TrainOptimizer(model.dmp, config.optimizer, total_steps, ema=config.ema),
         batches,
         FitConfig(
             epochs=min(config.stop_after or config.epochs, config.epochs),

@@ -268,7 +268,7 @@ def _fit(
     return run_fit(
         config,
         model.dmp,
-        TrainOptimizer(model.dmp, config.optimizer, total_steps),
+        TrainOptimizer(model.dmp, config.optimizer, total_steps, ema=config.ema),
         lambda epoch, step: make_batches(data.stream_of(epoch), model, epoch, step),
         FitConfig(
             epochs=0 if no_steps else min(config.stop_after or config.epochs, config.epochs),

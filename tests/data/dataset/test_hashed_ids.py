@@ -1,3 +1,5 @@
+import uuid
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -5,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recpress.data.config import Schema, StreamConfig
+from recpress.data.config import SampleConfig, Schema, StreamConfig
 from recpress.data.dataset.hashed_ids import hash_ids, shared_ids
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.data.ingest.split import leave_one_out
+from recpress.data.sampling.sample import write_sample
 from recpress.data.stream.keyed import KeyedBatches
 from recpress.data.stream.loader import InteractionStream
 
@@ -158,6 +161,52 @@ def test_what_writes_raw_ids_is_refused(tmp_path):
     assert again.schema.hashed == log.schema.hashed
     read = [part.read(part.groups[0], ["user"])["user"] for part in (again.train, again.test)]
     assert sorted(np.concatenate(read)) == sorted(hash_ids(pa.array(users), 30))
+
+
+def test_signed_and_unsigned_ids_keep_their_hash_when_they_are_written(tmp_path):
+    """One file has integers that the type of the other cannot hold."""
+    files = {
+        "int": (pa.array([-1, 5] * 20), pa.array([[2**62], [-7]] * 20)),
+        "uint": (pa.array([2**64 - 1, 2**63] * 20, pa.uint64()), pa.array([[2**63], []] * 20, pa.list_(pa.uint64()))),
+        "short": (pa.array([3, 4] * 20, pa.int8()), pa.array([[1], [2]] * 20, pa.list_(pa.int8()))),
+    }
+    schema = Schema(user="user", item="item", hashed=("user=1000", "history=1000"))
+
+    def rows(log, split):
+        return {
+            (int(user), int(item), *(int(v) for v in data["history"].values[begin:end]))
+            for group in split.groups
+            for data in [split.read(group, ["user", "item", "history"])]
+            for user, item, begin, end in zip(
+                data["user"], data["item"], data["history"].offsets[:-1], data["history"].offsets[1:], strict=True
+            )
+        }
+
+    for order in (("int", "uint", "short"), ("uint", "short", "int"), ("short", "uint", "int")):
+        folder = tmp_path / "-".join(order)
+        (folder / "log").mkdir(parents=True)
+        for number, name in enumerate(order):
+            path = folder / "log" / f"train-{number}.parquet"
+            _write(path, files[name][0], np.arange(40) + 40 * sorted(files).index(name), history=files[name][1])
+        log = open_log(folder / "log", schema)
+        expected = rows(log, log.train)
+        assert len(expected) == 120
+        write_sample(log, folder / "sample", SampleConfig(rate=1.0))
+        sample = open_log(folder / "sample")
+        assert rows(sample, sample.train) == expected
+        leave_one_out(log, str(folder / "split"), by="random", negatives=0)
+        split = open_log(folder / "split")
+        assert rows(split, split.train) | rows(split, split.test) == expected
+
+
+def test_a_column_of_uuids_is_hashed_as_their_bytes(tmp_path):
+    uuids = [uuid.UUID(int=number * 2**64 + 3) for number in (1, 2, 1)]
+    column = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([one.bytes for one in uuids], pa.binary(16)))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3, 3], pa.int32()), column)
+    _write(tmp_path / "train.parquet", column, [1, 2, 3], history=lists)
+    log = open_log(tmp_path, Schema(user="user", item="item", hashed=("user=1000", "history=1000")))
+    read = log.train.read(log.train.groups[0], ["user", "history"])
+    assert read["user"].tolist() == read["history"].values.tolist() == [_expected(one.bytes, 1000) for one in uuids]
 
 
 def test_negatives_of_dense_ids_next_to_a_hashed_column(tmp_path):

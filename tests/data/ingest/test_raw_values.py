@@ -24,6 +24,18 @@ IDS = {
     "uint8": (pa.array([255, 7], pa.uint8()), [255, 7]),
     "decimal": (pa.array([decimal.Decimal("10.50"), decimal.Decimal("3.00")], pa.decimal128(9, 2)), ["10.5", "3"]),
     "decimal of integers": (pa.array([decimal.Decimal(10), decimal.Decimal(-3)], pa.decimal128(38, 0)), [10, -3]),
+    "small decimal": (
+        pa.array([decimal.Decimal("1E-8"), decimal.Decimal(0)], pa.decimal128(20, 10)),
+        ["0.00000001", "0"],
+    ),
+    "decimal256": (
+        pa.array([decimal.Decimal(10**50), decimal.Decimal("0.5")], pa.decimal256(60, 2)),
+        [str(10**50), "0.5"],
+    ),
+    "extension": (
+        pa.ExtensionArray.from_storage(pa.opaque(pa.int32(), "x", "y"), pa.array([9, 7], pa.int32())),
+        [9, 7],
+    ),
     "whole floats": (pa.array([1.0, 2.0]), [1, 2]),
     "dictionary": (pa.array(["b", "a"]).dictionary_encode(), ["b", "a"]),
     "digits as strings": (pa.array(["7", "8"]), ["7", "8"]),

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from recpress.modules.config import HashConfig
+from recpress.modules.hashing import learned as learned_module
+from recpress.modules.hashing import two_row as two_row_module
 from recpress.modules.hashing.learned import learned
 from recpress.modules.hashing.methods import build_map
 from recpress.modules.hashing.table_stats import TableStats
@@ -94,3 +96,37 @@ def test_the_seed_decides(seed: int) -> None:
     config = HashConfig(seed=seed, iterations=2)
     assert torch.equal(learned(table, 50, config).rows, learned(table, 50, config).rows)
     assert not torch.equal(learned(table, 50, config).rows, learned(table, 50, HashConfig(seed=9, iterations=2)).rows)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5])
+@pytest.mark.parametrize("settings", [{}, {"exclusive_share": 0.5}, {"method": "cluster"}, {"rows_per_id": 2}])
+@pytest.mark.parametrize("rows", [40, 150])
+def test_ids_that_never_occur_and_are_alike_are_clustered_as_one(exponent, settings, rows, monkeypatch) -> None:
+    """Of a large hashed column most ids never occur: clusters of 100 ids cost the same among 3,000."""
+    given = made(100)
+    ids = torch.randperm(3000, generator=torch.Generator().manual_seed(1))[:100].sort().values
+    counts, vectors = torch.zeros(3000), torch.zeros(3000, 4)
+    counts[ids], vectors[ids] = given.counts, given.embedding
+    own = 17 if 17 not in ids else 18  # never occurs, but has a vector
+    vectors[own] = vectors[ids[3]]
+    table = TableStats(name="items", num_ids=3000, counts=counts, embedding=vectors)
+    sizes = []
+    k_means = learned_module.k_means
+    for module in (learned_module, two_row_module):
+        monkeypatch.setattr(module, "k_means", lambda x, *a, **k: sizes.append(x.shape[0]) or k_means(x, *a, **k))
+    found = build_map(table, rows, HashConfig(count_exponent=exponent, **settings))
+    assert max(sizes) <= 102
+    assert found.num_rows == rows
+    chosen = torch.ones(3000, dtype=torch.bool)
+    chosen[ids] = chosen[own] = False
+    if settings.get("rows_per_id") == 2:
+        assert len(found.rows[chosen].unique(dim=0)) == 1
+        return
+    of = found.rows[:, 0]
+    assert of[own] == of[ids[3]] or rows > 40 or "exclusive_share" in settings
+    if rows == 40:
+        assert len(of[chosen].unique()) == 1
+    else:  # the rows that nobody needs are for ids that are not known yet
+        assert len(of[ids].unique()) == 100
+        assert len(of[chosen].unique()) > 20
+        assert not set(of[chosen].tolist()[1:]) & set(of[ids].tolist())

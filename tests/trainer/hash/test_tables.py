@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from recpress.data.config import Schema
 from recpress.data.dataset.log import open_log
 from recpress.data.errors import InputError
 from recpress.trainer.artifacts.id_maps import open_maps
+from recpress.trainer.cli import main
 from recpress.trainer.hash.config import HashStageConfig
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.hash.tables import named, read_tables
@@ -62,6 +64,21 @@ def test_features_of_raw_64_bit_ids_are_refused_by_column(tmp_path: Path) -> Non
                     data=str(tmp_path / "log.parquet"), out=str(tmp_path / "maps"), schema=schema, features=(name,)
                 )
             )
+
+
+def test_more_ids_than_memory_holds_are_refused_before_they_are_counted(tmp_path: Path, capfd) -> None:
+    """Not when an allocation fails, or the system kills the process."""
+    pq.write_table(pa.table({"C1": ["a", "b"], "label": [0, 1]}), tmp_path / "log.parquet")
+    command = ["hash", "--data", str(tmp_path / "log.parquet"), "--features", "C1", "--out", str(tmp_path / "maps")]
+    command += ["--schema.user", "", "--schema.item", "", "--schema.label", "label"]
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 190e9:
+        assert main([*command, "--schema.hashed", "C1=2000000000"]) == 2
+        said = capfd.readouterr().err.strip()
+        assert "column 'C1': 2,000,000,000 ids" in said
+        assert "expected a smaller number in --schema.hashed" in said
+        assert len(said.splitlines()) == 1
+    assert main([*command, "--schema.hashed", "C1=2000", "--share", "0.01"]) == 0
+    assert "1,998 of the ids do not occur" in capfd.readouterr().out
 
 
 def test_named_values() -> None:

@@ -292,7 +292,7 @@ def test_on_cuda_no_step_of_the_two_tower_waits(monkeypatch, strategy, storage, 
         )
         model.skip_nonfinite = True
         dmp = ready(shard(model, CUDA, batch_size=ROWS))
-        optimizer = TrainOptimizer(dmp, OptimizerConfig(clip_norm=1.0), 9)
+        optimizer = TrainOptimizer(dmp, OptimizerConfig(clip_norm=1.0), 9, ema=0.9)
         optimizer.skip_nonfinite, optimizer.ends_step = True, False
         optimizer.scale = GradientScale(dmp, CUDA)
         metrics = RecMetrics(MetricsConfig(window=100, negatives=1), model.loss, rows=ROWS, device=CUDA)

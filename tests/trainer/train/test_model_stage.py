@@ -110,16 +110,15 @@ def test_patience_stops_the_run_and_the_best_weights_are_published(criteo, tmp_p
 def _run(data, out, factors):
     """Of a Criteo log in fp16; or of the shop with frozen and hashed tables, in steps of two batches in bf16."""
     if factors is None:
-        return config(data, out, epochs=3, precision="fp16")
+        return config(data, out, epochs=3, precision="fp16", ema=0.9)
     features = {
         "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), sharding="row_wise"),
         "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20)),
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
     }
-    return of_shop(
-        data, out, features=features, epochs=3, checkpoint=CheckpointConfig(steps=2), accumulate=2, precision="bf16"
-    )
+    settings = {"checkpoint": CheckpointConfig(steps=2), "accumulate": 2, "precision": "bf16", "ema": 0.9}
+    return of_shop(data, out, features=features, epochs=3, **settings)
 
 
 def _trained(data, out, factors=None):
