@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ import torch.distributed as dist
 from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
-from torchrec import EmbeddingBagCollection
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.types import CommOp, QuantizedCommCodecs, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from recpress.data.errors import InputError
-from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
+from recpress.modules.frozen.kernel import HasFrozenTables
 from recpress.trainer.config import CommunicationConfig
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.25}
@@ -114,14 +116,18 @@ def bytes_per_vector(model: nn.Module, plan: ShardingPlan, config: Communication
     """
     total = 0.0
     for path, module in model.named_modules():
-        if not isinstance(module, EmbeddingBagCollection):
+        if isinstance(module, EmbeddingBagCollection):
+            tables: Sequence[BaseEmbeddingConfig] = module.embedding_bag_configs()
+        elif isinstance(module, EmbeddingCollection):
+            tables = module.embedding_configs()
+        else:
             continue
         layouts = plan.plan.get(path, {})
-        frozen = isinstance(module, FrozenEmbeddingBagCollection)
-        for table in module.embedding_bag_configs():
+        frozen, summed = isinstance(module, HasFrozenTables), isinstance(module, EmbeddingBagCollection)
+        for table in tables:
             kind = layouts[table.name].sharding_type if table.name in layouts else ""
-            forward = "fp16" if config.forward == "int8" and kind in _BY_SUMS else config.forward
+            forward = "fp16" if config.forward == "int8" and (kind in _BY_SUMS or not summed) else config.forward
             sizes = BYTES[forward] + (0.0 if frozen else BYTES[config.backward])
-            crossing = world - 1 if kind in _BY_SUMS else (world - 1) / world
+            crossing = world - 1 if kind in _BY_SUMS and summed else (world - 1) / world
             total += crossing * sizes * table.embedding_dim * len(table.feature_names)
     return total

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
-from torchrec import EmbeddingBagCollection
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -23,8 +24,9 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
 
 from recpress.data.errors import InputError
-from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
-from recpress.modules.frozen.kernel import QUANTIZED, PlannedTable, Storage, stored_row_bytes
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollectionSharder
+from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables, PlannedTable, Storage, stored_row_bytes
+from recpress.modules.frozen.sequence import FrozenEmbeddingCollectionSharder
 from recpress.trainer.config import CommunicationConfig
 from recpress.trainer.model.communication import bytes_per_vector, check_communication, codecs
 
@@ -48,17 +50,35 @@ class TableSharder(EmbeddingBagCollectionSharder):
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
         """Shapes for the planner, on the device "meta", with the optimizer, whose state the planner counts."""
-        found: dict[str, nn.Parameter] = {}
-        for name, weight in super().shardable_parameters(module).items():
-            rows, dim = weight.shape
-            table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
-            if (self.fused_params or {}).get("optimizer") == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
-                table._optimizer_classes = [RowWiseAdagrad]  # type: ignore[attr-defined]
-            found[name] = table
-        return found
+        return _planned(super().shardable_parameters(module), self.fused_params)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return ["fused"]
+
+
+class SequenceSharder(EmbeddingCollectionSharder):
+    """As `TableSharder`, for one vector per id."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SHARDING_TYPES)
+
+    def shardable_parameters(self, module: EmbeddingCollection) -> dict[str, nn.Parameter]:
+        """As that of `TableSharder`."""
+        return _planned(super().shardable_parameters(module), self.fused_params)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return ["fused"]
+
+
+def _planned(weights: Mapping[str, nn.Parameter], fused_params: dict[str, Any] | None) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for name, weight in weights.items():
+        rows, dim = weight.shape
+        table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
+        if (fused_params or {}).get("optimizer") == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
+            table._optimizer_classes = [RowWiseAdagrad]  # type: ignore[attr-defined]
+        found[name] = table
+    return found
 
 
 def sharders(
@@ -82,7 +102,9 @@ def sharders(
     registry = codecs(communication)
     return [
         TableSharder(fused_params=fused, qcomm_codecs_registry=registry),
+        SequenceSharder(fused_params=fused, qcomm_codecs_registry=registry),
         FrozenEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
+        FrozenEmbeddingCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
     ]
 
 
@@ -185,12 +207,15 @@ class _Table:
 def _tables(model: nn.Module, device_type: str) -> dict[str, _Table]:
     found: dict[str, _Table] = {}
     for module in model.modules():
-        if isinstance(module, FrozenEmbeddingBagCollection):
+        if isinstance(module, HasFrozenTables):
             for t in module.tables():
                 found[t.name] = _Table(t.rows * stored_row_bytes(t.storage, t.dim, device_type), t.storage)
         elif isinstance(module, EmbeddingBagCollection):
             for config in module.embedding_bag_configs():
                 found[config.name] = _Table(4 * config.num_embeddings * (config.embedding_dim + 1), None)
+        elif isinstance(module, EmbeddingCollection):
+            for sequence in module.embedding_configs():
+                found[sequence.name] = _Table(4 * sequence.num_embeddings * (sequence.embedding_dim + 1), None)
     return found
 
 

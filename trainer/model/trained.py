@@ -2,7 +2,7 @@
 
 A model is an `nn.Module` whose forward maps a batch (TorchRec's `Batch`: `dense_features` (B, F), `sparse_features`
 with a key per feature, `labels` (B,)) to (loss (), probabilities (B,)). Its embedding tables are in
-EmbeddingBagCollections, which DistributedModelParallel shards; the rest is replicated.
+EmbeddingBagCollections and EmbeddingCollections, which DistributedModelParallel shards; the rest is replicated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from recpress.data.errors import InputError
 from recpress.modules.compression.replace import compress
 from recpress.modules.compression.report import CompressReport
-from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
-from recpress.modules.frozen.kernel import row_bytes
+from recpress.modules.frozen.kernel import HasFrozenTables, row_bytes
 from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
 from recpress.trainer.config import CommunicationConfig
 from recpress.trainer.distributed.process_group import Ranks
@@ -130,7 +129,7 @@ def build_model(
         size = _table_bytes(model)
         if rows_follow:
             for module in model.modules():
-                if isinstance(module, FrozenEmbeddingBagCollection):
+                if isinstance(module, HasFrozenTables):
                     module.pending = None
     layouts = {table.name: table.sharding for table in features.tables if table.sharding != "auto"}
     dmp = shard(
@@ -172,15 +171,23 @@ def check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str,
     """The features of each table. Raises InputError if the tables of a model do not fit the features."""
     found: dict[str, list[str]] = {}
     ids = {feature: table.num_ids for table in features.tables for feature in table.features}
-    collections = 0
+    layouts = {table.name: table.sharding for table in features.tables}
+    in_sequences: set[str] = set()
     for module in model.modules():
-        if isinstance(module, EmbeddingCollection):
-            raise InputError(f"--model {name}: has an EmbeddingCollection, expected EmbeddingBagCollections only")
-        if not isinstance(module, EmbeddingBagCollection):
+        if not isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             continue
-        collections += 1
-        for table in module.embedding_bag_configs():
+        of_sequences = isinstance(module, EmbeddingCollection)
+        for table in module.embedding_configs() if of_sequences else module.embedding_bag_configs():
             where = f"--model {name}: table '{table.name}'"
+            if table.name in found and (of_sequences or table.name in in_sequences):
+                raise InputError(
+                    f"{where} is in an EmbeddingCollection and in another collection, which would not share its rows; "
+                    "expected all its features in one of them"
+                )
+            if of_sequences and layouts.get(table.name) == "table_row_wise":
+                raise InputError(f"{where} is in an EmbeddingCollection, which cannot be sharded table_row_wise")
+            if of_sequences:
+                in_sequences.add(table.name)
             found[table.name] = list(table.feature_names)
             if not table.feature_names:
                 raise InputError(f"{where} has no feature, expected at least one of {', '.join(ids)}")
@@ -192,17 +199,27 @@ def check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str,
                         f"{where} has {table.num_embeddings:,} rows, but the feature '{feature}' has "
                         f"{ids[feature]:,} ids"
                     )
-    if not collections:
-        raise InputError(f"--model {name}: has no EmbeddingBagCollection, expected at least one embedding table")
+    if not found:
+        raise InputError(
+            f"--model {name}: has no EmbeddingBagCollection and no EmbeddingCollection, expected at least one table"
+        )
     return found
+
+
+def refuse_sequences(name: str, model: nn.Module, what: str) -> None:
+    """Raise InputError if a model has an EmbeddingCollection, which `what` does not know."""
+    if any(isinstance(module, EmbeddingCollection) for module in model.modules()):
+        raise InputError(f"--model {name}: has an EmbeddingCollection, and {what} knows EmbeddingBagCollections only")
 
 
 def _table_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of each embedding table as stored, without optimizer state."""
     found: dict[str, int] = {}
     for module in model.modules():
-        if isinstance(module, FrozenEmbeddingBagCollection):
+        if isinstance(module, HasFrozenTables):
             found |= {t.name: t.rows * row_bytes(t.storage, t.dim) for t in module.tables()}
         elif isinstance(module, EmbeddingBagCollection):
             found |= {c.name: 4 * c.num_embeddings * c.embedding_dim for c in module.embedding_bag_configs()}
+        elif isinstance(module, EmbeddingCollection):
+            found |= {c.name: 4 * c.num_embeddings * c.embedding_dim for c in module.embedding_configs()}
     return found
