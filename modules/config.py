@@ -155,10 +155,10 @@ class ContrastiveConfig:
     negative_weight: float = 150.0
     """`ccl`, `logistic`: weight of all negatives of a user, in units of a positive."""
     epochs: int | None = None
-    """Passes over the interactions. Default: chosen among 15, 50 and 150; with --softmax.no-auto, 150."""
+    """Passes over the interactions. Default: chosen among 20, 50 and 150; with --softmax.no-auto, 150."""
     auto: bool = True
-    """Choose the settings that are not given, on held-out examples of at most 250,000 interactions. Otherwise each has
-    a fixed default."""
+    """Choose the settings that are not given, on held-out examples of at most a million interactions. Otherwise each
+    has a fixed default."""
     patience: int = 0
     """Stop early after this many checks, one every five epochs, without a better NDCG@10 of held-out interactions, one
     of up to 3,000 users; 0: train all epochs. The last tenth of the epochs trains on all interactions."""

@@ -26,15 +26,16 @@ from recpress.modules.config import ContrastiveConfig
 from recpress.modules.contrastive.factorization import DEFAULTS, Run, item_lengths, with_defaults
 
 TEMPERATURES = (0.1, 0.15, 0.2, 0.3)
-ROUNDS = ((12, 4), (40, 2), (120, 1))
+ROUNDS = ((16, 4), (40, 2), (120, 1))
 """Epochs and candidates of the rounds."""
 POPULARITY_EXPONENTS = (0.0, 0.025, 0.05, 0.1, 0.15)
 """Of a length that is a power of the count, so they hold for counts of any size."""
 MORE = 1.25
-"""Epochs of the factorization, in units of those of the best run: 15, 50 or 150."""
+"""Epochs of the factorization, in units of those of the best run: 20, 50 or 150."""
 EPOCHS = sum(epochs * candidates for epochs, candidates in ROUNDS)
-INTERACTIONS = 250_000
-"""Most interactions of the subsample."""
+INTERACTIONS = 1_000_000
+"""Most interactions of the subsample. In a smaller one, items have fewer interactions, and higher temperatures win:
+with 250,000 of Gowalla's 820,000, 0.15 instead of 0.1, which costs 7 % of NDCG@10."""
 USERS = 20_000
 """Most users with a hidden item: of 3,000, the methods' difference on Beauty (7 %) was within two standard errors."""
 
@@ -97,8 +98,10 @@ def choose(
     settings = {name: getattr(with_defaults(config), name) for name in DEFAULTS}
     choice = MethodChoice("softmax" if als is None else "als", settings, metric)
     rows = int(exchange.sum(torch.tensor(len(by_user.indices), device=exchange.device)))
+    if als is None and (not config.auto or None not in (config.temperature, config.epochs)):
+        return choice
     sample = take_sample(by_user, min(1.0, INTERACTIONS / max(rows, 1)), config.seed, exchange, USERS)
-    if sample is None or len(sample.hidden_users) < LEAST_USERS or not (config.auto or als):
+    if sample is None or len(sample.hidden_users) < LEAST_USERS:
         return choice
     rank_hidden = hidden_ranker(sample, metric, config.seed, exchange)
     pair = _interactions(sample, exchange)
@@ -130,6 +133,8 @@ def choose(
     for epochs, count in rounds:
         found = [(run(t, epochs), t) for t in candidates[:count] if (t, epochs) not in gains]
         candidates = [t for _, t in sorted(found, reverse=True)] or candidates
+        if found and max(found)[0] < top:  # a shorter run was better
+            break
     # the last run of each temperature
     last = {t: gain for (t, _), gain in gains.items()}
     best = max(gains, key=lambda key: float(gains[key].mean()))

@@ -69,12 +69,14 @@ def as_table(methods: dict[str, dict[str, Any]]) -> str:
     """One line per method: its metrics, rows read, seconds."""
     first = next(iter(methods.values()))["metrics"]
     names = [name for name in first if not name.islower() and name not in ("MRR", "AUC")]
-    lines = [f"{'':14}" + "".join(f"{name:>12}" for name in [*names, "rows read", "seconds"])]
+    heads = [f"  {name:>10}" for name in [*names, "rows read", "seconds"]]
+    lines = [f"{'':14}" + "".join(heads)]
     for method, made in methods.items():
         values = [f"{made['metrics'].get(name, float('nan')):.4f}" for name in names]
         rows = "-" if made["rows"] is None else f"{made['rows']:,}"
         seconds = "-" if made["seconds"] is None else f"{made['seconds']:.1f}"
-        lines.append(f"{method:14}" + "".join(f"{value:>12}" for value in [*values, rows, seconds]))
+        cells = zip([*values, rows, seconds], heads, strict=True)
+        lines.append(f"{method:14}" + "".join(f"{value:>{len(head)}}" for value, head in cells))
     network = methods.get("network", {})
     if network.get("fallback"):
         start = "the factorization's own ranking"

@@ -73,6 +73,13 @@ def test_the_settings_are_chosen_by_halving(metric):
     assert f"{choice.rows:,} held-out examples; runner-up temperature" in choice.line()
 
 
+def test_the_choice_stops_when_longer_runs_are_no_better(monkeypatch):
+    monkeypatch.setattr(auto, "ROUNDS", ((12, 3), (1, 2), (2, 1)))
+    choice = auto.choose(CONFIG, *by_user(), "full")
+    assert [t["epochs"] for t in choice.trials if "epochs" in t] == [12, 12, 12, 1, 1]
+    assert choice.settings["epochs"] == 15
+
+
 def test_popular_items_rank_first_where_that_is_so():
     """Half of the items of a group are drawn ten times as often, and users have no other taste."""
     rng = np.random.default_rng(0)

@@ -18,3 +18,10 @@ def test_a_network_that_fell_back_is_said_to_be_the_factorization():
     made = {"metrics": {"HR@10": 0.5}, "rows": 1, "seconds": 1.0}
     assert "own ranking" in as_table({"network": {**made, "fallback": True}})
     assert "own ranking" not in as_table({"network": {**made, "fallback": False}})
+
+
+def test_columns_of_long_names_stay_apart():
+    made = {"rows": 10, "seconds": 1.0, "metrics": {"Recall@20": 0.5, "UncappedRecall@20": 0.25}}
+    head, values = as_table({"popularity": made}).splitlines()
+    assert head.split()[:2] == ["Recall@20", "UncappedRecall@20"]
+    assert head.index("UncappedRecall@20") + len("UncappedRecall@20") == values.index("0.2500") + len("0.2500")
