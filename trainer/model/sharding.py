@@ -242,8 +242,9 @@ def shard(
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     if communication != FP32 and dist.get_world_size() > 1 and dist.get_rank() == 0:
         now, full = (bytes_per_vector(model, layout, each, dist.get_world_size()) for each in (communication, FP32))
+        of_sums = " (those of tables that are sharded by rows in fp16)" if communication.forward == "int8" else ""
         logger.info(
-            f"vectors cross ranks in {communication.forward}, their gradients in {communication.backward}: "
+            f"vectors cross ranks in {communication.forward}{of_sums}, their gradients in {communication.backward}: "
             f"{now:,.0f} bytes for a vector of each feature in place of {full:,.0f}"
         )
     torch.manual_seed(seed * 65_537 + dist.get_rank())
