@@ -32,18 +32,24 @@ def chosen_schema(schema: Schema) -> Schema | None:
     return None if schema == Schema() else schema
 
 
+TableOptimizer = Literal["row-wise-adagrad", "adagrad", "sgd", "adam", "row-wise-adam", "lamb", "row-wise-lamb", "lars"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
+    """Adam or AdamW for the dense part; for trainable tables an optimizer that is fused into the backward pass."""
 
     dense: Literal["adam", "adamw"] = "adamw"
     """Optimizer of the towers."""
+    tables: TableOptimizer = "row-wise-adagrad"
+    """Optimizer of the trainable tables; on CPU `row-wise-adagrad`, `adagrad` or `sgd`. The default of
+    `table_learning_rate` suits `row-wise-adagrad`."""
     learning_rate: float = 1e-3
     """Learning rate of the dense part."""
     weight_decay: float = 0.0
     """Decoupled with `adamw`, L2 with `adam`; dense part only."""
     table_learning_rate: float = 0.05
-    """Learning rate of the trainable tables (fused row-wise Adagrad)."""
+    """Learning rate of the trainable tables."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: stay constant, or fall to zero at the last step. Applies to both learning rates."""
     warmup_steps: int = 0
@@ -292,12 +298,12 @@ class AutoStreamConfig(StreamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOptimizerConfig(OptimizerConfig):
-    """Fused row-wise Adagrad for trainable tables; Adam or AdamW for the dense part."""
+    """Adam or AdamW for the dense part; for trainable tables an optimizer that is fused into the backward pass."""
 
     learning_rate: float | None = None  # type: ignore[assignment]
     """Learning rate of the dense part; by default 0.002, and 0.003 with random tables."""
     table_learning_rate: float | None = None  # type: ignore[assignment]
-    """Of the fused row-wise Adagrad of the trainable tables; by default 0.2, 0.05 with frozen factors, and 0.01 with
+    """Learning rate of the trainable tables; by default 0.2, 0.05 with frozen factors, and 0.01 with
     `warm-start`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
     """After the warm-up: stay constant, or fall to zero at the last step of the last epoch. Applies to both learning

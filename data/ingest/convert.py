@@ -39,6 +39,11 @@ SUFFIXES = {
 }
 _DESCRIPTIONS = re.compile(r"(manifest|metadata|dataset[-_](metadata|info|infos)|schema|state)\.json")
 """Names of JSON files that describe the tables in their folder."""
+_BINARY = (
+    ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".ipc", ".orc", ".avro", ".h5", ".hdf5", ".npz", ".npy",
+    ".pkl", ".pickle", ".rds", ".rdata", ".mat", ".db", ".sqlite", ".sqlite3", ".duckdb",
+)  # fmt: skip
+"""Suffixes of files that ingest does not read."""
 _HELD_OUT = {"test", "val", "valid", "validation", "dev", "eval", "holdout"}
 _TRAIN = {"train", "training"}
 
@@ -193,6 +198,9 @@ def detect(place: RawInput, config: IngestConfig) -> str:
         return "criteo"
     if having:
         return having[0]
+    binary = [name for name in files if plain_name(name).lower().endswith(_BINARY)]
+    if binary:
+        raise InputError(f"{place.name}: {binary[0]} is neither text nor Parquet; expected it exported as one of them")
     raise InputError(
         f"{place.name}: the names of the files show no format; choose one of movielens, ncf, lightgcn, "
         "criteo, csv, tsv, json, parquet with --format"

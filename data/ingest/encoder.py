@@ -32,6 +32,11 @@ PARTS = {
     "test": "test",
 }
 _SUSPICIOUS = ("NA", "N/A", "NULL", "null", "NaN", "nan", "None", "\\N")
+_AROUND = (
+    (r"^[\s\x00]|[\s\x00]$", "spaces or zero bytes", ", which make them other ids than those without"),
+    (r'^".*"$', "quotes", "; if these are not part of the ids: --quoting on"),
+)
+"""What may not be part of an id: a pattern, its name, and what the warning adds."""
 
 
 class FinerTimes(Exception):
@@ -307,11 +312,18 @@ class Encoder:
         return ids
 
     def suspicious(self) -> list[str]:
-        """A warning for each side with an id such as `NULL`, which may mean that the id is missing."""
-        return [
+        """Warnings of ids such as `NULL`, which may mean a missing id, and of spaces and quotes around ids."""
+        texts = {side: vocabulary for side, vocabulary in self.sides.items() if vocabulary.kind == "string"}
+        odd = [
+            f"{count:,} {side}s have {what} around their ids, such as {first!r}{fix}"
+            for side, vocabulary in texts.items()
+            for pattern, what, fix in _AROUND
+            for count, first in [vocabulary.matching(pattern)]
+            if count
+        ]
+        return odd + [
             f"{row['count']:,} rows of train have the {side} {row['raw']!r}; if it means a missing id: --null-values"
-            for side, vocabulary in self.sides.items()
-            if vocabulary.kind == "string"
+            for side, vocabulary in texts.items()
             for row in vocabulary.rows_of(_SUSPICIOUS)
         ]
 

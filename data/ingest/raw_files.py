@@ -16,8 +16,8 @@ from pyarrow import fs as pafs
 from recpress.data.dataset.files import expand, file_type, first_line, is_pattern, list_folder, resolve
 from recpress.data.errors import InputError
 
-_PACKED = (".gz", ".bz2", ".zst", ".lz4", ".br")
-_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.zst", ".7z", ".rar")
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
+_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.zst", ".xz", ".txz", ".7z", ".rar")
 _PARTITION = re.compile(r"[^=/]+=[^/]*")
 _TABLE_FORMATS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 
@@ -109,6 +109,7 @@ class RawInput:
 
     def gather(self, suffixes: Sequence[str]) -> list[RawFile]:
         """The file, the files that match, or those below the folder that have one of the suffixes (also compressed).
+        If none has, those that have no suffix at all, as Hive writes them.
 
         A folder has either files, or Hive partitions of any depth, or one more folder. Names that begin with `.` or `_`
         are temporary files of a writer.
@@ -124,7 +125,7 @@ class RawInput:
                 if path.lower().endswith(_ARCHIVES) or (path.endswith(".zip") and self.archive is None and paths[1:]):
                     raise InputError(f"{path}: an archive; expected it unpacked, or one .zip file")
             return [self.file(path) for path in paths]
-        found = self._below(self.path, suffixes)
+        found = self._below(self.path, suffixes) or self._below(self.path, ())
         if not found:
             raise InputError(f"{self.name}: no file; expected {_listed(suffixes)}")
         return [self.file(path) for path in found]
@@ -204,13 +205,20 @@ def exists(place: RawInput) -> bool:
     return file_type(place.filesystem, place.path) != pafs.FileType.NotFound or is_pattern(place.filesystem, place.path)
 
 
+def compression(name: str) -> str | None:
+    """The compression of a file, as Arrow names it, by the suffix."""
+    return next((packed for suffix, packed in _PACKED.items() if name.lower().endswith(suffix)), None)
+
+
 def plain_name(name: str) -> str:
     """The name without the suffix of its compression."""
-    return next((name.removesuffix(packed) for packed in _PACKED if name.endswith(packed)), name)
+    return name[: name.rindex(".")] if compression(name) else name
 
 
 def has_suffix(name: str, suffixes: Sequence[str]) -> bool:
-    return plain_name(name).lower().endswith(tuple(suffixes))
+    """Whether the name has one of the suffixes; of none, whether it has no suffix."""
+    plain = plain_name(name).lower()
+    return plain.endswith(tuple(suffixes)) if suffixes else "." not in plain
 
 
 def _listed(suffixes: Sequence[str]) -> str:

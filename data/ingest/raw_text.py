@@ -25,7 +25,7 @@ import pyarrow.csv as pacsv
 
 from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
-from recpress.data.ingest.raw_files import RawFile, RowNumbers
+from recpress.data.ingest.raw_files import RawFile, RowNumbers, compression
 
 BLOCK = 16 << 20
 """Bytes of text that are parsed at once; a line may not be longer."""
@@ -41,6 +41,18 @@ _BOMS = (  # in this order: that of UTF-32 begins with that of UTF-16
 )
 UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeError, zlib.error, zipfile.BadZipFile, MemoryError)
 """Errors of reading a corrupt file, besides InputError."""
+
+
+_FOREIGN = {
+    b"\x1f\x8b": "compressed by gzip; expected a name that ends in .gz",
+    b"BZh9": "compressed by bzip2; expected a name that ends in .bz2",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; expected a name that ends in .zst",
+    b"\xfd7zX": "compressed by xz; expected it unpacked, or gzip, bzip2, zstd or lz4",
+    b"PK\x03\x04": "a zip file or a spreadsheet; expected text (a .zip file is read as a folder)",
+    b"PAR1": "a Parquet file; expected text (--format parquet)",
+}
+"""First bytes of other files -> what errors say."""
+COLUMN_OPTIONS = "--user, --item, --label and --time name the columns"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +71,28 @@ def open_text(file: RawFile, encoding: str = "auto") -> pa.NativeFile:
     if encoding == "auto":
         with stream:
             head = bytes(stream.read(4))
+        _refuse_foreign(head, file)
         encoding = next((name for mark, name in _BOMS if head.startswith(mark)), "utf-8")
         stream = _open(file)
     codec = codecs.lookup(encoding).name
     return stream if codec in ("utf-8", "utf-8-sig") else pa.transcoding_input_stream(stream, codec, "utf-8")
 
 
+def _refuse_foreign(head: bytes, file: RawFile) -> None:
+    """Raises InputError for files that are no text in UTF-8, by their first four bytes."""
+    for mark, found in _FOREIGN.items():
+        if head.startswith(mark):
+            raise InputError(f"{file.where}: {found}")
+    if b"\0" in head and not head.startswith(tuple(mark for mark, _ in _BOMS)):
+        raise InputError(
+            f"{file.where}: begins with zero bytes, as UTF-16 without a byte order mark does; expected UTF-8, or "
+            "--encoding utf-16-le"
+        )
+
+
 def _open(file: RawFile) -> pa.NativeFile:
     try:
-        return file.filesystem.open_input_stream(file.path)
+        return file.filesystem.open_input_stream(file.path, compression=compression(file.path))
     except (RuntimeError, ValueError) as error:  # of a zip file: encrypted, or an unknown compression
         raise InputError(f"{file.where}: cannot be opened: {first_line(error)}") from error
 
@@ -199,7 +224,8 @@ def _match(file: RawFile, dialect: Dialect, columns: Sequence[str], found: Seque
             )
         if not same:
             raise InputError(
-                f"{file.where}: no column '{name}'; found {listed(found)} (delimiter {dialect.delimiter!r})"
+                f"{file.where}: no column '{name}'; found {listed(found)} (delimiter {dialect.delimiter!r}); "
+                f"{COLUMN_OPTIONS}; if there is no header: --columns"
             )
         result.append(same[0])
     return result
@@ -317,7 +343,7 @@ def read_json_lines(
         objects = [_json_object(line, file, number) for number, line in numbered]
         for name in columns:
             if not started and not any(name in row for row in objects):
-                raise InputError(f"{file.where}: no column '{name}'; found {listed(objects[0])}")
+                raise InputError(f"{file.where}: no column '{name}'; found {listed(objects[0])}; {COLUMN_OPTIONS}")
         started = True
         table = pa.table({name: _json_column(name, objects, file, numbers, kinds) for name in columns})
         yield RowNumbers(0, numbers.__getitem__), table

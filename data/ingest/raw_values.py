@@ -6,6 +6,7 @@ in all files, are written as integers (`Vocabulary`), and numbers and times are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -245,6 +246,7 @@ def finer(one: str, other: str) -> str:
 
 
 def _times_of_text(strings: pa.Array, where: str, rows: RowNumbers) -> Times:
+    given, strings = strings, pc.replace_substring_regex(strings, r"\s*(UTC|GMT|Z)$", "Z")
     number = pc.match_substring_regex(strings, r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
     number = number.to_numpy(zero_copy_only=False)
     if number.all():
@@ -278,7 +280,7 @@ def _times_of_text(strings: pa.Array, where: str, rows: RowNumbers) -> Times:
             fault = error
     bad = np.array([not _is_time(strings, k, zone) for k in range(len(strings))])
     expected = "expected a number, or a date such as 2024-01-31 or 2024-01-31T23:59:59.123Z"
-    _refuse(bad, strings, where, rows, expected)
+    _refuse(bad, given, where, rows, expected)
     raise InputError(f"{where}: {first_line(fault)}")
 
 
@@ -307,7 +309,9 @@ def _parsed(strings: pa.Array, where: str, rows: RowNumbers, known: np.ndarray) 
         try:
             strings.slice(k, 1).cast(pa.float64())
         except pa.ArrowInvalid:
-            raise InputError(f"{where}, {rows.name(known[k])}: {strings[k].as_py()!r}; expected a number") from None
+            text = strings[k].as_py()
+            comma = " without commas (4.5, 1234)" if re.fullmatch(r"[-+\d.]*,[\d.,]*", text) else ""
+            raise InputError(f"{where}, {rows.name(known[k])}: {text!r}; expected a number{comma}") from None
     raise AssertionError("every string is a number, but the array is not")
 
 

@@ -20,6 +20,7 @@ from recpress.data.dataset.files import first_line
 from recpress.data.errors import InputError
 from recpress.data.ingest.raw_files import RawFile, RowNumbers
 from recpress.data.ingest.raw_text import (
+    COLUMN_OPTIONS,
     UNREADABLE,
     Dialect,
     choose_delimiter,
@@ -246,7 +247,8 @@ def _read_parquet(file: RawFile, columns: Sequence[str]) -> Iterator[tuple[RowNu
             for name in columns:
                 if names.count(name) != 1:
                     many = f"{names.count(name)} columns" if name in names else "no column"
-                    raise InputError(f"{file.where}: {many} '{name}'; found {listed(names)}")
+                    fix = "" if name in names else f"; {COLUMN_OPTIONS}"
+                    raise InputError(f"{file.where}: {many} '{name}'; found {listed(names)}{fix}")
             for batch in reader.iter_batches(_BATCH, columns=list(columns)):
                 yield RowNumbers(first), pa.Table.from_batches([batch]).select(list(columns))
                 first += batch.num_rows

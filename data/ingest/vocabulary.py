@@ -153,6 +153,17 @@ class Vocabulary:
             if dense >= 0
         ]
 
+    def matching(self, pattern: str) -> tuple[int, str]:
+        """(number of raw ids of text that match a regular expression, the first of them)."""
+        count, first = 0, ""
+        for chunk in self._raw:
+            found = pc.match_substring_regex(chunk, pattern)
+            here = pc.sum(found).as_py() or 0
+            if here and not count:
+                first = chunk[pc.index(found, True).as_py()].as_py()
+            count += here
+        return count, first
+
     def _cast(self, values: pa.Array | pa.ChunkedArray, where: str, rows: RowNumbers) -> pa.Array:
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)

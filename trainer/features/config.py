@@ -50,6 +50,8 @@ class FeatureConfig:
     """How to store frozen rows."""
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise"] = "auto"
     """How to shard the table; `auto`: the planner decides."""
+    learning_rate: float | None = None
+    """Learning rate of the table; by default --optimizer.table-learning-rate."""
     transform: tuple[Literal["log1p", "standardize"], ...] | None = None
     """`float`: `log1p`: sign(x) log(1 + |x|); `standardize`: mean 0 and variance 1 over rows of train. In this order;
     by default both."""
@@ -73,8 +75,8 @@ class FeatureConfig:
             if getattr(self, option) < least:
                 raise InputError(f"{where}.{option} is {getattr(self, option)}, expected at least {least}")
         if self.kind == "float":
-            of_table = ("table", "dimension", "num_ids", "hash", "frozen")
-            if given := [option for option in of_table if getattr(self, option)]:
+            of_table = ("table", "dimension", "num_ids", "hash", "frozen", "learning_rate")
+            if given := [option for option in of_table if getattr(self, option) not in ("", 0, None)]:
                 raise InputError(f'{where}.{given[0]}: a float has no table; expected kind = "bucketized"')
         if (self.transform is not None or self.missing is not None) and self.kind != "float":
             option = "transform" if self.transform is not None else "missing"
@@ -90,6 +92,9 @@ class FeatureConfig:
                 f"{where}.sharding: rows of {self.storage} are stored whole and cannot be sharded by column; "
                 "expected table_wise or row_wise"
             )
+        if self.learning_rate is not None and not (self.learning_rate >= 0 and not self.frozen):
+            expected = "no frozen rows, which are not trained" if self.frozen else "at least 0"
+            raise InputError(f"{where}.learning_rate is {self.learning_rate}, expected {expected}")
         if self.hash is not None and self.hash.rows < 1:
             raise InputError(f"{where}.hash.rows is {self.hash.rows}, expected at least 1")
         if self.hash is not None and self.hash.rows_per_id:

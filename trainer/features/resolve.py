@@ -93,6 +93,8 @@ class FeatureTable:
     storage: Literal["fp32", "fp16", "int8", "int4"]
     sharding: str
     """`auto`: the planner decides."""
+    learning_rate: float | None = None
+    """None: that of all tables."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +416,7 @@ class _Tables:
             side=side,
             storage=one("storage", "fp32"),
             sharding=one("sharding", "auto"),
+            learning_rate=one("learning_rate", None),
         )
 
     def _num_ids(self, feature: Feature) -> int:

@@ -42,6 +42,8 @@ class FitResult:
     """What a run did."""
 
     steps: int = 0
+    batches: int = 0
+    """Of each rank."""
     rows: int = 0
     """Positive rows that this rank trained on."""
     train_seconds: float = 0.0

@@ -163,7 +163,7 @@ class TrainLoop:
         self.saved_step = self.result.steps
         if self.data is not None and numbers.get("source") is not None:
             self.data.restore(numbers["source"])
-        self.optimizer.resume(self.result.steps)
+        self.optimizer.resume(self.result.steps, self.result.batches)
         if self.log:
             self.log.cut(self.result.steps)
         self.progress.start_at(self.result.steps)
@@ -248,6 +248,7 @@ class TrainLoop:
                 raise
             self.interval.add(loss, rows)
             self.result.rows += rows
+            self.result.batches += 1
             self.position += 1
             if self.data is not None:
                 self.data.batch_trained()
@@ -315,8 +316,7 @@ class TrainLoop:
             return False
         start = time.monotonic()
         heartbeat.outside_step()
-        averaged = self.optimizer.averaged
-        with self.interval.pause(), self.memory.suspended(), averaged(), matmul_precision("highest"):
+        with self.interval.pause(), self.memory.suspended(), self.optimizer.averaged(), matmul_precision("highest"):
             malloc_trim()  # make room for the vectors of all users and items
             self.pipeline.detach()
             self.model.eval()
@@ -340,7 +340,7 @@ class TrainLoop:
         if best is not None:
             self.result.best = best
             if self.config.keep_best:
-                with averaged():
+                with self.optimizer.averaged():
                     self.best.take(self.model)
                     if self.checkpoints is not None:
                         self.checkpoints.save(run_state.weights(self.model), {}, self.result.steps, best=True)

@@ -8,10 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from recpress.trainer.loop.average import WeightAverage
+from recpress.trainer.model.table_optimizers import TABLE_OPTIMIZERS
 
 if TYPE_CHECKING:
     from recpress.trainer.config import OptimizerConfig
@@ -27,6 +32,14 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     done = min(max(done, 0.0), 1.0)
     return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The kernels of the trained tables. TorchRec does not register them as modules of the model."""
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
+            for lookup in module._lookups:
+                yield from (m for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 class TrainOptimizer:
@@ -65,6 +78,10 @@ class TrainOptimizer:
             else None
         )
         self.average = WeightAverage(self.parameters, ema) if ema is not None and self.parameters else None
+        # FBGEMM corrects the means of Adam and LAMB by the number of forward passes, evaluations included, and
+        # TorchRec's checkpoints do not hold it.
+        self._table_steps = 0
+        self._counting = list(_kernels(model)) if TABLE_OPTIMIZERS[config.tables].counts_steps else []
         self._table_rates = [group["lr"] for group in self.fused.param_groups]
         self._factor = 0.0
         self._schedule()
@@ -75,12 +92,17 @@ class TrainOptimizer:
         return self.config.learning_rate * self._factor
 
     def zero_grad(self) -> None:
+        """Before the forward pass of a batch."""
         if self.dense is not None and not self.batches:
             self.dense.zero_grad(set_to_none=True)
+        for tables in self._counting:
+            tables.iter.fill_(self._table_steps)
+            tables.iter_cpu.fill_(self._table_steps)
 
     def step(self) -> None:
         """After the backward pass of a batch: update the dense part, if the batch is the last of its step."""
         self.batches += 1
+        self._table_steps += 1
         if not self.ends_step:
             return
         if self.dense is not None:
@@ -136,9 +158,13 @@ class TrainOptimizer:
         if self.average is not None:
             yield from zip((name for name, _ in self._named), self.average.values, strict=True)
 
-    def resume(self, steps: int) -> None:
-        """Set the schedule to this step. Optimizer states do not hold learning rates."""
-        self.steps = steps
+    def resume(self, steps: int, batches: int) -> None:
+        """Set the schedule to this step. Optimizer states do not hold learning rates.
+
+        Args:
+            batches: on which tables have been trained.
+        """
+        self.steps, self._table_steps = steps, batches
         self._schedule()
 
     def _schedule(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+import torchrec.optim
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -19,19 +19,21 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingPlan, ShardingType
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import DataType
-from torchrec.optim import RowWiseAdagrad
 
 from recpress.data.errors import InputError
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollectionSharder
 from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables, PlannedTable, Storage, stored_row_bytes
 from recpress.modules.frozen.sequence import FrozenEmbeddingCollectionSharder
-from recpress.trainer.config import CommunicationConfig
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.model.communication import bytes_per_vector, check_communication, codecs
+from recpress.trainer.model.table_optimizers import TABLE_OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
+Codecs = dict[str, QuantizedCommCodecs] | None
 FP32 = CommunicationConfig()
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
@@ -45,12 +47,16 @@ an even share of all tables. TorchRec's planner would put it on one rank as long
 class TableSharder(EmbeddingBagCollectionSharder):
     """Trainable tables with a fused optimizer; row-wise sharding on CPU too."""
 
+    def __init__(self, optimizer: TableOptimizer, learning_rate: float, eps: float, codecs: Codecs = None) -> None:
+        self.optimizer_class = _optimizer_class(optimizer)
+        super().__init__(_fused_params(self.optimizer_class, learning_rate, eps), codecs)
+
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [*SHARDING_TYPES, _NODE_WISE]
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
         """Shapes for the planner, on the device "meta", with the optimizer, whose state the planner counts."""
-        return _planned(super().shardable_parameters(module), self.fused_params)
+        return _planned(super().shardable_parameters(module), self.optimizer_class)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return ["fused"]
@@ -59,50 +65,58 @@ class TableSharder(EmbeddingBagCollectionSharder):
 class SequenceSharder(EmbeddingCollectionSharder):
     """As `TableSharder`, for one vector per id."""
 
+    def __init__(self, optimizer: TableOptimizer, learning_rate: float, eps: float, codecs: Codecs = None) -> None:
+        self.optimizer_class = _optimizer_class(optimizer)
+        super().__init__(_fused_params(self.optimizer_class, learning_rate, eps), codecs)
+
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return list(SHARDING_TYPES)
 
     def shardable_parameters(self, module: EmbeddingCollection) -> dict[str, nn.Parameter]:
         """As that of `TableSharder`."""
-        return _planned(super().shardable_parameters(module), self.fused_params)
+        return _planned(super().shardable_parameters(module), self.optimizer_class)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return ["fused"]
 
 
-def _planned(weights: Mapping[str, nn.Parameter], fused_params: dict[str, Any] | None) -> dict[str, nn.Parameter]:
+def _optimizer_class(optimizer: TableOptimizer) -> type[Any]:
+    found: type[Any] = getattr(torchrec.optim, TABLE_OPTIMIZERS[optimizer].torchrec)
+    return found
+
+
+def _fused_params(optimizer: type[Any], learning_rate: float, eps: float) -> dict[str, Any]:
+    return {"optimizer": optimizer_type_to_emb_opt_type(optimizer), "learning_rate": learning_rate, "eps": eps}
+
+
+def _planned(weights: Mapping[str, nn.Parameter], optimizer: type[Any]) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, weight in weights.items():
         rows, dim = weight.shape
         table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
-        if (fused_params or {}).get("optimizer") == EmbOptimType.EXACT_ROWWISE_ADAGRAD:
-            table._optimizer_classes = [RowWiseAdagrad]  # type: ignore[attr-defined]
+        table._optimizer_classes = [optimizer]  # type: ignore[attr-defined]
         found[name] = table
     return found
 
 
 def sharders(
     learning_rate: float = 0.01,
+    optimizer: TableOptimizer = "row-wise-adagrad",
     *,
     eps: float = 1e-8,
     device_type: str = "",
     communication: CommunicationConfig = FP32,
 ) -> list[ModuleSharder]:
-    """Row-wise Adagrad (available on CPU and CUDA) for trainable tables, no optimizer for frozen ones.
+    """An optimizer for trainable tables, none for frozen ones.
 
     Args:
         device_type: device to plan for; default: CUDA if this machine has it.
         communication: precision between ranks.
     """
-    fused: dict[str, Any] = {
-        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        "learning_rate": learning_rate,
-        "eps": eps,
-    }
     registry = codecs(communication)
     return [
-        TableSharder(fused_params=fused, qcomm_codecs_registry=registry),
-        SequenceSharder(fused_params=fused, qcomm_codecs_registry=registry),
+        TableSharder(optimizer, learning_rate, eps, registry),
+        SequenceSharder(optimizer, learning_rate, eps, registry),
         FrozenEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
         FrozenEmbeddingCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
     ]
@@ -225,6 +239,8 @@ def shard(
     *,
     batch_size: int,
     learning_rate: float = 0.01,
+    optimizer: TableOptimizer = "row-wise-adagrad",
+    learning_rates: Mapping[str, float] | None = None,
     sharding_types: Mapping[str, str] | None = None,
     seed: int = 0,
     communication: CommunicationConfig = FP32,
@@ -233,12 +249,22 @@ def shard(
 
     Initializes trainable tables by `seed` and rank.
 
+    Args:
+        learning_rates: table name -> learning rate, for tables with one that is not `learning_rate`.
+
     Raises:
         InputError: the tables do not fit in memory; the ranks cannot communicate in this precision.
     """
     if communication != FP32:
         check_communication(communication, device)
-    table_sharders = sharders(learning_rate, communication=communication)
+    table_sharders = sharders(learning_rate, optimizer, communication=communication)
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+            bags = isinstance(module, EmbeddingBagCollection)
+            tables: nn.ModuleDict = module.embedding_bags if bags else module.embeddings
+            for name in (learning_rates or {}).keys() & tables.keys():
+                weight = tables[name].weight
+                weight._optimizer_kwargs = [{"lr": (learning_rates or {})[name]}]  # type: ignore[union-attr]
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     if communication != FP32 and dist.get_world_size() > 1 and dist.get_rank() == 0:
         now, full = (bytes_per_vector(model, layout, each, dist.get_world_size()) for each in (communication, FP32))

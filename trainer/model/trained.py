@@ -22,7 +22,7 @@ from recpress.modules.compression.replace import compress
 from recpress.modules.compression.report import CompressReport
 from recpress.modules.frozen.kernel import HasFrozenTables, row_bytes
 from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
-from recpress.trainer.config import CommunicationConfig
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.features.resolve import FeatureSet
@@ -100,6 +100,7 @@ def build_model(
     *,
     batch_size: int,
     learning_rate: float,
+    optimizer: TableOptimizer = "row-wise-adagrad",
     seed: int,
     rows_follow: bool = False,
     communication: CommunicationConfig = FP32,
@@ -108,7 +109,7 @@ def build_model(
 
     Args:
         batch_size: rows of a batch per rank, for the planner.
-        learning_rate: of the tables.
+        learning_rate, optimizer: of the tables.
         rows_follow: do not load frozen rows; the caller does.
         communication: precision of vectors and gradients between ranks.
 
@@ -137,6 +138,8 @@ def build_model(
         ranks.device,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        optimizer=optimizer,
+        learning_rates={t.name: t.learning_rate for t in features.tables if t.learning_rate is not None},
         sharding_types=layouts,
         seed=seed,
         communication=communication,

@@ -21,7 +21,7 @@ from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
-from recpress.trainer.config import CommunicationConfig
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
@@ -114,6 +114,7 @@ def build(
     item_counts: Any = None,
     batch_size: int,
     table_learning_rate: float,
+    table_optimizer: TableOptimizer = "row-wise-adagrad",
     seed: int,
     maps: Mapping[str, IdMap] | None = None,
     communication: CommunicationConfig = FP32,
@@ -143,6 +144,7 @@ def build(
         ranks.device,
         batch_size=batch_size,
         learning_rate=table_learning_rate,
+        optimizer=table_optimizer,
         seed=seed,
         communication=communication,
     )

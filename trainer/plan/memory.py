@@ -16,6 +16,8 @@ from recpress.data.config import StreamConfig
 from recpress.data.negatives.interaction_set import AT_ONCE
 from recpress.data.stream.memory import KEPT
 from recpress.modules.row_source import BLOCK_BYTES
+from recpress.trainer.config import TableOptimizer
+from recpress.trainer.model.table_optimizers import TABLE_OPTIMIZERS
 from recpress.trainer.plan.job import Job, MapShape
 from recpress.trainer.plan.label_job import LabelJob
 from recpress.trainer.plan.meta_labelled import MetaLabelled
@@ -76,6 +78,7 @@ def rank_lines(
             maps=job.maps,
             log_counts=sum(m.num_ids for m in job.maps) if model.counted else 0,
             features=job.user.feature_bytes + job.item.feature_bytes,
+            optimizer=job.network.optimizer.tables,
             keep_best=job.keep_best,
             uploads=job.uploads,
             metrics=job.metrics,
@@ -123,6 +126,7 @@ def label_lines(
             maps=list(model.maps.values()),
             log_counts=0,
             features=job.feature_bytes,
+            optimizer=job.config.optimizer.tables,
             keep_best=job.keep_best,
             uploads=job.uploads,
             metrics=job.metrics,
@@ -167,6 +171,7 @@ def _state_lines(
     maps: Sequence[MapShape],
     log_counts: int,
     features: int,
+    optimizer: TableOptimizer,
     keep_best: bool,
     uploads: bool,
     metrics: bool,
@@ -180,8 +185,9 @@ def _state_lines(
         log_counts, features: bytes.
     """
     device: Place = "device" if cuda else "host"
-    trained = [s for s in shards if s.storage is None]
-    trained_bytes, state = sum(s.nbytes(cuda) for s in trained), sum(4 * s.rows for s in trained)
+    trained, kind = [s for s in shards if s.storage is None], TABLE_OPTIMIZERS[optimizer]
+    trained_bytes = sum(s.nbytes(cuda) for s in trained)
+    state = sum(4 * s.rows * (kind.per_row + kind.per_value * s.width) for s in trained)
     frozen_bytes = sum(s.nbytes(cuda) for s in shards if s.storage is not None)
     staged = trained_bytes + state + 3 * 4 * dense
     return [
@@ -189,7 +195,7 @@ def _state_lines(
         Line("metrics", METRICS * metrics, "torchmetrics imported (measured)", "host", "train"),
         Line("CUDA context", context * cuda, "--cluster.context-gib (assumed)", "device", "always"),
         Line("trainable tables", trained_bytes, "rows x dim x 4 B", device),
-        Line("optimizer state", state, "row-wise Adagrad: 4 B per row", device),
+        Line("optimizer state", state, f"{optimizer}: {kind.state}", device),
         Line("frozen tables", frozen_bytes, "rows x bytes of a row, with scale", device),
         Line("maps", sum(m.nbytes for m in maps), "every rank: ids x rows per id x (4 B + weight)", device),
         Line("log counts behind maps", log_counts, "every rank: ids x 1 B", device),

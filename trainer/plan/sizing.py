@@ -112,7 +112,8 @@ def _layout(job: Job | LabelJob, model: PlannedModel, cluster: ClusterConfig) ->
     ranks = Topology(cluster.world, cluster.device, local_world_size=cluster.ranks_per_node, **caps, **speeds)
     try:
         chosen = planner(model, ranks, batch_size=job.batch_size, sharding_types=job.sharding_types)
-        return chosen.plan(model, sharders(device_type=cluster.device)), None
+        optimizer = (job.config if isinstance(job, LabelJob) else job.network).optimizer.tables
+        return chosen.plan(model, sharders(optimizer=optimizer, device_type=cluster.device)), None
     except PlannerError:
         cap = gib(_capacity(cluster))
         need = gib(sum(s.nbytes(cluster.device == "cuda") for s in even_shards(model, cluster.world)))

@@ -42,6 +42,7 @@ from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
+from recpress.trainer.model.table_optimizers import check_table_optimizer
 from recpress.trainer.model.trained import ShardedModel, build_model
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
 from recpress.trainer.model.weights import save_weights
@@ -111,6 +112,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
     assert_same_across_ranks(configuration=digest(asdict(config)))
     with raise_on_all_ranks():
         check_precision(config.precision, ranks.device)
+        check_table_optimizer(config.optimizer.tables, ranks.device.type)
     inputs = _open(config)
     log, features = inputs.log, inputs.features
     held = hold_out(config, log)
@@ -128,6 +130,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
             ranks,
             batch_size=config.stream.batch_size,
             learning_rate=config.optimizer.table_learning_rate,
+            optimizer=config.optimizer.tables,
             seed=config.seed,
             communication=config.communication,
         )

@@ -50,6 +50,7 @@ class Networks:
             item_counts=counts,
             batch_size=config.stream.batch_size,
             table_learning_rate=config.optimizer.table_learning_rate,
+            table_optimizer=config.optimizer.tables,
             seed=config.seed,
             maps=self.inputs.maps,
             communication=config.communication,

@@ -25,6 +25,7 @@ from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.precision import check_precision
 from recpress.trainer.loop.training_data import TrainingData
+from recpress.trainer.model.table_optimizers import check_table_optimizer
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS, ShardedTwoTower
 from recpress.trainer.model.weights import save_weights
 from recpress.trainer.train.choice import Choice
@@ -107,6 +108,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     assert_same_across_ranks(configuration=digest(asdict(config.resolved())))
     with raise_on_all_ranks():
         check_precision(config.precision, ranks.device)
+        check_table_optimizer(config.optimizer.tables, ranks.device.type)
     inputs = open_inputs(config, ranks)
     config, log, factors, maps = inputs.config, inputs.log, inputs.factors, inputs.maps
     artifacts = {"factors": config.factors, "hash": config.hash}

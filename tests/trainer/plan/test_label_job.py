@@ -15,7 +15,7 @@ from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.features.config import FeatureConfig, FeatureHash
 from recpress.trainer.features.resolve import open_with_features, resolve_features
 from recpress.trainer.model.trained import build_model
-from recpress.trainer.model.weights import _dense, _frozen, _trainable
+from recpress.trainer.model.weights import _frozen, dense_part, trainable_shards
 from recpress.trainer.plan.config import ClusterConfig, PlanModelConfig
 from recpress.trainer.plan.stage import plan
 from tests.ranks import run_on_ranks
@@ -59,13 +59,13 @@ def _built(config):
             seed=0,
         )
         hashes = [module for module in model.dmp.modules() if isinstance(module, LearnedHash)]
-        trained = [part for _, parts in _trainable(model.dmp) for _, part in parts]
+        trained = [part for _, parts in trainable_shards(model.dmp) for _, part in parts]
         sizes = {
             "trainable tables": sum(part.nbytes for part in trained),
             "optimizer state": sum(4 * len(part) for part in trained),
             "frozen tables": sum(part.nbytes for _, _, _, parts in _frozen(model.dmp) for _, part in parts),
             "maps": sum(module.rows.nbytes for module in hashes),
-            "dense part": 4 * sum(t.nbytes for _, t in _dense(model.dmp) if t.is_floating_point()),
+            "dense part": 4 * sum(t.nbytes for _, t in dense_part(model.dmp) if t.is_floating_point()),
         }
         sides = found.sides.values()
         floats = [tensor for side in sides for tensor in side.floats.values()]

@@ -113,11 +113,12 @@ def _run(data, out, factors):
         return config(data, out, epochs=3, precision="fp16", ema=0.9)
     features = {
         "user_id": FeatureConfig(frozen=factors, hash=FeatureHash(rows=30), sharding="row_wise"),
-        "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20)),
+        "item_id": FeatureConfig(hash=FeatureHash(method="double", rows=20), learning_rate=0.02),
         "history": FeatureConfig(kind="sequence", max_length=3, pooling="mean"),
         "price": FeatureConfig(),
     }
     settings = {"checkpoint": CheckpointConfig(steps=2), "accumulate": 2, "precision": "bf16", "ema": 0.9}
+    settings["optimizer"] = OptimizerConfig(tables="adagrad", schedule="linear")
     return of_shop(data, out, features=features, epochs=3, **settings)
 
 
@@ -403,6 +404,8 @@ def test_a_configuration_file_has_features_and_names_no_module(shop, tmp_path, c
         ("[features.item_id]\nhash = {method = 'modulo'}", "'features.item_id.hash' has no 'rows'"),
         ("features = 3", "expected tables .features.NAME."),
         ("[features.item_id]\nmax_length = 3", "features.item_id.max_length: expected kind"),
+        ("[features.item_id]\nlearning_rate = -1.0", "features.item_id.learning_rate is -1.0, expected at least 0"),
+        ("[features.price]\nkind = 'float'\nlearning_rate = 0.0", "features.price.learning_rate: a float has no table"),
     ],
 )
 def test_bad_keys_of_features(shop, text, message, tmp_path, capsys):
