@@ -209,7 +209,7 @@ def shard(
         if isinstance(module, EmbeddingBagCollection):
             for name in (learning_rates or {}).keys() & module.embedding_bags.keys():
                 weight = module.embedding_bags[name].weight
-                weight._optimizer_kwargs = [{"lr": (learning_rates or {})[name]}]  # type: ignore[union-attr]
+                weight._optimizer_kwargs = [{"lr": (learning_rates or {})[name]}]
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     torch.manual_seed(seed * 65_537 + dist.get_rank())
     # By default DDP rebuilds its buckets after the first step. With more than two ranks, sums then have another order,
