@@ -7,6 +7,8 @@ from typing import Literal
 
 from recpress.data.errors import InputError
 
+FACTORIZED = "@factorize"
+"""In place of a folder of factors: those of the pipeline."""
 Kind = Literal["id", "list", "sequence", "float", "bucketized"]
 
 
@@ -45,7 +47,8 @@ class FeatureConfig:
     hash: FeatureHash | None = None
     """Maps the ids of the table to fewer rows."""
     frozen: str | None = None
-    """Folder of `recpress factorize`: the rows of the table are its user or item vectors, and are not trained."""
+    """Folder of `recpress factorize`: the rows of the table are its user or item vectors, and are not trained. In a
+    pipeline, "@factorize" is the folder of its factors."""
     storage: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     """How to store frozen rows."""
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise"] = "auto"

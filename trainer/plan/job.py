@@ -205,13 +205,15 @@ def _side_shapes(config: PlanConfig, log: Log) -> list[SideShape]:
             for values in table.categorical.values():
                 tensors += values if isinstance(values, tuple) else (values,)
             tensors += [] if table.floats is None else [table.floats]
+        length = config.model.tables.history_length if config.model.tables.history != "none" else 0
+        lists = 4 * min(log.train.num_rows, log.num_users * length) + 8 * (log.num_users + 1) if length else 0
         shapes.append(
             SideShape(
                 ids=log.num_ids(side),  # type: ignore[arg-type]
                 map=MapShape.of(maps[side]) if side in maps else None,
                 categorical={} if table is None else dict(table.num_values()),
                 floats=0 if table is None else len(table.float_names),
-                feature_bytes=sum(t.nbytes for t in tensors),
+                feature_bytes=sum(t.nbytes for t in tensors) + (lists if side == "user" else 0),
             )
         )
     return shapes
