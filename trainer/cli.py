@@ -147,14 +147,20 @@ COMMANDS = {
     "pipeline": Command(
         "recpress.trainer.pipeline.config:PipelineConfig",
         "recpress.trainer.pipeline.stage:pipeline",
-        "factorize, hash, train and evaluate; resumes at the first stage that is not complete",
+        "factorize, hash, train (the two-tower network, or another with --train.model) and evaluate; resumes",
         main="data out stages schema.user schema.item hash.share train.model.tables.strategy train.sample.rate "
         "train.epochs device",
+        with_model="recpress.trainer.pipeline.config:PipelineModelConfig",
+        main_with_model="data out stages schema.user schema.item schema.label train.sample.rate train.epochs "
+        "train.evaluation.metric train.label-threshold train.dim device",
     ),
     "tune": Command(
         "recpress.trainer.tune.config:TuneConfig",
-        "recpress.trainer.tune.stage:tune",
-        "choose settings of the factorization and the network within a time budget, and write them as TOML",
+        "recpress.trainer.tune.stage:tune_any",
+        "choose settings of the factorization and the network, or of a --train.model, within a time budget, as TOML",
+        with_model="recpress.trainer.tune.config:TuneModelConfig",
+        main_with_model="data out minutes trials schema.label train.sample.rate train.evaluation.metric train.epochs "
+        "train.label-threshold train.dim seed device overwrite",
     ),
     "plan": Command(
         "recpress.trainer.plan.config:PlanConfig",
@@ -423,21 +429,25 @@ def _config(name: str, rest: list[str]) -> object:
     if known.config is not None:
         content = config_file.for_command(name, config_file.read(known.config), config)
     model = TWO_TOWER
+    main, prog, named = command.main.split(), f"recpress {name}", {}
     base = _load(command.with_model) if command.with_model else None
     if base is not None:
-        model, rest = chosen_model(rest, content)
-    main, prog, named = command.main.split(), f"recpress {name}", {}
-    if base is not None and model != TWO_TOWER:
-        config, prog = model_options(model, base), f"{prog} --model {model}"
-        main = main_options(config, command.main_with_model)
-        if known.config is not None and content is not None:
-            named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
+        section = "" if issubclass(base, TrainModelConfig) else "train"
+        model, rest = chosen_model(rest, content, section)
+        of_train = content.get(section) if content is not None and section else content
+        if model != TWO_TOWER:
+            config, main = model_options(model, base), main_options(model, base, command.main_with_model)
+            prog = f"{prog} --{'train.' * bool(section)}model {model}"
+            if known.config is not None and isinstance(of_train, dict):
+                prefix = "train.features" if section else "features"
+                named = config_file.named_tables(known.config, of_train.pop("features", {}), FeatureConfig, prefix)
     elif name == "compare hash" and known.config is not None and content is not None:
         named = config_file.named_tables(known.config, content.pop("features", {}), FeatureConfig, "features")
     if known.config is not None:
         rest = config_file.arguments(known.config, config, rest, name, content)
     made = parse(config, rest, prog=prog, summary=command.summary, main=main)
-    if isinstance(made, TrainModelConfig):
+    if model != TWO_TOWER:
+        assert base is not None
         return completed(made, base, model, named)
     if named:
         return replace(made, features=named)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.config import HISTORY, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 
 try:
     from tyro.conf import arg
@@ -357,7 +357,7 @@ class NetworkConfig:
         at_least(0, epochs=self.epochs)
         tables, towers = self.model.tables, self.model.towers
         widths = {"tables.dim": tables.dim, "tables.residual_dim": tables.residual_dim, "towers.dim": towers.dim}
-        widths |= {"towers.feature_dim": towers.feature_dim}
+        widths |= {"towers.feature_dim": towers.feature_dim, "tables.history_length": tables.history_length}
         widths |= {"towers.hidden": min(towers.hidden)} if towers.hidden else {}
         at_least(1, **{f"model.{name}": width for name, width in widths.items()})
         at_least(0, **{"model.towers.dropout": towers.dropout, "model.towers.penalty": towers.penalty})
@@ -485,6 +485,15 @@ class TrainConfig(NetworkConfig, RunConfig):
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and "
                 "online training has no last step; expected constant"
             )
+        history = self.model.tables.history
+        if history != "none" and (self.follow.online or self.hash):
+            raise InputError(
+                f"model.tables.history is '{history}', expected none with {'hash' if self.hash else 'follow'}"
+            )
+        if history != "none" and HISTORY in self.user_features:
+            raise InputError(f"user_features: '{HISTORY}' is the key of the items of users; rename the column")
+        if history == "only" and self.model.tables.strategy == "frozen+residual":
+            raise InputError("model.tables.history is 'only': frozen+residual adds to rows of users; expected frozen")
         if self.follow.online and self.stop_after:
             raise InputError("stop_after: expected 0 with follow, which continues after the last epoch")
 

@@ -158,6 +158,8 @@ def for_command(command: str, content: dict[str, Any], config: type) -> dict[str
         return content
     if command in _STAGES:
         return dict(content.get(command, {}))
+    if command == "plan":  # of a training run
+        return dict(content.get("train", {}))
     found: dict[str, Any] = {}
     if "als" in known and "als" in content.get("factorize", {}):
         found["als"] = content["factorize"]["als"]
@@ -272,6 +274,10 @@ def _flatten(path: str, config: type, content: dict[str, Any], prefix: str) -> I
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"{path}: unknown key '{prefix}{raw}', nearest is '{prefix}{near[0]}'")
+        if name == "factory":
+            raise InputError(
+                f"{path}: '{prefix}{raw}': a module is imported only if the command line names it: --{prefix}{raw}"
+            )
         expected = known[name]
         section = _section(expected)
         if section is not None and isinstance(value, dict):

@@ -27,6 +27,7 @@ OTHERS = {
     *("--nproc-per-node", "--dryrun", "--streams", "--workspace"),  # torchrun, torchx
     *("--requeue", "--signal", "--export", "--upgrade"),  # Slurm, uv
     *("--keep", "--dcn"),  # examples
+    "--train.model",  # of commands that train, which read it before the options of the model
 }
 """Options that no configuration has: of the command line as such, and of other programs."""
 

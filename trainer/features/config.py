@@ -7,6 +7,8 @@ from typing import Literal
 
 from recpress.data.errors import InputError
 
+FACTORIZED = "@factorize"
+"""In place of a folder of factors: those of the pipeline."""
 Kind = Literal["id", "list", "sequence", "float", "bucketized"]
 
 
@@ -45,7 +47,8 @@ class FeatureConfig:
     hash: FeatureHash | None = None
     """Maps the ids of the table to fewer rows."""
     frozen: str | None = None
-    """Folder of `recpress factorize`: the rows of the table are its user or item vectors, and are not trained."""
+    """Folder of `recpress factorize`: the rows of the table are its user or item vectors, and are not trained. In a
+    pipeline, "@factorize" is the folder of its factors."""
     storage: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
     """How to store frozen rows."""
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise"] = "auto"
@@ -75,8 +78,8 @@ class FeatureConfig:
             if getattr(self, option) < least:
                 raise InputError(f"{where}.{option} is {getattr(self, option)}, expected at least {least}")
         if self.kind == "float":
-            of_table = ("table", "dimension", "num_ids", "hash", "frozen", "learning_rate")
-            if given := [option for option in of_table if getattr(self, option) not in ("", 0, None)]:
+            of_table = [name for name in ("table", "dimension", "num_ids", "hash", "frozen") if getattr(self, name)]
+            if given := of_table + ["learning_rate"] * (self.learning_rate is not None):
                 raise InputError(f'{where}.{given[0]}: a float has no table; expected kind = "bucketized"')
         if (self.transform is not None or self.missing is not None) and self.kind != "float":
             option = "transform" if self.transform is not None else "missing"

@@ -29,7 +29,7 @@ from recpress.modules.hashing.table_stats import TableStats
 from recpress.trainer.artifacts.factors import open_factors
 from recpress.trainer.artifacts.id_maps import HashArtifact
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.features.config import FeatureConfig, Kind
+from recpress.trainer.features.config import FACTORIZED, FeatureConfig, Kind
 from recpress.trainer.features.numbers import Numbers
 from recpress.trainer.open_log import open_on_all_ranks
 
@@ -176,6 +176,13 @@ def resolve_features(
         found = FeatureSet(features, tables.build(), numbers, held, tables.dim)
     assert found is not None
     return found
+
+
+def check_features(log: Log, given: Mapping[str, FeatureConfig], label: str | None) -> None:
+    """Raise InputError if the log lacks the label, or the column of a feature. Reads no rows."""
+    if not label:
+        raise InputError(f"{log.path}: no label; expected --schema.label, a column of 0 and 1, or of ratings")
+    _features(log, given, {side: table for side in SIDES if (table := log.features(side)) is not None}, label)
 
 
 def open_with_features(path: str, schema: Schema | None, given: Mapping[str, FeatureConfig], *, skip: bool) -> Log:
@@ -366,6 +373,11 @@ class _Tables:
             if feature.kind != "float":
                 self.of.setdefault(feature.table, []).append(feature)
         folders = {f.config.frozen for f in features if f.config.frozen}
+        if FACTORIZED in folders:
+            raise InputError(
+                f"features: frozen is '{FACTORIZED}', the factors of `recpress pipeline`; expected a folder of "
+                "`recpress factorize`"
+            )
         self.factors = {folder: open_factors(folder, log) for folder in folders}
         frozen_dims = [artifact.dim for artifact in self.factors.values()]
         self.dim = dim or (-(-max(frozen_dims) // 4) * 4 if frozen_dims else DIM)
@@ -374,7 +386,7 @@ class _Tables:
         if not self.of:
             raise InputError(f"{self.log.path}: no feature with an embedding table, expected at least one")
         if self.maps is not None:
-            columns = {self._map_name(feature) for features in self.of.values() for feature in features}
+            columns = {name for features in self.of.values() for f in features for name in self._map_names(f)}
             if unused := [name for name in self.maps.maps if name not in columns]:
                 raise InputError(f"{self.maps.path}: a map of '{unused[0]}', which no feature looks up")
         return [self._table(name, features) for name, features in self.of.items()]
@@ -455,23 +467,24 @@ class _Tables:
                 "number of ids in schema.hashed"
             )
 
-    def _map_name(self, feature: Feature) -> str:
-        for side in SIDES:
-            if feature.source == "log" and feature.column == self.log.column(side):
-                return side
-        return feature.column
+    def _map_names(self, feature: Feature) -> list[str]:
+        """Names that a map of the feature may have: of its column, or of users and items."""
+        sides = [side for side in SIDES if feature.source == "log" and feature.column == self.log.column(side)]
+        return [feature.column, *sides]
 
     def _map(self, name: str, features: Sequence[Feature], num_ids: int, given: Any) -> IdMap | None:
         learned = None
-        for feature in features:
-            if self.maps is not None and self._map_name(feature) in self.maps.maps:
-                learned = self.maps.maps[self._map_name(feature)]
-                vocabulary = vocabulary_of(self.log, feature)
-                if learned.vocabulary is not None and vocabulary is not None and learned.vocabulary != vocabulary:
-                    raise InputError(
-                        f"{self.maps.path}: the map of '{self._map_name(feature)}' was made for another vocabulary "
-                        f"than that of {self.log.path}: the same ids mean different things"
-                    )
+        named = {name: f for f in features for name in self._map_names(f) if self.maps and name in self.maps.maps}
+        if len(named) > 1:
+            raise InputError(f"table '{name}': maps of {' and '.join(named)} in --maps, expected one")
+        for map_name, feature in named.items():
+            assert self.maps is not None
+            learned, vocabulary = self.maps.maps[map_name], vocabulary_of(self.log, feature)
+            if learned.vocabulary is not None and vocabulary is not None and learned.vocabulary != vocabulary:
+                raise InputError(
+                    f"{self.maps.path}: the map of '{map_name}' was made for another vocabulary than that of "
+                    f"{self.log.path}: the same ids mean different things"
+                )
         if learned is not None:
             if given is not None:
                 raise InputError(f"table '{name}': both hash and a map of --maps, expected one")

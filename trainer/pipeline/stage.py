@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,30 @@ from recpress.trainer.distributed.heartbeat import waiting_for_ranks
 from recpress.trainer.distributed.process_group import Ranks, process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.errors import same_command_resumes
-from recpress.trainer.evaluate.config import EvaluateConfig
+from recpress.trainer.evaluate.config import PARTS, EvaluateConfig
+from recpress.trainer.evaluate.stage import evaluate, label_model, show_predictions
 from recpress.trainer.factorize.stage import factorize
+from recpress.trainer.features.resolve import check_features, open_with_features
 from recpress.trainer.hash.stage import make_maps
 from recpress.trainer.observability.logging_setup import stage_name
 from recpress.trainer.pipeline.config import PipelineConfig, StageConfig, StageName
 from recpress.trainer.pipeline.summary import as_table, below_popularity, summarize
-from recpress.trainer.train.stage import train
+from recpress.trainer.train.config import TWO_TOWER, TrainModelConfig
+from recpress.trainer.train.stage import train_any
 
 logger = logging.getLogger(__name__)
 
 RUN: dict[StageName, Callable[[Any], Any]] = {
     "factorize": factorize,
     "hash": make_maps,
-    "train": train,
+    "train": train_any,
 }
 KINDS = {"factorize": FACTORS, "hash": HASH, "train": MODEL}
+SHOWN = 8
+"""Settings that differ, in one error."""
 _ELSEWHERE = ("data", "out", "device", "overwrite", "tensorboard", "checkpoint", "stall_seconds")
 """Settings that may differ from those that an artifact was made with; of `data`, the fingerprints are compared."""
-_PATHS = ("factors", "hash")
+_PATHS = ("factors", "hash", "maps")
 
 
 def pipeline(config: PipelineConfig) -> list[StageName]:
@@ -63,10 +68,12 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
     left: list[StageName] = []
     with raise_on_all_ranks():
         stages = config.chosen()
-        log = open_log(config.data, chosen_schema(config.schema), skip_bad=True, pairs=not config.hash.features)
-        if "evaluate" in stages and len(stages) > 1 and log.test is None and log.test_negatives is None:
-            del stages["evaluate"]
-            _say(f"{config.data} has no held-out rows, so nothing is evaluated; `recpress split` holds some out")
+        log = open_log(config.data, chosen_schema(config.schema), skip_bad=True, pairs=config.needs_pairs)
+    held_out = _held_out(stages, log)
+    if "evaluate" in stages and len(stages) > 1 and not held_out:
+        del stages["evaluate"]
+        _say(f"{config.data} has no held-out rows, so nothing is evaluated; `recpress split` holds some out")
+    with raise_on_all_ranks():
         if ranks.rank == 0:
             left = _left(stages, log)
     plan: list[Any] = [left]
@@ -76,7 +83,9 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
     for name, stage in stages.items():
         _say(f"{name} -> {stage.out}" if name in left else f"{name}: {stage.out} is complete")
         with stage_name(name):
-            if isinstance(stage, EvaluateConfig):
+            if isinstance(stage, EvaluateConfig) and _predicts(stage):
+                _measure(stage, ranks) if name in left else _show_measured(stage, ranks)
+            elif isinstance(stage, EvaluateConfig):
                 methods = _evaluate(stages, stage, ranks) if name in left else _evaluated(stage, ranks)
                 if ranks.rank == 0 and methods:
                     print(f"held-out rows\n{as_table(methods)}", flush=True)
@@ -86,6 +95,19 @@ def _pipeline(config: PipelineConfig, ranks: Ranks) -> list[StageName]:
     if ranks.rank == 0:
         print(f"outputs: {outputs}", flush=True)
     return left
+
+
+def _held_out(stages: Mapping[StageName, StageConfig], log: Log) -> bool:
+    """Whether the log has rows to evaluate; of a model of labels, with labels. Checks its features. Collective."""
+    training = stages.get("train")
+    if not isinstance(training, TrainModelConfig):
+        return log.test is not None or log.test_negatives is not None
+    skip = training.stream.on_bad_file == "skip"
+    opened = open_with_features(training.data, chosen_schema(training.schema), training.features, skip=skip)
+    label = opened.schema.label
+    with raise_on_all_ranks():
+        check_features(opened, training.features, label)
+    return any(part is not None and label in part.columns for part in (opened.test, opened.val))
 
 
 def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
@@ -104,6 +126,34 @@ def _evaluate(stages: dict[StageName, StageConfig], stage: EvaluateConfig, ranks
             if warning:
                 logger.warning("%s: %s", stage.out, warning)
     return methods
+
+
+def _predicts(stage: EvaluateConfig) -> bool:
+    """Whether the model to evaluate predicts labels. Collective."""
+    found = False
+    with raise_on_all_ranks():
+        found = label_model(artifact.read_manifest(stage.model)) is not None
+    return found
+
+
+def _measure(stage: EvaluateConfig, ranks: Ranks) -> None:
+    """Measure the predictions of a model of labels, and write the metrics of each part. Collective."""
+    parts = evaluate(replace(stage, out=None))
+    with raise_on_all_ranks():
+        if ranks.rank == 0:
+            assert stage.out is not None
+            log = open_log(stage.data, chosen_schema(stage.schema), pairs=False)
+            content = {**parts, "log": log.inputs()}
+            object_store.write_bytes(stage.out, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _show_measured(stage: EvaluateConfig, ranks: Ranks) -> None:
+    """Print what `_measure` wrote. Collective."""
+    with raise_on_all_ranks():
+        content = _written(str(stage.out)) if ranks.rank == 0 else {}
+    for part in PARTS:
+        if part in content:
+            print(f"{stage.model}, {part}: {show_predictions(content[part])}", flush=True)
 
 
 def _evaluated(stage: EvaluateConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
@@ -177,11 +227,15 @@ def _log_files(name: StageName, path: str) -> list[dict[str, Any]] | None:
     return list(files) if files is not None else None
 
 
+def _is_path(key: str) -> bool:
+    return key in _PATHS or (key.startswith("features.") and key.endswith(".frozen"))
+
+
 def _same_place(key: str, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a folder is at the same path from the output: `out/factors` from any working folder, with or without a
     slash at its end."""
-    paths = [str(config[name]) for config in (made, wanted) for name in (key, "out")]
-    if any(object_store.is_remote(path) for path in paths):
+    paths = [str(config.get(name) or "") for config in (made, wanted) for name in (key, "out")]
+    if any(not path or object_store.is_remote(path) for path in paths):
         return False
     return os.path.relpath(*paths[:2]) == os.path.relpath(*paths[2:])
 
@@ -189,17 +243,24 @@ def _same_place(key: str, made: Mapping[str, Any], wanted: Mapping[str, Any]) ->
 def _check_settings(name: StageName, stage: StageConfig) -> None:
     """Raise InputError naming the settings with which the artifact was made otherwise."""
     assert stage.out is not None
-    made = _flat(current_names(artifact.read_manifest(stage.out, KINDS[name])["config"]))
+    manifest = artifact.read_manifest(stage.out, KINDS[name])
+    made = _flat(current_names(manifest["config"]))
     wanted = _flat(json.loads(json.dumps(asdict(stage))))
+    if name == "train":
+        made["factory"] = label_model(manifest) or TWO_TOWER
+        wanted.setdefault("factory", TWO_TOWER)
+    features = {key for key in made.keys() | wanted.keys() if key.startswith("features.")}
     other = [
         key
-        for key in made.keys() & wanted.keys()
-        if made[key] != wanted[key]
+        for key in (made.keys() & wanted.keys()) | features
+        if made.get(key) != wanted.get(key)
         and key.split(".")[0] not in _ELSEWHERE
-        and not (key in _PATHS and _same_place(key, made, wanted))
+        and not (_is_path(key) and _same_place(key, made, wanted))
     ]
     if other:
-        shown = ", ".join(f"{name}.{key} = {made[key]!r} (now {wanted[key]!r})" for key in sorted(other))
+        shown = ", ".join(
+            f"{name}.{key} = {made.get(key)!r} (now {wanted.get(key)!r})" for key in sorted(other)[:SHOWN]
+        )
         raise InputError(f"{stage.out}: made with {shown}; remove it, or choose another out")
 
 

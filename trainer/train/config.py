@@ -17,7 +17,7 @@ from recpress.trainer.model.factory import MODELS, TWO_TOWER, config_of
 
 _MAIN = """data out maps warm-start dim label-threshold sample.rate epochs stream.batch-size evaluation.metric
 checkpoint.minutes"""
-Base = TypeVar("Base", bound="TrainModelConfig")
+Base = TypeVar("Base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,12 @@ class TrainModelConfig(RunConfig):
             raise InputError(f"dim is {self.dim}, expected a multiple of 4")
 
 
-def chosen_model(arguments: Sequence[str], content: dict[str, Any] | None) -> tuple[str, list[str]]:
+def chosen_model(arguments: Sequence[str], content: dict[str, Any] | None, section: str = "") -> tuple[str, list[str]]:
     """(model, the arguments without --model).
 
     Args:
         content: of the TOML file. Its `model`, or `name` in its table `model`, is removed.
+        section: of the options of `train` in those of the command: `--train.model` and `[train]`.
 
     Raises:
         InputError: --model without a value; the file names a module.
@@ -92,52 +93,59 @@ def chosen_model(arguments: Sequence[str], content: dict[str, Any] | None) -> tu
     rest: list[str] = []
     named: str | None = None
     words = iter(arguments)
+    option = f"{section}.model" if section else "model"
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag != "--model":
+        if flag != f"--{option}":
             rest.append(word)
             continue
         named = value if equals else next(words, "")
         if not named or named.startswith("-"):
-            raise InputError(f"--model: expected one of {', '.join([TWO_TOWER, *MODELS])}, or pkg.module:make")
+            raise InputError(f"--{option}: expected one of {', '.join([TWO_TOWER, *MODELS])}, or pkg.module:make")
     in_file: Any = TWO_TOWER
-    if content is not None and "model" in content:
-        section = content["model"]
-        in_file = section.pop("name", TWO_TOWER) if isinstance(section, dict) else content.pop("model")
+    content = content if content is None or not section else content.get(section)
+    if isinstance(content, dict) and "model" in content:
+        of_file = content["model"]
+        in_file = of_file.pop("name", TWO_TOWER) if isinstance(of_file, dict) else content.pop("model")
     if in_file != TWO_TOWER and in_file not in MODELS:
         raise InputError(
-            f"model is {in_file!r} in the configuration file, expected one of {', '.join([TWO_TOWER, *MODELS])}; a "
-            f"module is imported only if the command line names it: --model {in_file}"
+            f"{option} is {in_file!r} in the configuration file, expected one of {', '.join([TWO_TOWER, *MODELS])}; a "
+            f"module is imported only if the command line names it: --{option} {in_file}"
         )
     return named or str(in_file), rest
 
 
-def model_options(name: str, base: type[Base]) -> type[Base]:
+def model_options(name: str, base: type[Any]) -> type[Any]:
     """`base` with the options of this model, for the command line.
+
+    Args:
+        base: a TrainModelConfig, or a configuration whose section `train` is one.
 
     Raises:
         InputError: there is no such model, or its factory cannot be used.
     """
-    options = config_of(name)
-    made = make_dataclass(
-        base.__name__,
-        [("model", options, field(default_factory=options))],
-        bases=(base,),
-        frozen=True,
-        kw_only=True,
-    )
+    if issubclass(base, TrainModelConfig):
+        options = config_of(name)
+        part = ("model", options, field(default_factory=options))
+    else:
+        train = model_options(name, TrainModelConfig)
+        part = ("train", train, field(default_factory=lambda: train(data="", out="")))
+    made = make_dataclass(base.__name__, [part], bases=(base,), frozen=True, kw_only=True)
     made.__doc__ = base.__doc__
     return made
 
 
-def main_options(config: type[TrainModelConfig], more: str = "") -> list[str]:
-    """Options that the short `--help` lists: those of `train --model`, and `more` before them."""
-    options = fields(next(part.type for part in fields(config) if part.name == "model"))  # type: ignore[arg-type]
-    names = [*more.split(), *_MAIN.split(), *(f"model.{part.name.replace('_', '-')}" for part in options)]
-    return [*names, "device", "overwrite"]
+def main_options(name: str, base: type[Any], more: str) -> list[str]:
+    """Options that the short `--help` lists: `more`, and those of `train --model`."""
+    options = [f"model.{part.name.replace('_', '-')}" for part in fields(config_of(name))]
+    if issubclass(base, TrainModelConfig):
+        return [*more.split(), *_MAIN.split(), *options, "device", "overwrite"]
+    return [*more.split(), *(f"train.{option}" for option in options)]
 
 
-def completed(parsed: TrainModelConfig, base: type[Base], name: str, features: Mapping[str, FeatureConfig]) -> Base:
+def completed(parsed: Any, base: type[Base], name: str, features: Mapping[str, FeatureConfig]) -> Base:
     """What the command line gave, as a `base`, with the name of the model and the features of the file."""
-    values = {part.name: getattr(parsed, part.name) for part in fields(base)}
-    return base(**{**values, "factory": name, "features": dict(features)})
+    values = {part.name: getattr(parsed, part.name) for part in fields(base)}  # type: ignore[arg-type]
+    if issubclass(base, TrainModelConfig):
+        return base(**{**values, "factory": name, "features": dict(features)})
+    return base(**{**values, "train": completed(parsed.train, TrainModelConfig, name, features)})

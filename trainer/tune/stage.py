@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
 from recpress.data.config import SampleConfig
-from recpress.data.dataset import object_store
-from recpress.data.dataset.atomic import replacing
 from recpress.data.errors import InputError
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.factorize.config import FactorizeConfig
 from recpress.trainer.factorize.stage import factorize
 from recpress.trainer.train.stage import TrainResult, train
-from recpress.trainer.tune.config import TuneConfig
-
-logger = logging.getLogger(__name__)
+from recpress.trainer.tune.config import TuneConfig, TuneModelConfig
+from recpress.trainer.tune.search import open_folder, say, search, write
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,9 @@ class Network:
     learning_rate: float
     dropout: float
 
+    def __str__(self) -> str:
+        return f"{self.epochs} epochs, learning rate {self.learning_rate:g}, dropout {self.dropout:g}"
+
 
 @dataclass
 class TuneResult:
@@ -43,6 +39,16 @@ class TuneResult:
 
     settings: dict[str, Any]
     trials: list[tuple[Network, float]]
+
+
+def tune_any(config: TuneConfig | TuneModelConfig) -> None:
+    """`recpress tune`: of the two-tower network (`tune`), or of a model of labels (`labelled.tune_model`)."""
+    if isinstance(config, TuneConfig):
+        tune(config)
+        return
+    from recpress.trainer.tune.labelled import tune_model
+
+    tune_model(config)
 
 
 def tune(config: TuneConfig) -> TuneResult:
@@ -57,21 +63,9 @@ def tune(config: TuneConfig) -> TuneResult:
     """
     began = time.monotonic()
     with process_group(config.device) as ranks, ExitStack() as stack:
-        folders: list[str] = [""]
-        with raise_on_all_ranks():
-            if object_store.is_remote(config.out):
-                raise InputError(f"{config.out}: expected a local file")
-            if Path(config.out).exists() and not config.overwrite:
-                raise InputError(f"{config.out}: exists; choose another --out, or --overwrite")
-            if not Path(config.out).resolve().parent.is_dir():
-                raise InputError(f"{config.out}: its folder does not exist; create it first")
-            if ranks.rank == 0:  # next to `out`, on a disk that all ranks see
-                parent = Path(config.out).resolve().parent
-                folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix=".tune-", dir=parent))]
-        dist.broadcast_object_list(folders)
-        folder = folders[0]
-        factors = f"{folder}/factors"
-        _say("factorizing")
+        folder = open_folder(config, ranks, stack)
+        factors, metric = f"{folder}/factors", config.evaluation.metric
+        say("factorizing")
         made = factorize(
             FactorizeConfig(
                 data=config.data, out=factors, schema=config.schema, als=config.als, crossfit_rate=config.rate,
@@ -79,27 +73,21 @@ def tune(config: TuneConfig) -> TuneResult:
             )
         )  # fmt: skip
         assert made.auto is not None
-        found: list[tuple[Network, float]] = []
-        for number, network in enumerate(_candidates(config)):
-            spent = time.monotonic() - began
-            left = [config.minutes * 60 - spent - spent / max(number, 1)]
-            dist.broadcast_object_list(left)
-            if number and left[0] < 0:
-                break
-            _say(f"network {number + 1} of {config.trials}: {_shown(network)}; {spent:.0f} s of "
-                 f"{config.minutes * 60:.0f} s spent")  # fmt: skip
-            found.append((network, _score(_train(config, network, factors, f"{folder}/model-{number}"))))
-            _say(f"{config.evaluation.metric} {found[-1][1]:.4f} on validation rows")
-        found.sort(key=lambda trial: -trial[1])  # stable: of equals the first, so that the defaults win a tie
+        found = search(
+            config,
+            _candidates(config),
+            lambda number, network: _score(_train(config, network, factors, f"{folder}/model-{number}")),
+            began=began,
+            metric=metric,
+        )
         settings = _settings(config, made.auto["settings"], found[0][0])
         with raise_on_all_ranks():
             if ranks.rank == 0:
-                _write(config.out, settings, found)
+                write(config.out, settings, found)
         dist.barrier()
         best, score = found[0]
         if dist.get_rank() == 0:
-            shown = f"{config.evaluation.metric} {score:.4f}, best of {len(found)} networks"
-            print(f"{config.out}: {_shown(best)}: {shown}", flush=True)
+            print(f"{config.out}: {best}: {metric} {score:.4f}, best of {len(found)} networks", flush=True)
     return TuneResult(settings, found)
 
 
@@ -168,30 +156,3 @@ def _settings(config: TuneConfig, als: dict[str, Any], network: Network) -> dict
             "model": {"towers": {"dropout": network.dropout}},
         },
     }
-
-
-def _write(path: str, settings: dict[str, Any], found: list[tuple[Network, float]]) -> None:
-    lines = ["# Written by `recpress tune`: --config of every command takes what concerns it."]
-    lines += [f"# {score:.4f}  {_shown(network)}" for network, score in found]
-    lines += _tables(settings, "")
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-
-
-def _tables(settings: dict[str, Any], name: str) -> list[str]:
-    values = {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    lines = [f"[{name}]"] if values and name else []
-    lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            lines += _tables(value, f"{name}.{key}" if name else key)
-    return lines
-
-
-def _shown(network: Network) -> str:
-    return f"{network.epochs} epochs, learning rate {network.learning_rate:g}, dropout {network.dropout:g}"
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        logger.info("%s", text)
