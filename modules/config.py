@@ -181,6 +181,10 @@ class ContrastiveConfig:
     """Seed of the initial vectors, the order of users and the negatives."""
 
 
+HISTORY = "history"
+"""Feature key of the items of a user."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
     """Where embedding tables start, and whether they are trained."""
@@ -194,6 +198,12 @@ class TablesConfig:
     """How to store frozen rows. `int8` and `int4` have a scale and an offset per row."""
     residual_dim: int = 16
     """Dimension of the trainable table of `frozen+residual`."""
+    history: Literal["none", "add", "only"] = "none"
+    """A user's train items, each with a row of a further table. `add`: the sum of the rows, scaled to length one, joins
+    the user tower; `only`: it replaces the user's row, so that new users need none. The rows are trained, or with
+    frozen tables those of the item factors. In training the item of the example does not count."""
+    history_length: int = 100
+    """Most items of a history: the latest by the time column, or the last ones in the order of the log."""
 
 
 @dataclass(frozen=True, kw_only=True)

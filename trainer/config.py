@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from recpress.data.config import NegativesConfig, SampleConfig, Schema, StreamConfig
 from recpress.data.errors import InputError
-from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.config import HISTORY, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 
 try:
     from tyro.conf import arg
@@ -219,6 +219,17 @@ class ProfileConfig:
         at_least(0, steps=self.steps, start=self.start)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommunicationConfig:
+    """Precision in which vectors of embeddings and their gradients cross ranks. Rows and optimizers are fp32."""
+
+    forward: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Of vectors. int8: with a scale for each 32 numbers; tables that are sharded by rows send fp16, because ranks add
+    their parts."""
+    backward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of their gradients."""
+
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
@@ -346,7 +357,7 @@ class NetworkConfig:
         at_least(0, epochs=self.epochs)
         tables, towers = self.model.tables, self.model.towers
         widths = {"tables.dim": tables.dim, "tables.residual_dim": tables.residual_dim, "towers.dim": towers.dim}
-        widths |= {"towers.feature_dim": towers.feature_dim}
+        widths |= {"towers.feature_dim": towers.feature_dim, "tables.history_length": tables.history_length}
         widths |= {"towers.hidden": min(towers.hidden)} if towers.hidden else {}
         at_least(1, **{f"model.{name}": width for name, width in widths.items()})
         at_least(0, **{"model.towers.dropout": towers.dropout, "model.towers.penalty": towers.penalty})
@@ -399,6 +410,7 @@ class RunConfig:
     precision: Precision = "fp32"
     """Precision of the dense part while it trains. `tf32`: TF32 for float32 products, on CUDA only; `bf16`, `fp16`:
     autocast, fp16 with a gradient scale. Weights, tables, losses and evaluations are fp32."""
+    communication: CommunicationConfig = field(default_factory=CommunicationConfig)
     accumulate: int = 1
     """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
     every batch. All counts of steps are of such steps."""
@@ -473,6 +485,15 @@ class TrainConfig(NetworkConfig, RunConfig):
                 f"optimizer.schedule is '{self.optimizer.schedule}', which falls to zero at the last step, and "
                 "online training has no last step; expected constant"
             )
+        history = self.model.tables.history
+        if history != "none" and (self.follow.online or self.hash):
+            raise InputError(
+                f"model.tables.history is '{history}', expected none with {'hash' if self.hash else 'follow'}"
+            )
+        if history != "none" and HISTORY in self.user_features:
+            raise InputError(f"user_features: '{HISTORY}' is the key of the items of users; rename the column")
+        if history == "only" and self.model.tables.strategy == "frozen+residual":
+            raise InputError("model.tables.history is 'only': frozen+residual adds to rows of users; expected frozen")
         if self.follow.online and self.stop_after:
             raise InputError("stop_after: expected 0 with follow, which continues after the last epoch")
 

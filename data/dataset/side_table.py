@@ -27,7 +27,7 @@ class SideTable:
 
     rows: int
     categorical: dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
-    """Name -> values (rows,) int64; of lists: values, and offsets (rows + 1,)."""
+    """Name -> values (rows,) int64; of lists: values, int32 or int64, and offsets (rows + 1,)."""
     float_names: list[str]
     floats: torch.Tensor | None
     """(rows, F) float32: each with mean 0 and variance 1 over the rows that have it, 0 where missing."""
@@ -120,7 +120,7 @@ def _gather_lists(values: torch.Tensor, offsets: torch.Tensor, ids: torch.Tensor
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ids) else 0
     shift = torch.repeat_interleave(starts - (ends - lengths), lengths, output_size=total)
-    return JaggedColumn(values[shift + torch.arange(total, device=ids.device)], lengths)
+    return JaggedColumn(values[shift + torch.arange(total, device=ids.device)].long(), lengths)
 
 
 def _standard(column: torch.Tensor) -> torch.Tensor:

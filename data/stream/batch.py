@@ -85,6 +85,7 @@ class BatchBuilder:
 
     Args:
         negatives: which negatives; `count` of each row, or of the batch.
+        history: name of the feature of users that lists their items. The item of a row does not count in its list.
         shared: whether all rows of a batch have the same.
         item_counts: occurrences of each item, for the `log_q` of positives.
         device: where batches are made. Ids move there first, negatives and features are made there.
@@ -101,7 +102,9 @@ class BatchBuilder:
         item_table: SideTable | None = None,
         device: torch.device | str = "cpu",
         pin_memory: bool = False,
+        history: str | None = None,
     ) -> None:
+        self._history = history
         self.negatives, self.device, self._shared, self._pin = negatives, torch.device(device), shared, pin_memory
         tables = (user_table, item_table)
         self._on_host: BatchBuilder | None = None
@@ -113,11 +116,18 @@ class BatchBuilder:
                 user_table=user_table,
                 item_table=item_table,
                 pin_memory=True,
+                history=history,
             )
         self._popularity = None if item_counts is None else InBatchNegatives(item_counts)
         self._user_table = None if user_table is None else user_table.to(self.device)
         self._item_table = None if item_table is None else item_table.to(self.device)
         self._keyed = KeyedFeatures(self.device)
+
+    def replace_users(self, table: SideTable | None) -> None:
+        """Take other features of users, with the same names."""
+        self._user_table = None if table is None else table.to(self.device)
+        if self._on_host is not None:
+            self._on_host.replace_users(table)
 
     def for_training(self) -> BatchBuilder:
         """This builder, or on CUDA with lists of ids one that builds on the host.
@@ -160,6 +170,8 @@ class BatchBuilder:
         features, floats = self._lookup(USER, self._move(ids), self._user_table)
         if rows is None:
             return self._keyed(features, len(ids)), floats
+        if self._history is not None and rows.item is not None:
+            features[self._history] = _without(features[self._history], self._move(rows.item))
         for name, column in rows.categorical.items():
             if name in features:
                 raise InputError(f"column '{name}' of the log is also a feature of the users; rename one")
@@ -191,6 +203,14 @@ class BatchBuilder:
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
+
+
+def _without(lists: torch.Tensor | JaggedColumn, items: torch.Tensor) -> JaggedColumn:
+    """Lists of items without one item each, (B,)."""
+    assert isinstance(lists, JaggedColumn)
+    row = torch.repeat_interleave(lists.lengths)
+    kept = lists.values != items[row]
+    return JaggedColumn(lists.values[kept], torch.bincount(row[kept], minlength=len(items)))
 
 
 def _maybe(tensor, move):  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from recpress.modules.serving.bags import ServedTable
 from recpress.modules.serving.rows import ServedRows
 from recpress.modules.serving.tensors import Holder, LargeTensors, Stored
 
@@ -59,8 +60,21 @@ class LookUp(NamedTuple):
     """ids (n,) -> (n, dim)."""
 
 
+class History(NamedTuple):
+    """The items of users as an input of the tower."""
+
+    where: Literal["frozen", "tables"]
+    key: str
+    table: ServedTable
+    most: int
+    """Only the last so many items of a user count."""
+
+
 class ServedTower(nn.Module):
     """Dense ids (B,) int64 -> vectors (B, d) float32.
+
+    With a history, of users: ids, the items of all users (n,) int64, and the number of items of each user (B,) int64 ->
+    vectors.
 
     Args:
         look_ups: of the tables, in the collections that the tower knows.
@@ -75,14 +89,24 @@ class ServedTower(nn.Module):
         *,
         count: ServedCounts | None = None,
         floats: PerId | None = None,
+        history: History | None = None,
     ) -> None:
         super().__init__()
+        self.history = None if history is None else history.table
+        self._history_place = ("", "", 0) if history is None else (history.where, history.key, history.most)
         self.tower, self.count, self.floats = tower, count, floats
         self._places = [(found.where, found.key) for found in look_ups]
         self.look_ups = nn.ModuleList(found.module for found in look_ups)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, items: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
         found: dict[str, dict[str, torch.Tensor]] = {"frozen": {}, "tables": {}}
+        if self.history is not None:
+            assert items is not None
+            assert lengths is not None
+            where, key, most = self._history_place
+            found[where][key] = self.history.pooled(items, lengths, most=most)
         for (where, key), look_up in zip(self._places, self.look_ups, strict=True):
             found[where][key] = look_up(ids)
         if self.tower is None:

@@ -12,7 +12,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from recpress.modules.als.exchange import Exchange
-from recpress.modules.config import TwoTowerConfig
+from recpress.modules.config import HISTORY, TwoTowerConfig
 from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import QUANTIZED, FrozenTable, Storage, row_bytes
 from recpress.modules.hashing.id_map import IdMap
@@ -40,6 +40,8 @@ class SideSpec:
     """Additional categorical features: key -> number of values."""
     floats: int = 0
     """Number of additional float features."""
+    history: int = 0
+    """Of users: number of items, the rows of the table of histories (key `HISTORY`); 0: there are none."""
     map: IdMap | None = None
     """If given, ids share the rows of their tables by this map. Counts and features remain per id."""
 
@@ -174,17 +176,23 @@ class TwoTower(nn.Module):
             if spec.map is not None:
                 source = shared_rows(spec.map, source, of_ids, side, exchange) if given is None else given
             sources.append(source)
+        history = self.config.tables.history if self.user.history else "none"
         for side, spec, source, frozen, tables, tower in (
             ("user", self.user, sources[0], self.user_frozen, self.user_tables, self.user_tower),
             ("item", self.item, sources[1], self.item_frozen, self.item_tables, self.item_tower),
         ):
-            if self.config.tables.strategy == "warm-start":
-                assert tables is not None
-                load_rows(tables.state_dict()[f"embedding_bags.{side}.weight"], side, source)
-            else:
-                assert frozen is not None
-                frozen.load(side, source)
-            tower.fit_scale(source if spec.map is None else IdVectors(spec.map, source))
+            loaded = {side: source} if side == "item" or history != "only" else {}
+            if side == "user" and history != "none":
+                loaded["user_history"] = item
+            for name, rows_of in loaded.items():
+                if self.config.tables.strategy == "warm-start":
+                    assert tables is not None
+                    load_rows(tables.state_dict()[f"embedding_bags.{name}.weight"], name, rows_of)
+                else:
+                    assert frozen is not None
+                    frozen.load(name, rows_of)
+            if side in loaded:
+                tower.fit_scale(source if spec.map is None else IdVectors(spec.map, source))
 
     def load_counts(self, user: RowSource, item: RowSource) -> None:
         """Load standardized log counts (`row_source.LogCounts`), (ids, 1) each. Call it after sharding."""
@@ -306,6 +314,10 @@ def make_side(
 ) -> tuple[FrozenEmbeddingBagCollection | None, EmbeddingBagCollection | None, Tower | ResidualTower]:
     """The frozen tables, the trainable tables and the tower of users or items. Uses only the sizes of a map."""
     strategy = config.tables.strategy
+    if spec.history and HISTORY in spec.categorical:
+        raise ValueError(f"a feature of the {name}s is named {HISTORY!r}, the key of their items; rename it")
+    if spec.history and config.tables.history == "only" and strategy == "frozen+residual":
+        raise ValueError("strategy 'frozen+residual' adds to rows of users, which history 'only' has none of")
     if strategy != "random" and spec.dim is None:
         raise ValueError(f"strategy {strategy!r} starts from factors; there are none for {name}s")
     key, rows, weighted = spec.key, spec.rows, False
@@ -319,14 +331,28 @@ def make_side(
     trained: list[EmbeddingBagConfig] = []
     others: list[tuple[TableOutput, int]] = []
     base: TableOutput
-    if strategy in ("frozen", "frozen+residual"):
-        dim = round_up(spec.dim or 0)
-        frozen.append(FrozenTable(name=name, rows=rows, dim=dim, features=(key,), storage=config.tables.storage))
+    is_frozen = strategy in ("frozen", "frozen+residual")
+    dim = round_up(config.tables.dim if strategy == "random" else spec.dim or 0)
+    history: TableOutput = ("frozen" if is_frozen else "tables", HISTORY)
+    tables: dict[str, tuple[int, str]] = {}
+    if not spec.history or config.tables.history != "only":
+        tables[name] = (rows, key)
+    if spec.history:
+        tables[f"{name}_history"] = (spec.history, HISTORY)
+    for of_ids, (size, feature) in tables.items():
+        if is_frozen:
+            storage_of = config.tables.storage
+            frozen.append(FrozenTable(name=of_ids, rows=size, dim=dim, features=(feature,), storage=storage_of))
+        else:
+            trained.append(_table(of_ids, size, dim, feature))
+    if name not in tables:
+        base = history
+    elif is_frozen:
         base = ("frozen", f"{key}@{name}" if spec.counted and spec.map is None else key)
     else:
-        dim = round_up(config.tables.dim if strategy == "random" else spec.dim or 0)
-        trained.append(_table(name, rows, dim, key))
         base = ("tables", key)
+    if spec.history and base != history:
+        others.append((history, dim))
     count: TableOutput | Literal["given"] | None = None
     if spec.counted and spec.map is not None:
         count = "given"
@@ -344,7 +370,8 @@ def make_side(
         width = round_up(config.towers.feature_dim)
         trained.append(_table(f"{name}_{feature}", values, width, feature))
         others.append((("tables", feature), width))
-    given = TowerInput(base=base, dim=dim, count=count, others=others, floats=spec.floats)
+    scaled = (history,) if spec.history else ()
+    given = TowerInput(base=base, dim=dim, count=count, others=others, floats=spec.floats, scaled=scaled)
     tower = make_tower(config.towers, given, name)
     return (
         FrozenEmbeddingBagCollection(frozen, device=device, weighted=weighted) if frozen else None,

@@ -5,7 +5,7 @@ A tower returns (vectors (B, out_dim), penalty). The penalty is a scalar that ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,8 @@ class TowerInput:
     """Further vectors and their dimensions."""
     floats: int = 0
     """Number of float features."""
+    scaled: Sequence[TableOutput] = ()
+    """Outputs that are scaled to length one; a vector of zeros remains."""
 
     @property
     def width(self) -> int:
@@ -51,13 +53,17 @@ class TowerInput:
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """(e, count (B, 1) or None, the other parts)."""
         results = {"frozen": _wait(frozen), "tables": _wait(tables)}
-        others = [results[where][key] for (where, key), _ in self.others]
+        others = [self._output(results, place) for place, _ in self.others]
         if self.floats:
             assert floats is not None
             others.append(floats)
         if self.count is not None and self.count != "given":
             count = results[self.count[0]][self.count[1]][:, :1]
-        return results[self.base[0]][self.base[1]], count, others
+        return self._output(results, self.base), count, others
+
+    def _output(self, results: Mapping[str, KeyedTensor], place: TableOutput) -> torch.Tensor:
+        found = results[place[0]][place[1]]
+        return nn.functional.normalize(found, dim=1) if place in self.scaled else found
 
 
 class Tower(nn.Module):
@@ -118,8 +124,9 @@ class ResidualTower(nn.Module):
         self.length: torch.Tensor  # mean and standard deviation of |e|
         facts = 1 if given.count is None else 2
         self.gate = nn.Sequential(nn.Linear(facts, 16), nn.GELU(), _zero(nn.Linear(16, 1)))
-        self.register_buffer("spread", torch.tensor(1.0))
-        self.register_buffer("length", torch.tensor([0.0, 1.0]))
+        unit = given.base in given.scaled
+        self.register_buffer("spread", torch.tensor(given.dim**-0.5 if unit else 1.0))
+        self.register_buffer("length", torch.tensor([1.0 if unit else 0.0, 1.0]))
 
     @torch.no_grad()
     def fit_scale(self, table: RowSource) -> None:

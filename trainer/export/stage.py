@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log, open_log
 from recpress.data.errors import InputError
+from recpress.data.sampling.histories import latest_items
+from recpress.modules.config import HISTORY
 from recpress.modules.frozen.kernel import Storage
 from recpress.trainer.artifacts.factors import FACTORS, MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.config import chosen_schema
@@ -78,7 +81,7 @@ def export(config: ExportConfig) -> None:
             meta["score"] = "dot product of a user vector and an item vector; larger is better"
             meta["items"] = write_items(programs[1], log, folder)
         if library is not None:
-            meta["index"] = _index(config, library, programs[0], log, folder)
+            meta["index"] = _index(config, library, manifest, programs[0], log, folder)
         if config.triton:
             meta["triton"] = write_repository(folder, meta["programs"])
         meta["versions"] = versions()
@@ -142,11 +145,19 @@ def _model(config: ExportConfig, manifest: dict[str, Any], log: Log, folder: Pat
     return served_program(config.model, manifest, log, tensors, config.storage, config.factory)
 
 
-def _index(config: ExportConfig, library: Library, user: Program, log: Log, folder: Path) -> dict[str, Any]:
+def _index(
+    config: ExportConfig, library: Library, manifest: dict[str, Any], user: Program, log: Log, folder: Path
+) -> dict[str, Any]:
     """Build the index; its entry of the manifest."""
     generator = torch.Generator().manual_seed(0)
     users = torch.randperm(log.num_users, generator=generator)[:QUERIES]
-    built = build(library, lambda: read_vectors(folder), log.num_items, user.run(users), config.index_recall, folder)
+    given = [users]
+    if len(user.inputs) > 1:
+        length = manifest["model"]["two_tower"]["tables"]["history_length"]
+        lists = latest_items(open_log(log.path, log.schema), length).take(users.numpy())
+        given += [torch.from_numpy(array.astype(np.int64)) for array in (lists.values, lists.lengths)]
+    queries = user.run(*given)
+    built = build(library, lambda: read_vectors(folder), log.num_items, queries, config.index_recall, folder)
     return built.describe(len(users), min(NEIGHBORS, log.num_items))
 
 
@@ -169,9 +180,17 @@ def _towers(config: ExportConfig, manifest: dict[str, Any], log: Log, folder: Pa
             module = served_factors(FactorsArtifact(config.model, manifest), side, tensors, storage)
         else:
             module = served_tower(saved, side, tensors, storage)
-        ids = Input(side, torch.int64, f"dense ids of {side}s")
-        golden = golden_ids(log.num_ids(side), generator)
-        programs.append(Program(side, module, tensors, [ids], [golden], f"vectors of {side}s"))
+        inputs = [Input(side, torch.int64, f"dense ids of {side}s")]
+        golden = [golden_ids(log.num_ids(side), generator)]
+        if module.history is not None:
+            meaning = "dense ids of the items of all users, each user's latest item last"
+            inputs += [
+                Input(f"{HISTORY}.values", torch.int64, meaning, size=HISTORY),
+                Input(f"{HISTORY}.lengths", torch.int64, "number of items of each user", values=HISTORY),
+            ]
+            lengths = torch.randint(9, (len(golden[0]),), generator=generator)
+            golden += [torch.randint(log.num_items, (int(lengths.sum()),), generator=generator), lengths]
+        programs.append(Program(side, module, tensors, inputs, golden, f"vectors of {side}s"))
     return programs
 
 

@@ -22,7 +22,7 @@ from recpress.modules.row_source import blocks, round_up
 from recpress.modules.serving.bags import ServedTable
 from recpress.modules.serving.row_index import IndexPlan, RowIndex, packed_words
 from recpress.modules.serving.rows import encoded_parts, narrower
-from recpress.modules.serving.tower import LookUp, PerId, ServedCounts, ServedFeature, ServedTower
+from recpress.modules.serving.tower import History, LookUp, PerId, ServedCounts, ServedFeature, ServedTower
 from recpress.modules.two_tower.model import SideSpec, make_side
 from recpress.modules.two_tower.towers import ResidualTower, Tower
 from recpress.trainer.artifacts.factors import FactorsArtifact
@@ -77,26 +77,28 @@ def served_tower(saved: SavedTwoTower, side: Side, tensors: ProgramTensors, stor
     """
     model = saved.manifest["model"]
     config = saved_config(str(saved.folder), model)
-    counted = model["dim"] is not None and config.towers.kind == "residual"
     table = saved.features.user if side == "user" else saved.features.item
-    spec = side_spec(side, saved.log.num_ids(side), model["dim"], table, counted, saved.maps.get(side))
+    spec = side_spec(config, saved.log, side, model["dim"], saved.features, saved.maps.get(side))
     builder = _Side(saved, side, spec, table, tensors, storage)
     frozen, trained, tower = make_side(side, config, spec, torch.device("meta"))
     fallback = bool(saved.manifest.get("fallback"))
-    look_ups = []
+    look_ups, history = [], None
     for where, collection in (("frozen", frozen), ("tables", trained)):
         if collection is None or (fallback and where == "tables"):
             continue
         tables = collection.embedding_bag_configs()
         for found, names in zip(tables, get_embedding_names_by_table(tables), strict=True):
-            if not (fallback and found.name != side):
+            if found.name == f"{side}_history" and not fallback:
+                rows = builder.history(where, found)
+                history = History(where, names[0], rows, config.tables.history_length)  # type: ignore[arg-type]
+            elif not (fallback and found.name != side):
                 look_ups.append(LookUp(where, names[0], builder.look_up(where, found)))  # type: ignore[arg-type]
     if fallback:
         return ServedTower(look_ups, None).eval()
     _load(tower, saved.dense, f"{side}_tower.")
-    codes = builder.count_codes() if counted and spec.map is not None else None
+    codes = builder.count_codes() if spec.counted and spec.map is not None else None
     floats = builder.floats() if spec.floats else None
-    return ServedTower(look_ups, tower, count=codes, floats=floats).eval()
+    return ServedTower(look_ups, tower, count=codes, floats=floats, history=history).eval()
 
 
 def served_factors(factors: FactorsArtifact, side: Side, tensors: ProgramTensors, storage: Storage) -> ServedTower:
@@ -158,6 +160,15 @@ class _Side:
         index = row_index(self.spec.rows, self.spec.map, self.tensors, name)
         rows = self.tensors.rows(name, storage, table.rows, table.dim, table.blocks(storage), table.take)
         return ServedTable(index, rows)
+
+    def history(self, where: str, config: Any) -> ServedTable:
+        """The table of the items of users."""
+        table = self._saved(where, config)
+        storage = narrower(table.storage, self.storage)
+        index = RowIndex(IndexPlan.of(table.rows, None), self.tensors.large)
+        return ServedTable(
+            index, self.tensors.rows(config.name, storage, table.rows, table.dim, table.blocks(storage), table.take)
+        )
 
     def count_codes(self) -> ServedCounts:
         """The log counts of ids with a map."""

@@ -9,23 +9,26 @@ from typing import Any
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
 from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.dataset.side_table import SideTable
 from recpress.data.errors import InputError
 from recpress.data.negatives.samplers import Negatives, UniformNegatives
+from recpress.data.sampling.histories import latest_items
+from recpress.data.sampling.selection import HoldOut
 from recpress.data.stream.batch import ITEM, USER, BatchBuilder
-from recpress.modules.config import LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
+from recpress.modules.config import HISTORY, LossConfig, TablesConfig, TowersConfig, TwoTowerConfig
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
-from recpress.trainer.config import TableOptimizer
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.sharding import FP32, shard
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
 
@@ -39,12 +42,29 @@ class Features:
     """Feature tables of users and items, replicated on every rank."""
 
     user: SideTable | None
+    """With the feature `HISTORY`, if the model uses the items of users."""
     item: SideTable | None
 
     @classmethod
     def of(cls, log: Log, user: Sequence[str], item: Sequence[str]) -> Features:
         """These columns of `users.parquet` and `items.parquet`. Raises InputError if one is missing."""
         return cls(_side_table(log, "user", user), _side_table(log, "item", item))
+
+    def with_histories(
+        self,
+        log: Log,
+        tables: TablesConfig,
+        *,
+        sample: SampleConfig | None = None,
+        hold_out: HoldOut | None = None,
+    ) -> Features:
+        """These features, with the items of users if the tables need them; see `latest_items`."""
+        if tables.history == "none":
+            return self
+        known = self.user or SideTable(log.num_users, {}, [], None)
+        found = latest_items(log, tables.history_length, sample=sample, hold_out=hold_out)
+        lists = torch.from_numpy(found.values), torch.from_numpy(found.offsets)
+        return replace(self, user=replace(known, categorical={**known.categorical, HISTORY: lists}))
 
 
 @dataclass
@@ -90,7 +110,7 @@ class ShardedTwoTower:
             given = [hashed.rows(side) if hashed and side in mapped and not crossfit else None for side in SIDES]
             tables = [factors.table(side, crossfit=crossfit) for side in SIDES]
         self.module.load_factors(*tables, counts=counts, rows=given)
-        if not self.module.user.counted:
+        if not self.module.item.counted:
             return
         logs = [LogCounts(factors.counts(side)) for side in SIDES]
         if crossfit and factors.crossfit is not None:
@@ -117,6 +137,7 @@ def build(
     table_optimizer: TableOptimizer = "row-wise-adagrad",
     seed: int,
     maps: Mapping[str, IdMap] | None = None,
+    communication: CommunicationConfig = FP32,
 ) -> ShardedTwoTower:
     """A network with random weights, sharded by TorchRec's planner. Collective.
 
@@ -124,19 +145,15 @@ def build(
         dim: dimension of the factors; None for `random`.
         batch_size: rows of a batch per rank, for the planner.
         maps: "user", "item" -> id map of the tables of this side.
+        communication: precision of vectors and gradients between ranks.
 
     Raises:
         InputError: a strategy that needs factors without them; tables that do not fit in memory.
     """
     torch.manual_seed(seed)
-    counted = dim is not None and config.towers.kind == "residual"
     with raise_on_all_ranks():
-        module = TwoTower(
-            config,
-            side_spec(USER, log.num_users, dim, features.user, counted, (maps or {}).get("user")),
-            side_spec(ITEM, log.num_items, dim, features.item, counted, (maps or {}).get("item")),
-            tables_device="meta",
-        )
+        users, items = (side_spec(config, log, side, dim, features, (maps or {}).get(side)) for side in SIDES)
+        module = TwoTower(config, users, items, tables_device="meta")
     dmp = shard(
         module,
         ranks.device,
@@ -144,6 +161,7 @@ def build(
         learning_rate=table_learning_rate,
         optimizer=table_optimizer,
         seed=seed,
+        communication=communication,
     )
     builder = BatchBuilder(
         negatives,
@@ -152,6 +170,7 @@ def build(
         user_table=features.user,
         item_table=features.item,
         device=ranks.device,
+        history=None if config.tables.history == "none" else HISTORY,
     )
     return ShardedTwoTower(dmp, builder)
 
@@ -181,6 +200,7 @@ def load_model(path: str, log: Log, ranks: Ranks) -> ShardedTwoTower:
         model = manifest["model"]
         config = saved_config(path, model)
         features = Features.of(log, model["user_features"], model["item_features"])
+        features = features.with_histories(log, config.tables)
         folder = artifact.fetch(path, manifest, f"{WEIGHTS}/*", f"{MAPS}/*")
         maps = load_maps(folder / MAPS, model.get("maps", ()), log)
     sharded = build(
@@ -229,8 +249,25 @@ def _side_table(log: Log, side: Side, names: Sequence[str]) -> SideTable | None:
 
 
 def side_spec(
-    key: str, rows: int, dim: int | None, table: SideTable | None, counted: bool, id_map: IdMap | None
+    config: TwoTowerConfig, log: Log, side: Side, dim: int | None, features: Features, id_map: IdMap | None
 ) -> SideSpec:
     """The sizes of one side, with the features of its table."""
-    spec = SideSpec(key=key, rows=rows, dim=dim, counted=counted, map=id_map)
-    return spec if table is None else replace(spec, categorical=table.num_values(), floats=len(table.float_names))
+    table = features.user if side == "user" else features.item
+    values = {} if table is None else {name: n for name, n in table.num_values().items() if name != HISTORY}
+    history = log.num_items if side == "user" and config.tables.history != "none" else 0
+    return SideSpec(
+        key=USER if side == "user" else ITEM,
+        rows=log.num_ids(side),
+        dim=dim,
+        counted=is_counted(config, side, dim),
+        categorical=values,
+        floats=0 if table is None else len(table.float_names),
+        history=history,
+        map=id_map,
+    )
+
+
+def is_counted(config: TwoTowerConfig, side: Side, dim: int | None) -> bool:
+    """Whether the tower gets the log count of an id."""
+    per_id = side == "item" or config.tables.history != "only"
+    return dim is not None and config.towers.kind == "residual" and per_id

@@ -81,6 +81,8 @@ class Job:
     """Pairs of the log are in memory, so that no positive is drawn as a negative."""
     keep_best: bool = False
     """A copy of the best weights is in memory (evaluation.every, evaluation.every_steps)."""
+    averages: bool = False
+    """An average of the dense weights is in memory (ema)."""
     uploads: bool = False
     """Checkpoints go to an object store."""
     metrics: bool = False
@@ -167,6 +169,7 @@ def job_of(config: PlanConfig) -> Job:
         group_rows=min(group, rows) if rows else group,
         rejects=config.negatives.rejects(rows=rows, users=user.ids, items=item.ids, sample=config.sample),
         keep_best=config.evaluation.while_training,
+        averages=config.ema is not None,
         uploads=is_remote(config.checkpoint.folder or config.out),
         metrics=bool(config.metrics.window),
         row_vectors=_row_vectors(config, log, factors),
@@ -202,13 +205,15 @@ def _side_shapes(config: PlanConfig, log: Log) -> list[SideShape]:
             for values in table.categorical.values():
                 tensors += values if isinstance(values, tuple) else (values,)
             tensors += [] if table.floats is None else [table.floats]
+        length = config.model.tables.history_length if config.model.tables.history != "none" else 0
+        lists = 4 * min(log.train.num_rows, log.num_users * length) + 8 * (log.num_users + 1) if length else 0
         shapes.append(
             SideShape(
                 ids=log.num_ids(side),  # type: ignore[arg-type]
                 map=MapShape.of(maps[side]) if side in maps else None,
                 categorical={} if table is None else dict(table.num_values()),
                 floats=0 if table is None else len(table.float_names),
-                feature_bytes=sum(t.nbytes for t in tensors),
+                feature_bytes=sum(t.nbytes for t in tensors) + (lists if side == "user" else 0),
             )
         )
     return shapes

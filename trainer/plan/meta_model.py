@@ -21,6 +21,7 @@ from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.two_tower.losses import make_loss
 from recpress.modules.two_tower.model import SideSpec, make_side
 from recpress.modules.two_tower.towers import TowerInput
+from recpress.trainer.model.two_tower import is_counted
 from recpress.trainer.plan.job import Job
 
 
@@ -62,20 +63,21 @@ class MetaTowers(nn.Module):
         """
         super().__init__()
         config, meta = job.network.model, torch.device("meta")
-        counted = job.dim is not None and config.towers.kind == "residual"
         user, item = (
             SideSpec(
                 key=key,
                 rows=side.ids,
                 dim=job.dim,
-                counted=counted,
+                counted=is_counted(config, "item" if key == ITEM else "user", job.dim),
                 categorical=side.categorical,
                 floats=side.floats,
                 map=cast(IdMap, side.map),
             )
             for key, side in ((USER, job.user), (ITEM, job.item))
         )
-        self.counted = counted
+        if config.tables.history != "none":
+            user = replace(user, history=job.item.ids)
+        self.counted = item.counted
         with meta:
             self.user_frozen, self.user_tables, self.user_tower = make_side("user", config, user, meta)
             self.item_frozen, self.item_tables, self.item_tower = make_side("item", config, item, meta)

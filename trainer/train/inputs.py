@@ -8,7 +8,7 @@ from typing import Any
 
 from recpress.data.config import SampleConfig
 from recpress.data.dataset import artifact
-from recpress.data.dataset.log import SIDES, Log
+from recpress.data.dataset.log import SIDES, Log, Side
 from recpress.data.errors import InputError
 from recpress.data.stream.loader import InteractionStream
 from recpress.modules.hashing.id_map import IdMap
@@ -40,6 +40,7 @@ class Inputs:
     log: Log
     stream: InteractionStream
     features: Features
+    """Without the validation rows in the items of users."""
     factors: FactorsArtifact | None
     """Initial tables; None for random tables."""
     crossfit: bool
@@ -51,22 +52,30 @@ class Inputs:
         """ "user", "item" -> id map, of the sides that have one."""
         return {side: self.hashed.map(side) for side in SIDES if side in self.hashed.maps} if self.hashed else {}
 
+    @property
+    def starts_as_factors(self) -> bool:
+        """Whether a network can rank as the factorization does."""
+        return self.factors is not None and self.config.model.tables.history != "only"
+
     def tables(self) -> dict[str, NewTable]:
         """Name of each table of ids -> what its rows are of."""
         found: dict[str, NewTable] = {}
-        strategy, factors = self.config.model.tables.strategy, self.factors
-        for side, features in zip(SIDES, (self.features.user, self.features.item), strict=True):
-            id_map = self.maps.get(side)
+        strategy, history, factors = self.config.model.tables.strategy, self.config.model.tables.history, self.factors
+        rows_of: dict[str, Side] = {} if history == "only" else {"user": "user"}
+        rows_of |= {"item": "item"} if history == "none" else {"user_history": "item", "item": "item"}
+        for name, side in rows_of.items():
+            id_map = self.maps.get(name)
             space = with_map(side_space(self.log, side), side, id_map)
-            found[side] = NewTable(space, id_map)
+            found[name] = NewTable(space, id_map)
             if factors is not None and strategy == "warm-start":
-                found[side] = NewTable(space, id_map, factors.table(side))
+                found[name] = NewTable(space, id_map, factors.table(side))
             elif factors is not None:
-                found[side] = NewTable(replace(space, factors=factors.fingerprint), id_map)
-            if strategy == "frozen+residual":
+                found[name] = NewTable(replace(space, factors=factors.fingerprint), id_map)
+            if strategy == "frozen+residual" and name == side:
                 found[f"{side}_plus"] = NewTable(space, id_map)
+        for side, features in zip(SIDES, (self.features.user, self.features.item), strict=True):
             for name, values in (features.num_values() if features is not None else {}).items():
-                found[f"{side}_{name}"] = NewTable(IdSpace(num_ids=values))
+                found.setdefault(f"{side}_{name}", NewTable(IdSpace(num_ids=values)))
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -96,12 +105,14 @@ def open_inputs(given: TrainConfig, ranks: Ranks) -> Inputs:
     with raise_on_all_ranks():
         factors = choose_factors(config, log)
         config = replace(config, sample=choose_sample(config, log, factors))
+        hold_out, tables = plan_hold_out(config, log), config.model.tables
+        features = Features.of(log, config.user_features, config.item_features)
         inputs = Inputs(
             given,
             config,
             log,
-            stream=make_stream(config, log, ranks, hold_out=plan_hold_out(config, log)),
-            features=Features.of(log, config.user_features, config.item_features),
+            stream=make_stream(config, log, ranks, hold_out=hold_out),
+            features=features.with_histories(log, tables, sample=config.sample, hold_out=hold_out),
             factors=factors,
             crossfit=choose_crossfit(config, log, factors),
             hashed=choose_maps(config, log, factors),

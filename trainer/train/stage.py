@@ -123,7 +123,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
         model = networks.build(config.model)
         heldout = load_heldout(log, config.evaluation) if has_heldout(config, log, ranks) else None
         validation = load_validation(config, log, stream.hold_out, ranks, count_items=factors is None)
-        unproven = isinstance(validation, NoRows) and factors is not None
+        unproven = isinstance(validation, NoRows) and inputs.starts_as_factors
         malloc_trim()  # what reading the pairs used, before the tables are filled
         networks.load_factors(model, crossfit=inputs.crossfit)
         malloc_trim()
@@ -149,6 +149,9 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             model = networks.like_factorization(crossfit=False)
             manifest["model"]["two_tower"] = asdict(networks.residual())
         model.dmp.eval()
+        if stream.hold_out is not None:
+            with raise_on_all_ranks():
+                model.builder.replace_users(inputs.features.with_histories(log, config.model.tables).user)
         metrics, factorization, cases = rank_test(inputs, model, heldout, ranks)
 
         table_bytes, map_bytes = sum(model.module.table_bytes.values()), sum(m.nbytes for m in maps.values())
@@ -203,7 +206,7 @@ def _prepare_choice(networks: Networks, model: ShardedTwoTower, validation: Vali
     """Rank the validation rows by the factorization, which a network must beat, and by popularity. Collective."""
     inputs, ranks = networks.inputs, networks.ranks
     choice = Choice(validation.heldout, inputs.config.evaluation, ranks, validation.weights)
-    if inputs.factors is not None:
+    if inputs.starts_as_factors:
         residual = inputs.config.model.towers.kind == "residual"
         start = model if residual else networks.like_factorization(crossfit=inputs.crossfit)
         start.dmp.eval()

@@ -243,6 +243,20 @@ def test_on_cuda_no_batch_waits(log, popular, shared):
         assert batch.item_floats.shape == (10 if shared else 24, 1)
 
 
+def test_the_item_of_a_row_does_not_count_in_the_items_of_its_user():
+    values = torch.tensor([3, 1, 3, 1, 2, 0], dtype=torch.int32)  # of the lists 3 1 3, none, 1, and 2 0
+    table = SideTable(4, {"history": (values, torch.tensor([0, 3, 3, 4, 6]))}, [], None)
+    build = BatchBuilder(UniformNegatives(ITEMS, 2), user_table=table, history="history")
+    users, items = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([3, 1, 0, 1, 1])
+    empty = dict.fromkeys(("label", "time", "floats")) | {"categorical": {}, "epoch": 0, "step": 0, "position": 0}
+    batch = build(Interactions(user=users, item=items, size=5, **empty))
+    assert lists_of(batch.user_features, "history") == [[1], [3, 3], [], [], [2, 0]]
+    assert batch.user_features.values().dtype == torch.int64
+    assert lists_of(build.users(torch.tensor([0, 3]))[0], "history") == [[3, 1, 3], [2, 0]]  # not for ranking
+    build.replace_users(SideTable(4, {"history": (values[:0], torch.zeros(5, dtype=torch.int64))}, [], None))
+    assert lists_of(build.users(torch.tensor([0, 3]))[0], "history") == [[], []]
+
+
 def test_lists_on_cuda_are_built_on_the_host(log, tables):
     """On the device, the host would wait in each step for the number of their values."""
     with fake_cuda():

@@ -83,6 +83,58 @@ def test_what_does_not_fit_is_refused():
         build().load_factors(user[:8], item)
 
 
+def with_history(strategy, history):
+    config = TwoTowerConfig(
+        tables=TablesConfig(strategy=strategy, dim=8, history=history),
+        towers=TowersConfig(kind="residual", hidden=(4,)),
+    )
+    torch.manual_seed(0)
+    counted = strategy != "random"
+    user = SideSpec(key="user", rows=USERS, dim=DIM, counted=counted and history == "add", history=ITEMS)
+    model = TwoTower(config, user, SideSpec(key="item", rows=ITEMS, dim=DIM, counted=counted))
+    if counted:
+        model.load_factors(*factors())
+        model.load_counts(np.zeros((USERS, 1), np.float32), np.zeros((ITEMS, 1), np.float32))
+    return model.eval()
+
+
+LISTS = [[0, 3, 3], [6], [], [2, 5]]
+HISTORIES = KeyedJaggedTensor(
+    ["user", "history"], torch.tensor([0, 1, 2, 3, 0, 3, 3, 6, 2, 5]), lengths=torch.tensor([1, 1, 1, 1, 3, 1, 0, 2])
+)
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "warm-start", "random"])
+def test_the_items_of_a_user_replace_the_row_of_the_user(strategy):
+    model = with_history(strategy, "only")
+    assert model.table_bytes.keys() - {"item_count"} == {"user_history", "item"}
+    rows = torch.from_numpy(factors()[1])
+    if strategy == "random":
+        rows = model.user_tables.state_dict()["embedding_bags.user_history.weight"]
+    sums = torch.stack([rows[items].sum(0) for items in LISTS])
+    found = model.user_vectors(HISTORIES)
+    torch.testing.assert_close(found[:, : sums.shape[1]], sums / sums.norm(dim=1, keepdim=True).clamp(min=1e-9))
+    assert found[2, :-1].abs().max() == 0  # of a user without items
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "frozen+residual", "warm-start"])
+def test_with_the_items_of_a_user_added_the_first_scores_are_those_of_the_factors(strategy):
+    model = with_history(strategy, "add")
+    user, item = factors()
+    found = model.user_vectors(HISTORIES) @ model.item_vectors(keyed(item=range(ITEMS))).T
+    torch.testing.assert_close(found, torch.from_numpy(user[:4] @ item.T))
+    torch.nn.init.normal_(model.user_tower.mlp[-1].weight)
+    moved = model.user_vectors(HISTORIES)
+    without = KeyedJaggedTensor(HISTORIES.keys(), torch.arange(4), lengths=torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]))
+    same = (moved - model.user_vectors(without)).abs().amax(1) < 1e-6
+    assert same.tolist() == [False, False, True, False]
+
+
+def test_items_cannot_replace_rows_that_others_are_added_to():
+    with pytest.raises(ValueError, match="history 'only'"):
+        with_history("frozen+residual", "only")
+
+
 def id_map(ids, rows=4, rows_per_id=1, weighted=False):
     rng = np.random.default_rng(3)
     weights = torch.from_numpy(rng.uniform(0.5, 1.5, (ids, rows_per_id)).astype(np.float32)) if weighted else None

@@ -1,6 +1,7 @@
 """`recpress export` of two-tower networks: the programs give the trainer's vectors, in a process without recpress."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from recpress.data.dataset.log import open_log
+from recpress.data.sampling.histories import latest_items
 from recpress.modules.config import HashConfig
 from recpress.modules.hashing.methods import build_map
 from recpress.modules.hashing.table_stats import TableStats
@@ -89,6 +91,25 @@ def test_fp32_programs_give_the_vectors_of_the_trainer(exported, model, log):
         "user_plus": "fp32",
         "user_city": "fp32",
     }
+
+
+@pytest.mark.parametrize("history", ["add", "only"])
+def test_the_program_of_users_takes_their_items(history, log, tmp_path):
+    config = two_tower(log, tmp_path / "model", None, "random", user_features=("city", "age"))
+    tables = replace(config.model.tables, history=history, history_length=9)
+    train(replace(config, model=replace(config.model, tables=tables)))
+    folder = tmp_path / "export"
+    export(ExportConfig(model=config.out, out=str(folder), storage="fp32", index="usearch"))
+    assert main(["export", "--check", str(folder)]) == 0
+    user, users = load(folder, "user"), torch.arange(USERS)
+    for length in (9, 400):  # the program takes the last 9 itself
+        lists = latest_items(open_log(log), length).take(users.numpy())
+        found = user(users, torch.from_numpy(lists.values).long(), torch.from_numpy(lists.lengths))
+        assert distance(found, trainer_vectors(config.out, log)["user"]) < 1e-5
+    new = user(torch.tensor([-1, -1]), torch.tensor([3, ITEMS, -5, 3, 4]), torch.tensor([3, 2]))  # of a new user
+    same = user(torch.tensor([-1, -1]), torch.tensor([3, 3, 4]), torch.tensor([1, 2]))  # unknown items are zeros
+    torch.testing.assert_close(new, same)
+    assert (new[0] - new[1]).abs().max() > 0
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("fp16", 1e-3), ("int8", 1e-2), ("int4", 0.15)])
