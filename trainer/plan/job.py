@@ -81,6 +81,8 @@ class Job:
     """Pairs of the log are in memory, so that no positive is drawn as a negative."""
     keep_best: bool = False
     """A copy of the best weights is in memory (evaluation.every, evaluation.every_steps)."""
+    averages: bool = False
+    """An average of the dense weights is in memory (ema)."""
     uploads: bool = False
     """Checkpoints go to an object store."""
     metrics: bool = False
@@ -167,6 +169,7 @@ def job_of(config: PlanConfig) -> Job:
         group_rows=min(group, rows) if rows else group,
         rejects=config.negatives.rejects(rows=rows, users=user.ids, items=item.ids, sample=config.sample),
         keep_best=config.evaluation.while_training,
+        averages=config.ema is not None,
         uploads=is_remote(config.checkpoint.folder or config.out),
         metrics=bool(config.metrics.window),
         row_vectors=_row_vectors(config, log, factors),

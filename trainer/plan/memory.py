@@ -80,6 +80,7 @@ def rank_lines(
             features=job.user.feature_bytes + job.item.feature_bytes,
             optimizer=job.network.optimizer.tables,
             keep_best=job.keep_best,
+            averages=job.averages,
             uploads=job.uploads,
             metrics=job.metrics,
             cuda=cuda,
@@ -128,6 +129,7 @@ def label_lines(
             features=job.feature_bytes,
             optimizer=job.config.optimizer.tables,
             keep_best=job.keep_best,
+            averages=job.config.ema is not None,
             uploads=job.uploads,
             metrics=job.metrics,
             cuda=cuda,
@@ -173,6 +175,7 @@ def _state_lines(
     features: int,
     optimizer: TableOptimizer,
     keep_best: bool,
+    averages: bool,
     uploads: bool,
     metrics: bool,
     cuda: bool,
@@ -189,7 +192,7 @@ def _state_lines(
     trained_bytes = sum(s.nbytes(cuda) for s in trained)
     state = sum(4 * s.rows * (kind.per_row + kind.per_value * s.width) for s in trained)
     frozen_bytes = sum(s.nbytes(cuda) for s in shards if s.storage is not None)
-    staged = trained_bytes + state + 3 * 4 * dense
+    staged = trained_bytes + state + (3 + averages) * 4 * dense
     return [
         Line("process", PROCESS, "torch, torchrec and recpress imported (measured)", "host", "always"),
         Line("metrics", METRICS * metrics, "torchmetrics imported (measured)", "host", "train"),
@@ -201,6 +204,7 @@ def _state_lines(
         Line("log counts behind maps", log_counts, "every rank: ids x 1 B", device),
         Line("side features", features, "every rank: ids x 8 B per category, 4 B per float", device),
         Line("dense part", 4 * 4 * dense, "weights, gradients (DDP buckets), 2 Adam moments", device, "train"),
+        Line("average of the dense part", 4 * dense * averages, "--ema: a copy of the weights", device, "train"),
         Line("best weights", (trained_bytes + 4 * dense) * keep_best, "a copy of trained weights", "host", "train"),
         Line(
             "copy for checkpoints",

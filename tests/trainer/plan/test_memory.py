@@ -2,7 +2,7 @@
 
 import pytest
 
-from recpress.trainer.config import CheckpointConfig
+from recpress.trainer.config import AutoOptimizerConfig, CheckpointConfig
 from recpress.trainer.plan.config import ClusterConfig
 from recpress.trainer.plan.stage import plan
 from tests.trainer.plan.jobs import config, line
@@ -46,3 +46,16 @@ def test_a_checkpoint_is_copied_in_host_memory_without_frozen_tables_and_gradien
     host, device = found["peaks"]["host"], found["peaks"]["device"]
     assert host["checkpoint"] - host["train"] == copy
     assert device["checkpoint"] == device["train"]
+
+
+@pytest.mark.parametrize(("tables", "numbers"), [("adam", 2 * 128), ("row-wise-adam", 128 + 1), ("adagrad", 128)])
+def test_optimizers_of_tables_have_their_state(tables, numbers):
+    found = one_rank(strategy="random", optimizer=AutoOptimizerConfig(tables=tables))
+    assert line(found, "optimizer state") == 1_100_000 * 4 * numbers
+
+
+def test_an_average_is_one_more_copy_of_the_dense_part():
+    with_average, without = one_rank(ema=0.99), one_rank()
+    weights = line(without, "dense part") // 4
+    assert line(with_average, "average of the dense part") == weights
+    assert line(with_average, "copy for checkpoints") == line(without, "copy for checkpoints") + weights
