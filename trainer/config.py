@@ -219,6 +219,17 @@ class ProfileConfig:
         at_least(0, steps=self.steps, start=self.start)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommunicationConfig:
+    """Precision in which vectors of embeddings and their gradients cross ranks. Rows and optimizers are fp32."""
+
+    forward: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Of vectors. int8: with a scale for each 32 numbers; tables that are sharded by rows send fp16, because ranks add
+    their parts."""
+    backward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of their gradients."""
+
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Strategy = Literal["random", "warm-start", "frozen", "frozen+residual"]
 
@@ -399,6 +410,7 @@ class RunConfig:
     precision: Precision = "fp32"
     """Precision of the dense part while it trains. `tf32`: TF32 for float32 products, on CUDA only; `bf16`, `fp16`:
     autocast, fp16 with a gradient scale. Weights, tables, losses and evaluations are fp32."""
+    communication: CommunicationConfig = field(default_factory=CommunicationConfig)
     accumulate: int = 1
     """Batches per step of the dense part, which applies the mean of their gradients. Trained tables are updated with
     every batch. All counts of steps are of such steps."""

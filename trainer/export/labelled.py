@@ -32,6 +32,7 @@ from recpress.trainer.features.saved import saved_features
 from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
 from recpress.trainer.model.saved import saved_options
+from recpress.trainer.model.trained import refuse_sequences
 from recpress.trainer.model.two_tower import MAPS, WEIGHTS
 
 _PREFIX = "model."
@@ -52,6 +53,7 @@ def served_program(
     saved = _Saved.open(path, manifest, log)
     name, options = saved_options(path, manifest, factory)
     module = factory_of(name)(options, ModelInputs.of(saved.features))
+    refuse_sequences(name, module, "recpress export")
     _load_dense(path, module, saved.dense)
     for place, found in list(module.named_modules()):
         if isinstance(found, EmbeddingBagCollection):

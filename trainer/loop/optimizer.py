@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -36,7 +37,7 @@ def schedule_factor(config: OptimizerConfig, step: int, total_steps: int) -> flo
 def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
     """The kernels of the trained tables. TorchRec does not register them as modules of the model."""
     for module in model.modules():
-        if isinstance(module, ShardedEmbeddingBagCollection):
+        if isinstance(module, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
             for lookup in module._lookups:
                 yield from (m for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen))
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec import KeyedTensor
+from torchrec import JaggedTensor, KeyedTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import LazyAwaitable
 
@@ -71,7 +72,7 @@ class GradientScale:
         """Since the factor changed."""
         self._overflow = torch.zeros((), device=device)  # of gradients for tables, in the step in progress
         for module in model.modules():
-            if isinstance(module, ShardedEmbeddingBagCollection):
+            if isinstance(module, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
                 module.register_forward_hook(self._after_lookup)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -112,10 +113,11 @@ class GradientScale:
         if isinstance(result, LazyAwaitable):
             result.callbacks.append(self._hooked)
 
-    def _hooked(self, vectors: KeyedTensor) -> KeyedTensor:
-        if vectors.values().requires_grad:
-            vectors.values().register_hook(self._unscaled)
-        return vectors
+    def _hooked(self, found: KeyedTensor | dict[str, JaggedTensor]) -> KeyedTensor | dict[str, JaggedTensor]:
+        for vectors in found.values() if isinstance(found, dict) else [found]:
+            if vectors.values().requires_grad:
+                vectors.values().register_hook(self._unscaled)
+        return found
 
     def _unscaled(self, gradient: torch.Tensor) -> torch.Tensor:
         finite = torch.isfinite(gradient).all()

@@ -143,7 +143,7 @@ def _of_checkpoint(folder: Path) -> SavedWeights:
         if not name.startswith(_STATE):
             continue
         name = name.removeprefix(_STATE)
-        if is_table(name):
+        if is_table(name) or (".embeddings." in name and name.endswith(".weight")):  # of an EmbeddingCollection
             rectangles = [(_rectangle(offsets, array), array) for offsets, array in parts]
             tables[name] = SavedTable(name, rectangles)
         elif len(parts) == 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.modules.embedding_configs import PoolingType
 
+from recpress.data.errors import InputError
 from recpress.trainer.features.resolve import FeatureSet
 
 
@@ -40,6 +42,40 @@ class ModelInputs:
         ]
         return cls(tables, features.keys, features.floats, features.dim)
 
-    def embedding_bags(self) -> EmbeddingBagCollection:
-        """All tables, on the device "meta": no rank holds a whole table."""
-        return EmbeddingBagCollection(self.tables, device=torch.device("meta"))
+    def embedding_bags(self, *features: str) -> EmbeddingBagCollection:
+        """The tables of these features, by default all, on the device "meta": no rank holds a whole table."""
+        return EmbeddingBagCollection(self._of(features), device=torch.device("meta"))
+
+    def sequences(self, *features: str) -> EmbeddingCollection:
+        """The tables of these features, by default all, for one vector per id, on the device "meta".
+
+        Features that share a table in it share its rows; rows of another collection are others.
+
+        Raises:
+            InputError: a feature has no table; the tables have several dimensions.
+        """
+        tables = self._of(features)
+        if len(dims := {table.embedding_dim for table in tables}) > 1:
+            raise InputError(
+                f"features {', '.join(features or self.keys)}: their tables have dimensions "
+                f"{', '.join(map(str, sorted(dims)))}, expected one in an EmbeddingCollection"
+            )
+        configs = [
+            EmbeddingConfig(
+                name=table.name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                feature_names=table.feature_names,
+                weight_init_min=table.weight_init_min,
+                weight_init_max=table.weight_init_max,
+            )
+            for table in tables
+        ]
+        return EmbeddingCollection(configs, device=torch.device("meta"))
+
+    def _of(self, features: Sequence[str]) -> list[EmbeddingBagConfig]:
+        """The tables of these features, with these features only."""
+        if unknown := [name for name in features if name not in self.keys]:
+            raise InputError(f"no feature '{unknown[0]}' with a table; expected one of {', '.join(self.keys)}")
+        kept = [(table, [f for f in table.feature_names if not features or f in features]) for table in self.tables]
+        return [replace(table, feature_names=names) for table, names in kept if names]

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torchrec.optim
 from torch import nn
-from torchrec import EmbeddingBagCollection
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingPlan, ShardingType
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import DataType
 
 from recpress.data.errors import InputError
-from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, FrozenEmbeddingBagCollectionSharder
-from recpress.modules.frozen.kernel import QUANTIZED, PlannedTable, Storage, stored_row_bytes
-from recpress.trainer.config import TableOptimizer
+from recpress.modules.frozen.collection import FrozenEmbeddingBagCollectionSharder
+from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables, PlannedTable, Storage, stored_row_bytes
+from recpress.modules.frozen.sequence import FrozenEmbeddingCollectionSharder
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
+from recpress.trainer.model.communication import bytes_per_vector, check_communication, codecs
 from recpress.trainer.model.table_optimizers import TABLE_OPTIMIZERS
 
+logger = logging.getLogger(__name__)
+
+Codecs = dict[str, QuantizedCommCodecs] | None
+FP32 = CommunicationConfig()
 SHARDING_TYPES = tuple(t.value for t in (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE))
 _ROW_WISE, _NODE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value
 RESERVED = 0.3
@@ -38,26 +47,56 @@ an even share of all tables. TorchRec's planner would put it on one rank as long
 class TableSharder(EmbeddingBagCollectionSharder):
     """Trainable tables with a fused optimizer; row-wise sharding on CPU too."""
 
-    def __init__(self, optimizer: TableOptimizer, learning_rate: float, eps: float) -> None:
-        self.optimizer_class = getattr(torchrec.optim, TABLE_OPTIMIZERS[optimizer].torchrec)
-        kind = optimizer_type_to_emb_opt_type(self.optimizer_class)
-        super().__init__(fused_params={"optimizer": kind, "learning_rate": learning_rate, "eps": eps})
+    def __init__(self, optimizer: TableOptimizer, learning_rate: float, eps: float, codecs: Codecs = None) -> None:
+        self.optimizer_class = _optimizer_class(optimizer)
+        super().__init__(_fused_params(self.optimizer_class, learning_rate, eps), codecs)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [*SHARDING_TYPES, _NODE_WISE]
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
         """Shapes for the planner, on the device "meta", with the optimizer, whose state the planner counts."""
-        found: dict[str, nn.Parameter] = {}
-        for name, weight in super().shardable_parameters(module).items():
-            rows, dim = weight.shape
-            table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
-            table._optimizer_classes = [self.optimizer_class]  # type: ignore[attr-defined]
-            found[name] = table
-        return found
+        return _planned(super().shardable_parameters(module), self.optimizer_class)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return ["fused"]
+
+
+class SequenceSharder(EmbeddingCollectionSharder):
+    """As `TableSharder`, for one vector per id."""
+
+    def __init__(self, optimizer: TableOptimizer, learning_rate: float, eps: float, codecs: Codecs = None) -> None:
+        self.optimizer_class = _optimizer_class(optimizer)
+        super().__init__(_fused_params(self.optimizer_class, learning_rate, eps), codecs)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SHARDING_TYPES)
+
+    def shardable_parameters(self, module: EmbeddingCollection) -> dict[str, nn.Parameter]:
+        """As that of `TableSharder`."""
+        return _planned(super().shardable_parameters(module), self.optimizer_class)
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return ["fused"]
+
+
+def _optimizer_class(optimizer: TableOptimizer) -> type[Any]:
+    found: type[Any] = getattr(torchrec.optim, TABLE_OPTIMIZERS[optimizer].torchrec)
+    return found
+
+
+def _fused_params(optimizer: type[Any], learning_rate: float, eps: float) -> dict[str, Any]:
+    return {"optimizer": optimizer_type_to_emb_opt_type(optimizer), "learning_rate": learning_rate, "eps": eps}
+
+
+def _planned(weights: Mapping[str, nn.Parameter], optimizer: type[Any]) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for name, weight in weights.items():
+        rows, dim = weight.shape
+        table = PlannedTable.of(rows, dim, weight.dtype, dim * weight.element_size())
+        table._optimizer_classes = [optimizer]  # type: ignore[attr-defined]
+        found[name] = table
+    return found
 
 
 def sharders(
@@ -66,15 +105,20 @@ def sharders(
     *,
     eps: float = 1e-8,
     device_type: str = "",
+    communication: CommunicationConfig = FP32,
 ) -> list[ModuleSharder]:
     """An optimizer for trainable tables, none for frozen ones.
 
     Args:
         device_type: device to plan for; default: CUDA if this machine has it.
+        communication: precision between ranks.
     """
+    registry = codecs(communication)
     return [
-        TableSharder(optimizer, learning_rate, eps),
-        FrozenEmbeddingBagCollectionSharder(planned_device=device_type),
+        TableSharder(optimizer, learning_rate, eps, registry),
+        SequenceSharder(optimizer, learning_rate, eps, registry),
+        FrozenEmbeddingBagCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
+        FrozenEmbeddingCollectionSharder(qcomm_codecs_registry=registry, planned_device=device_type),
     ]
 
 
@@ -177,12 +221,15 @@ class _Table:
 def _tables(model: nn.Module, device_type: str) -> dict[str, _Table]:
     found: dict[str, _Table] = {}
     for module in model.modules():
-        if isinstance(module, FrozenEmbeddingBagCollection):
+        if isinstance(module, HasFrozenTables):
             for t in module.tables():
                 found[t.name] = _Table(t.rows * stored_row_bytes(t.storage, t.dim, device_type), t.storage)
         elif isinstance(module, EmbeddingBagCollection):
             for config in module.embedding_bag_configs():
                 found[config.name] = _Table(4 * config.num_embeddings * (config.embedding_dim + 1), None)
+        elif isinstance(module, EmbeddingCollection):
+            for sequence in module.embedding_configs():
+                found[sequence.name] = _Table(4 * sequence.num_embeddings * (sequence.embedding_dim + 1), None)
     return found
 
 
@@ -196,6 +243,7 @@ def shard(
     learning_rates: Mapping[str, float] | None = None,
     sharding_types: Mapping[str, str] | None = None,
     seed: int = 0,
+    communication: CommunicationConfig = FP32,
 ) -> DistributedModelParallel:
     """Shard the tables of `model` (on the device "meta") and replicate the rest.
 
@@ -203,14 +251,28 @@ def shard(
 
     Args:
         learning_rates: table name -> learning rate, for tables with one that is not `learning_rate`.
+
+    Raises:
+        InputError: the tables do not fit in memory; the ranks cannot communicate in this precision.
     """
-    table_sharders = sharders(learning_rate, optimizer)
+    if communication != FP32:
+        check_communication(communication, device)
+    table_sharders = sharders(learning_rate, optimizer, communication=communication)
     for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
-            for name in (learning_rates or {}).keys() & module.embedding_bags.keys():
-                weight = module.embedding_bags[name].weight
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+            bags = isinstance(module, EmbeddingBagCollection)
+            tables: nn.ModuleDict = module.embedding_bags if bags else module.embeddings
+            for name in (learning_rates or {}).keys() & tables.keys():
+                weight = tables[name].weight
                 weight._optimizer_kwargs = [{"lr": (learning_rates or {})[name]}]
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
+    if communication != FP32 and dist.get_world_size() > 1 and dist.get_rank() == 0:
+        now, full = (bytes_per_vector(model, layout, each, dist.get_world_size()) for each in (communication, FP32))
+        of_sums = " (those of tables that are sharded by rows in fp16)" if communication.forward == "int8" else ""
+        logger.info(
+            f"vectors cross ranks in {communication.forward}{of_sums}, their gradients in {communication.backward}: "
+            f"{now:,.0f} bytes for a vector of each feature in place of {full:,.0f}"
+        )
     torch.manual_seed(seed * 65_537 + dist.get_rank())
     # By default DDP rebuilds its buckets after the first step. With more than two ranks, sums then have another order,
     # and the first step of a resumed run would differ in the last bit from that of an uninterrupted run.

@@ -2,7 +2,7 @@
 
 A model is an `nn.Module` whose forward maps a batch (TorchRec's `Batch`: `dense_features` (B, F), `sparse_features`
 with a key per feature, `labels` (B,)) to (loss (), probabilities (B,)). Its embedding tables are in
-EmbeddingBagCollections, which DistributedModelParallel shards; the rest is replicated.
+EmbeddingBagCollections and EmbeddingCollections, which DistributedModelParallel shards; the rest is replicated.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from recpress.data.errors import InputError
 from recpress.modules.compression.replace import compress
 from recpress.modules.compression.report import CompressReport
-from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection
-from recpress.modules.frozen.kernel import row_bytes
+from recpress.modules.frozen.kernel import HasFrozenTables, row_bytes
 from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
-from recpress.trainer.config import TableOptimizer
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.features.resolve import FeatureSet
 from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
-from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.sharding import FP32, shard
 
 TOLERANCE = 1e-3
 """Probabilities may exceed [0, 1] by rounding."""
@@ -104,6 +103,7 @@ def build_model(
     optimizer: TableOptimizer = "row-wise-adagrad",
     seed: int,
     rows_follow: bool = False,
+    communication: CommunicationConfig = FP32,
 ) -> ShardedModel:
     """The model `name` with its tables hashed, frozen and sharded as the features say. Collective.
 
@@ -111,6 +111,7 @@ def build_model(
         batch_size: rows of a batch per rank, for the planner.
         learning_rate, optimizer: of the tables.
         rows_follow: do not load frozen rows; the caller does.
+        communication: precision of vectors and gradients between ranks.
 
     Raises:
         InputError: the factory does not return a model; its tables do not fit the features or the memory. On every
@@ -129,7 +130,7 @@ def build_model(
         size = _table_bytes(model)
         if rows_follow:
             for module in model.modules():
-                if isinstance(module, FrozenEmbeddingBagCollection):
+                if isinstance(module, HasFrozenTables):
                     module.pending = None
     layouts = {table.name: table.sharding for table in features.tables if table.sharding != "auto"}
     dmp = shard(
@@ -141,6 +142,7 @@ def build_model(
         learning_rates={t.name: t.learning_rate for t in features.tables if t.learning_rate is not None},
         sharding_types=layouts,
         seed=seed,
+        communication=communication,
     )
     if report is not None and not rows_follow:
         with raise_on_all_ranks():
@@ -172,15 +174,23 @@ def check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str,
     """The features of each table. Raises InputError if the tables of a model do not fit the features."""
     found: dict[str, list[str]] = {}
     ids = {feature: table.num_ids for table in features.tables for feature in table.features}
-    collections = 0
+    layouts = {table.name: table.sharding for table in features.tables}
+    in_sequences: set[str] = set()
     for module in model.modules():
-        if isinstance(module, EmbeddingCollection):
-            raise InputError(f"--model {name}: has an EmbeddingCollection, expected EmbeddingBagCollections only")
-        if not isinstance(module, EmbeddingBagCollection):
+        if not isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
             continue
-        collections += 1
-        for table in module.embedding_bag_configs():
+        of_sequences = isinstance(module, EmbeddingCollection)
+        for table in module.embedding_configs() if of_sequences else module.embedding_bag_configs():
             where = f"--model {name}: table '{table.name}'"
+            if table.name in found and (of_sequences or table.name in in_sequences):
+                raise InputError(
+                    f"{where} is in an EmbeddingCollection and in another collection, which would not share its rows; "
+                    "expected all its features in one of them"
+                )
+            if of_sequences and layouts.get(table.name) == "table_row_wise":
+                raise InputError(f"{where} is in an EmbeddingCollection, which cannot be sharded table_row_wise")
+            if of_sequences:
+                in_sequences.add(table.name)
             found[table.name] = list(table.feature_names)
             if not table.feature_names:
                 raise InputError(f"{where} has no feature, expected at least one of {', '.join(ids)}")
@@ -192,17 +202,27 @@ def check_tables(name: str, model: nn.Module, features: FeatureSet) -> dict[str,
                         f"{where} has {table.num_embeddings:,} rows, but the feature '{feature}' has "
                         f"{ids[feature]:,} ids"
                     )
-    if not collections:
-        raise InputError(f"--model {name}: has no EmbeddingBagCollection, expected at least one embedding table")
+    if not found:
+        raise InputError(
+            f"--model {name}: has no EmbeddingBagCollection and no EmbeddingCollection, expected at least one table"
+        )
     return found
+
+
+def refuse_sequences(name: str, model: nn.Module, what: str) -> None:
+    """Raise InputError if a model has an EmbeddingCollection, which `what` does not know."""
+    if any(isinstance(module, EmbeddingCollection) for module in model.modules()):
+        raise InputError(f"--model {name}: has an EmbeddingCollection, and {what} knows EmbeddingBagCollections only")
 
 
 def _table_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of each embedding table as stored, without optimizer state."""
     found: dict[str, int] = {}
     for module in model.modules():
-        if isinstance(module, FrozenEmbeddingBagCollection):
+        if isinstance(module, HasFrozenTables):
             found |= {t.name: t.rows * row_bytes(t.storage, t.dim) for t in module.tables()}
         elif isinstance(module, EmbeddingBagCollection):
             found |= {c.name: 4 * c.num_embeddings * c.embedding_dim for c in module.embedding_bag_configs()}
+        elif isinstance(module, EmbeddingCollection):
+            found |= {c.name: 4 * c.num_embeddings * c.embedding_dim for c in module.embedding_configs()}
     return found

@@ -24,11 +24,11 @@ from recpress.modules.row_source import LogCounts
 from recpress.modules.two_tower.model import SideSpec, TwoTower
 from recpress.trainer.artifacts.factors import MODEL, FactorsArtifact, check_vocabulary
 from recpress.trainer.artifacts.id_maps import HashArtifact, load_maps
-from recpress.trainer.config import TableOptimizer
+from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.config_file import current_names
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.model.sharding import shard
+from recpress.trainer.model.sharding import FP32, shard
 from recpress.trainer.model.vectors import VectorFn
 from recpress.trainer.model.weights import load_weights
 
@@ -137,6 +137,7 @@ def build(
     table_optimizer: TableOptimizer = "row-wise-adagrad",
     seed: int,
     maps: Mapping[str, IdMap] | None = None,
+    communication: CommunicationConfig = FP32,
 ) -> ShardedTwoTower:
     """A network with random weights, sharded by TorchRec's planner. Collective.
 
@@ -144,6 +145,7 @@ def build(
         dim: dimension of the factors; None for `random`.
         batch_size: rows of a batch per rank, for the planner.
         maps: "user", "item" -> id map of the tables of this side.
+        communication: precision of vectors and gradients between ranks.
 
     Raises:
         InputError: a strategy that needs factors without them; tables that do not fit in memory.
@@ -159,6 +161,7 @@ def build(
         learning_rate=table_learning_rate,
         optimizer=table_optimizer,
         seed=seed,
+        communication=communication,
     )
     builder = BatchBuilder(
         negatives,

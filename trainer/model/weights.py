@@ -21,7 +21,6 @@ from torch import nn
 
 from recpress.data.errors import InputError
 from recpress.modules.fingerprints import is_fingerprint
-from recpress.modules.frozen.collection import FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection
 from recpress.modules.frozen.kernel import QUANTIZED, HasFrozenTables
 from recpress.modules.row_source import local_shards
 from recpress.trainer.distributed.heartbeat import barrier
@@ -198,7 +197,7 @@ def trainable_shards(model: nn.Module) -> Iterator[tuple[str, list[tuple[Rectang
 def _frozen(model: nn.Module) -> Iterator[tuple[str, HasFrozenTables, str, list[tuple[Rectangle, torch.Tensor]]]]:
     """(name, collection, its table, parts as a CPU stores them)."""
     for path, module in model.named_modules():
-        if isinstance(module, (FrozenEmbeddingBagCollection, ShardedFrozenEmbeddingBagCollection)):
+        if isinstance(module, HasFrozenTables):
             short = ".".join(p for p in path.split(".") if p not in ("_dmp_wrapped_module", "module"))
             for table in module.tables():
                 # quantized rows are never sharded by column; their width is in bytes

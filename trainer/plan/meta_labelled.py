@@ -18,7 +18,7 @@ from recpress.modules.frozen.kernel import FrozenTable
 from recpress.modules.row_source import round_up
 from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
-from recpress.trainer.model.trained import check_tables
+from recpress.trainer.model.trained import check_tables, refuse_sequences
 from recpress.trainer.plan.job import MapShape
 from recpress.trainer.plan.label_job import LabelJob
 from recpress.trainer.plan.meta_model import PeakBytes, Shard
@@ -42,6 +42,7 @@ class MetaLabelled(nn.Module):
         if not isinstance(model, nn.Module):
             raise InputError(f"--model {name}: returned {type(model).__name__}, expected an nn.Module")
         check_tables(name, model, job.features)
+        refuse_sequences(name, model, "recpress plan")
         self.maps: dict[str, MapShape] = {}
         """Of the tables of the model."""
         self.collections = nn.ModuleList()

@@ -132,6 +132,7 @@ def _train(config: TrainModelConfig, ranks: Ranks) -> TrainModelResult:
             learning_rate=config.optimizer.table_learning_rate,
             optimizer=config.optimizer.tables,
             seed=config.seed,
+            communication=config.communication,
         )
         described = _describe(config, inputs, model)
         checkpoints.describe |= described  # a later run may start from a checkpoint, too

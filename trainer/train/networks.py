@@ -53,6 +53,7 @@ class Networks:
             table_optimizer=config.optimizer.tables,
             seed=config.seed,
             maps=self.inputs.maps,
+            communication=config.communication,
         )
 
     def load_factors(self, model: ShardedTwoTower, *, crossfit: bool) -> None:

@@ -35,7 +35,7 @@ class _Inputs(ModelInputs):
 
     tables_module: Tables
 
-    def embedding_bags(self) -> EmbeddingBagCollection:
+    def embedding_bags(self, *features: str) -> EmbeddingBagCollection:
         return cast(EmbeddingBagCollection, self.tables_module)  # DLRM needs its configs and forward only
 
 
