@@ -245,7 +245,7 @@ def test_the_short_help_begins_with_required_options_and_counts_the_others(capsy
     main_options = lines[lines.index("main options:") + 1 :]
     assert main_options[0] == "  --data STR"
     assert "(required)" in main_options[1]
-    assert any(line.split()[:2] == ["--optimizer.*", "7"] for line in lines)
+    assert any(line.split()[:2] == ["--optimizer.*", "8"] for line in lines)
 
 
 def test_a_log_format_is_taken_anywhere_and_only_before_two_dashes(monkeypatch, capsys):
