@@ -42,6 +42,12 @@ class Int8Codec(QuantizedCommCodec):
         padded = qcomm_ctx.padded_dim_sum_per_rank[my_rank]
         return padded, padded - dim_per_rank[my_rank]
 
+    def encode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        """The bytes of vectors, flat or (B, width). Earlier releases of TorchRec leave the padding to the codec."""
+        if ctx is not None and input_tensor.ndim == 2:
+            input_tensor = nn.functional.pad(input_tensor, (0, -input_tensor.shape[1] % ctx.row_dim))
+        return super().encode(input_tensor, ctx)
+
 
 def codecs(config: CommunicationConfig) -> dict[str, QuantizedCommCodecs] | None:
     """Of each operation, for the sharders; None for fp32.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
@@ -120,6 +121,20 @@ def test_vectors_gradients_and_bytes_of_each_precision():
         else:
             assert mine == pytest.approx(said, rel=0.01)
             assert mine == pytest.approx(sent[0] / (1 if backward == "fp32" else 2), rel=0.01)
+
+
+@pytest.mark.parametrize("pads", ["TorchRec", "the codec"])
+def test_int8_pads_vectors_of_any_width(pads):
+    codec = communication.Int8Codec(SparseType.INT8, is_fwd=True)
+    vectors, context = torch.randn(3, 44), codec.create_context()
+    assert codec.padded_size(vectors, [44, 32], 0, context) == (64, 20)
+    assert context.padded_dim_sum_per_rank == [64, 32]
+    given = nn.functional.pad(vectors, (0, 20)) if pads == "TorchRec" else vectors
+    sent = codec.encode(given, context)
+    assert sent.numel() == codec.calc_quantized_size(3 * 64, context)
+    found = codec.decode(sent, context).view(3, 64)
+    torch.testing.assert_close(found[:, :44], vectors, atol=0.02, rtol=0)
+    assert not found[:, 44:].abs().max() > 0.02
 
 
 def broken(precision):
