@@ -263,7 +263,7 @@ def shard(
             bags = isinstance(module, EmbeddingBagCollection)
             tables: nn.ModuleDict = module.embedding_bags if bags else module.embeddings
             for name in (learning_rates or {}).keys() & tables.keys():
-                weight = tables[name].weight
+                weight: Any = tables[name].weight
                 weight._optimizer_kwargs = [{"lr": (learning_rates or {})[name]}]
     layout = plan(model, device, batch_size=batch_size, sharding_types=sharding_types, table_sharders=table_sharders)
     if communication != FP32 and dist.get_world_size() > 1 and dist.get_rank() == 0:
