@@ -288,7 +288,7 @@ class TrainLoop:
             step = last - steps + 1 + batch // accumulate
             raise InputError(
                 f"non-finite loss {loss} at step {step}, epoch {self.epoch}; lower the learning rate, or check labels, "
-                "features and factors for NaN (--on-nonfinite skip skips such batches)"
+                "features and factors for NaN (the two-tower network: --on-nonfinite skip skips such batches)"
             )
         found.reduce()
         self.result.train_seconds += found.seconds

@@ -288,6 +288,11 @@ class _Planner:
         new, old = self.tables[table], self.spaces.get(_short(found.name))
         if old is None:
             raise InputError(f"{self.saved.path}: its manifest does not describe the table '{_short(found.name)}'")
+        if old.map is None and rows < old.num_ids:  # without its last shard a table is only shorter
+            raise InputError(
+                f"{found.name}: {rows} rows in {self.saved.path}, whose manifest has {old.num_ids} ids; the last "
+                "shards of the table are missing, so that the weights are damaged"
+            )
         match = match_ids(new.space, self.log, old, self.old_log, table)
         if new.space.map is None and old.map is None:
             self.result.tables[name] = _TablePlan(found, match, shape[0], new.factors)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,17 @@ def test_bad_input_is_the_same_line_on_every_rank(logs, earlier, tmp_path):
     for line, (_, message) in zip(first, BAD.values(), strict=True):
         assert re.search(message, line), line
         assert "\n" not in line
+
+
+def test_a_table_without_its_last_shard_is_damaged(logs, earlier, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(earlier, damaged)
+    (shard,) = damaged.glob("weights/tables/*embedding_bags.user_id.weight/*.npy")
+    half = np.load(shard)[:15]
+    shard.unlink()
+    np.save(shard.with_name(shard.name.replace("rows-0-30-", "rows-0-15-")), half)
+    with pytest.raises(InputError, match=r"15 rows in .*30 ids; the last shards"):
+        train_model(config(logs["old"], tmp_path / "model", warm_start=str(damaged)))
 
 
 def test_buckets_keep_their_boundaries_or_are_other_ids(logs, tmp_path):
