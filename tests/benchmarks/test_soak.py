@@ -16,5 +16,6 @@ def test_a_soak_compares_the_memory_with_its_bound_and_keeps_the_pace(tmp_path, 
     (row,) = json.loads((tmp_path / "soak.json").read_text())["rows"]
     assert 0 < 1e6 * row["M rows"] <= 10_000 * 0.6 + 300
     assert (row["log"], row["buffer rows"], row["sample"]) == ("narrow", 1000, 1.0)
-    assert 0 < row["at the end MB"] <= row["most MB"] < row["bound MB"]
+    # negative if the system takes back memory of the process meanwhile
+    assert row["at the end MB"] <= row["most MB"] < row["bound MB"]
     assert row["most / bound"] == pytest.approx(row["most MB"] / row["bound MB"])

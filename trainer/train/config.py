@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, TypeVar
 
-from tyro.conf import Suppress
-
 from recpress.data.config import SampleConfig, StreamConfig
 from recpress.data.errors import InputError
 from recpress.trainer.config import OptimizerConfig, RunConfig, WindowConfig, at_least
 from recpress.trainer.features.config import FeatureConfig
 from recpress.trainer.model.factory import MODELS, TWO_TOWER, config_of
+
+try:
+    from tyro.conf import Suppress
+except ImportError:  # only the command line needs tyro
+    Suppress = None  # type: ignore[misc]
 
 _MAIN = """data out maps warm-start dim label-threshold sample.rate epochs stream.batch-size evaluation.metric
 checkpoint.minutes"""
