@@ -75,8 +75,8 @@ class MethodChoice:
         chosen = f"softmax ({shown})" if self.method == "softmax" else "als"
         if not self.rows:
             return (
-                f"auto: too few users to compare: fewer than {LEAST_USERS} have an item to hide (of two or more, and not "
-                f"theirs alone); using {chosen}"
+                f"auto: too few users to compare: fewer than {LEAST_USERS} have an item to hide (of two or more, "
+                f"and not theirs alone); using {chosen}"
             )
         text = f"auto: {chosen}: NDCG@10 {self.ndcg[self.method]:.4f} on {self.rows:,} held-out examples"
         if self.runner_up is not None:
