@@ -106,7 +106,10 @@ class SettingsChoice:
         """One line for the terminal."""
         shown = ", ".join(f"{name} {value:g}" for name, value in self.settings.items() if name != "sweeps")
         if not self.rows:
-            return f"auto: too few interactions to compare settings; using the defaults ({shown})"
+            return (
+                f"auto: too few users to compare settings: fewer than {LEAST_USERS} have an item to hide (of two or "
+                f"more, and not theirs alone); using the defaults ({shown})"
+            )
         text = f"auto: {shown}: NDCG@{TOP} {self.ndcg:.4f} on {self.rows:,} held-out examples"
         if self.runner_up is not None:
             other = {k: v for k, v in self.runner_up["settings"].items() if self.settings.get(k) != v}

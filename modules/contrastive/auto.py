@@ -74,7 +74,10 @@ class MethodChoice:
         shown = ", ".join(f"{name} {value:g}" for name, value in self.settings.items())
         chosen = f"softmax ({shown})" if self.method == "softmax" else "als"
         if not self.rows:
-            return f"auto: too few interactions to compare; using {chosen}"
+            return (
+                f"auto: too few users to compare: fewer than {LEAST_USERS} have an item to hide (of two or more, "
+                f"and not theirs alone); using {chosen}"
+            )
         text = f"auto: {chosen}: NDCG@10 {self.ndcg[self.method]:.4f} on {self.rows:,} held-out examples"
         if self.runner_up is not None:
             other = self.runner_up.get("method") or f"temperature {self.runner_up['temperature']:g}"

@@ -55,6 +55,7 @@ def summarize(
             "rows": manifest["rows"],
             "seconds": spent["setup"] + spent["train"],
             "fallback": bool(manifest.get("fallback")),
+            "steps": manifest["steps"],
             "hashed": bool(manifest["model"].get("maps")),
         }
     elif factors != config.model:  # an artifact from elsewhere
@@ -82,7 +83,8 @@ def as_table(methods: dict[str, dict[str, Any]]) -> str:
         start = "the factorization's own ranking"
         if network.get("hashed"):
             start = "the ranking of the factors in shared rows"
-        lines.append(f"network: {start}, which no epoch improved on validation rows")
+        why = "which no epoch improved on validation rows" if network.get("steps", 1) else "as no network was trained"
+        lines.append(f"network: {start}, {why}")
     return "\n".join(lines)
 
 

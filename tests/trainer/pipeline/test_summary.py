@@ -17,6 +17,10 @@ def test_a_model_below_popularity_is_named():
 def test_a_network_that_fell_back_is_said_to_be_the_factorization():
     made = {"metrics": {"HR@10": 0.5}, "rows": 1, "seconds": 1.0}
     assert "own ranking" in as_table({"network": {**made, "fallback": True}})
+    assert "no epoch improved" in as_table({"network": {**made, "fallback": True, "steps": 3}})
+    untrained = as_table({"network": {**made, "fallback": True, "steps": 0}})
+    assert "no network was trained" in untrained
+    assert "no epoch improved" not in untrained
     assert "own ranking" not in as_table({"network": {**made, "fallback": False}})
 
 
