@@ -18,19 +18,20 @@ class ServedTable(nn.Module):
 
     Args:
         mean: pool by the mean of the rows, as TorchRec: behind a map with two rows per id, over both.
+        dim: of the vectors; less than that of the rows if these are padded. Default: of the rows.
     """
 
-    def __init__(self, index: RowIndex, rows: ServedRows, *, mean: bool = False) -> None:
+    def __init__(self, index: RowIndex, rows: ServedRows, *, mean: bool = False, dim: int | None = None) -> None:
         super().__init__()
-        self.index, self.rows, self.mean = index, rows, mean
+        self.index, self.rows, self.mean, self.dim = index, rows, mean, dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The vector of each id (n,) -> (n, dim) float32."""
         rows, weights = self.index(ids)
         count = rows.shape[1]
         if count == 1 and weights is None:
-            return self.rows(rows[:, 0])
-        parts = [self.rows(rows[:, k]) for k in range(count)]
+            return self.rows(rows[:, 0])[:, : self.dim]
+        parts = [self.rows(rows[:, k])[:, : self.dim] for k in range(count)]
         if weights is not None:
             parts = [part * weights[:, k : k + 1] for k, part in enumerate(parts)]
         total = parts[0]

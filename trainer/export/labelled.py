@@ -18,6 +18,7 @@ from recpress.data.dataset.log import SIDES, Log
 from recpress.data.errors import InputError
 from recpress.modules.frozen.kernel import STORAGE_OF, Storage
 from recpress.modules.hashing.id_map import IdMap
+from recpress.modules.row_source import round_up
 from recpress.modules.serving.bags import BagOutput, ServedBags, ServedTable
 from recpress.modules.serving.batch_model import PerIdLists, ServedColumn, ServedModel
 from recpress.modules.serving.rows import narrower
@@ -110,13 +111,15 @@ class _Saved:
             stored = next((found for found in of_table if found != "fp32"), "fp32")
         one = self.maps.get(name)
         rows = config.num_embeddings if one is None else one.num_rows
-        table = SavedTable(weights / (frozen if is_frozen else trained), stored, rows, config.embedding_dim)
+        width = round_up(config.embedding_dim) if is_frozen else config.embedding_dim
+        table = SavedTable(weights / (frozen if is_frozen else trained), stored, rows, width)
         used = narrower(stored, storage)
         label = name if name not in tensors.tables else f"{place}.{name}"
         return ServedTable(
             row_index(config.num_embeddings, one, tensors, label),
             tensors.rows(label, used, rows, table.dim, table.blocks(used), table.take),
             mean=config.pooling == PoolingType.MEAN,
+            dim=config.embedding_dim,
         )
 
     def column(self, feature: Feature, tensors: ProgramTensors) -> ServedColumn:

@@ -43,8 +43,8 @@ def write_log(folder: Path) -> str:
     return str(out)
 
 
-def write_factors(log: str, out: Path) -> str:
-    factorize(FactorizeConfig(data=log, out=str(out), als=ALSConfig(factors=DIM, sweeps=3)))
+def write_factors(log: str, out: Path, dim: int = DIM) -> str:
+    factorize(FactorizeConfig(data=log, out=str(out), als=ALSConfig(factors=dim, sweeps=3)))
     return str(out)
 
 

@@ -147,6 +147,19 @@ def test_programs_give_the_predictions_of_the_trainer(shop, factors, factory, mo
             assert float((found - expected).abs().max()) < tolerance
 
 
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_frozen_rows_that_are_stored_with_padding(shop, storage, tmp_path, monkeypatch):
+    factors = write_factors(shop, tmp_path / "factors", dim=10)  # stored as 12
+    features = {name: FeatureConfig(frozen=factors, storage=storage) for name in ("user_id", "item_id")}
+    features["price"] = FeatureConfig()
+    expected = trained(config(shop, tmp_path / "model", "dlrm", DLRMConfig(), features), monkeypatch)
+    export(ExportConfig(model=str(tmp_path / "model"), out=str(tmp_path / "export"), storage=storage))
+    spec = json.loads((tmp_path / "export/manifest.json").read_text())["programs"]["model"]
+    given = log_columns(shop)
+    found = load(str(tmp_path / "export"), "model")({part["name"]: given[part["name"]] for part in spec["inputs"]})
+    assert float((found - expected).abs().max()) < (1e-5 if storage == "fp32" else 1e-2)
+
+
 def test_an_export_ships_the_hash_of_raw_ids(shop, tmp_path, monkeypatch):
     table = pq.read_table(Path(shop) / "train.parquet")
     texts = pa.array([f"item-{number}" for number in range(ITEMS)])
