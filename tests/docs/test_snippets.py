@@ -244,12 +244,12 @@ SHOWN = [
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if "```toml" in path.read_text()], ids=document_id)
 def test_options_of_files_exist(path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for block in re.findall(r"^```toml\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL):
-        command = re.match(r"# ([\w-]+)\.toml", block)
+        command = re.match(r"# ([\w-]+)\.toml(?:, with (.*))?", block)
         assert command, f"{path}: a block of TOML; expected '# COMMAND.toml' in its first line"
         (tmp_path / "options.toml").write_text(block)
-        assert main(["check", *command[1].split("-"), "--config", str(tmp_path / "options.toml")]) == 0, (
-            capfd.readouterr().err
-        )
+        given = [*command[2].split(), "--data", "LOG", "--out", "OUT"] if command[2] else []
+        arguments = [*command[1].split("-"), *given, "--config", str(tmp_path / "options.toml")]
+        assert main(["check", *arguments]) == 0, capfd.readouterr().err
 
 
 def test_commands_are_found() -> None:

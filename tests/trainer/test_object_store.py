@@ -163,7 +163,7 @@ def test_an_upload_that_fails_is_the_error_of_the_stage_and_leaves_no_artifact(b
 
 
 def test_one_line_on_the_command_line(base, s3, capfd):  # noqa: F811
-    assert main(["evaluate", "--data", f"{base}/log", "--model", f"{base}/model"]) == 2
+    assert main(["factorize", "--data", f"{base}/log", "--out", f"{base}/factors"]) == 2
     assert capfd.readouterr().err.strip() == f"recpress: error: {base}/log: no such file or folder"
     synth(SMALL, f"{base}/log")
     assert main(["evaluate", "--data", f"{base}/log", "--model", f"{base}/model"]) == 2
@@ -173,7 +173,7 @@ def test_one_line_on_the_command_line(base, s3, capfd):  # noqa: F811
         assert main(["train", "--data", f"{base}/log", *arguments]) == 2
     assert f"error: {base}/model.checkpoints: cannot hold checkpoints: " in capfd.readouterr().err
     with s3.failing("denied", "GET .*log/"):
-        assert main(["evaluate", "--data", f"{base}/log", "--model", f"{base}/model"]) == 2
+        assert main(["factorize", "--data", f"{base}/log", "--out", f"{base}/factors"]) == 2
     assert f"error: {base}/log/manifest.json: cannot be read: AWS Error ACCESS_DENIED" in capfd.readouterr().err
 
 

@@ -135,7 +135,6 @@ def test_on_cuda_no_batch_waits(unknown: Any) -> None:
 
 def on_ranks(folder: str, save: bool) -> None:
     import torch.distributed as dist
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from torch.distributed import checkpoint
     from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
     from torchrec.distributed.mc_modules import ManagedCollisionCollectionSharder
@@ -147,7 +146,7 @@ def on_ranks(folder: str, save: bool) -> None:
 
     device, rank = torch.device("cpu"), dist.get_rank()
     sharder = ManagedCollisionEmbeddingBagCollectionSharder(
-        TableSharder(fused_params={"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.0}),
+        TableSharder("sgd", 0.0, 1e-8),
         ManagedCollisionCollectionSharder(),
     )
     model = Model()

@@ -351,7 +351,7 @@ def constant_loss(config, inputs): return Constant()
         ("bad_models:text", "expected a dataclass of options"),
         ("bad_models:needs", "an option without a default"),
         ("bad_models:nothing", "returned int, expected an nn.Module"),
-        ("bad_models:no_tables", "expected at least one embedding table"),
+        ("bad_models:no_tables", "expected at least one table"),
         ("bad_models:unknown_feature", "table 't' takes the feature 'shoe'"),
         ("bad_models:few_rows", "table 't' has 4 rows, but the feature 'item_id' has 40 ids"),
         ("bad_models:wrong_result", "expected .loss, predictions."),
