@@ -174,7 +174,7 @@ class _Planner:
         self.shards = {name: _size(model, name) for name, _ in trainable_shards(model)}
         self.result = _Plan()
         self.used: set[str] = set()
-        """Earlier names that are loaded, or that the user omits."""
+        """Earlier names that are loaded."""
 
     def plan(self, features: Sequence[str], floats: Sequence[str]) -> _Plan:
         """Raises InputError if something does not fit."""
