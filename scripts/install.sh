@@ -9,6 +9,7 @@
 # torchrec, fbgemm and the CUDA libraries, whose files differ between indexes (requirements/torch-cpu.txt).
 set -eu
 cd "$(dirname "$0")/.."
+cpu_index=https://download.pytorch.org/whl/cpu
 venv=${1:-.venv}
 [ $# -gt 0 ] && shift
 
@@ -33,6 +34,15 @@ echo "install: the $set_name set into $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
 for list in $locked; do $pip install --no-deps --require-hashes -r "requirements/$list.txt"; done
+if [ "$set_name" = cpu ]; then
+    # PyPI's torch for Linux is the CUDA build, which cannot be imported without the CUDA libraries.
+    torch=$(grep "^torch==" requirements/torch-cpu.txt)+cpu
+    $pip install --no-deps "$torch" 2>/dev/null ||
+        $pip install --no-deps --retries 1 --timeout 15 --index-url "$cpu_index" "$torch" 2>/dev/null || :
+fi
 $pip install --no-deps -r "requirements/torch-$set_name.txt"
+"$venv/bin/python" -c "import torch" 2>/dev/null || {
+    echo "install: the torch that pip found cannot be imported; for the CPU build make $cpu_index reachable, or configure" \
+        "pip with an index that has it (PIP_EXTRA_INDEX_URL)" >&2; exit 1; }
 $pip install --no-deps --no-build-isolation --editable .
 echo "$stamp $lists" >"$venv/.recpress-installed"
