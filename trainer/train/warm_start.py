@@ -274,6 +274,12 @@ class _Planner:
             return
         found = self._find_table(name, before)
         if found is None:
+            old = self.spaces.get(_short(before))
+            if old is not None and old.factors is None:
+                raise InputError(
+                    f"table '{table}': {self.saved.path} has no rows of '{_short(before)}', which its manifest "
+                    "describes; the weights are damaged"
+                )
             if not any(f"table '{table}'" in line for line in self.result.missing):
                 self.result.missing.append(f"table '{table}' (new)")
             return

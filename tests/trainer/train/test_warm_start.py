@@ -302,6 +302,15 @@ def test_a_table_without_its_last_shard_is_damaged(logs, earlier, tmp_path):
         train_model(config(logs["old"], tmp_path / "model", warm_start=str(damaged)))
 
 
+def test_a_table_without_any_shard_is_damaged(logs, earlier, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(earlier, damaged)
+    (folder,) = damaged.glob("weights/tables/*embedding_bags.user_id.weight")
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"no rows of 'user_id', which its manifest describes; .* damaged"):
+        train_model(config(logs["old"], tmp_path / "model", warm_start=str(damaged)))
+
+
 def test_buckets_keep_their_boundaries_or_are_other_ids(logs, tmp_path):
     features = {"user_id": FeatureConfig(), "bin": FeatureConfig(column="price", kind="bucketized", buckets=5)}
     before = str(tmp_path / "before")
