@@ -15,7 +15,8 @@ from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
 from recpress.trainer.evaluate.config import PARTS, EvaluateConfig, Part
 from recpress.trainer.evaluate.labelled import evaluate_rows, part_rows
 from recpress.trainer.features.batches import FeatureBatches
-from recpress.trainer.features.resolve import FeatureSet, open_with_features
+from recpress.trainer.features.feature_set import FeatureSet
+from recpress.trainer.features.resolve import open_with_features
 from recpress.trainer.features.saved import check_ids, saved_configs, saved_schema
 from recpress.trainer.model.saved import load_labelled, saved_options
 

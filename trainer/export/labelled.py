@@ -28,7 +28,7 @@ from recpress.trainer.export.program import GOLDEN_ROWS, Input, Program, golden_
 from recpress.trainer.export.shards import SavedTable
 from recpress.trainer.export.tensors import ProgramTensors
 from recpress.trainer.export.towers import dense_state, row_index
-from recpress.trainer.features.resolve import Feature, FeatureSet, FeatureTable
+from recpress.trainer.features.feature_set import Feature, FeatureSet, FeatureTable
 from recpress.trainer.features.saved import saved_features
 from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs

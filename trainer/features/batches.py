@@ -12,7 +12,7 @@ from recpress.data.dataset.side_table import JaggedColumn
 from recpress.data.errors import InputError
 from recpress.data.stream.keyed_features import KeyedFeatures
 from recpress.data.stream.loader import Interactions
-from recpress.trainer.features.resolve import Feature, FeatureSet
+from recpress.trainer.features.feature_set import Feature, FeatureSet
 
 Columns = Mapping[str, torch.Tensor | JaggedColumn]
 """Name -> ids (B,) int64, numbers (B,), or lists of ids."""

@@ -21,8 +21,9 @@ from recpress.data.errors import InputError
 from recpress.data.ingest.vocabulary import raw_fingerprint
 from recpress.modules.hashing.id_map import IdMap, map_fingerprint
 from recpress.trainer.artifacts.factors import FactorsArtifact
+from recpress.trainer.features.feature_set import Feature, FeatureSet
 from recpress.trainer.features.numbers import Numbers
-from recpress.trainer.features.resolve import Feature, FeatureSet, vocabulary_of
+from recpress.trainer.features.tables import vocabulary_of
 
 _BLOCK = 1 << 20  # ids of a map that are compared at a time
 

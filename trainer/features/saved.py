@@ -14,8 +14,10 @@ from recpress.data.errors import InputError
 from recpress.modules.hashing.id_map import IdMap
 from recpress.modules.row_source import round_up
 from recpress.trainer.features.config import FeatureConfig, FeatureHash
+from recpress.trainer.features.feature_set import Feature, FeatureSet, FeatureTable
 from recpress.trainer.features.numbers import Numbers
-from recpress.trainer.features.resolve import DIM, Feature, FeatureSet, FeatureTable, side_columns, vocabulary_of
+from recpress.trainer.features.resolve import side_columns
+from recpress.trainer.features.tables import DIM, vocabulary_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.modules.embedding_configs import PoolingType
 
 from recpress.data.errors import InputError
-from recpress.trainer.features.resolve import FeatureSet
+from recpress.trainer.features.feature_set import FeatureSet
 
 
 @dataclass(frozen=True)

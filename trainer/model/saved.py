@@ -11,7 +11,7 @@ from recpress.data.errors import InputError
 from recpress.trainer.artifacts.id_maps import load_maps
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.features.resolve import FeatureSet
+from recpress.trainer.features.feature_set import FeatureSet
 from recpress.trainer.features.saved import saved_features
 from recpress.trainer.model.factory import MODELS, config_of
 from recpress.trainer.model.trained import ShardedModel, build_model

@@ -25,7 +25,7 @@ from recpress.modules.two_tower.predictions import ObservedLoss, Predictions
 from recpress.trainer.config import CommunicationConfig, TableOptimizer
 from recpress.trainer.distributed.process_group import Ranks
 from recpress.trainer.distributed.rank_errors import raise_on_all_ranks
-from recpress.trainer.features.resolve import FeatureSet
+from recpress.trainer.features.feature_set import FeatureSet
 from recpress.trainer.model.factory import factory_of
 from recpress.trainer.model.inputs import ModelInputs
 from recpress.trainer.model.sharding import FP32, shard

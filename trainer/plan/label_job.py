@@ -18,16 +18,10 @@ from recpress.trainer.artifacts.id_maps import open_maps
 from recpress.trainer.config import chosen_schema
 from recpress.trainer.distributed.process_group import process_group
 from recpress.trainer.features.config import FeatureConfig, FeatureHash
-from recpress.trainer.features.resolve import (
-    DIM,
-    Feature,
-    FeatureSet,
-    FeatureTable,
-    open_with_features,
-    resolve_features,
-    shared_option,
-)
+from recpress.trainer.features.feature_set import Feature, FeatureSet, FeatureTable
+from recpress.trainer.features.resolve import open_with_features, resolve_features
 from recpress.trainer.features.saved import SavedRows
+from recpress.trainer.features.tables import DIM, shared_option
 from recpress.trainer.plan.config import PlanModelConfig
 from recpress.trainer.plan.job import MapShape
 from recpress.trainer.train.model_stage import MOST, hold_out

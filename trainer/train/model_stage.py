@@ -30,14 +30,11 @@ from recpress.trainer.errors import same_command_resumes
 from recpress.trainer.evaluate.labelled import Chunk, evaluate_rows, held_out_rows, part_rows
 from recpress.trainer.evaluate.stage import show_predictions
 from recpress.trainer.features.batches import FeatureBatches
+from recpress.trainer.features.feature_set import FeatureSet
 from recpress.trainer.features.id_space import table_spaces
-from recpress.trainer.features.resolve import (
-    FeatureSet,
-    open_with_features,
-    resolve_features,
-    sampled_rows,
-    vocabulary_of,
-)
+from recpress.trainer.features.resolve import open_with_features, resolve_features
+from recpress.trainer.features.sampled_rows import sampled_rows
+from recpress.trainer.features.tables import vocabulary_of
 from recpress.trainer.loop.config import FitConfig, FitResult
 from recpress.trainer.loop.optimizer import TrainOptimizer
 from recpress.trainer.loop.precision import check_precision
